@@ -1,0 +1,1 @@
+"""From the socket to a validated Call: server, HTTP surface, wire format."""

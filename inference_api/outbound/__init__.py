@@ -1,0 +1,1 @@
+"""From a Call to a relayed Reply: attempts, header hygiene, transport, relay."""

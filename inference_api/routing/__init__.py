@@ -1,0 +1,1 @@
+"""From a model name to the replica that will answer: registry, backends, balancing."""
