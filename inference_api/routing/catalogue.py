@@ -16,7 +16,9 @@ Engine = Literal["vllm", "tgi", "openai"]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Cloud metadata services that are not link-local by number, and the names they answer to.
-_METADATA_HOSTS = frozenset({"metadata", "metadata.google.internal", "instance-data", "fd00:ec2::254", "100.100.100.200"})
+_METADATA_HOSTS = frozenset(
+    {"metadata", "metadata.google.internal", "instance-data", "fd00:ec2::254", "100.100.100.200"}
+)
 
 
 class CatalogueError(ValueError):
@@ -63,9 +65,7 @@ def _is_forbidden_address(host: str) -> bool:
         return last.isdigit() or last.startswith("0x")
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    return (
-        address.is_link_local or address.is_multicast or address.is_unspecified or str(address) in _METADATA_HOSTS
-    )
+    return address.is_link_local or address.is_multicast or address.is_unspecified or str(address) in _METADATA_HOSTS
 
 
 class BackendEntry(_Entry):

@@ -1,0 +1,124 @@
+"""The composition root: builds every object and joins them. The only file that knows of optional features."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from inference_api.inbound.pages import Models, Observed, Probes, create_pages
+from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Load, Surface
+from inference_api.observe.log import Fields
+from inference_api.observe.metrics import Metrics
+from inference_api.observe.observation import Observer
+from inference_api.outbound.forward import Forward, Limits
+from inference_api.outbound.transport import Transport
+from inference_api.routing.backend import Fleet
+from inference_api.routing.balance import make_policy
+from inference_api.routing.catalogue import load_catalogue
+from inference_api.routing.engines import EngineFacts
+from inference_api.routing.registry import Registry
+from inference_api.settings import Settings
+
+
+class Router:
+    """The router's parts, joined. `app` serves requests; `ops` serves probes and metrics on a port of their own.
+
+    Raises CatalogueError when the static catalogue cannot be read.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        tokens: Mapping[str, str] | None = None,
+        access_log: Callable[[Fields], None] | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        registry_client: httpx.AsyncClient | None = None,
+        rand: random.Random | None = None,
+    ) -> None:
+        rand = rand or random.Random()
+        self.transport = transport or Transport(keepalive=settings.upstream_keepalive)
+        self.fleet = Fleet(lambda name: make_policy(name, rand.random))
+        self._client = registry_client or _registry_client(settings)
+        self.registry = Registry(
+            self.fleet,
+            load_catalogue(settings.catalogue),
+            self._client,
+            settings.registry_refresh,
+            rand=rand.random,
+            on_change=self._forget_backends,
+        )
+        self.metrics = Metrics(lambda: list(self.fleet.models.values()), self.registry.status)
+        collectors = CollectorRegistry()
+        for collector in (self.metrics, ProcessCollector(registry=None), GCCollector(registry=CollectorRegistry())):
+            collectors.register(collector)
+        observer = Observer(self.metrics, access_log)
+        forward = Forward(self.transport, _limits(settings), self.metrics.attempt, tokens or {})
+        self._engines = EngineFacts(self.fleet, self.transport, rand=rand.random)
+        self.load = Load()
+        gate = Gate(
+            observer,
+            self.registry.resolve,
+            send=forward,
+            mint_id=lambda: f"{rand.getrandbits(128):032x}",
+            forward_headers=frozenset(name.encode() for name in settings.forward_headers),
+            max_body=settings.max_body_bytes,
+            max_in_flight=settings.max_in_flight,
+            write_stall=settings.write_stall_timeout,
+        )
+        inference: dict[str, ASGIApp] = {route.path: Inference(route, gate, self.load) for route in INFERENCE_ROUTES}
+        self.probes = Probes(self.registry, collectors)
+        # Registered a second time so that a wrong method on them is a 405 that says which one is right.
+        pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
+        pages += Models(self.fleet, self.registry.resolve).routes()
+        if settings.ops_port is None:
+            pages += self.probes.routes()
+        others = Observed(create_pages(pages, self._lifespan), observer, gate.mint_id)
+        self.app: ASGIApp = Surface(inference, others)
+        self.ops: ASGIApp = create_pages(self.probes.routes())
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        await self.registry.start()
+        tasks = [asyncio.create_task(self.registry.run()), asyncio.create_task(self._engines.run())]
+        self.probes.state = "ready"
+        try:
+            yield
+        finally:
+            self.probes.state = "draining"
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.transport.aclose()
+            if self._client is not None:
+                await self._client.aclose()
+
+    def _forget_backends(self) -> None:
+        """The connections of replicas that left the catalogue are closed as they become idle."""
+        if isinstance(self.transport, Transport):
+            self.transport.retain({b.url for model in self.fleet.models.values() for b in model.backends})
+
+
+def _registry_client(settings: Settings) -> httpx.AsyncClient | None:
+    if settings.registry_url is None:
+        return None
+    # No proxies, netrc or certificates from the environment: where the catalogue comes from is a setting.
+    return httpx.AsyncClient(base_url=settings.registry_url, timeout=5.0, trust_env=False, follow_redirects=False)
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        settings.connect_timeout,
+        settings.first_byte_timeout,
+        settings.idle_timeout,
+        settings.total_timeout,
+        settings.stream_timeout,
+        settings.max_attempts,
+        settings.retry_on_status,
+    )

@@ -1,0 +1,136 @@
+"""The command line: serve, check, models, demo."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Mapping
+
+from inference_api import __version__
+from inference_api.app import Router
+from inference_api.inbound.server import run_server
+from inference_api.observe.log import configure_logging
+from inference_api.routing.catalogue import CatalogueError, load_catalogue
+from inference_api.settings import PREFIX, Settings, SettingsError, load_settings
+
+_ABOUT = """\
+A thin OpenAI-compatible inference router: a client names a model, the router finds it in a registry or in a
+static catalogue, chooses a replica, and relays the answer byte for byte.
+"""
+
+_EXAMPLE = """\
+try it without a GPU:
+  inference-api demo
+
+serve your own engines (catalogue.yaml lists models and their URLs, see the README):
+  INFERENCE_API_CATALOGUE=catalogue.yaml inference-api serve
+  curl http://127.0.0.1:8000/v1/models
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 when the configuration cannot be used."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (SettingsError, CatalogueError) as exc:
+        for line in str(exc).splitlines():
+            print(f"inference-api: {line}", file=sys.stderr)
+        return 2
+    return code
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    access_log = configure_logging(settings.log_level, settings.log_format)
+    router = Router(settings, tokens=os.environ, access_log=access_log)
+    run_server(router.app, router.ops, settings)
+    logging.getLogger(__name__).info("stopped")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    catalogue = load_catalogue(settings.catalogue)
+    for problem in catalogue.problems:
+        print(f"inference-api: {settings.catalogue}: {problem}", file=sys.stderr)
+    if catalogue.problems:
+        return 2
+    print(f"settings and catalogue are valid: {len(catalogue)} models in {settings.catalogue}")
+    return 0
+
+
+def models(arguments: argparse.Namespace) -> int:
+    catalogue = load_catalogue(_settings(arguments).catalogue)
+    rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "POLICY", "BACKENDS")]
+    for entry in catalogue.values():
+        backends = " ".join(backend.url for backend in entry.backends) or "none"
+        rows.append((entry.name, entry.version, entry.owner, entry.engine, entry.policy, backends))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from inference_api.demo.run import run_demo
+
+    return run_demo(arguments.host, arguments.port, arguments.tokens_per_second)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "inference-api",
+        description=_ABOUT,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"inference-api {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    variables = "environment variables:\n" + "\n".join(
+        f"  {PREFIX + name.upper():<36} {field.description} (default: {_shown(field.default)})"
+        for name, field in Settings.model_fields.items()
+    )
+    for run, text in (
+        (serve, "serve requests until SIGTERM"),
+        (check, "validate settings and catalogue without starting; exit 2 if they are not valid"),
+        (models, "list the models of the catalogue"),
+    ):
+        command = commands.add_parser(
+            run.__name__,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. An option stands for the variable of the same name.",
+            epilog=variables,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("--catalogue", metavar="FILE", help="the static catalogue, YAML or JSON")
+        if run is serve:
+            command.add_argument("--host", help="listen address")
+            command.add_argument("--port", help="listen port")
+            command.add_argument("--registry-url", metavar="URL", help="base URL of the model registry")
+    text = "start toy engines, a registry and the router in front of them, on this machine"
+    command = commands.add_parser("demo", help=text, description=f"{text[0].upper()}{text[1:]}. Ctrl-C stops it all.")
+    command.set_defaults(run=demo)
+    command.add_argument("--host", default="127.0.0.1", help="address of the router")
+    command.add_argument("--port", type=int, default=8000, help="port of the router")
+    command.add_argument("--tokens-per-second", type=float, default=40, help="speed of a toy engine, per request")
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    environ: dict[str, str] = dict(os.environ)
+    options: Mapping[str, object] = vars(arguments)
+    for name in ("host", "port", "catalogue", "registry_url"):
+        value = options.get(name)
+        if value is not None:
+            environ[PREFIX + name.upper()] = str(value)
+    return load_settings(environ)
+
+
+def _shown(default: object) -> str:
+    if default is None:
+        return "unset"
+    if isinstance(default, frozenset):
+        return ",".join(map(str, sorted(default))) or "none"
+    return os.path.basename(default) if isinstance(default, os.PathLike) else str(default)

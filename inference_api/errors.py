@@ -1,0 +1,178 @@
+"""Every error the router itself can answer with, and the one function that renders it.
+
+RouterError
++-- BadRequest 400            +-- Unauthorized 401        +-- ModelNotFound 404     +-- UnknownURL 404
++-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
++-- InvalidRequest 422        +-- InternalError 500
++-- UpstreamError             an attempt failed and was not, or could not be, repeated
+|   +-- UpstreamReset 502
+|   +-- UpstreamProtocolError 502
+|   +-- UpstreamTimeout 504
++-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- ShuttingDown
+
+ClientGone                    not an answer: nobody is there to read one
+"""
+
+from collections.abc import Sequence
+
+import orjson
+
+from inference_api.models import Outcome, RawHeaders
+
+_SHOWN = 64
+
+
+class ClientGone(Exception):
+    """The client left before the answer was complete."""
+
+
+class RouterError(Exception):
+    """An error with an HTTP status and an OpenAI `type` and `code`; the message is shown to the client.
+
+    No message may name a backend address, a key, or the content of a prompt.
+    """
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    outcome = Outcome.REFUSED
+
+    def __init__(self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.headers = list(headers)
+
+
+class _ClientError(RouterError):
+    type = "invalid_request_error"
+
+
+class BadRequest(_ClientError):
+    status, code = 400, "bad_request"
+
+
+class InvalidJSON(_ClientError):
+    status, code = 400, "invalid_json"
+
+
+class ModelNotFound(_ClientError):
+    status, code = 404, "model_not_found"
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        listed = f" Known models: {', '.join(known)}." if 0 < len(known) <= 10 else " GET /v1/models lists them."
+        super().__init__(f"The model {printable(name)!r} does not exist.{listed}", param="model")
+
+
+class UnknownURL(_ClientError):
+    status, code = 404, "unknown_url"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(
+            f"Unknown request URL: {printable(method)} {printable(path)}. See GET /v1/models to begin with."
+        )
+
+
+class MethodNotAllowed(_ClientError):
+    status, code = 405, "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allow: str) -> None:
+        message = f"{printable(method)} is not allowed on {printable(path)}; use {allow}."
+        super().__init__(message, headers=[(b"allow", allow.encode())])
+
+
+class TooLarge(_ClientError):
+    status, code = 413, "request_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request body is larger than the limit of {limit} bytes.")
+
+
+class UnsupportedMediaType(_ClientError):
+    status, code = 415, "unsupported_media_type"
+
+
+class InvalidRequest(_ClientError):
+    status, code = 422, "validation_error"
+
+
+class InternalError(RouterError):
+    outcome = Outcome.INTERNAL_ERROR
+
+    def __init__(self) -> None:
+        super().__init__("The router failed to handle this request. Its log has the details under this request id.")
+
+
+class UpstreamError(RouterError):
+    """No usable answer came from the model's backends; `outcome` says how the last attempt ended."""
+
+    status = 502
+
+    def __init__(self, message: str, outcome: Outcome, *, final: bool = False) -> None:
+        # `final`: every replica was tried, or a repetition would cost as much again; tell the SDK not to.
+        super().__init__(message, headers=[(b"x-should-retry", b"false")] if final else [])
+        self.outcome = outcome
+
+
+class UpstreamReset(UpstreamError):
+    code = "upstream_reset"
+
+
+class UpstreamProtocolError(UpstreamError):
+    code = "upstream_protocol_error"
+
+
+class UpstreamTimeout(UpstreamError):
+    status, code = 504, "upstream_timeout"
+
+
+class _Unavailable(RouterError):
+    status = 503
+
+    def __init__(self, message: str, retry_after: int = 5) -> None:
+        # 1..60: newer SDKs ignore more than 60 (node) or give up at more than 120 (python).
+        super().__init__(message, headers=[(b"retry-after", b"%d" % min(max(retry_after, 1), 60))])
+
+
+class NoBackend(_Unavailable):
+    code, outcome = "no_backend_available", Outcome.NO_BACKEND
+
+    def __init__(self, model: str, retry_after: int = 5) -> None:
+        super().__init__(f"No backend of the model {printable(model)!r} can take a request now.", retry_after)
+
+
+class Overloaded(_Unavailable):
+    code, outcome = "overloaded", Outcome.SHED
+
+
+class ShuttingDown(_Unavailable):
+    code, outcome = "shutting_down", Outcome.SHED
+
+    def __init__(self) -> None:
+        super().__init__("This router is shutting down; the next one takes over.", retry_after=1)
+
+
+def printable(text: str) -> str:
+    """At most 64 characters of what a client sent, without control characters, for use in a message."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[: _SHOWN + 1])
+    return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+
+
+def render(error: RouterError, request_id: str) -> tuple[int, RawHeaders, bytes]:
+    """(status, headers, body) of an error answer in the OpenAI envelope, with every key present."""
+    detail = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    body = orjson.dumps({"error": detail, "request_id": request_id})
+    headers: RawHeaders = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id.encode()),
+        *error.headers,
+    ]
+    return error.status, headers, body
+
+
+def error_event(code: str, message: str) -> bytes:
+    """One SSE event that the OpenAI chat, OpenAI responses and Anthropic clients all raise on."""
+    inner = {"message": message, "type": "server_error", "param": None, "code": code}
+    outer = {"type": "error", "code": code, "message": message, "param": None, "error": inner}
+    return b"event: error\ndata: " + orjson.dumps(outer) + b"\n\n"

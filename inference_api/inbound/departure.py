@@ -1,0 +1,60 @@
+"""Notices a client that leaves while its request is worked on, without a task of its own.
+
+A server tells of it only through `receive`, which suspends until there is something to tell. So `receive` is stepped by
+hand: once to where it suspends, and again when what it waits for has come. A task would cost 10 us per request; this
+costs 2 (docs/adr/0002). It relies on `receive` waiting for a plain future, as uvicorn's does.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any
+
+from starlette.types import Receive
+
+
+class Departure:
+    """While entered, cancels the task it was entered in when the client leaves; `gone` then says why."""
+
+    __slots__ = ("_receive", "_receiving", "_task", "_waits_for", "gone")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._task: asyncio.Task[Any] | None = None
+        self._receiving: Coroutine[Any, Any, Any] | None = None
+        self._waits_for: asyncio.Future[Any] | None = None
+        self.gone = False
+
+    def __enter__(self) -> "Departure":
+        self._task = asyncio.current_task()
+        self._receiving = self._receive()  # type: ignore[assignment]
+        self._step(None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._task = None
+        receiving, self._receiving = self._receiving, None
+        if self._waits_for is not None:
+            self._waits_for.remove_done_callback(self._step)
+        if receiving is not None:
+            receiving.close()
+
+    def _step(self, _: asyncio.Future[Any] | None) -> None:
+        if self._receiving is None:
+            return  # left after this call had been scheduled
+        try:
+            waits_for = self._receiving.send(None)
+        except StopIteration as stop:
+            self._receiving = self._waits_for = None
+            self._told(stop.value)
+            return
+        waits_for._asyncio_future_blocking = False
+        self._waits_for = waits_for
+        waits_for.add_done_callback(self._step)
+
+    def _told(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.disconnect" and self._task is not None:
+            self.gone = True
+            self._task.cancel()

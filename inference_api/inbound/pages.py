@@ -1,0 +1,142 @@
+"""The routes that the router answers itself: models, probes, metrics; and its answers to everything else."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inference_api.errors import InternalError, MethodNotAllowed, RouterError, UnknownURL, render
+from inference_api.inbound import wire
+from inference_api.models import Outcome
+from inference_api.observe.observation import Observer
+from inference_api.outbound.headers import read_request
+from inference_api.routing.backend import Fleet, Model
+from inference_api.routing.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+
+class Models:
+    """GET /v1/models and /v1/models/{id}. The list is rendered once per change of the fleet."""
+
+    def __init__(self, fleet: Fleet, resolve: Callable[[str], Model]) -> None:
+        self._fleet = fleet
+        self._resolve = resolve
+        self._version = -1
+        self._rendered = b""
+
+    async def list_all(self, request: Request) -> Response:
+        if self._version != self._fleet.version:
+            self._version = self._fleet.version
+            self._rendered = wire.model_list(self._fleet.models.values())
+        return Response(self._rendered, media_type="application/json")
+
+    async def retrieve(self, request: Request) -> Response:
+        model = self._resolve(request.path_params["model"])
+        return Response(wire.json_bytes(wire.model_card(model)), media_type="application/json")
+
+    def routes(self) -> list[Route]:
+        return [Route("/v1/models", self.list_all), Route("/v1/models/{model:path}", self.retrieve)]
+
+
+class Probes:
+    """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers."""
+
+    def __init__(self, registry: Registry, collectors: CollectorRegistry) -> None:
+        self._registry = registry
+        self._collectors = collectors
+        self.state = "starting"
+
+    async def healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        status = self._registry.status()
+        body = {"status": self.state, "catalogue": status.source, "models": status.models}
+        return JSONResponse(body, 200 if self.state == "ready" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoder(self._collectors), headers={"content-type": content_type})
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/healthz", self.healthz),
+            Route("/readyz", self.readyz),
+            Route("/metrics", self.metrics),
+        ]
+
+
+class Observed:
+    """ASGI layer of these routes: a request id on every answer, and a count and a line for all but the probes."""
+
+    def __init__(self, app: ASGIApp, observer: Observer, mint_id: Callable[[], str]) -> None:
+        self._app = app
+        self._observer = observer
+        self._mint_id = mint_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        seen = self._observer.begin("models" if path.startswith("/v1/models") else "other")
+        seen.request_id = read_request(scope["headers"], frozenset(), self._mint_id).request_id
+        scope["inference_api.request_id"] = seen.request_id
+
+        async def observed_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen.start(message["status"], [])
+                named = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                message["headers"] = [*named, (b"x-request-id", seen.request_id.encode())]
+            else:
+                seen.chunk(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed_send)
+        finally:
+            if path not in ("/healthz", "/readyz", "/metrics"):
+                seen.end(Outcome.OK if seen.status < 400 else Outcome.REFUSED)
+
+
+def create_pages(
+    routes: list[Route],
+    lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
+) -> Starlette:
+    """The Starlette app of these routes; every error of it is in the OpenAI envelope."""
+    handlers: dict[Any, Any] = {HTTPException: _http_error, RouterError: _router_error, Exception: _unexpected}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _http_error(request: Request, exc: HTTPException) -> Response:
+    if exc.status_code == 405:
+        allow = (exc.headers or {}).get("Allow", "GET")
+        return _error(request, MethodNotAllowed(request.method, request.scope["path"], allow))
+    return _error(request, UnknownURL(request.method, request.scope["path"]))
+
+
+async def _router_error(request: Request, exc: RouterError) -> Response:
+    return _error(request, exc)
+
+
+async def _unexpected(request: Request, exc: Exception) -> Response:
+    return _error(request, InternalError())
+
+
+def _error(request: Request, error: RouterError) -> Response:
+    status, headers, body = render(error, request.scope.get("inference_api.request_id", ""))
+    response = Response(body, status)
+    response.raw_headers = headers
+    return response

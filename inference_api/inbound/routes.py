@@ -1,0 +1,160 @@
+"""The HTTP surface: an allow-list of routes, and what happens on each. Nothing that is not here reaches a backend."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from starlette.types import ASGIApp, Receive, Scope
+from starlette.types import Send as ASGISend
+
+from inference_api.errors import ClientGone, InternalError, Overloaded, RouterError, TooLarge, render
+from inference_api.inbound import wire
+from inference_api.inbound.departure import Departure
+from inference_api.models import Outcome, Route, Send, Tap
+from inference_api.observe.observation import Observation, Observer
+from inference_api.outbound.headers import read_request
+from inference_api.outbound.relay import Relay
+from inference_api.routing.backend import Model
+
+logger = logging.getLogger(__name__)
+
+_CHAT = wire.json_parser(wire.Chat)
+_EMBEDDING = wire.json_parser(wire.Embedding, one_of=("input", "messages"))
+_RERANK = wire.json_parser(wire.Rerank)
+_SCORE = wire.json_parser(wire.Named)
+_TOKENIZE = wire.json_parser(wire.Tokenize, one_of=("prompt", "messages"))
+_RESPONSE_ENDS = (b"response.completed", b"response.incomplete", b"response.failed")
+
+INFERENCE_ROUTES = (
+    Route("/v1/chat/completions", "chat_completions", _CHAT, end_marks=(b"[DONE]",)),
+    Route("/v1/completions", "completions", wire.json_parser(wire.Completion), end_marks=(b"[DONE]",)),
+    Route("/v1/embeddings", "embeddings", _EMBEDDING),
+    # May store what it made: never sent twice.
+    Route("/v1/responses", "responses", wire.json_parser(wire.Responses), repeatable=False, end_marks=_RESPONSE_ENDS),
+    Route("/v1/messages", "messages", _CHAT, end_marks=(b"message_stop",)),
+    Route("/v1/messages/count_tokens", "count_tokens", _CHAT),
+    Route("/v1/rerank", "rerank", _RERANK),
+    Route("/rerank", "rerank", _RERANK),
+    Route("/v1/score", "score", _SCORE),
+    Route("/score", "score", _SCORE),
+    Route("/tokenize", "tokenize", _TOKENIZE),
+    Route("/detokenize", "detokenize", wire.json_parser(wire.Detokenize)),
+    Route("/v1/audio/transcriptions", "transcriptions", _SCORE, multipart=True),
+    Route("/v1/audio/translations", "translations", _SCORE, multipart=True),
+)
+
+
+class Gate(NamedTuple):
+    """What a request needs from the rest of the router, and the limits that hold before it has a model."""
+
+    observer: Observer
+    resolve: Callable[[str], Model]
+    send: Send
+    mint_id: Callable[[], str]
+    taps: Callable[[Observation], Sequence[Tap]] = lambda seen: (seen,)
+    forward_headers: frozenset[bytes] = frozenset()
+    max_body: int = 32 * 1024 * 1024
+    max_in_flight: int = 1000
+    write_stall: float = 60.0
+
+
+class Inference:
+    """POST on an inference route, from the request head to the end of the answer."""
+
+    def __init__(self, route: Route, gate: Gate, load: "Load") -> None:
+        self.route = route
+        self._gate = gate
+        self._load = load
+
+    async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
+        gate = self._gate
+        seen = gate.observer.begin(self.route.label)
+        departure = Departure(receive)
+        relay: Relay | None = None
+        outcome = Outcome.INTERNAL_ERROR
+        self._load.in_flight += 1
+        try:
+            inbound = read_request(scope["headers"], gate.forward_headers, gate.mint_id)
+            seen.request_id = inbound.request_id
+            body = await wire.read_body(receive, inbound, gate.max_body)
+            call = wire.read_call(self.route, inbound, body, scope["query_string"])
+            seen.stream = call.stream
+            model = gate.resolve(call.model)
+            self._admit(model)
+            seen.resolved(model)
+            with departure:
+                reply = await gate.send(call, model)
+                seen.answered(reply)
+                relay = Relay(reply, call, gate.taps(seen), gate.write_stall)
+                outcome = await relay(send)
+            seen.finished(relay)
+        except RouterError as error:
+            outcome = await refuse(error, seen, send)
+        except ClientGone:
+            outcome = Outcome.CLIENT_GONE
+        except asyncio.CancelledError:
+            outcome = Outcome.OK if relay is not None and relay.ended else Outcome.CLIENT_GONE
+            if not departure.gone:
+                raise
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            seen.finished(relay)
+        except Exception:
+            logger.exception("a request failed", extra={"fields": {"request_id": seen.request_id}})
+            if relay is None or not relay.started:
+                outcome = await refuse(InternalError(), seen, send)
+        finally:
+            self._load.in_flight -= 1
+            seen.end(outcome)
+
+    def _admit(self, model: Model) -> None:
+        limit = model.entry.max_in_flight
+        if self._load.in_flight > self._gate.max_in_flight:
+            raise Overloaded("The router has as many requests in flight as it takes.", retry_after=1)
+        if limit is not None and model.in_flight >= limit:
+            raise Overloaded(f"The model {model.name!r} has as many requests in flight as it takes.", retry_after=1)
+
+
+class Load:
+    """How many inference requests the process has in flight."""
+
+    __slots__ = ("in_flight",)
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+
+
+class Surface:
+    """The ASGI app. An inference route is one dictionary look-up away; everything else goes through `others`."""
+
+    def __init__(self, inference: Mapping[str, ASGIApp], others: ASGIApp) -> None:
+        self._inference = inference
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
+        if scope["type"] == "http":
+            endpoint = self._inference.get(scope["path"])
+            if endpoint is None:
+                scope["path"] = normal_path(scope["path"])
+                endpoint = self._inference.get(scope["path"])
+            if endpoint is not None and scope["method"] == "POST":
+                await endpoint(scope, receive, send)
+                return
+        await self._others(scope, receive, send)
+
+
+def normal_path(path: str) -> str:
+    """Without doubled or trailing slashes: base_urls often end in one, and a redirect would lose the body."""
+    return "/" + "/".join(part for part in path.split("/") if part)
+
+
+async def refuse(error: RouterError, seen: Observation, send: ASGISend) -> Outcome:
+    """Answer with an error of the router's own."""
+    status, headers, body = render(error, seen.request_id)
+    if isinstance(error, TooLarge):
+        # The rest of the body is still to come; nothing after it on this connection could be told from it.
+        headers.append((b"connection", b"close"))
+    seen.status, seen.code = status, error.code
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+    return error.outcome

@@ -1,0 +1,96 @@
+"""uvicorn, set up for a router: our sockets and log, no proxy headers, no WebSockets; probes on their own thread."""
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from inference_api.settings import PREFIX, Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+# As many connections as may wait while the loop is busy with a burst.
+_BACKLOG = 2048
+
+
+def run_server(app: ASGIApp, ops: ASGIApp, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.port, "PORT")))
+        if settings.ops_port is not None:
+            ops_listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.ops_port, "OPS_PORT")))
+            stack.enter_context(ops_thread(ops, ops_listener))
+        server = Server(server_config(app, settings))
+        logger.info("serving", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
+        server.run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, but SIGTERM and SIGINT are requests to stop, not a way to die: the exit code is 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Whoever can reach the port could claim any address; nothing here trusts one.
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=int(settings.keepalive_timeout),
+        timeout_graceful_shutdown=int(settings.drain_timeout),
+    )
+
+
+def listen(host: str, port: int, variable: str) -> socket.socket:
+    """A bound socket. Raises SettingsError naming the variable and what to do."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        reason = exc.strerror or str(exc)
+        name = PREFIX + variable
+        message = f"{name}={port}: cannot listen on {host}:{port} ({reason}); set {name} to a free port"
+        raise SettingsError(message) from None
+    listener.listen(_BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+@contextlib.contextmanager
+def ops_thread(ops: ASGIApp, listener: socket.socket) -> Iterator[None]:
+    """Serve probes and metrics from a thread with an event loop of its own, so that they never wait behind traffic."""
+    config = uvicorn.Config(ops, lifespan="off", log_config=None, access_log=False, ws="none", loop="asyncio")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="ops", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(timeout=5)

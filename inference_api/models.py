@@ -1,0 +1,116 @@
+"""The values that travel through the stages: Route, Call, Model, Reply, and the one Outcome that all accounts share."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import httpx
+
+if TYPE_CHECKING:
+    from inference_api.routing.backend import Backend, Model
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+
+class Outcome(StrEnum):
+    """How an attempt, or a whole request, ended; metrics, breaker, retry and log speak of nothing else."""
+
+    OK = "ok"
+    CLIENT_GONE = "client_gone"
+    UPSTREAM_4XX = "upstream_4xx"
+    UPSTREAM_5XX = "upstream_5xx"
+    CONNECT_FAILED = "connect_failed"
+    RESET = "reset"
+    PROTOCOL_ERROR = "protocol_error"
+    FIRST_BYTE_TIMEOUT = "first_byte_timeout"
+    IDLE_TIMEOUT = "idle_timeout"
+    TOTAL_TIMEOUT = "total_timeout"
+    TRUNCATED = "truncated"
+    ERROR_EVENT = "error_event"
+    SHED = "shed"
+    NO_BACKEND = "no_backend"
+    # The request never reached a backend: it was refused as invalid, or the router itself failed.
+    REFUSED = "refused"
+    INTERNAL_ERROR = "internal_error"
+
+    @classmethod
+    def of_status(cls, status: int) -> "Outcome":
+        if status < 400:
+            return cls.OK
+        return cls.UPSTREAM_4XX if status < 500 else cls.UPSTREAM_5XX
+
+
+class Route(NamedTuple):
+    """One inference route of the HTTP surface; the path is the same for the client and for the backend."""
+
+    path: str
+    label: str
+    # From a JSON body to the fields the router reads; raises RouterError.
+    parse: Callable[[bytes], Mapping[str, Any]]
+    multipart: bool = False
+    # A second execution costs GPU time and nothing else, so a silent reset may be tried once more.
+    repeatable: bool = True
+    # What the last event of a complete stream says; () when the route has no such mark.
+    end_marks: tuple[bytes, ...] = ()
+
+
+class Call(NamedTuple):
+    """A parsed request: what the client asked for, and the bytes and headers that go to the backend."""
+
+    route: Route
+    model: str
+    stream: bool
+    body: bytes
+    headers: RawHeaders
+    request_id: str
+    query: bytes = b""
+    fields: Mapping[str, Any] = {}
+    session_id: str | None = None
+    authorization: bytes | None = None
+
+
+class Reply:
+    """An open answer of a backend. Whoever does not return it closes it; closing twice is closing once."""
+
+    __slots__ = ("_on_end", "attempts", "backend", "headers", "status", "stream")
+
+    def __init__(
+        self,
+        status: int,
+        headers: RawHeaders,
+        stream: httpx.AsyncByteStream,
+        backend: "Backend",
+        on_end: Callable[["Backend", Outcome], None],
+        attempts: int = 1,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.stream = stream
+        self.backend = backend
+        self.attempts = attempts
+        self._on_end: Callable[[Backend, Outcome], None] | None = on_end
+
+    async def aclose(self, outcome: Outcome) -> None:
+        """End the exchange with the backend: its in-flight count falls here and nowhere else."""
+        on_end, self._on_end = self._on_end, None
+        if on_end is None:
+            return
+        on_end(self.backend, outcome)
+        await self.stream.aclose()
+
+    def __repr__(self) -> str:
+        return f"<Reply {self.status} from {self.backend.label}{'' if self._on_end else ' closed'}>"
+
+
+class Send(Protocol):
+    """The outbound seam: what takes a Call to a Reply. A layer wraps one Send into another."""
+
+    def __call__(self, call: Call, model: "Model") -> Awaitable[Reply]: ...
+
+
+class Tap(Protocol):
+    """Sees an answer on its way to the client; synchronous, must not raise, must not keep the bytes."""
+
+    def start(self, status: int, headers: RawHeaders) -> None: ...
+    def chunk(self, data: bytes) -> None: ...
+    def end(self, outcome: Outcome) -> None: ...

@@ -1,0 +1,120 @@
+"""Logging to stdout: one JSON object per line, or aligned text on a terminal; and the access line of every request.
+
+Access lines are rendered at once but written together, at most 50 ms later: a system call per request would cost more
+than the line itself. Anything else that is logged is written immediately, after the lines that came before it.
+"""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import orjson
+
+_FLUSH_AFTER = 0.05
+_FLUSH_AT = 32 * 1024
+# uvicorn's complaint about a response that was left open. We leave it open when a stream broke, and say so ourselves.
+_LEFT_OPEN = "ASGI callable returned without completing response."
+
+Fields = dict[str, Any]
+
+
+class LogWriter:
+    """Collects rendered lines and writes them to a text stream."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._lines: list[str] = []
+        self._size = 0
+        self._due: asyncio.TimerHandle | None = None
+
+    def later(self, line: str) -> None:
+        self._lines.append(line)
+        self._size += len(line)
+        if self._size > _FLUSH_AT:
+            self.flush()
+        elif self._due is None:
+            self._due = asyncio.get_running_loop().call_later(_FLUSH_AFTER, self.flush)
+
+    def now(self, line: str) -> None:
+        self._lines.append(line)
+        self.flush()
+
+    def flush(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        lines, self._lines, self._size = self._lines, [], 0
+        if lines:
+            self._stream.write("\n".join(lines) + "\n")
+            self._stream.flush()
+
+
+class AccessLog:
+    """One line per request, at level info."""
+
+    def __init__(self, writer: LogWriter, log_format: str, clock: Callable[[], float] = time.time) -> None:
+        self._writer = writer
+        self._render = render_json if log_format == "json" else render_console
+        self._clock = clock
+
+    def __call__(self, fields: Fields) -> None:
+        self._writer.later(self._render(self._clock(), "info", "request", fields))
+
+
+class _Handler(logging.Handler):
+    """Puts records of the logging module into the same lines; `extra={"fields": {...}}` adds to them."""
+
+    def __init__(self, writer: LogWriter, log_format: str) -> None:
+        super().__init__()
+        self._writer = writer
+        self._render = render_json if log_format == "json" else render_console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            fields = {"logger": record.name, **getattr(record, "fields", {})}
+            if record.exc_info and record.exc_info[1] is not None:
+                fields["exception"] = logging.Formatter().formatException(record.exc_info)
+            self._writer.now(self._render(record.created, record.levelname.lower(), record.getMessage(), fields))
+        except Exception:
+            self.handleError(record)
+
+
+def render_json(now: float, level: str, event: str, fields: Fields) -> str:
+    line = {"time": _timestamp(now), "level": level, "event": event, **fields}
+    return orjson.dumps(line, default=str).decode()
+
+
+def render_console(now: float, level: str, event: str, fields: Fields) -> str:
+    told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    text = f"{_timestamp(now)[11:23]} {level:<7} {event} {told}".rstrip()
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def configure_logging(level: str, log_format: str | None, stream: TextIO | None = None) -> AccessLog | None:
+    """Send the logging module here; the access log, or None at a level above info."""
+    writer = LogWriter(stream)
+    log_format = log_format or ("console" if (stream or sys.stdout).isatty() else "json")
+    root = logging.getLogger()
+    root.handlers[:] = [_Handler(writer, log_format)]
+    root.setLevel(level.upper())
+    server = logging.getLogger("uvicorn.error")
+    server.setLevel(max(root.level, logging.WARNING))
+    server.addFilter(lambda record: record.msg != _LEFT_OPEN)
+    # They log request URLs and headers, at info and at debug.
+    for name in ("httpx", "httpcore", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return AccessLog(writer, log_format) if root.level <= logging.INFO else None
+
+
+_second = ("", -1)
+
+
+def _timestamp(now: float) -> str:
+    global _second
+    whole = int(now)
+    if _second[1] != whole:
+        _second = (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)), whole)
+    return f"{_second[0]}.{int((now - whole) * 1000):03d}Z"

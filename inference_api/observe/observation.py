@@ -1,0 +1,155 @@
+"""What is noted about one request from its head to the end of its answer: the tap that feeds metrics and access log."""
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from inference_api.models import Outcome, RawHeaders, Reply
+from inference_api.observe.log import Fields
+from inference_api.observe.metrics import Metrics
+from inference_api.outbound.relay import Relay
+from inference_api.routing.backend import Model
+
+
+class Observer:
+    """Makes the Observation of each request; holds what they all write to."""
+
+    def __init__(
+        self, metrics: Metrics, access_log: Callable[[Fields], None] | None, clock: Callable[[], float] = perf_counter
+    ) -> None:
+        self.metrics = metrics
+        self.access_log = access_log
+        self.clock = clock
+
+    def begin(self, route: str) -> "Observation":
+        return Observation(self, route)
+
+
+class Observation:
+    """A Tap. Times are seconds of a monotonic clock; `end` counts and logs, once."""
+
+    __slots__ = (
+        "_began",
+        "_first",
+        "_model",
+        "_observer",
+        "attempts",
+        "backend",
+        "body_bytes",
+        "code",
+        "events",
+        "model_name",
+        "request_id",
+        "route",
+        "status",
+        "stream",
+        "usage",
+    )  # fmt: skip
+
+    def __init__(self, observer: Observer, route: str) -> None:
+        self._observer = observer
+        self._began = observer.clock()
+        self._first = 0.0
+        self._model: Model | None = None
+        self.route = route
+        self.request_id = ""
+        # Only names of the catalogue become labels, so that clients cannot make series.
+        self.model_name = "unknown"
+        self.stream = False
+        self.status = 0
+        self.code: str | None = None
+        self.backend: str | None = None
+        self.attempts = 0
+        self.body_bytes = 0
+        self.events = 0
+        self.usage: dict[str, Any] | None = None
+
+    def resolved(self, model: Model) -> None:
+        """The request is now one of this model's."""
+        self._model = model
+        self.model_name = model.name
+        model.in_flight += 1
+        self._observer.metrics.overhead(self.route, self._observer.clock() - self._began)
+
+    def answered(self, reply: Reply) -> None:
+        """A backend has answered; what follows is its body."""
+        self.backend = reply.backend.label
+        self.attempts = reply.attempts
+
+    def finished(self, relay: Relay | None) -> None:
+        """Take from the relay what only a look at the whole answer could tell."""
+        if relay is not None:
+            self.usage = relay.usage()
+            self.events = relay.streamed_events
+
+    # Tap
+
+    def start(self, status: int, headers: RawHeaders) -> None:
+        self.status = status
+
+    def chunk(self, data: bytes) -> None:
+        if not self._first:
+            self._first = self._observer.clock()
+        self.body_bytes += len(data)
+
+    def end(self, outcome: Outcome) -> None:
+        if self._model is not None:
+            self._model.in_flight -= 1
+            self._model = None
+        took = self._observer.clock() - self._began
+        # 499 is nginx's word for a client that did not wait; the client itself never sees it.
+        status = 499 if outcome is Outcome.CLIENT_GONE else self.status
+        metrics = self._observer.metrics
+        metrics.request(self.model_name, self.route, status, self.stream, took)
+        first = self._first - self._began if self._first and self.stream else None
+        if first is not None and self.status < 300:
+            metrics.first_token(self.model_name, self.route, first)
+            metrics.stream_ended(self.model_name, outcome)
+        tokens = self._count_tokens(took, first)
+        if self._observer.access_log is not None:
+            self._observer.access_log(self._line(outcome, status, took, first, tokens))
+
+    def _count_tokens(self, took: float, first: float | None) -> tuple[int | None, int | None]:
+        metrics, usage = self._observer.metrics, self.usage
+        if usage is None:
+            if self.events:
+                metrics.tokens(self.model_name, "output_estimate", self.events)
+            return None, None
+        # OpenAI's names, then those of the Responses and Messages APIs.
+        prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
+        completion = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+        if prompt:
+            metrics.tokens(self.model_name, "input", prompt)
+        if completion:
+            metrics.tokens(self.model_name, "output", completion)
+            if first is not None and completion > 1:
+                metrics.per_token(self.model_name, self.route, (took - first) / (completion - 1))
+        return prompt, completion
+
+    def _line(
+        self, outcome: Outcome, status: int, took: float, first: float | None, tokens: tuple[int | None, int | None]
+    ) -> Fields:
+        line = {
+            "request_id": self.request_id,
+            "route": self.route,
+            "model": self.model_name,
+            "backend": self.backend,
+            "status": status,
+            "outcome": outcome.value,
+            "attempts": self.attempts,
+            "stream": self.stream,
+            "latency_ms": round(took * 1000, 2),
+            "ttft_ms": None if first is None else round(first * 1000, 2),
+            "prompt_tokens": tokens[0],
+            "completion_tokens": tokens[1],
+            "bytes": self.body_bytes,
+        }
+        if self.code is not None:
+            line["code"] = self.code
+        if self.usage is None and self.events:
+            line["events"] = self.events
+        return line
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None

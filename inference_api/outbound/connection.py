@@ -1,0 +1,395 @@
+"""One connection to a replica, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Protocol, cast
+
+import httptools
+import httpx
+
+from inference_api.models import RawHeaders
+
+# 64 KiB: nginx allows 4-8 KiB, Envoy 60 KiB; an engine's head is below 1 KiB.
+MAX_HEAD = 64 * 1024
+# What may wait in memory for a reader that pulls.
+HIGH_WATER = 64 * 1024
+# From here on joining head and body would copy more than a second buffer costs.
+_JOIN = 16 * 1024
+
+
+class Disconnected(httpx.ReadError):
+    """The connection ended before the response did."""
+
+    def __init__(self, message: str, *, received: int, reused: bool) -> None:
+        super().__init__(message)
+        self.received = received
+        self.reused = reused
+
+
+class Malformed(httpx.RemoteProtocolError):
+    """The replica did not speak HTTP/1.1."""
+
+
+class FirstByteTimeout(httpx.ReadTimeout):
+    """No response head within `first_byte` seconds."""
+
+
+class IdleTimeout(httpx.ReadTimeout):
+    """No byte of the body for `idle` seconds."""
+
+
+class TotalTimeout(httpx.ReadTimeout):
+    """The `deadline` passed."""
+
+
+class Home(Protocol):
+    """Where a connection lives between two exchanges."""
+
+    def release(self, connection: "Connection") -> None: ...
+    def discard(self, connection: "Connection") -> None: ...
+
+
+class Sink(Protocol):
+    """Takes a response body as it arrives. Called from the event loop, must not raise."""
+
+    def data_received(self, data: bytes, complete: bool) -> None:
+        """Body bytes of one read; `complete`: the message ended with them (they may be empty)."""
+        ...
+
+    def broken(self, error: httpx.TransportError) -> None:
+        """The body ended too early; nothing follows."""
+        ...
+
+
+class ResponseStream(httpx.AsyncByteStream):
+    """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
+
+    def __init__(self, connection: "Connection") -> None:
+        self.connection = connection
+        # Head
+        self.status = 0
+        self.headers: RawHeaders = []
+        self.head: asyncio.Future[None] = connection.loop.create_future()
+        # Body
+        self.pieces: list[bytes] = []
+        self.size = 0
+        self.complete = False
+        self.error: httpx.TransportError | None = None
+        self._sink: Sink | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # Called by the connection
+
+    def deliver(self) -> None:
+        """Hand over what one read brought: to the sink, or to whoever waits for it."""
+        if self._sink is not None:
+            data = self._take()
+            if data or self.complete:
+                self._sink.data_received(data, self.complete)
+            return
+        if self.size > HIGH_WATER and not self.complete:
+            self.connection.pause(self)
+        self._wake()
+
+    def fail(self, error: httpx.TransportError) -> None:
+        self.error = error
+        if not self.head.done():
+            self.head.set_exception(error)
+            # Whoever waited may have been cancelled; the error is then nobody's to retrieve.
+            self.head.exception()
+        elif self._sink is not None:
+            self._sink.broken(error)
+        self._wake()
+
+    # Called by the reader
+
+    def push_to(self, sink: Sink) -> None:
+        """From now on give the body to `sink` as it arrives, beginning with what is here already."""
+        self._sink = sink
+        self.resume()
+        if self.pieces or self.complete:
+            self.deliver()
+        if self.error is not None:
+            sink.broken(self.error)
+
+    def pause(self) -> None:
+        self.connection.pause(self)
+
+    def resume(self) -> None:
+        self.connection.resume(self)
+
+    async def collect(self, limit: int) -> tuple[bytes, bool]:
+        """The body, and True, if it ends within `limit` bytes; else what came so far, and False.
+
+        Raises httpx.TransportError when it breaks off.
+        """
+        while not self.complete and self.size <= limit:
+            await self._arrival()
+        return self._take(), self.complete
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            if self.pieces:
+                data = self._take()
+                self.resume()
+                yield data
+            elif self.complete:
+                return
+            else:
+                await self._arrival()
+
+    async def aclose(self) -> None:
+        """Done with it. If the response had not ended, its connection is closed: the engine stops generating."""
+        self.connection.abandon(self)
+
+    async def _arrival(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.resume()
+        self._waiter = self.connection.loop.create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _take(self) -> bytes:
+        pieces = self.pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self.size = 0
+        return data
+
+
+class Connection(asyncio.Protocol):
+    """One connection to a replica, and at most one response on it at a time.
+
+    Invariant: its home holds it as idle if and only if `stream` is None, its last response ended cleanly, and no byte
+    has come since.
+    """
+
+    def __init__(self, home: Home, loop: asyncio.AbstractEventLoop) -> None:
+        # Connection
+        self.home = home
+        self.loop = loop
+        self.transport: asyncio.Transport | None = None
+        self.parser = httptools.HttpResponseParser(self)
+        self.used = False
+        self.closed = False
+        self.idle_since = 0.0
+        # Exchange
+        self.stream: ResponseStream | None = None
+        self._reused = False
+        self._received = 0
+        self._head_size = 0
+        self._head_done = False
+        self._framed = False
+        self._keep_alive = False
+        self._poisoned = False
+        self._paused = False
+        # Timers: one handle per exchange, moved only when it fires
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_read = 0.0
+        self._idle: float | None = None
+        self._first_byte: float | None = None
+        self._deadline: float | None = None
+
+    # Exchange
+
+    def exchange(self, head: bytes, body: bytes, extensions: dict[str, Any]) -> ResponseStream:
+        """Write a request; the response begins at the returned stream."""
+        transport = self.transport
+        assert transport is not None
+        self._reused, self.used = self.used, True
+        self._received = self._head_size = 0
+        self._head_done = self._framed = self._keep_alive = False
+        stream = self.stream = ResponseStream(self)
+        self._arm(extensions)
+        if len(body) < _JOIN:
+            transport.write(head + body)
+        else:
+            transport.writelines([head, body])
+        return stream
+
+    def abandon(self, stream: ResponseStream) -> None:
+        """Close, if `stream` has not ended: a rest of its body must never meet the next request."""
+        if self.stream is stream:
+            self.stream = None
+            self.close()
+
+    def pause(self, stream: ResponseStream) -> None:
+        if self.stream is stream and not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self, stream: ResponseStream) -> None:
+        if self.stream is stream and self._paused and self.transport is not None:
+            self._paused = False
+            # The reader's pause was not the replica's silence.
+            self._last_read = self.loop.time()
+            self.transport.resume_reading()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._disarm()
+        self.home.discard(self)
+        if self.transport is not None:
+            # Not close(): it would wait for a stuck replica to read the rest of a request.
+            self.transport.abort()
+
+    def fail(self, error: httpx.TransportError) -> None:
+        """Close, and tell whoever reads the response why."""
+        stream, self.stream = self.stream, None
+        self.close()
+        if stream is not None:
+            stream.fail(error)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        stream = self.stream
+        if stream is None:
+            self.close()  # nobody asked
+            return
+        self._received += len(data)
+        self._last_read = self.loop.time()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as exc:
+            if not stream.complete:
+                self.fail(Malformed(f"the replica sent {_reason(exc)}"))
+                return
+            # What followed a complete response was no response; the one we have is good.
+            self._poisoned = True
+        if not self._head_done:
+            if self._received > MAX_HEAD:
+                self.fail(Malformed(f"the replica sent a response head of more than {MAX_HEAD} bytes"))
+            return
+        if stream.complete:
+            self._end_exchange()
+        stream.deliver()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        stream, self.stream = self.stream, None
+        self.close()
+        if stream is None:
+            return
+        if self._head_done and not self._framed and exc is None:
+            # RFC 9112 6.3: without a length, the end of the connection is the end of the body.
+            stream.complete = True
+            stream.deliver()
+        else:
+            message = "the replica closed the connection"
+            stream.fail(Disconnected(message, received=self._received, reused=self._reused))
+
+    # httptools callbacks; what they raise comes out of feed_data as an HttpParserError
+
+    def on_message_begin(self) -> None:
+        if self.stream is None or self.stream.complete:
+            self._poisoned = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._poisoned or self._head_done or self.stream is None:
+            return  # a second message, or trailers
+        self._head_size += len(name) + len(value) + 4
+        if self._head_size > MAX_HEAD:
+            raise ValueError(f"a response head of more than {MAX_HEAD} bytes")
+        name = name.lower()
+        if name == b"content-length" or name == b"transfer-encoding":
+            self._framed = True
+        self.stream.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        stream = self.stream
+        if self._poisoned or stream is None:
+            return
+        status = self.parser.get_status_code()
+        if status == 101 or status < 100 or status > 599:
+            raise ValueError(f"an answer with the status {status}")
+        if status < 200:
+            stream.headers.clear()
+            self._framed = False
+            return
+        stream.status = status
+        self._framed = self._framed or status in (204, 304)
+        self._head_done = True
+        if not stream.head.done():
+            stream.head.set_result(None)
+
+    def on_body(self, body: bytes) -> None:
+        if not self._poisoned and self.stream is not None:
+            self.stream.pieces.append(body)
+            self.stream.size += len(body)
+
+    def on_message_complete(self) -> None:
+        if self._head_done and not self._poisoned and self.stream is not None:
+            self.stream.complete = True
+            self._keep_alive = self.parser.should_keep_alive()
+
+    def _end_exchange(self) -> None:
+        """The response is complete: back home, if no request byte is left to write and no byte too many was read."""
+        self._disarm()
+        self.stream = None
+        transport = self.transport
+        assert transport is not None
+        if self._paused:
+            self._paused = False
+            transport.resume_reading()
+        if self._keep_alive and not self._poisoned and transport.get_write_buffer_size() == 0:
+            self.home.release(self)
+        else:
+            self.close()
+
+    # Timers
+
+    def _arm(self, extensions: dict[str, Any]) -> None:
+        timeout = extensions.get("timeout") or {}
+        now = self._last_read = self.loop.time()
+        first_byte = timeout.get("first_byte")
+        self._first_byte = None if first_byte is None else now + first_byte
+        self._idle = timeout.get("idle")
+        self._deadline = extensions.get("deadline")
+        self._schedule(now)
+
+    def _schedule(self, now: float) -> None:
+        soonest = self._first_byte
+        if self._head_done:
+            # A paused stream waits for its reader, which has a deadline of its own; look again later.
+            since = now if self._paused else self._last_read
+            soonest = None if self._idle is None else since + self._idle
+        if self._deadline is not None and (soonest is None or self._deadline < soonest):
+            soonest = self._deadline
+        self._timer = None if soonest is None else self.loop.call_at(soonest, self._expire)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        # A timer may fire up to a clock tick early.
+        now = self.loop.time()
+        due = now + 0.002
+        if self._deadline is not None and due >= self._deadline:
+            self.fail(TotalTimeout("the answer did not end in time"))
+        elif not self._head_done and self._first_byte is not None and due >= self._first_byte:
+            self.fail(FirstByteTimeout("the replica did not begin to answer in time"))
+        elif self._head_done and not self._paused and self._idle is not None and due >= self._last_read + self._idle:
+            self.fail(IdleTimeout("the replica fell silent"))
+        else:
+            self._schedule(now)
+
+    def __repr__(self) -> str:
+        return f"<Connection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"
+
+
+def _reason(exc: httptools.HttpParserError) -> str:
+    if isinstance(exc.__context__, ValueError):
+        return str(exc.__context__)
+    return f"no valid HTTP/1.1 response ({exc})"

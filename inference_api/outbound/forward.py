@@ -1,0 +1,204 @@
+"""The attempt loop: choose a replica, send, classify what came, and repeat only where that is known to be safe."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import httpx
+
+from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
+from inference_api.outbound.connection import Disconnected, IdleTimeout, TotalTimeout
+from inference_api.outbound.rewrite import form_field, rewrite_json
+from inference_api.outbound.transport import Request
+from inference_api.routing.backend import Backend, Model
+from inference_api.routing.balance import affinity_key
+
+# Which foreign exception is which Outcome; the most specific comes first.
+_OUTCOMES: tuple[tuple[type[Exception], Outcome], ...] = (
+    (httpx.ConnectError, Outcome.CONNECT_FAILED),
+    (httpx.ConnectTimeout, Outcome.CONNECT_FAILED),
+    (TotalTimeout, Outcome.TOTAL_TIMEOUT),
+    (IdleTimeout, Outcome.IDLE_TIMEOUT),
+    (httpx.TimeoutException, Outcome.FIRST_BYTE_TIMEOUT),
+    (httpx.ProtocolError, Outcome.PROTOCOL_ERROR),
+    (httpx.TransportError, Outcome.RESET),
+)
+
+
+class Limits(NamedTuple):
+    """Seconds and counts that hold for one call; a model's own timeouts come first."""
+
+    connect: float = 2.0
+    first_byte: float = 120.0
+    idle: float = 120.0
+    total: float = 590.0
+    stream_total: float = 3600.0
+    attempts: int = 2
+    retry_on_status: frozenset[int] = frozenset({503})
+
+
+class Failure(NamedTuple):
+    """Why an attempt gave no answer, and whether another one may be made."""
+
+    backend: Backend
+    outcome: Outcome
+    repeatable: bool
+    # The connection had been idle and went away; its replica may be as well as ever.
+    stale: bool = False
+
+
+def outcome_of(exc: BaseException) -> Outcome:
+    """The Outcome of a request or a body that ended with `exc`."""
+    for kind, outcome in _OUTCOMES:
+        if isinstance(exc, kind):
+            return outcome
+    return Outcome.CLIENT_GONE
+
+
+def classify(exc: httpx.TransportError, backend: Backend, route: Route) -> Failure:
+    """Whether a failed attempt may be repeated; nothing has gone to the client yet.
+
+    Not connected: the request was never sent. A reused connection that ends without a byte: the replica had closed it
+    before the request came (1,200 of 1,200 in the study behind this). A fresh one that ends without a byte: the replica
+    may have executed the request, so only where a second execution does no harm. Anything else may do harm.
+    """
+    outcome = outcome_of(exc)
+    silent = isinstance(exc, Disconnected) and exc.received == 0
+    stale = isinstance(exc, Disconnected) and silent and exc.reused
+    repeatable = outcome is Outcome.CONNECT_FAILED or stale or (silent and route.repeatable)
+    return Failure(backend, outcome, repeatable, stale)
+
+
+class Forward:
+    """Takes a Call to a Reply. `on_attempt` hears how each attempt ended, at the end of its body."""
+
+    def __init__(
+        self,
+        transport: httpx.AsyncBaseTransport,
+        limits: Limits,
+        on_attempt: Callable[[Backend, Outcome], None] = lambda backend, outcome: None,
+        tokens: Mapping[str, str] = {},
+    ) -> None:
+        self._transport = transport
+        self._limits = limits
+        self._on_attempt = on_attempt
+        self._tokens = tokens
+
+    async def __call__(self, call: Call, model: Model) -> Reply:
+        """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it."""
+        limits = self._limits
+        body = _body(call, model)
+        headers = self._headers(call, model, body)
+        extensions = self._extensions(call, model)
+        key = affinity_key(model.name, call.fields, call.session_id) if model.entry.policy == "prefix_affinity" else ""
+        tried: list[Backend] = []
+        failure: Failure | None = None
+        while len(tried) < limits.attempts:
+            backend = model.policy.choose(model.available, key, tried)
+            if backend is None and failure is not None and failure.stale:
+                backend = failure.backend
+            if backend is None:
+                break
+            tried.append(backend)
+            request = _request(call, backend, headers, body, extensions, len(tried))
+            backend.in_flight += 1
+            try:
+                response = await self._transport.handle_async_request(request)
+            except httpx.TransportError as exc:
+                failure = classify(exc, backend, call.route)
+                self._ended(backend, failure.outcome)
+                if not failure.repeatable:
+                    break
+                continue
+            except BaseException:
+                self._ended(backend, Outcome.CLIENT_GONE)
+                raise
+            reply = Reply(response.status_code, _raw(response), _body_of(response), backend, self._ended, len(tried))
+            if not self._worth_another(reply, model, tried):
+                return reply
+            failure = Failure(backend, Outcome.UPSTREAM_5XX, repeatable=True)
+            await reply.aclose(Outcome.of_status(reply.status))
+        raise _refusal(failure, model, tried)
+
+    def _ended(self, backend: Backend, outcome: Outcome) -> None:
+        backend.in_flight -= 1
+        self._on_attempt(backend, outcome)
+
+    def _worth_another(self, reply: Reply, model: Model, tried: list[Backend]) -> bool:
+        if reply.status not in self._limits.retry_on_status or len(tried) >= self._limits.attempts:
+            return False
+        return any(backend not in tried for backend in model.available)
+
+    def _headers(self, call: Call, model: Model, body: bytes) -> RawHeaders:
+        headers = [(b"accept-encoding", b"identity"), (b"content-length", b"%d" % len(body)), *call.headers]
+        credentials = model.entry.credentials
+        if credentials is not None:
+            if credentials == "passthrough":
+                token = call.authorization
+            else:
+                value = self._tokens.get(credentials.env)
+                token = None if value is None else b"Bearer " + value.encode("latin-1", "ignore")
+            if token is not None:
+                headers.append((b"authorization", token))
+        return headers
+
+    def _extensions(self, call: Call, model: Model) -> dict[str, Any]:
+        limits, own = self._limits, model.entry.timeouts
+        total = limits.stream_total if call.stream else own.total or limits.total
+        return {
+            "timeout": {
+                "connect": own.connect or limits.connect,
+                "first_byte": own.first_byte or limits.first_byte,
+                "idle": own.idle or limits.idle,
+            },
+            "deadline": asyncio.get_running_loop().time() + total,
+        }
+
+
+def _request(
+    call: Call, backend: Backend, headers: RawHeaders, body: bytes, extensions: dict[str, Any], number: int
+) -> Request:
+    # Engines key generations by the request id, so every attempt has one of its own.
+    request_id = f"{call.request_id}-{number}"
+    own = [(b"host", backend.host), (b"x-request-id", request_id.encode()), *headers]
+    target = (backend.base_path + call.route.path).encode()
+    if call.query:
+        target += b"?" + call.query
+    url = backend.url_for(call.route.path)
+    return Request(url, own, body, {**extensions, "origin": backend.url, "target": target, "fresh": number > 1})
+
+
+def _body(call: Call, model: Model) -> bytes:
+    served = model.entry.served_model_name
+    if served is None or served == call.model:
+        return call.body
+    if not call.route.multipart:
+        return rewrite_json(call.body, served)
+    content_type = next((value for name, value in call.headers if name == b"content-type"), b"")
+    span = form_field(call.body, content_type, "model")
+    return call.body if span is None else call.body[: span[0]] + served.encode() + call.body[span[1] :]
+
+
+def _raw(response: httpx.Response) -> RawHeaders:
+    raw = getattr(response, "raw_headers", None)
+    return raw if raw is not None else [(name.lower(), value) for name, value in response.headers.raw]
+
+
+def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:
+    stream = response.stream
+    assert isinstance(stream, httpx.AsyncByteStream)
+    return stream
+
+
+def _refusal(failure: Failure | None, model: Model, tried: list[Backend]) -> RouterError:
+    if failure is None or failure.outcome is Outcome.CONNECT_FAILED:
+        return NoBackend(model.name)
+    outcome = failure.outcome
+    if outcome in (Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT):
+        # A repetition would cost another generation of the same length.
+        return UpstreamTimeout("The model did not answer in time.", outcome, final=True)
+    final = len(set(tried)) >= len(model.available)
+    if outcome is Outcome.PROTOCOL_ERROR:
+        return UpstreamProtocolError("The model's backend gave an answer that is not valid HTTP.", outcome, final=final)
+    return UpstreamReset("The model's backend closed the connection before it answered.", outcome, final=final)

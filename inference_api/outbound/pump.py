@@ -1,0 +1,175 @@
+"""Moves one body from a replica to the client, chunk by chunk: the hot loop of a stream.
+
+What one read of the replica's connection brought is written to the client within the same turn of the event loop,
+and no task wakes for it. The ASGI `send` is a coroutine that suspends only while the client's write buffer is full, so
+it is stepped by hand. Only when it does suspend is the replica's connection paused, and the pump's task woken to see it
+through: back-pressure with at most one read in memory. (docs/adr/0002 has the measurement.)
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
+from typing import Any
+
+import httpx
+from starlette.types import Message, Send
+
+from inference_api.models import Outcome, Tap
+from inference_api.outbound.connection import ResponseStream
+from inference_api.outbound.events import EventTracker
+from inference_api.outbound.forward import outcome_of
+
+
+class Pump:
+    """A Sink that writes to an ASGI `send`. `events` is given for a stream of server-sent events."""
+
+    def __init__(
+        self, send: Send, taps: Sequence[Tap], events: EventTracker | None, status: int, write_stall: float
+    ) -> None:
+        # Configuration
+        self._send = send
+        self._taps = taps
+        self._events = events
+        self._status = status
+        self._write_stall = write_stall
+        # Per body
+        self._outcome: Outcome | None = None
+        self._failure: Exception | None = None
+        self._stalled: _Suspended | None = None
+        self._backlog: deque[tuple[bytes, bool]] = deque()
+        self._turn: asyncio.Future[None] | None = None
+        self._stream: ResponseStream | None = None
+
+    async def run(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes], first: bytes = b"") -> Outcome:
+        """Relay `first` and then the stream to its end; how it ended."""
+        if first:
+            await self.write(self._track(first))
+        try:
+            if isinstance(stream, ResponseStream):
+                await self._push(stream)
+            else:
+                await self._pull(stream)
+        except TimeoutError:
+            return Outcome.CLIENT_GONE
+        finally:
+            if self._stalled is not None:
+                self._stalled.close()
+        assert self._outcome is not None
+        return self._outcome
+
+    async def write(self, data: bytes) -> None:
+        """Write without ending. Raises TimeoutError when the client does not read."""
+        async with asyncio.timeout(self._write_stall):
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    # Pushed: Sink
+
+    def data_received(self, data: bytes, complete: bool) -> None:
+        if self._stalled is not None:
+            self._backlog.append((data, complete))
+            return
+        sending = self._send(self._message(data, complete))
+        try:
+            waits_for = sending.send(None)  # type: ignore[attr-defined]
+        except StopIteration:
+            if complete:
+                self._wake()
+        except Exception as exc:
+            self._failure = exc
+            self._wake()
+        else:
+            self._stalled = _Suspended(sending, waits_for)  # type: ignore[arg-type]
+            if self._stream is not None:
+                self._stream.pause()
+            self._wake()
+
+    def broken(self, error: httpx.TransportError) -> None:
+        self._outcome = outcome_of(error)
+        self._wake()
+
+    async def _push(self, stream: ResponseStream) -> None:
+        loop = asyncio.get_running_loop()
+        self._stream = stream
+        stream.push_to(self)
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._stalled is not None:
+                await self._catch_up(self._stalled)
+                stream.resume()
+            elif self._outcome is not None:
+                return
+            else:
+                self._turn = loop.create_future()
+                await self._turn
+
+    async def _catch_up(self, stalled: "_Suspended") -> None:
+        async with asyncio.timeout(self._write_stall):
+            await stalled
+        while self._backlog:
+            async with asyncio.timeout(self._write_stall):
+                await self._send(self._message(*self._backlog.popleft()))
+        self._stalled = None
+
+    def _wake(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None and not turn.done():
+            turn.set_result(None)
+
+    # Pulled: from any other httpx transport
+
+    async def _pull(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes]) -> None:
+        try:
+            async for data in stream:
+                await self.write(self._track(data))
+        except httpx.TransportError as exc:
+            self._outcome = outcome_of(exc)
+            return
+        await self._send(self._message(b"", True))
+
+    # Both
+
+    def _track(self, data: bytes) -> bytes:
+        if self._events is not None:
+            self._events.feed(data)
+        for tap in self._taps:
+            tap.chunk(data)
+        return data
+
+    def _message(self, data: bytes, complete: bool) -> Message:
+        if data:
+            self._track(data)
+        more = True
+        if complete:
+            self._outcome = self._verdict()
+            # Left open, so that the connection is cut: a stream that stopped early must not look complete.
+            more = self._outcome is Outcome.TRUNCATED
+        return {"type": "http.response.body", "body": data, "more_body": more}
+
+    def _verdict(self) -> Outcome:
+        events = self._events
+        if events is not None and self._status < 300:
+            if events.failed:
+                return Outcome.ERROR_EVENT
+            if not events.complete:
+                return Outcome.TRUNCATED
+        return Outcome.of_status(self._status)
+
+
+class _Suspended:
+    """A coroutine that was started by hand and suspended; awaiting this sees it through in the task that awaits."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        try:
+            yield self._waits_for
+        except BaseException as exc:
+            self._coroutine.throw(exc)
+            raise
+        yield from self._coroutine.__await__()
+
+    def close(self) -> None:
+        self._coroutine.close()

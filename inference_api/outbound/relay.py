@@ -1,0 +1,162 @@
+"""The ASGI response that owns a Reply: it passes the bytes on as they come, feeds the taps, and says how it ended.
+
+The pushing itself, chunk by chunk, is in `pump`; here is what is decided once per answer.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+import orjson
+from starlette.types import Send
+
+from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
+from inference_api.models import Call, Outcome, RawHeaders, Reply, Tap
+from inference_api.outbound.connection import ResponseStream
+from inference_api.outbound.events import EventTracker, find_usage
+from inference_api.outbound.forward import outcome_of
+from inference_api.outbound.headers import returned
+from inference_api.outbound.pump import Pump
+
+# An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
+_HELD = 1 << 20
+# Up to here an answer that claims to be JSON is parsed to see whether it is (2 us per KiB); above, at its ends.
+_PARSED = 1 << 16
+
+# What the client is told in the stream, when the stream stops before its end.
+_BREAKS = {
+    Outcome.RESET: ("upstream_stream_interrupted", "The model's backend closed the connection during the stream."),
+    Outcome.PROTOCOL_ERROR: ("upstream_stream_interrupted", "The model's backend broke the stream."),
+    Outcome.TRUNCATED: ("upstream_stream_truncated", "The stream stopped before the model said that it was complete."),
+    Outcome.IDLE_TIMEOUT: ("upstream_idle_timeout", "The model's backend sent nothing for too long."),
+    Outcome.TOTAL_TIMEOUT: ("upstream_timeout", "The stream took longer than the router allows."),
+}
+
+
+class Relay:
+    """Relays one Reply and closes it.
+
+    `write_stall`: seconds for which a client may not read before it is given up.
+    """
+
+    def __init__(self, reply: Reply, call: Call, taps: Sequence[Tap], write_stall: float = 60.0) -> None:
+        self._reply = reply
+        self._call = call
+        self._taps = taps
+        self._write_stall = write_stall
+        # Per answer
+        self.started = False
+        self._events: EventTracker | None = None
+        self._body = b""
+
+    async def __call__(self, send: Send) -> Outcome:
+        """Relay, and return how it ended. Raises RouterError when nothing went out and the answer was unusable.
+
+        After an outcome that is not an end in the sense of HTTP the response is left incomplete: the caller returns,
+        the server cuts the connection, and no truncated answer looks whole.
+        """
+        reply = self._reply
+        headers = returned(reply.status, reply.headers)
+        kind = next((value.lower() for name, value in headers if name == b"content-type"), b"")
+        outcome = Outcome.CLIENT_GONE
+        try:
+            if kind.startswith(b"text/event-stream"):
+                outcome = await self._stream(send, headers)
+            else:
+                outcome = await self._whole(send, headers, b"json" in kind)
+        except httpx.TransportError as exc:
+            outcome = outcome_of(exc)
+            raise _unusable(outcome) from exc
+        except RouterError:
+            outcome = Outcome.PROTOCOL_ERROR
+            raise
+        finally:
+            if outcome is Outcome.CLIENT_GONE and self.ended:
+                outcome = Outcome.OK
+            await reply.aclose(outcome)
+        return outcome
+
+    @property
+    def ended(self) -> bool:
+        """The last event went out; the synchronous OpenAI SDK hangs up at that point, before the end of the body."""
+        return self._events is not None and self._events.ended
+
+    @property
+    def streamed_events(self) -> int:
+        return 0 if self._events is None else self._events.events
+
+    def usage(self) -> dict[str, Any] | None:
+        """The `usage` object of the answer, if it has one."""
+        return find_usage(self._body) if self._events is None else self._events.usage()
+
+    async def _whole(self, send: Send, headers: RawHeaders, is_json: bool) -> Outcome:
+        """An answer with an end of its own: held until it is complete, if it is not too large for that."""
+        status = self._reply.status
+        body, rest = await _hold(self._reply.stream)
+        if rest is not None:
+            await self._start(send, headers)
+            return await Pump(send, self._taps, None, status, self._write_stall).run(rest, body)
+        if is_json and status == 200 and not _is_json(body):
+            raise UpstreamProtocolError("The model's backend gave an answer that is not JSON.", Outcome.PROTOCOL_ERROR)
+        if status not in (204, 304) and all(name != b"content-length" for name, _ in headers):
+            headers.append((b"content-length", b"%d" % len(body)))
+        self._body = body
+        await self._start(send, headers)
+        for tap in self._taps:
+            tap.chunk(body)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+        return Outcome.of_status(status)
+
+    async def _stream(self, send: Send, headers: RawHeaders) -> Outcome:
+        """Server-sent events: relayed as they come; if they break off at the end of one, one more says so."""
+        events = self._events = EventTracker(self._call.route.end_marks)
+        # Without these nginx and its kin hold events back.
+        headers = [pair for pair in headers if pair[0] not in (b"cache-control", b"x-accel-buffering")]
+        headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        await self._start(send, headers)
+        pump = Pump(send, self._taps, events, self._reply.status, self._write_stall)
+        outcome = await pump.run(self._reply.stream)
+        if outcome in _BREAKS and events.at_boundary:
+            await pump.write(error_event(*_BREAKS[outcome]))
+        return outcome
+
+    async def _start(self, send: Send, headers: RawHeaders) -> None:
+        self.started = True
+        for tap in self._taps:
+            tap.start(self._reply.status, headers)
+        headers.append((b"x-request-id", self._call.request_id.encode()))
+        await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
+
+
+async def _hold(stream: httpx.AsyncByteStream) -> tuple[bytes, AsyncIterator[bytes] | ResponseStream | None]:
+    """The whole body and None; or, of a large one, what has come so far and where the rest will come from."""
+    if isinstance(stream, ResponseStream):
+        body, complete = await stream.collect(_HELD)
+        return body, None if complete else stream
+    chunks, size = [], 0
+    rest = aiter(stream)
+    async for chunk in rest:
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > _HELD:
+            return b"".join(chunks), rest
+    return b"".join(chunks), None
+
+
+def _is_json(body: bytes) -> bool:
+    if len(body) > _PARSED:
+        return body[:64].lstrip()[:1] in (b"{", b"[") and body[-64:].rstrip()[-1:] in (b"}", b"]")
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError:
+        # The engines' encoders may write NaN, which orjson refuses.
+        return b"NaN" in body or b"Infinity" in body
+    return True
+
+
+def _unusable(outcome: Outcome) -> RouterError:
+    if outcome in (Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT, Outcome.FIRST_BYTE_TIMEOUT):
+        return UpstreamTimeout("The model did not finish its answer in time.", outcome, final=True)
+    if outcome is Outcome.PROTOCOL_ERROR:
+        return UpstreamProtocolError("The model's backend gave an answer that is not valid HTTP.", outcome)
+    return UpstreamReset("The model's backend closed the connection in the middle of its answer.", outcome)

@@ -1,0 +1,305 @@
+"""Choose a replica. Four pure policies: in-flight counts, a key and a source of randomness in, a replica out.
+
+What a policy has to precompute for a set of replicas it keeps until it is handed another tuple.
+"""
+
+import random
+from bisect import bisect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from hashlib import blake2b, shake_128
+from itertools import accumulate, cycle, islice
+from math import log
+from operator import attrgetter
+from struct import unpack
+from typing import Any, Generic, Protocol, TypeVar
+
+from inference_api.routing.catalogue import PolicyName
+
+# A full replica may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
+# Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot replicas.
+_BOUND = 1.25
+# Points on the ring for a replica of average weight: its part of the keys is then about 10 % off its share.
+_POINTS = 128
+# From so many replicas on, the total in flight is not counted for every choice, see PrefixAffinity.
+_COUNTED = 32
+# What of a prompt decides on its key: enough to tell conversations apart, little enough to cost microseconds.
+_MAX_CHARS, _MAX_TOKENS, _MAX_MESSAGES, _MAX_PARTS = 1024, 256, 32, 8
+
+
+class Replica(Protocol):
+    """What a policy sees of a backend."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def in_flight(self) -> int: ...
+
+
+R = TypeVar("R", bound=Replica)
+Random = Callable[[], float]
+_in_flight = attrgetter("in_flight")
+
+
+class Policy(Protocol[R]):
+    """Chooses one of `replicas` that is not in `tried`, or None when nothing is left."""
+
+    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
+
+
+def make_policy(name: PolicyName, random: Random = random.random) -> Policy[R]:
+    """A policy with a state of its own: one per model. `random` returns floats in [0, 1)."""
+    return _POLICIES[name](random)
+
+
+class RoundRobin(Generic[R]):
+    """Each in turn, the heavier ones more often, evenly spread."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._replicas: Sequence[R] = ()
+        self._length = 0
+        self._slots: Iterator[R] = iter(())
+
+    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+        if replicas is not self._replicas:
+            self._learn(replicas)
+        if not tried:
+            return next(self._slots, None)
+        return next((replica for replica in islice(self._slots, self._length) if replica not in tried), None)
+
+    def _learn(self, replicas: Sequence[R]) -> None:
+        schedule = _schedule(replicas)
+        # Routers that start together, or see the same replica leave, must not go round in step.
+        start = int(self._random() * len(schedule))
+        self._replicas = replicas
+        self._length = len(schedule)
+        self._slots = cycle(schedule[start:] + schedule[:start])
+
+
+class LeastInFlight(Generic[R]):
+    """The fewest in flight for its weight; a random one of equals, so that the first in the list is not favoured."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+        if tried:
+            replicas = [replica for replica in replicas if replica not in tried]
+        if not replicas:
+            return None
+        loads = [replica.in_flight / replica.weight for replica in replicas]
+        least = min(loads)
+        equals = [replica for replica, load in zip(replicas, loads, strict=True) if load == least]
+        return equals[_draw(_ends(equals), self._random())]
+
+
+class TwoChoices(Generic[R]):
+    """The less loaded of two random ones: nearly as even as the least of all, without looking at all of them."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._replicas: Sequence[R] = ()
+        # Running sums of the weights; None when all weights are equal.
+        self._ends: list[float] | None = None
+
+    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+        if tried:
+            left: TwoChoices[R] = TwoChoices(self._random)
+            return left.choose([replica for replica in replicas if replica not in tried], key)
+        if replicas is not self._replicas:
+            self._replicas, self._ends = replicas, None if _alike(replicas) else _ends(replicas)
+        n = len(replicas)
+        if n < 2:
+            return replicas[0] if n else None
+        if self._ends is not None:
+            return self._choose_weighted(replicas, self._ends)
+        i = int(self._random() * n)
+        j = int(self._random() * (n - 1))
+        first, second = replicas[i], replicas[j + (j >= i)]
+        return first if first.in_flight <= second.in_flight else second
+
+    def _choose_weighted(self, replicas: Sequence[R], ends: list[float]) -> R:
+        i = _draw(ends, self._random())
+        first = replicas[i]
+        # The second comes from what the first leaves, by weight; drawing until they differ could take long.
+        at = self._random() * (ends[-1] - first.weight)
+        if at >= ends[i] - first.weight:
+            at += first.weight
+        j = bisect(ends, at, 0, len(ends) - 1)
+        # Only rounding can bring the first again.
+        second = replicas[j if j != i else i - 1]
+        # (in_flight + 1) / weight: how loaded each would be with this request.
+        lighter = (first.in_flight + 1) * second.weight <= (second.in_flight + 1) * first.weight
+        return first if lighter else second
+
+
+class PrefixAffinity(Generic[R]):
+    """Consistent hashing with bounded loads: equal keys meet the same replica, and so its prefix cache, unless it is
+    full; then the next one on the ring. Routers agree without talking, and a replica that comes or goes moves only
+    its own share of the keys.
+
+    A replica is full with `_BOUND` times its share of all that is in flight, this request included, rounded up. An idle
+    home needs no total. Otherwise it is counted, and from `_COUNTED` replicas on only once in n / `_COUNTED` choices,
+    so that the cost of a choice does not grow with n: capacities are then about `_BOUND / _COUNTED` of a request off.
+    """
+
+    def __init__(self, random: Random) -> None:
+        self._keyless: TwoChoices[R] = TwoChoices(random)
+        self._replicas: Sequence[R] = ()
+        self._points: list[int] = []
+        self._owners: list[R] = []
+        self._weight = 0.0
+        self._total = 0
+        # Choices since the total was counted.
+        self._age = 0
+
+    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+        if replicas is not self._replicas:
+            self._learn(replicas)
+        self._age += 1
+        if not key or not replicas:
+            return self._keyless.choose(replicas, key, tried)
+        digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        owners = self._owners
+        after = bisect(self._points, int.from_bytes(digest, "big"))
+        home = owners[after - len(owners)]
+        if not tried and not home.in_flight:
+            return home
+        slack = _BOUND * (self._count() + 1)
+        # Once around: the negative indices are the ring from the key to its end. At least a fifth of it has room.
+        for i in range(after - len(owners), after):
+            owner = owners[i]
+            # in_flight < ceil(slack * weight / total weight), exact for whole weights.
+            if owner.in_flight * self._weight < slack * owner.weight and owner not in tried:
+                return owner
+        # Only those already tried have room.
+        return self._keyless.choose(replicas, key, tried)
+
+    def _count(self) -> int:
+        if self._age > len(self._replicas) // _COUNTED:
+            self._total = sum(map(_in_flight, self._replicas))
+            self._age = 0
+        return self._total
+
+    def _learn(self, replicas: Sequence[R]) -> None:
+        self._replicas = replicas
+        self._weight = sum(replica.weight for replica in replicas)
+        ring = _ring(replicas, self._weight)
+        self._points = sorted(ring)
+        self._owners = [ring[point] for point in self._points]
+        self._age = len(replicas)
+
+
+_POLICIES: dict[PolicyName, Callable[[Random], Policy[Any]]] = {
+    "round_robin": RoundRobin,
+    "least_in_flight": LeastInFlight,
+    "two_choices": TwoChoices,
+    "prefix_affinity": PrefixAffinity,
+}
+
+
+def affinity_key(model: str, fields: Mapping[str, Any], session_id: str | None) -> str:
+    """Equal for requests that share a prefix: by session, else by the opening of the prompt; "" when there is none.
+
+    The opening of a conversation ends with the first user message, so every turn has the same key. A digest, because
+    keys may be logged and prompts may not.
+    """
+    if session_id:
+        return _digest("session", model, session_id)
+    for name in ("messages", "prompt", "input"):
+        opening = _opening(fields.get(name))
+        if opening:
+            return _digest("prompt", model, *opening)
+    return ""
+
+
+def _opening(value: Any) -> list[str]:
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        return [value[:_MAX_CHARS]] if value else []
+    if not isinstance(value, list) or not value:
+        return []
+    if isinstance(value[0], int):
+        # Not str(): it refuses integers of more than 4300 digits.
+        return [",".join(hex(token) for token in value[:_MAX_TOKENS] if isinstance(token, int))]
+    return _first_exchange(value)
+
+
+def _first_exchange(messages: list[Any]) -> list[str]:
+    said: list[str] = []
+    for message in messages[:_MAX_MESSAGES]:
+        if not isinstance(message, Mapping):
+            continue
+        role, text = message.get("role"), _text(message.get("content"))
+        if text:
+            said += (role if isinstance(role, str) else "", text)
+        if role == "user":
+            break
+    return said
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content[:_MAX_CHARS]
+    if not isinstance(content, list):
+        return ""
+    return "".join(map(_part_text, content[:_MAX_PARTS]))
+
+
+def _part_text(part: Any) -> str:
+    """The text of one part of a content; an image is told by the beginning of its URL, which may hold its data."""
+    if isinstance(part, Mapping):
+        image = part.get("image_url")
+        part = part.get("text") or (image.get("url") if isinstance(image, Mapping) else image)
+    return part[:_MAX_CHARS] if isinstance(part, str) else ""
+
+
+def _digest(*parts: str) -> str:
+    text = "".join(f"{len(part)}:{part}" for part in parts)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _alike(replicas: Sequence[Replica]) -> bool:
+    return len({replica.weight for replica in replicas}) <= 1
+
+
+def _ends(replicas: Sequence[Replica]) -> list[float]:
+    return list(accumulate(replica.weight for replica in replicas))
+
+
+def _draw(ends: list[float], at: float) -> int:
+    """The index that `at`, in [0, 1), falls on when each takes a part as wide as its weight."""
+    return bisect(ends, at * ends[-1], 0, len(ends) - 1)
+
+
+def _schedule(replicas: Sequence[R]) -> list[R]:
+    """One round: everyone at least once, as often as its weight says, at even distances."""
+    if _alike(replicas):
+        return list(replicas)
+    slots = max(1024, 4 * len(replicas))
+    total = sum(replica.weight for replica in replicas)
+    places: list[tuple[float, int]] = []
+    for number, replica in enumerate(replicas):
+        times = max(1, round(slots * replica.weight / total))
+        # Multiples of the golden ratio spread out: replicas of equal weight must not all have their turn together.
+        offset = number * 0.6180339887 % 1
+        places += [((turn + offset) / times, number) for turn in range(times)]
+    return [replicas[number] for _, number in sorted(places)]
+
+
+def _ring(replicas: Sequence[R], total: float) -> dict[int, R]:
+    """Point -> owner. The points follow from the URL alone, so every router finds the same ones in any order.
+
+    Their number goes by weight, in a unit that changes as rarely as can be, because most keys move when it does: the
+    power of 16 next to the mean weight. Beyond 256 replicas it is the next power, to build any ring in milliseconds.
+    """
+    ring: dict[int, R] = {}
+    unit = 16 ** round(log(total / min(len(replicas), 64), 16)) if replicas else 1
+    for replica in replicas:
+        count = max(1, round(_POINTS * replica.weight / unit))
+        # shake_128 is as long as it is asked to be, and a longer one begins with the shorter one.
+        ring |= dict.fromkeys(unpack(f">{count}Q", shake_128(replica.url.encode()).digest(8 * count)), replica)
+    return ring

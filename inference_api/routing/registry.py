@@ -1,0 +1,185 @@
+"""From a model's name to the Model: a registry that is asked in the background, over a static catalogue.
+
+    registry answers      its catalogue is served                               source "registry"
+    it stops answering    its last good catalogue is served, however old        source "stale"
+    it never answered     the static catalogue is served                        source "static"
+
+A request only looks a name up in memory. It never waits for the registry; the start of the process does, 5 s at most.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import httpx
+import orjson
+from cachetools import TTLCache
+
+from inference_api.errors import ModelNotFound
+from inference_api.routing.backend import Fleet, Model
+from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
+
+logger = logging.getLogger(__name__)
+
+_COLD_START = 5.0
+# Beyond this an answer is not a catalogue; 10,000 models are about 3 MB.
+_MAX_BYTES = 64 * 1024 * 1024
+
+
+class RegistryStatus(NamedTuple):
+    """What the registry client says about itself; `last_success` is Unix seconds, 0 for never."""
+
+    source: str
+    models: int
+    last_success: float
+    failures: Mapping[str, int]
+
+
+class RegistryError(Exception):
+    """The registry could not be used this time; `reason` is a short word for metrics."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Registry:
+    """Keeps a Fleet at what the registry says. `refresh`: seconds between two looks, +-20 %.
+
+    `clock` is monotonic seconds, `rand` gives [0, 1).
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        static: Catalogue,
+        client: httpx.AsyncClient | None = None,
+        refresh: float = 15.0,
+        clock: Callable[[], float] = time.monotonic,
+        rand: Callable[[], float] = random.random,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        # Configuration
+        self._fleet = fleet
+        self._client = client
+        self._refresh_every = refresh
+        self._rand = rand
+        self._on_change = on_change
+        # Shared: the catalogue is in the cache for as long as it counts as live
+        self._live: TTLCache[str, Catalogue] = TTLCache(maxsize=1, ttl=2.5 * refresh, timer=clock)
+        self._last_good: Catalogue | None = None
+        self._etag: str | None = None
+        self._empty_once = False
+        self._last_success = 0.0
+        self._failures: Counter[str] = Counter()
+        self._looking: asyncio.Task[None] | None = None
+        self._apply(static, "static catalogue")
+
+    def resolve(self, name: str) -> Model:
+        """The Model of a name or alias. Raises ModelNotFound."""
+        model = self._fleet.by_name.get(name)
+        if model is None:
+            raise ModelNotFound(name, list(self._fleet.models)[:11])
+        return model
+
+    @property
+    def source(self) -> str:
+        if self._last_good is None:
+            return "static"
+        return "registry" if "catalogue" in self._live else "stale"
+
+    def status(self) -> RegistryStatus:
+        return RegistryStatus(self.source, len(self._fleet.models), self._last_success, dict(self._failures))
+
+    async def start(self) -> None:
+        """The first look, before any request is taken; it may fail, the static catalogue is there."""
+        if self._client is None:
+            return
+        try:
+            async with asyncio.timeout(_COLD_START):
+                await self.refresh()
+        except TimeoutError:
+            self._failed(RegistryError("timeout", f"no answer within {_COLD_START:.0f} s of the start"))
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while self._client is not None:
+            await asyncio.sleep(self._refresh_every * (0.8 + 0.4 * self._rand()))
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """One look. Whoever asks while one is under way waits for that one."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        self._looking = None
+
+    async def _look(self) -> None:
+        try:
+            catalogue = await self._fetch()
+        except RegistryError as exc:
+            self._failed(exc)
+            return
+        self._last_success = time.time()
+        if catalogue is not None:
+            if self.source != "registry":
+                logger.info("the registry answers", extra={"fields": {"models": len(catalogue)}})
+            self._live["catalogue"] = catalogue
+            if catalogue is not self._last_good:
+                self._last_good = catalogue
+                self._apply(catalogue, "registry")
+
+    async def _fetch(self) -> Catalogue | None:
+        """The registry's catalogue; the last one when it has not changed; None to keep what there is."""
+        assert self._client is not None
+        headers = {} if self._etag is None else {"if-none-match": self._etag}
+        try:
+            response = await self._client.get("/models", headers=headers)
+        except httpx.TimeoutException as exc:
+            raise RegistryError("timeout", "it did not answer in time") from exc
+        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+            raise RegistryError("connect", f"it cannot be reached ({type(exc).__name__})") from exc
+        if response.status_code == 304 and self._last_good is not None:
+            return self._last_good
+        if response.status_code != 200:
+            raise RegistryError("status", f"it answered with the status {response.status_code}")
+        # 10,000 entries take about 0.2 s to check: not on the event loop.
+        catalogue = await asyncio.to_thread(_read, response.content)
+        if not catalogue and self._last_good and not self._empty_once:
+            # All models gone at once is more often a fault than a wish; believe it the second time.
+            self._empty_once = True
+            logger.warning("the registry lists no models; the last catalogue is kept until it says so again")
+            return None
+        self._empty_once = False
+        self._etag = response.headers.get("etag")
+        return catalogue
+
+    def _failed(self, error: RegistryError) -> None:
+        if not self._failures.total() or self.source == "registry":
+            logger.warning("the registry cannot be used: %s", error, extra={"fields": {"serving": self.source}})
+        self._failures[error.reason] += 1
+
+    def _apply(self, catalogue: Catalogue, source: str) -> None:
+        for problem in catalogue.problems:
+            logger.warning("an entry of the %s is refused: %s", source, problem)
+        self._fleet.update(catalogue)
+        self._on_change()
+
+
+def _read(content: bytes) -> Catalogue:
+    if len(content) > _MAX_BYTES:
+        raise RegistryError("garbage", f"its answer has {len(content)} bytes")
+    try:
+        catalogue = parse_catalogue(orjson.loads(content))
+    except (orjson.JSONDecodeError, CatalogueError) as exc:
+        raise RegistryError("garbage", f"its answer is not a catalogue: {exc}") from exc
+    if catalogue.problems and not catalogue:
+        raise RegistryError("garbage", f"none of its entries can be used, first {catalogue.problems[0]}")
+    return catalogue

@@ -1,0 +1,135 @@
+"""Configuration: INFERENCE_API_* environment variables, read once at start into one frozen object."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from inference_api.outbound.headers import NEVER_FORWARDED
+
+PREFIX = "INFERENCE_API_"
+DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.yaml")
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class SettingsError(ValueError):
+    """The environment cannot be used; one line per variable, each naming it."""
+
+
+class Settings(BaseSettings):
+    """Every setting, by its variable's name without the prefix."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    host: str = Field("127.0.0.1", description="listen address")
+    port: Port = Field(8000, description="listen port")
+    ops_port: Port | None = Field(None, description="/healthz /readyz /metrics on a port and thread of their own")
+    catalogue: Path = Field(DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
+    registry_url: str | None = Field(None, description="base URL of the model registry")
+    registry_refresh: Seconds = Field(15, description="seconds between two looks at the registry")
+    connect_timeout: Seconds = Field(2, description="seconds to connect to a backend")
+    first_byte_timeout: Seconds = Field(120, description="seconds until a backend's response head")
+    idle_timeout: Seconds = Field(120, description="seconds without a byte in a backend's answer")
+    total_timeout: Seconds = Field(590, description="seconds for a JSON answer, all attempts together")
+    stream_timeout: Seconds = Field(3600, description="seconds for a streamed answer")
+    header_timeout: Seconds = Field(10, description="seconds for a client to send its request head")
+    body_timeout: Seconds = Field(60, description="seconds for a client to send its request body")
+    write_stall_timeout: Seconds = Field(60, description="seconds for which a client may not read")
+    keepalive_timeout: Seconds = Field(75, description="seconds an idle client connection is kept")
+    upstream_keepalive: Seconds = Field(3, description="seconds an idle backend connection is kept; vLLM closes at 5")
+    max_body_bytes: Count = Field(32 * 1024 * 1024, description="largest request body")
+    max_in_flight: Count = Field(1000, description="requests in the process at once; more get 503")
+    max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(2, description="attempts per request")
+    retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="retries as a share of in-flight")
+    retry_on_status: Annotated[frozenset[int], NoDecode] = Field(
+        frozenset({503}), description="statuses of a backend that may be retried, of 429 502 503 504"
+    )
+    forward_headers: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(), description="more request headers to pass to backends, comma-separated"
+    )
+    breaker_failures: Count = Field(5, description="consecutive failures that open a backend's circuit")
+    breaker_cooldown: Seconds = Field(60, description="seconds an open circuit waits for its probe")
+    health_interval: Seconds = Field(10, description="seconds between two health probes of a backend")
+    health_timeout: Seconds = Field(5, description="seconds for a health probe")
+    drain_delay: Annotated[float, Field(ge=0)] = Field(0, description="seconds to keep accepting after SIGTERM")
+    drain_timeout: Seconds = Field(570, description="seconds to wait for streams after that")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level to log")
+    log_format: Literal["json", "console"] | None = Field(
+        None, description="json or console; unset: console on a terminal"
+    )
+
+    @field_validator("retry_on_status", "forward_headers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("retry_on_status")
+    @classmethod
+    def _statuses(cls, value: frozenset[int]) -> frozenset[int]:
+        if unsafe := sorted(value - {429, 502, 503, 504}):
+            raise ValueError(f"{unsafe[0]} cannot be retried safely; use some of 429, 502, 503, 504")
+        return value
+
+    @field_validator("forward_headers")
+    @classmethod
+    def _header_names(cls, value: frozenset[str]) -> frozenset[str]:
+        names = frozenset(name.lower() for name in value)
+        for name in sorted(names):
+            if not name.isascii() or not name.replace("-", "").isalnum():
+                raise ValueError(f"{name!r} is not a header name")
+            if name.encode() in NEVER_FORWARDED or name.startswith("x-forwarded-"):
+                raise ValueError(f"{name!r} is the router's own and is never forwarded")
+        return names
+
+    @field_validator("registry_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an http:// or https:// URL")
+        return value.rstrip("/")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *args: Any, **kwargs: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # load_settings has read the environment; no .env files, no secrets directories: what `env` shows is what holds.
+        return (init_settings,)
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and check the environment. Raises SettingsError naming every variable that is unknown or invalid."""
+    environ = os.environ if environ is None else environ
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
+    problems = [_unknown(name, known) for name in sorted(given) if name.upper() not in known]
+    values = {
+        name.upper().removeprefix(PREFIX).lower(): value for name, value in given.items() if name.upper() in known
+    }
+    try:
+        settings = Settings(**values)  # type: ignore[arg-type]
+    except ValidationError as exc:
+        for error in exc.errors(include_url=False, include_context=False, include_input=False):
+            variable = PREFIX + str(error["loc"][0]).upper()
+            reason = error["msg"].removeprefix("Value error, ")
+            problems.append(f"{variable}={environ.get(variable, '')[:80]!r}: {reason}")
+        raise SettingsError("\n".join(problems)) from None
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return settings
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name.upper(), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "`inference-api serve --help` lists the variables"
+    return f"{name}: there is no such setting; {hint}"

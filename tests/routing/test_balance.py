@@ -1,0 +1,312 @@
+"""Every policy keeps one contract; each one keeps its own promise on top; and a conversation keeps its key."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_api.routing.backend import Backend
+from inference_api.routing.balance import Policy, affinity_key, make_policy
+from inference_api.routing.catalogue import PolicyName
+
+NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+every_policy = pytest.mark.parametrize("name", NAMES)
+
+Loads = list[tuple[float, int]]
+loads: st.SearchStrategy[Loads] = st.lists(st.tuples(st.floats(0.001, 1000), st.integers(0, 50)), max_size=40)
+keys = st.text(max_size=20)
+
+
+def replicas_of(*weights: float) -> tuple[Backend, ...]:
+    return tuple(Backend("m", f"http://r{number}:8000", weight) for number, weight in enumerate(weights))
+
+
+def loaded(load: Loads) -> tuple[Backend, ...]:
+    replicas = replicas_of(*(weight for weight, _ in load))
+    for replica, (_, in_flight) in zip(replicas, load, strict=True):
+        replica.in_flight = in_flight
+    return replicas
+
+
+def policy(name: PolicyName, seed: int = 1) -> Policy[Backend]:
+    return make_policy(name, Random(seed).random)
+
+
+def pile(chooser: Policy[Backend], replicas: Sequence[Backend], requests: int) -> list[int]:
+    """How many requests each replica has after `requests` that do not end, each with a key of its own."""
+    for number in range(requests):
+        chosen = chooser.choose(replicas, f"key-{number}")
+        assert chosen is not None
+        chosen.in_flight += 1
+    return [replica.in_flight for replica in replicas]
+
+
+# The contract
+
+
+@given(name=st.sampled_from(NAMES), load=loads, key=keys, seed=st.integers(0, 99))
+def test_each_choice_is_an_untried_replica_until_none_is_left(
+    name: PolicyName, load: Loads, key: str, seed: int
+) -> None:
+    replicas, chooser = loaded(load), policy(name, seed)
+    tried: list[Backend] = []
+    while (chosen := chooser.choose(replicas, key, tried)) is not None:
+        assert chosen in replicas
+        assert chosen not in tried
+        tried.append(chosen)
+    assert set(tried) == set(replicas)
+
+
+@given(name=st.sampled_from(NAMES), load=loads.filter(len), draws=st.lists(st.sampled_from([0.0, 1 - 2**-53])))
+def test_the_extremes_of_randomness_are_harmless(name: PolicyName, load: Loads, draws: list[float]) -> None:
+    replicas, source = loaded(load), iter(draws)
+    chooser: Policy[Backend] = make_policy(name, lambda: next(source, 0.5))
+    for _ in range(5):
+        assert chooser.choose(replicas, "") in replicas
+
+
+@every_policy
+def test_a_single_replica_is_always_chosen(name: PolicyName) -> None:
+    (only,) = replicas = replicas_of(3)
+    chooser = policy(name)
+    assert pile(chooser, replicas, 20) == [20]
+    assert chooser.choose(replicas, "", [only]) is None
+
+
+@every_policy
+def test_no_replicas_is_no_choice(name: PolicyName) -> None:
+    chooser = policy(name)
+    assert chooser.choose((), "key") is None
+    assert chooser.choose(replicas_of(1), "key") is not None
+    assert chooser.choose((), "key") is None
+
+
+@every_policy
+def test_a_new_set_takes_effect_at_once(name: PolicyName) -> None:
+    replicas, chooser = replicas_of(1, 1, 1, 1), policy(name)
+    pile(chooser, replicas, 10)
+    fewer = replicas[2:]
+    assert {chooser.choose(fewer, f"key-{n}") for n in range(50)} <= set(fewer)
+    assert {chooser.choose(replicas, f"key-{n}") for n in range(50)} & set(replicas[:2])
+
+
+@every_policy
+@pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 5), (0.5, 0.25, 0.25, 1)])
+def test_requests_in_flight_follow_the_weights(name: PolicyName, weights: tuple[float, ...]) -> None:
+    shares = pile(policy(name), replicas_of(*weights), 4000)
+    # Affinity may exceed a share by a quarter: that is what its bound allows.
+    tolerance = 0.26 if name == "prefix_affinity" else 0.02
+    for share, weight in zip(shares, weights, strict=True):
+        assert share == pytest.approx(4000 * weight / sum(weights), rel=tolerance)
+
+
+@every_policy
+def test_an_idle_fleet_is_used_as_a_whole(name: PolicyName) -> None:
+    replicas, chooser = replicas_of(*[1] * 8), policy(name)
+    chosen = Counter(chooser.choose(replicas, f"key-{number}") for number in range(4000))
+    assert min(chosen[replica] for replica in replicas) > 300
+    assert max(chosen.values()) < 750
+
+
+@every_policy
+def test_the_same_seed_makes_the_same_choices(name: PolicyName) -> None:
+    weights = [1, 2, 1, 3, 1]
+    assert pile(policy(name, 7), replicas_of(*weights), 99) == pile(policy(name, 7), replicas_of(*weights), 99)
+
+
+# round_robin
+
+
+def test_round_robin_takes_each_in_turn() -> None:
+    replicas, chooser = replicas_of(1, 1, 1), policy("round_robin")
+    order = [chooser.choose(replicas, "") for _ in range(9)]
+    assert order[:3] == order[3:6] == order[6:]
+    assert set(order[:3]) == set(replicas)
+
+
+@given(weights=st.lists(st.integers(1, 9), min_size=2, max_size=12), seed=st.integers(0, 99))
+def test_round_robin_is_smooth(weights: list[int], seed: int) -> None:
+    """In any stretch of requests, a replica is less than three requests away from its share."""
+    replicas, chooser = replicas_of(*weights), policy("round_robin", seed)
+    chosen: Counter[Backend | None] = Counter()
+    ahead = {replica: [0.0] for replica in replicas}
+    for number in range(1, 301):
+        chosen[chooser.choose(replicas, "")] += 1
+        for replica in replicas:
+            ahead[replica].append(chosen[replica] - number * replica.weight / sum(weights))
+    assert max(max(drift) - min(drift) for drift in ahead.values()) < 3
+
+
+def test_round_robin_does_not_forget_the_lightest() -> None:
+    replicas, chooser = replicas_of(1000, 0.001), policy("round_robin")
+    assert 1 <= Counter(chooser.choose(replicas, "") for _ in range(1100))[replicas[1]] <= 2
+
+
+def test_routers_that_start_together_do_not_go_round_in_step() -> None:
+    replicas = replicas_of(*[1] * 8)
+    assert len({policy("round_robin", seed).choose(replicas, "") for seed in range(30)}) > 4
+
+
+# least_in_flight
+
+
+def test_least_in_flight_takes_the_least_for_its_weight() -> None:
+    replicas = loaded([(1, 3), (4, 8), (2, 5)])
+    assert policy("least_in_flight").choose(replicas, "") is replicas[1]
+    assert policy("least_in_flight").choose(replicas, "", [replicas[1]]) is replicas[2]
+
+
+def test_least_in_flight_breaks_ties_by_weight() -> None:
+    replicas = replicas_of(1, 3)
+    chooser = policy("least_in_flight")
+    chosen = Counter(chooser.choose(replicas, "") for _ in range(4000))
+    assert chosen[replicas[1]] == pytest.approx(3000, rel=0.05)
+
+
+# two_choices
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_choices_splits_eight_simultaneous_requests_evenly(seed: int) -> None:
+    assert pile(policy("two_choices", seed), replicas_of(1, 1), 8) == [4, 4]
+    assert pile(policy("two_choices", seed), replicas_of(3, 1), 8) == [6, 2]
+
+
+def test_two_choices_never_takes_the_most_loaded() -> None:
+    for load in ([(1.0, 2), (1.0, 9), (1.0, 3)], [(1.0, 2), (2.0, 19), (1.5, 3)]):
+        replicas, chooser = loaded(load), policy("two_choices")
+        assert {chooser.choose(replicas, "") for _ in range(200)} == {replicas[0], replicas[2]}
+
+
+def test_two_choices_is_far_more_even_than_random() -> None:
+    """100 replicas, 10,000 requests: one random choice ends with about 130 on the fullest, two with about 103."""
+    assert max(pile(policy("two_choices"), replicas_of(*[1] * 100), 10_000)) <= 105
+
+
+def test_two_choices_draws_by_weight() -> None:
+    replicas, chooser = replicas_of(1, 1, 6), policy("two_choices")
+    seen = Counter(chooser.choose(replicas, "") for _ in range(4000))
+    # The heavy one is in a pair unless both light ones are drawn: 2 * 1/8 * 1/7 = 3.6 %.
+    assert 4000 - seen[replicas[2]] == pytest.approx(4000 / 28, rel=0.25)
+
+
+# prefix_affinity
+
+
+def test_prefix_affinity_spreads_requests_without_a_key() -> None:
+    replicas, chooser = replicas_of(1, 1), policy("prefix_affinity")
+    for _ in range(8):
+        chosen = chooser.choose(replicas, "")
+        assert chosen is not None
+        chosen.in_flight += 1
+    assert [replica.in_flight for replica in replicas] == [4, 4]
+
+
+def test_prefix_affinity_gives_a_retry_the_next_on_the_ring() -> None:
+    replicas, chooser = replicas_of(*[1] * 8), policy("prefix_affinity")
+    home = chooser.choose(replicas, "key")
+    assert home is not None
+    second = chooser.choose(replicas, "key", [home])
+    home.in_flight = 2
+    assert chooser.choose(replicas, "key") is second, "a full home spills to where a retry goes"
+    without = tuple(replica for replica in replicas if replica is not home)
+    assert chooser.choose(without, "key") is second, "and so does a home that left"
+
+
+def test_prefix_affinity_uses_a_full_replica_when_all_others_were_tried() -> None:
+    idle, busy = replicas = loaded([(1, 0), (1, 50)])
+    assert {policy("prefix_affinity").choose(replicas, f"key-{n}", [idle]) for n in range(20)} == {busy}
+
+
+# The key
+
+
+def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), st.text(max_size=30)), max_size=8)
+
+
+@given(system=st.text(), first=st.text(min_size=1), later=turns)
+def test_every_turn_of_a_conversation_has_the_same_key(system: str, first: str, later: list[tuple[str, str]]) -> None:
+    opening = [("system", system), ("user", first)]
+    assert affinity_key("m", chat(*opening, *later), None) == affinity_key("m", chat(*opening), None)
+
+
+@given(one=st.tuples(st.text(), st.text(min_size=1)), other=st.tuples(st.text(), st.text(min_size=1)))
+def test_conversations_that_differ_have_different_keys(one: tuple[str, str], other: tuple[str, str]) -> None:
+    first, second = (affinity_key("m", chat(("system", said[0]), ("user", said[1])), None) for said in (one, other))
+    assert (first == second) == (one == other)
+
+
+def test_a_session_decides_alone() -> None:
+    key = affinity_key("m", chat(("user", "one")), "session-1")
+    assert key == affinity_key("m", chat(("user", "two")), "session-1")
+    assert key != affinity_key("m", chat(("user", "one")), "session-2")
+    assert key != affinity_key("m", {"prompt": "session-1"}, None)
+    assert affinity_key("m", {"prompt": "x"}, "") == affinity_key("m", {"prompt": "x"}, None) != ""
+
+
+def test_models_have_keys_of_their_own() -> None:
+    assert affinity_key("a", {"prompt": "x"}, None) != affinity_key("b", {"prompt": "x"}, None)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({"prompt": "a" * 1024}, {"prompt": "a" * 5000}),
+        ({"prompt": ["a", "b"]}, {"prompt": ["a", "c", "d"]}),
+        ({"prompt": list(range(256))}, {"prompt": list(range(300))}),
+        ({"prompt": [[1, 2], [3]]}, {"prompt": [[1, 2], [4]]}),
+        ({"input": "a"}, {"prompt": None, "messages": [], "input": "a"}),
+        ({"input": [{"role": "user", "content": "a"}]}, chat(("user", "a"), ("assistant", "b"))),
+        (chat(("user", [{"type": "text", "text": "a"}])), chat(("user", "a"))),
+        (chat(("user", [{"type": "input_image", "image_url": "data:a"}])),)
+        + (chat(("user", [{"type": "image_url", "image_url": {"url": "data:a"}}])),),
+    ],
+)
+def test_the_same_beginning_is_the_same_key(short: dict[str, Any], long: dict[str, Any]) -> None:
+    assert affinity_key("m", short, None) == affinity_key("m", long, None) != ""
+
+
+@pytest.mark.parametrize("name", ["prompt", "input"])
+def test_prompts_that_begin_differently_have_different_keys(name: str) -> None:
+    prompts = ["a", "b", ["c", "a"], [1, 2], [1, 3], [[1], [2]], [10**5000]]
+    assert len({affinity_key("m", {name: prompt}, None) for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.parametrize("value", [None, "", 3, {}, [], [[]], [None], [""], [{}], [[[[]]]], [["a"]], [{"role": []}]])
+@pytest.mark.parametrize("name", ["messages", "prompt", "input"])
+def test_nothing_usable_is_no_key(name: str, value: Any) -> None:
+    assert affinity_key("m", {name: value}, None) == ""
+
+
+@pytest.mark.parametrize("content", [None, 7, {}, [], "", [None, 7, {}, {"text": None}, {"image_url": {"url": 1}}]])
+def test_messages_without_text_are_no_key(content: Any) -> None:
+    assert affinity_key("m", chat(("system", content), ("user", content)), None) == ""
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "image_url", "url"]), inner, max_size=4)
+    ),
+)
+
+
+@given(fields=st.dictionaries(st.sampled_from(["messages", "prompt", "input"]), json_values))
+def test_a_key_is_a_digest_or_nothing_whatever_the_shape(fields: dict[str, Any]) -> None:
+    assert re.fullmatch("([0-9a-f]{32})?", affinity_key("m", fields, None))
+
+
+def test_a_key_does_not_grow_with_the_conversation() -> None:
+    openings = [("system", text) for text in string.ascii_letters]
+    assert affinity_key("m", chat(*openings, ("user", "a")), None) == affinity_key("m", chat(*openings), None)

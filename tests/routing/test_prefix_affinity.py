@@ -1,0 +1,243 @@
+"""What prefix affinity is for, by simulation: prefix-cache hits, bounded load, and few keys that move."""
+
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_api.routing.backend import Backend
+from inference_api.routing.balance import Policy, affinity_key, make_policy
+from inference_api.routing.catalogue import PolicyName
+
+KEYS = [affinity_key("m", {}, f"session-{number}") for number in range(10_000)]
+BLOCK = 16
+
+
+def replicas_of(*weights: float) -> tuple[Backend, ...]:
+    return tuple(Backend("m", f"http://r{number}:8000", weight) for number, weight in enumerate(weights))
+
+
+def affinity(seed: int = 1) -> Policy[Backend]:
+    return make_policy("prefix_affinity", Random(seed).random)
+
+
+def homes(replicas: Sequence[Backend]) -> dict[str, str]:
+    """The URL that each key goes to while nothing is in flight."""
+    chooser, found = affinity(), {}
+    for key in KEYS:
+        home = chooser.choose(replicas, key)
+        assert home is not None
+        found[key] = home.url
+    return found
+
+
+def capacity(replica: Backend, replicas: Sequence[Backend]) -> int:
+    """ceil(1.25 * (all in flight and one more) * share), in whole numbers."""
+    requests = sum(other.in_flight for other in replicas) + 1
+    weight = round(sum(other.weight for other in replicas))
+    return -(-5 * requests * round(replica.weight) // (4 * weight))
+
+
+# Where keys go
+
+
+def test_a_ninth_replica_takes_a_ninth_of_the_keys_and_moves_no_other() -> None:
+    replicas = replicas_of(*[1] * 9)
+    before, after = homes(replicas[:8]), homes(replicas)
+    moved = [key for key in KEYS if before[key] != after[key]]
+    assert 0.07 < len(moved) / len(KEYS) < 0.16
+    assert {after[key] for key in moved} == {replicas[8].url}
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1, 1, 1, 1, 1), (1, 2, 1, 4, 1, 1, 3, 1)])
+def test_a_replica_that_leaves_moves_only_its_own_keys(weights: tuple[float, ...]) -> None:
+    replicas = replicas_of(*weights)
+    before, after = homes(replicas), homes(replicas[:3] + replicas[4:])
+    assert {before[key] for key in KEYS if before[key] != after[key]} == {replicas[3].url}
+    assert replicas[3].url not in after.values()
+
+
+def test_the_order_of_replicas_and_the_router_do_not_matter() -> None:
+    replicas = replicas_of(1, 2, 1, 3, 1)
+    assert homes(replicas) == homes(replicas_of(1, 2, 1, 3, 1)[::-1])
+
+
+def test_homes_stay_the_same_from_release_to_release() -> None:
+    """Routers of two releases run side by side in a rollout; if they disagreed, each would spoil the other's caches."""
+    chooser, replicas = affinity(), replicas_of(1, 2, 1)
+    found = [chooser.choose(replicas, f"key-{number}") for number in range(12)]
+    assert [replicas.index(home) for home in found if home] == PINNED
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 2, 5), (0.1, 0.3), (100, 300, 200), (1,) * 40])
+def test_idle_replicas_get_keys_by_weight(weights: tuple[float, ...]) -> None:
+    replicas = replicas_of(*weights)
+    found = Counter(homes(replicas).values())
+    for replica in replicas:
+        assert found[replica.url] == pytest.approx(len(KEYS) * replica.weight / sum(weights), rel=0.35)
+
+
+def test_more_replicas_than_a_fine_ring_can_hold_all_get_keys() -> None:
+    assert len(set(homes(replicas_of(*[1] * 300)).values())) > 295
+
+
+# How full they get
+
+
+@given(
+    weights=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    events=st.lists(st.integers(-30, 9), min_size=1, max_size=300),
+)
+def test_no_replica_exceeds_its_bound(weights: list[int], events: list[int]) -> None:
+    """Any mix of starts (a key, some of them popular) and ends (a request in flight)."""
+    replicas, chooser = replicas_of(*weights), affinity()
+    running: list[Backend] = []
+    for event in events:
+        if event < -15 and running:
+            running.pop(event % len(running)).in_flight -= 1
+            continue
+        allowed = {replica: capacity(replica, replicas) for replica in replicas}
+        chosen = chooser.choose(replicas, f"key-{max(event, 0)}")
+        assert chosen is not None
+        chosen.in_flight += 1
+        running.append(chosen)
+        assert chosen.in_flight <= allowed[chosen]
+
+
+def test_one_popular_key_is_spread_no_further_than_needed() -> None:
+    replicas, chooser = replicas_of(*[1] * 8), affinity()
+    for _ in range(80):
+        chosen = chooser.choose(replicas, "popular")
+        assert chosen is not None
+        chosen.in_flight += 1
+    # 1.25 * 80 / 8 = 12.5, rounded up: six full ones and a rest.
+    assert sorted((replica.in_flight for replica in replicas), reverse=True)[:6] == [13, 13, 13, 13, 13, 13][:6]
+
+
+def test_the_bound_of_a_large_set_is_off_by_less_than_a_request_per_replica() -> None:
+    """256 replicas, where the total is counted once in 8 choices; 2,000 requests overlap, and then they all end."""
+    replicas, chooser, rng = replicas_of(*[1] * 256), affinity(), Random(5)
+    running: list[Backend] = []
+    for number in range(6000):
+        chosen = chooser.choose(replicas, KEYS[rng.randrange(500)])
+        assert chosen is not None
+        assert chosen.in_flight < capacity(chosen, replicas) + 1
+        chosen.in_flight += 1
+        running.append(chosen)
+        if number >= 2000:
+            running.pop(rng.randrange(len(running))).in_flight -= 1
+    for replica in running:
+        replica.in_flight -= 1
+    for _ in range(100):
+        pile = chooser.choose(replicas, "popular")
+        assert pile is not None
+        pile.in_flight += 1
+    assert max(replica.in_flight for replica in replicas) <= 1 + 256 // 32
+
+
+# What it is for
+
+
+class PrefixCache:
+    """What an engine keeps: blocks of 16 tokens, each one under all that comes before it, the least recent dropped."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    def read(self, prompt: list[int]) -> int:
+        """The tokens of `prompt` that are here already; afterwards all of its full blocks are."""
+        hits, known, prefix = 0, True, 0
+        for start in range(0, len(prompt) - len(prompt) % BLOCK, BLOCK):
+            prefix = hash((prefix, *prompt[start : start + BLOCK]))
+            known = known and prefix in self._kept
+            hits += BLOCK if known else 0
+            self._kept[prefix] = None
+            self._kept.move_to_end(prefix)
+        while len(self._kept) > self._blocks:
+            self._kept.popitem(last=False)
+        return hits
+
+
+@dataclass
+class Session:
+    """A conversation: each turn's prompt is the last one, its answer, and a new question."""
+
+    rng: Random
+    turns: int
+    prompt: list[int]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        opening = [("system", "You are a helpful assistant."), ("user", f"Question {self.rng.random()}")]
+        self.fields = {"messages": [{"role": role, "content": content} for role, content in opening]}
+
+    def extend(self) -> None:
+        said = self.rng.randrange(80, 400)
+        self.prompt += [self.rng.getrandbits(16) for _ in range(said)]
+        self.fields["messages"] += [{"role": role, "content": str(said)} for role in ("assistant", "user")]
+        self.turns -= 1
+
+
+class Result(NamedTuple):
+    hit_rate: float
+    # The most any replica was over its bound, and the most in flight at once.
+    excess: int
+    peak: int
+
+
+def simulate(name: PolicyName, weights: Sequence[float] = (1,) * 8, seed: int = 3) -> Result:
+    """400 conversations of 2 to 8 turns in 200 s; every cache holds about a third of what is alive at a time."""
+    rng, replicas = Random(seed), replicas_of(*weights)
+    chooser: Policy[Backend] = make_policy(name, Random(seed).random)
+    caches = {replica: PrefixCache(blocks=1500) for replica in replicas}
+    system = [rng.getrandbits(16) for _ in range(64)]
+    asked = hits = excess = peak = 0
+    events: list[tuple[float, int, Session, Backend | None]] = []
+    for number in range(400):
+        session = Session(Random(rng.random()), rng.randrange(2, 9), [*system])
+        session.extend()
+        heapq.heappush(events, (rng.uniform(0, 200), number, session, None))
+    while events:
+        now, number, session, serving = heapq.heappop(events)
+        if serving is not None:
+            serving.in_flight -= 1
+            session.extend()
+            if session.turns > 0:
+                heapq.heappush(events, (now + rng.expovariate(1 / 8), number, session, None))
+            continue
+        allowed = {replica: capacity(replica, replicas) for replica in replicas}
+        chosen = chooser.choose(replicas, affinity_key("m", session.fields, None))
+        assert chosen is not None
+        chosen.in_flight += 1
+        excess = max(excess, chosen.in_flight - allowed[chosen])
+        peak = max(peak, sum(replica.in_flight for replica in replicas))
+        found = caches[chosen].read(session.prompt)
+        asked, hits = asked + len(session.prompt), hits + found
+        # 2,000 tokens a second to read what is not cached, then an answer of 1 to 6 seconds.
+        service = (len(session.prompt) - found) / 2000 + rng.uniform(1, 6)
+        heapq.heappush(events, (now + service, number, session, chosen))
+    assert not any(replica.in_flight for replica in replicas)
+    return Result(hits / asked, excess, peak)
+
+
+def test_prefix_affinity_finds_cached_prefixes_that_round_robin_misses() -> None:
+    ours, theirs = simulate("prefix_affinity"), simulate("round_robin")
+    print(f"prefix-cache hit rate: prefix_affinity {ours.hit_rate:.0%}, round_robin {theirs.hit_rate:.0%}")
+    assert min(ours.peak, theirs.peak) > 40, "the load overlaps"
+    assert ours.hit_rate > 2 * theirs.hit_rate
+
+
+@pytest.mark.parametrize("weights", [(1,) * 8, (1, 1, 2, 2, 1, 4, 1, 1)])
+def test_under_that_load_no_replica_exceeds_its_bound(weights: tuple[float, ...]) -> None:
+    assert simulate("prefix_affinity", weights).excess <= 0
+    assert simulate("round_robin", weights).excess > 0, "a bound that nothing exceeds would prove nothing"
+
+
+PINNED: list[int] = []
