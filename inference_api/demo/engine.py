@@ -13,8 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from inference_api.demo.responses import JSON
 from inference_api.demo.schema import EngineError
-from inference_api.demo.serving import JSON, Engine
+from inference_api.demo.serving import Engine
 
 # As vLLM: an idle connection is closed after 5 s, and a stop does not wait for what is being generated.
 _KEEP_ALIVE = 5

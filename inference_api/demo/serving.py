@@ -1,18 +1,18 @@
 """The handlers of a toy engine: from a request to paced events, to one document, or to a refusal."""
 
+import asyncio
 import base64
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import orjson
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import PlainTextResponse, Response
 
 from inference_api import __version__
 from inference_api.demo import toy
+from inference_api.demo.responses import JSON, EventStream
 from inference_api.demo.schema import (
     ChatRequest,
     CompletionRequest,
@@ -30,27 +30,6 @@ from inference_api.demo.shapes import Chat, Completion, Shape, Work
 _DIMENSIONS = 64
 
 _Asked = TypeVar("_Asked", bound=ModelRequest)
-
-
-class JSON(Response):
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return orjson.dumps(content)
-
-
-class EventStream(StreamingResponse):
-    """Generation goes on, and counts as running, exactly as long as somebody reads it."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, engine: "Engine", events: AsyncIterator[bytes]) -> None:
-        super().__init__(events)
-        self._engine = engine
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._engine.counted():
-            await super().__call__(scope, receive, send)
 
 
 class Engine:
@@ -78,7 +57,7 @@ class Engine:
         self._running = 0
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def _counted(self) -> Iterator[None]:
         self._running += 1
         try:
             yield
@@ -96,14 +75,20 @@ class Engine:
     async def _generate(self, request: Request, asked: ChatRequest | CompletionRequest, shape: Shape) -> Response:
         work = self._work(request, asked, shape)
         if asked.stream:
-            return EventStream(self, work.events(asked.include_usage))
-        with self.counted():
-            for _ in work.steps:
-                await work.tick()
-                if await request.is_disconnected():
-                    # Nobody reads this; it only ends the request.
-                    return Response(status_code=499)
+            return EventStream(work.events(asked.include_usage), self._counted)
+        await self._finish(work, request)
         return JSON(work.document())
+
+    async def _finish(self, work: Work, request: Request) -> None:
+        """Wait until the work is done or the client is gone; in the second case nobody reads the answer."""
+        # The body has been read: all that can still be received is that the client left.
+        tasks = asyncio.ensure_future(work.finish()), asyncio.ensure_future(request.receive())
+        with self._counted():
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
 
     def _work(self, request: Request, asked: ChatRequest | CompletionRequest, shape: Shape) -> Work:
         prompts = asked.prompts

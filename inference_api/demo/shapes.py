@@ -70,7 +70,7 @@ class Work(NamedTuple):
     tick: Callable[[], Awaitable[None]]
 
     @property
-    def steps(self) -> list[tuple[str | None, ...]]:
+    def _steps(self) -> list[tuple[str | None, ...]]:
         """All choices advance together, one token each, as in a batch."""
         return list(zip_longest(*(generation.tokens for generation in self.generations)))
 
@@ -84,12 +84,16 @@ class Work(NamedTuple):
         choices = [self.shape.choice(index, generation) for index, generation in enumerate(self.generations)]
         return {**self._head(self.shape.object), "choices": choices, "usage": self.usage}
 
+    async def finish(self) -> None:
+        for _ in self._steps:
+            await self.tick()
+
     async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
         for index in range(len(self.generations)):
             if opening := self.shape.opening(index):
                 # vLLM has this key in the first chunk only.
                 yield self._event([opening], prompt_token_ids=None)
-        for step in self.steps:
+        for step in self._steps:
             await self.tick()
             for index, token in enumerate(step):
                 if token is not None:

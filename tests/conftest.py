@@ -1,0 +1,107 @@
+"""Fixtures: a clean environment, scripted engines, and a router on a real port in the test's own event loop."""
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from inference_api.app import Router
+from inference_api.inbound.server import Server, listen, server_config
+from inference_api.observe.log import Fields
+from inference_api.settings import Settings
+from tests.fakes import FakeEngine, Script, in_background, until
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test is bent by the settings or proxies of the machine it runs on."""
+    for name in list(os.environ):
+        if name.startswith("INFERENCE_API_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+async def start_engine() -> AsyncIterator[Callable[..., Any]]:
+    """`await start_engine(script)` -> a FakeEngine on a free port; stopped at the end."""
+    async with AsyncExitStack() as stack:
+
+        async def start(script: Script | None = None) -> FakeEngine:
+            return await stack.enter_async_context(FakeEngine(script))
+
+        yield start
+
+
+class Served:
+    """A running router: `client` talks to it, `router` shows its insides, `lines` are its access log."""
+
+    def __init__(self, router: Router, url: str, client: httpx.AsyncClient, lines: list[Fields]) -> None:
+        self.router = router
+        self.url = url
+        self.port = int(url.rsplit(":", 1)[1])
+        self.client = client
+        self.lines = lines
+
+    async def chat(self, stream: bool = False, model: str = "m", **more: Any) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "stream": stream}
+        return await self.client.post("/v1/chat/completions", json=body | more)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample of /metrics, 0 if it is not there."""
+        wanted = {f'{key}="{value}"' for key, value in labels.items()}
+        for line in (await self.client.get("/metrics")).text.splitlines():
+            if line.startswith((name + "{", name + " ")) and all(label in line for label in wanted):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+
+@pytest.fixture
+async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    """`await start_router(engine, ..., key=value)` -> a Served router whose model `m` has these engines' URLs.
+
+    `models=[...]` gives the whole catalogue instead; `entry={...}` adds to the model `m`; other keywords are settings.
+    """
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            *engines: FakeEngine,
+            models: list[dict[str, Any]] | None = None,
+            entry: dict[str, Any] | None = None,
+            transport: httpx.AsyncBaseTransport | None = None,
+            **settings: Any,
+        ) -> Served:
+            backends = [{"url": engine.url} for engine in engines]
+            models = models if models is not None else [{"name": "m", "backends": backends, **(entry or {})}]
+            path = tmp_path / "catalogue.json"
+            path.write_bytes(orjson.dumps({"models": models}))
+            lines: list[Fields] = []
+            chosen = Settings(catalogue=path, **settings)
+            router = Router(chosen, access_log=lines.append, transport=transport)
+            url = await stack.enter_async_context(serving(router, chosen))
+            client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
+            return Served(router, url, client, lines)
+
+        yield start
+
+
+@asynccontextmanager
+async def serving(router: Router, settings: Settings) -> AsyncIterator[str]:
+    """Serve the router with the production server on a free port; the URL."""
+    listener = listen("127.0.0.1", 0, "PORT")
+    server = Server(server_config(router.app, settings))
+    async with in_background(server.serve(sockets=[listener])) as task:
+        await until(lambda: server.started or task.done())
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            listener.close()

@@ -1,0 +1,269 @@
+"""What stands in for the world: engines scripted byte by byte on real sockets, and clients that misbehave."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NamedTuple
+
+import orjson
+
+
+class Received(NamedTuple):
+    """A request as an engine got it; header names as sent."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    # Which connection of the engine it came on, from 1.
+    connection: int
+
+    def header(self, name: str) -> str | None:
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+    @property
+    def names(self) -> set[str]:
+        return {key.lower() for key, _ in self.headers}
+
+
+class Line:
+    """One accepted connection, as a script sees it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.number = number
+
+    async def send(self, *parts: bytes) -> None:
+        """Write each part by itself and let it go out."""
+        for part in parts:
+            self.writer.write(part)
+            await self.writer.drain()
+            await asyncio.sleep(0)
+
+    async def gone(self) -> None:
+        """Wait until the peer has closed the connection."""
+        with suppress(ConnectionError):
+            while await self.reader.read(65536):
+                pass
+
+    def reset(self) -> None:
+        """Close with RST."""
+        raw = self.writer.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+Script = Callable[[Received, Line], Awaitable[None]]
+
+
+class FakeEngine:
+    """A raw HTTP/1.1 server on a free port of 127.0.0.1; `script` answers every POST, GET /v1/models is answered here.
+
+    `requests` are the POSTs it got, `connections` how many it accepted, `open` how many are open now,
+    `busy` how many POSTs it is answering.
+    """
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.script: Script = script or answer
+        self.requests: list[Received] = []
+        self.connections = 0
+        self.open = 0
+        self.busy = 0
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "FakeEngine":
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Refuse new connections, and reset the open ones."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        self.open += 1
+        line = Line(reader, writer, self.connections)
+        try:
+            while not writer.is_closing():
+                request = await read_request(reader, line.number)
+                if request.method == "GET":
+                    await line.send(json_response(MODELS))
+                    continue
+                self.requests.append(request)
+                self.busy += 1
+                try:
+                    await self.script(request, line)
+                finally:
+                    self.busy -= 1
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except asyncio.CancelledError:
+            line.reset()
+        finally:
+            self._tasks.discard(task)
+            self.open -= 1
+            writer.close()
+
+
+async def read_request(reader: asyncio.StreamReader, connection: int = 0) -> Received:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head.rstrip("\r\n").split("\r\n")
+    method, target, _ = first.split(" ")
+    headers = [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
+    length = next((int(value) for name, value in headers if name.lower() == "content-length"), 0)
+    return Received(method, target, headers, await reader.readexactly(length), connection)
+
+
+# Answers
+
+MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "max_model_len": 1024}]}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+COMPLETION = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}],
+    "usage": USAGE,
+}
+DONE = b"data: [DONE]\n\n"
+SSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\ndate: x\r\nserver: uvicorn\r\n"
+    b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+
+
+def json_response(document: Any, status: str = "200 OK", headers: bytes = b"") -> bytes:
+    body = orjson.dumps(document)
+    head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + headers + b"\r\n" + body
+
+
+def event(text: str = "hi", **more: Any) -> bytes:
+    delta = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [delta]}
+    return b"data: " + orjson.dumps(chunk | more) + b"\n\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+async def answer(request: Received, line: Line) -> None:
+    """What a well-behaved engine does."""
+    if b'"stream":true' in request.body.replace(b" ", b""):
+        usage = event(choices=[], usage=USAGE)
+        await line.send(SSE_HEAD, *(chunk(event(f"word{i} ")) for i in range(5)), chunk(usage + DONE) + LAST_CHUNK)
+    else:
+        await line.send(json_response(COMPLETION))
+
+
+def sse(*events: bytes, then: Callable[[Line], Any] = lambda line: None) -> Script:
+    """A script: the head of an event stream, these bytes as one chunk each, and then whatever `then` does."""
+
+    async def script(request: Received, line: Line) -> None:
+        await line.send(SSE_HEAD, *map(chunk, events))
+        await asyncio.sleep(0.02)
+        result = then(line)
+        if isinstance(result, Coroutine):
+            await result
+
+    return script
+
+
+def raw(*parts: bytes, close: bool = False) -> Script:
+    """A script: exactly these bytes, and the end of the connection if `close`."""
+
+    async def script(request: Received, line: Line) -> None:
+        await line.send(*parts)
+        if close:
+            line.close()
+
+    return script
+
+
+async def hang(request: Received, line: Line) -> None:
+    """Take the request and say nothing until the peer gives up."""
+    await line.gone()
+    line.close()
+
+
+# Clients
+
+
+@asynccontextmanager
+async def raw_client(port: int, *, receive_buffer: int | None = None) -> AsyncIterator[Line]:
+    """A client on a raw socket."""
+    sock = socket.socket()
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=sock)
+    line = Line(reader, writer, 0)
+    try:
+        yield line
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def post(path: str, document: Any, headers: bytes = b"") -> bytes:
+    """The bytes of a POST request; `document` is JSON, or bytes as they are."""
+    body = document if isinstance(document, bytes) else orjson.dumps(document)
+    head = b"POST %s HTTP/1.1\r\nhost: router\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+    return head % (path.encode(), len(body)) + headers + b"\r\n" + body
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+STREAM = {**CHAT, "stream": True}
+
+
+# Waiting
+
+
+async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Wait until the condition holds; fail if it does not within a time that is generous on a busy machine."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, "it did not come true in time"
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def in_background(coroutine: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
+    """Run beside the body; afterwards wait for its own end."""
+    task = asyncio.create_task(coroutine)
+    try:
+        yield task
+    finally:
+        async with asyncio.timeout(10):
+            await task
