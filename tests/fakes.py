@@ -3,10 +3,11 @@
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
+import httpx
 import orjson
 
 
@@ -52,7 +53,8 @@ class Line:
     def reset(self) -> None:
         """Close with RST."""
         raw = self.writer.get_extra_info("socket")
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if raw is not None:  # else it is closed already
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
     def close(self) -> None:
@@ -215,6 +217,31 @@ async def hang(request: Received, line: Line) -> None:
     line.close()
 
 
+class ScriptedServer(FakeEngine):
+    """A raw HTTP/1.1 server whose script answers every request, GET too: a registry, or an engine seen by a probe."""
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        self.open += 1
+        line = Line(reader, writer, self.connections)
+        try:
+            while not writer.is_closing():
+                request = await read_request(reader, line.number)
+                self.requests.append(request)
+                await self.script(request, line)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except asyncio.CancelledError:
+            line.reset()
+        finally:
+            self._tasks.discard(task)
+            self.open -= 1
+            writer.close()
+
+
 # Clients
 
 
@@ -243,8 +270,57 @@ def post(path: str, document: Any, headers: bytes = b"") -> bytes:
     return head % (path.encode(), len(body)) + headers + b"\r\n" + body
 
 
+def request_for(engine: FakeEngine, body: bytes = b"{}", **extensions: Any) -> httpx.Request:
+    """A POST to an engine, for a transport; `extensions` are httpx's."""
+    return httpx.Request("POST", engine.url + "/v1/chat/completions", content=body, extensions=extensions)
+
+
+async def body_of(stream: AsyncIterable[bytes]) -> bytes:
+    return b"".join([data async for data in stream])
+
+
+async def ask(
+    transport: httpx.AsyncBaseTransport, engine: FakeEngine, body: bytes = b"{}", **extensions: Any
+) -> tuple[int, bytes]:
+    """POST straight to an engine, and read its answer to the end."""
+    async with asyncio.timeout(10):
+        response = await transport.handle_async_request(request_for(engine, body, **extensions))
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        return response.status_code, await body_of(response.stream)
+
+
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 STREAM = {**CHAT, "stream": True}
+
+
+def form(*parts: bytes) -> bytes:
+    """A multipart body with the boundary B; each part is its header lines, an empty line, and its content."""
+    return b"".join(b"--B\r\n" + part + b"\r\n" for part in parts) + b"--B--\r\n"
+
+
+class Answer(NamedTuple):
+    """A response as a raw client got it; `body` is without the chunks' framing."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+async def read_answer(reader: asyncio.StreamReader) -> Answer:
+    """The next response on a connection, by its Content-Length, its chunks, or the end of the connection."""
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip("\r\n").split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    status = int(first.split(" ")[1])
+    if status < 200:
+        return Answer(status, headers, b"")
+    if headers.get("transfer-encoding") != "chunked":
+        length = headers.get("content-length")
+        return Answer(status, headers, await (reader.read(-1) if length is None else reader.readexactly(int(length))))
+    body = b""
+    while size := int(await reader.readline(), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    await reader.readline()
+    return Answer(status, headers, body)
 
 
 # Waiting

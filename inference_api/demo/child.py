@@ -1,16 +1,11 @@
 """A child process of the demo: its output is kept in a file, and it does not outlive the demo."""
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-# Loaded before any fork: between fork and exec there is no time to load a library.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -19,23 +14,21 @@ class Child:
     def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.name = name
         self._log = log
-        parent = os.getpid()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [sys.executable, "-m", "inference_api.demo.leash", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 # Ctrl-C goes to the demo alone, which stops its children in order.
                 start_new_session=True,
-                preexec_fn=lambda: _die_with(parent),
             )
         self.pid = self._process.pid
 
     @property
-    def exit_code(self) -> int | None:
-        return self._process.poll()
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def last_lines(self, count: int = 10) -> str:
         lines = self._log.read_text(errors="replace").splitlines()[-count:]
@@ -52,14 +45,10 @@ class Child:
             self._process.kill()
             self._process.wait()
 
-    def __repr__(self) -> str:
-        state = "runs" if self.exit_code is None else f"ended with {self.exit_code}"
-        return f"<Child {self.name} {self.pid} {state}>"
-
-
-def _die_with(parent: int) -> None:  # pragma: no cover - runs in the child, where nothing is measured
-    # Even `kill -9` of the demo leaves nothing behind; only Linux has this.
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    def __str__(self) -> str:
+        """What it is and how it is, as the beginning of a sentence."""
+        code = self._process.poll()
+        if code is None:
+            return f"{self.name} (process {self.pid}) runs"
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{self.name} (process {self.pid}) ended with {how}"

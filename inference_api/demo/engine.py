@@ -78,5 +78,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover - runs only in children, where nothing is measured
     main()

@@ -56,9 +56,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def unsayable(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens that are special, or no printable ASCII text of their own."""
+    """Tokens that are special, or no printable ASCII text of their own; blanks too, or JSON would never end."""
     texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
-    return [t for t, text in texts.items() if text in SPECIAL or not (text.isascii() and text.isprintable())]
+    return [token for token, text in texts.items() if text in SPECIAL or not is_plain(text)]
+
+
+def is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable() and not text.isspace()
 
 
 def make_llama(vocabulary: int, never: list[int]) -> PreTrainedModel:

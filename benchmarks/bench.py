@@ -1,0 +1,146 @@
+"""CPU per JSON request and per streamed event, ours beside its peers.
+
+scripts/bench --rounds 5 --candidates nginx,vllm-router,ours --json result.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from benchmarks import cpu, report
+from benchmarks.candidates import CANDIDATES, Candidate, NotInstalled
+from benchmarks.client import Client
+from benchmarks.loads import LOADS, Load
+from benchmarks.measure import Bench
+from benchmarks.processes import CannotStart, free_port, running
+from benchmarks.profile import profile
+from benchmarks.report import Sample
+from benchmarks.wire import BadAnswer
+
+
+async def _once(port: int, load: Load) -> None:
+    client = Client(port)
+    try:
+        await client.connect(load.connections)
+        await load.run(client)
+    finally:
+        client.close()
+
+
+def run(bench: Bench, candidates: list[Candidate | None], loads: list[Load], rounds: int) -> list[Sample]:
+    """Each round on fresh processes, each load in slices that the candidates take in turn; None is no router at all."""
+    samples = []
+    for number in range(rounds):
+        with ExitStack() as stack:
+            targets = [
+                (candidate, *(stack.enter_context(bench.router(candidate)) if candidate else (0, bench.engine_port)))
+                for candidate in candidates
+            ]
+            idle = {pid: cpu.proportional_bytes(cpu.members(pid)) / 1e6 if pid else 0.0 for _, pid, _ in targets}
+            for load, part in ((load, part) for load in loads for part in range(load.slices)):
+                # Another one goes first each time, so that a machine that gets busier favours nobody.
+                turn = (number + part) % len(targets)
+                for candidate, pid, port in targets[turn:] + targets[:turn]:
+                    name, scale = (candidate.name, candidate.scale) if candidate else ("direct", 1.0)
+                    sample = bench.measure(name, pid, port, load.scaled(scale))
+                    sample.round, sample.slice, sample.idle_mb = number, part, idle[pid]
+                    samples.append(sample)
+                    print(f"round {number + 1}/{rounds}.{part + 1}  {sample}", file=sys.stderr)
+    return samples
+
+
+def choose(names: list[str]) -> tuple[list[Candidate | None], dict[str, str]]:
+    """The candidates that are, or now have been, installed, and their versions."""
+    chosen: list[Candidate | None] = []
+    versions = {}
+    for name in names:
+        if name == "direct":
+            chosen.append(None)
+            continue
+        try:
+            versions[name] = CANDIDATES[name].install()
+            chosen.append(CANDIDATES[name])
+        except NotInstalled as exc:
+            print(f"skipped {name}: {exc}", file=sys.stderr)
+    return chosen, versions
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    def names_of(known: list[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            if unknown := [name for name in text.split(",") if name not in known]:
+                raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
+            return text.split(",")
+
+        return parse
+
+    cores = sorted(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--candidates", type=names_of(["direct", *CANDIDATES]), default=["direct", "nginx", "vllm-router", "ours"]
+    )
+    parser.add_argument("--loads", type=names_of(list(LOADS)), default=["json", "streams"])
+    parser.add_argument("--router-core", type=int, default=cores[0])
+    parser.add_argument("--load-core", type=int, default=cores[-1])
+    parser.add_argument("--noise", type=float, default=0.1, help="share of a core others may use during a sample")
+    parser.add_argument("--tries", type=int, default=5, help="how often to try for a sample without more noise")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the candidates' logs there")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="say where `ours` spends its time, measure nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parse(argv)
+    if options.router_core == options.load_core:
+        print("one core only: router, engine and client disturb each other's caches", file=sys.stderr)
+    os.sched_setaffinity(0, {options.load_core})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    loads = [LOADS[name] for name in options.loads]
+    try:
+        with ExitStack() as stack:
+            directory = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            directory.mkdir(parents=True, exist_ok=True)
+            candidates, versions = choose(options.candidates)
+            port = free_port()
+            engine = [sys.executable, "-m", "benchmarks.engine", "--port", str(port)]
+            log = directory / "engine.log"
+            pid = stack.enter_context(running(engine, core=options.load_core, log=log, port=port, ready="/health"))
+            cores = (options.router_core, options.load_core)
+            bench = Bench(pid, port, cores, directory, options.noise, options.tries)
+            if options.profile:
+                work = [(load.name, partial(_once, load=load)) for load in loads]
+                return profile(bench.router, CANDIDATES["ours"], work, options.profile)
+            samples = run(bench, candidates, loads, options.rounds)
+    except (BadAnswer, CannotStart) as exc:
+        print(f"the run is void: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    machine = {"cpu": _cpu_model(), "kernel": platform.release(), "python": platform.python_version()}
+    if options.json:
+        document = {"machine": machine, "versions": versions, "samples": [asdict(sample) for sample in samples]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(report.table(samples, versions, machine))
+    return 0
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The routers under test: for each its name, how to get it, how to start it, and when it is ready."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import wire
+from benchmarks.processes import free_port
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-api-bench"
+
+
+class NotInstalled(Exception):
+    """A candidate is not on this machine and could not be put there; the message says what was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What it takes to start a candidate."""
+
+    command: list[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row of the table below."""
+
+    name: str
+    install: Callable[[], str]
+    """Put it on this machine if it is not there, and return its version. Raises NotInstalled."""
+    start: Callable[[int, int, Path], Start]
+    """From its port, the engine's port, and a directory for its files."""
+    ready: str
+    """The path that answers 200 once it can serve."""
+    scale: float = 1.0
+    """Share of the load to run: the slow ones show their price on less."""
+
+
+# nginx: what a C proxy costs that knows nothing of models.
+
+_NGINX = """\
+daemon off;
+worker_processes 1;
+user root;
+pid {directory}/nginx.pid;
+error_log {directory}/nginx.error.log warn;
+events {{ worker_connections 8192; }}
+http {{
+    access_log {directory}/nginx.access.log;
+    client_body_temp_path {directory}/nginx-body;
+    proxy_temp_path {directory}/nginx-proxy;
+    fastcgi_temp_path {directory}/nginx-fastcgi;
+    uwsgi_temp_path {directory}/nginx-uwsgi;
+    scgi_temp_path {directory}/nginx-scgi;
+    keepalive_requests 100000000;
+    upstream engine {{
+        server 127.0.0.1:{engine};
+        keepalive 1024;
+        keepalive_requests 100000000;
+    }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://engine;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_buffering off;
+            proxy_read_timeout 600s;
+        }}
+    }}
+}}
+"""
+
+
+def _install_nginx() -> str:
+    if not _nginx_path() and os.geteuid() == 0 and shutil.which("apt-get"):
+        _run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "nginx"])
+    if not (path := _nginx_path()):
+        raise NotInstalled("install the Debian package nginx")
+    return _run([path, "-v"]).strip().rpartition("/")[2]
+
+
+def _nginx_path() -> str:
+    return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin") or ""
+
+
+def _start_nginx(port: int, engine: int, directory: Path) -> Start:
+    config = directory / "nginx.conf"
+    text = _NGINX.format(port=port, engine=engine, directory=directory)
+    # Only a master that is root may, and must, say whose its worker is.
+    config.write_text(text if os.geteuid() == 0 else text.replace("user root;\n", ""))
+    return Start([_nginx_path(), "-e", str(directory / "nginx.error.log"), "-c", str(config)])
+
+
+# Routers from PyPI, each in a venv of its own outside the source tree.
+
+
+def venv(name: str) -> Path:
+    return CACHE / name
+
+
+def from_pypi(name: str, *requirements: str) -> Callable[[], str]:
+    """An installer: the first requirement is the one whose version counts."""
+
+    def install() -> str:
+        stamp = venv(name) / "requirements"
+        if not stamp.exists() or stamp.read_text() != " ".join(requirements):
+            print(f"installing {' '.join(requirements)} into {venv(name)}", file=sys.stderr)
+            _run([sys.executable, "-m", "venv", "--clear", str(venv(name))])
+            _run([str(venv(name) / "bin/pip"), "install", "-q", "--disable-pip-version-check", *requirements])
+            stamp.write_text(" ".join(requirements))
+        return requirements[0].partition("==")[2]
+
+    return install
+
+
+def _start_vllm_router(policy: str) -> Callable[[int, int, Path], Start]:
+    def start(port: int, engine: int, directory: Path) -> Start:
+        command = [str(venv("vllm-router") / "bin/vllm-router"), "--worker-urls", f"http://127.0.0.1:{engine}"]
+        command += ["--port", str(port), "--policy", policy, "--prometheus-port", str(free_port())]
+        return Start(command)
+
+    return start
+
+
+# ours
+
+
+def _install_ours() -> str:
+    command = Path(sys.executable).with_name("inference-api")
+    if not command.exists():
+        raise NotInstalled(f"there is no {command}; install the project with pip install -e .")
+    _run([str(command), "serve", "--help"])
+    return _run([sys.executable, "-c", "import inference_api; print(inference_api.__version__)"]).strip()
+
+
+def _start_ours(port: int, engine: int, directory: Path) -> Start:
+    catalogue = directory / "catalogue.yaml"
+    catalogue.write_text(
+        f"models:\n  - name: {wire.MODEL}\n    engine: vllm\n    backends: [{{url: 'http://127.0.0.1:{engine}'}}]\n"
+    )
+    env = {"HOST": "127.0.0.1", "PORT": str(port), "CATALOGUE": str(catalogue), "LOG_FORMAT": "json"}
+    command = [str(Path(sys.executable).with_name("inference-api")), "serve"]
+    return Start(command, {f"INFERENCE_API_{key}": value for key, value in env.items()})
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise NotInstalled(f"{' '.join(command)} failed: {done.stdout.strip()[-500:]}")
+    return done.stdout
+
+
+_VLLM_ROUTER = from_pypi("vllm-router", "vllm-router==0.1.17")
+
+CANDIDATES = {
+    candidate.name: candidate
+    for candidate in (
+        Candidate("nginx", _install_nginx, _start_nginx, "/health"),
+        # Its cheapest policy, and its default one.
+        Candidate("vllm-router", _VLLM_ROUTER, _start_vllm_router("round_robin"), "/readiness"),
+        Candidate("vllm-router-default", _VLLM_ROUTER, _start_vllm_router("cache_aware"), "/readiness"),
+        Candidate("ours", _install_ours, _start_ours, "/readyz"),
+    )
+}

@@ -1,0 +1,122 @@
+"""From samples to a table: medians over all slices, and ratios within each slice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(slots=True)
+class Sample:
+    """One candidate under one load, once. Times in seconds, unless the name says otherwise."""
+
+    candidate: str
+    load: str
+    streamed: bool
+    units: int
+    cpu_us: float
+    """Of the router, per unit: a request, or an event of a stream."""
+    kernel_share: float
+    router_busy: float
+    load_busy: float
+    """Of the core that engine and client share: near 1, they set the pace, not the router."""
+    noise: float
+    per_second: float
+    first_byte_p50: float
+    held_p50: float
+    """JSON: from request to answer. Streams: from the engine's write of an event to the client's read."""
+    held_p99: float
+    events_per_read: float
+    exact: bool
+    open_kb: float
+    """Growth of the router's memory per connection, from before they came to the middle of the load."""
+    yardstick_ms: float = 0.0
+    """CPU time of a fixed loop on the router's core, just before: how fast the machine was."""
+    idle_mb: float = 0.0
+    round: int = 0
+    slice: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.load:12} {self.candidate:20} {self.cpu_us:8.1f} us CPU  {self.per_second:8.0f}/s"
+
+
+# What we promise: (load, the other one, our median ratio to it, at most).
+BUDGETS = (("json", "vllm-router", 0.9), ("streams", "vllm-router", 0.9), ("streams", "nginx", 1.5))
+IDLE_BUDGET_MB = 60
+
+# heading, width, field, factor, format
+_COLUMNS = (
+    ("kernel", 8, "kernel_share", 1, ".0%"),
+    ("p50 ms", 9, "held_p50", 1e3, ".2f"),
+    ("p99 ms", 9, "held_p99", 1e3, ".2f"),
+    ("per s", 8, "per_second", 1, ".0f"),
+    ("router", 8, "router_busy", 1, ".0%"),
+    ("load", 6, "load_busy", 1, ".0%"),
+    ("noise", 7, "noise", 1, ".0%"),
+    ("ev/read", 9, "events_per_read", 1, ".2f"),
+    ("idle MB", 9, "idle_mb", 1, ".1f"),
+)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
+
+
+def ratio(samples: Sequence[Sample], load: str, candidate: str, other: str) -> float | None:
+    """The median over all slices of candidate / other: the two were measured within seconds of each other."""
+    costs = {(s.round, s.slice, s.candidate): s.cpu_us for s in samples if s.load == load}
+    ratios = [
+        cost / base
+        for (number, part, name), cost in costs.items()
+        if name == candidate and (base := costs.get((number, part, other)))
+    ]
+    return median(ratios) if ratios else None
+
+
+def table(samples: Sequence[Sample], versions: dict[str, str], machine: dict[str, str]) -> str:
+    lines = [f"{machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']}"]
+    lines += [", ".join(f"{name} {version}" for name, version in versions.items())]
+    speeds = sorted(sample.yardstick_ms for sample in samples)
+    lines += [f"yardstick: median {median(speeds):.1f} ms, fastest {speeds[0]:.1f}, slowest {speeds[-1]:.1f}"]
+    for load in dict.fromkeys(sample.load for sample in samples):
+        lines += ["", *_load_lines([s for s in samples if s.load == load])]
+    return "\n".join([*lines, "", *_budget_lines(samples)]).rstrip()
+
+
+def _load_lines(samples: Sequence[Sample]) -> list[str]:
+    unit = "event; p50, p99: how long an event was on its way" if samples[0].streamed else "request"
+    headings = "".join(f"{heading:>{width}}" for heading, width, *_ in _COLUMNS)
+    return [
+        f"{samples[0].load}: CPU per {unit}",
+        f"{'':20}{'us':>8}{'(min - max)':>18}{'/nginx':>8}{'/vllm':>7}{headings}  bytes",
+        *(_row(samples, name) for name in dict.fromkeys(s.candidate for s in samples)),
+    ]
+
+
+def _row(samples: Sequence[Sample], name: str) -> str:
+    mine = [s for s in samples if s.candidate == name]
+    costs = [s.cpu_us for s in mine]
+    span = f"({min(costs):.1f} - {max(costs):.1f})"
+    ratios = [ratio(samples, mine[0].load, name, other) for other in ("nginx", "vllm-router")]
+    to_nginx, to_vllm = ("-" if value is None else f"{value:.2f}" for value in ratios)
+    cells = "".join(
+        f"{format(median(getattr(s, field) for s in mine) * factor, how):>{width}}"
+        for _, width, field, factor, how in _COLUMNS
+    )
+    exact = "same" if all(s.exact for s in mine) else "CHANGED"
+    return f"{name:20}{median(costs):8.1f}{span:>18}{to_nginx:>8}{to_vllm:>7}{cells}  {exact}"
+
+
+def _budget_lines(samples: Sequence[Sample]) -> list[str]:
+    lines = []
+    for load, other, limit in BUDGETS:
+        if value := ratio(samples, load, "ours", other):
+            lines.append(f"budget {load}: ours / {other} {value:.2f}, at most {limit}: {_verdict(value, limit)}")
+    if idle := [s.idle_mb for s in samples if s.candidate == "ours"]:
+        verdict = _verdict(median(idle), IDLE_BUDGET_MB)
+        lines.append(f"budget memory: ours idle {median(idle):.1f} MB, at most {IDLE_BUDGET_MB}: {verdict}")
+    return lines
+
+
+def _verdict(value: float, limit: float) -> str:
+    return "met" if value <= limit else "MISSED"

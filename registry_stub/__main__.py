@@ -1,0 +1,7 @@
+"""`python -m registry_stub`."""
+
+import sys
+
+from registry_stub.cli import main
+
+sys.exit(main())

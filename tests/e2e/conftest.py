@@ -1,0 +1,134 @@
+"""Real engines, started once and in parallel, and the router in front of them; scripts/e2e installs what this needs."""
+
+import os
+import subprocess
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.e2e.processes import BIN, Process, logs, running, until
+
+VENV = os.environ.get("E2E_VENV")
+# Two replicas of one model, so that there is one to lose.
+REPLICAS = {"llama-3-8b": 2, "mistral-7b": 1, "gpt2": 1}
+ENGINE_ENVIRON = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # The engines share what cores there are; without this each would pin its threads to all of them.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+# float32: the same prompt must have the same answer, whatever else is in the batch.
+ENGINE_OPTIONS = [
+    *("--host", "127.0.0.1", "--port", "{port}", "--disable-uvicorn-access-log"),
+    *("--max-model-len", "1024", "--enforce-eager", "--dtype", "float32"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+]
+
+Engines = dict[str, list[Process]]
+BaseURL = Callable[[str], str]
+StartRouter = Callable[..., Process]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # It leaves a model with one replica.
+    items.sort(key=lambda item: item.path.name == "test_replica_loss.py")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections += [(f"last lines of {name}", text) for name, text in logs()]
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vllm() -> None:
+    if VENV is None:
+        pytest.skip("needs a real vLLM; scripts/e2e installs one and runs these tests")
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """The engines by the name of their model; ready."""
+    assert VENV is not None
+    home, models = tmp_path_factory.mktemp("engines"), tmp_path_factory.mktemp("models")
+    make_models = Path(__file__).with_name("tiny_models.py")
+    subprocess.run([f"{VENV}/bin/python", str(make_models), str(models)], check=True, capture_output=True)
+    with ExitStack() as stack:
+        started: Engines = {name: [] for name in REPLICAS}
+        for name, count in REPLICAS.items():
+            command = [f"{VENV}/bin/vllm", "serve", models / name, "--served-model-name", name, *ENGINE_OPTIONS]
+            for number in range(count):
+                engine = Process(f"{name}-{number}", command, home, **ENGINE_ENVIRON)
+                stack.enter_context(running(engine))
+                started[name].append(engine)
+        for engine in (engine for replicas in started.values() for engine in replicas):
+            engine.wait_until_ready("/health", seconds=480)
+        yield started
+
+
+@pytest.fixture(scope="session")
+def catalogue(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue of all engines. Mistral has an alias, which its engine does not know."""
+    entries = [
+        {"name": name, "owner": "ml-platform", "created": 1700000000, "backends": [{"url": e.url} for e in replicas]}
+        for name, replicas in engines.items()
+    ]
+    entries[1] |= {"aliases": ["mistral"], "served_model_name": "mistral-7b"}
+    path = tmp_path_factory.mktemp("catalogue") / "catalogue.yaml"
+    path.write_text(yaml.safe_dump({"models": entries}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def start_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRouter]:
+    """`start_router(catalogue, NAME=value)` -> a router with these settings; ready, and stopped with the session."""
+    with ExitStack() as stack:
+
+        def start(catalogue: Path, **settings: str) -> Process:
+            settings = {"PORT": "{port}", "CATALOGUE": str(catalogue), "LOG_FORMAT": "json"} | settings
+            environ = {f"INFERENCE_API_{name}": value for name, value in settings.items()}
+            router = Process("router", [BIN / "inference-api", "serve"], tmp_path_factory.mktemp("router"), **environ)
+            stack.enter_context(running(router))
+            router.wait_until_ready("/readyz", seconds=30)
+            return router
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def router(start_router: StartRouter, catalogue: Path) -> Process:
+    return start_router(catalogue)
+
+
+@pytest.fixture(scope="session", params=["direct", "router"])
+def base_url(request: pytest.FixtureRequest, engines: Engines) -> BaseURL:
+    """Model -> where to ask for it: at its engine, and at the router. What holds at the one holds at the other."""
+    if request.param == "direct":
+        return lambda model: engines[model][0].url
+    router: Process = request.getfixturevalue("router")
+    return lambda model: router.url
+
+
+@pytest.fixture
+def client(router: Process) -> Iterator[httpx.Client]:
+    """A plain HTTP client of the router, without retries."""
+    with httpx.Client(base_url=router.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def idle_engines(engines: Engines) -> Engines:
+    """The engines, once nothing is left in them of what earlier tests asked for."""
+    everyone = [engine for replicas in engines.values() for engine in replicas if engine.alive]
+    assert until(lambda: not any(engine.unfinished() for engine in everyone), seconds=30)
+    return engines

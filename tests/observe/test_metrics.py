@@ -1,0 +1,603 @@
+"""What /metrics says after real requests: every family, its labels, and the right numbers in them."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from inference_api import __version__
+from inference_api.models import Outcome
+from inference_api.observe.metrics import (
+    DURATION_BUCKETS,
+    OVERHEAD_BUCKETS,
+    TPOT_BUCKETS,
+    TTFT_BUCKETS,
+    Histogram,
+    Metrics,
+)
+from inference_api.routing.backend import Backend
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.registry import RegistryStatus
+from tests.fakes import (
+    CHAT,
+    DONE,
+    LAST_CHUNK,
+    STREAM,
+    USAGE,
+    Line,
+    Received,
+    Script,
+    event,
+    hang,
+    json_response,
+    post,
+    raw,
+    raw_client,
+    sse,
+    until,
+)
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+P = "inference_api_"
+
+
+class Scrape:
+    """/metrics, parsed."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = {family.name: family for family in families}
+        self.samples = [sample for family in self.families.values() for sample in family.samples]
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """The sum of the samples of this name that have these labels."""
+        found = [s for s in self.samples if s.name == P + name and labels.items() <= s.labels.items()]
+        return sum(sample.value for sample in found)
+
+    def values(self, name: str, label: str) -> dict[str, float]:
+        return {s.labels[label]: s.value for s in self.samples if s.name == P + name}
+
+    @property
+    def series(self) -> int:
+        return sum(sample.name.startswith(P) for sample in self.samples)
+
+
+async def scrape(served: Any) -> Scrape:
+    response = await served.client.get("/metrics")
+    assert response.status_code == 200
+    return Scrape(parse_text(response.text))
+
+
+async def settle(served: Any, lines: int) -> None:
+    """An account is closed a moment after its client has the answer."""
+    await until(lambda: len(served.lines) >= lines)
+
+
+# name -> type, labels, buckets
+FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
+    "requests": ("counter", {"model_name", "route", "code", "stream"}, ()),
+    "request_duration_seconds": ("histogram", {"model_name", "route", "stream", "code_class"}, DURATION_BUCKETS),
+    "overhead_seconds": ("histogram", {"route"}, OVERHEAD_BUCKETS),
+    "requests_in_flight": ("gauge", {"model_name"}, ()),
+    "time_to_first_token_seconds": ("histogram", {"model_name", "route"}, TTFT_BUCKETS),
+    "time_per_output_token_seconds": ("histogram", {"model_name", "route"}, TPOT_BUCKETS),
+    "tokens": ("counter", {"model_name", "type"}, ()),
+    "stream_aborts": ("counter", {"model_name", "reason"}, ()),
+    "upstream_attempts": ("counter", {"model_name", "backend", "outcome"}, ()),
+    "backend_in_flight": ("gauge", {"model_name", "backend"}, ()),
+    "registry_models": ("gauge", {"source"}, ()),
+    "registry_last_success_timestamp_seconds": ("gauge", set(), ()),
+    "registry_sync_failures": ("counter", {"reason"}, ()),
+    "build_info": ("gauge", {"version", "python_version"}, ()),
+}
+
+
+async def everything_once(served: Any) -> None:
+    """Requests that put at least one sample into every family."""
+    await served.chat()
+    await served.chat(stream=True)
+    await served.chat(model="nope")
+    async with raw_client(served.port) as client:
+        await client.send(post("/v1/chat/completions", STREAM | {"user": "stay"}))
+        await client.reader.readuntil(b"data: ")
+    await settle(served, 4)
+
+
+async def lively(request: Received, line: Line) -> None:
+    """Answers like an engine; and holds the line of a client that will leave."""
+    if b"stay" in request.body:
+        await sse(event(), then=Line.gone)(request, line)
+    elif b'"stream":true' in request.body.replace(b" ", b""):
+        await sse(event(), event(), event(choices=[], usage=USAGE), DONE, then=lambda line: line.send(LAST_CHUNK))(
+            request, line
+        )
+    else:
+        await line.send(json_response({"usage": USAGE}))
+
+
+# The shape of it
+
+
+async def test_every_family_is_there_with_its_type_labels_and_buckets(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(lively), registry_url="http://127.0.0.1:9")
+    await everything_once(served)
+    families = (await scrape(served)).families
+
+    assert {name.removeprefix(P) for name in families if name.startswith(P)} == set(FAMILIES)
+    for name, (kind, labels, buckets) in FAMILIES.items():
+        family = families[P + name]
+        assert family.samples, name
+        assert family.type == kind, name
+        assert len(family.documentation) > 10, name
+        assert {label for sample in family.samples for label in sample.labels} - {"le"} == labels, name
+        bounds = [sample.labels["le"] for sample in family.samples if "le" in sample.labels]
+        assert [float(bound) for bound in bounds[: len(buckets)]] == list(buckets), name
+    assert {"process_cpu_seconds", "process_resident_memory_bytes", "python_gc_objects_collected"} <= set(families)
+
+
+def test_the_buckets_reach_from_the_fastest_to_the_slowest() -> None:
+    for buckets, first, last in [
+        (TTFT_BUCKETS, 0.001, 160),
+        (TPOT_BUCKETS, 0.01, 10),
+        (DURATION_BUCKETS, 0.01, 655.36),
+        (OVERHEAD_BUCKETS, 0.0001, 0.5),
+    ]:
+        assert (buckets[0], buckets[-1]) == (first, last)
+        assert list(buckets) == sorted(set(buckets))
+
+
+async def test_promtool_finds_nothing_to_complain_about(start_engine: Start, start_router: Start) -> None:
+    promtool = os.environ.get("PROMTOOL") or shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not on PATH and PROMTOOL is not set")
+    served = await start_router(await start_engine(lively), registry_url="http://127.0.0.1:9")
+    await everything_once(served)
+    page = (await served.client.get("/metrics")).content
+
+    checked = await asyncio.to_thread(subprocess.run, [promtool, "check", "metrics"], input=page, capture_output=True)
+
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+async def test_a_scraper_that_asks_for_openmetrics_gets_it(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(lively), registry_url="http://127.0.0.1:9")
+    await everything_once(served)
+    accept = "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    response = await served.client.get("/metrics", headers={"accept": accept})
+
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+    # This parser refuses what the specification refuses.
+    scraped = Scrape(parse_openmetrics(response.text))
+    assert scraped("requests_total", model_name="m", code="200") == 3 - 1
+    assert set(FAMILIES) <= {name.removeprefix(P) for name in scraped.families}
+
+
+# What is counted
+
+
+async def test_json_requests_are_counted_and_timed(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(), entry={"aliases": ["alias"]})
+    began = time.perf_counter()
+    for number in range(6):
+        await served.chat(model=["m", "alias"][number % 2])
+    await settle(served, 6)
+    took = time.perf_counter() - began
+    seen = await scrape(served)
+
+    labels = {"model_name": "m", "route": "chat_completions", "stream": "false"}
+    assert seen("requests_total") == seen("requests_total", code="200", **labels) == 6
+    assert seen("request_duration_seconds_count", code_class="2xx", **labels) == 6
+    assert 0 < seen("request_duration_seconds_sum") < took
+    assert seen("overhead_seconds_count", route="chat_completions") == 6
+    assert 0 < seen("overhead_seconds_sum") < seen("request_duration_seconds_sum")
+    assert seen.values("tokens_total", "type") == {"input": 18, "output": 30}
+    assert seen("upstream_attempts_total", model_name="m", outcome="ok") == seen("upstream_attempts_total") == 6
+    assert seen("time_to_first_token_seconds_count") == seen("time_per_output_token_seconds_count") == 0
+
+
+async def test_streams_are_timed_by_their_tokens(start_engine: Start, start_router: Start) -> None:
+    events = [event(), event(choices=[], usage=USAGE), DONE]
+
+    async def slowly(request: Received, line: Line) -> None:
+        await asyncio.sleep(0.03)
+        await sse(*events, then=lambda line: asyncio.sleep(0.1))(request, line)
+        await line.send(LAST_CHUNK)
+
+    served = await start_router(await start_engine(slowly))
+    await served.chat(stream=True)
+    await settle(served, 1)
+    seen = await scrape(served)
+
+    labels = {"model_name": "m", "route": "chat_completions"}
+    assert seen("requests_total", stream="true", code="200", **labels) == 1
+    assert seen("time_to_first_token_seconds_count", **labels) == 1
+    first = seen("time_to_first_token_seconds_sum")
+    assert 0.03 <= first < seen("request_duration_seconds_sum") - 0.1
+    assert seen("time_per_output_token_seconds_count", **labels) == 1
+    # The rest of the time, shared by the tokens after the first: USAGE has five.
+    assert seen("time_per_output_token_seconds_sum") == pytest.approx(
+        (seen("request_duration_seconds_sum") - first) / 4
+    )
+    assert seen.values("tokens_total", "type") == {"input": 3, "output": 5}
+    assert seen("stream_aborts_total") == 0
+
+
+async def test_without_usage_streamed_events_are_an_estimate(start_engine: Start, start_router: Start) -> None:
+    events = [event(), event(), event(usage=None), DONE]
+    served = await start_router(await start_engine(sse(*events, then=lambda line: line.send(LAST_CHUNK))))
+    await served.chat(stream=True)
+    await settle(served, 1)
+    seen = await scrape(served)
+
+    assert seen.values("tokens_total", "type") == {"output_estimate": 4}
+    assert seen("time_to_first_token_seconds_count") == 1
+    assert seen("time_per_output_token_seconds_count") == 0
+
+
+RESPONSES_USAGE = {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 1}, "output_tokens": 11}
+ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int]]] = {
+    "/v1/responses": ({"input": "x"}, {"object": "response", "usage": RESPONSES_USAGE}, (7, 11)),
+    "/v1/messages": ({"messages": []}, {"type": "message", "usage": {"input_tokens": 2, "output_tokens": 3}}, (2, 3)),
+    "/v1/embeddings": ({"input": "x"}, {"data": [], "usage": {"prompt_tokens": 5, "total_tokens": 5}}, (5, 0)),
+    "/v1/rerank": ({"query": "x", "documents": []}, {"results": [], "usage": {"total_tokens": 9}}, (0, 0)),
+    "/tokenize": ({"prompt": "x"}, {"tokens": [1, 2, 3]}, (0, 0)),
+}
+
+
+async def test_tokens_are_read_from_the_usage_of_every_api(start_engine: Start, start_router: Start) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await line.send(json_response(ANSWERS[request.target][1]))
+
+    served = await start_router(await start_engine(script))
+    inputs = outputs = 0.0
+    for path, (body, _, (prompt, completion)) in ANSWERS.items():
+        inputs, outputs = inputs + prompt, outputs + completion
+        await served.client.post(path, json={"model": "m"} | body)
+        await until(lambda: served.lines and served.lines[-1]["route"] in path)
+        seen = await scrape(served)
+        assert (seen("tokens_total", type="input"), seen("tokens_total", type="output")) == (inputs, outputs), path
+    assert {line["route"] for line in served.lines} == {"responses", "messages", "embeddings", "rerank", "tokenize"}
+
+
+STREAMED_USAGE = [
+    (
+        "/v1/responses",
+        {"input": "x"},
+        b"event: response.completed\ndata: " + orjson.dumps({"response": {"usage": RESPONSES_USAGE}}) + b"\n\n",
+        {"input": 7, "output": 11},
+    ),
+    (
+        "/v1/messages",
+        {"messages": []},
+        b'event: message_start\ndata: {"message":{"usage":{"input_tokens":2,"output_tokens":1}}}\n\n'
+        b'event: message_delta\ndata: {"usage":{"input_tokens":2,"output_tokens":30}}\n\n'
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+        {"input": 2, "output": 30},
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "events", "tokens"), STREAMED_USAGE)
+async def test_tokens_are_read_from_the_last_usage_of_a_stream(
+    start_engine: Start, start_router: Start, path: str, body: dict[str, Any], events: bytes, tokens: dict[str, int]
+) -> None:
+    served = await start_router(await start_engine(sse(events, then=lambda line: line.send(LAST_CHUNK))))
+    await served.client.post(path, json={"model": "m", "stream": True} | body)
+    await settle(served, 1)
+
+    assert served.lines[0]["outcome"] == "ok"
+    assert (await scrape(served)).values("tokens_total", "type") == tokens
+
+
+async def test_a_usage_that_makes_no_sense_is_not_counted(start_engine: Start, start_router: Start) -> None:
+    values = [-1, 1.5, "3", None, [3], {}, True]
+
+    async def script(request: Received, line: Line) -> None:
+        value = values[len(engine.requests) - 1]
+        await line.send(json_response({"usage": {"prompt_tokens": value, "completion_tokens": value}}))
+
+    engine = await start_engine(script)
+    served = await start_router(engine)
+    for _ in values:
+        assert (await served.chat()).status_code == 200
+    await settle(served, len(values))
+    assert (await scrape(served))("tokens_total") == 0
+
+
+async def test_errors_are_counted_by_their_status(start_engine: Start, start_router: Start) -> None:
+    statuses = {b"one": "400 Bad Request", b"two": "429 Too Many Requests", b"three": "500 Internal Server Error"}
+
+    async def script(request: Received, line: Line) -> None:
+        status = next(status for word, status in statuses.items() if word in request.body)
+        await line.send(json_response({"error": {}}, status))
+
+    served = await start_router(await start_engine(script))
+    for word in ("one", "two", "three"):
+        await served.chat(user=word)
+    await served.client.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+    await served.client.post("/v1/chat/completions", json={"model": "m"})
+    await served.chat(model="nope")
+    await served.client.get("/v1/chat/completions")
+    await served.client.get("/v1/models/nope")
+    await served.client.get("/nowhere")
+    await settle(served, 9)
+    seen = await scrape(served)
+
+    by = {
+        (s.labels["model_name"], s.labels["route"], s.labels["code"]): s.value
+        for s in seen.samples
+        if s.name == P + "requests_total"
+    }
+    assert by == {
+        ("m", "chat_completions", "400"): 1,
+        ("m", "chat_completions", "429"): 1,
+        ("m", "chat_completions", "500"): 1,
+        ("unknown", "chat_completions", "400"): 1,
+        ("unknown", "chat_completions", "422"): 1,
+        ("unknown", "chat_completions", "404"): 1,
+        ("unknown", "other", "405"): 1,
+        ("unknown", "models", "404"): 1,
+        ("unknown", "other", "404"): 1,
+    }
+    assert seen("request_duration_seconds_count", code_class="4xx") == 8
+    assert seen("request_duration_seconds_count", code_class="5xx") == 1
+    assert seen.values("upstream_attempts_total", "outcome") == {"upstream_4xx": 2, "upstream_5xx": 1}
+    assert seen("overhead_seconds_count") == 3
+
+
+async def test_probes_are_not_requests(start_router: Start) -> None:
+    served = await start_router()
+    for path in ("/healthz", "/readyz", "/metrics", "/metrics/"):
+        assert (await served.client.get(path)).status_code == 200
+
+    assert (await scrape(served))("requests_total") == 0
+
+
+async def test_clients_cannot_make_series(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine())
+    methods = [b"GET", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"TRACE", b"PROPFIND", b"LOCK", b"SEARCH"]
+
+    def requests(start: int, count: int) -> Iterator[bytes]:
+        for number in range(start, start + count):
+            model = f'{number}"}}\n{{le="{number}\\'
+            more = b"x-request-id: %d\r\nauthorization: Bearer %d\r\n" % (number, number)
+            yield post("/v1/chat/completions", CHAT | {"model": model}, more)
+            yield b"%s /nowhere/%d HTTP/1.1\r\nhost: %d\r\n\r\n" % (methods[number % 9], number, number)
+            yield b"GET /v1/models/%d?x=%d HTTP/1.1\r\nhost: x\r\n\r\n" % (number, number)
+
+    async def send(start: int, count: int) -> Scrape:
+        async with raw_client(served.port) as client:
+            last = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+            await client.send(b"".join(requests(start, count)) + last)
+            assert (await client.reader.read(-1)).count(b"HTTP/1.1 404 ") == 3 * count + 1
+        return await scrape(served)
+
+    before = await send(0, 1)
+    after = await send(1, 200)
+
+    assert after.series == before.series
+    assert after("requests_total", model_name="unknown", route="chat_completions", code="404") == 201
+    assert set(after.values("requests_total", "model_name")) == {"unknown"}
+
+
+async def test_what_is_in_flight_is_shown_and_falls_to_nothing(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(hang)
+    served = await start_router(engine)
+    async with raw_client(served.port) as one, raw_client(served.port) as two:
+        await one.send(post("/v1/chat/completions", CHAT))
+        await two.send(post("/v1/chat/completions", STREAM))
+        await until(lambda: engine.busy == 2)
+        seen = await scrape(served)
+        label = engine.url.removeprefix("http://")
+        assert seen("requests_in_flight", model_name="m") == 2
+        assert seen("backend_in_flight", model_name="m", backend=label) == 2
+    await settle(served, 2)
+    seen = await scrape(served)
+
+    assert seen("requests_in_flight") == seen("backend_in_flight") == 0
+    # A client that did not wait: 499, and nothing the backend is to blame for.
+    assert seen.values("requests_total", "code") == {"499": 1}
+    assert seen("requests_total", code="499") == 2
+    assert seen("request_duration_seconds_count", code_class="4xx") == 2
+    assert seen.values("upstream_attempts_total", "outcome") == {"client_gone": 2}
+
+
+async def test_a_client_that_leaves_mid_stream_is_an_abort(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(lively))
+    await everything_once(served)
+    seen = await scrape(served)
+
+    assert seen("requests_total", code="499", stream="true") == 1
+    assert seen.values("stream_aborts_total", "reason") == {"client_disconnect": 1}
+    assert seen("upstream_attempts_total", outcome="client_gone") == 1
+    assert seen("requests_in_flight") == seen("backend_in_flight") == 0
+
+
+async def served_by(start_engine: Start, start_router: Start, scripts: Mapping[str, Script], **settings: Any) -> Any:
+    """A router with one model per script, of the script's name, each behind an engine of its own."""
+    engines = {name: await start_engine(script) for name, script in scripts.items()}
+    models = [{"name": name, "backends": [{"url": engine.url}]} for name, engine in engines.items()]
+    return await start_router(models=models, **settings)
+
+
+async def test_a_stream_that_breaks_is_an_abort(start_engine: Start, start_router: Start) -> None:
+    broken = {
+        "upstream_reset": sse(event(), then=Line.reset),
+        "truncated": sse(event(), then=lambda line: line.send(LAST_CHUNK)),
+        "idle_timeout": sse(event(), then=Line.gone),
+    }
+    served = await served_by(start_engine, start_router, broken, idle_timeout=0.1, first_byte_timeout=0.1)
+    for model in broken:
+        async with raw_client(served.port) as client:
+            await client.send(post("/v1/chat/completions", STREAM | {"model": model}))
+            await client.reader.read(-1)
+    await settle(served, len(broken))
+    seen = await scrape(served)
+
+    for model, outcome in {"upstream_reset": "reset", "truncated": "truncated", "idle_timeout": "idle_timeout"}.items():
+        assert seen("stream_aborts_total", model_name=model, reason=model) == 1, model
+        assert seen("upstream_attempts_total", model_name=model, outcome=outcome) == 1, model
+        assert seen("requests_total", model_name=model, code="200", stream="true") == 1, model
+    assert seen("stream_aborts_total") == seen("upstream_attempts_total") == len(broken)
+    assert seen("requests_in_flight") == seen("backend_in_flight") == 0
+
+
+async def test_attempts_are_counted_by_how_they_ended(start_engine: Start, start_router: Start) -> None:
+    scripts = {
+        "first_byte_timeout": hang,
+        "protocol_error": raw(b"SSH-2.0\r\n\r\n", close=True),
+        "reset": raw(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", close=True),
+        "upstream_4xx": raw(json_response({}, "404 Not Found")),
+        "upstream_5xx": raw(json_response({}, "500 Internal Server Error")),
+    }
+    served = await served_by(start_engine, start_router, scripts, first_byte_timeout=0.2)
+    statuses = {outcome: (await served.chat(model=outcome)).status_code for outcome in scripts}
+    await settle(served, len(scripts))
+    seen = await scrape(served)
+
+    assert list(statuses.values()) == [504, 502, 502, 404, 500]
+    for outcome, status in statuses.items():
+        assert seen("upstream_attempts_total", model_name=outcome, outcome=outcome) == 1, outcome
+        assert seen("requests_total", model_name=outcome, code=str(status)) == 1, outcome
+    assert seen("upstream_attempts_total") == len(scripts)
+    assert seen("requests_in_flight") == seen("backend_in_flight") == 0
+
+
+async def test_each_attempt_is_its_own_backends(start_engine: Start, start_router: Start) -> None:
+    dead, alive = await start_engine(), await start_engine()
+    served = await start_router(dead, alive, entry={"policy": "round_robin"})
+    await dead.stop()
+    for _ in range(10):
+        assert (await served.chat()).status_code == 200
+    await settle(served, 10)
+    seen = await scrape(served)
+
+    attempts = {
+        (s.labels["backend"], s.labels["outcome"]): s.value
+        for s in seen.samples
+        if s.name == P + "upstream_attempts_total"
+    }
+    assert attempts[alive.url.removeprefix("http://"), "ok"] == 10
+    assert attempts[dead.url.removeprefix("http://"), "connect_failed"] >= 4
+    assert set(attempts.values()) == {10, *list(attempts.values())}
+    assert len(attempts) == 2
+
+
+async def test_a_backend_that_left_takes_its_series_along(start_engine: Start, start_router: Start) -> None:
+    old, new = await start_engine(), await start_engine()
+    served = await start_router(old)
+    await served.chat()
+    await settle(served, 1)
+    backends = [{"url": new.url}]
+    served.router.registry._apply(parse_catalogue({"models": [{"name": "m", "backends": backends}]}), "test")
+    await served.chat()
+    await settle(served, 2)
+    page = (await served.client.get("/metrics")).text
+
+    assert new.url.removeprefix("http://") in page
+    assert old.url.removeprefix("http://") not in page
+
+
+async def test_the_registry_and_the_build_are_shown(start_router: Start) -> None:
+    served = await start_router(models=[{"name": "a"}, {"name": "b"}], registry_url="http://127.0.0.1:9")
+    await served.router.registry.refresh()
+    seen = await scrape(served)
+
+    assert seen.values("registry_models", "source") == {"registry": 0, "stale": 0, "static": 2}
+    assert seen("registry_last_success_timestamp_seconds") == 0
+    assert seen.values("registry_sync_failures_total", "reason") == {"connect": 2}
+    assert seen("build_info", version=__version__, python_version=sys.version.split()[0]) == 1
+    assert seen("requests_in_flight", model_name="a") == 0
+
+
+# By itself
+
+
+def metrics_of() -> Metrics:
+    return Metrics(lambda: [], lambda: RegistryStatus("static", 0, 0.0, {}))
+
+
+@given(st.lists(st.floats(0, 1000, allow_nan=False), max_size=50))
+def test_a_histogram_counts_what_is_at_most_its_bound(values: list[float]) -> None:
+    histogram = Histogram(TPOT_BUCKETS)
+    for value in values:
+        histogram.observe(value)
+
+    for bound, count in histogram.cumulative():
+        assert count == sum(value <= float(bound) for value in values)
+    assert histogram.cumulative()[-1] == ("+Inf", len(values))
+    assert histogram.sum == pytest.approx(sum(values))
+
+
+def test_a_scrape_on_another_thread_survives_new_series() -> None:
+    """As on OPS_PORT, where /metrics has a thread of its own."""
+    metrics, collectors = metrics_of(), CollectorRegistry()
+    collectors.register(metrics)
+    failures: list[Exception] = []
+
+    def scrape_often() -> None:
+        try:
+            for _ in range(10):
+                generate_latest(collectors)
+        except Exception as exc:
+            failures.append(exc)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    scraper = threading.Thread(target=scrape_often)
+    scraper.start()
+    number = 0
+    while scraper.is_alive():
+        number += 1
+        name = f"m{number}"
+        if number % 100 == 0:
+            # Only what is new matters here; a page that grew without end would take ever longer.
+            metrics.reset()
+        metrics.request(name, "chat_completions", 200, False, 0.1)
+        metrics.first_token(name, "chat_completions", 0.1)
+        metrics.tokens(name, "input", 1)
+        metrics.attempt(Backend(name, f"http://{name}"), Outcome.OK)
+        metrics.stream_ended(name, Outcome.CLIENT_GONE)
+    sys.setswitchinterval(interval)
+
+    assert failures == []
+
+
+def test_a_label_cannot_break_a_line() -> None:
+    metrics, collectors = metrics_of(), CollectorRegistry()
+    collectors.register(metrics)
+    evil = 'a"}\n\\b{le="1'
+    metrics.tokens(evil, "input", 1)
+
+    seen = Scrape(parse_text(generate_latest(collectors).decode()))
+    assert seen.values("tokens_total", "model_name") == {evil: 1}
+
+
+def test_a_stream_that_ended_well_is_no_abort() -> None:
+    metrics = metrics_of()
+    for outcome in Outcome:
+        metrics.stream_ended("m", outcome)
+    seen = Scrape(metrics.collect())
+
+    assert seen.values("stream_aborts_total", "reason") == {
+        "client_disconnect": 1,
+        "upstream_reset": 2,
+        "truncated": 1,
+        "idle_timeout": 1,
+        "deadline": 1,
+    }

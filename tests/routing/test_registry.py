@@ -1,0 +1,608 @@
+"""The registry client, before a real registry on a real port, and before everything a registry can do wrong."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from pytest_httpx import HTTPXMock
+
+from inference_api.errors import ModelNotFound
+from inference_api.inbound.server import Server, listen
+from inference_api.routing import registry as registry_module
+from inference_api.routing.backend import Fleet
+from inference_api.routing.balance import make_policy
+from inference_api.routing.catalogue import CatalogueEntry, parse_catalogue
+from inference_api.routing.registry import Registry
+from registry_stub.app import create_app
+from registry_stub.store import Store
+from tests.fakes import Line, Received, Script, ScriptedServer, hang, in_background, json_response, raw, until
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+
+
+def listing(*names: str, **more: Any) -> dict[str, Any]:
+    return {"models": [{"name": name, **more} for name in names]}
+
+
+class Client:
+    """A Registry over the static catalogue {s}, and what can be seen of it from outside."""
+
+    def __init__(self, http: httpx.AsyncClient | None, **options: Any) -> None:
+        self.fleet = Fleet(make_policy)
+        self.changes: list[list[str]] = []
+        static = parse_catalogue(listing("s"))
+        self.registry = Registry(self.fleet, static, http, on_change=self._changed, **options)
+
+    def _changed(self) -> None:
+        self.changes.append(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.fleet.models)
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., Client]]:
+    """`connect(url, ...)` -> a Client of the registry there; keywords are options of Registry."""
+    async with AsyncExitStack() as stack:
+
+        def connect(
+            url: str = "http://registry", statuses: list[int] | None = None, timeout: float = 30, **options: Any
+        ) -> Client:
+            async def note(response: httpx.Response) -> None:
+                if statuses is not None:
+                    statuses.append(response.status_code)
+
+            http = httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=False, event_hooks={"response": [note]})
+            stack.push_async_callback(http.aclose)
+            return Client(http, **options)
+
+        yield connect
+
+
+@pytest.fixture
+async def start_server() -> AsyncIterator[Callable[[Script], Awaitable[ScriptedServer]]]:
+    async with AsyncExitStack() as stack:
+
+        async def start(script: Script) -> ScriptedServer:
+            server = ScriptedServer(script)
+            await stack.enter_async_context(server)
+            return server
+
+        yield start
+
+
+# Against a real registry
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "registry.sqlite3") as store:
+        yield store
+
+
+@pytest.fixture
+async def real(store: Store) -> AsyncIterator[str]:
+    """The URL of a registry over `store`."""
+    listener = listen("127.0.0.1", 0, "PORT")
+    config = uvicorn.Config(create_app(store), lifespan="off", log_config=None, access_log=False, ws="none")
+    server = Server(config)
+    async with in_background(server.serve(sockets=[listener])):
+        await until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+    listener.close()
+
+
+def put(store: Store, name: str, **more: Any) -> None:
+    store.put(CatalogueEntry.model_validate({"name": name, **more}), now=1)
+
+
+async def test_an_unchanged_catalogue_is_not_sent_again(connect: Start, real: str, store: Store) -> None:
+    put(store, "a", aliases=["x"])
+    statuses: list[int] = []
+    client = connect(real, statuses)
+
+    await client.registry.refresh()
+    await client.registry.refresh()
+    assert (statuses, client.changes) == ([200, 304], [["s"], ["a"]])
+
+    put(store, "b")
+    await client.registry.refresh()
+    assert (statuses, client.changes[-1]) == ([200, 304, 200], ["a", "b"])
+    assert client.registry.resolve("x") is client.registry.resolve("a")
+
+
+async def test_what_is_deleted_in_the_registry_is_gone(connect: Start, real: str, store: Store) -> None:
+    put(store, "a")
+    put(store, "b")
+    client = connect(real)
+    await client.registry.refresh()
+    store.delete("a")
+    await client.registry.refresh()
+
+    assert client.names == ["b"]
+    with pytest.raises(ModelNotFound):
+        client.registry.resolve("a")
+
+
+async def test_a_router_takes_its_models_from_the_registry(
+    real: str, store: Store, start_engine: Start, start_router: Start
+) -> None:
+    engine = await start_engine()
+    served = await start_router(registry_url=real, models=[{"name": "m"}])
+    assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "registry", "models": 0}
+    assert (await served.chat()).status_code == 404
+
+    put(store, "m", backends=[{"url": engine.url}])
+    await served.router.registry.refresh()
+
+    assert (await served.chat()).status_code == 200
+    assert (await served.client.get("/v1/models")).json()["data"][0]["id"] == "m"
+    assert await served.metric("inference_api_registry_models", source="registry") == 1
+    assert await served.metric("inference_api_registry_last_success_timestamp_seconds") > time.time() - 60
+
+
+# Looking
+
+
+@pytest.mark.httpx_mock(can_send_already_matched_responses=True)
+async def test_whoever_asks_while_a_look_is_under_way_waits_for_that_one(connect: Start, httpx_mock: HTTPXMock) -> None:
+    answering = asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await answering.wait()
+        return httpx.Response(200, json=listing("a"))
+
+    httpx_mock.add_callback(answer)
+    client = connect()
+    waiting = [asyncio.create_task(client.registry.refresh()) for _ in range(20)]
+    await until(httpx_mock.get_requests)
+    answering.set()
+    await asyncio.gather(*waiting)
+
+    assert len(httpx_mock.get_requests()) == 1
+    await client.registry.refresh()
+    assert len(httpx_mock.get_requests()) == 2
+
+
+async def test_one_that_stops_waiting_does_not_stop_the_look(connect: Start, httpx_mock: HTTPXMock) -> None:
+    answering = asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await answering.wait()
+        return httpx.Response(200, json=listing("a"))
+
+    httpx_mock.add_callback(answer)
+    client = connect()
+    patient, impatient = (asyncio.create_task(client.registry.refresh()) for _ in range(2))
+    await until(httpx_mock.get_requests)
+    impatient.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await impatient
+    answering.set()
+    await patient
+
+    assert client.names == ["a"]
+
+
+async def test_no_request_waits_for_the_registry(start_engine: Start, start_router: Start, start_server: Start) -> None:
+    engine = await start_engine()
+    once = json_response(listing("m", backends=[{"url": engine.url}]))
+
+    async def script(request: Received, line: Line) -> None:
+        await (raw(once) if len(server.requests) == 1 else hang)(request, line)
+
+    server = await start_server(script)
+    served = await start_router(registry_url=server.url)
+    look = asyncio.create_task(served.router.registry.refresh())
+    await until(lambda: len(server.requests) == 2)
+
+    assert (await served.chat()).status_code == 200
+    assert (await served.client.get("/readyz")).status_code == 200
+    assert not look.done()
+    look.cancel()
+
+
+@pytest.mark.parametrize(("rand", "least", "most"), [(0.0, 0.08, 0.12), (0.999, 0.1198, 0.16)])
+async def test_routers_do_not_look_in_step(
+    connect: Start, start_server: Start, rand: float, least: float, most: float
+) -> None:
+    looks: list[float] = []
+
+    async def script(request: Received, line: Line) -> None:
+        looks.append(asyncio.get_running_loop().time())
+        await line.send(json_response(listing("a")))
+
+    client = connect((await start_server(script)).url, refresh=0.1, rand=lambda: rand)
+    task = asyncio.create_task(client.registry.run())
+    await until(lambda: len(looks) == 4)
+    task.cancel()
+    gaps = [later - earlier for earlier, later in pairwise(looks)]
+
+    # A busy machine only adds to a gap, and not to every one; the loop's clock ticks in milliseconds.
+    assert least - 0.004 <= min(gaps) <= most
+
+
+async def test_the_loop_outlives_failures_and_ends_when_cancelled(connect: Start, httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_exception(httpx.ConnectError("refused"))
+    httpx_mock.add_response(500)
+    httpx_mock.add_response(json=listing("a"), is_reusable=True)
+    client = connect(refresh=0.01)
+    task = asyncio.create_task(client.registry.run())
+    await until(lambda: client.names == ["a"])
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert client.registry.status().failures == {"connect": 1, "status": 1}
+
+
+async def test_a_failure_nobody_thought_of_does_not_end_the_loop(connect: Start, httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_exception(RuntimeError("the transport has a bug"))
+    httpx_mock.add_response(json=listing("a"), is_reusable=True, is_optional=True)
+    client = connect(refresh=0.01)
+    task = asyncio.create_task(client.registry.run())
+    try:
+        await until(lambda: client.names == ["a"], seconds=1)
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, RuntimeError):
+            await task
+
+
+async def test_without_a_registry_there_is_nothing_to_look_at() -> None:
+    client = Client(None)
+    await client.registry.start()
+    await asyncio.wait_for(client.registry.run(), 1)
+
+    assert client.names == ["s"]
+    assert client.registry.status() == ("static", 1, 0.0, {})
+
+
+# The start
+
+
+async def test_the_first_look_comes_before_the_first_request(connect: Start, httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_response(json=listing("a"))
+    client = connect()
+    await client.registry.start()
+
+    assert client.names == ["a"]
+    assert client.registry.source == "registry"
+
+
+async def test_a_registry_that_hangs_delays_the_start_only_so_long(
+    connect: Start, start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "_COLD_START", 0.05)
+    late = asyncio.Event()
+
+    async def script(request: Received, line: Line) -> None:
+        await late.wait()
+        await line.send(json_response(listing("a")))
+
+    client = connect((await start_server(script)).url)
+    await asyncio.wait_for(client.registry.start(), 5)
+    assert (client.names, client.registry.source) == (["s"], "static")
+    assert client.registry.status().failures == {"timeout": 1}
+
+    late.set()
+    await client.registry.refresh()
+    assert client.names == ["a"]
+
+
+async def test_a_router_starts_on_its_static_catalogue_when_the_registry_hangs(
+    start_engine: Start, start_router: Start, start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "_COLD_START", 0.05)
+    served = await start_router(await start_engine(), registry_url=(await start_server(hang)).url)
+
+    assert (await served.chat()).status_code == 200
+    ready = await served.client.get("/readyz")
+    assert (ready.status_code, ready.json()["catalogue"]) == (200, "static")
+    assert await served.metric("inference_api_registry_sync_failures_total", reason="timeout") == 1
+
+
+# What can go wrong
+
+FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a 404": ("status", {"status_code": 404, "json": listing("x")}),
+    "a 500": ("status", {"status_code": 500, "json": listing("x")}),
+    "a 204": ("status", {"status_code": 204}),
+    "a redirect": ("status", {"status_code": 302, "headers": {"location": "http://169.254.169.254/models"}}),
+    "nothing": ("garbage", {"content": b""}),
+    "HTML": ("garbage", {"html": "<html>captive portal</html>"}),
+    "half of it": ("garbage", {"content": b'{"models": [{"name": "a"}'}),
+    "not UTF-8": ("garbage", {"content": b'{"models": [{"name": "\xff"}]}'}),
+    "too deep": ("garbage", {"content": b'{"models":' + b"[" * 100_000}),
+    "a list": ("garbage", {"json": [{"name": "x"}]}),
+    "a mapping of models": ("garbage", {"json": {"models": {"x": {}}}}),
+    "one more key": ("garbage", {"json": {"models": [], "items": []}}),
+    "only refused entries": ("garbage", {"json": listing("x", backends=[{"url": "http://169.254.169.254"}])}),
+}
+
+
+async def assert_kept(client: Client, reason: str | None = None) -> None:
+    """The second look fails, and all that was known stays."""
+    await client.registry.refresh()
+    before = client.registry.status()
+    assert before[:2] == ("registry", 1)
+    async with asyncio.timeout(5):
+        await client.registry.refresh()
+    status = client.registry.status()
+
+    assert client.names == ["a"]
+    assert client.changes == [["s"], ["a"]]
+    assert status[:3] == before[:3]
+    assert sum(status.failures.values()) == 1
+    assert reason is None or status.failures == {reason: 1}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_bad_answer_leaves_the_last_good_catalogue(connect: Start, httpx_mock: HTTPXMock, fault: str) -> None:
+    reason, response = FAULTS[fault]
+    httpx_mock.add_response(json=listing("a"), headers={"etag": '"1"'})
+    httpx_mock.add_response(**response)
+
+    await assert_kept(connect(), reason)
+
+
+@pytest.mark.parametrize(
+    ("exception", "reason"),
+    [
+        (httpx.ConnectTimeout("slow"), "timeout"),
+        (httpx.ReadTimeout("slow"), "timeout"),
+        (httpx.ConnectError("no such name"), "connect"),
+        (httpx.RemoteProtocolError("broken"), "connect"),
+        (httpx.InvalidURL("a redirect to nowhere"), "connect"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_no_answer_leaves_the_last_good_catalogue(
+    connect: Start, httpx_mock: HTTPXMock, exception: Exception, reason: str
+) -> None:
+    httpx_mock.add_response(json=listing("a"))
+    httpx_mock.add_exception(exception)
+
+    await assert_kept(connect(), reason)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+
+
+async def drip(request: Received, line: Line) -> None:
+    """A byte now and then: never long enough without one for a timeout between two reads."""
+    await line.send(HEAD, b"content-length: 1000000\r\n\r\n")
+    while not line.writer.is_closing():
+        await line.send(b" ")
+        await asyncio.sleep(0.02)
+
+
+async def pour(request: Received, line: Line) -> None:
+    """A body without an end."""
+    await line.send(HEAD, b"\r\n")
+    while not line.writer.is_closing():
+        await line.send(b" " * 65536)
+
+
+WIRE: dict[str, tuple[str, Script]] = {
+    "hangs": ("timeout", hang),
+    "drips": ("timeout", drip),
+    "never ends": ("garbage", pour),
+    "breaks off": ("connect", raw(HEAD, b'content-length: 100\r\n\r\n{"models": [', close=True)),
+    "closes": ("connect", raw(close=True)),
+    "is no HTTP": ("connect", raw(b"SSH-2.0-OpenSSH_9.9\r\n", close=True)),
+}
+
+
+@pytest.mark.parametrize("fault", WIRE)
+async def test_a_registry_that_fails_on_the_wire_leaves_the_last_good_catalogue(
+    connect: Start, start_server: Start, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    reason, script = WIRE[fault]
+    monkeypatch.setattr(registry_module, "_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(registry_module, "_PATIENCE", 0.3, raising=False)
+    good = raw(json_response(listing("a")))
+
+    async def turn(request: Received, line: Line) -> None:
+        await (good if len(server.requests) == 1 else script)(request, line)
+
+    server = await start_server(turn)
+
+    await assert_kept(connect(server.url, timeout=0.3), reason)
+
+
+async def test_a_registry_that_is_down_leaves_the_last_good_catalogue_until_it_is_back(
+    connect: Start, start_server: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    server = await start_server(raw(json_response(listing("a"))))
+    client = connect(server.url, refresh=10, clock=lambda: now[0])
+    await client.registry.refresh()
+    await server.stop()
+    caplog.clear()
+    caplog.set_level(logging.INFO, "inference_api")
+    for now[0] in (10.0, 20.0, 30.0, 3600.0):
+        await client.registry.refresh()
+        assert client.names == ["a"]
+    assert client.registry.status()[::3] == ("stale", {"connect": 4})
+
+    await server.__aenter__()
+    await client.registry.refresh()
+    assert client.registry.source == "registry"
+    assert "the registry answers" in caplog.messages
+    # Once it is known to be down there is no news in that.
+    assert sum("cannot be used" in message for message in caplog.messages) < 4
+
+
+async def test_a_catalogue_counts_as_live_for_two_and_a_half_looks(connect: Start, httpx_mock: HTTPXMock) -> None:
+    now = [1000.0]
+    httpx_mock.add_response(json=listing("a"), headers={"etag": '"1"'})
+    httpx_mock.add_response(304)
+    client = connect(refresh=10, clock=lambda: now[0])
+    await client.registry.refresh()
+
+    sources = []
+    for now[0] in (1024.9, 1025.1, 5000.0):
+        sources.append(client.registry.source)
+    await client.registry.refresh()
+
+    assert sources == ["registry", "stale", "stale"]
+    assert client.registry.source == "registry"
+    assert client.registry.resolve("a").name == "a"
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+async def test_a_jump_of_the_wall_clock_ages_nothing(
+    connect: Start, httpx_mock: HTTPXMock, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    httpx_mock.add_response(json=listing("a"))
+    client = connect(refresh=10)
+    await client.registry.refresh()
+    later = time.time() + jump
+    monkeypatch.setattr(time, "time", lambda: later)
+
+    assert client.registry.source == "registry"
+
+
+async def test_a_registry_that_never_answered_leaves_the_static_catalogue(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    httpx_mock.add_response(503, is_reusable=True)
+    client = connect()
+    for _ in range(5):
+        await client.registry.refresh()
+
+    assert client.registry.status() == ("static", 1, 0.0, {"status": 5})
+    assert client.names == ["s"]
+    assert caplog.messages == ["the registry cannot be used: it answered with the status 503"]
+
+
+async def test_the_static_catalogue_never_mixes_with_the_registrys(connect: Start, httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_response(json=listing("a"))
+    httpx_mock.add_response(500)
+    client = connect()
+    await client.registry.refresh()
+    await client.registry.refresh()
+
+    with pytest.raises(ModelNotFound):
+        client.registry.resolve("s")
+
+
+# Suddenly empty
+
+
+def answers(httpx_mock: HTTPXMock, *said: Any) -> None:
+    """One answer per look: a listing, or a status."""
+    for number, one in enumerate(said):
+        if isinstance(one, int):
+            httpx_mock.add_response(one)
+        else:
+            httpx_mock.add_response(json=one, headers={"etag": f'"{number}"'})
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ([listing("a"), listing()], ["a"]),
+        ([listing("a"), listing(), listing()], []),
+        ([listing("a"), listing(), listing("b"), listing()], ["b"]),
+        ([listing("a"), listing(), 304, listing()], ["a"]),
+        ([listing("a"), listing(), listing(), listing("b")], ["b"]),
+        ([listing("a"), listing(), listing(), listing("b"), listing()], ["b"]),
+    ],
+    ids=["once", "twice", "and back", "and unchanged", "and new", "and again"],
+)
+async def test_no_models_at_all_is_believed_when_said_twice_in_a_row(
+    connect: Start, httpx_mock: HTTPXMock, said: list[Any], known: list[str]
+) -> None:
+    answers(httpx_mock, *said)
+    client = connect()
+    for _ in said:
+        await client.registry.refresh()
+
+    assert client.names == known
+
+
+async def test_a_look_that_found_nothing_says_so_once(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers(httpx_mock, listing("a"), listing(), listing())
+    client = connect()
+    for _ in range(3):
+        await client.registry.refresh()
+
+    assert sum("lists no models" in message for message in caplog.messages) == 1
+    assert client.registry.status()[:2] == ("registry", 0)
+
+
+# What a hostile registry lists
+
+HOSTILE = [
+    {"name": "evil1", "backends": [{"url": "http://169.254.169.254/"}]},
+    {"name": "evil2", "backends": [{"url": "http://user:pw@x"}]},
+    {"name": "evil3", "backends": [{"url": "file:///etc/passwd"}]},
+    {"name": "evil4", "backends": [{"url": "http://allowed\\@evil/"}]},
+    {"name": "evil5", "backends": [{"url": "http://[::ffff:169.254.169.254]"}]},
+    {"name": "evil6", "backends": [{"url": f"http://r{number}"} for number in range(10_000)]},
+    {"name": "good"},
+    {"name": 'a\nb{le="1"}'},
+    {"name": "evil7", "a\nkey": 1},
+]
+
+
+async def test_a_hostile_entry_is_refused_alone_with_a_line_of_its_own(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    httpx_mock.add_response(json={"models": [{"name": "first"}, *HOSTILE, {"name": "last"}]}, headers={"etag": '"1"'})
+    httpx_mock.add_response(304)
+    client = connect()
+    await client.registry.refresh()
+    await client.registry.refresh()
+
+    assert client.names == ["first", "good", "last"]
+    refused = [message for message in caplog.messages if message.startswith("an entry of the registry is refused: ")]
+    assert len(refused) == len(HOSTILE) - 1
+    assert all("\n" not in line and len(line) < 1000 for line in refused)
+
+
+async def test_an_answer_that_says_the_same_changes_nothing(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    httpx_mock.add_response(json={"models": [{"name": "a"}, {"name": "bad", "x": 1}]}, is_reusable=True)
+    client = connect()
+    for _ in range(3):
+        await client.registry.refresh()
+
+    assert client.changes == [["s"], ["a"]]
+    assert sum("is refused" in message for message in caplog.messages) == 1
+
+
+# Resolving
+
+
+async def test_an_unknown_name_is_refused_with_the_known_ones_when_they_are_few() -> None:
+    client = Client(None)
+
+    with pytest.raises(ModelNotFound, match=r"The model 'nope' does not exist\. Known models: s\."):
+        client.registry.resolve("nope")
+    client.fleet.update(parse_catalogue(listing(*(f"m{number}" for number in range(11)))))
+    with pytest.raises(ModelNotFound, match="GET /v1/models lists them"):
+        client.registry.resolve("nope")
+
+
+async def test_a_static_entry_that_is_refused_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    Registry(Fleet(make_policy), parse_catalogue({"models": [{"name": "m", "x": 1}]}))
+
+    message = "an entry of the static catalogue is refused: model 'm': x: Extra inputs are not permitted"
+    assert caplog.messages == [message]

@@ -1,0 +1,186 @@
+"""Configuration: every variable works, and what cannot be used is refused by the variable's name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings
+
+# A value that is not the default, for every setting.
+VALUES: dict[str, tuple[str, Any]] = {
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("9000", 9000),
+    "ops_port": ("9090", 9090),
+    "catalogue": ("/etc/c.yaml", Path("/etc/c.yaml")),
+    "registry_url": ("https://registry:8081/", "https://registry:8081"),
+    "registry_refresh": ("0.5", 0.5),
+    "connect_timeout": ("1", 1.0),
+    "first_byte_timeout": ("2", 2.0),
+    "idle_timeout": ("3", 3.0),
+    "total_timeout": ("4", 4.0),
+    "stream_timeout": ("5", 5.0),
+    "header_timeout": ("6", 6.0),
+    "body_timeout": ("7", 7.0),
+    "write_stall_timeout": ("8", 8.0),
+    "keepalive_timeout": ("9", 9.0),
+    "upstream_keepalive": ("1.5", 1.5),
+    "max_body_bytes": ("1024", 1024),
+    "max_in_flight": ("10", 10),
+    "max_attempts": ("3", 3),
+    "retry_budget": ("0", 0.0),
+    "retry_on_status": ("502, 504", frozenset({502, 504})),
+    "forward_headers": ("X-Vllm-Priority,x-b", frozenset({"x-vllm-priority", "x-b"})),
+    "breaker_failures": ("1", 1),
+    "breaker_cooldown": ("0.1", 0.1),
+    "health_interval": ("11", 11.0),
+    "health_timeout": ("12", 12.0),
+    "drain_delay": ("13", 13.0),
+    "drain_timeout": ("14", 14.0),
+    "log_level": ("debug", "debug"),
+    "log_format": ("console", "console"),
+}
+
+
+def load(**values: str) -> Settings:
+    return load_settings({PREFIX + name.upper(): value for name, value in values.items()})
+
+
+def refusal(**values: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(**values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_a_variable_sets_its_setting(name: str) -> None:
+    text, value = VALUES[name]
+
+    assert getattr(load(**{name: text}), name) == value
+    assert getattr(load(), name) == Settings.model_fields[name].default != value
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    settings = load_settings({})
+
+    assert (settings.host, settings.port, settings.ops_port, settings.registry_url) == ("127.0.0.1", 8000, None, None)
+    assert (settings.max_body_bytes, settings.max_in_flight, settings.max_attempts) == (33554432, 1000, 2)
+    assert (settings.retry_on_status, settings.forward_headers) == ({503}, frozenset())
+    assert settings.catalogue == DEFAULT_CATALOGUE
+    assert DEFAULT_CATALOGUE.is_file()
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERENCE_API_PORT", "9001")
+    monkeypatch.setenv("INFERENCE_APIARY", "not ours")
+
+    assert load_settings().port == 9001
+
+
+def test_names_may_be_in_lower_case() -> None:
+    assert load_settings({"inference_api_port": "9001"}).port == 9001
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("PROT", "PORT"), ("MAX_BODY_SIZE", "MAX_BODY_BYTES"), ("IDLE_TIMEOUTS", "IDLE_TIMEOUT")]
+)
+def test_an_unknown_variable_is_named_with_what_may_be_meant(name: str, meant: str) -> None:
+    message = f"INFERENCE_API_{name}: there is no such setting; did you mean INFERENCE_API_{meant}?"
+
+    assert refusal(**{name: "1"}) == message
+
+
+def test_a_variable_that_resembles_nothing_points_at_the_list() -> None:
+    assert refusal(zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz="1").endswith("`inference-api serve --help` lists the variables")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("port", "http", "valid integer"),
+        ("port", "0", "greater than or equal to 1"),
+        ("port", "65536", "less than or equal to 65535"),
+        ("port", "", "valid integer"),
+        ("port", "8000.5", "valid integer"),
+        ("ops_port", "-1", "greater than or equal to 1"),
+        ("connect_timeout", "0", "greater than 0"),
+        ("connect_timeout", "nan", "finite number"),
+        ("stream_timeout", "inf", "finite number"),
+        ("idle_timeout", "2s", "valid number"),
+        ("max_attempts", "4", "less than or equal to 3"),
+        ("max_body_bytes", "0", "greater than or equal to 1"),
+        ("retry_budget", "1.1", "less than or equal to 1"),
+        ("drain_delay", "-1", "greater than or equal to 0"),
+        ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
+        ("log_format", "xml", "'json' or 'console'"),
+        ("registry_url", "registry:8081", "must be an http:// or https:// URL"),
+        ("registry_url", "ftp://registry", "must be an http:// or https:// URL"),
+        ("registry_url", "http://", "must be an http:// or https:// URL"),
+        ("registry_url", "http://[::1", "Invalid IPv6 URL"),
+        ("retry_on_status", "503,500", "500 cannot be retried safely; use some of 429, 502, 503, 504"),
+        ("retry_on_status", "all", "valid integer"),
+        ("forward_headers", "x-a,x b", "'x b' is not a header name"),
+        ("forward_headers", "x-ü", "'x-ü' is not a header name"),
+        ("forward_headers", "x:1", "'x:1' is not a header name"),
+        ("forward_headers", "Authorization", "'authorization' is the router's own and is never forwarded"),
+        ("forward_headers", "cookie", "'cookie' is the router's own"),
+        ("forward_headers", "Content-Length", "'content-length' is the router's own"),
+        ("forward_headers", "transfer-encoding", "'transfer-encoding' is the router's own"),
+        ("forward_headers", "X-Forwarded-For", "'x-forwarded-for' is the router's own"),
+    ],
+)
+def test_an_invalid_value_is_named_with_the_reason(name: str, value: str, reason: str) -> None:
+    message = refusal(**{name: value})
+
+    assert message.startswith(f"INFERENCE_API_{name.upper()}={value!r}: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_a_value_in_a_message_is_cut() -> None:
+    assert len(refusal(port="9" * 100_000)) < 300
+
+
+def test_all_problems_are_told_at_once() -> None:
+    lines = refusal(port="x", prot="1", idle_timeout="-1", forward_headers="host").splitlines()
+
+    assert [line.split("=")[0].split(":")[0] for line in lines] == [
+        "INFERENCE_API_PROT",
+        "INFERENCE_API_PORT",
+        "INFERENCE_API_IDLE_TIMEOUT",
+        "INFERENCE_API_FORWARD_HEADERS",
+    ]
+
+
+def test_a_lower_case_variable_is_named_with_its_value() -> None:
+    with pytest.raises(SettingsError, match="INFERENCE_API_PORT='http'"):
+        load_settings({"inference_api_port": "http"})
+
+
+@pytest.mark.parametrize(("text", "value"), [("", set()), (" , ", set()), ("503", {503}), ("429,502 ,503,504,", None)])
+def test_statuses_are_a_list_with_commas(text: str, value: set[int] | None) -> None:
+    assert load(retry_on_status=text).retry_on_status == (value if value is not None else {429, 502, 503, 504})
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load().port = 1  # type: ignore[misc]
+
+
+def test_what_is_not_a_setting_is_refused_in_code_too() -> None:
+    with pytest.raises(ValidationError, match="prot"):
+        Settings(prot=1)  # type: ignore[call-arg]
+
+
+def test_code_does_not_read_the_environment_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("INFERENCE_API_PORT", "9001")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("INFERENCE_API_PORT=9002\n")
+
+    assert Settings().port == 8000
+    assert load_settings({}).port == 8000
