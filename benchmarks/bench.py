@@ -46,7 +46,7 @@ def run(bench: Bench, candidates: list[Candidate | None], loads: list[Load], rou
                 for candidate in candidates
             ]
             idle = {pid: cpu.proportional_bytes(cpu.members(pid)) / 1e6 if pid else 0.0 for _, pid, _ in targets}
-            for load, part in ((load, part) for load in loads for part in range(load.slices)):
+            for load, part in ((each, part) for each in loads for part in range(each.slices)):
                 # Another one goes first each time, so that a machine that gets busier favours nobody.
                 turn = (number + part) % len(targets)
                 for candidate, pid, port in targets[turn:] + targets[:turn]:
@@ -93,7 +93,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--router-core", type=int, default=cores[0])
     parser.add_argument("--load-core", type=int, default=cores[-1])
     parser.add_argument("--noise", type=float, default=0.1, help="share of a core others may use during a sample")
-    parser.add_argument("--tries", type=int, default=5, help="how often to try for a sample without more noise")
+    parser.add_argument("--tries", type=int, default=3, help="how often to try for a sample without more noise")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the candidates' logs there")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="say where `ours` spends its time, measure nothing")

@@ -36,7 +36,10 @@ class Sample:
     slice: int = 0
 
     def __str__(self) -> str:
-        return f"{self.load:12} {self.candidate:20} {self.cpu_us:8.1f} us CPU  {self.per_second:8.0f}/s"
+        return (
+            f"{self.load:12} {self.candidate:20} {self.cpu_us:8.1f} us CPU {self.per_second:8.0f}/s"
+            f"  noise {self.noise:4.0%}  yardstick {self.yardstick_ms:.1f} ms"
+        )
 
 
 # What we promise: (load, the other one, our median ratio to it, at most).

@@ -17,6 +17,7 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.outbound.forward import Forward, Limits
+from inference_api.outbound.headers import RequestHeaders
 from inference_api.outbound.transport import Transport
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_policy
@@ -59,15 +60,18 @@ class Router:
         for collector in (self.metrics, ProcessCollector(registry=None), GCCollector(registry=CollectorRegistry())):
             collectors.register(collector)
         observer = Observer(self.metrics, access_log)
-        forward = Forward(self.transport, _limits(settings), self.metrics.attempt, tokens or {})
+        forward = Forward(self.transport, _limits(settings), self.metrics.attempt, tokens or {}, rand)
         self._engines = EngineFacts(self.fleet, self.transport, rand=rand.random)
         self.load = Load()
+
+        def mint_id() -> str:
+            return f"{rand.getrandbits(128):032x}"
+
         gate = Gate(
             observer,
             self.registry.resolve,
             send=forward,
-            mint_id=lambda: f"{rand.getrandbits(128):032x}",
-            forward_headers=frozenset(name.encode() for name in settings.forward_headers),
+            read_headers=RequestHeaders(mint_id, frozenset(name.encode() for name in settings.forward_headers)),
             max_body=settings.max_body_bytes,
             max_in_flight=settings.max_in_flight,
             write_stall=settings.write_stall_timeout,
@@ -79,7 +83,7 @@ class Router:
         pages += Models(self.fleet, self.registry.resolve).routes()
         if settings.ops_port is None:
             pages += self.probes.routes()
-        others = Observed(create_pages(pages, self._lifespan), observer, gate.mint_id)
+        others = Observed(create_pages(pages, self._lifespan), observer, mint_id)
         self.app: ASGIApp = Surface(inference, others)
         self.ops: ASGIApp = create_pages(self.probes.routes())
 
@@ -100,7 +104,8 @@ class Router:
                 await self._client.aclose()
 
     def _forget_backends(self) -> None:
-        """The connections of replicas that left the catalogue are closed as they become idle."""
+        """Of replicas that left the catalogue, connections are closed as they become idle, and series are dropped."""
+        self.metrics.forget_backends()
         if isinstance(self.transport, Transport):
             self.transport.retain({b.url for model in self.fleet.models.values() for b in model.backends})
 

@@ -122,7 +122,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         for error in exc.errors(include_url=False, include_context=False, include_input=False):
             variable = PREFIX + str(error["loc"][0]).upper()
             reason = error["msg"].removeprefix("Value error, ")
-            problems.append(f"{variable}={environ.get(variable, '')[:80]!r}: {reason}")
+            problems.append(f"{variable}={values[str(error['loc'][0])][:80]!r}: {reason}")
         raise SettingsError("\n".join(problems)) from None
     if problems:
         raise SettingsError("\n".join(problems))

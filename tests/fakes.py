@@ -40,6 +40,9 @@ class Line:
     async def send(self, *parts: bytes) -> None:
         """Write each part by itself and let it go out."""
         for part in parts:
+            if self.writer.is_closing():
+                # uvloop's own word for it is a RuntimeError.
+                raise ConnectionResetError("the peer has left")
             self.writer.write(part)
             await self.writer.drain()
             await asyncio.sleep(0)

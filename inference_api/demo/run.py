@@ -19,7 +19,7 @@ from inference_api.demo.guide import base_url, guide
 
 _POLL = 0.1
 # Seconds: the router lets open streams finish for _DRAIN, and whatever still runs after _PATIENCE is killed.
-_DRAIN, _PATIENCE = 2, 5.0
+_DRAIN, _PATIENCE = 2, 10.0
 
 _ENGINES = ("llama-3-8b", "llama-3-8b", "mistral-7b", "gpt2")
 

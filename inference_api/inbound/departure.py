@@ -34,6 +34,10 @@ class Departure:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching; a client that leaves from now on is none of this request's business."""
         self._task = None
         receiving, self._receiving = self._receiving, None
         if self._waits_for is not None:

@@ -18,7 +18,7 @@ from inference_api.errors import InternalError, MethodNotAllowed, RouterError, U
 from inference_api.inbound import wire
 from inference_api.models import Outcome
 from inference_api.observe.observation import Observer
-from inference_api.outbound.headers import read_request
+from inference_api.outbound.headers import RequestHeaders
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.registry import Registry
 
@@ -82,7 +82,7 @@ class Observed:
     def __init__(self, app: ASGIApp, observer: Observer, mint_id: Callable[[], str]) -> None:
         self._app = app
         self._observer = observer
-        self._mint_id = mint_id
+        self._read_headers = RequestHeaders(mint_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +90,7 @@ class Observed:
             return
         path = scope["path"]
         seen = self._observer.begin("models" if path.startswith("/v1/models") else "other")
-        seen.request_id = read_request(scope["headers"], frozenset(), self._mint_id).request_id
+        seen.request_id = self._read_headers(scope["headers"]).request_id
         scope["inference_api.request_id"] = seen.request_id
 
         async def observed_send(message: Message) -> None:
@@ -122,7 +122,8 @@ def create_pages(
 
 async def _http_error(request: Request, exc: HTTPException) -> Response:
     if exc.status_code == 405:
-        allow = (exc.headers or {}).get("Allow", "GET")
+        # Starlette joins a set, in an order that changes from process to process.
+        allow = ", ".join(sorted((exc.headers or {}).get("Allow", "GET").split(", ")))
         return _error(request, MethodNotAllowed(request.method, request.scope["path"], allow))
     return _error(request, UnknownURL(request.method, request.scope["path"]))
 

@@ -13,7 +13,7 @@ from inference_api.inbound import wire
 from inference_api.inbound.departure import Departure
 from inference_api.models import Outcome, Route, Send, Tap
 from inference_api.observe.observation import Observation, Observer
-from inference_api.outbound.headers import read_request
+from inference_api.outbound.headers import RequestHeaders
 from inference_api.outbound.relay import Relay
 from inference_api.routing.backend import Model
 
@@ -51,9 +51,8 @@ class Gate(NamedTuple):
     observer: Observer
     resolve: Callable[[str], Model]
     send: Send
-    mint_id: Callable[[], str]
+    read_headers: RequestHeaders
     taps: Callable[[Observation], Sequence[Tap]] = lambda seen: (seen,)
-    forward_headers: frozenset[bytes] = frozenset()
     max_body: int = 32 * 1024 * 1024
     max_in_flight: int = 1000
     write_stall: float = 60.0
@@ -75,7 +74,7 @@ class Inference:
         outcome = Outcome.INTERNAL_ERROR
         self._load.in_flight += 1
         try:
-            inbound = read_request(scope["headers"], gate.forward_headers, gate.mint_id)
+            inbound = gate.read_headers(scope["headers"])
             seen.request_id = inbound.request_id
             body = await wire.read_body(receive, inbound, gate.max_body)
             call = wire.read_call(self.route, inbound, body, scope["query_string"])
@@ -86,7 +85,7 @@ class Inference:
             with departure:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
-                relay = Relay(reply, call, gate.taps(seen), gate.write_stall)
+                relay = Relay(reply, call, gate.taps(seen), gate.write_stall, departure.close)
                 outcome = await relay(send)
             seen.finished(relay)
         except RouterError as error:
@@ -94,7 +93,7 @@ class Inference:
         except ClientGone:
             outcome = Outcome.CLIENT_GONE
         except asyncio.CancelledError:
-            outcome = Outcome.OK if relay is not None and relay.ended else Outcome.CLIENT_GONE
+            outcome = Outcome.CLIENT_GONE if relay is None else relay.outcome
             if not departure.gone:
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]

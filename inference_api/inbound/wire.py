@@ -104,9 +104,11 @@ async def read_body(receive: Receive, inbound: Inbound, limit: int) -> bytes:
         raise TooLarge(limit)
     message = await receive()
     body: bytes = message.get("body", b"")
-    if message["type"] == "http.request" and not message.get("more_body", False):
+    if message["type"] == "http.request" and not message.get("more_body", False) and len(body) <= limit:
         return body
     parts, size = [body], len(body)
+    if size > limit:
+        raise TooLarge(limit)
     while message.get("more_body", False):
         message = await receive()
         parts.append(message.get("body", b""))

@@ -90,7 +90,9 @@ def render_json(now: float, level: str, event: str, fields: Fields) -> str:
 def render_console(now: float, level: str, event: str, fields: Fields) -> str:
     told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
     text = f"{_timestamp(now)[11:23]} {level:<7} {event} {told}".rstrip()
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    # Only a traceback keeps its lines; anything else could forge one.
+    text, mark, trace = text.partition(" exception=Traceback ")
+    return "".join(c if c.isprintable() else "?" for c in text) + mark + trace
 
 
 def configure_logging(level: str, log_format: str | None, stream: TextIO | None = None) -> AccessLog | None:

@@ -116,6 +116,12 @@ class Metrics(Collector):
     def attempt(self, backend: Backend, outcome: Outcome) -> None:
         self._attempts[backend.model, backend.label, outcome.value] += 1
 
+    def forget_backends(self) -> None:
+        """Drop the series of replicas that have left; with pod addresses they would pile up with every rollout."""
+        known = {(model.name, backend.label) for model in self._fleet() for backend in model.backends}
+        for key in [key for key in self._attempts if key[:2] not in known]:
+            del self._attempts[key]
+
     # Read by a scrape
 
     def collect(self) -> Iterator[Metric]:

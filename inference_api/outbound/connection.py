@@ -358,11 +358,11 @@ class Connection(asyncio.Protocol):
         self._schedule(now)
 
     def _schedule(self, now: float) -> None:
-        soonest = self._first_byte
-        if self._head_done:
-            # A paused stream waits for its reader, which has a deadline of its own; look again later.
-            since = now if self._paused else self._last_read
-            soonest = None if self._idle is None else since + self._idle
+        soonest = None if self._head_done else self._first_byte
+        if self._idle is not None:
+            # Before the head, and while the reader makes a pause, silence does not count; look again later.
+            quiet = (self._last_read if self._head_done and not self._paused else now) + self._idle
+            soonest = quiet if soonest is None else min(soonest, quiet)
         if self._deadline is not None and (soonest is None or self._deadline < soonest):
             soonest = self._deadline
         self._timer = None if soonest is None else self.loop.call_at(soonest, self._expire)

@@ -8,7 +8,7 @@ import orjson
 _ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _BOUNDARY = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_ERROR = re.compile(rb'^(?:event: ?error\b|data: ?\{"error" ?: ?[{"])', re.MULTILINE)
+_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error\b|data: ?\{"error" ?: ?[{"])')
 # One event may be larger; beyond this its content is no longer looked at, only its end.
 _MAX_EVENT = 1 << 20
 
@@ -45,10 +45,15 @@ class EventTracker:
         seam = max(0, before - 3)
         ends = [i + len(mark) for mark in _ENDS if (i := unfinished.rfind(mark, seam)) >= 0]
         if ends:
-            end = max(ends)
-            self._read(bytes(unfinished[:end]))
+            start, end = 0, max(ends)
+            if self._blind:
+                # The rest of an event that was too large to look at; what follows it is not.
+                start = min(i + len(mark) for mark in _ENDS if (i := unfinished.find(mark)) >= 0)
+                self._blind = False
+                self.events += 1
+            if start < end:
+                self._read(bytes(unfinished[start:end]))
             del unfinished[:end]
-            self._blind = False
         elif len(unfinished) > _MAX_EVENT:
             del unfinished[:-3]
             self._blind = True
@@ -57,8 +62,6 @@ class EventTracker:
     def _read(self, block: bytes) -> None:
         self.at_boundary = True
         self.events += block.count(b"\n\n") or len(_BOUNDARY.findall(block))
-        if self._blind:
-            return
         if b'"usage"' in block and _USAGE.search(block):
             self._usage_block = block
         for mark in self._end_marks:

@@ -1,8 +1,10 @@
 """The attempt loop: choose a replica, send, classify what came, and repeat only where that is known to be safe."""
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import httpx
 
@@ -13,6 +15,7 @@ from inference_api.outbound.rewrite import form_field, rewrite_json
 from inference_api.outbound.transport import Request
 from inference_api.routing.backend import Backend, Model
 from inference_api.routing.balance import affinity_key
+from inference_api.routing.catalogue import CatalogueEntry
 
 # Which foreign exception is which Outcome; the most specific comes first.
 _OUTCOMES: tuple[tuple[type[Exception], Outcome], ...] = (
@@ -78,19 +81,24 @@ class Forward:
         transport: httpx.AsyncBaseTransport,
         limits: Limits,
         on_attempt: Callable[[Backend, Outcome], None] = lambda backend, outcome: None,
-        tokens: Mapping[str, str] = {},
+        tokens: Mapping[str, str] = MappingProxyType({}),
+        rand: random.Random | None = None,
     ) -> None:
         self._transport = transport
         self._limits = limits
         self._on_attempt = on_attempt
         self._tokens = tokens
+        self._random_bits = (rand or random.Random()).getrandbits
+        # Per model, for as long as its entry stays the same
+        self._timeouts: dict[str, tuple[CatalogueEntry, dict[str, float]]] = {}
 
     async def __call__(self, call: Call, model: Model) -> Reply:
         """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it."""
         limits = self._limits
         body = _body(call, model)
         headers = self._headers(call, model, body)
-        extensions = self._extensions(call, model)
+        timeout = self._timeout(model)
+        deadline = asyncio.get_running_loop().time() + self._total(call, model)
         key = affinity_key(model.name, call.fields, call.session_id) if model.entry.policy == "prefix_affinity" else ""
         tried: list[Backend] = []
         failure: Failure | None = None
@@ -101,7 +109,23 @@ class Forward:
             if backend is None:
                 break
             tried.append(backend)
-            request = _request(call, backend, headers, body, extensions, len(tried))
+            url, target = backend.address(call.route.path)
+            if call.query:
+                target += b"?" + call.query
+            # Engines key generations by the request id: every attempt has one that no other has.
+            request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
+            request = Request(
+                url,
+                [(b"host", backend.host), (b"x-request-id", request_id), *headers],
+                body,
+                {
+                    "timeout": timeout,
+                    "deadline": deadline,
+                    "origin": backend.url,
+                    "target": target,
+                    "fresh": len(tried) > 1,
+                },
+            )
             backend.in_flight += 1
             try:
                 response = await self._transport.handle_async_request(request)
@@ -143,30 +167,23 @@ class Forward:
                 headers.append((b"authorization", token))
         return headers
 
-    def _extensions(self, call: Call, model: Model) -> dict[str, Any]:
+    def _timeout(self, model: Model) -> dict[str, float]:
+        known = self._timeouts.get(model.name)
+        if known is not None and known[0] is model.entry:
+            return known[1]
         limits, own = self._limits, model.entry.timeouts
-        total = limits.stream_total if call.stream else own.total or limits.total
-        return {
-            "timeout": {
-                "connect": own.connect or limits.connect,
-                "first_byte": own.first_byte or limits.first_byte,
-                "idle": own.idle or limits.idle,
-            },
-            "deadline": asyncio.get_running_loop().time() + total,
+        timeout = {
+            "connect": own.connect or limits.connect,
+            "first_byte": own.first_byte or limits.first_byte,
+            "idle": own.idle or limits.idle,
         }
+        self._timeouts[model.name] = model.entry, timeout
+        return timeout
 
-
-def _request(
-    call: Call, backend: Backend, headers: RawHeaders, body: bytes, extensions: dict[str, Any], number: int
-) -> Request:
-    # Engines key generations by the request id, so every attempt has one of its own.
-    request_id = f"{call.request_id}-{number}"
-    own = [(b"host", backend.host), (b"x-request-id", request_id.encode()), *headers]
-    target = (backend.base_path + call.route.path).encode()
-    if call.query:
-        target += b"?" + call.query
-    url = backend.url_for(call.route.path)
-    return Request(url, own, body, {**extensions, "origin": backend.url, "target": target, "fresh": number > 1})
+    def _total(self, call: Call, model: Model) -> float:
+        if call.stream:
+            return self._limits.stream_total
+        return model.entry.timeouts.total or self._limits.total
 
 
 def _body(call: Call, model: Model) -> bytes:

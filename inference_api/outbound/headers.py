@@ -1,7 +1,7 @@
 """Header hygiene, both ways: what may go to a backend, and what may come back to a client. Pure."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from inference_api.models import RawHeaders
@@ -31,7 +31,23 @@ _NOT_RETURNED = HOP_BY_HOP | {b"set-cookie", b"server", b"date", b"alt-svc", b"x
 NEVER_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"cookie", b"authorization", b"x-request-id"}
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+# The values of Connection that name no header.
+_PLAIN = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
 _RETRY_HINTS = frozenset({b"retry-after", b"x-should-retry"})
+
+
+class _Verdicts(dict[bytes, bool]):
+    """Remembers a verdict per header name. Bounded: names come from strangers."""
+
+    def __init__(self, judge: Callable[[bytes], bool]) -> None:
+        super().__init__()
+        self._judge = judge
+
+    def __missing__(self, name: bytes) -> bool:
+        if len(self) >= 4096:
+            self.clear()
+        verdict = self[name] = self._judge(name)
+        return verdict
 
 
 class Inbound(NamedTuple):
@@ -46,43 +62,41 @@ class Inbound(NamedTuple):
     forwarded: RawHeaders
 
 
-def read_request(headers: Iterable[tuple[bytes, bytes]], extra: frozenset[bytes], mint: Callable[[], str]) -> Inbound:
-    """One pass over the (lower-case) request headers; `extra` names the ones FORWARD_HEADERS adds."""
-    seen: dict[bytes, bytes] = {}
-    forwarded: RawHeaders = []
-    for pair in headers:
-        name = pair[0]
-        if name in FORWARDED or name in extra or name.startswith(FORWARDED_PREFIXES):
-            forwarded.append(pair)
-        # The first of a repeated header counts, as it does for the engines.
-        if name not in seen:
-            seen[name] = pair[1]
-    connection = seen.get(b"connection")
-    if connection is not None and connection not in (b"keep-alive", b"close"):
-        forwarded = _without(forwarded, connection)
-    return Inbound(
-        _request_id(seen.get(b"x-request-id"), seen.get(b"x-correlation-id")) or mint(),
-        seen.get(b"content-type", b""),
-        seen.get(b"content-length"),
-        seen.get(b"content-encoding"),
-        seen.get(b"authorization"),
-        seen.get(b"x-session-id"),
-        forwarded,
-    )
+class RequestHeaders:
+    """Reads the (lower-case) headers of a request. `extra`: names that are forwarded beside the usual ones."""
+
+    def __init__(self, mint_id: Callable[[], str], extra: frozenset[bytes] = frozenset()) -> None:
+        self._mint_id = mint_id
+        names = FORWARDED | extra
+        self._forwarded = _Verdicts(lambda name: name in names or name.startswith(FORWARDED_PREFIXES))
+
+    def __call__(self, headers: RawHeaders) -> Inbound:
+        is_forwarded = self._forwarded
+        seen = dict(headers).get
+        forwarded = [pair for pair in headers if is_forwarded[pair[0]]]
+        connection = seen(b"connection")
+        if connection is not None and (connection not in _PLAIN or _repeats(headers, b"connection")):
+            forwarded = _without(forwarded, headers)
+        return Inbound(
+            _request_id(seen(b"x-request-id"), seen(b"x-correlation-id")) or self._mint_id(),
+            seen(b"content-type", b""),
+            seen(b"content-length"),
+            seen(b"content-encoding"),
+            seen(b"authorization"),
+            seen(b"x-session-id"),
+            forwarded,
+        )
 
 
-def returned(status: int, headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
+_is_dropped = _Verdicts(lambda name: name in _NOT_RETURNED or name.startswith(b"access-control-"))
+
+
+def returned(status: int, headers: RawHeaders) -> RawHeaders:
     """The backend's (lower-case) response headers that the client may see, in their order."""
-    kept: RawHeaders = []
-    connection = b""
-    for pair in headers:
-        name = pair[0]
-        if name == b"connection":
-            connection = pair[1]
-        elif name not in _NOT_RETURNED and not name.startswith(b"access-control-"):
-            kept.append(pair)
-    if connection and connection.lower() not in (b"keep-alive", b"close"):
-        kept = _without(kept, connection)
+    kept = [pair for pair in headers if not _is_dropped[pair[0]]]
+    for name, value in headers:
+        if name == b"connection" and value not in _PLAIN:
+            kept = _without(kept, headers)
     if status not in (429, 503):
         kept = [pair for pair in kept if pair[0] not in _RETRY_HINTS]
     return kept
@@ -95,8 +109,13 @@ def _request_id(*candidates: bytes | None) -> str | None:
     return None
 
 
-def _without(headers: RawHeaders, connection: bytes) -> RawHeaders:
-    named = {token.strip().lower() for token in connection.split(b",")}
-    # A client must not strip what frames the message by naming it in Connection.
-    named -= {b"content-type", b"content-length"}
-    return [pair for pair in headers if pair[0] not in named]
+def _repeats(headers: RawHeaders, name: bytes) -> bool:
+    return [pair[0] for pair in headers].count(name) > 1
+
+
+def _without(kept: RawHeaders, headers: RawHeaders) -> RawHeaders:
+    """`kept` less what the Connection lines of `headers` name."""
+    lines = b",".join(value for name, value in headers if name == b"connection")
+    # A sender must not strip what frames the message by naming it.
+    named = {token.strip().lower() for token in lines.split(b",")} - {b"content-type", b"content-length"}
+    return [pair for pair in kept if pair[0] not in named]

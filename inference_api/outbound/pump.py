@@ -8,7 +8,7 @@ through: back-pressure with at most one read in memory. (docs/adr/0002 has the m
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 import httpx
@@ -24,7 +24,13 @@ class Pump:
     """A Sink that writes to an ASGI `send`. `events` is given for a stream of server-sent events."""
 
     def __init__(
-        self, send: Send, taps: Sequence[Tap], events: EventTracker | None, status: int, write_stall: float
+        self,
+        send: Send,
+        taps: Sequence[Tap],
+        events: EventTracker | None,
+        status: int,
+        write_stall: float,
+        before_end: Callable[[], None] = lambda: None,
     ) -> None:
         # Configuration
         self._send = send
@@ -32,6 +38,7 @@ class Pump:
         self._events = events
         self._status = status
         self._write_stall = write_stall
+        self._before_end = before_end
         # Per body
         self._outcome: Outcome | None = None
         self._failure: Exception | None = None
@@ -144,6 +151,8 @@ class Pump:
             self._outcome = self._verdict()
             # Left open, so that the connection is cut: a stream that stopped early must not look complete.
             more = self._outcome is Outcome.TRUNCATED
+            if not more:
+                self._before_end()
         return {"type": "http.response.body", "body": data, "more_body": more}
 
     def _verdict(self) -> Outcome:

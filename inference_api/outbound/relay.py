@@ -3,7 +3,7 @@
 The pushing itself, chunk by chunk, is in `pump`; here is what is decided once per answer.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -36,18 +36,28 @@ _BREAKS = {
 class Relay:
     """Relays one Reply and closes it.
 
-    `write_stall`: seconds for which a client may not read before it is given up.
+    `write_stall`: seconds for which a client may not read before it is given up. `before_end` is called just before
+    the last byte goes out: from then on a client that leaves has not left early.
     """
 
-    def __init__(self, reply: Reply, call: Call, taps: Sequence[Tap], write_stall: float = 60.0) -> None:
+    def __init__(
+        self,
+        reply: Reply,
+        call: Call,
+        taps: Sequence[Tap],
+        write_stall: float = 60.0,
+        before_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._reply = reply
         self._call = call
         self._taps = taps
         self._write_stall = write_stall
+        self._before_end = before_end
         # Per answer
         self.started = False
+        self.outcome = Outcome.CLIENT_GONE
         self._events: EventTracker | None = None
-        self._body = b""
+        self._usage: dict[str, Any] | None = None
 
     async def __call__(self, send: Send) -> Outcome:
         """Relay, and return how it ended. Raises RouterError when nothing went out and the answer was unusable.
@@ -58,28 +68,24 @@ class Relay:
         reply = self._reply
         headers = returned(reply.status, reply.headers)
         kind = next((value.lower() for name, value in headers if name == b"content-type"), b"")
-        outcome = Outcome.CLIENT_GONE
         try:
             if kind.startswith(b"text/event-stream"):
-                outcome = await self._stream(send, headers)
+                self.outcome = await self._stream(send, headers)
             else:
-                outcome = await self._whole(send, headers, b"json" in kind)
+                self.outcome = await self._whole(send, headers, b"json" in kind)
         except httpx.TransportError as exc:
-            outcome = outcome_of(exc)
-            raise _unusable(outcome) from exc
+            self.outcome = outcome_of(exc)
+            raise _unusable(self.outcome) from exc
         except RouterError:
-            outcome = Outcome.PROTOCOL_ERROR
+            self.outcome = Outcome.PROTOCOL_ERROR
             raise
         finally:
-            if outcome is Outcome.CLIENT_GONE and self.ended:
-                outcome = Outcome.OK
-            await reply.aclose(outcome)
-        return outcome
-
-    @property
-    def ended(self) -> bool:
-        """The last event went out; the synchronous OpenAI SDK hangs up at that point, before the end of the body."""
-        return self._events is not None and self._events.ended
+            events = self._events
+            if self.outcome is Outcome.CLIENT_GONE and events is not None and events.ended:
+                # The last event went out; the synchronous OpenAI SDK hangs up there, before the end of the body.
+                self.outcome = Outcome.ERROR_EVENT if events.failed else Outcome.OK
+            await reply.aclose(self.outcome)
+        return self.outcome
 
     @property
     def streamed_events(self) -> int:
@@ -87,7 +93,7 @@ class Relay:
 
     def usage(self) -> dict[str, Any] | None:
         """The `usage` object of the answer, if it has one."""
-        return find_usage(self._body) if self._events is None else self._events.usage()
+        return self._usage if self._events is None else self._events.usage()
 
     async def _whole(self, send: Send, headers: RawHeaders, is_json: bool) -> Outcome:
         """An answer with an end of its own: held until it is complete, if it is not too large for that."""
@@ -95,15 +101,16 @@ class Relay:
         body, rest = await _hold(self._reply.stream)
         if rest is not None:
             await self._start(send, headers)
-            return await Pump(send, self._taps, None, status, self._write_stall).run(rest, body)
-        if is_json and status == 200 and not _is_json(body):
-            raise UpstreamProtocolError("The model's backend gave an answer that is not JSON.", Outcome.PROTOCOL_ERROR)
-        if status not in (204, 304) and all(name != b"content-length" for name, _ in headers):
-            headers.append((b"content-length", b"%d" % len(body)))
-        self._body = body
+            pump = Pump(send, self._taps, None, status, self._write_stall, self._before_end)
+            return await pump.run(rest, body)
+        if is_json and status == 200:
+            self._usage = _usage_of(body)
+        if status not in (204, 304):
+            _set_length(headers, len(body))
         await self._start(send, headers)
         for tap in self._taps:
             tap.chunk(body)
+        self._before_end()
         await send({"type": "http.response.body", "body": body, "more_body": False})
         return Outcome.of_status(status)
 
@@ -114,7 +121,7 @@ class Relay:
         headers = [pair for pair in headers if pair[0] not in (b"cache-control", b"x-accel-buffering")]
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._start(send, headers)
-        pump = Pump(send, self._taps, events, self._reply.status, self._write_stall)
+        pump = Pump(send, self._taps, events, self._reply.status, self._write_stall, self._before_end)
         outcome = await pump.run(self._reply.stream)
         if outcome in _BREAKS and events.at_boundary:
             await pump.write(error_event(*_BREAKS[outcome]))
@@ -143,15 +150,29 @@ async def _hold(stream: httpx.AsyncByteStream) -> tuple[bytes, AsyncIterator[byt
     return b"".join(chunks), None
 
 
-def _is_json(body: bytes) -> bool:
+def _usage_of(body: bytes) -> dict[str, Any] | None:
+    """The `usage` of a JSON answer. Raises UpstreamProtocolError if it is not JSON."""
     if len(body) > _PARSED:
-        return body[:64].lstrip()[:1] in (b"{", b"[") and body[-64:].rstrip()[-1:] in (b"}", b"]")
-    try:
-        orjson.loads(body)
-    except orjson.JSONDecodeError:
-        # The engines' encoders may write NaN, which orjson refuses.
-        return b"NaN" in body or b"Infinity" in body
-    return True
+        if body[:64].lstrip()[:1] in (b"{", b"[") and body[-64:].rstrip()[-1:] in (b"}", b"]"):
+            return find_usage(body)
+    else:
+        try:
+            document = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            # The engines' encoders may write NaN, which orjson refuses.
+            if b"NaN" in body or b"Infinity" in body:
+                return find_usage(body)
+        else:
+            usage = document.get("usage") if isinstance(document, dict) else None
+            return usage if isinstance(usage, dict) else None
+    raise UpstreamProtocolError("The model's backend gave an answer that is not JSON.", Outcome.PROTOCOL_ERROR)
+
+
+def _set_length(headers: RawHeaders, length: int) -> None:
+    for name, _ in headers:
+        if name == b"content-length":
+            return
+    headers.append((b"content-length", b"%d" % length))
 
 
 def _unusable(outcome: Outcome) -> RouterError:

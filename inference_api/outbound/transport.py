@@ -105,7 +105,7 @@ class Pool:
         except TimeoutError as exc:
             connection.close()
             raise httpx.ConnectTimeout("no connection to the replica in time") from exc
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
             connection.close()
             raise httpx.ConnectError("no connection to the replica") from exc
         except BaseException:

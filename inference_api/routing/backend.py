@@ -12,7 +12,7 @@ from inference_api.routing.catalogue import BackendEntry, CatalogueEntry, Policy
 class Backend:
     """One replica URL of a model. `in_flight` is exact on every path: balancing, admission and drain stand on it."""
 
-    __slots__ = ("_urls", "base_path", "host", "in_flight", "label", "model", "url", "weight")
+    __slots__ = ("_addresses", "base_path", "host", "in_flight", "label", "model", "url", "weight")
 
     def __init__(self, model: str, url: str, weight: float = 1.0) -> None:
         parts = urlsplit(url)
@@ -20,19 +20,20 @@ class Backend:
         self.model = model
         self.url = url
         self.weight = weight
-        self.label = parts.netloc
+        # The path too: two replicas may share a host behind a gateway.
+        self.label = parts.netloc + parts.path
         self.host = parts.netloc.encode("ascii")
         self.base_path = parts.path
-        self._urls: dict[str, httpx.URL] = {}
+        self._addresses: dict[str, tuple[httpx.URL, bytes]] = {}
         # Live state
         self.in_flight = 0
 
-    def url_for(self, path: str) -> httpx.URL:
-        """The parsed URL of a route on this replica; parsing one costs more than forwarding a request."""
-        url = self._urls.get(path)
-        if url is None:
-            url = self._urls[path] = httpx.URL(self.url + path)
-        return url
+    def address(self, path: str) -> tuple[httpx.URL, bytes]:
+        """URL and request target of a route on this replica; parsing a URL costs more than forwarding a request."""
+        address = self._addresses.get(path)
+        if address is None:
+            address = self._addresses[path] = httpx.URL(self.url + path), (self.base_path + path).encode("ascii")
+        return address
 
     def __repr__(self) -> str:
         return f"<Backend {self.label} of {self.model}: {self.in_flight} in flight>"

@@ -2,13 +2,15 @@
 
 import ipaddress
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import httpx
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, field_validator
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
 PolicyName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
@@ -17,8 +19,23 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Cloud metadata services that are not link-local by number, and the names they answer to.
 _METADATA_HOSTS = frozenset(
-    {"metadata", "metadata.google.internal", "instance-data", "fd00:ec2::254", "100.100.100.200"}
+    {
+        "metadata",
+        "metadata.google.internal",
+        "metadata.goog",
+        "instance-data",
+        "instance-data.ec2.internal",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+    }
 )
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
+# IPv6 ranges whose low 32 bits are an IPv4 address: compatible, and NAT64.
+_EMBEDDING = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b::/96"))
+_SHOWN_ERRORS = 3
 
 
 class CatalogueError(ValueError):
@@ -35,37 +52,64 @@ def check_backend_url(url: str) -> str:
     A registry is not trusted to aim the router at anything: only http(s), no credentials in the URL, and no
     link-local, metadata, multicast or unspecified address, in any spelling the resolver would accept.
     """
+    # First, so that no sentence below can show a password or a token.
+    if "@" in url:
+        raise ValueError("a backend url carries user information; put the token in `credentials: {env: NAME}` instead")
+    if "?" in url or "#" in url:
+        raise ValueError("a backend url must not have a query or a fragment")
     shown = url[:200]
-    if any(c <= " " or c == "\\" or c > "~" for c in url):
+    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise ValueError(f"backend url {shown!r} has spaces, control characters or backslashes")
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as exc:
-        raise ValueError(f"backend url {shown!r} is not a URL: {exc}") from None
+        host, port = parts.hostname or "", parts.port
+        same = httpx.URL(url).host == host
+    except (ValueError, httpx.InvalidURL):
+        raise ValueError(f"backend url {shown!r} is not a URL with a host and a port of at most 65535") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"backend url {shown!r} must start with http:// or https://")
-    if "@" in parts.netloc:
-        raise ValueError("backend url carries user information; put the token in `credentials: {env: NAME}` instead")
-    if not host or port == 0:
-        raise ValueError(f"backend url {shown!r} names no host or has port 0")
-    if parts.query or parts.fragment or ".." in parts.path or "%" in parts.path:
-        raise ValueError(f"backend url {shown!r} must not have a query, a fragment, '..' or '%' in its path")
-    if host.rstrip(".").lower() in _METADATA_HOSTS or _is_forbidden_address(host):
+    if not host or port == 0 or not same or not _is_host(host, parts.netloc):
+        raise ValueError(f"backend url {shown!r} names no usable host, or port 0")
+    if ".." in parts.path or "%" in parts.path:
+        raise ValueError(f"backend url {shown!r} must not have '..' or '%' in its path")
+    if host.rstrip(".") in _METADATA_HOSTS or _is_forbidden_address(host):
         raise ValueError(f"backend url {shown!r} points at a link-local, metadata or unusable address")
     return url.rstrip("/")
 
 
+def _is_host(host: str, netloc: str) -> bool:
+    if ":" in host:
+        return netloc.lower().startswith(f"[{host}]")
+    return _HOST_NAME.fullmatch(host) is not None
+
+
 def _is_forbidden_address(host: str) -> bool:
     try:
-        address = ipaddress.ip_address(host.split("%")[0])
+        address = ipaddress.ip_address(host)
     except ValueError:
         # "0x7f.1", "2130706433": numbers that a resolver would take for an IPv4 address.
-        last = host.rstrip(".").rsplit(".", 1)[-1].lower()
+        last = host.rstrip(".").rsplit(".", 1)[-1]
         return last.isdigit() or last.startswith("0x")
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
-    return address.is_link_local or address.is_multicast or address.is_unspecified or str(address) in _METADATA_HOSTS
+    if isinstance(address, ipaddress.IPv6Address):
+        address = _embedded(address) or address
+    return (
+        address.is_link_local
+        or address.is_multicast
+        or address.is_unspecified
+        or address == ipaddress.IPv4Address("255.255.255.255")
+        or str(address) in _METADATA_HOSTS
+    )
+
+
+def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 one stands for, if it does."""
+    if address == ipaddress.IPv6Address("::1"):
+        return None
+    if address.ipv4_mapped or address.sixtofour:
+        return address.ipv4_mapped or address.sixtofour
+    if any(address in network for network in _EMBEDDING):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return None
 
 
 class BackendEntry(_Entry):
@@ -98,9 +142,12 @@ class Timeouts(_Entry):
 
 
 class Credentials(_Entry):
-    """The bearer token for the backends, by the name of the environment variable that holds it."""
+    """The bearer token for the backends, by the name of the environment variable that holds it.
 
-    env: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    Only names that begin with BACKEND_: a catalogue must not be able to send the router's other secrets anywhere.
+    """
+
+    env: Annotated[str, StringConstraints(pattern=r"^BACKEND_[A-Z0-9_]{1,100}$")]
 
 
 class CatalogueEntry(_Entry):
@@ -110,8 +157,9 @@ class CatalogueEntry(_Entry):
     version: str = Field(default="1", max_length=128)
     owner: str = Field(default="unknown", max_length=128)
     engine: Engine = "vllm"
-    backends: tuple[BackendEntry, ...] = Field(default=(), max_length=4096)
-    aliases: tuple[ModelName, ...] = ()
+    # Fail fast: a hostile list of a million bad items must not take a minute to refuse.
+    backends: Annotated[tuple[BackendEntry, ...], FailFast()] = Field(default=(), max_length=4096)
+    aliases: Annotated[tuple[ModelName, ...], FailFast()] = Field(default=(), max_length=256)
     hardware: Hardware | None = None
     served_model_name: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     policy: PolicyName = "two_choices"
@@ -173,7 +221,7 @@ def load_catalogue(path: Path) -> Catalogue:
         raise CatalogueError(f"catalogue {str(path)!r} cannot be read: {reason}") from None
     try:
         document = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
-    except (ValueError, yaml.YAMLError) as exc:
+    except (ValueError, RecursionError, yaml.YAMLError) as exc:
         reason = " ".join(str(exc).split())
         raise CatalogueError(f"catalogue {str(path)!r} is not {_format(path)}: {reason}") from None
     try:
@@ -183,11 +231,17 @@ def load_catalogue(path: Path) -> Catalogue:
 
 
 def describe(exc: ValidationError) -> str:
-    """A pydantic error as one sentence: every offending key by its path, with the reason."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in error['loc']) or 'entry'}: {error['msg'].removeprefix('Value error, ')}"
-        for error in exc.errors(include_url=False, include_context=False, include_input=False)
-    )
+    """A pydantic error as one sentence: the first offending keys by their paths, with the reasons."""
+    errors = exc.errors(include_url=False, include_context=False, include_input=False)
+    told = [f"{_place(error['loc'])}: {error['msg'].removeprefix('Value error, ')}" for error in errors[:_SHOWN_ERRORS]]
+    if len(errors) > _SHOWN_ERRORS:
+        told.append(f"and {len(errors) - _SHOWN_ERRORS} more")
+    return "; ".join(told)
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    parts = [str(part) for part in location]
+    return ".".join(part if part.isidentifier() or part.isdigit() else repr(part[:64]) for part in parts) or "entry"
 
 
 # The C loader is about 8 x faster; 10,000 models are read in seconds instead of a minute.

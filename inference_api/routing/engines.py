@@ -36,7 +36,11 @@ class EngineFacts:
 
     async def run(self) -> None:
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception:
+                # The boundary of a background task: what the engines say of themselves is not worth stopping for.
+                logger.exception("asking the engines failed")
             await asyncio.sleep(self._every * (0.8 + 0.4 * self._rand()))
 
     async def look(self) -> None:
@@ -56,15 +60,15 @@ class EngineFacts:
             try:
                 async with asyncio.timeout(_PATIENCE):
                     length = await self._max_model_len(model, backend)
-            except (httpx.HTTPError, TimeoutError, ValueError):
+            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
                 continue
             if length is not None:
                 model.max_model_len = length
                 self._fleet.version += 1
-            return
+                return
 
     async def _max_model_len(self, model: Model, backend: Backend) -> int | None:
-        url = backend.url_for("/v1/models")
+        url, _ = backend.address("/v1/models")
         request = httpx.Request("GET", url, extensions={"timeout": {"connect": _PATIENCE}})
         response = await self._transport.handle_async_request(request)
         body = bytearray()
@@ -85,5 +89,5 @@ def _length(document: object, name: str) -> int | None:
     for card in cards if isinstance(cards, list) else []:
         if isinstance(card, dict) and (card.get("id") == name or len(cards or ()) == 1):
             length = card.get("max_model_len")
-            return length if isinstance(length, int) and length > 0 else None
+            return length if type(length) is int and length > 0 else None
     return None

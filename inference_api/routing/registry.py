@@ -26,6 +26,8 @@ from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_cat
 logger = logging.getLogger(__name__)
 
 _COLD_START = 5.0
+# Of one look, all in all: httpx's own limit is for each read, which a dripping registry never exceeds.
+_PATIENCE = 10.0
 # Beyond this an answer is not a catalogue; 10,000 models are about 3 MB.
 _MAX_BYTES = 64 * 1024 * 1024
 
@@ -77,7 +79,7 @@ class Registry:
         self._last_success = 0.0
         self._failures: Counter[str] = Counter()
         self._looking: asyncio.Task[None] | None = None
-        self._apply(static, "static catalogue")
+        self._take(static, "static catalogue")
 
     def resolve(self, name: str) -> Model:
         """The Model of a name or alias. Raises ModelNotFound."""
@@ -123,9 +125,18 @@ class Registry:
 
     async def _look(self) -> None:
         try:
-            catalogue = await self._fetch()
+            async with asyncio.timeout(_PATIENCE):
+                catalogue = await self._fetch()
         except RegistryError as exc:
             self._failed(exc)
+            return
+        except TimeoutError:
+            self._failed(RegistryError("timeout", f"its answer did not end within {_PATIENCE:.0f} s"))
+            return
+        except Exception:
+            # The boundary of a background task: it has to be there for the next look.
+            logger.exception("a look at the registry failed")
+            self._failures["internal"] += 1
             return
         self._last_success = time.time()
         if catalogue is not None:
@@ -134,24 +145,27 @@ class Registry:
             self._live["catalogue"] = catalogue
             if catalogue is not self._last_good:
                 self._last_good = catalogue
-                self._apply(catalogue, "registry")
+                self._take(catalogue, "registry")
+                self._on_change()
 
     async def _fetch(self) -> Catalogue | None:
         """The registry's catalogue; the last one when it has not changed; None to keep what there is."""
         assert self._client is not None
         headers = {} if self._etag is None else {"if-none-match": self._etag}
         try:
-            response = await self._client.get("/models", headers=headers)
+            async with self._client.stream("GET", "/models", headers=headers) as response:
+                content = await _read_body(response)
         except httpx.TimeoutException as exc:
             raise RegistryError("timeout", "it did not answer in time") from exc
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise RegistryError("connect", f"it cannot be reached ({type(exc).__name__})") from exc
         if response.status_code == 304 and self._last_good is not None:
+            self._empty_once = False
             return self._last_good
         if response.status_code != 200:
             raise RegistryError("status", f"it answered with the status {response.status_code}")
         # 10,000 entries take about 0.2 s to check: not on the event loop.
-        catalogue = await asyncio.to_thread(_read, response.content)
+        catalogue = await asyncio.to_thread(_read, content)
         if not catalogue and self._last_good and not self._empty_once:
             # All models gone at once is more often a fault than a wish; believe it the second time.
             self._empty_once = True
@@ -159,23 +173,32 @@ class Registry:
             return None
         self._empty_once = False
         self._etag = response.headers.get("etag")
+        if catalogue == self._last_good and catalogue.problems == self._last_good.problems:
+            return self._last_good
         return catalogue
 
     def _failed(self, error: RegistryError) -> None:
         if not self._failures.total() or self.source == "registry":
             logger.warning("the registry cannot be used: %s", error, extra={"fields": {"serving": self.source}})
         self._failures[error.reason] += 1
+        self._empty_once = False
 
-    def _apply(self, catalogue: Catalogue, source: str) -> None:
+    def _take(self, catalogue: Catalogue, source: str) -> None:
         for problem in catalogue.problems:
             logger.warning("an entry of the %s is refused: %s", source, problem)
         self._fleet.update(catalogue)
-        self._on_change()
+
+
+async def _read_body(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for data in response.aiter_bytes():
+        body += data
+        if len(body) > _MAX_BYTES:
+            raise RegistryError("garbage", f"its answer has more than {_MAX_BYTES} bytes")
+    return bytes(body)
 
 
 def _read(content: bytes) -> Catalogue:
-    if len(content) > _MAX_BYTES:
-        raise RegistryError("garbage", f"its answer has {len(content)} bytes")
     try:
         catalogue = parse_catalogue(orjson.loads(content))
     except (orjson.JSONDecodeError, CatalogueError) as exc:

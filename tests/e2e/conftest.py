@@ -66,7 +66,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     with ExitStack() as stack:
         started: Engines = {name: [] for name in REPLICAS}
         for name, count in REPLICAS.items():
-            command = [f"{VENV}/bin/vllm", "serve", models / name, "--served-model-name", name, *ENGINE_OPTIONS]
+            command = [f"{VENV}/bin/vllm", "serve", str(models / name), "--served-model-name", name, *ENGINE_OPTIONS]
             for number in range(count):
                 engine = Process(f"{name}-{number}", command, home, **ENGINE_ENVIRON)
                 stack.enter_context(running(engine))
@@ -122,7 +122,7 @@ def base_url(request: pytest.FixtureRequest, engines: Engines) -> BaseURL:
 @pytest.fixture
 def client(router: Process) -> Iterator[httpx.Client]:
     """A plain HTTP client of the router, without retries."""
-    with httpx.Client(base_url=router.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=router.url, timeout=120, trust_env=False) as client:
         yield client
 
 

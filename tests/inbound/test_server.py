@@ -8,6 +8,7 @@ import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import httpx
 import orjson
 import pytest
 
-from inference_api.inbound.server import listen
-from inference_api.settings import SettingsError
+from inference_api.inbound.pages import create_pages
+from inference_api.inbound.server import Server, listen, server_config
+from inference_api.settings import Settings, SettingsError
 from tests.fakes import (
     CHAT,
     DONE,
@@ -214,7 +216,7 @@ def test_the_variable_of_the_other_port_is_named_for_it() -> None:
         listen("127.0.0.1", taken.getsockname()[1], "OPS_PORT")
 
 
-@pytest.mark.parametrize("host", ["256.0.0.1", "no such host", "192.0.2.1"])
+@pytest.mark.parametrize("host", ["256.0.0.1", "no such host", "192.0.2.1", "a..b", "x" * 64])
 def test_an_address_that_is_not_ours_is_named(host: str) -> None:
     with pytest.raises(SettingsError) as caught:
         listen(host, 8000, "PORT")
@@ -226,6 +228,18 @@ def test_an_ipv6_address_can_be_listened_on() -> None:
     with listen("::1", 0, "PORT") as listener:
         assert listener.family is socket.AF_INET6
         assert not listener.getblocking()
+
+
+def test_a_server_in_a_thread_leaves_the_signals_of_the_process_alone() -> None:
+    server = Server(server_config(create_pages([]), Settings()))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handler_inside() -> Any:
+        with server.capture_signals():
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(handler_inside).result() == before
 
 
 async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine: Start) -> None:

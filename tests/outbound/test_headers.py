@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.models import RawHeaders
-from inference_api.outbound.headers import read_request, returned
+from inference_api.outbound.headers import Inbound, RequestHeaders, returned
 
 # Written out, not imported: a name that is lost from the module's own list must fail here.
 HOP_BY_HOP = (
@@ -28,8 +28,12 @@ def names(*groups: list[bytes]) -> st.SearchStrategy[RawHeaders]:
     return st.lists(st.tuples(st.sampled_from([*chain(*groups)]) | other, values), max_size=12)
 
 
+def read(headers: RawHeaders, extra: frozenset[bytes] = frozenset()) -> Inbound:
+    return RequestHeaders(lambda: "minted", extra)(headers)
+
+
 def up(headers: RawHeaders, extra: frozenset[bytes] = frozenset()) -> RawHeaders:
-    return read_request(headers, extra, lambda: "minted").forwarded
+    return read(headers, extra).forwarded
 
 
 def tokens(headers: RawHeaders) -> set[bytes]:
@@ -111,13 +115,13 @@ def test_connection_cannot_name_what_frames_the_message() -> None:
 def test_a_valid_request_id_is_kept(value: bytes) -> None:
     headers = [(b"x-request-id", value), (b"x-correlation-id", b"other")]
 
-    assert read_request(headers, frozenset(), lambda: "minted").request_id == value.decode()
+    assert read(headers).request_id == value.decode()
 
 
 @pytest.mark.parametrize("value", [b"", b"x" * 129, b"a b", b"a\n", b"\x1b[31m", "ü".encode(), b"a/b", b'"'])
 def test_an_invalid_request_id_gives_way(value: bytes) -> None:
     def request_id(*headers: tuple[bytes, bytes]) -> str:
-        return read_request(headers, frozenset(), lambda: "minted").request_id
+        return read(headers).request_id
 
     assert request_id((b"x-request-id", value)) == "minted"
     assert request_id((b"x-request-id", value), (b"x-correlation-id", b"c-1")) == "c-1"
@@ -128,7 +132,7 @@ def test_an_invalid_request_id_gives_way(value: bytes) -> None:
 def test_the_first_of_a_repeated_header_is_the_one_that_is_read() -> None:
     pairs = [(b"x-request-id", b"one"), (b"x-request-id", b"two"), (b"authorization", b"Bearer a")]
 
-    inbound = read_request([*pairs, (b"authorization", b"Bearer b")], frozenset(), lambda: "minted")
+    inbound = read([*pairs, (b"authorization", b"Bearer b")])
 
     assert (inbound.request_id, inbound.authorization) == ("one", b"Bearer a")
 
@@ -136,11 +140,11 @@ def test_the_first_of_a_repeated_header_is_the_one_that_is_read() -> None:
 def test_what_the_router_reads_is_there() -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"2"), (b"content-encoding", b"gzip")]
 
-    inbound = read_request([*headers, (b"x-session-id", b"s1")], frozenset(), lambda: "minted")
+    inbound = read([*headers, (b"x-session-id", b"s1")])
 
     assert inbound[1:4] == (b"application/json", b"2", b"gzip")
     assert inbound.session_id == b"s1"
-    assert read_request([], frozenset(), lambda: "minted")[1:] == (b"", None, None, None, None, [])
+    assert read([])[1:] == (b"", None, None, None, None, [])
 
 
 @pytest.mark.parametrize("name", [*NEVER_DOWN, b"access-control-expose-headers", b"access-control-x"])

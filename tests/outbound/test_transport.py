@@ -69,19 +69,26 @@ async def plain_server(answer: bytes = b"", reads: int = 2**30) -> AsyncIterator
     """A port where each connection is answered at its first bytes, of which only `reads` are read; and its end."""
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        with suppress(ConnectionError, asyncio.CancelledError):
             await reader.read(reads)
             writer.write(answer)
             await asyncio.sleep(0.1)
             while await reader.read(65536):
                 pass
         gone.set()
-        writer.close()
+        writer.transport.abort()
 
+    tasks: list[asyncio.Task[None]] = []
     gone = asyncio.Event()
     server = await asyncio.start_server(accept, "127.0.0.1", 0, limit=1024)
-    async with server:
-        yield server.sockets[0].getsockname()[1], gone
+    yield server.sockets[0].getsockname()[1], gone
+    server.close()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks)
 
 
 # What goes out
@@ -340,6 +347,30 @@ async def test_a_connection_that_the_replica_closes_is_forgotten(start_engine: S
 
     assert await ask(transport, engine) == (200, BODY)
     assert engine.connections == 2
+
+
+async def test_a_connection_that_ends_in_the_same_turn_of_the_loop_is_a_stale_one(transport: Transport) -> None:
+    loop = asyncio.get_running_loop()
+    bell, ringer = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener, bell, ringer:
+        listener.setblocking(False)
+        request = httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        asking = asyncio.create_task(transport.handle_async_request(request))
+        replica, _ = await loop.sock_accept(listener)
+        await loop.sock_recv(replica, 65536)
+        await loop.sock_sendall(replica, OK)
+        assert await body_of((await asking).stream) == BODY  # type: ignore[arg-type]
+
+        rung = loop.create_future()
+        loop.add_reader(bell, rung.set_result, None)
+        ringer.send(b"x")
+        replica.close()
+        await rung
+        loop.remove_reader(bell)
+        with pytest.raises(Disconnected) as caught:
+            await transport.handle_async_request(request)
+
+    assert (caught.value.received, caught.value.reused) == (0, True)
 
 
 @pytest.mark.parametrize("surplus", [OK, OK[:20], b"junk", b"\r\n", b"\0" * 70_000, b"HTTP/1.1 100 Continue\r\n\r\n"])

@@ -193,8 +193,8 @@ def test_a_backend_knows_its_host_header_and_base_path(url: str, host: bytes, ba
     backend = Backend("m", url)
 
     assert (backend.host, backend.base_path) == (host, base_path)
-    assert backend.url_for("/v1/models") == httpx.URL(url + "/v1/models")
-    assert backend.url_for("/v1/models") is backend.url_for("/v1/models")
+    assert backend.address("/v1/models") == (httpx.URL(url + "/v1/models"), f"{base_path}/v1/models".encode())
+    assert backend.address("/v1/models") is backend.address("/v1/models")
 
 
 def test_two_replicas_behind_one_host_have_labels_of_their_own() -> None:

@@ -1,0 +1,347 @@
+"""The log: one valid line per event, whatever is in it; access lines together and soon, everything else at once."""
+
+import asyncio
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from inference_api.observe.log import AccessLog, LogWriter, configure_logging, render_console, render_json
+from tests.fakes import CHAT, post, raw_client, until
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+
+NOW = 1_700_000_000.0426
+TOUCHED = ("", "uvicorn.error", "httpx", "httpcore", "asyncio")
+
+
+class Output(io.StringIO):
+    """What a stream was given, and in how many writes."""
+
+    def __init__(self, tty: bool = False) -> None:
+        super().__init__()
+        self.writes = 0
+        self._tty = tty
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        return super().write(text)
+
+    def isatty(self) -> bool:
+        return self._tty
+
+    @property
+    def lines(self) -> list[str]:
+        return self.getvalue().splitlines()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.getvalue().removesuffix("\n").split("\n")]
+
+
+@pytest.fixture
+def output() -> Iterator[Output]:
+    """A stream to log to; afterwards the logging module is as it was."""
+    loggers = [logging.getLogger(name) for name in TOUCHED]
+    before = [(logger, logger.level, logger.handlers[:], logger.filters[:]) for logger in loggers]
+    yield Output()
+    for logger, level, handlers, filters in before:
+        logger.setLevel(level)
+        logger.handlers[:], logger.filters[:] = handlers, filters
+
+
+# Lines
+
+
+def test_an_access_line_is_one_json_object_with_utc_time_first() -> None:
+    line = render_json(NOW, "info", "request", {"request_id": "x", "ttft_ms": None, "stream": True, "latency_ms": 1.5})
+
+    assert line == (
+        '{"time":"2023-11-14T22:13:20.042Z","level":"info","event":"request",'
+        '"request_id":"x","ttft_ms":null,"stream":true,"latency_ms":1.5}'
+    )
+
+
+def test_a_console_line_is_text_without_what_is_not_known() -> None:
+    line = render_console(NOW, "warning", "request", {"model": "m", "backend": None, "status": 200})
+
+    assert line == "22:13:20.042 warning request model=m status=200"
+    assert render_console(NOW, "info", "started", {}) == "22:13:20.042 info    started"
+
+
+@given(st.lists(st.floats(0, 4e9), max_size=5))
+@example([1.9999, 1.0, 2.0, 1.001, 0.0])
+def test_times_are_right_in_any_order(times: list[float]) -> None:
+    for now in times:
+        shown = json.loads(render_json(now, "info", "x", {}))["time"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", shown)
+        # Cut, not rounded; and floats of today's size are exact to a fraction of a microsecond only.
+        assert -0.00001 < now - datetime.fromisoformat(shown).replace(tzinfo=UTC).timestamp() < 0.00101
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@given(texts, st.dictionaries(st.sampled_from(["model", "request_id", "exception"]), texts))
+@example("a\nb", {"model": 'x\r\n\x1b[31m"}\u2028'})
+def test_a_json_line_is_one_line_and_says_what_was_said(event: str, fields: dict[str, str]) -> None:
+    line = render_json(NOW, "info", event, fields)
+
+    assert "\n" not in line
+    assert "\r" not in line
+    assert "\x1b" not in line
+    assert json.loads(line).items() >= ({"event": event} | fields).items()
+
+
+@given(texts, texts)
+@example("a\n22:13:20.042 info    forged", "\x1b[31m\x9b\x7f")
+@example("a exception=Traceback \n22:13:20.042 info    forged", "")
+def test_a_console_line_has_no_control_characters(event: str, value: str) -> None:
+    line = render_console(NOW, "info", event, {"model": value})
+
+    assert all(c.isprintable() for c in line)
+
+
+def test_a_value_of_any_type_has_a_line() -> None:
+    line = json.loads(render_json(NOW, "info", "x", {"path": Exception("a"), "names": ["a"], "big": 2**63}))
+
+    assert (line["path"], line["names"], line["big"]) == ("a", ["a"], 2**63)
+
+
+# Writing
+
+
+async def test_access_lines_are_written_together_and_soon(output: Output) -> None:
+    log = AccessLog(LogWriter(output), "json", clock=lambda: NOW)
+    began = asyncio.get_running_loop().time()
+    for number in range(3):
+        log({"number": number})
+    assert output.getvalue() == ""
+
+    await until(lambda: output.writes)
+    assert asyncio.get_running_loop().time() - began >= 0.045
+    assert output.writes == 1
+    assert [(event["event"], event["number"]) for event in output.events] == [
+        ("request", 0),
+        ("request", 1),
+        ("request", 2),
+    ]
+
+    log({"number": 3})
+    await until(lambda: output.writes == 2)
+    assert len(output.events) == 4
+
+
+async def test_many_access_lines_do_not_wait(output: Output) -> None:
+    log = AccessLog(LogWriter(output), "json")
+    for _ in range(100):
+        log({"text": "x" * 1000})
+
+    assert output.writes == 3
+    await until(lambda: output.writes == 4)
+    assert len(output.events) == 100
+
+
+async def test_other_lines_are_written_at_once_after_those_that_came_before(output: Output) -> None:
+    log = configure_logging("info", "json", output)
+    assert log is not None
+    log({"number": 1})
+    logging.getLogger("x").warning("now")
+    log({"number": 2})
+    logging.getLogger("x").error("and now")
+
+    assert [event["event"] for event in output.events] == ["request", "now", "request", "and now"]
+    await asyncio.sleep(0.07)
+    assert len(output.events) == 4
+
+
+def test_without_lines_nothing_is_written(output: Output) -> None:
+    LogWriter(output).flush()
+
+    assert output.writes == 0
+
+
+def test_the_default_is_standard_output(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info", None)
+    logging.getLogger("x").info("here")
+
+    assert json.loads(capsys.readouterr().out)["event"] == "here"
+
+
+# The logging module
+
+
+def test_a_record_becomes_a_line_with_its_logger_and_its_fields(output: Output) -> None:
+    configure_logging("info", "json", output)
+    logging.getLogger("inference_api.x").info("took %d", 5, extra={"fields": {"models": 2}})
+
+    [event] = output.events
+    time = event.pop("time")
+    assert event == {"level": "info", "event": "took 5", "logger": "inference_api.x", "models": 2}
+    assert abs(datetime.fromisoformat(time).timestamp() - datetime.now(UTC).timestamp()) < 10
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_an_exception_is_told_with_its_traceback(output: Output, log_format: str) -> None:
+    configure_logging("info", log_format, output)
+    try:
+        raise ValueError("first\nsecond \x1b[31m")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+
+    assert "Traceback" in output.getvalue()
+    assert "ValueError: first" in output.getvalue()
+    assert "\x1b" not in output.getvalue()
+    if log_format == "json":
+        [event] = output.events
+        assert (event["level"], event["event"]) == ("error", "failed")
+        assert event["exception"].endswith("ValueError: first\nsecond \x1b[31m")
+
+
+def test_a_record_that_claims_an_exception_without_one_is_a_line(output: Output) -> None:
+    configure_logging("info", "json", output)
+    logging.getLogger("x").error("none", exc_info=True)
+
+    [event] = output.events
+    assert "exception" not in event
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\x00b"])
+def test_a_record_with_undecodable_text_is_a_line(output: Output, text: str) -> None:
+    """As in the name of a file that is not UTF-8."""
+    configure_logging("info", "json", output)
+    logging.getLogger("x").warning("cannot read %s", text)
+
+    assert output.events[0]["event"].startswith("cannot read ")
+
+
+def test_a_record_that_cannot_be_rendered_does_no_harm(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info", "json", output)
+    logging.getLogger("x").warning("%d", "no number")
+    logging.getLogger("x").warning("next")
+
+    assert [event["event"] for event in output.events] == ["next"]
+    assert "no number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("level", "seen"),
+    [
+        ("debug", ["debug", "info", "warning", "error"]),
+        ("info", ["info", "warning", "error"]),
+        ("warning", ["warning", "error"]),
+        ("error", ["error"]),
+    ],
+)
+def test_the_level_holds_for_records_and_for_the_access_log(output: Output, level: str, seen: list[str]) -> None:
+    log = configure_logging(level, "json", output)
+    for number in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        logging.getLogger("inference_api").log(number, "x")
+
+    assert [event["level"] for event in output.events] == seen
+    assert (log is not None) == ("info" in seen)
+
+
+def test_what_libraries_say_of_urls_and_headers_is_not_logged(output: Output) -> None:
+    configure_logging("debug", "json", output)
+    for name in ("httpx", "httpcore", "httpcore.http11", "asyncio", "uvicorn.error"):
+        logging.getLogger(name).info("GET http://internal/?key=secret")
+        logging.getLogger(name).debug("authorization: Bearer secret")
+        logging.getLogger(name).warning("trouble")
+
+    assert [event["event"] for event in output.events] == ["trouble"] * 5
+
+
+def test_only_uvicorns_complaint_about_an_open_response_is_dropped(output: Output) -> None:
+    configure_logging("info", "json", output)
+    server = logging.getLogger("uvicorn.error")
+    server.error("ASGI callable returned without completing response.")
+    server.error("ASGI callable returned without starting response.")
+    server.warning("Invalid HTTP request received.")
+
+    assert [event["event"][:12] for event in output.events] == ["ASGI callabl", "Invalid HTTP"]
+    assert "starting" in output.events[0]["event"]
+
+
+@pytest.mark.parametrize(
+    ("tty", "log_format", "is_json"),
+    [(False, None, True), (True, None, False), (True, "json", True), (False, "console", False)],
+)
+def test_a_terminal_gets_text_and_everything_else_json(
+    output: Output, tty: bool, log_format: str | None, is_json: bool
+) -> None:
+    stream = Output(tty)
+    configure_logging("info", log_format, stream)
+    logging.getLogger("x").info("here")
+
+    assert stream.getvalue().startswith("{") == is_json
+
+
+def test_configured_twice_a_record_is_one_line(output: Output) -> None:
+    configure_logging("info", "json", Output())
+    configure_logging("info", "json", output)
+    logging.getLogger("x").info("here")
+
+    assert len(output.events) == 1
+
+
+# Request ids
+
+EVIL = [
+    b"a b",
+    b"a\x1b[31mred",
+    b"a\tb",
+    b'a"}',
+    b"x" * 129,
+    b"x" * 10_000,
+    b"\xc3\xa9",
+    b"\xff",
+    b"",
+    b"../../x",
+    b"a,b",
+    b"{}",
+]
+
+
+async def test_a_request_id_cannot_forge_a_line(start_engine: Start, start_router: Start, output: Output) -> None:
+    served = await start_router(await start_engine())
+    headers = [b"x-request-id: %s\r\n" % evil for evil in EVIL]
+    headers += [b"x-correlation-id: %s\r\n" % evil for evil in EVIL]
+    headers += [b"x-request-id: bad id\r\nx-request-id: good\r\n", b"x-request-id: a\r\n\tb\r\n"]
+    for header in headers:
+        async with raw_client(served.port) as client:
+            await client.send(post("/v1/chat/completions", CHAT, header + b"connection: close\r\n"))
+            received = await client.reader.read(-1)
+            assert received.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 400 ")), header
+    assert len(served.lines) >= 2 * len(EVIL)
+
+    log = AccessLog(LogWriter(output), "json")
+    for line in served.lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", line["request_id"]), line
+        log(line)
+    await until(lambda: output.writes)
+    assert [event["request_id"] for event in output.events] == [line["request_id"] for line in served.lines]
+    assert not {evil.decode("latin-1") for evil in EVIL} & {line["request_id"] for line in served.lines}
+
+
+async def test_a_request_id_is_the_same_in_the_line_and_in_the_answer(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine())
+    given: list[dict[str, str]] = [
+        {},
+        {"x-request-id": "Mine_1.2-3"},
+        {"x-request-id": "not mine", "x-correlation-id": "theirs"},
+    ]
+    answers = [await served.client.post("/v1/chat/completions", json=CHAT, headers=headers) for headers in given]
+    await until(lambda: len(served.lines) == 3)
+
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert [line["request_id"] for line in served.lines] == ids
+    assert ids[1:] == ["Mine_1.2-3", "theirs"]

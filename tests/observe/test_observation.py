@@ -1,0 +1,388 @@
+"""The account of one request: its access line, field by field, and that there is exactly one, however it ends."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.core import Metric
+
+from inference_api.models import Outcome, Reply
+from inference_api.observe.log import Fields
+from inference_api.observe.metrics import Metrics
+from inference_api.observe.observation import Observation, Observer
+from inference_api.routing.backend import Fleet, Model
+from inference_api.routing.balance import make_policy
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.registry import RegistryStatus
+from tests.fakes import (
+    CHAT,
+    LAST_CHUNK,
+    STREAM,
+    USAGE,
+    Line,
+    Received,
+    Script,
+    answer,
+    event,
+    hang,
+    json_response,
+    post,
+    raw_client,
+    sse,
+    until,
+)
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+
+# What design and README promise; `time`, `level` and `event` are added by the log.
+FIELDS = [
+    "request_id",
+    "route",
+    "model",
+    "backend",
+    "status",
+    "outcome",
+    "attempts",
+    "stream",
+    "latency_ms",
+    "ttft_ms",
+    "prompt_tokens",
+    "completion_tokens",
+    "bytes",
+]
+
+
+class Bench:
+    """An Observer with a clock that is set by hand, and what it wrote."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.lines: list[Fields] = []
+        fleet = Fleet(make_policy)
+        fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [{"url": "http://a:8000"}]}]}))
+        self.model: Model = fleet.models["m"]
+        self.metrics = Metrics(lambda: [self.model], lambda: RegistryStatus("static", 1, 0.0, {}))
+        self.observer = Observer(self.metrics, self.lines.append, clock=lambda: self.now)
+
+    def begin(self, *, stream: bool = False) -> Observation:
+        seen = self.observer.begin("chat_completions")
+        seen.request_id = "id-1"
+        seen.stream = stream
+        return seen
+
+    def answered(self, seen: Observation, status: int = 200, attempts: int = 1) -> None:
+        ended = lambda backend, outcome: None  # noqa: E731
+        seen.answered(Reply(status, [], httpx.ByteStream(b""), self.model.backends[0], ended, attempts))
+        seen.start(status, [])
+
+    def value(self, name: str) -> float:
+        families: list[Metric] = list(self.metrics.collect())
+        return sum(s.value for family in families for s in family.samples if s.name == f"inference_api_{name}")
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def relay(usage: dict[str, Any] | None = None, events: int = 0) -> Any:
+    """What a Relay knows at the end of an answer."""
+    return SimpleNamespace(usage=lambda: usage, streamed_events=events)
+
+
+# With a clock
+
+
+def test_the_times_of_a_stream_are_measured_from_the_request_head(bench: Bench) -> None:
+    seen = bench.begin(stream=True)
+    bench.now += 0.001
+    seen.resolved(bench.model)
+    bench.now += 0.099
+    bench.answered(seen, attempts=2)
+    bench.now += 0.4
+    seen.chunk(b"12345")
+    bench.now += 2.0
+    seen.chunk(b"678")
+    seen.finished(relay(USAGE, events=7))
+    seen.end(Outcome.OK)
+
+    assert bench.lines == [
+        {
+            "request_id": "id-1",
+            "route": "chat_completions",
+            "model": "m",
+            "backend": "a:8000",
+            "status": 200,
+            "outcome": "ok",
+            "attempts": 2,
+            "stream": True,
+            "latency_ms": 2500.0,
+            "ttft_ms": 500.0,
+            "prompt_tokens": 3,
+            "completion_tokens": 5,
+            "bytes": 8,
+        }
+    ]
+    assert list(bench.lines[0]) == FIELDS
+    assert bench.value("overhead_seconds_sum") == pytest.approx(0.001)
+    assert bench.value("time_to_first_token_seconds_sum") == pytest.approx(0.5)
+    # Four tokens came after the first, in two seconds.
+    assert bench.value("time_per_output_token_seconds_sum") == pytest.approx(0.5)
+    assert bench.value("request_duration_seconds_sum") == pytest.approx(2.5)
+
+
+def test_a_json_answer_has_no_time_to_first_token(bench: Bench) -> None:
+    seen = bench.begin()
+    seen.resolved(bench.model)
+    bench.answered(seen)
+    bench.now += 1.23456
+    seen.chunk(b"{}")
+    seen.finished(relay(USAGE))
+    seen.end(Outcome.OK)
+
+    [line] = bench.lines
+    assert (line["latency_ms"], line["ttft_ms"], line["stream"]) == (1234.56, None, False)
+    assert bench.value("time_to_first_token_seconds_count") == bench.value("time_per_output_token_seconds_count") == 0
+
+
+def test_one_token_has_no_time_between_tokens(bench: Bench) -> None:
+    seen = bench.begin(stream=True)
+    seen.resolved(bench.model)
+    bench.answered(seen)
+    seen.chunk(b"x")
+    bench.now += 1
+    seen.finished(relay({"prompt_tokens": 3, "completion_tokens": 1}))
+    seen.end(Outcome.OK)
+
+    assert bench.value("time_per_output_token_seconds_count") == 0
+    assert bench.value("tokens_total") == 4
+
+
+def test_a_failed_answer_is_no_measure_of_the_first_token(bench: Bench) -> None:
+    seen = bench.begin(stream=True)
+    seen.resolved(bench.model)
+    bench.answered(seen, status=500)
+    seen.chunk(b"{}")
+    seen.end(Outcome.UPSTREAM_5XX)
+
+    assert bench.value("time_to_first_token_seconds_count") == 0
+    assert bench.lines[0]["status"] == 500
+
+
+def test_a_request_that_was_never_resolved_is_nobodys(bench: Bench) -> None:
+    seen = bench.begin()
+    seen.status, seen.code = 404, "model_not_found"
+    seen.end(Outcome.REFUSED)
+
+    [line] = bench.lines
+    assert (line["model"], line["backend"], line["attempts"]) == ("unknown", None, 0)
+    assert (line["status"], line["outcome"], line["code"]) == (404, "refused", "model_not_found")
+    assert bench.model.in_flight == 0
+
+
+def test_a_client_that_left_has_499_whatever_was_sent(bench: Bench) -> None:
+    before_head, after_head = bench.begin(), bench.begin(stream=True)
+    before_head.end(Outcome.CLIENT_GONE)
+    after_head.resolved(bench.model)
+    bench.answered(after_head)
+    after_head.end(Outcome.CLIENT_GONE)
+
+    assert [(line["status"], line["outcome"]) for line in bench.lines] == [(499, "client_gone")] * 2
+
+
+def test_a_model_has_a_request_in_flight_from_resolve_to_end(bench: Bench) -> None:
+    one, two = bench.begin(), bench.begin()
+    one.resolved(bench.model)
+    two.resolved(bench.model)
+    assert bench.model.in_flight == 2
+
+    one.end(Outcome.OK)
+    two.finished(None)
+    two.end(Outcome.CLIENT_GONE)
+    assert bench.model.in_flight == 0
+
+
+def test_events_stand_in_for_usage_and_say_so(bench: Bench) -> None:
+    seen = bench.begin(stream=True)
+    seen.resolved(bench.model)
+    bench.answered(seen)
+    seen.chunk(b"x")
+    seen.finished(relay(events=9))
+    seen.end(Outcome.OK)
+
+    [line] = bench.lines
+    assert (line["prompt_tokens"], line["completion_tokens"], line["events"]) == (None, None, 9)
+    assert bench.value("tokens_total") == 9
+
+
+@pytest.mark.parametrize(
+    ("usage", "prompt", "completion"),
+    [
+        ({"prompt_tokens": 1, "completion_tokens": 2}, 1, 2),
+        ({"input_tokens": 1, "output_tokens": 2}, 1, 2),
+        ({"prompt_tokens": 1, "total_tokens": 1}, 1, None),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, 0, 0),
+        ({"prompt_tokens": "1", "completion_tokens": -2}, None, None),
+        ({"prompt_tokens": None, "completion_tokens": 2.5}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_tokens_are_those_of_usage(
+    bench: Bench, usage: dict[str, Any], prompt: int | None, completion: int | None
+) -> None:
+    seen = bench.begin()
+    seen.resolved(bench.model)
+    seen.finished(relay(usage))
+    seen.end(Outcome.OK)
+
+    [line] = bench.lines
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (prompt, completion)
+
+
+def test_without_an_access_log_the_numbers_are_kept(bench: Bench) -> None:
+    seen = Observer(bench.metrics, None).begin("models")
+    seen.status = 200
+    seen.end(Outcome.OK)
+
+    assert bench.value("requests_total") == 1
+    assert bench.value("request_duration_seconds_sum") >= 0
+
+
+# With requests
+
+
+async def test_the_access_line_of_a_request_has_every_field(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine()
+    served = await start_router(engine)
+    response = await served.chat()
+    streamed = await served.chat(stream=True)
+    await until(lambda: len(served.lines) == 2)
+
+    whole, stream = served.lines
+    assert list(whole) == list(stream) == FIELDS
+    assert whole["request_id"] == response.headers["x-request-id"]
+    assert whole["backend"] == engine.url.removeprefix("http://")
+    assert (whole["route"], whole["model"], whole["status"], whole["outcome"]) == ("chat_completions", "m", 200, "ok")
+    assert (whole["attempts"], whole["stream"], whole["ttft_ms"]) == (1, False, None)
+    assert (whole["prompt_tokens"], whole["completion_tokens"]) == (3, 5)
+    assert (whole["bytes"], stream["bytes"]) == (len(response.content), len(streamed.content))
+    assert 0 < stream["ttft_ms"] <= stream["latency_ms"]
+
+
+async def script(request: Received, line: Line) -> None:
+    """An engine that does what the request's `user` says."""
+    for word, act in ACTS.items():
+        if word in request.body:
+            await act(request, line)
+            return
+    await answer(request, line)
+
+
+ACTS: dict[bytes, Script] = {
+    b"reset": sse(event(), then=Line.reset),
+    b"cut": sse(event(), then=lambda line: line.send(LAST_CHUNK)),
+    b"hang": hang,
+    b"fail": lambda request, line: line.send(json_response({"error": {}}, "500 Internal Server Error")),
+}
+
+
+async def test_however_a_request_ends_it_is_accounted_for_once(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(script), first_byte_timeout=0.3, max_body_bytes=1000)
+    sent = 0
+    for document in [
+        CHAT,
+        STREAM,
+        STREAM | {"user": "reset"},
+        STREAM | {"user": "cut"},
+        CHAT | {"user": "hang"},
+        CHAT | {"user": "fail"},
+        CHAT | {"model": "nope"},
+        CHAT | {"messages": None},
+        CHAT | {"user": "x" * 2000},
+        b"{",
+    ]:
+        async with raw_client(served.port) as client:
+            await client.send(post("/v1/chat/completions", document, b"connection: close\r\n"))
+            await client.reader.read(-1)
+        sent += 1
+    for unread in (CHAT | {"user": "hang"}, STREAM | {"user": "hang"}):
+        async with raw_client(served.port) as client:
+            await client.send(post("/v1/chat/completions", unread))
+        sent += 1
+    for path in ("/v1/models", "/v1/models/m", "/v1/models/nope", "/nowhere", "/v1/chat/completions"):
+        await served.client.get(path)
+        sent += 1
+    await until(lambda: len(served.lines) >= sent)
+    model = served.router.fleet.models["m"]
+    await until(lambda: model.backends[0].in_flight == 0)
+
+    page = (await served.client.get("/metrics")).text.splitlines()
+    counted = sum(float(line.split()[-1]) for line in page if line.startswith("inference_api_requests_total{"))
+    assert len(served.lines) == counted == sent
+    assert model.in_flight == served.router.load.in_flight == 0
+    assert len({line["request_id"] for line in served.lines}) == sent
+    assert all(set(FIELDS) <= set(line) for line in served.lines)
+    assert all(line["status"] >= 200 and line["latency_ms"] >= 0 for line in served.lines)
+    assert {line["outcome"] for line in served.lines} == {
+        "ok",
+        "refused",
+        "reset",
+        "truncated",
+        "first_byte_timeout",
+        "upstream_5xx",
+        "client_gone",
+    }
+
+
+async def test_the_line_of_a_refusal_has_its_code_and_its_bytes(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine())
+    response = await served.chat(model="nope")
+    await until(lambda: served.lines)
+
+    assert served.lines[0]["code"] == "model_not_found"
+    assert served.lines[0]["bytes"] == len(response.content)
+
+
+async def test_the_line_of_a_failure_has_its_attempts(start_engine: Start, start_router: Start) -> None:
+    engines = [await start_engine(), await start_engine()]
+    served = await start_router(*engines)
+    for engine in engines:
+        await engine.stop()
+    assert (await served.chat()).status_code == 503
+    await until(lambda: served.lines)
+
+    assert served.lines[0]["attempts"] == 2
+    assert served.lines[0]["backend"] in {engine.url.removeprefix("http://") for engine in engines}
+
+
+async def test_no_line_has_a_prompt_a_completion_or_a_key(
+    start_engine: Start, start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def echo(request: Received, line: Line) -> None:
+        if b"refuse" in request.body:
+            await line.send(json_response({"error": {"message": "s3cret completion"}}, "400 Bad Request"))
+        else:
+            await sse(event("s3cret completion"), then=Line.reset)(request, line)
+
+    served = await start_router(await start_engine(echo))
+    message = {"role": "user", "content": "s3cret prompt"}
+    headers = {"authorization": "Bearer s3cret-key", "x-api-key": "s3cret-key", "cookie": "s3cret=1"}
+    bodies: list[dict[str, Any]] = [
+        CHAT | {"messages": [message], "user": "refuse"},
+        STREAM | {"messages": [message]},
+        CHAT | {"messages": message},
+        CHAT | {"messages": [message], "model": "nope"},
+        {"messages": [message]},
+    ]
+    for body in bodies:
+        async with raw_client(served.port) as client:
+            more = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+            await client.send(post("/v1/chat/completions?api_key=s3cret-key", body, more + b"connection: close\r\n"))
+            await client.reader.read(-1)
+    await until(lambda: len(served.lines) == len(bodies))
+
+    assert "s3cret" not in str(served.lines)
+    assert "s3cret" not in caplog.text

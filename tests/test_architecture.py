@@ -1,0 +1,138 @@
+"""The shape of the code: imports point one way, and the habits that keep it readable are kept."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import inference_api
+
+ROOT = Path(inference_api.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+# From the ground up: a module may import from its own layer and from those before it.
+LAYERS = (
+    ("inference_api",),
+    ("inference_api.models", "inference_api.errors"),
+    ("inference_api.routing",),
+    ("inference_api.outbound",),
+    ("inference_api.settings",),
+    ("inference_api.observe",),
+    ("inference_api.inbound",),
+    ("inference_api.app",),
+    ("inference_api.cli",),
+    ("inference_api.__main__",),
+)
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {name_of(path): ast.parse(path.read_text(), str(path)) for path in SOURCES}
+CORE = [name for name in TREES if ".demo" not in name]
+
+
+def is_typing_only(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports(name: str, lazy: bool = True) -> set[str]:
+    """The modules of ours that a module imports; not those that only a type checker sees, `lazy`: in functions too."""
+    found: set[str] = set()
+    pending: list[ast.AST] = list(TREES[name].body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            # `from package import module` is an import of the module.
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (members & TREES.keys()) or {node.module or ""}
+        elif not (isinstance(node, ast.stmt) and is_typing_only(node)) and (
+            lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ):
+            pending += ast.iter_child_nodes(node)
+    return found & TREES.keys()
+
+
+def layer(name: str) -> int:
+    """How high a module stands; the longest match is its own."""
+    ranks = [(len(top), rank) for rank, tops in enumerate(LAYERS) for top in tops if f"{name}.".startswith(f"{top}.")]
+    return max(ranks)[1]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {name for name in CORE if layer(name) == 0} == {"inference_api"}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_imports_point_down(name: str) -> None:
+    above = {other for other in imports(name) if ".demo" not in other and layer(other) > layer(name)}
+
+    assert above == set()
+
+
+def test_no_import_comes_back_to_where_it_began() -> None:
+    # Raises CycleError, with the cycle.
+    order = list(TopologicalSorter({name: imports(name) for name in TREES}).static_order())
+
+    assert len(order) == len(TREES)
+
+
+def test_settings_need_nothing_but_the_names_of_headers() -> None:
+    assert imports("inference_api.settings") <= {"inference_api.outbound.headers", "inference_api.models"}
+
+
+def test_the_demo_is_loaded_by_its_command_alone() -> None:
+    users = {name: {other for other in imports(name) if ".demo" in other} for name in CORE}
+
+    assert {name for name, used in users.items() if used} == {"inference_api.cli"}
+    assert not any(".demo" in other for other in imports("inference_api.cli", lazy=False))
+
+
+def test_only_the_composition_root_knows_all_stages() -> None:
+    stages = ("routing", "outbound", "observe", "inbound")
+    know_all = {name for name in CORE if all(any(f".{stage}." in other for other in imports(name)) for stage in stages)}
+
+    assert know_all == {"inference_api.app"}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_module_says_what_it_is(name: str) -> None:
+    text = ast.get_docstring(TREES[name])
+
+    assert text is not None
+    assert text.splitlines()[0].rstrip(":").endswith((".", "?")) or ":" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_only_commands_print(name: str) -> None:
+    calls = [node.func for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    prints = [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+    assert prints == [] or name == "inference_api.cli"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_layer_is_plain_asgi(path: Path) -> None:
+    assert "BaseHTTPMiddleware" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_function_fits_on_a_screen(name: str) -> None:
+    functions = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_environment_is_read_in_one_place(name: str) -> None:
+    attributes = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)]
+    reads = [node for node in attributes if node.attr in ("environ", "getenv")]
+
+    assert reads == [] or name in ("inference_api.settings", "inference_api.cli")
