@@ -95,13 +95,17 @@ class Router:
         try:
             yield
         finally:
-            self.probes.state = "draining"
+            self.drain()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.transport.aclose()
             if self._client is not None:
                 await self._client.aclose()
+
+    def drain(self) -> None:
+        """The process has been asked to stop: no new traffic, please; what comes is still answered."""
+        self.probes.state = "draining"
 
     def _forget_backends(self) -> None:
         """Of replicas that left the catalogue, connections are closed as they become idle, and series are dropped."""

@@ -1,16 +1,16 @@
 """Every error the router itself can answer with, and the one function that renders it.
 
-    RouterError
-    +-- BadRequest 400            +-- HeadersTooLarge 431     +-- ModelNotFound 404     +-- UnknownURL 404
-    +-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
-    +-- InvalidRequest 422        +-- InternalError 500
-    +-- UpstreamError             an attempt failed and was not, or could not be, repeated
-    |   +-- UpstreamReset 502
-    |   +-- UpstreamProtocolError 502
-    |   +-- UpstreamTimeout 504
-    +-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- ShuttingDown
+RouterError
++-- BadRequest 400            +-- HeadersTooLarge 431     +-- ModelNotFound 404     +-- UnknownURL 404
++-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
++-- InvalidRequest 422        +-- RequestTimeout 408      +-- InternalError 500
++-- UpstreamError             an attempt failed and was not, or could not be, repeated
+|   +-- UpstreamReset 502
+|   +-- UpstreamProtocolError 502
+|   +-- UpstreamTimeout 504
++-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- ShuttingDown
 
-    ClientGone                    not an answer: nobody is there to read one
+ClientGone                    not an answer: nobody is there to read one
 """
 
 from collections.abc import Sequence
@@ -90,6 +90,10 @@ class TooLarge(_ClientError):
 
 class UnsupportedMediaType(_ClientError):
     status, code = 415, "unsupported_media_type"
+
+
+class RequestTimeout(_ClientError):
+    status, code = 408, "request_timeout"
 
 
 class HeadersTooLarge(_ClientError):

@@ -185,10 +185,10 @@ async def test_the_sdk_waits_as_long_as_it_is_told_and_tries_again(start_router:
 
 async def test_credentials_come_from_the_tokens_it_is_given(start_engine: Start, tmp_path: Path) -> None:
     engine = await start_engine()
-    entry = {"name": "m", "backends": [{"url": engine.url}], "credentials": {"env": "TOKEN"}}
+    entry = {"name": "m", "backends": [{"url": engine.url}], "credentials": {"env": "BACKEND_TOKEN"}}
     settings = Settings(catalogue=tmp_path / "catalogue.json", forward_headers=frozenset({"x-tenant"}))
     settings.catalogue.write_bytes(orjson.dumps({"models": [entry]}))
-    router = Router(settings, tokens={"TOKEN": "backends-own"})
+    router = Router(settings, tokens={"BACKEND_TOKEN": "backends-own"})
 
     async with serving(router, settings) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         headers = {"authorization": "Bearer clients-own", "x-tenant": "t", "x-other": "o"}

@@ -94,19 +94,9 @@ def test_the_demo_is_loaded_by_its_command_alone() -> None:
     assert not any(".demo" in other for other in imports("inference_api.cli", lazy=False))
 
 
-def test_only_the_composition_root_knows_all_stages() -> None:
-    stages = ("routing", "outbound", "observe", "inbound")
-    know_all = {name for name in CORE if all(any(f".{stage}." in other for other in imports(name)) for stage in stages)}
-
-    assert know_all == {"inference_api.app"}
-
-
 @pytest.mark.parametrize("name", TREES)
 def test_a_module_says_what_it_is(name: str) -> None:
-    text = ast.get_docstring(TREES[name])
-
-    assert text is not None
-    assert text.splitlines()[0].rstrip(":").endswith((".", "?")) or ":" in text.splitlines()[0]
+    assert ast.get_docstring(TREES[name])
 
 
 @pytest.mark.parametrize("name", CORE)

@@ -33,12 +33,12 @@ Start = Callable[..., Any]
 TABLE = {
     "BadRequest": (400, "bad_request"),
     "InvalidJSON": (400, "invalid_json"),
-    "Unauthorized": (401, "invalid_api_key"),
     "ModelNotFound": (404, "model_not_found"),
     "UnknownURL": (404, "unknown_url"),
     "MethodNotAllowed": (405, "method_not_allowed"),
     "TooLarge": (413, "request_too_large"),
     "UnsupportedMediaType": (415, "unsupported_media_type"),
+    "HeadersTooLarge": (431, "headers_too_large"),
     "InvalidRequest": (422, "validation_error"),
     "InternalError": (500, "internal_error"),
     "UpstreamReset": (502, "upstream_reset"),

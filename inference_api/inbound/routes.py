@@ -95,6 +95,8 @@ class Inference:
         except asyncio.CancelledError:
             outcome = Outcome.CLIENT_GONE if relay is None else relay.outcome
             if not departure.gone:
+                if relay is not None:
+                    await relay.interrupt(send)
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
             seen.finished(relay)

@@ -1,15 +1,20 @@
 """uvicorn, set up for a router: our sockets and log, no proxy headers, no WebSockets; probes on their own thread."""
 
+import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from inference_api.inbound.protocol import Deadlines, protocol_factory
 from inference_api.settings import PREFIX, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -18,20 +23,40 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 2048
 
 
-def run_server(app: ASGIApp, ops: ASGIApp, settings: Settings) -> None:
+def run_server(app: ASGIApp, ops: ASGIApp, settings: Settings, on_stop: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.port, "PORT")))
         if settings.ops_port is not None:
             ops_listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.ops_port, "OPS_PORT")))
             stack.enter_context(ops_thread(ops, ops_listener))
-        server = Server(server_config(app, settings))
+        server = Server(server_config(app, settings), settings.drain_delay, on_stop)
         logger.info("serving", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
         server.run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, but SIGTERM and SIGINT are requests to stop, not a way to die: the exit code is 0."""
+    """uvicorn's server, but SIGTERM and SIGINT are requests to stop, not a way to die: the exit code is 0.
+
+    `on_stop` is called at the signal; `delay`: seconds to go on accepting after it, until nobody sends any more.
+    """
+
+    def __init__(self, config: uvicorn.Config, delay: float = 0.0, on_stop: Callable[[], None] = lambda: None) -> None:
+        super().__init__(config)
+        self._delay = delay
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_stop()
+        if self._delay and not self.force_exit and not self.should_exit:
+            delay, self._delay = self._delay, 0.0
+            asyncio.get_running_loop().call_later(delay, self._stop)
+            return
+        self.force_exit = self.should_exit
+        self._stop()
+
+    def _stop(self) -> None:
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -47,9 +72,10 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    deadlines = Deadlines(settings.header_timeout, settings.body_timeout, settings.keepalive_timeout)
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=cast(Any, protocol_factory(deadlines)),
         loop="uvloop",
         ws="none",
         lifespan="on",
@@ -59,8 +85,7 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         # Whoever can reach the port could claim any address; nothing here trusts one.
         proxy_headers=False,
         backlog=_BACKLOG,
-        timeout_keep_alive=int(settings.keepalive_timeout),
-        timeout_graceful_shutdown=int(settings.drain_timeout),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
     )
 
 

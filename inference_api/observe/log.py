@@ -15,9 +15,6 @@ import orjson
 
 _FLUSH_AFTER = 0.05
 _FLUSH_AT = 32 * 1024
-# uvicorn's complaint about a response that was left open. We leave it open when a stream broke, and say so ourselves.
-_LEFT_OPEN = "ASGI callable returned without completing response."
-
 Fields = dict[str, Any]
 
 
@@ -102,9 +99,7 @@ def configure_logging(level: str, log_format: str | None, stream: TextIO | None 
     root = logging.getLogger()
     root.handlers[:] = [_Handler(writer, log_format)]
     root.setLevel(level.upper())
-    server = logging.getLogger("uvicorn.error")
-    server.setLevel(max(root.level, logging.WARNING))
-    server.addFilter(lambda record: record.msg != _LEFT_OPEN)
+    logging.getLogger("uvicorn.error").setLevel(max(root.level, logging.WARNING))
     # They log request URLs and headers, at info and at debug.
     for name in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -187,8 +187,9 @@ class Forward:
 
 
 def _body(call: Call, model: Model) -> bytes:
-    served = model.entry.served_model_name
-    if served is None or served == call.model:
+    # An alias is the router's word; the engine knows the model by its name.
+    served = model.entry.served_model_name or model.name
+    if served == call.model:
         return call.body
     if not call.route.multipart:
         return rewrite_json(call.body, served)

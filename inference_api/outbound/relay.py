@@ -87,6 +87,13 @@ class Relay:
             await reply.aclose(self.outcome)
         return self.outcome
 
+    async def interrupt(self, send: Send) -> None:
+        """The router stops, and this stream has had all the time there is: say so, if an event can be put here."""
+        if self._events is not None and self._events.at_boundary and not self._events.ended:
+            text = "The router is shutting down before the stream is complete."
+            event = error_event("router_shutting_down", text)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
     @property
     def streamed_events(self) -> int:
         return 0 if self._events is None else self._events.events

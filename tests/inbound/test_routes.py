@@ -18,6 +18,7 @@ from inference_api.models import Call, Reply
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
+from inference_api.outbound.headers import RequestHeaders
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
@@ -408,7 +409,7 @@ def inference(send: Any, lines: list[Fields]) -> tuple[Inference, Load]:
     registry = Registry(fleet, parse_catalogue({"models": [{"name": "m"}]}))
     metrics = Metrics(fleet.models.values, registry.status)
     load = Load()
-    gate = Gate(Observer(metrics, lines.append), registry.resolve, send, mint_id=lambda: "minted")
+    gate = Gate(Observer(metrics, lines.append), registry.resolve, send, RequestHeaders(lambda: "minted"))
     return Inference(INFERENCE_ROUTES[0], gate, load), load
 
 

@@ -1,6 +1,5 @@
 """What the router reads of a request, and what it says to a request that it cannot read."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -18,8 +17,8 @@ from inference_api.errors import (
 )
 from inference_api.inbound.routes import INFERENCE_ROUTES
 from inference_api.inbound.wire import model_card, model_list, read_body, read_call
-from inference_api.models import Call
-from inference_api.outbound.headers import Inbound, read_request
+from inference_api.models import Call, RawHeaders
+from inference_api.outbound.headers import Inbound, RequestHeaders
 from inference_api.routing.backend import Model
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import CatalogueEntry
@@ -67,8 +66,8 @@ NOT_JSON = {
 }
 
 
-def inbound(headers: Iterable[tuple[bytes, bytes]]) -> Inbound:
-    return read_request(headers, frozenset(), lambda: "minted")
+def inbound(headers: RawHeaders) -> Inbound:
+    return RequestHeaders(lambda: "minted")(headers)
 
 
 def read(body: bytes | dict[str, Any], path: str = CHAT, content_type: str = "application/json", **more: str) -> Call:

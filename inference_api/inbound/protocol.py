@@ -1,0 +1,361 @@
+"""The protocol class that uvicorn is given: HTTP/1.1 from clients, on httptools, with the limits a router needs.
+
+uvicorn's own has no deadline for a request head or body, loses the body of a request that offers `Upgrade: h2c`, does
+not tell a pipelined request that its client left, and answers bad framing with text (docs/adr/0005). What is relied on
+in uvicorn: that it makes one of these per connection with `config`, `server_state` and `app_state`, keeps the
+connections and tasks that are put into `server_state`, and calls `shutdown` on each connection when it stops.
+"""
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+from urllib.parse import unquote
+
+import httptools
+import uvicorn
+from starlette.types import Scope
+from uvicorn.server import ServerState
+
+from inference_api.errors import BadRequest, HeadersTooLarge, RequestTimeout, RouterError, render
+from inference_api.inbound.cycle import Cycle
+
+# gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
+_MAX_HEADERS = 100
+_MAX_HEAD = 32 * 1024
+# A client that is still sending a body nobody wants gets this long to read why.
+_LINGER = 2.0
+
+
+class Deadlines(NamedTuple):
+    """Seconds for a client to send a request head, to send a body, and to be idle between requests."""
+
+    header: float = 10.0
+    body: float = 60.0
+    keepalive: float = 75.0
+
+
+class _Refusal(Exception):
+    """Raised in a parser callback: the request is not to be parsed on."""
+
+    def __init__(self, error: RouterError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Protocol(asyncio.Protocol):
+    """One client connection. Requests on it are answered in their order, one at a time."""
+
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        # Configuration
+        self.loop = _loop or asyncio.get_running_loop()
+        self._app = cast(Any, config.loaded_app)
+        self._deadlines = deadlines
+        # Shared with the server
+        self._state = server_state
+        # Connection
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._client: tuple[str, int] | None = None
+        self._server: tuple[str, int] | None = None
+        self._read_paused = False
+        self._deaf = False
+        # Set while the client's buffer is full: done when it has drained
+        self.drained: asyncio.Future[None] | None = None
+        self._running: Cycle | None = None
+        self._waiting: deque[Cycle] = deque()
+        # Request being read
+        self._parser = httptools.HttpRequestParser(self)
+        self._reading: Cycle | None = None
+        self._head_open = False
+        self._head_size = 0
+        self._upgrading = False
+        self._replaying = False
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._expects_continue = False
+        # Timers
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._idle_since = 0.0
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._state.connections.add(cast(Any, self))
+        self._client = _address(transport.get_extra_info("peername"))
+        self._server = _address(transport.get_extra_info("sockname"))
+        self._timer = self.loop.call_later(self._deadlines.header, self._late)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        if self._head_open or self._reading is None:
+            self._head_size += len(data)
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as exc:
+            cause = exc.__context__
+            self._refuse(cause.error if isinstance(cause, _Refusal) else BadRequest(f"Not valid HTTP/1.1: {exc}."))
+            return
+        if self._head_open:
+            if self._head_size > 2 * _MAX_HEAD:
+                self._refuse(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
+            elif self._timer is None:
+                self._timer = self.loop.call_later(self._deadlines.header, self._late)
+        elif self._reading is not None and self._timer is None:
+            self._timer = self.loop.call_later(self._deadlines.body, self._late)
+
+    def eof_received(self) -> None:
+        # A client that closes its half has left, as for every engine behind us.
+        return None
+
+    def pause_writing(self) -> None:
+        if self.drained is None:
+            self.drained = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        drained, self.drained = self.drained, None
+        if drained is not None and not drained.done():
+            drained.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state.connections.discard(cast(Any, self))
+        for timer in (self._timer, self._idle_timer):
+            if timer is not None:
+                timer.cancel()
+        for cycle in (self._running, self._reading, *self._waiting):
+            if cycle is not None:
+                cycle.disconnect()
+        self.resume_writing()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._decline_upgrade(data[exc.args[0] :])
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """RFC 9110 7.8: an offer to upgrade may be ignored. httptools stops at it, so another parser goes on."""
+        self._parser = httptools.HttpRequestParser(self)
+        framing = [pair for pair in self._headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        lines = [b"%b: %b\r\n" % pair for pair in framing]
+        self._replaying = True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(lines) + b"\r\n")
+        self._replaying = self._upgrading = False
+        if not framing:
+            self.on_message_complete()
+        self._feed(rest)
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        if not self._replaying:
+            self._head_open = True
+            self._url = b""
+            self._headers = []
+            self._expects_continue = False
+
+    def on_url(self, url: bytes) -> None:
+        if not self._replaying:
+            self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._replaying or not self._head_open:
+            return  # what comes after the head is a trailer, and no header
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self._expects_continue = True
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self._replaying:
+            return
+        self._head_open = False
+        self._head_size = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        parser, headers = self._parser, self._headers
+        _check_head(self._url, headers)
+        target, _, query = self._url.partition(b"?")
+        path = target.decode("ascii")
+        version = parser.get_http_version()
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": version,
+            "method": parser.get_method().decode("ascii"),
+            "scheme": "http",
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": target,
+            "query_string": query,
+            "root_path": "",
+            "headers": headers,
+            "client": self._client,
+            "server": self._server,
+            "state": {},
+        }
+        self._upgrading = parser.should_upgrade()
+        keep_alive = version == "1.1" and (parser.should_keep_alive() or self._upgrading)
+        cycle = self._reading = Cycle(self, scope, keep_alive, self._expects_continue)
+        if self._running is None:
+            self._start(cycle)
+        else:
+            self._waiting.append(cycle)
+            self.pause_reading()
+
+    def on_body(self, body: bytes) -> None:
+        if self._reading is not None:
+            self._reading.feed(body)
+
+    def on_message_complete(self) -> None:
+        if self._upgrading or self._reading is None or self._replaying:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._reading.end_of_body()
+        self._reading = None
+
+    # Used by the cycle
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return self._state.default_headers
+
+    def pause_reading(self) -> None:
+        if not self._read_paused:
+            self._read_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._read_paused and not self._waiting:
+            self._read_paused = False
+            self.transport.resume_reading()
+
+    def cycle_ended(self, cycle: Cycle) -> None:
+        """The response is complete: on to the next request, or the end of the connection."""
+        self._running = None
+        self._state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if not cycle.keep_alive:
+            self._close(unread=cycle.more_body)
+            return
+        if self._waiting:
+            self._start(self._waiting.popleft())
+        else:
+            self._idle_since = self.loop.time()
+            if self._idle_timer is None:
+                self._idle_timer = self.loop.call_later(self._deadlines.keepalive, self._idle)
+        self.resume_reading()
+
+    def cut(self) -> None:
+        """Close without completing the response."""
+        if self.drained is not None:
+            self.transport.abort()  # what is buffered will not be read
+        else:
+            self.transport.close()
+
+    # Called by the server
+
+    def shutdown(self) -> None:
+        """Close when idle, else after the response under way."""
+        if self._running is None:
+            self.transport.close()
+        else:
+            self._running.keep_alive = False
+
+    # Ends
+
+    def _start(self, cycle: Cycle) -> None:
+        self._running = cycle
+        task = self.loop.create_task(cycle.run(self._app))
+        self._state.tasks.add(task)
+        task.add_done_callback(self._state.tasks.discard)
+
+    def _refuse(self, error: RouterError) -> None:
+        """Answer what the application will never see, and close: what follows cannot be told from it."""
+        self._deaf = True
+        cycle = self._running
+        if cycle is not None and cycle.response_started:
+            cycle.disconnect()
+            self.cut()
+            return
+        if cycle is not None:
+            cycle.disconnect()
+        status, headers, body = render(error, uuid.uuid4().hex)
+        head = b"".join(b"%b: %b\r\n" % pair for pair in [*self.default_headers(), *headers])
+        self.write(b"HTTP/1.1 %d %b\r\n%bconnection: close\r\n\r\n%b" % (status, b"Refused", head, body))
+        self._close(unread=True)
+
+    def _close(self, unread: bool) -> None:
+        if not unread or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        # To close with bytes unread would reset the connection, and the answer might never be seen.
+        self._deaf = True
+        self.transport.write_eof()
+        if self._read_paused:
+            self._read_paused = False
+            self.transport.resume_reading()
+        self._cancel_timer()
+        self._timer = self.loop.call_later(_LINGER, self.transport.abort)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self._head_open or self._reading is not None:
+            self._refuse(RequestTimeout("The request did not arrive in time."))
+        elif self._running is None:
+            self.transport.close()
+
+    def _idle(self) -> None:
+        self._idle_timer = None
+        left = self._deadlines.keepalive
+        if self._running is None and not self._head_open:
+            left = self._idle_since + left - self.loop.time()
+        if left > 0.001:
+            self._idle_timer = self.loop.call_later(left, self._idle)
+        else:
+            self.transport.close()
+
+    def __repr__(self) -> str:
+        return f"<Protocol for {self._client}: {'idle' if self._running is None else 'busy'}>"
+
+
+def protocol_factory(deadlines: Deadlines) -> Callable[..., Protocol]:
+    """What uvicorn calls for every connection."""
+
+    def make(**keywords: Any) -> Protocol:
+        return Protocol(deadlines, **keywords)
+
+    return make
+
+
+def _check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    if len(headers) > _MAX_HEADERS:
+        raise _Refusal(HeadersTooLarge(f"The request has more than {_MAX_HEADERS} headers."))
+    if len(url) + sum([len(name) + len(value) for name, value in headers]) > _MAX_HEAD:
+        raise _Refusal(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
+    if not url.startswith(b"/") or not url.isascii():
+        raise _Refusal(BadRequest("The request target must be a path in ASCII, as in POST /v1/chat/completions."))
+
+
+def _address(name: Any) -> tuple[str, int] | None:
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) and len(name) >= 2 else None
