@@ -121,11 +121,26 @@ def from_pypi(name: str, *requirements: str) -> Callable[[], str]:
 
 def _start_vllm_router(policy: str) -> Callable[[int, int, Path], Start]:
     def start(port: int, engine: int, directory: Path) -> Start:
-        command = [str(venv("vllm-router") / "bin/vllm-router"), "--worker-urls", f"http://127.0.0.1:{engine}"]
-        command += ["--port", str(port), "--policy", policy, "--prometheus-port", str(free_port())]
+        command = [str(venv("vllm-router") / "bin/vllm-router"), *_rust_options(port, engine, policy)]
         return Start(command)
 
     return start
+
+
+def _start_sglang_router(port: int, engine: int, directory: Path) -> Start:
+    command = [str(venv("sglang-router") / "bin/python"), "-m", "sglang_router.launch_router"]
+    return Start([*command, *_rust_options(port, engine, "round_robin")])
+
+
+def _rust_options(port: int, engine: int, policy: str) -> list[str]:
+    options = ["--worker-urls", f"http://127.0.0.1:{engine}", "--host", "127.0.0.1", "--port", str(port)]
+    return [*options, "--policy", policy, "--prometheus-port", str(free_port())]
+
+
+def _start_plain(port: int, engine: int, directory: Path) -> Start:
+    server = [str(venv("starlette-httpx") / "bin/uvicorn"), "--app-dir", str(Path(__file__).parent), "plain:app"]
+    options = ["--port", str(port), "--no-access-log"]
+    return Start([*server, *options], {"ENGINE": f"http://127.0.0.1:{engine}"})
 
 
 # ours
@@ -157,6 +172,7 @@ def _run(command: list[str]) -> str:
 
 
 _VLLM_ROUTER = from_pypi("vllm-router", "vllm-router==0.1.17")
+_PLAIN = from_pypi("starlette-httpx", "starlette==1.3.1", "httpx==0.28.1", "uvicorn[standard]==0.54.0")
 
 CANDIDATES = {
     candidate.name: candidate
@@ -165,6 +181,10 @@ CANDIDATES = {
         # Its cheapest policy, and its default one.
         Candidate("vllm-router", _VLLM_ROUTER, _start_vllm_router("round_robin"), "/readiness"),
         Candidate("vllm-router-default", _VLLM_ROUTER, _start_vllm_router("cache_aware"), "/readiness"),
+        Candidate(
+            "sglang-router", from_pypi("sglang-router", "sglang-router==0.3.2"), _start_sglang_router, "/readiness"
+        ),
+        Candidate("starlette-httpx", _PLAIN, _start_plain, "/health", scale=0.1),
         Candidate("ours", _install_ours, _start_ours, "/readyz"),
     )
 }

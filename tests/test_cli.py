@@ -286,7 +286,10 @@ def test_serve_does_not_start_on_a_port_in_use(capsys: pytest.CaptureFixture[str
 
         assert main(["serve", "--port", str(port)]) == 2
 
-    assert capsys.readouterr().err.startswith(f"inference-api: INFERENCE_API_PORT={port}: cannot listen on ")
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"inference-api: INFERENCE_API_PORT={port}: cannot listen on 127.0.0.1:{port} (")
+    assert err.endswith("); set INFERENCE_API_PORT to a free port\n")
 
 
 @pytest.mark.usefixtures("_logging")

@@ -126,9 +126,14 @@ def client(router: Process) -> Iterator[httpx.Client]:
         yield client
 
 
+def unfinished(engine: Process) -> float:
+    """The generations that the engine is working on or has waiting."""
+    return engine.sample("vllm:num_requests_(?:running|waiting)")
+
+
 @pytest.fixture
 def idle_engines(engines: Engines) -> Engines:
     """The engines, once nothing is left in them of what earlier tests asked for."""
     everyone = [engine for replicas in engines.values() for engine in replicas if engine.alive]
-    assert until(lambda: not any(engine.unfinished() for engine in everyone), seconds=30)
+    assert until(lambda: not any(unfinished(engine) for engine in everyone), seconds=30)
     return engines

@@ -55,10 +55,17 @@ class Process:
     def alive(self) -> bool:
         return self._child.poll() is None
 
+    @property
+    def exit_code(self) -> int | None:
+        return self._child.returncode
+
+    def terminate(self) -> None:
+        self._child.terminate()
+
     def stop(self, patience: float = 20) -> None:
         """SIGTERM for the server, and SIGKILL for whatever of its group is left after that."""
         if self.alive:
-            self._child.terminate()
+            self.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(patience)
         self.kill()
@@ -72,12 +79,10 @@ class Process:
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def unfinished(self) -> float:
-        """The generations that this engine is working on or has waiting."""
-        text = httpx.get(self.url + "/metrics", timeout=5, trust_env=False).text
-        found = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE)
-        assert len(found) == 2, f"{self.name} does not tell its requests"
-        return sum(map(float, found))
+    def sample(self, metric: str) -> float:
+        """A metric of this server, by a pattern of its name; summed over its labels, 0 if there are none yet."""
+        text = httpx.get(self.url + "/metrics", timeout=10, trust_env=False).text
+        return sum(map(float, re.findall(rf"^{metric}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)))
 
 
 @contextmanager

@@ -70,8 +70,8 @@ def test_every_answer_has_a_request_id(client: httpx.Client) -> None:
 
 
 def test_a_request_is_logged_and_counted(router: Process, client: httpx.Client) -> None:
-    asked = 'inference_api_requests_total{code="200",model_name="gpt2",route="completions",stream="false"}'
-    before = sample(client, asked)
+    asked = r'inference_api_requests_total\{code="200",model_name="gpt2",route="completions",stream="false"\}'
+    before = router.sample(asked)
     body = {"model": "gpt2", "prompt": "a secret of mine", "max_tokens": 12}
     answer = client.post("/v1/completions", json=body, headers={"x-request-id": "logged-1"})
     assert until(lambda: "logged-1" in router.log.read_text(), seconds=5)
@@ -85,7 +85,7 @@ def test_a_request_is_logged_and_counted(router: Process, client: httpx.Client) 
         "attempts": 1,
         "completion_tokens": 12,
     }
-    assert sample(client, asked) == before + 1
+    assert router.sample(asked) == before + 1
     assert "a secret of mine" not in router.log.read_text()
     assert answer.json()["choices"][0]["text"] not in router.log.read_text()
 
@@ -98,8 +98,3 @@ def text_of(stream: str) -> str:
     events = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: {")]
     choices = [choice for event in events for choice in json.loads(event)["choices"]]
     return "".join(choice["delta"].get("content") or "" for choice in choices)
-
-
-def sample(client: httpx.Client, name: str) -> float:
-    lines = (line.rpartition(" ") for line in client.get("/metrics").text.splitlines())
-    return next((float(value) for found, _, value in lines if found == name), 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.e2e.conftest import BaseURL, Engines
+from tests.e2e.conftest import BaseURL, Engines, unfinished
 from tests.e2e.processes import until
 
 pytestmark = pytest.mark.e2e
@@ -18,8 +18,12 @@ pytestmark = pytest.mark.e2e
 LONG = {"model": "llama-3-8b", "prompt": "Once upon a time", "max_tokens": 1000, "ignore_eos": True}
 
 
-def unfinished(engines: Engines) -> float:
-    return sum(engine.unfinished() for engine in engines["llama-3-8b"])
+def working(engines: Engines) -> float:
+    return sum(unfinished(engine) for engine in engines["llama-3-8b"])
+
+
+def generated(engines: Engines) -> float:
+    return sum(engine.sample("vllm:generation_tokens_total") for engine in engines["llama-3-8b"])
 
 
 @contextmanager
@@ -34,33 +38,41 @@ def asked(url: str, **more: Any) -> Iterator[socket.socket]:
 
 
 def test_leaving_a_stream_ends_it(base_url: BaseURL, idle_engines: Engines) -> None:
+    before = generated(idle_engines)
     with asked(base_url("llama-3-8b"), stream=True) as client:
         seen = b""
         while seen.count(b"data: ") < 5:
             seen += client.recv(65536)
-        assert unfinished(idle_engines) == 1
-    assert until(lambda: unfinished(idle_engines) == 0, seconds=1)
+        assert working(idle_engines) == 1
+    assert until(lambda: working(idle_engines) == 0, seconds=1)
+    assert generated(idle_engines) - before < 1000
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
 def test_leaving_before_the_answer_ends_it(base_url: BaseURL, idle_engines: Engines, stream: bool) -> None:
+    before = generated(idle_engines)
     with asked(base_url("llama-3-8b"), stream=stream, n=4):
-        assert until(lambda: unfinished(idle_engines) > 0, seconds=2, pause=0)
-    assert until(lambda: unfinished(idle_engines) == 0, seconds=1)
+        assert until(lambda: working(idle_engines) > 0, seconds=5, pause=0)
+    assert until(lambda: working(idle_engines) == 0, seconds=1)
+    assert generated(idle_engines) - before < 4000
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
 def test_leaving_at_once_leaves_nothing_behind(base_url: BaseURL, idle_engines: Engines, stream: bool) -> None:
+    before = generated(idle_engines)
     for pause in (0.0, 0.002, 0.005, 0.01, 0.02):
-        with asked(base_url("llama-3-8b"), stream=stream, prompt=[100] * 900, max_tokens=100):
+        with asked(base_url("llama-3-8b"), stream=stream, prompt=[100] * 300, max_tokens=700):
             time.sleep(pause)
-    time.sleep(0.3)
-    assert until(lambda: unfinished(idle_engines) == 0, seconds=0.7)
+    time.sleep(0.3)  # what left so early may yet have to arrive
+    assert until(lambda: working(idle_engines) == 0, seconds=0.7)
+    assert generated(idle_engines) - before < 3500
 
 
 def test_many_leave_at_once(base_url: BaseURL, idle_engines: Engines) -> None:
+    before = generated(idle_engines)
     with ExitStack() as clients:
         for number in range(20):
             clients.enter_context(asked(base_url("llama-3-8b"), stream=number % 2 == 0))
-        assert until(lambda: unfinished(idle_engines) == 20, seconds=5)
-    assert until(lambda: unfinished(idle_engines) == 0, seconds=1)
+        assert until(lambda: working(idle_engines) == 20, seconds=20)
+    assert until(lambda: working(idle_engines) == 0, seconds=1)
+    assert generated(idle_engines) - before < 20_000

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests.e2e.conftest import Engines
+from tests.e2e.conftest import Engines, unfinished
 from tests.e2e.processes import until
 
 pytestmark = pytest.mark.e2e
@@ -48,8 +48,8 @@ def test_only_begun_streams_are_lost_and_none_looks_complete(idle_engines: Engin
     victim, survivor = idle_engines["llama-3-8b"]
     with ThreadPoolExecutor(CLIENTS) as pool:
         asked = [pool.submit(ask, client, number) for number in range(CLIENTS)]
-        assert until(lambda: victim.unfinished() + survivor.unfinished() == CLIENTS, seconds=20)
-        on_victim = victim.unfinished()
+        assert until(lambda: unfinished(victim) + unfinished(survivor) == CLIENTS, seconds=20)
+        on_victim = unfinished(victim)
         victim.kill()
         told = [future.result() for future in asked]
     lost = [one for one in told if not one.complete]

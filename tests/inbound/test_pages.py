@@ -136,13 +136,12 @@ async def test_ten_thousand_models_are_no_more_than_a_long_list(start_engine: St
     assert served.lines[1]["latency_ms"] < 1000
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m", "/healthz", "/readyz", "/metrics"])
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
-async def test_pages_are_for_reading(method: str, path: str, served: Served) -> None:
-    answer = await served.client.request(method, path)
-
-    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
-    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
+async def test_pages_are_for_reading(served: Served) -> None:
+    for path in ("/v1/models", "/v1/models/m", "/healthz", "/readyz", "/metrics"):
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
+            answer = await served.client.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+            assert answer.headers["allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m", "/healthz", "/readyz"])

@@ -73,13 +73,11 @@ class Command:
 
 
 @asynccontextmanager
-async def command(
-    tmp_path: Path, *engines: FakeEngine, port: int | None = None, **settings: Any
-) -> AsyncIterator[Command]:
+async def command(tmp_path: Path, *engines: FakeEngine, **settings: Any) -> AsyncIterator[Command]:
     """The command, started; whether it is ready, or ends, is for the test to see."""
     path = tmp_path / "catalogue.json"
     path.write_bytes(orjson.dumps({"models": [{"name": "m", "backends": [{"url": engine.url} for engine in engines]}]}))
-    port = port or free_port()
+    port = free_port()
     variables = {"catalogue": path, "port": port, **settings}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -192,20 +190,6 @@ async def test_a_stream_longer_than_the_drain_is_told_and_cut(tmp_path: Path, st
 
 
 # Start
-
-
-async def test_a_port_in_use_is_one_line_with_the_way_out(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        async with command(tmp_path, port=port) as router:
-            async with asyncio.timeout(20):
-                await router.process.wait()
-            code, out, err = await router.stop()
-
-    assert (code, out) == (2, "")
-    assert err.startswith(f"inference-api: INFERENCE_API_PORT={port}: cannot listen on 127.0.0.1:{port} (")
-    assert err.endswith("); set INFERENCE_API_PORT to a free port\n")
-    assert err.count("\n") == 1
 
 
 def test_the_variable_of_the_other_port_is_named_for_it() -> None:

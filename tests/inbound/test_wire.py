@@ -454,10 +454,10 @@ async def test_fields_that_the_router_does_not_know_are_not_touched(served: Serv
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON.keys())
-async def test_what_is_not_json_never_reaches_an_engine(body: bytes, served: Served, engine: FakeEngine) -> None:
-    answer = await served.client.post(CHAT, content=body, headers=JSON)
+async def test_what_is_not_json_never_reaches_an_engine(served: Served, engine: FakeEngine) -> None:
+    for what, body in NOT_JSON.items():
+        answer = await served.client.post(CHAT, content=body, headers=JSON)
+        assert (what, answer.status_code, answer.json()["error"]["code"]) == (what, 400, "invalid_json")
 
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     assert engine.requests == []
-    assert served.lines[0]["latency_ms"] < 2000
+    assert max(line["latency_ms"] for line in served.lines) < 2000

@@ -225,3 +225,22 @@ async def test_a_url_that_cannot_be_asked_does_not_end_the_asking(start: Start, 
     model.backends = (Backend("m", "http://[v1.x]"), *model.backends)
 
     assert await learned(fleet, transport) == 4096
+
+
+async def test_a_failure_nobody_thought_of_does_not_end_the_asking() -> None:
+    answers = iter(
+        [RuntimeError("the transport has a bug"), httpx.Response(200, json={"data": [{"max_model_len": 7}]})]
+    )
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    fleet = fleet_of("http://engine")
+    task = asyncio.create_task(EngineFacts(fleet, httpx.MockTransport(respond), every=0.01).run())
+    await until(lambda: fleet.models["m"].max_model_len == 7)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
