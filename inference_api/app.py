@@ -44,6 +44,10 @@ class Router:
         rand: random.Random | None = None,
     ) -> None:
         rand = rand or random.Random()
+
+        def mint_id() -> str:
+            return f"{rand.getrandbits(128):032x}"
+
         self.transport = transport or Transport(keepalive=settings.upstream_keepalive)
         self.fleet = Fleet(lambda name: make_policy(name, rand.random))
         self._client = registry_client or _registry_client(settings)
@@ -55,36 +59,27 @@ class Router:
             rand=rand.random,
             on_change=self._forget_backends,
         )
-        self.metrics = Metrics(lambda: list(self.fleet.models.values()), self.registry.status)
-        collectors = CollectorRegistry()
-        for collector in (self.metrics, ProcessCollector(registry=None), GCCollector(registry=CollectorRegistry())):
-            collectors.register(collector)
-        observer = Observer(self.metrics, access_log)
-        forward = Forward(self.transport, _limits(settings), self.metrics.attempt, tokens or {}, rand)
         self._engines = EngineFacts(self.fleet, self.transport, rand=rand.random)
+        self.metrics = Metrics(lambda: list(self.fleet.models.values()), self.registry.status)
+        observer = Observer(self.metrics, access_log)
         self.load = Load()
-
-        def mint_id() -> str:
-            return f"{rand.getrandbits(128):032x}"
-
         gate = Gate(
             observer,
             self.registry.resolve,
-            send=forward,
+            send=Forward(self.transport, _limits(settings), self.metrics.attempt, tokens or {}, rand),
             read_headers=RequestHeaders(mint_id, frozenset(name.encode() for name in settings.forward_headers)),
             max_body=settings.max_body_bytes,
             max_in_flight=settings.max_in_flight,
             write_stall=settings.write_stall_timeout,
         )
         inference: dict[str, ASGIApp] = {route.path: Inference(route, gate, self.load) for route in INFERENCE_ROUTES}
-        self.probes = Probes(self.registry, collectors)
+        self.probes = Probes(self.registry, _collectors(self.metrics))
         # Registered a second time so that a wrong method on them is a 405 that says which one is right.
         pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
         pages += Models(self.fleet, self.registry.resolve).routes()
         if settings.ops_port is None:
             pages += self.probes.routes()
-        others = Observed(create_pages(pages, self._lifespan), observer, mint_id)
-        self.app: ASGIApp = Surface(inference, others)
+        self.app: ASGIApp = Surface(inference, Observed(create_pages(pages, self._lifespan), observer, mint_id))
         self.ops: ASGIApp = create_pages(self.probes.routes())
 
     @asynccontextmanager
@@ -112,6 +107,13 @@ class Router:
         self.metrics.forget_backends()
         if isinstance(self.transport, Transport):
             self.transport.retain({b.url for model in self.fleet.models.values() for b in model.backends})
+
+
+def _collectors(metrics: Metrics) -> CollectorRegistry:
+    collectors = CollectorRegistry()
+    for collector in (metrics, ProcessCollector(registry=None), GCCollector(registry=CollectorRegistry())):
+        collectors.register(collector)
+    return collectors
 
 
 def _registry_client(settings: Settings) -> httpx.AsyncClient | None:

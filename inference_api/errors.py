@@ -36,6 +36,9 @@ class RouterError(Exception):
     type = "server_error"
     code = "internal_error"
     outcome = Outcome.REFUSED
+    # For the log only: how many replicas were tried, and the last of them.
+    attempts = 0
+    backend: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)

@@ -155,7 +155,7 @@ async def refuse(error: RouterError, seen: Observation, send: ASGISend) -> Outco
     if isinstance(error, TooLarge):
         # The rest of the body is still to come; nothing after it on this connection could be told from it.
         headers.append((b"connection", b"close"))
-    seen.status, seen.code = status, error.code
+    seen.refused(error, status, len(body))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
     return error.outcome

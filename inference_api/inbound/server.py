@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import signal
@@ -99,8 +100,10 @@ def listen(host: str, port: int, variable: str) -> socket.socket:
     except OSError as exc:
         listener.close()
         reason = exc.strerror or str(exc)
-        name = PREFIX + variable
-        message = f"{name}={port}: cannot listen on {host}:{port} ({reason}); set {name} to a free port"
+        name, value, fix = PREFIX + variable, str(port), "a free port"
+        if exc.errno not in (errno.EADDRINUSE, errno.EACCES):
+            name, value, fix = PREFIX + "HOST", host, "an address of this machine"
+        message = f"{name}={value}: cannot listen on {host}:{port} ({reason}); set {name} to {fix}"
         raise SettingsError(message) from None
     listener.listen(_BACKLOG)
     listener.setblocking(False)

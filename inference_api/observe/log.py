@@ -5,6 +5,7 @@ than the line itself. Anything else that is logged is written immediately, after
 """
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -81,15 +82,21 @@ class _Handler(logging.Handler):
 
 def render_json(now: float, level: str, event: str, fields: Fields) -> str:
     line = {"time": _timestamp(now), "level": level, "event": event, **fields}
-    return orjson.dumps(line, default=str).decode()
+    try:
+        return orjson.dumps(line, default=str).decode()
+    except TypeError:
+        # Text that is not UTF-8 (the name of a file), or an integer of more than 64 bits.
+        return json.dumps(line, default=str)
 
 
 def render_console(now: float, level: str, event: str, fields: Fields) -> str:
-    told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
-    text = f"{_timestamp(now)[11:23]} {level:<7} {event} {told}".rstrip()
-    # Only a traceback keeps its lines; anything else could forge one.
-    text, mark, trace = text.partition(" exception=Traceback ")
-    return "".join(c if c.isprintable() else "?" for c in text) + mark + trace
+    told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None and name != "exception")
+    # Only a traceback has lines of its own; anything else could forge one.
+    lines = [
+        f"{_timestamp(now)[11:23]} {level:<7} {event} {told}".rstrip(),
+        *str(fields.get("exception", "")).split("\n"),
+    ]
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines).rstrip("\n")
 
 
 def configure_logging(level: str, log_format: str | None, stream: TextIO | None = None) -> AccessLog | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
+from inference_api.errors import RouterError
 from inference_api.models import Outcome, RawHeaders, Reply
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
@@ -75,6 +76,12 @@ class Observation:
         """A backend has answered; what follows is its body."""
         self.backend = reply.backend.label
         self.attempts = reply.attempts
+
+    def refused(self, error: RouterError, status: int, size: int) -> None:
+        """The router itself answers, with an error of `size` bytes."""
+        self.status, self.code, self.body_bytes = status, error.code, size
+        if error.attempts:
+            self.attempts, self.backend = error.attempts, error.backend
 
     def finished(self, relay: Relay | None) -> None:
         """Take from the relay what only a look at the whole answer could tell."""
@@ -152,4 +159,4 @@ class Observation:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if type(value) is int and value >= 0 else None

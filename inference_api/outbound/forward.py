@@ -94,56 +94,60 @@ class Forward:
 
     async def __call__(self, call: Call, model: Model) -> Reply:
         """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it."""
-        limits = self._limits
-        body = _body(call, model)
-        headers = self._headers(call, model, body)
-        timeout = self._timeout(model)
-        deadline = asyncio.get_running_loop().time() + self._total(call, model)
-        key = affinity_key(model.name, call.fields, call.session_id) if model.entry.policy == "prefix_affinity" else ""
+        common = self._common(call, model)
         tried: list[Backend] = []
         failure: Failure | None = None
-        while len(tried) < limits.attempts:
-            backend = model.policy.choose(model.available, key, tried)
-            if backend is None and failure is not None and failure.stale:
-                backend = failure.backend
+        while len(tried) < self._limits.attempts:
+            backend = _choose(call, model, tried, failure)
             if backend is None:
                 break
             tried.append(backend)
-            url, target = backend.address(call.route.path)
-            if call.query:
-                target += b"?" + call.query
-            # Engines key generations by the request id: every attempt has one that no other has.
-            request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
-            request = Request(
-                url,
-                [(b"host", backend.host), (b"x-request-id", request_id), *headers],
-                body,
-                {
-                    "timeout": timeout,
-                    "deadline": deadline,
-                    "origin": backend.url,
-                    "target": target,
-                    "fresh": len(tried) > 1,
-                },
-            )
-            backend.in_flight += 1
             try:
-                response = await self._transport.handle_async_request(request)
+                reply = await self._attempt(call, common, backend, len(tried))
             except httpx.TransportError as exc:
                 failure = classify(exc, backend, call.route)
-                self._ended(backend, failure.outcome)
                 if not failure.repeatable:
                     break
                 continue
-            except BaseException:
-                self._ended(backend, Outcome.CLIENT_GONE)
-                raise
-            reply = Reply(response.status_code, _raw(response), _body_of(response), backend, self._ended, len(tried))
             if not self._worth_another(reply, model, tried):
                 return reply
             failure = Failure(backend, Outcome.UPSTREAM_5XX, repeatable=True)
             await reply.aclose(Outcome.of_status(reply.status))
         raise _refusal(failure, model, tried)
+
+    async def _attempt(self, call: Call, common: "_Common", backend: Backend, number: int) -> Reply:
+        """Send to one replica. It has the call in flight from here to the end of the Reply."""
+        url, target = backend.address(call.route.path)
+        if call.query:
+            target += b"?" + call.query
+        # Engines key generations by the request id: every attempt has one that no other has.
+        request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
+        own = [(b"host", backend.host), (b"x-request-id", request_id)]
+        extensions = {
+            "timeout": common.timeout,
+            "deadline": common.deadline,
+            "origin": backend.url,
+            "target": target,
+            "fresh": number > 1,
+        }
+        request = Request(url, own + common.headers, common.body, extensions)
+        backend.in_flight += 1
+        try:
+            response = await self._transport.handle_async_request(request)
+        except BaseException as exc:
+            self._ended(backend, outcome_of(exc))
+            raise
+        return Reply(response.status_code, _raw(response), _body_of(response), backend, self._ended, number)
+
+    def _common(self, call: Call, model: Model) -> "_Common":
+        body = _body(call, model)
+        total = self._limits.total
+        if call.stream:
+            total = self._limits.stream_total
+        elif model.entry.timeouts.total is not None:
+            total = model.entry.timeouts.total
+        deadline = asyncio.get_running_loop().time() + total
+        return _Common(body, self._headers(call, model, body), self._timeout(model), deadline)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1
@@ -180,10 +184,24 @@ class Forward:
         self._timeouts[model.name] = model.entry, timeout
         return timeout
 
-    def _total(self, call: Call, model: Model) -> float:
-        if call.stream:
-            return self._limits.stream_total
-        return model.entry.timeouts.total or self._limits.total
+
+class _Common(NamedTuple):
+    """What is the same in all attempts of a call."""
+
+    body: bytes
+    headers: RawHeaders
+    timeout: dict[str, float]
+    deadline: float
+
+
+def _choose(call: Call, model: Model, tried: list[Backend], failure: Failure | None) -> Backend | None:
+    key = ""
+    if model.entry.policy == "prefix_affinity":
+        key = affinity_key(model.name, call.fields, call.session_id)
+    backend = model.policy.choose(model.available, key, tried)
+    if backend is None and failure is not None and failure.stale:
+        return failure.backend
+    return backend
 
 
 def _body(call: Call, model: Model) -> bytes:
@@ -210,6 +228,13 @@ def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:
 
 
 def _refusal(failure: Failure | None, model: Model, tried: list[Backend]) -> RouterError:
+    error = _error(failure, model, tried)
+    error.attempts = len(tried)
+    error.backend = tried[-1].label if tried else None
+    return error
+
+
+def _error(failure: Failure | None, model: Model, tried: list[Backend]) -> RouterError:
     if failure is None or failure.outcome is Outcome.CONNECT_FAILED:
         return NoBackend(model.name)
     outcome = failure.outcome

@@ -198,7 +198,7 @@ class Transport(httpx.AsyncBaseTransport):
             self._pools.pop(origin).close_idle()
 
     def _pool(self, origin: str | None, url: httpx.URL) -> Pool:
-        origin = origin or str(url.copy_with(raw_path=b"/"))
+        origin = origin or str(url.copy_with(raw_path=b"/")).rstrip("/")
         pool = self._pools.get(origin)
         if pool is None:
             if url.scheme == "https" and self._tls is None:

@@ -63,7 +63,7 @@ def check_backend_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
-        same = httpx.URL(url).host == host
+        same = httpx.URL(url).host.lower() == host
     except (ValueError, httpx.InvalidURL):
         raise ValueError(f"backend url {shown!r} is not a URL with a host and a port of at most 65535") from None
     if parts.scheme not in ("http", "https"):
@@ -240,8 +240,8 @@ def describe(exc: ValidationError) -> str:
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    parts = [str(part) for part in location]
-    return ".".join(part if part.isidentifier() or part.isdigit() else repr(part[:64]) for part in parts) or "entry"
+    parts = [str(part)[:64] for part in location]
+    return ".".join(part if part.isidentifier() or part.isdigit() else repr(part) for part in parts) or "entry"
 
 
 # The C loader is about 8 x faster; 10,000 models are read in seconds instead of a minute.

@@ -69,7 +69,7 @@ class EngineFacts:
 
     async def _max_model_len(self, model: Model, backend: Backend) -> int | None:
         url, _ = backend.address("/v1/models")
-        request = httpx.Request("GET", url, extensions={"timeout": {"connect": _PATIENCE}})
+        request = httpx.Request("GET", url, extensions={"timeout": {"connect": _PATIENCE}, "origin": backend.url})
         response = await self._transport.handle_async_request(request)
         body = bytearray()
         stream = response.stream

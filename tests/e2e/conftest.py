@@ -23,6 +23,8 @@ ENGINE_ENVIRON = {
     # The engines share what cores there are; without this each would pin its threads to all of them.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    # vLLM compiles some sampling steps even when eager; that needs a C++ compiler, and seconds at the first request.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 # float32: the same prompt must have the same answer, whatever else is in the batch.
 ENGINE_OPTIONS = [

@@ -363,9 +363,11 @@ async def test_a_connection_that_ends_in_the_same_turn_of_the_loop_is_a_stale_on
 
         rung = loop.create_future()
         loop.add_reader(bell, rung.set_result, None)
+        await asyncio.sleep(0.01)
         ringer.send(b"x")
         replica.close()
         await rung
+        assert "1 idle" in repr(transport)
         loop.remove_reader(bell)
         with pytest.raises(Disconnected) as caught:
             await transport.handle_async_request(request)

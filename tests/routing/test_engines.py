@@ -160,6 +160,13 @@ async def test_an_engine_that_does_not_answer_is_left_and_the_next_one_asked(
     await until(lambda: bad.open == 0)
 
 
+async def test_an_answer_that_is_too_large_is_not_believed(start: Start, transport: Transport) -> None:
+    body = b" " * (1 << 20) + b'{"data": [{"id": "m", "max_model_len": 4096}]}'
+    server = await start(raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body), body))
+
+    assert await learned(fleet_of(server.url), transport) is None
+
+
 async def test_a_refused_connection_is_passed_over(start: Start, transport: Transport) -> None:
     gone, good = await start(hang), await start(cards(("m", 4096)))
     await gone.stop()
@@ -228,12 +235,13 @@ async def test_a_url_that_cannot_be_asked_does_not_end_the_asking(start: Start, 
 
 
 async def test_a_failure_nobody_thought_of_does_not_end_the_asking() -> None:
-    answers = iter(
-        [RuntimeError("the transport has a bug"), httpx.Response(200, json={"data": [{"max_model_len": 7}]})]
-    )
+    answers: list[Exception | httpx.Response] = [
+        httpx.Response(200, json={"data": [{"id": "m", "max_model_len": 7}]}),
+        RuntimeError("the transport has a bug"),
+    ]
 
     def respond(request: httpx.Request) -> httpx.Response:
-        answer = next(answers)
+        answer = answers.pop()
         if isinstance(answer, Exception):
             raise answer
         return answer
