@@ -74,7 +74,9 @@ class EngineProtocol(asyncio.Protocol):
             self.transport.close()
         elif b'"stream":true' in body or b'"stream": true' in body:
             call = json.loads(body)
-            self.left, self.interval = int(call["max_tokens"]), call["seed"] / 1000
+            # One router renames the first on the way.
+            self.left = int(call.get("max_tokens") or call["max_completion_tokens"])
+            self.interval = call["seed"] / 1000
             self.write(_STREAM_HEAD + wire.frame(wire.FIRST_EVENT))
             # Streams that start together must not tick together, or the router would get them in bursts.
             self.loop.call_later(self.interval * random.uniform(0.5, 1.5), self._tick)

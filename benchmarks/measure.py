@@ -60,7 +60,10 @@ class Bench:
         for _ in range(self.tries if pid else 1):
             self._wait_for_quiet()
             speed = cpu.yardstick_ns(self.cores[0])
-            sample = uvloop.run(self._measure(name, pid, port, load))
+            try:
+                sample = uvloop.run(self._measure(name, pid, port, load))
+            except (wire.BadAnswer, OSError) as exc:
+                raise wire.BadAnswer(f"{name} under {load.name}: {exc}") from None
             sample.yardstick_ms = speed / 1e6
             if best is None or sample.noise < best.noise:
                 best = sample

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from inference_api.errors import RouterError
 from inference_api.inbound.pages import Models, Observed, Probes, create_pages
 from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Load, Surface
 from inference_api.observe.log import Fields
@@ -61,7 +62,7 @@ class Router:
         )
         self._engines = EngineFacts(self.fleet, self.transport, rand=rand.random)
         self.metrics = Metrics(lambda: list(self.fleet.models.values()), self.registry.status)
-        observer = Observer(self.metrics, access_log)
+        observer = self._observer = Observer(self.metrics, access_log)
         self.load = Load()
         gate = Gate(
             observer,
@@ -101,6 +102,13 @@ class Router:
     def drain(self) -> None:
         """The process has been asked to stop: no new traffic, please; what comes is still answered."""
         self.probes.state = "draining"
+
+    def refused(self, error: RouterError, request_id: str, size: int) -> None:
+        """A request was refused before it was one: counted and logged like the others."""
+        seen = self._observer.begin("other")
+        seen.request_id = request_id
+        seen.refused(error, error.status, size)
+        seen.end(error.outcome)
 
     def _forget_backends(self) -> None:
         """Of replicas that left the catalogue, connections are closed as they become idle, and series are dropped."""

@@ -44,7 +44,7 @@ def serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     access_log = configure_logging(settings.log_level, settings.log_format)
     router = Router(settings, tokens=os.environ, access_log=access_log)
-    run_server(router.app, router.ops, settings, router.drain)
+    run_server(router, settings)
     logging.getLogger(__name__).info("stopped")
     return 0
 

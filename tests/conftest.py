@@ -97,7 +97,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
 async def serving(router: Router, settings: Settings) -> AsyncIterator[str]:
     """Serve the router with the production server on a free port; the URL."""
     listener = listen("127.0.0.1", 0, "PORT")
-    server = Server(server_config(router.app, settings))
+    server = Server(server_config(router.app, settings, getattr(router, "refused", lambda *_: None)))
     async with in_background(server.serve(sockets=[listener])) as task:
         await until(lambda: server.started or task.done())
         try:

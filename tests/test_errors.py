@@ -36,6 +36,7 @@ TABLE = {
     "ModelNotFound": (404, "model_not_found"),
     "UnknownURL": (404, "unknown_url"),
     "MethodNotAllowed": (405, "method_not_allowed"),
+    "RequestTimeout": (408, "request_timeout"),
     "TooLarge": (413, "request_too_large"),
     "UnsupportedMediaType": (415, "unsupported_media_type"),
     "HeadersTooLarge": (431, "headers_too_large"),

@@ -28,7 +28,7 @@ def _status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {phrase}\r\n".encode()
 
 
-_STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
+STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 
 
 class Cycle:
@@ -130,7 +130,7 @@ class Cycle:
         protocol = self._protocol
         self.response_started = True
         self._expects_continue = False
-        lines = [_STATUS_LINES[status]]
+        lines = [STATUS_LINES[status]]
         has_close = False
         for name, value in [*protocol.default_headers(), *headers]:
             if name == b"content-length":

@@ -19,11 +19,13 @@ from starlette.types import Scope
 from uvicorn.server import ServerState
 
 from inference_api.errors import BadRequest, HeadersTooLarge, RequestTimeout, RouterError, render
-from inference_api.inbound.cycle import Cycle
+from inference_api.inbound.cycle import STATUS_LINES, Cycle
 
 # gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
 _MAX_HEADERS = 100
 _MAX_HEAD = 32 * 1024
+# Pipelined requests that may wait. As long as there are fewer, the connection is read, and its end is noticed.
+_MAX_WAITING = 8
 # A client that is still sending a body nobody wants gets this long to read why.
 _LINGER = 2.0
 
@@ -34,6 +36,10 @@ class Deadlines(NamedTuple):
     header: float = 10.0
     body: float = 60.0
     keepalive: float = 75.0
+
+
+# error, request id, size of the answer's body
+OnRefusal = Callable[[RouterError, str, int], None]
 
 
 class _Refusal(Exception):
@@ -50,6 +56,7 @@ class Protocol(asyncio.Protocol):
     def __init__(
         self,
         deadlines: Deadlines,
+        on_refusal: OnRefusal,
         config: uvicorn.Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -59,6 +66,7 @@ class Protocol(asyncio.Protocol):
         self.loop = _loop or asyncio.get_running_loop()
         self._app = cast(Any, config.loaded_app)
         self._deadlines = deadlines
+        self._on_refusal = on_refusal
         # Shared with the server
         self._state = server_state
         # Connection
@@ -78,6 +86,7 @@ class Protocol(asyncio.Protocol):
         self._head_size = 0
         self._upgrading = False
         self._replaying = False
+        self._replayed_whole = False
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._expects_continue = False
@@ -149,9 +158,10 @@ class Protocol(asyncio.Protocol):
         framing = [pair for pair in self._headers if pair[0] in (b"content-length", b"transfer-encoding")]
         lines = [b"%b: %b\r\n" % pair for pair in framing]
         self._replaying = True
+        self._replayed_whole = False
         self._parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(lines) + b"\r\n")
         self._replaying = self._upgrading = False
-        if not framing:
+        if self._replayed_whole or not framing:
             self.on_message_complete()
         self._feed(rest)
 
@@ -187,6 +197,8 @@ class Protocol(asyncio.Protocol):
         parser, headers = self._parser, self._headers
         _check_head(self._url, headers)
         target, _, query = self._url.partition(b"?")
+        if target[:1] != b"/":
+            target = _origin_form(target)
         path = target.decode("ascii")
         version = parser.get_http_version()
         scope: Scope = {
@@ -211,13 +223,16 @@ class Protocol(asyncio.Protocol):
             self._start(cycle)
         else:
             self._waiting.append(cycle)
-            self.pause_reading()
+            if len(self._waiting) >= _MAX_WAITING:
+                self.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         if self._reading is not None:
             self._reading.feed(body)
 
     def on_message_complete(self) -> None:
+        if self._replaying:
+            self._replayed_whole = True
         if self._upgrading or self._reading is None or self._replaying:
             return
         if self._timer is not None:
@@ -240,7 +255,7 @@ class Protocol(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._read_paused and not self._waiting:
+        if self._read_paused and len(self._waiting) < _MAX_WAITING:
             self._read_paused = False
             self.transport.resume_reading()
 
@@ -251,7 +266,7 @@ class Protocol(asyncio.Protocol):
         if self.transport.is_closing():
             return
         if not cycle.keep_alive:
-            self._close(unread=cycle.more_body)
+            self._close(unread=cycle.more_body or self._deaf)
             return
         if self._waiting:
             self._start(self._waiting.popleft())
@@ -288,16 +303,23 @@ class Protocol(asyncio.Protocol):
     def _refuse(self, error: RouterError) -> None:
         """Answer what the application will never see, and close: what follows cannot be told from it."""
         self._deaf = True
+        self._waiting.clear()
+        self._cancel_timer()
         cycle = self._running
-        if cycle is not None and cycle.response_started:
-            cycle.disconnect()
-            self.cut()
+        if cycle is not None and cycle is not self._reading:
+            # What is wrong came after a sound request; that one keeps its answer.
+            cycle.keep_alive = False
             return
+        request_id = uuid.uuid4().hex
+        status, headers, body = render(error, request_id)
+        self._on_refusal(error, request_id, len(body))
         if cycle is not None:
             cycle.disconnect()
-        status, headers, body = render(error, uuid.uuid4().hex)
+            if cycle.response_started:
+                self.cut()
+                return
         head = b"".join(b"%b: %b\r\n" % pair for pair in [*self.default_headers(), *headers])
-        self.write(b"HTTP/1.1 %d %b\r\n%bconnection: close\r\n\r\n%b" % (status, b"Refused", head, body))
+        self.write(STATUS_LINES[status] + head + b"connection: close\r\n\r\n" + body)
         self._close(unread=True)
 
     def _close(self, unread: bool) -> None:
@@ -339,11 +361,11 @@ class Protocol(asyncio.Protocol):
         return f"<Protocol for {self._client}: {'idle' if self._running is None else 'busy'}>"
 
 
-def protocol_factory(deadlines: Deadlines) -> Callable[..., Protocol]:
-    """What uvicorn calls for every connection."""
+def protocol_factory(deadlines: Deadlines, on_refusal: OnRefusal) -> Callable[..., Protocol]:
+    """What uvicorn calls for every connection. `on_refusal` hears of requests that never reach the application."""
 
     def make(**keywords: Any) -> Protocol:
-        return Protocol(deadlines, **keywords)
+        return Protocol(deadlines, on_refusal, **keywords)
 
     return make
 
@@ -353,8 +375,16 @@ def _check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         raise _Refusal(HeadersTooLarge(f"The request has more than {_MAX_HEADERS} headers."))
     if len(url) + sum([len(name) + len(value) for name, value in headers]) > _MAX_HEAD:
         raise _Refusal(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
-    if not url.startswith(b"/") or not url.isascii():
-        raise _Refusal(BadRequest("The request target must be a path in ASCII, as in POST /v1/chat/completions."))
+    if not url.isascii():
+        raise _Refusal(BadRequest("The request target must be ASCII, as in POST /v1/chat/completions."))
+
+
+def _origin_form(target: bytes) -> bytes:
+    """RFC 9112 3.2.2: a client that takes the router for a proxy names scheme and host as well."""
+    scheme, _, rest = target.partition(b"://")
+    if scheme.lower() not in (b"http", b"https"):
+        raise _Refusal(BadRequest("The request target must be a path, as in POST /v1/chat/completions."))
+    return b"/" + rest.partition(b"/")[2]
 
 
 def _address(name: Any) -> tuple[str, int] | None:

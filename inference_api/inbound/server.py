@@ -10,28 +10,40 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from inference_api.inbound.protocol import Deadlines, protocol_factory
+from inference_api.errors import RouterError
+from inference_api.inbound.protocol import Deadlines, OnRefusal, protocol_factory
 from inference_api.settings import PREFIX, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
+
+
+class Router(Protocol):
+    """What is served: `app` to clients, `ops` on OPS_PORT; `drain` is called when the process is asked to stop."""
+
+    app: ASGIApp
+    ops: ASGIApp
+
+    def drain(self) -> None: ...
+    def refused(self, error: RouterError, request_id: str, size: int) -> None: ...
+
 
 # As many connections as may wait while the loop is busy with a burst.
 _BACKLOG = 2048
 
 
-def run_server(app: ASGIApp, ops: ASGIApp, settings: Settings, on_stop: Callable[[], None] = lambda: None) -> None:
+def run_server(router: Router, settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.port, "PORT")))
         if settings.ops_port is not None:
             ops_listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.ops_port, "OPS_PORT")))
-            stack.enter_context(ops_thread(ops, ops_listener))
-        server = Server(server_config(app, settings), settings.drain_delay, on_stop)
+            stack.enter_context(ops_thread(router.ops, ops_listener))
+        server = Server(server_config(router.app, settings, router.refused), settings.drain_delay, router.drain)
         logger.info("serving", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
         server.run(sockets=[listener])
 
@@ -72,11 +84,11 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lambda *_: None) -> uvicorn.Config:
     deadlines = Deadlines(settings.header_timeout, settings.body_timeout, settings.keepalive_timeout)
     return uvicorn.Config(
         app,
-        http=cast(Any, protocol_factory(deadlines)),
+        http=cast(Any, protocol_factory(deadlines, on_refusal)),
         loop="uvloop",
         ws="none",
         lifespan="on",

@@ -49,6 +49,8 @@ class Failure(NamedTuple):
     repeatable: bool
     # The connection had been idle and went away; its replica may be as well as ever.
     stale: bool = False
+    # The replica took the request and said nothing; it may have executed it.
+    silent: bool = False
 
 
 def outcome_of(exc: BaseException) -> Outcome:
@@ -70,7 +72,7 @@ def classify(exc: httpx.TransportError, backend: Backend, route: Route) -> Failu
     silent = isinstance(exc, Disconnected) and exc.received == 0
     stale = isinstance(exc, Disconnected) and silent and exc.reused
     repeatable = outcome is Outcome.CONNECT_FAILED or stale or (silent and route.repeatable)
-    return Failure(backend, outcome, repeatable, stale)
+    return Failure(backend, outcome, repeatable, stale, silent and not stale)
 
 
 class Forward:
@@ -105,8 +107,9 @@ class Forward:
             try:
                 reply = await self._attempt(call, common, backend, len(tried))
             except httpx.TransportError as exc:
-                failure = classify(exc, backend, call.route)
-                if not failure.repeatable:
+                before, failure = failure, classify(exc, backend, call.route)
+                # Silence twice: perhaps it is the request that kills them.
+                if not failure.repeatable or (failure.silent and before is not None and before.silent):
                     break
                 continue
             if not self._worth_another(reply, model, tried):

@@ -44,9 +44,11 @@ class _Verdicts(dict[bytes, bool]):
         self._judge = judge
 
     def __missing__(self, name: bytes) -> bool:
-        if len(self) >= 4096:
-            self.clear()
-        verdict = self[name] = self._judge(name)
+        verdict = self._judge(name)
+        if len(name) <= 64:
+            if len(self) >= 4096:
+                self.clear()
+            self[name] = verdict
         return verdict
 
 
@@ -72,7 +74,8 @@ class RequestHeaders:
 
     def __call__(self, headers: RawHeaders) -> Inbound:
         is_forwarded = self._forwarded
-        seen = dict(headers).get
+        # Reversed: of a repeated header the first counts, as it does for the engines.
+        seen = dict(headers[::-1]).get
         forwarded = [pair for pair in headers if is_forwarded[pair[0]]]
         connection = seen(b"connection")
         if connection is not None and (connection not in _PLAIN or _repeats(headers, b"connection")):

@@ -5,9 +5,9 @@ What a policy has to precompute for a set of replicas it keeps until it is hande
 
 import random
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import blake2b, shake_128
-from itertools import accumulate, cycle, islice
+from itertools import accumulate
 from math import log
 from operator import attrgetter
 from struct import unpack
@@ -59,23 +59,26 @@ class RoundRobin(Generic[R]):
     def __init__(self, random: Random) -> None:
         self._random = random
         self._replicas: Sequence[R] = ()
-        self._length = 0
-        self._slots: Iterator[R] = iter(())
+        self._slots: list[R] = []
+        self._next = 0
 
     def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
         if replicas is not self._replicas:
             self._learn(replicas)
-        if not tried:
-            return next(self._slots, None)
-        return next((replica for replica in islice(self._slots, self._length) if replica not in tried), None)
+        if not self._slots:
+            return None
+        turn = self._next
+        if tried:
+            # A repetition is nobody's turn: if it were, a bad replica would be first in line every time.
+            return next((replica for replica in self._slots[turn:] + self._slots[:turn] if replica not in tried), None)
+        self._next = turn + 1 if turn + 1 < len(self._slots) else 0
+        return self._slots[turn]
 
     def _learn(self, replicas: Sequence[R]) -> None:
-        schedule = _schedule(replicas)
-        # Routers that start together, or see the same replica leave, must not go round in step.
-        start = int(self._random() * len(schedule))
         self._replicas = replicas
-        self._length = len(schedule)
-        self._slots = cycle(schedule[start:] + schedule[:start])
+        self._slots = _schedule(replicas)
+        # Routers that start together, or see the same replica leave, must not go round in step.
+        self._next = int(self._random() * len(self._slots))
 
 
 class LeastInFlight(Generic[R]):

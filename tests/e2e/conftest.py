@@ -1,6 +1,7 @@
 """Real engines, started once and in parallel, and the router in front of them; scripts/e2e installs what this needs."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -62,6 +63,8 @@ def _vllm() -> None:
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """The engines by the name of their model; ready."""
     assert VENV is not None
+    # When a job is cancelled, its engines go too: pytest tears down on an interrupt, but not on SIGTERM.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     home, models = tmp_path_factory.mktemp("engines"), tmp_path_factory.mktemp("models")
     make_models = Path(__file__).with_name("tiny_models.py")
     subprocess.run([f"{VENV}/bin/python", str(make_models), str(models)], check=True, capture_output=True)

@@ -24,8 +24,6 @@ from tests.fakes import (
     Received,
     chunk,
     event,
-    hang,
-    json_response,
     post,
     raw_client,
     read_answer,
@@ -193,7 +191,8 @@ REQUESTS = [
     (post("/echo", b""), ["POST", "/echo", "", ""]),
     (post("/echo", b"x" * 200_000), ["POST", "/echo", "", "x" * 200_000]),
     (
-        b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;ext=1\r\nhel\r\n2\r\nlo\r\n0\r\ntrailer: 1\r\n\r\n",
+        b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"3;ext=1\r\nhel\r\n2\r\nlo\r\n0\r\ntrailer: 1\r\n\r\n",
         ["POST", "/echo", "", "hello"],
     ),
     (b"POST /echo HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", ["POST", "/echo", "", ""]),
@@ -201,7 +200,6 @@ REQUESTS = [
     (GET.replace(b"\r\n\r\n", b"\r\n" + H2C + b"\r\n"), ["GET", "/echo", "", ""]),
     (GET.replace(b"\r\n\r\n", b"\r\n" + WEBSOCKET + b"\r\n"), ["GET", "/echo", "", ""]),
     (post("/echo", b"hello", H2C), ["POST", "/echo", "", "hello"]),
-    (post("/echo", b"", H2C), ["POST", "/echo", "", ""]),
     (
         b"POST /echo HTTP/1.1\r\n" + H2C + b"transfer-encoding: chunked\r\n\r\n" + chunk(b"hello") + LAST_CHUNK,
         ["POST", "/echo", "", "hello"],
@@ -225,6 +223,14 @@ async def all_answers(plain: Plain, *parts: bytes, count: int) -> list[Any]:
 async def test_a_request_is_read_as_it_was_meant(request_bytes: bytes, said: list[str], plain: Plain) -> None:
     # Twice: what follows on the connection must not be bent by it.
     assert await all_answers(plain, request_bytes, request_bytes, count=2) == [said, said]
+
+
+async def test_an_offer_to_upgrade_may_come_with_an_empty_body(plain: Plain) -> None:
+    async with asyncio.timeout(1):
+        assert await all_answers(plain, post("/echo", b"", H2C), GET, count=2) == [
+            ["POST", "/echo", "", ""],
+            ["GET", "/echo", "", ""],
+        ]
 
 
 async def test_requests_may_come_all_at_once(plain: Plain) -> None:
@@ -320,32 +326,33 @@ async def test_the_head_of_a_talkative_client_is_not_too_large(plain: Plain) -> 
     assert await all_answers(plain, GET[:-2] + headers + b"\r\n", count=1) == [["GET", "/echo", "", ""]]
 
 
-async def test_a_client_that_never_stops_sending_is_cut_in_the_end(start_router: Start) -> None:
+async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_api.inbound.protocol._LINGER", 0.2)
     served = await start_router(max_body_bytes=10)
-
-    async def flood(line: Line) -> None:
-        with suppress(ConnectionError):
-            while True:
-                await line.send(b"x" * 65536)
 
     async with raw_client(served.port) as client:
         await client.send(b"POST /v1/score HTTP/1.1\r\ncontent-length: 999999999999\r\n\r\n")
+        flooding = asyncio.create_task(flood(client))
+        reply = await read_answer(client.reader)
         async with asyncio.timeout(8):
-            await flood(client)
-        # What it could have read all the while.
-        assert (await read_answer(client.reader)).status == 413
+            await flooding
+
+    assert reply.status == 413
 
 
-async def test_what_follows_a_request_does_not_cost_it_its_answer(plain: Plain) -> None:
-    close = GET.replace(b"host: x", b"connection: close")
-    for rest in (b"\r\n", GET, b"garbage\r\n\r\n"):
-        said = await plain.all(close + rest)
-        assert said.startswith(b"HTTP/1.1 200 OK\r\n")
-        assert said.count(b"HTTP/1.1") == 1
+async def flood(line: Line) -> None:
+    """Send until the connection is gone."""
+    with suppress(ConnectionError):
+        while True:
+            await line.send(b"x" * 65536)
 
 
-async def test_garbage_behind_a_request_does_not_cost_it_its_answer(plain: Plain) -> None:
-    assert (await plain.all(GET + b"garbage\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\n")
+@pytest.mark.parametrize("rest", [b"\r\n", GET, b"garbage\r\n\r\n"])
+@pytest.mark.parametrize("first", [GET, GET.replace(b"host: x", b"connection: close")])
+async def test_what_follows_a_request_does_not_cost_it_its_answer(first: bytes, rest: bytes, hasty: Plain) -> None:
+    assert (await hasty.all(first + rest)).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 # Answers
@@ -469,9 +476,8 @@ async def test_an_idle_connection_is_closed_without_a_word(hasty: Plain) -> None
 
 async def test_an_answer_may_take_longer_than_any_of_these(hasty: Plain) -> None:
     async with raw_client(hasty.port) as client, asyncio.timeout(5):
-        for request in (b"GET /late HTTP/1.1\r\n\r\n", post("/late", b"x")):
-            await client.send(request)
-            assert (await read_answer(client.reader)).body == b"late"
+        await client.send(post("/late", b"x"))
+        assert (await read_answer(client.reader)).body == b"late"
 
 
 async def test_half_a_request_behind_another_does_not_cost_that_one_its_answer(hasty: Plain) -> None:
@@ -613,16 +619,3 @@ async def test_a_client_that_does_not_read_is_given_up(start_engine: Start, star
 
     assert (served.lines[0]["outcome"], served.router.load.in_flight) == ("client_gone", 0)
     await until(lambda: engine.busy == 0)
-
-
-async def test_a_full_pipe_does_not_keep_a_departure_from_the_engine(served: Served, engine: FakeEngine) -> None:
-    engine.script = hang
-
-    async with raw_client(served.port) as client:
-        await client.send(post(URL, CHAT) + post(URL, CHAT))
-        await until(lambda: engine.busy == 1)
-
-    try:
-        await until(lambda: engine.busy == 0, seconds=1)
-    finally:
-        engine.script = lambda request, line: line.send(json_response(COMPLETION))

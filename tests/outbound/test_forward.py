@@ -1,0 +1,694 @@
+"""The attempt loop: what is tried again, what is not, and what each attempt says to a backend."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from inference_api.inbound.routes import INFERENCE_ROUTES
+from inference_api.models import Call, Outcome, Reply
+from inference_api.outbound.connection import Disconnected, FirstByteTimeout, IdleTimeout, Malformed, TotalTimeout
+from inference_api.outbound.forward import Forward, Limits, outcome_of
+from inference_api.outbound.transport import Transport
+from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.balance import make_policy
+from inference_api.routing.catalogue import CatalogueEntry
+from tests.fakes import (
+    CHAT,
+    COMPLETION,
+    SSE_HEAD,
+    FakeEngine,
+    Line,
+    Received,
+    body_of,
+    form,
+    hang,
+    json_response,
+    raw,
+    until,
+)
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+
+ROUTES = {route.label: route for route in INFERENCE_ROUTES}
+JSON = (b"content-type", b"application/json")
+BODY = orjson.dumps(CHAT)
+REPLICAS = ("http://a:1", "http://b:1", "http://c:1")
+
+
+def call_to(label: str = "chat_completions", **more: Any) -> Call:
+    return Call(ROUTES[label], "m", False, BODY, [JSON], "rid")._replace(**more)
+
+
+def model_of(*urls: str, **more: Any) -> Model:
+    entry = CatalogueEntry(name="m", backends=[{"url": url} for url in urls], **{"policy": "round_robin", **more})
+    fleet = Fleet(lambda name: make_policy(name, random.Random(1).random))
+    fleet.update({"m": entry})
+    return fleet.by_name["m"]
+
+
+class Body(httpx.AsyncByteStream):
+    """A response body that knows whether it was closed."""
+
+    def __init__(self, data: bytes = b"{}") -> None:
+        self.data = data
+        self.closed = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.data
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+class Desk:
+    """A Forward over a transport that plays `results` in turn, and what it did with them."""
+
+    def __init__(self, *results: Exception | httpx.Response | int, **limits: Any) -> None:
+        self.results = list(results)
+        self.requests: list[httpx.Request] = []
+        self.ended: list[tuple[str, Outcome]] = []
+        self.forward = self.over(httpx.MockTransport(self.handle), **limits)
+
+    def over(self, transport: httpx.AsyncBaseTransport, tokens: dict[str, str] | None = None, **limits: Any) -> Forward:
+        return Forward(transport, Limits(**limits), self.note, tokens or {})
+
+    def note(self, backend: Backend, outcome: Outcome) -> None:
+        self.ended.append((backend.label, outcome))
+
+    async def handle(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        result = self.results.pop(0) if self.results else 200
+        if isinstance(result, Exception):
+            raise result
+        return httpx.Response(result, stream=Body()) if isinstance(result, int) else result
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return [outcome for _, outcome in self.ended]
+
+    @property
+    def hosts(self) -> list[str]:
+        return [request.url.host for request in self.requests]
+
+
+async def finish(reply: Reply) -> bytes:
+    body = await body_of(reply.stream)
+    await reply.aclose(Outcome.of_status(reply.status))
+    return body
+
+
+def in_flight(model: Model) -> list[int]:
+    return [backend.in_flight for backend in model.backends]
+
+
+STALE = Disconnected("gone", received=0, reused=True)
+SILENT = Disconnected("gone", received=0, reused=False)
+PARTIAL = Disconnected("gone", received=17, reused=False)
+PARTIAL_REUSED = Disconnected("gone", received=17, reused=True)
+REFUSED = httpx.ConnectError("refused")
+UNREACHED = httpx.ConnectTimeout("late")
+
+
+# What is tried again
+
+
+@pytest.mark.parametrize("label", ["chat_completions", "responses", "transcriptions", "embeddings"])
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(REFUSED, Outcome.CONNECT_FAILED), (UNREACHED, Outcome.CONNECT_FAILED), (STALE, Outcome.RESET)],
+)
+async def test_a_request_that_was_not_taken_goes_to_another_replica(
+    label: str, error: Exception, outcome: Outcome
+) -> None:
+    desk, model = Desk(error), model_of(*REPLICAS)
+
+    reply = await desk.forward(call_to(label), model)
+
+    assert (reply.status, reply.attempts) == (200, 2)
+    assert len(set(desk.hosts)) == 2
+    assert sorted(in_flight(model)) == [0, 0, 1]
+    await finish(reply)
+    assert desk.outcomes == [outcome, Outcome.OK]
+    assert in_flight(model) == [0, 0, 0]
+
+
+async def test_a_stale_connection_is_replaced_at_the_same_replica_if_there_is_no_other() -> None:
+    desk, model = Desk(STALE), model_of("http://a:1")
+
+    await finish(await desk.forward(call_to("responses"), model))
+
+    assert desk.hosts == ["a", "a"]
+    assert [request.extensions["fresh"] for request in desk.requests] == [False, True]
+    assert desk.outcomes == [Outcome.RESET, Outcome.OK]
+
+
+async def test_a_refused_connection_is_not_tried_again_at_the_same_replica() -> None:
+    desk, model = Desk(REFUSED), model_of("http://a:1")
+
+    with pytest.raises(NoBackend):
+        await desk.forward(call_to(), model)
+
+    assert desk.hosts == ["a"]
+
+
+@pytest.mark.parametrize("label", [label for label in ROUTES if label != "responses"])
+async def test_silence_on_a_fresh_connection_is_tried_once_more(label: str) -> None:
+    desk, model = Desk(SILENT), model_of(*REPLICAS)
+
+    reply = await desk.forward(call_to(label), model)
+
+    assert len(set(desk.hosts)) == 2
+    assert desk.requests[1].extensions["fresh"]
+    await reply.aclose(Outcome.OK)
+    assert desk.outcomes == [Outcome.RESET, Outcome.OK]
+
+
+async def test_silence_on_a_fresh_connection_is_final_where_a_second_run_does_harm() -> None:
+    desk, model = Desk(SILENT), model_of(*REPLICAS)
+
+    with pytest.raises(UpstreamReset):
+        await desk.forward(call_to("responses"), model)
+
+    assert len(desk.requests) == 1
+    assert in_flight(model) == [0, 0, 0]
+
+
+async def test_silence_is_not_tried_more_than_once_more_however_many_attempts_there_are() -> None:
+    desk, model = Desk(SILENT, SILENT, SILENT, attempts=3), model_of(*REPLICAS)
+
+    with pytest.raises(UpstreamReset):
+        await desk.forward(call_to(), model)
+
+    assert len(desk.requests) == 2
+
+
+async def test_silence_of_the_only_replica_is_not_tried_again() -> None:
+    desk, model = Desk(SILENT), model_of("http://a:1")
+
+    with pytest.raises(UpstreamReset):
+        await desk.forward(call_to(), model)
+
+    assert desk.hosts == ["a"]
+
+
+async def test_a_503_goes_to_another_replica_and_its_body_is_closed() -> None:
+    busy = Body(b"busy")
+    desk, model = Desk(httpx.Response(503, stream=busy)), model_of(*REPLICAS)
+
+    reply = await desk.forward(call_to(), model)
+
+    assert (reply.status, busy.closed) == (200, 1)
+    assert len(set(desk.hosts)) == 2
+    await finish(reply)
+    assert desk.outcomes == [Outcome.UPSTREAM_5XX, Outcome.OK]
+    assert in_flight(model) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("urls", [REPLICAS[:1], REPLICAS])
+async def test_the_last_503_is_the_answer(urls: tuple[str, ...]) -> None:
+    bodies = [Body(b"first"), Body(b"second")]
+    desk, model = Desk(*(httpx.Response(503, stream=body) for body in bodies)), model_of(*urls)
+
+    reply = await desk.forward(call_to(), model)
+
+    assert reply.status == 503
+    assert await finish(reply) == (b"first" if len(urls) == 1 else b"second")
+    assert in_flight(model) == [0] * len(urls)
+
+
+@pytest.mark.parametrize("status", [429, 502, 504])
+async def test_which_statuses_are_tried_again_is_a_setting(status: int) -> None:
+    by_default, chosen = Desk(status), Desk(status, retry_on_status=frozenset({status}))
+
+    first = await by_default.forward(call_to(), model_of(*REPLICAS))
+    second = await chosen.forward(call_to(), model_of(*REPLICAS))
+
+    assert (first.status, second.status) == (status, 200)
+    await first.aclose(Outcome.UPSTREAM_5XX)
+    await second.aclose(Outcome.OK)
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 400, 401, 404, 408, 409, 422, 429, 500, 501, 502, 504])
+async def test_an_answer_is_an_answer(status: int) -> None:
+    desk = Desk(status)
+
+    reply = await desk.forward(call_to(), model_of(*REPLICAS))
+
+    assert (reply.status, reply.attempts) == (status, 1)
+    await reply.aclose(Outcome.of_status(status))
+    assert len(desk.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "kind"),
+    [
+        (PARTIAL, Outcome.RESET, UpstreamReset),
+        (PARTIAL_REUSED, Outcome.RESET, UpstreamReset),
+        (httpx.ReadError("reset"), Outcome.RESET, UpstreamReset),
+        (httpx.WriteError("reset"), Outcome.RESET, UpstreamReset),
+        (Malformed("junk"), Outcome.PROTOCOL_ERROR, UpstreamProtocolError),
+        (httpx.RemoteProtocolError("junk"), Outcome.PROTOCOL_ERROR, UpstreamProtocolError),
+        (FirstByteTimeout("late"), Outcome.FIRST_BYTE_TIMEOUT, UpstreamTimeout),
+        (httpx.ReadTimeout("late"), Outcome.FIRST_BYTE_TIMEOUT, UpstreamTimeout),
+        (IdleTimeout("late"), Outcome.IDLE_TIMEOUT, UpstreamTimeout),
+        (TotalTimeout("late"), Outcome.TOTAL_TIMEOUT, UpstreamTimeout),
+    ],
+)
+async def test_what_may_have_been_executed_is_not_tried_again(
+    error: Exception, outcome: Outcome, kind: type[RouterError]
+) -> None:
+    desk, model = Desk(error), model_of(*REPLICAS)
+
+    with pytest.raises(kind) as caught:
+        await desk.forward(call_to(), model)
+
+    assert len(desk.requests) == 1
+    assert desk.outcomes == [outcome]
+    assert caught.value.outcome is outcome
+    assert in_flight(model) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("error", [REFUSED, STALE, SILENT])
+async def test_one_attempt_is_one_attempt(error: Exception) -> None:
+    desk = Desk(error, attempts=1)
+
+    with pytest.raises(RouterError):
+        await desk.forward(call_to(), model_of(*REPLICAS))
+
+    assert len(desk.requests) == 1
+
+
+async def test_one_attempt_passes_a_503_through() -> None:
+    reply = await Desk(503, attempts=1).forward(call_to(), model_of(*REPLICAS))
+
+    assert reply.status == 503
+    await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
+async def test_three_attempts_reach_three_replicas() -> None:
+    desk = Desk(REFUSED, 503, attempts=3)
+
+    reply = await desk.forward(call_to(), model_of(*REPLICAS))
+
+    assert (reply.status, reply.attempts) == (200, 3)
+    assert sorted(desk.hosts) == ["a", "b", "c"]
+    await reply.aclose(Outcome.OK)
+    assert desk.outcomes == [Outcome.CONNECT_FAILED, Outcome.UPSTREAM_5XX, Outcome.OK]
+
+
+async def test_the_last_failure_is_the_one_that_is_told() -> None:
+    with pytest.raises(UpstreamProtocolError):
+        await Desk(REFUSED, Malformed("junk")).forward(call_to(), model_of(*REPLICAS))
+    with pytest.raises(NoBackend):
+        await Desk(503, REFUSED).forward(call_to(), model_of(*REPLICAS[:2]))
+
+
+async def test_a_model_without_replicas_has_no_backend() -> None:
+    desk = Desk()
+
+    with pytest.raises(NoBackend) as caught:
+        await desk.forward(call_to(), model_of())
+
+    assert (caught.value.status, caught.value.outcome) == (503, Outcome.NO_BACKEND)
+    assert (b"retry-after", b"5") in caught.value.headers
+    assert desk.ended == []
+
+
+@pytest.mark.parametrize(
+    ("errors", "urls", "final"),
+    [
+        ((PARTIAL,), REPLICAS[:1], True),
+        ((PARTIAL,), REPLICAS[:2], False),
+        ((SILENT, SILENT), REPLICAS[:2], True),
+        ((SILENT, SILENT), REPLICAS, False),
+        ((Malformed("junk"),), REPLICAS[:1], True),
+        ((Malformed("junk"),), REPLICAS, False),
+        ((FirstByteTimeout("late"),), REPLICAS, True),
+        ((TotalTimeout("late"),), REPLICAS, True),
+    ],
+)
+async def test_an_sdk_is_told_not_to_repeat_what_cannot_succeed(
+    errors: tuple[Exception, ...], urls: tuple[str, ...], final: bool
+) -> None:
+    with pytest.raises(RouterError) as caught:
+        await Desk(*errors).forward(call_to(), model_of(*urls))
+
+    assert ((b"x-should-retry", b"false") in caught.value.headers) == final
+
+
+@pytest.mark.parametrize("error", [PARTIAL, Malformed("http://a:1 said x"), FirstByteTimeout("a"), REFUSED])
+async def test_no_error_names_a_backend(error: Exception) -> None:
+    with pytest.raises(RouterError) as caught:
+        await Desk(error).forward(call_to(), model_of("http://secret-host:1234"))
+
+    assert "secret-host" not in caught.value.message
+    assert "1234" not in caught.value.message
+
+
+# Accounts
+
+
+async def test_an_attempt_ends_with_its_body_and_only_once() -> None:
+    desk, model, body = Desk(httpx.Response(200, stream=(stream := Body()))), model_of("http://a:1"), b"{}"
+    reply = await desk.forward(call_to(), model)
+    assert (in_flight(model), desk.ended) == ([1], [])
+    assert await body_of(reply.stream) == body
+    assert repr(reply) == "<Reply 200 from a:1>"
+
+    await reply.aclose(Outcome.ERROR_EVENT)
+    await reply.aclose(Outcome.OK)
+
+    assert (in_flight(model), desk.ended) == ([0], [("a:1", Outcome.ERROR_EVENT)])
+    assert stream.closed == 1
+    assert repr(reply) == "<Reply 200 from a:1 closed>"
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("bug"), ValueError("bug")])
+async def test_a_bug_below_leaves_the_counts_right(failure: Exception) -> None:
+    desk, model = Desk(failure), model_of("http://a:1")
+
+    with pytest.raises(type(failure)):
+        await desk.forward(call_to(), model)
+
+    assert in_flight(model) == [0]
+    assert len(desk.ended) == 1
+
+
+async def test_a_cancelled_attempt_is_a_client_that_left(start_engine: Start, transport: Transport) -> None:
+    engine: FakeEngine = await start_engine(hang)
+    desk, model = Desk(), model_of(engine.url)
+    sending = asyncio.ensure_future(desk.over(transport)(call_to(), model))
+    await until(lambda: engine.busy)
+    assert in_flight(model) == [1]
+
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+
+    assert (in_flight(model), desk.outcomes) == ([0], [Outcome.CLIENT_GONE])
+    await until(lambda: engine.open == 0)
+    assert "0 active" in repr(transport)
+
+
+def test_every_transport_error_has_an_outcome() -> None:
+    kinds = {kind for kind in vars(httpx).values() if isinstance(kind, type) and issubclass(kind, httpx.TransportError)}
+
+    assert all(outcome_of(kind("x")) is not Outcome.CLIENT_GONE for kind in kinds)
+    assert outcome_of(asyncio.CancelledError()) is Outcome.CLIENT_GONE
+
+
+# What an attempt says
+
+
+async def only_request(model: Model, call: Call | None = None, **more: Any) -> httpx.Request:
+    """Forward one call; the request that was made of it."""
+    desk = Desk()
+    forward = desk.over(httpx.MockTransport(desk.handle), **more)
+    await finish(await forward(call or call_to(), model))
+    (request,) = desk.requests
+    return request
+
+
+async def test_a_request_has_these_headers_and_no_others() -> None:
+    call = call_to(headers=[JSON, (b"openai-beta", b"x")], authorization=b"Bearer client")
+    request = await only_request(model_of("http://a:1/base"), call)
+    headers = dict(request.headers.raw)
+
+    assert headers.pop(b"x-request-id").startswith(b"rid-")
+    assert headers == {
+        b"host": b"a:1",
+        b"accept-encoding": b"identity",
+        b"content-length": b"%d" % len(BODY),
+        b"content-type": b"application/json",
+        b"openai-beta": b"x",
+    }
+    assert (request.method, request.content) == ("POST", BODY)
+
+
+@pytest.mark.parametrize(("query", "target"), [(b"", b""), (b"api-version=1&x=%20", b"?api-version=1&x=%20")])
+@pytest.mark.parametrize("base", ["", "/base", "/a/b"])
+async def test_the_target_is_base_route_and_query(base: str, query: bytes, target: bytes) -> None:
+    request = await only_request(model_of(f"https://a:1{base}/"), call_to("rerank", query=query))
+
+    assert request.extensions["target"] == base.encode() + ROUTES["rerank"].path.encode() + target
+    assert (request.url.scheme, request.url.host, request.url.port) == ("https", "a", 1)
+    assert request.url.path == base + ROUTES["rerank"].path
+
+
+async def test_a_real_backend_gets_base_route_and_query(start_engine: Start, transport: Transport) -> None:
+    engine: FakeEngine = await start_engine()
+    model = model_of(engine.url + "/base")
+
+    await finish(await Desk().over(transport)(call_to(query=b"x=%2F"), model))
+
+    assert engine.requests[0].target == "/base/v1/chat/completions?x=%2F"
+    assert engine.requests[0].header("host") == f"127.0.0.1:{engine.port}"
+    assert engine.requests[0].body == BODY
+
+
+async def test_every_attempt_has_a_request_id_of_its_own() -> None:
+    desk, model = Desk(REFUSED), model_of(*REPLICAS)
+
+    for _ in range(3):
+        await finish(await desk.forward(call_to(request_id="same"), model))
+
+    ids = [request.headers["x-request-id"] for request in desk.requests]
+    assert len(set(ids)) == len(ids) == 4
+    assert all(request_id.startswith("same-") for request_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("credentials", "authorization"),
+    [
+        (None, None),
+        ("passthrough", "Bearer client"),
+        ({"env": "BACKEND_TOKEN"}, "Bearer secret"),
+        ({"env": "BACKEND_UNSET"}, None),
+    ],
+)
+async def test_whose_credentials_a_backend_sees(credentials: Any, authorization: str | None) -> None:
+    model, call = model_of("http://a:1", credentials=credentials), call_to(authorization=b"Bearer client")
+
+    request = await only_request(model, call, tokens={"BACKEND_TOKEN": "secret"})
+
+    assert request.headers.get("authorization") == authorization
+
+
+async def test_no_credentials_come_from_a_client_that_has_none() -> None:
+    request = await only_request(model_of("http://a:1", credentials="passthrough"))
+
+    assert "authorization" not in request.headers
+
+
+async def test_credentials_go_with_every_attempt() -> None:
+    desk, model = Desk(REFUSED), model_of(*REPLICAS, credentials={"env": "BACKEND_TOKEN"})
+    forward = desk.over(httpx.MockTransport(desk.handle), tokens={"BACKEND_TOKEN": "secret"})
+
+    await finish(await forward(call_to(), model))
+
+    assert [request.headers["authorization"] for request in desk.requests] == ["Bearer secret"] * 2
+
+
+async def test_the_served_models_name_replaces_the_clients() -> None:
+    request = await only_request(model_of("http://a:1", served_model_name="tgi-ü"))
+
+    assert orjson.loads(request.content) == {**CHAT, "model": "tgi-ü"}
+    assert request.headers["content-length"] == str(len(request.content)) != str(len(BODY))
+
+
+async def test_the_body_stays_as_it_is_if_the_names_are_equal() -> None:
+    body = b' { "model" : "m" } '
+
+    request = await only_request(model_of("http://a:1", served_model_name="m"), call_to(body=body))
+
+    assert request.content == body
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+async def test_the_served_models_name_replaces_the_forms(has_model: bool) -> None:
+    file = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n' + bytes(range(256))
+    field = b'Content-Disposition: form-data; name="%s"\r\n\r\n%s'
+    names = (b"model", b"m") if has_model else (b"language", b"m")
+    call = call_to("transcriptions", body=form(file, field % names))
+    call = call._replace(headers=[(b"content-type", b"multipart/form-data; boundary=B")])
+
+    request = await only_request(model_of("http://a:1", served_model_name="large-v3"), call)
+
+    assert request.content == form(file, field % (names[0], b"large-v3" if has_model else b"m"))
+    assert request.headers["content-length"] == str(len(request.content))
+
+
+async def test_a_models_own_timeouts_come_first() -> None:
+    limits: dict[str, Any] = {"connect": 1.0, "first_byte": 2.0, "idle": 3.0, "total": 4.0, "stream_total": 50.0}
+    own = {"connect": 10, "first_byte": 20, "idle": 30, "total": 40}
+    now = asyncio.get_running_loop().time()
+
+    plain = await only_request(model_of("http://a:1"), **limits)
+    owned = await only_request(model_of("http://a:1", timeouts=own), **limits)
+    stream = await only_request(model_of("http://a:1", timeouts=own), call_to(stream=True), **limits)
+
+    assert plain.extensions["timeout"] == {"connect": 1, "first_byte": 2, "idle": 3}
+    assert owned.extensions["timeout"] == {"connect": 10, "first_byte": 20, "idle": 30}
+    deadlines = [request.extensions["deadline"] - now for request in (plain, owned, stream)]
+    assert deadlines == [pytest.approx(seconds, abs=1) for seconds in (4, 40, 50)]
+
+
+async def test_a_changed_entry_changes_the_timeouts() -> None:
+    desk, model = Desk(), model_of("http://a:1", timeouts={"idle": 10})
+    for idle in (10, 20):
+        model.entry = model.entry.model_copy(
+            update={"timeouts": model.entry.timeouts.model_copy(update={"idle": idle})}
+        )
+        await finish(await desk.forward(call_to(), model))
+
+    assert [request.extensions["timeout"]["idle"] for request in desk.requests] == [10, 20]
+
+
+async def test_all_attempts_share_one_deadline() -> None:
+    desk = Desk(REFUSED)
+
+    await finish(await desk.forward(call_to(), model_of(*REPLICAS)))
+
+    first, second = (request.extensions["deadline"] for request in desk.requests)
+    assert first == second
+
+
+async def test_equal_prompts_meet_the_same_replica_if_the_policy_says_so() -> None:
+    desk, model = Desk(), model_of(*REPLICAS, policy="prefix_affinity")
+
+    for _ in range(6):
+        await finish(await desk.forward(call_to(fields=CHAT), model))
+
+    assert len(set(desk.hosts)) == 1
+
+
+async def test_the_headers_of_any_transport_come_in_lower_case() -> None:
+    desk = Desk(httpx.Response(200, headers=[("X-Up", "A"), ("Content-Type", "text/plain")], stream=Body()))
+
+    reply = await desk.forward(call_to(), model_of("http://a:1"))
+
+    assert reply.headers == [(b"x-up", b"A"), (b"content-type", b"text/plain")]
+    await reply.aclose(Outcome.OK)
+
+
+# The same with real sockets
+
+
+async def test_a_replica_that_closed_the_connection_meanwhile_is_asked_again(
+    start_engine: Start, transport: Transport
+) -> None:
+    async def script(request: Received, line: Line) -> None:
+        if len(engine.requests) == 2:
+            line.close()
+        else:
+            await line.send(json_response(COMPLETION))
+
+    engine: FakeEngine = await start_engine(script)
+    desk, model = Desk(), model_of(engine.url)
+    forward = desk.over(transport)
+
+    replies = [await finish(await forward(call_to("responses"), model)) for _ in range(2)]
+
+    assert replies == [orjson.dumps(COMPLETION)] * 2
+    assert [request.connection for request in engine.requests] == [1, 1, 2]
+    assert desk.outcomes == [Outcome.OK, Outcome.RESET, Outcome.OK]
+    assert in_flight(model) == [0]
+
+
+@pytest.mark.parametrize("end", [Line.close, Line.reset])
+async def test_a_replica_that_dies_silently_is_replaced(
+    end: Callable[[Line], None], start_engine: Start, transport: Transport
+) -> None:
+    async def script(request: Received, line: Line) -> None:
+        served.append(request)
+        if len(served) == 1:
+            end(line)
+        else:
+            await line.send(json_response(COMPLETION))
+
+    served: list[Received] = []
+    engines = [await start_engine(script) for _ in range(2)]
+    desk, model = Desk(), model_of(*(engine.url for engine in engines))
+
+    await finish(await desk.over(transport)(call_to(), model))
+
+    assert [len(engine.requests) for engine in engines] == [1, 1]
+    assert desk.outcomes == [Outcome.RESET, Outcome.OK]
+
+
+@pytest.mark.parametrize("part", [b"HTTP/1.1 200 OK\r\n", b"SSH-2.0-x\r\n"])
+async def test_a_head_that_breaks_off_is_not_tried_again(
+    part: bytes, start_engine: Start, transport: Transport
+) -> None:
+    engines = [await start_engine(raw(part, close=True)) for _ in range(2)]
+    desk, model = Desk(), model_of(*(engine.url for engine in engines))
+
+    with pytest.raises(RouterError) as caught:
+        await desk.over(transport)(call_to(), model)
+
+    assert caught.value.status == 502
+    assert sum(len(engine.requests) for engine in engines) == 1
+
+
+async def test_a_503_of_one_replica_is_answered_by_another(start_engine: Start, transport: Transport) -> None:
+    async def script(request: Received, line: Line) -> None:
+        served.append(request)
+        await line.send(json_response(COMPLETION, "503 Busy" if len(served) == 1 else "200 OK"))
+
+    served: list[Received] = []
+    engines = [await start_engine(script) for _ in range(2)]
+    desk, model = Desk(), model_of(*(engine.url for engine in engines))
+
+    reply = await desk.over(transport)(call_to(), model)
+
+    assert (reply.status, reply.attempts) == (200, 2)
+    await finish(reply)
+    assert "0 active" in repr(transport)
+
+
+async def test_a_dead_replica_costs_nobody_anything(start_engine: Start, transport: Transport) -> None:
+    dead, alive = await start_engine(), await start_engine()
+    await dead.stop()
+    desk, model = Desk(), model_of(dead.url, alive.url)
+    forward = desk.over(transport)
+
+    for _ in range(10):
+        await finish(await forward(call_to(), model))
+
+    assert len(alive.requests) == 10
+    assert in_flight(model) == [0, 0]
+    assert desk.outcomes.count(Outcome.OK) == 10
+
+
+async def test_a_model_that_hangs_is_a_504_that_must_not_be_repeated(start_engine: Start, start_router: Start) -> None:
+    engines = [await start_engine(hang) for _ in range(2)]
+    served = await start_router(*engines, entry={"timeouts": {"first_byte": 0.1}})
+
+    response = await served.chat()
+
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "upstream_timeout")
+    assert response.headers["x-should-retry"] == "false"
+    assert sum(len(engine.requests) for engine in engines) == 1
+    await until(lambda: sum(engine.busy for engine in engines) == 0)
+
+
+async def test_a_deadline_ends_a_call_that_is_still_answered(start_engine: Start, start_router: Start) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await line.send(SSE_HEAD.replace(b"text/event-stream", b"application/json"))
+        for _ in range(500):
+            await line.send(b"1\r\n \r\n")
+            await asyncio.sleep(0.01)
+
+    served = await start_router(await start_engine(script), entry={"timeouts": {"total": 0.2}})
+
+    response = await served.chat()
+
+    assert (response.status_code, response.headers["x-should-retry"]) == (504, "false")
+    assert served.lines[0]["outcome"] == "total_timeout"
