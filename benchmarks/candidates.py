@@ -151,7 +151,11 @@ def _install_ours() -> str:
     if not command.exists():
         raise NotInstalled(f"there is no {command}; install the project with pip install -e .")
     _run([str(command), "serve", "--help"])
-    return _run([sys.executable, "-c", "import inference_api; print(inference_api.__version__)"]).strip()
+    version = _run([sys.executable, "-c", "import inference_api; print(inference_api.__version__)"]).strip()
+    try:
+        return f"{version} ({_run(['git', 'describe', '--always', '--dirty']).strip()})"
+    except (NotInstalled, FileNotFoundError):
+        return version
 
 
 def _start_ours(port: int, engine: int, directory: Path) -> Start:

@@ -1,4 +1,4 @@
-"""From samples to a table: medians over all slices, and ratios within each slice."""
+"""From samples to a table: medians over the clean slices, and ratios within each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ class Sample:
     load_busy: float
     """Of the core that engine and client share: near 1, they set the pace, not the router."""
     noise: float
+    """The share of a core that others used meanwhile, on the busier of the two."""
+    clean: bool
+    """The noise was within the limit."""
     per_second: float
     first_byte_p50: float
     held_p50: float
@@ -45,6 +48,7 @@ class Sample:
 # What we promise: (load, the other one, our median ratio to it, at most).
 BUDGETS = (("json", "vllm-router", 0.9), ("streams", "vllm-router", 0.9), ("streams", "nginx", 1.5))
 IDLE_BUDGET_MB = 60
+OPEN_BUDGET_KB = 30
 
 # heading, width, field, factor, format
 _COLUMNS = (
@@ -57,6 +61,7 @@ _COLUMNS = (
     ("noise", 7, "noise", 1, ".0%"),
     ("ev/read", 9, "events_per_read", 1, ".2f"),
     ("idle MB", 9, "idle_mb", 1, ".1f"),
+    ("KB/conn", 9, "open_kb", 1, ".1f"),
 )
 
 
@@ -66,14 +71,18 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def ratio(samples: Sequence[Sample], load: str, candidate: str, other: str) -> float | None:
-    """The median over all slices of candidate / other: the two were measured within seconds of each other."""
-    costs = {(s.round, s.slice, s.candidate): s.cpu_us for s in samples if s.load == load}
-    ratios = [
-        cost / base
-        for (number, part, name), cost in costs.items()
-        if name == candidate and (base := costs.get((number, part, other)))
-    ]
-    return median(ratios) if ratios else None
+    """The median of candidate / other over the slices where both are clean: measured within seconds of each other."""
+    mine, theirs = ({(s.round, s.slice): s.cpu_us for s in _usable(samples, load, name)} for name in (candidate, other))
+    if not mine or not any(theirs.values()):
+        return None
+    pairs = [mine[at] / theirs[at] for at in mine.keys() & theirs.keys()]
+    return median(pairs) if pairs else median(mine.values()) / median(theirs.values())
+
+
+def _usable(samples: Sequence[Sample], load: str, candidate: str) -> list[Sample]:
+    """The clean samples; all of them, when the machine was never quiet."""
+    mine = [s for s in samples if s.load == load and s.candidate == candidate]
+    return [s for s in mine if s.clean] or mine
 
 
 def table(samples: Sequence[Sample], versions: dict[str, str], machine: dict[str, str]) -> str:
@@ -91,23 +100,25 @@ def _load_lines(samples: Sequence[Sample]) -> list[str]:
     headings = "".join(f"{heading:>{width}}" for heading, width, *_ in _COLUMNS)
     return [
         f"{samples[0].load}: CPU per {unit}",
-        f"{'':20}{'us':>8}{'(min - max)':>18}{'/nginx':>8}{'/vllm':>7}{headings}  bytes",
+        f"{'':20}{'us':>8}{'(min - max)':>18}{'/nginx':>8}{'/vllm':>7}{'clean':>8}{headings}  bytes",
         *(_row(samples, name) for name in dict.fromkeys(s.candidate for s in samples)),
     ]
 
 
 def _row(samples: Sequence[Sample], name: str) -> str:
-    mine = [s for s in samples if s.candidate == name]
+    load = samples[0].load
+    mine, total = _usable(samples, load, name), sum(s.candidate == name for s in samples)
+    clean = f"{sum(s.clean for s in mine)}/{total}"
     costs = [s.cpu_us for s in mine]
     span = f"({min(costs):.1f} - {max(costs):.1f})"
-    ratios = [ratio(samples, mine[0].load, name, other) for other in ("nginx", "vllm-router")]
+    ratios = [ratio(samples, load, name, other) for other in ("nginx", "vllm-router")]
     to_nginx, to_vllm = ("-" if value is None else f"{value:.2f}" for value in ratios)
     cells = "".join(
         f"{format(median(getattr(s, field) for s in mine) * factor, how):>{width}}"
         for _, width, field, factor, how in _COLUMNS
     )
     exact = "same" if all(s.exact for s in mine) else "CHANGED"
-    return f"{name:20}{median(costs):8.1f}{span:>18}{to_nginx:>8}{to_vllm:>7}{cells}  {exact}"
+    return f"{name:20}{median(costs):8.1f}{span:>18}{to_nginx:>8}{to_vllm:>7}{clean:>8}{cells}  {exact}"
 
 
 def _budget_lines(samples: Sequence[Sample]) -> list[str]:
@@ -118,6 +129,9 @@ def _budget_lines(samples: Sequence[Sample]) -> list[str]:
     if idle := [s.idle_mb for s in samples if s.candidate == "ours"]:
         verdict = _verdict(median(idle), IDLE_BUDGET_MB)
         lines.append(f"budget memory: ours idle {median(idle):.1f} MB, at most {IDLE_BUDGET_MB}: {verdict}")
+    if held := [s.open_kb for s in _usable(samples, "open", "ours")]:
+        verdict = _verdict(median(held), OPEN_BUDGET_KB)
+        lines.append(f"budget memory: ours {median(held):.1f} KB per open stream, at most {OPEN_BUDGET_KB}: {verdict}")
     return lines
 
 

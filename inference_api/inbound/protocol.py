@@ -89,7 +89,6 @@ class Protocol(asyncio.Protocol):
         self._replayed_whole = False
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._expects_continue = False
         # Timers
         self._timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -147,12 +146,16 @@ class Protocol(asyncio.Protocol):
         self.resume_writing()
 
     def _feed(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as exc:
-            self._decline_upgrade(data[exc.args[0] :])
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as exc:
+                data = data[exc.args[0] :]
+                self._decline_upgrade()
+            else:
+                return
 
-    def _decline_upgrade(self, rest: bytes) -> None:
+    def _decline_upgrade(self) -> None:
         """RFC 9110 7.8: an offer to upgrade may be ignored. httptools stops at it, so another parser goes on."""
         self._parser = httptools.HttpRequestParser(self)
         framing = [pair for pair in self._headers if pair[0] in (b"content-length", b"transfer-encoding")]
@@ -163,7 +166,6 @@ class Protocol(asyncio.Protocol):
         self._replaying = self._upgrading = False
         if self._replayed_whole or not framing:
             self.on_message_complete()
-        self._feed(rest)
 
     # httptools callbacks
 
@@ -172,30 +174,33 @@ class Protocol(asyncio.Protocol):
             self._head_open = True
             self._url = b""
             self._headers = []
-            self._expects_continue = False
 
     def on_url(self, url: bytes) -> None:
         if not self._replaying:
             self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._replaying or not self._head_open:
-            return  # what comes after the head is a trailer, and no header
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self._expects_continue = True
-        self._headers.append((name, value))
+        # What comes after the head is a trailer, and no header.
+        if self._head_open:
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self._replaying:
             return
+        size, self._head_size = self._head_size, 0
         self._head_open = False
-        self._head_size = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         parser, headers = self._parser, self._headers
-        _check_head(self._url, headers)
+        if len(headers) > _MAX_HEADERS:
+            raise _Refusal(HeadersTooLarge(f"The request has more than {_MAX_HEADERS} headers."))
+        if (size > _MAX_HEAD or not size) and len(self._url) + sum(
+            len(name) + len(value) for name, value in headers
+        ) > _MAX_HEAD:
+            raise _Refusal(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
+        if not self._url.isascii():
+            raise _Refusal(BadRequest("The request target must be ASCII, as in POST /v1/chat/completions."))
         target, _, query = self._url.partition(b"?")
         if target[:1] != b"/":
             target = _origin_form(target)
@@ -218,7 +223,7 @@ class Protocol(asyncio.Protocol):
         }
         self._upgrading = parser.should_upgrade()
         keep_alive = version == "1.1" and (parser.should_keep_alive() or self._upgrading)
-        cycle = self._reading = Cycle(self, scope, keep_alive, self._expects_continue)
+        cycle = self._reading = Cycle(self, scope, keep_alive, (b"expect", b"100-continue") in headers)
         if self._running is None:
             self._start(cycle)
         else:
@@ -368,15 +373,6 @@ def protocol_factory(deadlines: Deadlines, on_refusal: OnRefusal) -> Callable[..
         return Protocol(deadlines, on_refusal, **keywords)
 
     return make
-
-
-def _check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    if len(headers) > _MAX_HEADERS:
-        raise _Refusal(HeadersTooLarge(f"The request has more than {_MAX_HEADERS} headers."))
-    if len(url) + sum([len(name) + len(value) for name, value in headers]) > _MAX_HEAD:
-        raise _Refusal(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
-    if not url.isascii():
-        raise _Refusal(BadRequest("The request target must be ASCII, as in POST /v1/chat/completions."))
 
 
 def _origin_form(target: bytes) -> bytes:

@@ -52,7 +52,8 @@ class Gate(NamedTuple):
     resolve: Callable[[str], Model]
     send: Send
     read_headers: RequestHeaders
-    taps: Callable[[Observation], Sequence[Tap]] = lambda seen: (seen,)
+    # The optional features' taps of one request, made anew for each
+    taps: Callable[[], Sequence[Tap]] = tuple
     max_body: int = 32 * 1024 * 1024
     max_in_flight: int = 1000
     write_stall: float = 60.0
@@ -71,6 +72,7 @@ class Inference:
         seen = gate.observer.begin(self.route.label)
         departure = Departure(receive)
         relay: Relay | None = None
+        taps: Sequence[Tap] = (seen,)
         outcome = Outcome.INTERNAL_ERROR
         self._load.in_flight += 1
         try:
@@ -85,7 +87,8 @@ class Inference:
             with departure:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
-                relay = Relay(reply, call, gate.taps(seen), gate.write_stall, departure.close)
+                taps = (seen, *gate.taps())
+                relay = Relay(reply, call, taps, gate.write_stall, departure.close)
                 outcome = await relay(send)
             seen.finished(relay)
         except RouterError as error:
@@ -106,7 +109,8 @@ class Inference:
                 outcome = await refuse(InternalError(), seen, send)
         finally:
             self._load.in_flight -= 1
-            seen.end(outcome)
+            for tap in taps:
+                tap.end(outcome)
 
     def _admit(self, model: Model) -> None:
         limit = model.entry.max_in_flight

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import math
 import signal
@@ -58,6 +59,12 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._delay = delay
         self._on_stop = on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # What is there now stays for good: the collector need not look at it again, request after request.
+        gc.collect()
+        gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_stop()

@@ -49,9 +49,9 @@ class Pump:
 
     async def run(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes], first: bytes = b"") -> Outcome:
         """Relay `first` and then the stream to its end; how it ended."""
-        if first:
-            await self.write(self._track(first))
         try:
+            if first:
+                await self.write(self._track(first))
             if isinstance(stream, ResponseStream):
                 await self._push(stream)
             else:
@@ -91,7 +91,7 @@ class Pump:
             self._wake()
 
     def broken(self, error: httpx.TransportError) -> None:
-        self._outcome = outcome_of(error)
+        self._outcome = _outcome_in_body(error)
         self._wake()
 
     async def _push(self, stream: ResponseStream) -> None:
@@ -130,9 +130,10 @@ class Pump:
             async for data in stream:
                 await self.write(self._track(data))
         except httpx.TransportError as exc:
-            self._outcome = outcome_of(exc)
+            self._outcome = _outcome_in_body(exc)
             return
-        await self._send(self._message(b"", True))
+        async with asyncio.timeout(self._write_stall):
+            await self._send(self._message(b"", True))
 
     # Both
 
@@ -163,6 +164,12 @@ class Pump:
             if not events.complete:
                 return Outcome.TRUNCATED
         return Outcome.of_status(self._status)
+
+
+def _outcome_in_body(error: httpx.TransportError) -> Outcome:
+    outcome = outcome_of(error)
+    # Other transports have one error for both.
+    return Outcome.IDLE_TIMEOUT if outcome is Outcome.FIRST_BYTE_TIMEOUT else outcome
 
 
 class _Suspended:

@@ -4,6 +4,7 @@ The pushing itself, chunk by chunk, is in `pump`; here is what is decided once p
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -31,6 +32,9 @@ _BREAKS = {
     Outcome.IDLE_TIMEOUT: ("upstream_idle_timeout", "The model's backend sent nothing for too long."),
     Outcome.TOTAL_TIMEOUT: ("upstream_timeout", "The stream took longer than the router allows."),
 }
+
+
+_OURS_IN_A_STREAM = frozenset({b"cache-control", b"x-accel-buffering", b"content-length"})
 
 
 class Relay:
@@ -125,13 +129,15 @@ class Relay:
         """Server-sent events: relayed as they come; if they break off at the end of one, one more says so."""
         events = self._events = EventTracker(self._call.route.end_marks)
         # Without these nginx and its kin hold events back.
-        headers = [pair for pair in headers if pair[0] not in (b"cache-control", b"x-accel-buffering")]
+        # A length would leave no room for an error event.
+        headers = [pair for pair in headers if pair[0] not in _OURS_IN_A_STREAM]
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._start(send, headers)
         pump = Pump(send, self._taps, events, self._reply.status, self._write_stall, self._before_end)
         outcome = await pump.run(self._reply.stream)
         if outcome in _BREAKS and events.at_boundary:
-            await pump.write(error_event(*_BREAKS[outcome]))
+            with suppress(TimeoutError):
+                await pump.write(error_event(*_BREAKS[outcome]))
         return outcome
 
     async def _start(self, send: Send, headers: RawHeaders) -> None:

@@ -4,16 +4,17 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 
-from tests.e2e.processes import BIN, Process, logs, running, until
+from tests.e2e.processes import BIN, Process, logs, stopping, until
 
 VENV = os.environ.get("E2E_VENV")
+if VENV is None:
+    collect_ignore_glob = ["test_*.py"]
 # Two replicas of one model, so that there is one to lose.
 REPLICAS = {"llama-3-8b": 2, "mistral-7b": 1, "gpt2": 1}
 ENGINE_ENVIRON = {
@@ -39,6 +40,11 @@ BaseURL = Callable[[str], str]
 StartRouter = Callable[..., Process]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if VENV is None:
+        terminalreporter.write_line("tests/e2e: not run; they need a real vLLM, which scripts/e2e installs")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # It leaves a model with one replica.
@@ -53,12 +59,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _vllm() -> None:
-    if VENV is None:
-        pytest.skip("needs a real vLLM; scripts/e2e installs one and runs these tests")
-
-
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """The engines by the name of their model; ready."""
@@ -68,17 +68,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     home, models = tmp_path_factory.mktemp("engines"), tmp_path_factory.mktemp("models")
     make_models = Path(__file__).with_name("tiny_models.py")
     subprocess.run([f"{VENV}/bin/python", str(make_models), str(models)], check=True, capture_output=True)
-    with ExitStack() as stack:
-        started: Engines = {name: [] for name in REPLICAS}
+    by_model: Engines = {}
+    with stopping() as started:
         for name, count in REPLICAS.items():
             command = [f"{VENV}/bin/vllm", "serve", str(models / name), "--served-model-name", name, *ENGINE_OPTIONS]
-            for number in range(count):
-                engine = Process(f"{name}-{number}", command, home, **ENGINE_ENVIRON)
-                stack.enter_context(running(engine))
-                started[name].append(engine)
-        for engine in (engine for replicas in started.values() for engine in replicas):
+            started += (Process(f"{name}-{number}", command, home, **ENGINE_ENVIRON) for number in range(count))
+            by_model[name] = started[-count:]
+        for engine in started:
             engine.wait_until_ready("/health", seconds=480)
-        yield started
+        yield by_model
 
 
 @pytest.fixture(scope="session")
@@ -97,13 +95,13 @@ def catalogue(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def start_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRouter]:
     """`start_router(catalogue, NAME=value)` -> a router with these settings; ready, and stopped with the session."""
-    with ExitStack() as stack:
+    with stopping() as started:
 
         def start(catalogue: Path, **settings: str) -> Process:
             settings = {"PORT": "{port}", "CATALOGUE": str(catalogue), "LOG_FORMAT": "json"} | settings
             environ = {f"INFERENCE_API_{name}": value for name, value in settings.items()}
             router = Process("router", [BIN / "inference-api", "serve"], tmp_path_factory.mktemp("router"), **environ)
-            stack.enter_context(running(router))
+            started.append(router)
             router.wait_until_ready("/readyz", seconds=30)
             return router
 

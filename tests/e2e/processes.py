@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -62,7 +62,7 @@ class Process:
     def terminate(self) -> None:
         self._child.terminate()
 
-    def stop(self, patience: float = 20) -> None:
+    def stop(self, patience: float = 15) -> None:
         """SIGTERM for the server, and SIGKILL for whatever of its group is left after that."""
         if self.alive:
             self.terminate()
@@ -76,7 +76,7 @@ class Process:
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
 
-    def tail(self, lines: int = 40) -> str:
+    def tail(self, lines: int = 25) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def sample(self, metric: str) -> float:
@@ -86,12 +86,16 @@ class Process:
 
 
 @contextmanager
-def running(*processes: Process) -> Iterator[None]:
-    """Stop them all at the end, however it comes."""
-    with ExitStack() as stack:
+def stopping() -> Iterator[list[Process]]:
+    """Processes that are put into this list are stopped at the end, together, however it comes."""
+    processes: list[Process] = []
+    try:
+        yield processes
+    finally:
         for process in processes:
-            stack.callback(process.stop)
-        yield
+            process.terminate()
+        for process in processes:
+            process.stop()
 
 
 def logs() -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Engines, StartRouter
-from tests.e2e.processes import BIN, Process, running, until
+from tests.e2e.processes import BIN, Process, stopping, until
 
 pytestmark = pytest.mark.e2e
 
@@ -16,8 +16,9 @@ pytestmark = pytest.mark.e2e
 def registry(catalogue: Path, tmp_path: Path) -> Iterator[Process]:
     """A registry that was filled from the catalogue."""
     options = ["--port", "{port}", "--database", f"{tmp_path}/registry.sqlite3", "--catalogue", str(catalogue)]
-    process = Process("registry", [BIN / "registry-stub", "serve", *options], tmp_path)
-    with running(process):
+    with stopping() as processes:
+        process = Process("registry", [BIN / "registry-stub", "serve", *options], tmp_path)
+        processes.append(process)
         process.wait_until_ready("/healthz", seconds=30)
         yield process
 

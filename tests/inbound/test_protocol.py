@@ -73,13 +73,27 @@ class Application:
         await answer(send, b"ignored")
 
     async def wait(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer nothing until the client leaves."""
+        """Answer nothing until the client leaves; then it may."""
         while (await receive())["type"] != "http.disconnect":
             pass
+        await answer(send, b"to nobody")
 
     async def late(self, scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.6)
         await answer(send, b"late")
+
+    async def early(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Begin to answer before the body has come."""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"early", "more_body": True})
+        await self.wait(scope, receive, send)
+
+    async def flood(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the client's buffers are full, and then give up."""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async with asyncio.timeout(0.1):
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
 
     async def more_than_said(self, scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, b"123456", length=3)
@@ -256,6 +270,12 @@ async def test_many_requests_in_the_pipe_are_answered_in_their_order(plain: Plai
     assert [query for _, _, query, _ in said] == [str(i) for i in range(100)]
 
 
+async def test_many_offers_to_upgrade_are_declined(plain: Plain) -> None:
+    request = GET[:-2] + H2C + b"\r\n"
+
+    assert len(await all_answers(plain, request * 1000, count=1000)) == 1000
+
+
 async def test_a_body_that_nobody_reads_does_not_disturb_the_next_request(plain: Plain) -> None:
     async with raw_client(plain.port) as client:
         await client.send(post("/ignore", b"GET /echo HTTP/1.1\r\n\r\n" * 50_000), GET)
@@ -296,6 +316,16 @@ async def test_a_body_that_nobody_reads_does_not_disturb_the_next_request(plain:
 async def test_broken_framing_is_refused_and_the_connection_closed(request_bytes: bytes, plain: Plain) -> None:
     assert code(await plain.all(request_bytes)) == "400 bad_request"
     assert set(plain.application.ended) <= {"/echo"}
+
+
+async def test_a_body_that_breaks_behind_the_beginning_of_its_answer_cuts_it(plain: Plain) -> None:
+    async with raw_client(plain.port) as client:
+        await client.send(b"POST /early HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" + chunk(b"x"))
+        await client.reader.readuntil(chunk(b"early"))
+        await client.send(b"zz\r\n")
+
+        assert await client.reader.read(-1) == b""
+    await plain.ended("/early")
 
 
 async def test_an_absolute_target_is_its_path(plain: Plain) -> None:
@@ -409,6 +439,13 @@ async def test_an_application_that_fails_never_looks_complete(
     assert bool(caplog.records) == (path not in ("nothing", "half"))
 
 
+async def test_an_answer_that_nobody_reads_can_be_given_up(plain: Plain) -> None:
+    async with raw_client(plain.port, receive_buffer=4096) as client:
+        await client.send(b"GET /flood HTTP/1.1\r\n\r\n")
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await plain.ended("/flood")
+
+
 async def test_what_an_application_says_after_the_end_is_not_said(plain: Plain) -> None:
     async with raw_client(plain.port) as client:
         await client.send(b"GET /too_often HTTP/1.1\r\n\r\n" + GET)
@@ -476,8 +513,9 @@ async def test_an_idle_connection_is_closed_without_a_word(hasty: Plain) -> None
 
 async def test_an_answer_may_take_longer_than_any_of_these(hasty: Plain) -> None:
     async with raw_client(hasty.port) as client, asyncio.timeout(5):
-        await client.send(post("/late", b"x"))
-        assert (await read_answer(client.reader)).body == b"late"
+        for path, body in ((b"/echo", b'["GET","/echo","",""]'), (b"/late", b"late")):
+            await client.send(b"GET %b HTTP/1.1\r\n\r\n" % path)
+            assert (await read_answer(client.reader)).body == body
 
 
 async def test_half_a_request_behind_another_does_not_cost_that_one_its_answer(hasty: Plain) -> None:

@@ -17,8 +17,10 @@ import httpx
 import orjson
 import pytest
 
+from inference_api.app import Router
 from inference_api.inbound.pages import create_pages
 from inference_api.inbound.server import Server, listen, server_config
+from inference_api.observe.log import Fields
 from inference_api.settings import Settings, SettingsError
 from tests.fakes import (
     CHAT,
@@ -32,10 +34,12 @@ from tests.fakes import (
     chunk,
     event,
     form,
+    in_background,
     json_response,
     post,
     raw_client,
     sse,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -47,6 +51,12 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def catalogue_of(tmp_path: Path, *engines: FakeEngine) -> Path:
+    path = tmp_path / "catalogue.json"
+    path.write_bytes(orjson.dumps({"models": [{"name": "m", "backends": [{"url": engine.url} for engine in engines]}]}))
+    return path
 
 
 class Command:
@@ -75,10 +85,8 @@ class Command:
 @asynccontextmanager
 async def command(tmp_path: Path, *engines: FakeEngine, **settings: Any) -> AsyncIterator[Command]:
     """The command, started; whether it is ready, or ends, is for the test to see."""
-    path = tmp_path / "catalogue.json"
-    path.write_bytes(orjson.dumps({"models": [{"name": "m", "backends": [{"url": engine.url} for engine in engines]}]}))
     port = free_port()
-    variables = {"catalogue": path, "port": port, **settings}
+    variables = {"catalogue": catalogue_of(tmp_path, *engines), "port": port, **settings}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -171,22 +179,62 @@ async def test_readiness_ends_with_the_signal_not_with_the_last_stream(tmp_path:
     assert (during.status_code, during.json()["status"], code) == (503, "draining", 0)
 
 
+@asynccontextmanager
+async def in_process(router: Router, settings: Settings, **more: Any) -> AsyncIterator[tuple[Server, int]]:
+    """(server, port) of a router in this process; it ends when the test tells the server to."""
+    with listen("127.0.0.1", 0, "PORT") as listener:
+        server = Server(server_config(router.app, settings), **more)
+        async with in_background(server.serve(sockets=[listener])):
+            await until(lambda: server.started)
+            yield server, listener.getsockname()[1]
+
+
 async def test_a_stream_longer_than_the_drain_is_told_and_cut(tmp_path: Path, start_engine: Start) -> None:
     engine = await start_engine(sse(event(), then=Line.gone))
+    settings = Settings(catalogue=catalogue_of(tmp_path, engine), drain_timeout=0.1)
+    lines: list[Fields] = []
+    router = Router(settings, access_log=lines.append)
 
-    async with command(tmp_path, engine, drain_timeout=1) as router:
-        await ready(router.client)
-        async with raw_client(router.port) as client:
-            await client.send(post(URL, STREAM))
-            await client.reader.readuntil(b"data: ")
-            router.tell(signal.SIGTERM)
+    async with in_process(router, settings) as (server, port), raw_client(port) as client:
+        await client.send(post(URL, STREAM))
+        await client.reader.readuntil(b"data: ")
+        server.should_exit = True
+        async with asyncio.timeout(5):
             rest = await client.reader.read(-1)
-        code, _, err = await router.stop()
 
-    assert (code, err) == (0, "")
     assert b'"code":"router_shutting_down"' in rest
     assert not rest.endswith(LAST_CHUNK)
-    assert engine.busy == 0
+    assert (len(lines), router.load.in_flight) == (1, 0)
+    await until(lambda: engine.busy == 0)
+
+
+async def test_requests_are_taken_until_the_delay_is_over(tmp_path: Path, start_engine: Start) -> None:
+    settings = Settings(catalogue=catalogue_of(tmp_path, await start_engine()))
+    router = Router(settings)
+
+    async with in_process(router, settings, delay=0.3, on_stop=router.drain) as (server, port):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            server.handle_exit(signal.SIGTERM, None)
+            probe, answer = await client.get("/readyz"), await client.post(URL, json=CHAT)
+            told = server.should_exit
+        await until(lambda: server.should_exit)
+
+    assert (probe.status_code, probe.json()["status"]) == (503, "draining")
+    assert (answer.status_code, told) == (200, False)
+
+
+async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    stops: list[str] = []
+    server = Server(server_config(create_pages([]), Settings()), delay=60, on_stop=lambda: stops.append("stop"))
+
+    told = []
+    for _ in range(3):
+        server.handle_exit(signal.SIGTERM, None)
+        told.append((server.should_exit, server.force_exit))
+
+    # The delay, then no delay, then not even for streams.
+    assert told == [(False, False), (True, False), (True, True)]
+    assert stops == ["stop"] * 3
 
 
 # Start
@@ -296,4 +344,4 @@ async def test_nothing_that_a_client_or_a_model_says_is_written_down(tmp_path: P
     assert (code, err) == (0, "")
     assert secret not in out + metrics.text
     requests = [line for line in log_of(out) if line["event"] == "request"]
-    assert [line["status"] for line in requests[-11:]] == [200, *(reply.status_code for reply in answers)]
+    assert [line["status"] for line in requests[-12:]] == [200, *(reply.status_code for reply in answers), 400]

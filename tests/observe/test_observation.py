@@ -349,6 +349,8 @@ async def test_the_line_of_a_refusal_has_its_code_and_its_bytes(start_engine: St
 async def test_the_line_of_a_failure_has_its_attempts(start_engine: Start, start_router: Start) -> None:
     engines = [await start_engine(), await start_engine()]
     served = await start_router(*engines)
+    # An engine that is being asked for its models at this moment would not be gone altogether.
+    await until(lambda: served.router.fleet.models["m"].max_model_len)
     for engine in engines:
         await engine.stop()
     assert (await served.chat()).status_code == 503

@@ -51,7 +51,7 @@ def seen(stream: bytes, cuts: list[int]) -> dict[str, Any]:
     return {name: getattr(tracker, name) for name in names} | {"usage": tracker.usage()}
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(streams(), st.lists(st.integers(min_value=0), max_size=12))
 @example(b"data: a\r\revent: error\r\r", [9])
 def test_random_cuts_change_nothing(stream: bytes, cuts: list[int]) -> None:
@@ -231,6 +231,16 @@ def test_after_a_very_large_event_everything_is_seen_again(end: bytes, step: int
     assert tracker.ended
     assert tracker.failed
     assert tracker.usage() == USAGE
+
+
+def test_the_end_of_a_very_large_event_may_come_alone() -> None:
+    tracker = EventTracker(MARKS)
+
+    tracker.feed(b"data: " + b"x" * (2 * 2**20))
+    tracker.feed(b"\n\n")
+
+    assert tracker.at_boundary
+    assert tracker.events == 1
 
 
 def test_the_end_of_a_very_large_event_may_come_with_what_follows() -> None:

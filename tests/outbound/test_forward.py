@@ -17,7 +17,7 @@ from inference_api.outbound.forward import Forward, Limits, outcome_of
 from inference_api.outbound.transport import Transport
 from inference_api.routing.backend import Backend, Fleet, Model
 from inference_api.routing.balance import make_policy
-from inference_api.routing.catalogue import CatalogueEntry
+from inference_api.routing.catalogue import BackendEntry, CatalogueEntry
 from tests.fakes import (
     CHAT,
     COMPLETION,
@@ -47,7 +47,9 @@ def call_to(label: str = "chat_completions", **more: Any) -> Call:
 
 
 def model_of(*urls: str, **more: Any) -> Model:
-    entry = CatalogueEntry(name="m", backends=[{"url": url} for url in urls], **{"policy": "round_robin", **more})
+    entry = CatalogueEntry(
+        name="m", backends=tuple(BackendEntry(url=url) for url in urls), **{"policy": "round_robin", **more}
+    )
     fleet = Fleet(lambda name: make_policy(name, random.Random(1).random))
     fleet.update({"m": entry})
     return fleet.by_name["m"]
