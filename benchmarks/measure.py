@@ -57,7 +57,7 @@ class Bench:
     def measure(self, name: str, pid: int, port: int, load: Load) -> Sample:
         """A sample of a load, tried again when others kept the cores busy; `pid` 0 is no router at all."""
         best: Sample | None = None
-        for _ in range(self.tries if pid else 1):
+        for _ in range(self.tries):
             self._wait_for_quiet()
             speed = cpu.yardstick_ns(self.cores[0])
             try:

@@ -73,7 +73,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 def ratio(samples: Sequence[Sample], load: str, candidate: str, other: str) -> float | None:
     """The median of candidate / other over the slices where both are clean: measured within seconds of each other."""
     mine, theirs = ({(s.round, s.slice): s.cpu_us for s in _usable(samples, load, name)} for name in (candidate, other))
-    if not mine or not any(theirs.values()):
+    if not any(mine.values()) or not any(theirs.values()):
         return None
     pairs = [mine[at] / theirs[at] for at in mine.keys() & theirs.keys()]
     return median(pairs) if pairs else median(mine.values()) / median(theirs.values())

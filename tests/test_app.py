@@ -233,14 +233,19 @@ async def test_the_end_closes_what_the_router_opened(start_engine: Start, tmp_pa
     await until(lambda: asyncio.all_tasks() <= before)
 
 
-async def test_any_httpx_transport_can_carry_the_requests(start_engine: Start, start_router: Start) -> None:
-    seen: list[httpx.Request] = []
-
+async def test_any_httpx_transport_can_carry_the_requests(tmp_path: Path) -> None:
     def engine(request: httpx.Request) -> httpx.Response:
-        seen.append(request)
-        return httpx.Response(200, json=COMPLETION)
+        return httpx.Response(200, json={"path": request.url.path})
 
-    served = await start_router(await start_engine(), transport=httpx.MockTransport(engine))
+    def listing(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"models": [{"name": "r", "backends": [{"url": "http://engine:8000"}]}]})
 
-    assert (await served.chat()).json() == COMPLETION
-    assert "/v1/chat/completions" in {request.url.path for request in seen}
+    settings = Settings(catalogue=tmp_path / "catalogue.json")
+    settings.catalogue.write_text('{"models": []}')
+    registry_client = httpx.AsyncClient(base_url="http://registry", transport=httpx.MockTransport(listing))
+    router = Router(settings, transport=httpx.MockTransport(engine), registry_client=registry_client)
+
+    async with serving(router, settings) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        answer = await client.post("/v1/score", json={"model": "r"})
+
+    assert (answer.status_code, answer.json()) == (200, {"path": "/v1/score"})

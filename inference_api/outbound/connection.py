@@ -188,8 +188,9 @@ class Connection(asyncio.Protocol):
         self._keep_alive = False
         self._poisoned = False
         self._paused = False
-        # Timers: one handle per exchange, moved only when it fires
+        # Timers: one handle, kept from exchange to exchange and looked at only when it fires
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._last_read = 0.0
         self._idle: float | None = None
         self._first_byte: float | None = None
@@ -334,7 +335,6 @@ class Connection(asyncio.Protocol):
 
     def _end_exchange(self) -> None:
         """The response is complete: back home, if no request byte is left to write and no byte too many was read."""
-        self._disarm()
         self.stream = None
         transport = self.transport
         assert transport is not None
@@ -355,9 +355,12 @@ class Connection(asyncio.Protocol):
         self._first_byte = None if first_byte is None else now + first_byte
         self._idle = timeout.get("idle")
         self._deadline = extensions.get("deadline")
-        self._schedule(now)
+        soonest = self._soonest(now)
+        # The timer of an earlier exchange will do, if it fires no later; setting one costs 3 us.
+        if soonest is not None and (self._timer is None or soonest < self._due):
+            self._set_timer(soonest)
 
-    def _schedule(self, now: float) -> None:
+    def _soonest(self, now: float) -> float | None:
         soonest = None if self._head_done else self._first_byte
         if self._idle is not None:
             # Before the head, and while the reader makes a pause, silence does not count; look again later.
@@ -365,7 +368,12 @@ class Connection(asyncio.Protocol):
             soonest = quiet if soonest is None else min(soonest, quiet)
         if self._deadline is not None and (soonest is None or self._deadline < soonest):
             soonest = self._deadline
-        self._timer = None if soonest is None else self.loop.call_at(soonest, self._expire)
+        return soonest
+
+    def _set_timer(self, due: float) -> None:
+        self._disarm()
+        self._due = due
+        self._timer = self.loop.call_at(due, self._expire)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -373,6 +381,9 @@ class Connection(asyncio.Protocol):
             self._timer = None
 
     def _expire(self) -> None:
+        self._timer = None
+        if self.stream is None:
+            return
         # A timer may fire up to a clock tick early.
         now = self.loop.time()
         due = now + 0.002
@@ -382,8 +393,8 @@ class Connection(asyncio.Protocol):
             self.fail(FirstByteTimeout("the replica did not begin to answer in time"))
         elif self._head_done and not self._paused and self._idle is not None and due >= self._last_read + self._idle:
             self.fail(IdleTimeout("the replica fell silent"))
-        else:
-            self._schedule(now)
+        elif (soonest := self._soonest(now)) is not None:
+            self._set_timer(soonest)
 
     def __repr__(self) -> str:
         return f"<Connection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"

@@ -22,6 +22,9 @@ from transformers import (
 
 SEED = 20260101
 POSITIONS = 1024
+# Just large enough for a step to take longer than vLLM's front end takes to pass its tokens on. Below that, on a busy
+# machine, the front end's event loop sees to nothing else before a generation ends: no departures, no metrics.
+WIDTH = 512
 SENTENCES = [
     "The router picks a healthy replica and relays the answer byte for byte.",
     "A client that leaves cancels the generation, in every phase of the request.",
@@ -77,7 +80,7 @@ def make_gpt2(vocabulary: int, never: list[int]) -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=POSITIONS,
-        n_embd=128,
+        n_embd=WIDTH,
         n_layer=2,
         n_head=4,
         initializer_range=0.2,
@@ -97,8 +100,8 @@ def make_gpt2(vocabulary: int, never: list[int]) -> PreTrainedModel:
 def shape(vocabulary: int) -> dict[str, object]:
     return {
         "vocab_size": vocabulary,
-        "hidden_size": 128,
-        "intermediate_size": 256,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -504,8 +504,8 @@ async def dripping(line: Line, data: bytes) -> None:
 
 async def test_an_idle_connection_is_closed_without_a_word(hasty: Plain) -> None:
     async with raw_client(hasty.port) as client, asyncio.timeout(5):
-        for _ in range(3):
-            await asyncio.sleep(0.1)
+        for _ in range(5):
+            await asyncio.sleep(0.07)
             await client.send(GET)
             assert (await read_answer(client.reader)).status == 200
         assert await client.reader.read(-1) == b""

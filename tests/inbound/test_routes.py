@@ -105,7 +105,9 @@ async def test_a_body_of_exactly_the_limit_passes(start_engine: Start, start_rou
 
 
 @pytest.mark.parametrize(
-    "parts", [(chunk(b"x" * 1001) + LAST_CHUNK,), (chunk(b"x" * 600), chunk(b"x" * 600))], ids=["at once", "in parts"]
+    "parts",
+    [(chunk(b"x" * 1001) + LAST_CHUNK,), (chunk(b"x" * 600), chunk(b"x" * 600)), (chunk(b"x" * 300_000),)],
+    ids=["at once", "in parts", "by far"],
 )
 async def test_a_chunked_body_is_counted(parts: tuple[bytes, ...], start_router: Start) -> None:
     served = await start_router(max_body_bytes=1000)

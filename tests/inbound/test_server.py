@@ -34,10 +34,12 @@ from tests.fakes import (
     chunk,
     event,
     form,
+    hang,
     in_background,
     json_response,
     post,
     raw_client,
+    read_answer,
     sse,
     until,
 )
@@ -206,6 +208,25 @@ async def test_a_stream_longer_than_the_drain_is_told_and_cut(tmp_path: Path, st
     assert not rest.endswith(LAST_CHUNK)
     assert (len(lines), router.load.in_flight) == (1, 0)
     await until(lambda: engine.busy == 0)
+
+
+async def test_a_request_that_waits_longer_than_the_drain_is_told_when_to_come_back(
+    tmp_path: Path, start_engine: Start
+) -> None:
+    engine = await start_engine(hang)
+    settings = Settings(catalogue=catalogue_of(tmp_path, engine), drain_timeout=0.1)
+    router = Router(settings)
+
+    async with in_process(router, settings) as (server, port), raw_client(port) as idle, raw_client(port) as client:
+        await client.send(post(URL, CHAT))
+        await until(lambda: engine.busy == 1)
+        server.should_exit = True
+        async with asyncio.timeout(5):
+            assert await idle.reader.read(-1) == b""
+            reply = await read_answer(client.reader)
+
+    assert (reply.status, reply.headers["connection"], reply.headers["retry-after"]) == (503, "close", "1")
+    assert orjson.loads(reply.body)["error"]["code"] == "shutting_down"
 
 
 async def test_requests_are_taken_until_the_delay_is_over(tmp_path: Path, start_engine: Start) -> None:

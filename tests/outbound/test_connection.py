@@ -202,7 +202,7 @@ async def test_interim_responses_are_swallowed(
 
 
 async def test_an_interim_response_does_not_frame_the_final_one(start_engine: Start, transport: Transport) -> None:
-    interim = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+    interim = b"HTTP/1.1 103 Early Hints\r\ncontent-length: 0\r\n\r\n"
     engine = await start_engine(raw(interim + b"HTTP/1.1 200 OK\r\n\r\nhello", close=True))
 
     assert await ask(transport, engine) == (200, b"hello")
@@ -434,6 +434,31 @@ async def test_a_reader_that_waits_is_not_the_replicas_silence(start_engine: Sta
     await asyncio.sleep(0.35)
 
     assert len(await body_of(stream)) == 21 * len(BLOCK)
+
+
+async def test_silence_is_counted_from_the_end_of_the_readers_pause(start_engine: Start, transport: Transport) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await line.send(CHUNKED + chunk(BLOCK[:100_000]))
+        await resumed.wait()
+        await asyncio.sleep(0.12)
+        await line.send(chunk(b"rest") + LAST_CHUNK)
+
+    resumed = asyncio.Event()
+    stream = await stream_of(transport, await start_engine(script), timeout={"first_byte": 0.3, "idle": 0.3})
+    await asyncio.sleep(0.52)
+    resumed.set()
+
+    assert await body_of(stream) == BLOCK[:100_000] + b"rest"
+
+
+async def test_an_idle_connection_may_be_silent(start_engine: Start, transport: Transport) -> None:
+    engine = await start_engine(raw(OK))
+    await ask(transport, engine, timeout={"first_byte": 0.05, "idle": 0.05})
+
+    await asyncio.sleep(0.15)
+
+    assert await ask(transport, engine) == (200, b"hello")
+    assert engine.connections == 1
 
 
 async def test_without_timeouts_nothing_times_out(start_engine: Start, transport: Transport) -> None:

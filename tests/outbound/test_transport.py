@@ -66,7 +66,10 @@ def full_listener() -> Iterator[str]:
 
 @asynccontextmanager
 async def plain_server(answer: bytes = b"", reads: int = 2**30) -> AsyncIterator[tuple[int, asyncio.Event]]:
-    """A port where each connection is answered at its first bytes, of which only `reads` are read; and its end."""
+    """A port where each connection is answered at its first bytes, of which only `reads` are read; and its end.
+
+    What comes until the end must be less than 16 MiB.
+    """
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -76,8 +79,10 @@ async def plain_server(answer: bytes = b"", reads: int = 2**30) -> AsyncIterator
             await reader.read(reads)
             writer.write(answer)
             await asyncio.sleep(0.1)
-            while await reader.read(65536):
-                pass
+            size = 0
+            while data := await reader.read(65536):
+                size += len(data)
+                assert size < 2**24
         gone.set()
         writer.transport.abort()
 
@@ -402,7 +407,8 @@ async def test_an_idle_connection_that_speaks_is_closed(
 
     engine: FakeEngine = await start_engine(script)
     await ask(transport, engine)
-    await until(lambda: "0 active, 0 idle" in repr(transport))
+    # Long before it is too old to be kept.
+    await until(lambda: "0 active, 0 idle" in repr(transport), seconds=2)
 
     assert await ask(transport, engine) == (200, BODY)
     assert engine.connections == 2

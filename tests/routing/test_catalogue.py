@@ -351,6 +351,8 @@ def test_an_address_that_is_nobodys_replica_is_refused(url: str) -> None:
         ("http://x/#f", "fragment"),
         ("http://x/#", "fragment"),
         ("http://x/a/../b", r"'\.\.'"),
+        ("http://x/./b", r"'\.'"),
+        ("http://x/.", r"'\.'"),
         ("http://x/%2e%2e/b", "'%'"),
     ],
 )
@@ -419,6 +421,7 @@ urls = st.one_of(
 @example("http://a<b")
 @example("http://[v1.x]")
 @example("http://x/?")
+@example("http://x/./y")
 def test_an_accepted_url_means_the_same_to_everybody_who_reads_it(url: str) -> None:
     try:
         accepted = check_backend_url(url)
