@@ -8,7 +8,7 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Receive, Scope
 from starlette.types import Send as ASGISend
 
-from inference_api.errors import ClientGone, InternalError, Overloaded, RouterError, TooLarge, render
+from inference_api.errors import ClientGone, InternalError, Overloaded, RouterError, ShuttingDown, TooLarge, render
 from inference_api.inbound import wire
 from inference_api.inbound.departure import Departure
 from inference_api.models import Outcome, Route, Send, Tap
@@ -98,7 +98,9 @@ class Inference:
         except asyncio.CancelledError:
             outcome = Outcome.CLIENT_GONE if relay is None else relay.outcome
             if not departure.gone:
-                if relay is not None:
+                if relay is None or not relay.started:
+                    outcome = await refuse(ShuttingDown(), seen, send)
+                else:
                     await relay.interrupt(send)
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]

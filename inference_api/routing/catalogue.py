@@ -70,8 +70,8 @@ def check_backend_url(url: str) -> str:
         raise ValueError(f"backend url {shown!r} must start with http:// or https://")
     if not host or port == 0 or not same or not _is_host(host, parts.netloc):
         raise ValueError(f"backend url {shown!r} names no usable host, or port 0")
-    if ".." in parts.path or "%" in parts.path:
-        raise ValueError(f"backend url {shown!r} must not have '..' or '%' in its path")
+    if "%" in parts.path or not {".", ".."}.isdisjoint(parts.path.split("/")):
+        raise ValueError(f"backend url {shown!r} must not have '.', '..' or '%' in its path")
     if host.rstrip(".") in _METADATA_HOSTS or _is_forbidden_address(host):
         raise ValueError(f"backend url {shown!r} points at a link-local, metadata or unusable address")
     return url.rstrip("/")
