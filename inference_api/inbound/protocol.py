@@ -317,8 +317,10 @@ class Protocol(asyncio.Protocol):
             return
         request_id = uuid.uuid4().hex
         status, headers, body = render(error, request_id)
-        self._on_refusal(error, request_id, len(body))
-        if cycle is not None:
+        if cycle is None:
+            self._on_refusal(error, request_id, len(body))
+        else:
+            # The application counts it, as a request that did not come to its end.
             cycle.disconnect()
             if cycle.response_started:
                 self.cut()

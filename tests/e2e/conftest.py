@@ -76,6 +76,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
             by_model[name] = started[-count:]
         for engine in started:
             engine.wait_until_ready("/health", seconds=480)
+            engine.favour()
         yield by_model
 
 

@@ -22,8 +22,8 @@ from transformers import (
 
 SEED = 20260101
 POSITIONS = 1024
-# Just large enough for a step to take longer than vLLM's front end takes to pass its tokens on. Below that, on a busy
-# machine, the front end's event loop sees to nothing else before a generation ends: no departures, no metrics.
+# Large enough for a step to take longer than vLLM's front end takes to pass its tokens on. Below that the front end's
+# event loop may see to nothing else before a generation ends: no departures, no metrics.
 WIDTH = 512
 SENTENCES = [
     "The router picks a healthy replica and relays the answer byte for byte.",
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
     "{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # Far enough below every other logit that neither greedy nor sampled decoding comes across it.
-NEVER = -30.0
+NEVER = -1000.0
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -91,9 +91,9 @@ def make_gpt2(vocabulary: int, never: list[int]) -> PreTrainedModel:
     with torch.no_grad():
         # The head is tied to the embedding, so the last norm's bias carries the constant that marks them.
         model.transformer.wte.weight[:, 0] = 0.0
-        model.transformer.wte.weight[never, 0] = NEVER
+        model.transformer.wte.weight[never, 0] = -1.0
         model.transformer.ln_f.weight[0] = 0.0
-        model.transformer.ln_f.bias[0] = 1.0
+        model.transformer.ln_f.bias[0] = -NEVER
     return model
 
 
@@ -121,7 +121,7 @@ def steer(model: PreTrainedModel, never: list[int]) -> PreTrainedModel:
             layer.self_attn.o_proj.weight[0, :] = 0.0
             layer.mlp.down_proj.weight[0, :] = 0.0
         model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[never, 0] = 10 * NEVER
+        model.lm_head.weight[never, 0] = 100 * NEVER
     return model
 
 
@@ -131,8 +131,8 @@ MAKERS = {"llama-3-8b": make_llama, "mistral-7b": make_mistral, "gpt2": make_gpt
 def main(directory: Path) -> None:
     tokenizer = make_tokenizer()
     never = unsayable(tokenizer)
-    for name, make in MAKERS.items():
-        torch.manual_seed(SEED)
+    for number, (name, make) in enumerate(MAKERS.items()):
+        torch.manual_seed(SEED + number)
         model = make(len(tokenizer), never).to(torch.float32).eval()
         model.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)

@@ -471,7 +471,10 @@ async def test_without_timeouts_nothing_times_out(start_engine: Start, transport
     assert await ask(transport, await start_engine(script)) == (200, b"hello")
 
 
-async def test_a_timer_does_not_outlive_its_exchange(start_engine: Start, transport: Transport) -> None:
+@pytest.mark.parametrize("timeout", [{"first_byte": 5, "idle": 5}, {}])
+async def test_a_timer_does_not_outlive_its_exchange(
+    timeout: dict[str, float], start_engine: Start, transport: Transport
+) -> None:
     async def script(request: Received, line: Line) -> None:
         await asyncio.sleep(0.2 if len(engine.requests) == 2 else 0)
         await line.send(OK)
@@ -479,8 +482,35 @@ async def test_a_timer_does_not_outlive_its_exchange(start_engine: Start, transp
     engine: FakeEngine = await start_engine(script)
     await ask(transport, engine, timeout={"first_byte": 0.1, "idle": 0.1})
 
-    assert await ask(transport, engine, timeout={"first_byte": 5, "idle": 5}) == (200, b"hello")
+    assert await ask(transport, engine, timeout=timeout) == (200, b"hello")
     assert engine.connections == 1
+
+
+async def test_a_longer_timer_of_an_earlier_exchange_puts_nothing_off(
+    start_engine: Start, transport: Transport
+) -> None:
+    async def script(request: Received, line: Line) -> None:
+        if len(engine.requests) == 1:
+            await line.send(OK)
+
+    engine: FakeEngine = await start_engine(script)
+    await ask(transport, engine, timeout={"first_byte": 30, "idle": 30})
+
+    async with asyncio.timeout(3):
+        with pytest.raises(FirstByteTimeout):
+            await ask(transport, engine, timeout={"first_byte": 0.05, "idle": 30})
+
+
+async def test_a_connection_says_what_it_does(start_engine: Start, transport: Transport) -> None:
+    stream = await stream_of(transport, await start_engine(raw(OK[:-1], OK[-1:])))
+    states = [repr(stream.connection)]
+
+    await body_of(stream)
+    states.append(repr(stream.connection))
+    await transport.aclose()
+
+    assert [*states, repr(stream.connection)][1:] == ["<Connection idle>", "<Connection closed>"]
+    assert states[0] in ("<Connection active>", "<Connection idle>")
 
 
 # Pulled

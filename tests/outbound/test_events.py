@@ -233,14 +233,14 @@ def test_after_a_very_large_event_everything_is_seen_again(end: bytes, step: int
     assert tracker.usage() == USAGE
 
 
-def test_the_end_of_a_very_large_event_may_come_alone() -> None:
-    tracker = EventTracker(MARKS)
-
-    tracker.feed(b"data: " + b"x" * (2 * 2**20))
-    tracker.feed(b"\n\n")
-
-    assert tracker.at_boundary
-    assert tracker.events == 1
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_of_a_very_large_event_may_come_alone_or_in_two(end: bytes) -> None:
+    for cut in range(len(end)):
+        tracker = EventTracker(MARKS)
+        tracker.feed(b"data: " + b"x" * (2 * 2**20) + end[:cut])
+        tracker.feed(end[cut:])
+        assert tracker.at_boundary
+        assert tracker.events == 1
 
 
 def test_the_end_of_a_very_large_event_may_come_with_what_follows() -> None:

@@ -62,6 +62,8 @@ def test_only_the_value_of_the_models_name_changes(body: tuple[str, str, str], n
         (b'{"model":"a","mode\\u006c":"m","x":2}', b'{"model":"a","mode\\u006c":"new","x":2}'),
         (b'{"x":{"model":"a"},"model":"m"}', b'{"x":{"model":"a"},"model":"new"}'),
         (b'{"model":"m","x":[{"model":"a"}]}', b'{"model":"new","x":[{"model":"a"}]}'),
+        (b'{"model":"m","x":{"a":1,"model":"a"}}', b'{"model":"new","x":{"a":1,"model":"a"}}'),
+        (b'{"model":"m","x":[{"a":[],"model":"a"},"model"]}', b'{"model":"new","x":[{"a":[],"model":"a"},"model"]}'),
         (b'{"x":"model","model":"m"}', b'{"x":"model","model":"new"}'),
         (b'{"x":["model","b"],"model":"m"}', b'{"x":["model","b"],"model":"new"}'),
         (b'{"x":"\\"model\\":\\"a\\"","model":"m"}', b'{"x":"\\"model\\":\\"a\\"","model":"new"}'),

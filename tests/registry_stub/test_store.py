@@ -26,7 +26,7 @@ EVERY_FIELD = {
     "policy": "round_robin",
     "timeouts": {"first_byte": 3, "idle": None},
     "max_in_flight": 9,
-    "credentials": {"env": "TOKEN"},
+    "credentials": {"env": "BACKEND_TOKEN"},
     "created": 5,
 }
 

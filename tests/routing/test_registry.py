@@ -590,6 +590,17 @@ async def test_an_answer_that_says_the_same_changes_nothing(
     assert sum("is refused" in message for message in caplog.messages) == 1
 
 
+async def test_a_new_fault_beside_the_same_models_is_told(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers(httpx_mock, listing("a"), {"models": [{"name": "a"}, {"name": "bad", "x": 1}]})
+    client = connect()
+    await client.registry.refresh()
+    await client.registry.refresh()
+
+    assert caplog.messages == ["an entry of the registry is refused: model 'bad': x: Extra inputs are not permitted"]
+
+
 # Resolving
 
 
