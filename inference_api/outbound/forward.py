@@ -13,8 +13,8 @@ from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
 from inference_api.outbound.connection import Disconnected, IdleTimeout, TotalTimeout
 from inference_api.outbound.rewrite import form_field, rewrite_json
 from inference_api.outbound.transport import Request
+from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend, Model
-from inference_api.routing.balance import affinity_key
 from inference_api.routing.catalogue import CatalogueEntry
 
 # Which foreign exception is which Outcome; the most specific comes first.
@@ -65,8 +65,9 @@ def classify(exc: httpx.TransportError, backend: Backend, route: Route) -> Failu
     """Whether a failed attempt may be repeated; nothing has gone to the client yet.
 
     Not connected: the request was never sent. A reused connection that ends without a byte: the replica had closed it
-    before the request came (1,200 of 1,200 in the study behind this). A fresh one that ends without a byte: the replica
-    may have executed the request, so only where a second execution does no harm. Anything else may do harm.
+    before the request came (of 257 such failures in a measurement, none had been executed). A fresh one that ends
+    without a byte: the replica may have executed the request, so only where a second execution does no harm. Anything
+    else may do harm.
     """
     outcome = outcome_of(exc)
     silent = isinstance(exc, Disconnected) and exc.received == 0

@@ -3,11 +3,14 @@
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from zlib import crc32
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from inference_api.outbound.connection import (
     Disconnected,
@@ -277,6 +280,53 @@ async def test_a_chunk_that_is_none_breaks_the_body(bad: bytes, start_engine: St
     assert "0 active, 0 idle" in repr(transport)
 
 
+RESPONSES = [
+    OK,
+    CHUNKED + chunk(b"hello") + LAST_CHUNK,
+    b"HTTP/1.1 103 Early\r\nlink: x\r\n\r\nHTTP/1.1 204 None\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\n\r\nhello",
+]
+SCRAPS = [
+    b"",
+    b"\r\n",
+    b"\n",
+    b"\0",
+    b"HTTP/1.1 101 X\r\n",
+    b"content-length: 3\r\n",
+    b"connection: close\r\n",
+    b"0\r\n\r\n",
+]
+SCRAPS += [
+    b"transfer-encoding: chunked\r\n",
+    b"connection: upgrade\r\nupgrade: h2c\r\n",
+    b":",
+    b"\xff",
+    b"ffffffff\r\n",
+]
+changes = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 6), st.sampled_from(SCRAPS)), max_size=4)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(RESPONSES), changes, st.integers(0, 99), st.booleans())
+async def test_whatever_comes_is_an_answer_or_an_error_and_leaves_nothing(
+    start_engine: Start,
+    transport: Transport,
+    response: bytes,
+    changes: list[tuple[int, int, bytes]],
+    cut: int,
+    close: bool,
+) -> None:
+    for at, length, scrap in changes:
+        response = response[:at] + scrap + response[at + length :]
+    engine = await start_engine(raw(response[:cut], response[cut:], close=close))
+
+    with suppress(httpx.TransportError):
+        await ask(transport, engine, timeout={"first_byte": 0.03, "idle": 0.03})
+
+    assert " 0 active" in repr(transport)
+    transport.retain(set())
+
+
 LARGE = b"a" * 70_000
 HEADS = {
     "one header": b"HTTP/1.1 200 OK\r\nx: " + LARGE + b"\r\n\r\n",
@@ -471,9 +521,9 @@ async def test_without_timeouts_nothing_times_out(start_engine: Start, transport
     assert await ask(transport, await start_engine(script)) == (200, b"hello")
 
 
-@pytest.mark.parametrize("timeout", [{"first_byte": 5, "idle": 5}, {}])
+@pytest.mark.parametrize("timeouts", [{"first_byte": 5, "idle": 5}, {}])
 async def test_a_timer_does_not_outlive_its_exchange(
-    timeout: dict[str, float], start_engine: Start, transport: Transport
+    timeouts: dict[str, float], start_engine: Start, transport: Transport
 ) -> None:
     async def script(request: Received, line: Line) -> None:
         await asyncio.sleep(0.2 if len(engine.requests) == 2 else 0)
@@ -482,7 +532,7 @@ async def test_a_timer_does_not_outlive_its_exchange(
     engine: FakeEngine = await start_engine(script)
     await ask(transport, engine, timeout={"first_byte": 0.1, "idle": 0.1})
 
-    assert await ask(transport, engine, timeout=timeout) == (200, b"hello")
+    assert await ask(transport, engine, timeout=timeouts) == (200, b"hello")
     assert engine.connections == 1
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from zlib import crc32
@@ -813,6 +814,33 @@ async def test_a_client_that_never_reads_is_given_up(start_engine: Start, start_
 
     assert served.lines[0]["outcome"] == "client_gone"
     assert served.router.load.in_flight == 0
+
+
+async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Start, start_router: Start) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await asyncio.sleep(rand.uniform(0, 0.02))
+        await line.send(SSE_HEAD, chunk(event()))
+        await asyncio.sleep(rand.uniform(0, 0.02))
+        await line.send(chunk(event() + DONE) + LAST_CHUNK)
+
+    async def visit() -> None:
+        request = post("/v1/chat/completions", STREAM)
+        async with raw_client(served.port) as client:
+            await client.send(request[: rand.choice([50, len(request), len(request)])])
+            await asyncio.sleep(rand.uniform(0, 0.06))
+
+    rand = random.Random(1)
+    engines = [await start_engine(script) for _ in range(2)]
+    served = await start_router(*engines)
+    for _ in range(5):
+        await asyncio.gather(*(visit() for _ in range(40)))
+
+    await until(lambda: served.router.load.in_flight == 0)
+    await until(lambda: sum(engine.busy for engine in engines) == 0)
+    assert [backend.in_flight for backend in served.router.fleet.models["m"].backends] == [0, 0]
+    assert "1 active" not in repr(served.router.transport)
+    assert {line["outcome"] for line in served.lines} <= {"ok", "client_gone"}
+    assert (await served.chat(stream=True)).content == event() * 2 + DONE
 
 
 async def test_a_stream_over_a_plain_httpx_transport(start_engine: Start, start_router: Start) -> None:

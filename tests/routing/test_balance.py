@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend
-from inference_api.routing.balance import Policy, affinity_key, make_policy
+from inference_api.routing.balance import Policy, make_policy
 from inference_api.routing.catalogue import PolicyName
 
 NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
