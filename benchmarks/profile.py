@@ -62,7 +62,7 @@ def _native(pid: int, port: int, run: Run, to: Path) -> None:
 
 
 def flat(collapsed: str) -> str:
-    """Collapsed stacks (`a;b;c 12` a line) as a table: the share of each function itself, and with what it calls."""
+    """Collapsed stacks (`a;b;c 12` a line) as tables: the share of each file, and of each function, itself and with what it calls."""
     own: Counter[str] = Counter()
     below: Counter[str] = Counter()
     for line in collapsed.splitlines():
@@ -71,8 +71,12 @@ def flat(collapsed: str) -> str:
         own[frames[-1]] += int(count)
         below.update(dict.fromkeys(frames, int(count)))
     total = max(1, own.total())
+    files: Counter[str] = Counter()
+    for name, n in own.items():
+        files[name.rpartition("(")[2].partition(":")[0]] += n
+    by_file = [f"{n / total:7.1%}  {name}" for name, n in files.most_common(_TOP // 2)]
     rows = [f"{n / total:7.1%} {below[name] / total:7.1%}  {name}" for name, n in own.most_common(_TOP)]
-    return "\n".join([f"   self   total  ({total} samples)", *rows]) + "\n"
+    return "\n".join([f"   self  file  ({total} samples)", *by_file, "", "   self   total  function", *rows]) + "\n"
 
 
 def _record(command: list[str], port: int, run: Run) -> None:

@@ -46,6 +46,9 @@ def run_server(router: Router, settings: Settings) -> None:
             stack.enter_context(ops_thread(router.ops, ops_listener))
         server = Server(server_config(router.app, settings, router.refused), settings.drain_delay, router.drain)
         logger.info("serving", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
+        # What is there now stays for good: the collector need not look at it again, request after request.
+        gc.collect()
+        gc.freeze()
         server.run(sockets=[listener])
 
 
@@ -59,12 +62,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._delay = delay
         self._on_stop = on_stop
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        # What is there now stays for good: the collector need not look at it again, request after request.
-        gc.collect()
-        gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_stop()
