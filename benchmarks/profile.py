@@ -62,7 +62,7 @@ def _native(pid: int, port: int, run: Run, to: Path) -> None:
 
 
 def flat(collapsed: str) -> str:
-    """Collapsed stacks (`a;b;c 12` a line) as tables: the share of each file, and of each function, itself and with what it calls."""
+    """Collapsed stacks (`a;b;c 12` a line) as tables: the share of each file and of each function."""
     own: Counter[str] = Counter()
     below: Counter[str] = Counter()
     for line in collapsed.splitlines():

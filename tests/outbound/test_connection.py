@@ -307,7 +307,7 @@ changes = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 6), st.sampled_f
 
 
 @pytest.fixture
-async def engine(start_engine: Start) -> FakeEngine:
+async def long_lived(start_engine: Start) -> FakeEngine:
     engine: FakeEngine = await start_engine()
     return engine
 
@@ -315,7 +315,7 @@ async def engine(start_engine: Start) -> FakeEngine:
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(RESPONSES), changes, st.integers(0, 99), st.booleans())
 async def test_whatever_comes_is_an_answer_or_an_error_and_leaves_nothing(
-    engine: FakeEngine,
+    long_lived: FakeEngine,
     transport: Transport,
     response: bytes,
     changes: list[tuple[int, int, bytes]],
@@ -324,10 +324,10 @@ async def test_whatever_comes_is_an_answer_or_an_error_and_leaves_nothing(
 ) -> None:
     for at, length, scrap in changes:
         response = response[:at] + scrap + response[at + length :]
-    engine.script = raw(response[:cut], response[cut:], close=close)
+    long_lived.script = raw(response[:cut], response[cut:], close=close)
 
     with suppress(httpx.TransportError):
-        await ask(transport, engine, timeout={"first_byte": 0.02, "idle": 0.02})
+        await ask(transport, long_lived, timeout={"first_byte": 0.02, "idle": 0.02})
 
     assert " 0 active" in repr(transport)
     transport.retain(set())
