@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import orjson
 import pytest
 
@@ -15,6 +16,10 @@ from inference_api.inbound.server import Server, listen, server_config
 from inference_api.observe.log import Fields
 from inference_api.settings import Settings
 from tests.fakes import FakeEngine, Script, in_background, until
+
+# Enough to find what is wrong in a rule, few enough for the suite to end within a minute; a file may say otherwise.
+hypothesis.settings.register_profile("suite", max_examples=40, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ async def test_metrics_come_in_the_format_that_is_asked_for(served: Served) -> N
     assert openmetrics.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert openmetrics.text.endswith("# EOF\n")
     assert {"inference_api_requests", "process_cpu_seconds"} <= {family.name for family in parse_text(text.text)}
-    assert "inference_api_requests" in {family.name for family in parse_openmetrics(openmetrics.text)}
+    assert "inference_api_requests" in {family.name for family in parse_openmetrics(openmetrics.text)}  # type: ignore[no-untyped-call]
 
 
 async def test_probes_are_neither_counted_nor_logged(served: Served) -> None:

@@ -352,7 +352,7 @@ async def test_an_error_of_the_engine_passes_as_it_is(served: Served, engine: Fa
 # Request ids
 
 
-async def upstream_id(served: Served, engine: FakeEngine, headers: list[tuple[str, str | bytes]]) -> tuple[str, str]:
+async def upstream_id(served: Served, engine: FakeEngine, headers: list[tuple[str, Any]]) -> tuple[str, str]:
     """(the id that the client sees, the id that the engine sees)."""
     answer = await served.client.post(URL, json=CHAT, headers=[(name, value) for name, value in headers])
     sent = engine.requests[-1].header("x-request-id")

@@ -39,7 +39,7 @@ def bodies(draw: st.DrawFn) -> tuple[str, str, str]:
     return head, dumps(draw(names)), f"{draw(spaces)}{after}{draw(spaces)}}}{draw(spaces)}"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(bodies(), names)
 def test_only_the_value_of_the_models_name_changes(body: tuple[str, str, str], name: str) -> None:
     before, value, after = (part.encode("utf-8", "surrogatepass") for part in body)

@@ -51,7 +51,7 @@ def pile(chooser: Policy[Backend], replicas: Sequence[Backend], requests: int) -
 # The contract
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=50)
 @given(name=st.sampled_from(NAMES), load=loads, key=keys, seed=st.integers(0, 99))
 def test_each_choice_is_an_untried_replica_until_none_is_left(
     name: PolicyName, load: Loads, key: str, seed: int

@@ -416,7 +416,7 @@ urls = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=50)
 @given(urls)
 @example("http://a<b")
 @example("http://[v1.x]")
