@@ -6,6 +6,7 @@ Both suspend only on a plain future, so that they can be stepped by hand (`depar
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from inference_api.inbound.protocol import Protocol
 
 logger = logging.getLogger(__name__)
+
+# The name of the ASGI extension below: a function that is given what to call when the client leaves.
+DEPARTURE = "inference_api.departure"
 
 # As in uvicorn: beyond this the body waits in the kernel until the application asks for more.
 _HIGH_WATER = 64 * 1024
@@ -35,7 +39,8 @@ class Cycle:
     """Fed by its Protocol, run by a task of its own."""
 
     __slots__ = (
-        "_body", "_chunked", "_expects_continue", "_left", "_news", "_protocol", "_size", "_waiter",
+        "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_on_departure", "_protocol", "_size",
+        "_waiter",
         "disconnected", "keep_alive", "more_body", "response_complete", "response_started", "scope",
     )  # fmt: skip
 
@@ -51,9 +56,12 @@ class Cycle:
         self._size = 0
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
+        self._on_departure: Callable[[], None] | None = None
+        scope["extensions"] = {DEPARTURE: self.watch}
         # Response
         self.response_started = False
         self.response_complete = False
+        self._head = b""
         self._chunked = False
         self._left: int | None = None
 
@@ -75,12 +83,26 @@ class Cycle:
     def disconnect(self) -> None:
         self.disconnected = True
         self._wake()
+        if self._on_departure is not None:
+            self._on_departure()
 
     def _wake(self) -> None:
         self._news = True
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+    # An extension of ASGI
+
+    def watch(self, on_departure: Callable[[], None] | None) -> None:
+        """Call this when the client leaves, at once if it has; None: no longer."""
+        self._on_departure = on_departure
+        if on_departure is None:
+            return
+        if self.disconnected:
+            on_departure()
+        # Nobody may be reading the body any more, and a pause would hide the end of the connection.
+        self._protocol.resume_reading()
 
     # Run by the task
 
@@ -150,7 +172,8 @@ class Cycle:
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
             raise RuntimeError("a response header holds a line break")
-        protocol.write(head + b"\r\n")
+        # Written together with the first piece of the body: one system call less.
+        self._head = head + b"\r\n"
 
     def _send_body(self, body: bytes, more_body: bool) -> None:
         """Raises RuntimeError if the body is not as long as its Content-Length says."""
@@ -158,18 +181,18 @@ class Cycle:
             raise RuntimeError("the response is complete already")
         if self.scope["method"] == "HEAD":
             self._left = None
+            body = b""
         elif self._chunked:
             end = b"" if more_body else b"0\r\n\r\n"
             body = b"%x\r\n%b\r\n%b" % (len(body), body, end) if body else end
-            if body:
-                self._protocol.write(body)
-        else:
-            if self._left is not None:
-                self._left -= len(body)
-                if self._left < 0:
-                    raise RuntimeError("the response body is longer than its Content-Length")
-            if body:
-                self._protocol.write(body)
+        elif self._left is not None:
+            self._left -= len(body)
+            if self._left < 0:
+                raise RuntimeError("the response body is longer than its Content-Length")
+        if self._head:
+            body, self._head = self._head + body, b""
+        if body:
+            self._protocol.write(body)
         if not more_body:
             if self._left:
                 raise RuntimeError("the response body is shorter than its Content-Length")

@@ -1,25 +1,31 @@
 """Notices a client that leaves while its request is worked on, without a task of its own.
 
-A server tells of it only through `receive`, which suspends until there is something to tell. So `receive` is stepped by
-hand: once to where it suspends, and again when what it waits for has come. A task would cost 10 us per request; this
-costs 2 (docs/adr/0002). It relies on `receive` waiting for a plain future, as uvicorn's does.
+Our own server calls back (`cycle`, an ASGI extension). Any other tells of it only through `receive`, which suspends
+until there is something to tell; so `receive` is stepped by hand, once to where it suspends, and again when what it
+waits for has come. Either is cheaper than a task that watches (docs/adr/0002). Stepping relies on `receive` waiting for
+a plain future, as uvicorn's does.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
+
+from inference_api.inbound.cycle import DEPARTURE
+
+Watch = Callable[[Callable[[], None] | None], None]
 
 
 class Departure:
     """While entered, cancels the task it was entered in when the client leaves; `gone` then says why."""
 
-    __slots__ = ("_receive", "_receiving", "_task", "_waits_for", "gone")
+    __slots__ = ("_receive", "_receiving", "_task", "_waits_for", "_watch", "gone")
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, scope: Scope | None = None) -> None:
         self._receive = receive
+        self._watch: Watch | None = ((scope or {}).get("extensions") or {}).get(DEPARTURE)
         self._task: asyncio.Task[Any] | None = None
         self._receiving: Coroutine[Any, Any, Any] | None = None
         self._waits_for: asyncio.Future[Any] | None = None
@@ -27,6 +33,9 @@ class Departure:
 
     def __enter__(self) -> "Departure":
         self._task = asyncio.current_task()
+        if self._watch is not None:
+            self._watch(self._left)
+            return self
         self._receiving = self._receive()  # type: ignore[assignment]
         self._step(None)
         return self
@@ -39,6 +48,9 @@ class Departure:
     def close(self) -> None:
         """Stop watching; a client that leaves from now on is none of this request's business."""
         self._task = None
+        if self._watch is not None:
+            self._watch(None)
+            return
         receiving, self._receiving = self._receiving, None
         if self._waits_for is not None:
             self._waits_for.remove_done_callback(self._step)
@@ -59,6 +71,10 @@ class Departure:
         waits_for.add_done_callback(self._step)
 
     def _told(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.disconnect" and self._task is not None:
+        if message["type"] == "http.disconnect":
+            self._left()
+
+    def _left(self) -> None:
+        if self._task is not None:
             self.gone = True
             self._task.cancel()

@@ -70,7 +70,7 @@ class Inference:
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         gate = self._gate
         seen = gate.observer.begin(self.route.label)
-        departure = Departure(receive)
+        departure = Departure(receive, scope)
         relay: Relay | None = None
         taps: Sequence[Tap] = (seen,)
         outcome = Outcome.INTERNAL_ERROR

@@ -47,11 +47,11 @@ class Pump:
         self._turn: asyncio.Future[None] | None = None
         self._stream: ResponseStream | None = None
 
-    async def run(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes], first: bytes = b"") -> Outcome:
-        """Relay `first` and then the stream to its end; how it ended."""
+    async def run(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes], first: bytes | None = None) -> Outcome:
+        """Relay `first`, even if it is empty, and then the stream to its end; how it ended."""
         try:
-            if first:
-                await self.write(self._track(first))
+            if first is not None:
+                await self.write(self._track(first) if first else first)
             if isinstance(stream, ResponseStream):
                 await self._push(stream)
             else:

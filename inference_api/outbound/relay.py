@@ -134,7 +134,8 @@ class Relay:
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._start(send, headers)
         pump = Pump(send, self._taps, events, self._reply.status, self._write_stall, self._before_end)
-        outcome = await pump.run(self._reply.stream)
+        # An empty first piece: the head goes out now, and not with the first event.
+        outcome = await pump.run(self._reply.stream, b"")
         if outcome in _BREAKS and events.at_boundary:
             with suppress(TimeoutError):
                 await pump.write(error_event(*_BREAKS[outcome]))
