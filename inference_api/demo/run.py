@@ -2,13 +2,14 @@
 
 import errno
 import os
+import random
 import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -178,9 +179,8 @@ def _free_port(host: str, port: int) -> int:
         raise DemoError(f"{port} is not a port; choose another one, say --port 8001")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port), family=family) as listener:
-            number: int = listener.getsockname()[1]
-            return number
+        with socket.create_server((host, port), family=family):
+            return port or _free_ports(1, host)[0]
     except OSError as exc:
         # A negative number is a name that was not found, and strerror says it; otherwise it repeats the address.
         reason = os.strerror(exc.errno).lower() if exc.errno and exc.errno > 0 else exc.strerror
@@ -190,11 +190,16 @@ def _free_port(host: str, port: int) -> int:
         raise DemoError(f"cannot listen on {host!r}: {reason}; choose another, say --host 127.0.0.1") from None
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        # All are held until all are found, so that they differ.
-        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in held]
+def _free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Below the ports that the system gives to outgoing connections: those can be taken before a child listens."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ports: list[int] = []
+    for port in random.sample(range(10000, 32000), 1000):
+        with suppress(OSError), socket.create_server((host, port), family=family):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise DemoError(f"no free port on {host!r}; end what listens there, or choose another, say --host 127.0.0.1")
 
 
 def _answers(client: httpx.Client, url: str) -> bool:
