@@ -43,7 +43,9 @@ class TotalTimeout(httpx.ReadTimeout):
 
 
 class Home(Protocol):
-    """Where a connection lives between two exchanges."""
+    """Where a connection lives between two exchanges. `last_read`: loop time of the last byte of any of them."""
+
+    last_read: float
 
     def release(self, connection: "Connection") -> None: ...
     def discard(self, connection: "Connection") -> None: ...
@@ -259,7 +261,7 @@ class Connection(asyncio.Protocol):
             self.close()  # nobody asked
             return
         self._received += len(data)
-        self._last_read = self.loop.time()
+        self._last_read = self.home.last_read = self.loop.time()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:

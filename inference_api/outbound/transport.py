@@ -76,6 +76,7 @@ class Pool:
         self._open: set[Connection] = set()
         self._idle: dict[Connection, None] = {}
         self._sweep: asyncio.TimerHandle | None = None
+        self.last_read = 0.0
 
     def take(self) -> Connection | None:
         """An idle connection that the replica should still hold open, or None."""
@@ -196,6 +197,11 @@ class Transport(httpx.AsyncBaseTransport):
         """Forget the pools of other origins: their idle connections close now, their streams run to the end."""
         for origin in self._pools.keys() - origins:
             self._pools.pop(origin).close_idle()
+
+    def last_read(self, origin: str) -> float:
+        """Loop time of the last byte that came from there, 0 if none did."""
+        pool = self._pools.get(origin)
+        return 0.0 if pool is None else pool.last_read
 
     def _pool(self, origin: str | None, url: httpx.URL) -> Pool:
         origin = origin or str(url.copy_with(raw_path=b"/")).rstrip("/")

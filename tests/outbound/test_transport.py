@@ -724,3 +724,13 @@ async def test_a_storm_of_cancellations_leaves_nothing(start_engine: Start, tran
     assert " 0 active" in repr(transport)
     transport.retain(set())
     await until(lambda: engine.open == 0)
+
+
+async def test_it_knows_when_a_replica_was_last_heard(start_engine: Callable[..., Any]) -> None:
+    engine, silent = await start_engine(), await start_engine()
+    loop = asyncio.get_running_loop()
+    async with Transport() as transport:
+        before = loop.time()
+        await ask(transport, engine)
+        assert before <= transport.last_read(engine.url) <= loop.time()
+        assert transport.last_read(silent.url) == 0.0
