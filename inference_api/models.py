@@ -67,6 +67,8 @@ class Call(NamedTuple):
     fields: Mapping[str, Any] = {}
     session_id: str | None = None
     authorization: bytes | None = None
+    # `headers` as lines of a request head, if somebody has rendered them already.
+    lines: bytes | None = None
 
 
 class Reply:
@@ -91,15 +93,32 @@ class Reply:
         self._on_end: Callable[[Backend, Outcome], None] | None = on_end
 
     async def aclose(self, outcome: Outcome) -> None:
-        """End the exchange with the backend: its in-flight count falls here and nowhere else."""
+        """End the exchange with the backend, if it has not ended."""
+        if self.end(outcome):
+            await self.stream.aclose()
+
+    def end(self, outcome: Outcome) -> bool:
+        """Count the exchange as ended: the in-flight count falls here and nowhere else. False: it was already.
+
+        The stream is the caller's to close then, unless it is at its end.
+        """
         on_end, self._on_end = self._on_end, None
         if on_end is None:
-            return
+            return False
         on_end(self.backend, outcome)
-        await self.stream.aclose()
+        return True
 
     def __repr__(self) -> str:
         return f"<Reply {self.status} from {self.backend.label}{'' if self._on_end else ' closed'}>"
+
+
+class Direct(Protocol):
+    """What a server may offer beside ASGI's `send`: the same without a coroutine. False: not now, it is to be sent."""
+
+    def respond(self, status: int, headers: RawHeaders, body: bytes) -> bool: ...
+    def push(self, body: bytes, more_body: bool, frame: bytes | None = None) -> bool:
+        """`frame`: the same body as one whole chunk of HTTP/1.1, if it came as one."""
+        ...
 
 
 class Send(Protocol):

@@ -8,17 +8,19 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import Message, Scope
+
+from inference_api.models import RawHeaders
 
 if TYPE_CHECKING:
     from inference_api.inbound.protocol import Protocol
 
 logger = logging.getLogger(__name__)
 
-# The name of the ASGI extension below: a function that is given what to call when the client leaves.
-DEPARTURE = "inference_api.departure"
+# The name of the ASGI extension that is the Cycle itself: what it offers beside `receive` and `send` is below.
+CYCLE = "inference_api.cycle"
 
 # As in uvicorn: beyond this the body waits in the kernel until the application asks for more.
 _HIGH_WATER = 64 * 1024
@@ -35,19 +37,36 @@ def _status_line(status: int) -> bytes:
 STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 
 
+_NO_SCOPE: Scope = {}
+
+
+class Memo:
+    """What is known of a request head; the requests that repeat it byte for byte share one."""
+
+    __slots__ = ("inbound",)
+
+    def __init__(self) -> None:
+        # For the application: what it read from the headers.
+        self.inbound: Any = None
+
+
 class Cycle:
     """Fed by its Protocol, run by a task of its own."""
 
     __slots__ = (
         "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_on_departure", "_protocol", "_size",
         "_waiter",
-        "disconnected", "keep_alive", "more_body", "response_complete", "response_started", "scope",
+        "disconnected", "keep_alive", "memo", "more_body", "response_complete", "response_started", "scope", "task",
     )  # fmt: skip
 
-    def __init__(self, protocol: "Protocol", scope: Scope, keep_alive: bool, expects_continue: bool) -> None:
+    def __init__(
+        self, protocol: "Protocol", scope: Scope, keep_alive: bool, expects_continue: bool, memo: Memo | None = None
+    ) -> None:
         self._protocol = protocol
         self.scope = scope
         self.keep_alive = keep_alive
+        self.memo = memo
+        self.task: asyncio.Task[None] | None = None
         # Request
         self.disconnected = False
         self.more_body = True
@@ -57,7 +76,7 @@ class Cycle:
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
         self._on_departure: Callable[[], None] | None = None
-        scope["extensions"] = {DEPARTURE: self.watch}
+        scope["extensions"] = {CYCLE: self}
         # Response
         self.response_started = False
         self.response_complete = False
@@ -94,6 +113,48 @@ class Cycle:
 
     # An extension of ASGI
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a request with the same head would be taken in the same way, body length aside."""
+        if self.more_body or self._expects_continue or not self.keep_alive or self.scope.get("method") != "POST":
+            return False
+        return not {b"upgrade", b"transfer-encoding"}.intersection(dict(self.scope["headers"]))
+
+    def whole_body(self, limit: int) -> bytes | None:
+        """The body if it is here already and has at most `limit` bytes, or None: then it is to be received."""
+        if self.more_body or self.disconnected or self._size > limit:
+            return None
+        self._news = False
+        pieces = self._body
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return body
+
+    def respond(self, status: int, headers: RawHeaders, body: bytes) -> bool:
+        """A whole response at once. False: the client's buffer is full, it is to be sent."""
+        if self._protocol.drained is not None:
+            return False
+        if not self.disconnected:
+            self._send_head(status, headers)
+            self._send_body(body, False)
+        return True
+
+    def push(self, body: bytes, more_body: bool, frame: bytes | None = None) -> bool:
+        """One piece of a response that has been started. False: the client's buffer is full, it is to be sent.
+
+        `frame`: the same body as one whole chunk, if it came as one; it need not be taken apart and framed again.
+        """
+        protocol = self._protocol
+        if protocol.drained is not None:
+            return False
+        if self.disconnected:
+            return True
+        if frame is not None and more_body and self._chunked and not self._head:
+            protocol.transport.write(frame)
+        else:
+            self._send_body(body, more_body)
+        return True
+
     def watch(self, on_departure: Callable[[], None] | None) -> None:
         """Call this when the client leaves, at once if it has; None: no longer."""
         self._on_departure = on_departure
@@ -104,15 +165,14 @@ class Cycle:
         # Nobody may be reading the body any more, and a pause would hide the end of the connection.
         self._protocol.resume_reading()
 
-    # Run by the task
-
-    async def run(self, app: ASGIApp) -> None:
-        try:
-            await app(self.scope, self.receive, self.send)
-        except asyncio.CancelledError:
-            pass  # the server stops, and has waited as long as it may
-        except Exception:
-            logger.exception("the application failed")
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """The application has returned. If it was cancelled, the server stops, and has waited as long as it may."""
+        self._protocol.forget(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.error("the application failed", exc_info=error)
+        # The scope refers to this object in turn; a ring would be left for the garbage collector.
+        self.scope = _NO_SCOPE
         if not self.response_complete and not self.disconnected:
             # Never a clean end: the client must see that the answer is not whole.
             self._protocol.cut()
@@ -152,16 +212,16 @@ class Cycle:
         protocol = self._protocol
         self.response_started = True
         self._expects_continue = False
-        lines = [STATUS_LINES[status]]
-        has_close = False
-        for name, value in [*protocol.default_headers(), *headers]:
-            if name == b"content-length":
-                self._left = int(value)
-            elif name == b"connection" and value == b"close":
-                has_close = True
-                self.keep_alive = False
-            lines.append(b"%b: %b\r\n" % (name, value))
-        if self._left is None and status not in (204, 304) and self.scope["method"] != "HEAD":
+        headers = protocol.default_headers() + headers
+        lines = [STATUS_LINES[status], *[b"%b: %b\r\n" % pair for pair in headers]]
+        values = dict(headers)
+        length = values.get(b"content-length")
+        has_close = values.get(b"connection") == b"close"
+        if has_close:
+            self.keep_alive = False
+        if length is not None:
+            self._left = int(length)
+        elif status not in (204, 304) and self.scope["method"] != "HEAD":
             if self.scope["http_version"] == "1.1":
                 self._chunked = True
                 lines.append(b"transfer-encoding: chunked\r\n")

@@ -82,7 +82,8 @@ class Observed:
     def __init__(self, app: ASGIApp, observer: Observer, mint_id: Callable[[], str]) -> None:
         self._app = app
         self._observer = observer
-        self._read_headers = RequestHeaders(mint_id)
+        self._read_headers = RequestHeaders()
+        self._mint_id = mint_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +91,7 @@ class Observed:
             return
         path = scope["path"]
         seen = self._observer.begin("models" if path.startswith("/v1/models") else "other")
-        seen.request_id = self._read_headers(scope["headers"]).request_id
+        seen.request_id = self._read_headers(scope["headers"]).request_id or self._mint_id()
         scope["inference_api.request_id"] = seen.request_id
 
         async def observed_send(message: Message) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope
@@ -10,10 +10,11 @@ from starlette.types import Send as ASGISend
 
 from inference_api.errors import ClientGone, InternalError, Overloaded, RouterError, ShuttingDown, TooLarge, render
 from inference_api.inbound import wire
+from inference_api.inbound.cycle import CYCLE, Cycle, Memo
 from inference_api.inbound.departure import Departure
-from inference_api.models import Outcome, Route, Send, Tap
+from inference_api.models import Outcome, RawHeaders, Route, Send, Tap
 from inference_api.observe.observation import Observation, Observer
-from inference_api.outbound.headers import RequestHeaders
+from inference_api.outbound.headers import Inbound, RequestHeaders
 from inference_api.outbound.relay import Relay
 from inference_api.routing.backend import Model
 
@@ -52,6 +53,7 @@ class Gate(NamedTuple):
     resolve: Callable[[str], Model]
     send: Send
     read_headers: RequestHeaders
+    mint_id: Callable[[], str]
     # The optional features' taps of one request, made anew for each
     taps: Callable[[], Sequence[Tap]] = tuple
     max_body: int = 32 * 1024 * 1024
@@ -70,16 +72,19 @@ class Inference:
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         gate = self._gate
         seen = gate.observer.begin(self.route.label)
-        departure = Departure(receive, scope)
+        cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
+        departure = Departure(receive, cycle)
         relay: Relay | None = None
         taps: Sequence[Tap] = (seen,)
         outcome = Outcome.INTERNAL_ERROR
         self._load.in_flight += 1
         try:
-            inbound = gate.read_headers(scope["headers"])
-            seen.request_id = inbound.request_id
-            body = await wire.read_body(receive, inbound, gate.max_body)
-            call = wire.read_call(self.route, inbound, body, scope["query_string"])
+            inbound = self._read_headers(scope["headers"], None if cycle is None else cycle.memo)
+            seen.request_id = inbound.request_id or gate.mint_id()
+            body = None if cycle is None else cycle.whole_body(gate.max_body)
+            if body is None:
+                body = await wire.read_body(receive, inbound, gate.max_body)
+            call = wire.read_call(self.route, inbound, body, scope["query_string"], seen.request_id)
             seen.stream = call.stream
             model = gate.resolve(call.model)
             self._admit(model)
@@ -88,7 +93,7 @@ class Inference:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
                 taps = (seen, *gate.taps())
-                relay = Relay(reply, call, taps, gate.write_stall, departure.close)
+                relay = Relay(reply, call, taps, gate.write_stall, departure.close, cycle)
                 outcome = await relay(send)
             seen.finished(relay)
         except RouterError as error:
@@ -114,6 +119,14 @@ class Inference:
             for tap in taps:
                 tap.end(outcome)
 
+    def _read_headers(self, headers: RawHeaders, memo: Memo | None) -> Inbound:
+        if memo is None:
+            return self._gate.read_headers(headers)
+        if memo.inbound is None:
+            memo.inbound = self._gate.read_headers(headers)
+        inbound: Inbound = memo.inbound
+        return inbound
+
     def _admit(self, model: Model) -> None:
         limit = model.entry.max_in_flight
         if self._load.in_flight > self._gate.max_in_flight:
@@ -138,16 +151,15 @@ class Surface:
         self._inference = inference
         self._others = others
 
-    async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> Awaitable[None]:
         if scope["type"] == "http":
             endpoint = self._inference.get(scope["path"])
             if endpoint is None:
                 scope["path"] = normal_path(scope["path"])
                 endpoint = self._inference.get(scope["path"])
             if endpoint is not None and scope["method"] == "POST":
-                await endpoint(scope, receive, send)
-                return
-        await self._others(scope, receive, send)
+                return endpoint(scope, receive, send)
+        return self._others(scope, receive, send)
 
 
 def normal_path(path: str) -> str:

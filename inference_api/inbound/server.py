@@ -95,6 +95,7 @@ def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lamb
         http=cast(Any, protocol_factory(deadlines, on_refusal)),
         loop="uvloop",
         ws="none",
+        interface="asgi3",
         lifespan="on",
         log_config=None,
         access_log=False,

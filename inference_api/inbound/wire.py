@@ -120,7 +120,7 @@ async def read_body(receive: Receive, inbound: Inbound, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def read_call(route: Route, inbound: Inbound, body: bytes, query: bytes) -> Call:
+def read_call(route: Route, inbound: Inbound, body: bytes, query: bytes, request_id: str) -> Call:
     """Check a request and make the Call of it. Raises RouterError that names the field or header, and the fix."""
     if inbound.content_encoding not in (None, b"identity"):
         raise UnsupportedMediaType("The request body is compressed; send it without Content-Encoding.")
@@ -140,11 +140,12 @@ def read_call(route: Route, inbound: Inbound, body: bytes, query: bytes) -> Call
         fields.get("stream") or False,
         body,
         inbound.forwarded,
-        inbound.request_id,
+        request_id,
         query,
         fields,
         None if session_id is None else session_id.decode("latin-1"),
         inbound.authorization,
+        inbound.lines,
     )
 
 

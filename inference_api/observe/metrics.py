@@ -114,7 +114,8 @@ class Metrics(Collector):
             self._aborts[model, reason] += 1
 
     def attempt(self, backend: Backend, outcome: Outcome) -> None:
-        self._attempts[backend.model, backend.label, outcome.value] += 1
+        # Not the Outcome itself, whose hash is computed in Python.
+        self._attempts[backend.model, backend.label, outcome._value_] += 1
 
     def forget_backends(self) -> None:
         """Drop the series of replicas that have left; with pod addresses they would pile up with every rollout."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import httptools
 import httpx
@@ -42,6 +42,14 @@ class TotalTimeout(httpx.ReadTimeout):
     """The `deadline` passed."""
 
 
+class Timeout(NamedTuple):
+    """Seconds to connect, from the request to the head of the response, and between two reads of its body."""
+
+    connect: float | None = None
+    first_byte: float | None = None
+    idle: float | None = None
+
+
 class Home(Protocol):
     """Where a connection lives between two exchanges. `last_read`: loop time of the last byte of any of them."""
 
@@ -54,8 +62,11 @@ class Home(Protocol):
 class Sink(Protocol):
     """Takes a response body as it arrives. Called from the event loop, must not raise."""
 
-    def data_received(self, data: bytes, complete: bool) -> None:
-        """Body bytes of one read; `complete`: the message ended with them (they may be empty)."""
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
+        """Body bytes of one read; `complete`: the message ended with them (they may be empty).
+
+        `frame`: what was read, if that is one whole chunk with `data` in it.
+        """
         ...
 
     def broken(self, error: httpx.TransportError) -> None:
@@ -65,6 +76,10 @@ class Sink(Protocol):
 
 class ResponseStream(httpx.AsyncByteStream):
     """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
+
+    __slots__ = (
+        "_waiter", "complete", "connection", "error", "head", "headers", "pieces", "sink", "size", "status",
+    )  # fmt: skip
 
     def __init__(self, connection: "Connection") -> None:
         self.connection = connection
@@ -77,17 +92,17 @@ class ResponseStream(httpx.AsyncByteStream):
         self.size = 0
         self.complete = False
         self.error: httpx.TransportError | None = None
-        self._sink: Sink | None = None
+        self.sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     # Called by the connection
 
     def deliver(self) -> None:
         """Hand over what one read brought: to the sink, or to whoever waits for it."""
-        if self._sink is not None:
-            data = self._take()
+        if self.sink is not None:
+            data = self.take()
             if data or self.complete:
-                self._sink.data_received(data, self.complete)
+                self.sink.data_received(data, self.complete)
             return
         if self.size > HIGH_WATER and not self.complete:
             self.connection.pause(self)
@@ -99,15 +114,15 @@ class ResponseStream(httpx.AsyncByteStream):
             self.head.set_exception(error)
             # Whoever waited may have been cancelled; the error is then nobody's to retrieve.
             self.head.exception()
-        elif self._sink is not None:
-            self._sink.broken(error)
+        elif self.sink is not None:
+            self.sink.broken(error)
         self._wake()
 
     # Called by the reader
 
     def push_to(self, sink: Sink) -> None:
         """From now on give the body to `sink` as it arrives, beginning with what is here already."""
-        self._sink = sink
+        self.sink = sink
         self.resume()
         if self.pieces or self.complete:
             self.deliver()
@@ -120,6 +135,14 @@ class ResponseStream(httpx.AsyncByteStream):
     def resume(self) -> None:
         self.connection.resume(self)
 
+    def take(self) -> bytes:
+        """What has come of the body and was not taken yet."""
+        pieces = self.pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self.size = 0
+        return data
+
     async def collect(self, limit: int) -> tuple[bytes, bool]:
         """The body, and True, if it ends within `limit` bytes; else what came so far, and False.
 
@@ -127,12 +150,12 @@ class ResponseStream(httpx.AsyncByteStream):
         """
         while not self.complete and self.size <= limit:
             await self._arrival()
-        return self._take(), self.complete
+        return self.take(), self.complete
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
             if self.pieces:
-                data = self._take()
+                data = self.take()
                 self.resume()
                 yield data
             elif self.complete:
@@ -156,13 +179,6 @@ class ResponseStream(httpx.AsyncByteStream):
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def _take(self) -> bytes:
-        pieces = self.pieces
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        self.size = 0
-        return data
-
 
 class Connection(asyncio.Protocol):
     """One connection to a replica, and at most one response on it at a time.
@@ -184,9 +200,14 @@ class Connection(asyncio.Protocol):
         self.stream: ResponseStream | None = None
         self._reused = False
         self._received = 0
-        self._head_size = 0
+        # Where the headers go while the head of a response is read.
+        self._headers: RawHeaders | None = None
         self._head_done = False
         self._framed = False
+        # No byte of a chunk has been parsed since the last whole one, or since the head.
+        self._between_chunks = False
+        # The same, known for sure, and there is a sink: the next read need not be parsed if it is one whole chunk.
+        self._direct = False
         self._keep_alive = False
         self._poisoned = False
         self._paused = False
@@ -200,15 +221,16 @@ class Connection(asyncio.Protocol):
 
     # Exchange
 
-    def exchange(self, head: bytes, body: bytes, extensions: dict[str, Any]) -> ResponseStream:
-        """Write a request; the response begins at the returned stream."""
+    def exchange(self, head: bytes, body: bytes, timeout: Timeout, deadline: float | None) -> ResponseStream:
+        """Write a request; the response begins at the returned stream. `deadline`: loop time of its end."""
         transport = self.transport
         assert transport is not None
         self._reused, self.used = self.used, True
-        self._received = self._head_size = 0
-        self._head_done = self._framed = self._keep_alive = False
+        self._received = 0
+        self._head_done = self._framed = self._keep_alive = self._between_chunks = self._direct = False
         stream = self.stream = ResponseStream(self)
-        self._arm(extensions)
+        self._headers = stream.headers
+        self._arm(timeout, deadline)
         if len(body) < _JOIN:
             transport.write(head + body)
         else:
@@ -262,6 +284,9 @@ class Connection(asyncio.Protocol):
             return
         self._received += len(data)
         self._last_read = self.home.last_read = self.loop.time()
+        if self._direct and (start := _chunk_data(data)):
+            stream.sink.data_received(data[start:-2], False, data)  # type: ignore[union-attr]
+            return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:
@@ -276,6 +301,8 @@ class Connection(asyncio.Protocol):
             return
         if stream.complete:
             self._end_exchange()
+        # The beginning of a chunk's size may have been parsed unnoticed, but never with its line break.
+        self._direct = self._between_chunks and stream.sink is not None and data.endswith(b"\r\n")
         stream.deliver()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -298,15 +325,9 @@ class Connection(asyncio.Protocol):
             self._poisoned = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._poisoned or self._head_done or self.stream is None:
-            return  # a second message, or trailers
-        self._head_size += len(name) + len(value) + 4
-        if self._head_size > MAX_HEAD:
-            raise ValueError(f"a response head of more than {MAX_HEAD} bytes")
-        name = name.lower()
-        if name == b"content-length" or name == b"transfer-encoding":
-            self._framed = True
-        self.stream.headers.append((name, value))
+        # Else it is a trailer, or of a message that nobody asked for.
+        if self._headers is not None:
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         stream = self.stream
@@ -315,12 +336,17 @@ class Connection(asyncio.Protocol):
         status = self.parser.get_status_code()
         if status == 101 or status < 100 or status > 599:
             raise ValueError(f"an answer with the status {status}")
+        headers = stream.headers
+        if self._received > MAX_HEAD and sum([len(name) + len(value) + 4 for name, value in headers]) > MAX_HEAD:
+            raise ValueError(f"a response head of more than {MAX_HEAD} bytes")
         if status < 200:
-            stream.headers.clear()
-            self._framed = False
+            headers.clear()
             return
         stream.status = status
-        self._framed = self._framed or status in (204, 304)
+        names = dict(headers)
+        self._framed = b"content-length" in names or b"transfer-encoding" in names or status in (204, 304)
+        self._between_chunks = names.get(b"transfer-encoding") == b"chunked"
+        self._headers = None
         self._head_done = True
         if not stream.head.done():
             stream.head.set_result(None)
@@ -329,6 +355,12 @@ class Connection(asyncio.Protocol):
         if not self._poisoned and self.stream is not None:
             self.stream.pieces.append(body)
             self.stream.size += len(body)
+
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
 
     def on_message_complete(self) -> None:
         if self._head_done and not self._poisoned and self.stream is not None:
@@ -350,13 +382,11 @@ class Connection(asyncio.Protocol):
 
     # Timers
 
-    def _arm(self, extensions: dict[str, Any]) -> None:
-        timeout = extensions.get("timeout") or {}
+    def _arm(self, timeout: Timeout, deadline: float | None) -> None:
         now = self._last_read = self.loop.time()
-        first_byte = timeout.get("first_byte")
+        _, first_byte, self._idle = timeout
         self._first_byte = None if first_byte is None else now + first_byte
-        self._idle = timeout.get("idle")
-        self._deadline = extensions.get("deadline")
+        self._deadline = deadline
         soonest = self._soonest(now)
         # The timer of an earlier exchange will do, if it fires no later; setting one costs 3 us.
         if soonest is not None and (self._timer is None or soonest < self._due):
@@ -400,6 +430,15 @@ class Connection(asyncio.Protocol):
 
     def __repr__(self) -> str:
         return f"<Connection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"
+
+
+def _chunk_data(read: bytes) -> int:
+    """Where the data begins, if these bytes are one whole chunk that is not the last and has no extension; else 0."""
+    line = read.find(b"\r\n", 0, 10)
+    size = len(read) - line - 4
+    if line > 0 and size > 0 and b"%x" % size == read[:line].lower() and read.endswith(b"\r\n"):
+        return line + 2
+    return 0
 
 
 def _reason(exc: httptools.HttpParserError) -> str:

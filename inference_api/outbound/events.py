@@ -32,10 +32,10 @@ class EventTracker:
         self.events = 0
 
     def feed(self, data: bytes) -> None:
-        if not self._open and data.endswith(_ENDS):
-            self._read(data)
-        else:
+        if self._open or not data.endswith(_ENDS):
             self._feed_part(data)
+        else:
+            self._read(data)
 
     def _feed_part(self, data: bytes) -> None:
         unfinished = self._open
@@ -60,7 +60,6 @@ class EventTracker:
         self.at_boundary = not unfinished
 
     def _read(self, block: bytes) -> None:
-        self.at_boundary = True
         self.events += block.count(b"\n\n") or len(_BOUNDARY.findall(block))
         if b'"usage"' in block and _USAGE.search(block):
             self._usage_block = block

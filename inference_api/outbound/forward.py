@@ -1,18 +1,19 @@
 """The attempt loop: choose a replica, send, classify what came, and repeat only where that is known to be safe."""
 
-import asyncio
 import random
 from collections.abc import Callable, Mapping
+from time import monotonic
 from types import MappingProxyType
 from typing import NamedTuple
 
 import httpx
 
 from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
-from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
-from inference_api.outbound.connection import Disconnected, IdleTimeout, TotalTimeout
+from inference_api.models import Call, Outcome, Reply, Route
+from inference_api.outbound.connection import Disconnected, IdleTimeout, Timeout, TotalTimeout
+from inference_api.outbound.headers import header_lines
 from inference_api.outbound.rewrite import form_field, rewrite_json
-from inference_api.outbound.transport import Request
+from inference_api.outbound.transport import Transport, request_head
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend, Model
 from inference_api.routing.catalogue import CatalogueEntry
@@ -93,7 +94,7 @@ class Forward:
         self._tokens = tokens
         self._random_bits = (rand or random.Random()).getrandbits
         # Per model, for as long as its entry stays the same
-        self._timeouts: dict[str, tuple[CatalogueEntry, dict[str, float]]] = {}
+        self._timeouts: dict[str, tuple[CatalogueEntry, Timeout]] = {}
 
     async def __call__(self, call: Call, model: Model) -> Reply:
         """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it."""
@@ -126,22 +127,23 @@ class Forward:
             target += b"?" + call.query
         # Engines key generations by the request id: every attempt has one that no other has.
         request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
-        own = [(b"host", backend.host), (b"x-request-id", request_id)]
-        extensions = {
-            "timeout": common.timeout,
-            "deadline": common.deadline,
-            "origin": backend.url,
-            "target": target,
-            "fresh": number > 1,
-        }
-        request = Request(url, own + common.headers, common.body, extensions)
+        lines = b"host: %b\r\nx-request-id: %b\r\n%b" % (backend.host, request_id, common.lines)
+        transport = self._transport
         backend.in_flight += 1
         try:
-            response = await self._transport.handle_async_request(request)
+            if isinstance(transport, Transport):
+                head = request_head("POST", target, lines)
+                stream = await transport.send(
+                    backend.url, url, head, common.body, common.timeout, common.deadline, number > 1
+                )
+                return Reply(stream.status, stream.headers, stream, backend, self._ended, number)
+            request = _request(url, target, lines, common, number > 1)
+            response = await transport.handle_async_request(request)
         except BaseException as exc:
             self._ended(backend, outcome_of(exc))
             raise
-        return Reply(response.status_code, _raw(response), _body_of(response), backend, self._ended, number)
+        headers = [(name.lower(), value) for name, value in response.headers.raw]
+        return Reply(response.status_code, headers, _body_of(response), backend, self._ended, number)
 
     def _common(self, call: Call, model: Model) -> "_Common":
         body = _body(call, model)
@@ -150,8 +152,8 @@ class Forward:
             total = self._limits.stream_total
         elif model.entry.timeouts.total is not None:
             total = model.entry.timeouts.total
-        deadline = asyncio.get_running_loop().time() + total
-        return _Common(body, self._headers(call, model, body), self._timeout(model), deadline)
+        # The clock of both event loops, which are asked for it in vain outside of one.
+        return _Common(body, self._lines(call, model, body), self._timeout(model), monotonic() + total)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1
@@ -162,8 +164,11 @@ class Forward:
             return False
         return any(backend not in tried for backend in model.available)
 
-    def _headers(self, call: Call, model: Model, body: bytes) -> RawHeaders:
-        headers = [(b"accept-encoding", b"identity"), (b"content-length", b"%d" % len(body)), *call.headers]
+    def _lines(self, call: Call, model: Model, body: bytes) -> bytes:
+        lines = call.lines
+        if lines is None:
+            lines = header_lines(call.headers)
+        lines = b"accept-encoding: identity\r\ncontent-length: %d\r\n%b" % (len(body), lines)
         credentials = model.entry.credentials
         if credentials is not None:
             if credentials == "passthrough":
@@ -172,19 +177,15 @@ class Forward:
                 value = self._tokens.get(credentials.env)
                 token = None if value is None else b"Bearer " + value.encode("latin-1", "ignore")
             if token is not None:
-                headers.append((b"authorization", token))
-        return headers
+                lines += header_lines([(b"authorization", token)])
+        return lines
 
-    def _timeout(self, model: Model) -> dict[str, float]:
+    def _timeout(self, model: Model) -> Timeout:
         known = self._timeouts.get(model.name)
         if known is not None and known[0] is model.entry:
             return known[1]
         limits, own = self._limits, model.entry.timeouts
-        timeout = {
-            "connect": own.connect or limits.connect,
-            "first_byte": own.first_byte or limits.first_byte,
-            "idle": own.idle or limits.idle,
-        }
+        timeout = Timeout(own.connect or limits.connect, own.first_byte or limits.first_byte, own.idle or limits.idle)
         self._timeouts[model.name] = model.entry, timeout
         return timeout
 
@@ -193,8 +194,8 @@ class _Common(NamedTuple):
     """What is the same in all attempts of a call."""
 
     body: bytes
-    headers: RawHeaders
-    timeout: dict[str, float]
+    lines: bytes
+    timeout: Timeout
     deadline: float
 
 
@@ -220,9 +221,16 @@ def _body(call: Call, model: Model) -> bytes:
     return call.body if span is None else call.body[: span[0]] + served.encode() + call.body[span[1] :]
 
 
-def _raw(response: httpx.Response) -> RawHeaders:
-    raw = getattr(response, "raw_headers", None)
-    return raw if raw is not None else [(name.lower(), value) for name, value in response.headers.raw]
+def _request(url: httpx.URL, target: bytes, lines: bytes, common: _Common, fresh: bool) -> httpx.Request:
+    """The same request for a transport that is not ours."""
+    headers = [tuple(line.split(b": ", 1)) for line in lines.split(b"\r\n")[:-1]]
+    extensions = {
+        "timeout": common.timeout._asdict(),
+        "deadline": common.deadline,
+        "target": target,
+        "fresh": fresh,
+    }
+    return httpx.Request("POST", url, headers=headers, content=common.body, extensions=extensions)  # type: ignore[arg-type]
 
 
 def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import httpx
+
 from inference_api.models import RawHeaders
 
 # An allow-list, so that nothing new ever leaks: credentials, cookies, forwarding claims and engine controls stay here.
@@ -62,17 +64,19 @@ class Inbound(NamedTuple):
     authorization: bytes | None
     session_id: bytes | None
     forwarded: RawHeaders
+    # `forwarded` as lines of a request head
+    lines: bytes
 
 
 class RequestHeaders:
     """Reads the (lower-case) headers of a request. `extra`: names that are forwarded beside the usual ones."""
 
-    def __init__(self, mint_id: Callable[[], str], extra: frozenset[bytes] = frozenset()) -> None:
-        self._mint_id = mint_id
+    def __init__(self, extra: frozenset[bytes] = frozenset()) -> None:
         names = FORWARDED | extra
         self._forwarded = _Verdicts(lambda name: name in names or name.startswith(FORWARDED_PREFIXES))
 
     def __call__(self, headers: RawHeaders) -> Inbound:
+        """`request_id` is "" if the client gave none that is valid: one is to be minted."""
         is_forwarded = self._forwarded
         # Reversed: of a repeated header the first counts, as it does for the engines.
         seen = dict(headers[::-1]).get
@@ -81,35 +85,45 @@ class RequestHeaders:
         if connection is not None and (connection not in _PLAIN or _repeats(headers, b"connection")):
             forwarded = _without(forwarded, headers)
         return Inbound(
-            _request_id(seen(b"x-request-id"), seen(b"x-correlation-id")) or self._mint_id(),
+            _request_id(seen(b"x-request-id"), seen(b"x-correlation-id")),
             seen(b"content-type", b""),
             seen(b"content-length"),
             seen(b"content-encoding"),
             seen(b"authorization"),
             seen(b"x-session-id"),
             forwarded,
+            header_lines(forwarded),
         )
 
 
 _is_dropped = _Verdicts(lambda name: name in _NOT_RETURNED or name.startswith(b"access-control-"))
+_needs_a_look = _Verdicts(lambda name: name in _RETRY_HINTS or name == b"connection")
 
 
 def returned(status: int, headers: RawHeaders) -> RawHeaders:
     """The backend's (lower-case) response headers that the client may see, in their order."""
     kept = [pair for pair in headers if not _is_dropped[pair[0]]]
-    for name, value in headers:
-        if name == b"connection" and value not in _PLAIN:
+    if any([_needs_a_look[name] for name, _ in headers]):
+        if any(name == b"connection" and value not in _PLAIN for name, value in headers):
             kept = _without(kept, headers)
-    if status not in (429, 503):
-        kept = [pair for pair in kept if pair[0] not in _RETRY_HINTS]
+        if status not in (429, 503):
+            kept = [pair for pair in kept if pair[0] not in _RETRY_HINTS]
     return kept
 
 
-def _request_id(*candidates: bytes | None) -> str | None:
+def header_lines(headers: RawHeaders) -> bytes:
+    """The lines of a head. Raises httpx.LocalProtocolError if a name or value would start another line."""
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or b"\0" in lines:
+        raise httpx.LocalProtocolError("a request header holds a line break")
+    return lines
+
+
+def _request_id(*candidates: bytes | None) -> str:
     for candidate in candidates:
         if candidate is not None and _REQUEST_ID.fullmatch(candidate):
             return candidate.decode("ascii")
-    return None
+    return ""
 
 
 def _repeats(headers: RawHeaders, name: bytes) -> bool:

@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Seque
 from typing import Any
 
 import httpx
-from starlette.types import Message, Send
+from starlette.types import Send
 
-from inference_api.models import Outcome, Tap
+from inference_api.models import Direct, Outcome, Tap
 from inference_api.outbound.connection import ResponseStream
 from inference_api.outbound.events import EventTracker
 from inference_api.outbound.forward import outcome_of
@@ -31,6 +31,7 @@ class Pump:
         status: int,
         write_stall: float,
         before_end: Callable[[], None] = lambda: None,
+        direct: Direct | None = None,
     ) -> None:
         # Configuration
         self._send = send
@@ -39,6 +40,7 @@ class Pump:
         self._status = status
         self._write_stall = write_stall
         self._before_end = before_end
+        self._direct = direct
         # Per body
         self._outcome: Outcome | None = None
         self._failure: Exception | None = None
@@ -51,7 +53,9 @@ class Pump:
         """Relay `first`, even if it is empty, and then the stream to its end; how it ended."""
         try:
             if first is not None:
-                await self.write(self._track(first) if first else first)
+                if first:
+                    self._follow(first, False)
+                await self.write(first)
             if isinstance(stream, ResponseStream):
                 await self._push(stream)
             else:
@@ -71,12 +75,17 @@ class Pump:
 
     # Pushed: Sink
 
-    def data_received(self, data: bytes, complete: bool) -> None:
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
         if self._stalled is not None:
             self._backlog.append((data, complete))
             return
-        sending = self._send(self._message(data, complete))
+        more = self._follow(data, complete)
         try:
+            if self._direct is not None and self._direct.push(data, more, frame):
+                if complete:
+                    self._wake()
+                return
+            sending = self._send({"type": "http.response.body", "body": data, "more_body": more})
             waits_for = sending.send(None)  # type: ignore[attr-defined]
         except StopIteration:
             if complete:
@@ -115,7 +124,9 @@ class Pump:
             await stalled
         while self._backlog:
             async with asyncio.timeout(self._write_stall):
-                await self._send(self._message(*self._backlog.popleft()))
+                data, complete = self._backlog.popleft()
+                more = self._follow(data, complete)
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self._stalled = None
 
     def _wake(self) -> None:
@@ -128,33 +139,32 @@ class Pump:
     async def _pull(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes]) -> None:
         try:
             async for data in stream:
-                await self.write(self._track(data))
+                self._follow(data, False)
+                await self.write(data)
         except httpx.TransportError as exc:
             self._outcome = _outcome_in_body(exc)
             return
         async with asyncio.timeout(self._write_stall):
-            await self._send(self._message(b"", True))
+            more = self._follow(b"", True)
+            await self._send({"type": "http.response.body", "body": b"", "more_body": more})
 
     # Both
 
-    def _track(self, data: bytes) -> bytes:
-        if self._events is not None:
-            self._events.feed(data)
-        for tap in self._taps:
-            tap.chunk(data)
-        return data
-
-    def _message(self, data: bytes, complete: bool) -> Message:
+    def _follow(self, data: bytes, complete: bool) -> bool:
+        """Whether there is more to come after this piece, as the client is to see it."""
         if data:
-            self._track(data)
-        more = True
-        if complete:
-            self._outcome = self._verdict()
-            # Left open, so that the connection is cut: a stream that stopped early must not look complete.
-            more = self._outcome is Outcome.TRUNCATED
-            if not more:
-                self._before_end()
-        return {"type": "http.response.body", "body": data, "more_body": more}
+            if self._events is not None:
+                self._events.feed(data)
+            for tap in self._taps:
+                tap.chunk(data)
+        if not complete:
+            return True
+        self._outcome = self._verdict()
+        # Left open, so that the connection is cut: a stream that stopped early must not look complete.
+        if self._outcome is Outcome.TRUNCATED:
+            return True
+        self._before_end()
+        return False
 
     def _verdict(self) -> Outcome:
         events = self._events

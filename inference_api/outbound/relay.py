@@ -12,7 +12,7 @@ import orjson
 from starlette.types import Send
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
-from inference_api.models import Call, Outcome, RawHeaders, Reply, Tap
+from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply, Tap
 from inference_api.outbound.connection import ResponseStream
 from inference_api.outbound.events import EventTracker, find_usage
 from inference_api.outbound.forward import outcome_of
@@ -51,12 +51,14 @@ class Relay:
         taps: Sequence[Tap],
         write_stall: float = 60.0,
         before_end: Callable[[], None] = lambda: None,
+        direct: Direct | None = None,
     ) -> None:
         self._reply = reply
         self._call = call
         self._taps = taps
         self._write_stall = write_stall
         self._before_end = before_end
+        self._direct = direct
         # Per answer
         self.started = False
         self.outcome = Outcome.CLIENT_GONE
@@ -71,7 +73,7 @@ class Relay:
         """
         reply = self._reply
         headers = returned(reply.status, reply.headers)
-        kind = next((value.lower() for name, value in headers if name == b"content-type"), b"")
+        kind = dict(headers).get(b"content-type", b"").lower()
         try:
             if kind.startswith(b"text/event-stream"):
                 self.outcome = await self._stream(send, headers)
@@ -88,7 +90,11 @@ class Relay:
             if self.outcome is Outcome.CLIENT_GONE and events is not None and events.ended:
                 # The last event went out; the synchronous OpenAI SDK hangs up there, before the end of the body.
                 self.outcome = Outcome.ERROR_EVENT if events.failed else Outcome.OK
-            await reply.aclose(self.outcome)
+            stream = reply.stream
+            if isinstance(stream, ResponseStream) and stream.complete:
+                reply.end(self.outcome)
+            else:
+                await reply.aclose(self.outcome)
         return self.outcome
 
     async def interrupt(self, send: Send) -> None:
@@ -109,18 +115,29 @@ class Relay:
     async def _whole(self, send: Send, headers: RawHeaders, is_json: bool) -> Outcome:
         """An answer with an end of its own: held until it is complete, if it is not too large for that."""
         status = self._reply.status
-        body, rest = await _hold(self._reply.stream)
+        stream = self._reply.stream
+        rest: AsyncIterator[bytes] | ResponseStream | None = None
+        if isinstance(stream, ResponseStream) and stream.complete and stream.size <= _HELD:
+            body = stream.take()
+        else:
+            body, rest = await _hold(stream)
         if rest is not None:
             await self._start(send, headers)
-            pump = Pump(send, self._taps, None, status, self._write_stall, self._before_end)
+            pump = Pump(send, self._taps, None, status, self._write_stall, self._before_end, self._direct)
             return await pump.run(rest, body)
         if is_json and status == 200:
             self._usage = _usage_of(body)
         if status not in (204, 304):
             _set_length(headers, len(body))
-        await self._start(send, headers)
+        self._begin(headers)
         for tap in self._taps:
             tap.chunk(body)
+        direct = self._direct
+        if direct is not None:
+            self._before_end()
+            if direct.respond(status, headers, body):
+                return Outcome.of_status(status)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         self._before_end()
         await send({"type": "http.response.body", "body": body, "more_body": False})
         return Outcome.of_status(status)
@@ -133,7 +150,7 @@ class Relay:
         headers = [pair for pair in headers if pair[0] not in _OURS_IN_A_STREAM]
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._start(send, headers)
-        pump = Pump(send, self._taps, events, self._reply.status, self._write_stall, self._before_end)
+        pump = Pump(send, self._taps, events, self._reply.status, self._write_stall, self._before_end, self._direct)
         # An empty first piece: the head goes out now, and not with the first event.
         outcome = await pump.run(self._reply.stream, b"")
         if outcome in _BREAKS and events.at_boundary:
@@ -142,11 +159,14 @@ class Relay:
         return outcome
 
     async def _start(self, send: Send, headers: RawHeaders) -> None:
+        self._begin(headers)
+        await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
+
+    def _begin(self, headers: RawHeaders) -> None:
         self.started = True
         for tap in self._taps:
             tap.start(self._reply.status, headers)
         headers.append((b"x-request-id", self._call.request_id.encode()))
-        await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
 
 
 async def _hold(stream: httpx.AsyncByteStream) -> tuple[bytes, AsyncIterator[bytes] | ResponseStream | None]:
@@ -183,10 +203,8 @@ def _usage_of(body: bytes) -> dict[str, Any] | None:
 
 
 def _set_length(headers: RawHeaders, length: int) -> None:
-    for name, _ in headers:
-        if name == b"content-length":
-            return
-    headers.append((b"content-length", b"%d" % length))
+    if b"content-length" not in dict(headers):
+        headers.append((b"content-length", b"%d" % length))
 
 
 def _unusable(outcome: Outcome) -> RouterError:

@@ -410,7 +410,7 @@ def inference(send: Any, lines: list[Fields]) -> tuple[Inference, Load]:
     registry = Registry(fleet, parse_catalogue({"models": [{"name": "m"}]}))
     metrics = Metrics(fleet.models.values, registry.status)
     load = Load()
-    gate = Gate(Observer(metrics, lines.append), registry.resolve, send, RequestHeaders(lambda: "minted"))
+    gate = Gate(Observer(metrics, lines.append), registry.resolve, send, RequestHeaders(), lambda: "minted")
     return Inference(INFERENCE_ROUTES[0], gate, load), load
 
 

@@ -67,7 +67,7 @@ NOT_JSON = {
 
 
 def inbound(headers: RawHeaders) -> Inbound:
-    return RequestHeaders(lambda: "minted")(headers)
+    return RequestHeaders()(headers)
 
 
 def read(body: bytes | dict[str, Any], path: str = CHAT, content_type: str = "application/json", **more: str) -> Call:
@@ -75,7 +75,7 @@ def read(body: bytes | dict[str, Any], path: str = CHAT, content_type: str = "ap
     headers = [(b"content-type", content_type.encode())]
     headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in more.items()]
     data = body if isinstance(body, bytes) else orjson.dumps(body)
-    return read_call(ROUTES[path], inbound(headers), data, b"")
+    return read_call(ROUTES[path], inbound(headers), data, b"", "abc")
 
 
 def read_form(*parts: bytes, content_type: str = "multipart/form-data; boundary=B") -> Call:
@@ -260,7 +260,7 @@ def test_another_content_type_is_refused_with_the_right_one(content_type: str) -
 
 def test_a_missing_content_type_is_refused() -> None:
     with pytest.raises(UnsupportedMediaType):
-        read_call(ROUTES[CHAT], inbound([]), b"{}", b"")
+        read_call(ROUTES[CHAT], inbound([]), b"{}", b"", "rid")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "gzip, identity"])

@@ -67,7 +67,8 @@ class Collected:
         self.complete = 0
         self.errors: list[httpx.TransportError] = []
 
-    def data_received(self, data: bytes, complete: bool) -> None:
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
+        assert frame in (None, chunk(data))
         self.reads.append(data)
         self.complete += complete
 
@@ -779,7 +780,7 @@ async def test_a_sink_can_stop_the_replica(start_engine: Start, transport: Trans
 
 async def test_a_paused_connection_is_reused_awake(start_engine: Start, transport: Transport) -> None:
     class Pausing(Collected):
-        def data_received(self, data: bytes, complete: bool) -> None:
+        def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
             super().data_received(data, complete)
             stream.pause()
 

@@ -681,9 +681,8 @@ def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
     fleet = Fleet(make_policy)
     fleet.update({"m": CatalogueEntry(name="m", backends=(BackendEntry(url=url),))})
     observer = Observer(Metrics(lambda: [], lambda: None), None)  # type: ignore[arg-type, return-value]
-    headers = RequestHeaders(lambda: "minted")
     forward = Forward(transport, Limits())
-    gate = Gate(observer, lambda name: fleet.by_name[name], forward, headers, taps=lambda: (tap,))
+    gate = Gate(observer, lambda name: fleet.by_name[name], forward, RequestHeaders(), lambda: "minted", lambda: (tap,))
     return Inference(ROUTES["chat_completions"], gate, Load())
 
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from inference_api.outbound.connection import Disconnected, ResponseStream
-from inference_api.outbound.transport import Request, Transport
+from inference_api.outbound.transport import Transport
 from tests.fakes import (
     COMPLETION,
     LAST_CHUNK,
@@ -155,28 +155,6 @@ async def test_an_httpx_client_can_use_it(start_engine: Start, transport: Transp
     assert engine.requests[0].body == b'{"a":1}'
 
 
-async def test_the_lean_request_is_an_httpx_request_to_other_transports() -> None:
-    def handler(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=request.content, headers={"x-seen": request.headers["x-a"]})
-
-    lean = Request(httpx.URL("http://h/v1"), [(b"x-a", b"1")], b"body", {})
-
-    response = await httpx.MockTransport(handler).handle_async_request(lean)
-
-    assert (response.headers["x-seen"], await response.aread()) == ("1", b"body")
-
-
-async def test_the_lean_request_goes_out_as_it_is(start_engine: Start, transport: Transport) -> None:
-    engine = await start_engine()
-    headers = [(b"host", b"h"), (b"content-length", b"4")]
-
-    response = await transport.handle_async_request(Request(httpx.URL(engine.url + "/v1"), headers, b"body", {}))
-
-    assert response.status_code == 200
-    assert (engine.requests[0].target, engine.requests[0].body) == ("/v1", b"body")
-    assert engine.requests[0].headers == [("host", "h"), ("content-length", "4")]
-
-
 @pytest.mark.parametrize("size", [0, 1, 16 * 1024, 3 * 2**20])
 async def test_a_body_of_any_size_arrives_whole(size: int, start_engine: Start, transport: Transport) -> None:
     engine, body = await start_engine(), os.urandom(size)
@@ -195,12 +173,8 @@ async def test_a_header_that_would_start_another_line_is_refused(
 ) -> None:
     engine = await start_engine()
 
-    for request in (
-        Request(httpx.URL(engine.url), [header], b"", {}),
-        httpx.Request("POST", engine.url, headers=[header]),
-    ):
-        with pytest.raises(httpx.LocalProtocolError, match="line break"):
-            await transport.handle_async_request(request)
+    with pytest.raises(httpx.LocalProtocolError, match="line break"):
+        await transport.handle_async_request(httpx.Request("POST", engine.url, headers=[header]))
 
     assert engine.connections == 0
 
