@@ -17,6 +17,10 @@ HIGH_WATER = 64 * 1024
 _JOIN = 16 * 1024
 
 
+# Length of a whole chunk without extensions -> how it begins, as uvicorn writes it and as hyper does.
+_SIZE_LINES = {len(b"%x" % n) + n + 4: (b"%x\r\n" % n, b"%X\r\n" % n) for n in range(1, 4096)}
+
+
 class Disconnected(httpx.ReadError):
     """The connection ended before the response did."""
 
@@ -284,9 +288,12 @@ class Connection(asyncio.Protocol):
             return
         self._received += len(data)
         self._last_read = self.home.last_read = self.loop.time()
-        if self._direct and (start := _chunk_data(data)):
-            stream.sink.data_received(data[start:-2], False, data)  # type: ignore[union-attr]
-            return
+        if self._direct:
+            # Engines write an event as one chunk; it goes to the client as it is, without a parser in between.
+            sizes = _SIZE_LINES.get(len(data))
+            if sizes is not None and data.startswith(sizes) and data.endswith(b"\r\n"):
+                stream.sink.data_received(data[len(sizes[0]) : -2], False, data)  # type: ignore[union-attr]
+                return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:
@@ -430,15 +437,6 @@ class Connection(asyncio.Protocol):
 
     def __repr__(self) -> str:
         return f"<Connection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"
-
-
-def _chunk_data(read: bytes) -> int:
-    """Where the data begins, if these bytes are one whole chunk that is not the last and has no extension; else 0."""
-    line = read.find(b"\r\n", 0, 10)
-    size = len(read) - line - 4
-    if line > 0 and size > 0 and b"%x" % size == read[:line].lower() and read.endswith(b"\r\n"):
-        return line + 2
-    return 0
 
 
 def _reason(exc: httptools.HttpParserError) -> str:

@@ -19,10 +19,14 @@ class EventTracker:
     `end_marks`: what the last event of a complete stream holds, say `[DONE]`; () if the route has no such mark.
     """
 
-    __slots__ = ("_blind", "_end_marks", "_open", "_usage_block", "at_boundary", "ended", "events", "failed")
+    __slots__ = (
+        "_blind", "_end_mark", "_end_marks", "_open", "_usage_block", "at_boundary", "ended", "events", "failed",
+    )  # fmt: skip
 
     def __init__(self, end_marks: tuple[bytes, ...] = ()) -> None:
         self._end_marks = end_marks
+        # What is in every block that has one of the marks; "" is in all.
+        self._end_mark = end_marks[0] if len(end_marks) == 1 else b""
         self._open = bytearray()
         self._blind = False
         self._usage_block = b""
@@ -34,8 +38,10 @@ class EventTracker:
     def feed(self, data: bytes) -> None:
         if self._open or not data.endswith(_ENDS):
             self._feed_part(data)
-        else:
+        elif b"error" in data or b'"usage"' in data or self._end_mark in data:
             self._read(data)
+        else:
+            self.events += data.count(b"\n\n") or len(_BOUNDARY.findall(data))
 
     def _feed_part(self, data: bytes) -> None:
         unfinished = self._open

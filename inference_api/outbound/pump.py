@@ -79,7 +79,15 @@ class Pump:
         if self._stalled is not None:
             self._backlog.append((data, complete))
             return
-        more = self._follow(data, complete)
+        if complete:
+            more = self._follow(data, complete)
+        else:
+            # What `_follow` does, written out for the sake of the many.
+            more = True
+            if self._events is not None:
+                self._events.feed(data)
+            for tap in self._taps:
+                tap.chunk(data)
         try:
             if self._direct is not None and self._direct.push(data, more, frame):
                 if complete:
