@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -13,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inference_api.outbound.connection import (
+    Connection,
     Disconnected,
     FirstByteTimeout,
     IdleTimeout,
     Malformed,
     ResponseStream,
+    Timeout,
     TotalTimeout,
 )
 from inference_api.outbound.transport import Transport
@@ -793,3 +796,81 @@ async def test_a_paused_connection_is_reused_awake(start_engine: Start, transpor
         await asyncio.sleep(0.005)
 
     assert await ask(transport, engine) == (200, b"hello")
+
+
+# Whole chunks
+
+
+@given(
+    texts=st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=12),
+    upper=st.booleans(),
+    together=st.lists(st.booleans(), min_size=12, max_size=12),
+    cuts=st.lists(st.integers(0, 10_000), max_size=6),
+)
+@settings(max_examples=200)
+def test_chunks_pass_whole_or_in_parts(texts: list[bytes], upper: bool, together: list[bool], cuts: list[int]) -> None:
+    """Every way the reads may fall: the body is the same, and a frame is told only of what is one."""
+    pieces = [CHUNKED, *((b"%X" if upper else b"%x") % len(t) + b"\r\n" + t + b"\r\n" for t in texts), LAST_CHUNK]
+    reads = [pieces[0]]
+    for piece, joined in zip(pieces[1:], [*together, *together][: len(pieces) - 1], strict=True):
+        if joined:
+            reads[-1] += piece
+        else:
+            reads.append(piece)
+    for cut in cuts:
+        at = cut % len(reads)
+        half = (cut // 7) % (len(reads[at]) + 1)
+        reads[at : at + 1] = [part for part in (reads[at][:half], reads[at][half:]) if part]
+
+    loop = asyncio.new_event_loop()
+    try:
+        home = SimpleNamespace(last_read=0.0, release=lambda _: None, discard=lambda _: None)
+        connection = Connection(home, loop)
+        connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
+        stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()
+        for read in reads:
+            connection.data_received(read)
+            if stream.head.done() and stream.sink is None:
+                stream.push_to(sink)
+    finally:
+        loop.close()
+
+    assert (sink.data, sink.complete, sink.errors) == (b"".join(texts), 1, [])
+    assert b"".join(sink.frames) == b"".join(sink.framed_reads)
+
+
+class Framed(Collected):
+    """A sink that keeps the frames, and what it was told is in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: list[bytes] = []
+        self.framed_reads: list[bytes] = []
+
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
+        if frame is not None:
+            size, _, rest = frame.partition(b"\r\n")
+            assert (int(size, 16), rest) == (len(data), data + b"\r\n")
+            self.frames.append(rest[:-2])
+            self.framed_reads.append(data)
+        super().data_received(data, complete)
+
+
+@pytest.mark.parametrize("size", [1, 9, 10, 15, 16, 240, 255, 256, 4095, 4096, 70_000])
+def test_a_chunk_that_comes_alone_is_passed_on_as_it_is(size: int) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        home = SimpleNamespace(last_read=0.0, release=lambda _: None, discard=lambda _: None)
+        connection = Connection(home, loop)
+        connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
+        stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()
+        connection.data_received(CHUNKED)
+        stream.push_to(sink)
+        for _ in range(3):
+            connection.data_received(chunk(b"x" * size))
+    finally:
+        loop.close()
+
+    # The first one shows that the parser stands between two; the largest are parsed, they cost more anyway.
+    assert len(sink.frames) == (2 if size < 4096 else 0)
+    assert sink.data == b"x" * size * 3
