@@ -1,6 +1,7 @@
 """Servers as child processes: started without waiting, told ready by HTTP, stopped by their own process group."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -25,8 +26,13 @@ class Process:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = logs / f"{name}.log"
-        self._child = self._start([str(argument) for argument in arguments], environ)
+        self._command = [str(argument) for argument in arguments], environ
+        self._child = self._start(*self._command)
         _STARTED.append(self)
+
+    def restart(self) -> None:
+        """Once more, on the same port; it must have ended."""
+        self._child = self._start(*self._command)
 
     def _start(self, arguments: list[str], environ: dict[str, str]) -> "subprocess.Popen[bytes]":
         def placed(text: str) -> str:
@@ -62,6 +68,10 @@ class Process:
     @property
     def alive(self) -> bool:
         return self._child.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
 
     @property
     def exit_code(self) -> int | None:
@@ -121,9 +131,11 @@ def until(holds: Callable[[], bool], seconds: float, pause: float = 0.02) -> boo
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+    """Below the ports that the system gives out: what is killed can come back to its port."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def clean_environ() -> dict[str, str]:
