@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from inference_api.models import RawHeaders
-from inference_api.outbound.connection import Connection, Disconnected, ResponseStream
+from inference_api.outbound.connection import Closed, Connection, ResponseStream, TotalTimeout
 
 
 class Request(httpx.Request):
@@ -132,7 +132,7 @@ class Pool:
         if self._sweep is not None:
             self._sweep.cancel()
         for connection in list(self._open):
-            connection.fail(Disconnected("the router closed the connection", received=0, reused=False))
+            connection.fail(Closed("the router closed the connection"))
 
     def _close_expired(self) -> None:
         self._sweep = None
@@ -179,7 +179,7 @@ class Transport(httpx.AsyncBaseTransport):
         pool = self._pool(extensions.get("origin"), request.url)
         connection = None if extensions.get("fresh") else pool.take()
         if connection is None:
-            connection = await pool.connect((extensions.get("timeout") or {}).get("connect"))
+            connection = await _connect(pool, extensions)
         stream = connection.exchange(head, body, extensions)
         try:
             await stream.head
@@ -215,6 +215,18 @@ class Transport(httpx.AsyncBaseTransport):
 
     def __repr__(self) -> str:
         return f"<Transport {list(self._pools.values())}>"
+
+
+async def _connect(pool: Pool, extensions: dict[str, Any]) -> Connection:
+    """A new connection, before the time to connect is over and before the deadline. Raises as `Pool.connect`."""
+    seconds, deadline = (extensions.get("timeout") or {}).get("connect"), extensions.get("deadline")
+    left = None if deadline is None else deadline - asyncio.get_running_loop().time()
+    if left is None or (seconds is not None and seconds <= left):
+        return await pool.connect(seconds)
+    try:
+        return await pool.connect(left)
+    except httpx.ConnectTimeout as exc:
+        raise TotalTimeout("the time for the request ended before there was a connection") from exc
 
 
 def request_head(method: str, target: bytes, headers: RawHeaders) -> bytes:
