@@ -280,9 +280,7 @@ class Forward:
         failure = past[-1]
         if self._is_poison(call, past):
             return Refusal.POISON
-        # Silence twice: perhaps it is the request that kills them.
-        silence = [failure.silent for failure in past].count(True)
-        if failure.reason is None or len(past) >= self._limits.attempts or silence > 1:
+        if failure.reason is None or len(past) >= self._limits.attempts:
             return Refusal.NEVER
         resting = self._resting.at(self._clock()) if failure.reason is Reason.STATUS else ()
         if failure.reason is not Reason.STALE and not _others(model, past, resting):
@@ -290,7 +288,7 @@ class Forward:
         return Refusal.LATE if asyncio.get_running_loop().time() >= latest else None
 
     def _is_poison(self, call: Call, past: list[Failure]) -> bool:
-        """Whether replicas die of this very request: it must not meet another one."""
+        """Whether replicas die of this very request: it must not meet another one. Silence twice is enough for that."""
         failure = past[-1]
         if failure.silent:
             # What looked like an idle connection's end was perhaps the first death.
@@ -305,7 +303,10 @@ class Forward:
         if permit is None:
             return Refusal.BUDGET_EXHAUSTED
         tried = [failure.backend for failure in past]
-        backend = self._awake(model, key, tried, only=failure.reason is Reason.STATUS)
+        only = failure.reason is Reason.STATUS
+        # Replicas often die together; one that has been failing is not what this request needs now.
+        failing = [backend for backend in model.available if backend.failures]
+        backend = self._awake(model, key, [*tried, *failing], only=True) or self._awake(model, key, tried, only)
         if backend is None and failure.reason is Reason.STALE:
             backend = failure.backend
         if backend is None:

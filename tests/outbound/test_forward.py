@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -541,6 +542,54 @@ async def test_a_busy_model_has_a_budget_of_repeats_however_well_it_stands() -> 
     assert desk.forward._budget.drawn("m") == 0
 
 
+@pytest.mark.parametrize("policy", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
+async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(policy: str) -> None:
+    urls = [f"http://r{number}:1" for number in range(6)]
+    for good in range(6):
+        desk, model = Desk(REFUSED, REFUSED, 200), model_of(*urls, policy=policy)
+        for number, backend in enumerate(model.backends):
+            backend.failures = int(number != good)
+
+        with suppress(NoBackend):
+            await finish(await desk.forward(call_to(), model))
+
+        assert f"r{good}" in desk.hosts
+
+
+async def test_only_a_replica_in_good_standing_is_left_for_nothing() -> None:
+    """At the first attempt, and at the second."""
+    desk, model = Desk(REFUSED, REFUSED, 200, attempts=3), model_of(*REPLICAS)
+    model.policy = FirstChoice()
+    model.backends[1].failures = model.backends[2].failures = 1
+
+    reply = await desk.forward(call_to(), model)
+
+    assert desk.hosts == ["a", "b", "c"]
+    assert desk.forward._budget.drawn("m") == 1
+    await reply.aclose(Outcome.OK)
+    assert desk.forward._budget.drawn("m") == 0
+
+
+async def test_a_client_that_leaves_while_a_busy_answer_is_closed_gives_its_permit_back() -> None:
+    class Stuck(Body):
+        async def aclose(self) -> None:
+            await super().aclose()
+            await asyncio.sleep(30)
+
+    desk, model = Desk(httpx.Response(503, stream=(busy := Stuck())), jitter=0.0), model_of(*REPLICAS)
+    calling = asyncio.ensure_future(desk.forward(call_to(), model))
+    await until(lambda: busy.closed)
+    assert desk.forward._budget.drawn("m") == 1
+
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+    assert desk.forward._budget.drawn("m") == 0
+    assert len(desk.requests) == 1
+    assert in_flight(model) == [0, 0, 0]
+
+
 async def test_a_choice_that_fails_gives_its_permit_back() -> None:
     class Closing(FirstChoice):
         """All circuits open while the client waits."""
@@ -694,6 +743,16 @@ async def test_a_status_that_is_not_tried_again_gives_no_rest() -> None:
     await first.aclose(Outcome.UPSTREAM_4XX)
 
 
+@pytest.mark.parametrize("seconds", [(5, 20), (20, 5)])
+async def test_if_all_rest_the_shortest_rest_is_told(seconds: tuple[int, int]) -> None:
+    desk, model = Desk(*map(busy_for, seconds)), model_of(*REPLICAS[:2])
+
+    reply = await desk.forward(call_to(), model)
+
+    assert [value for name, value in reply.headers if name == b"retry-after"] == [b"5"]
+    await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
 async def test_if_all_rest_the_answer_says_when_the_first_of_them_is_ready() -> None:
     desk, model = Desk(busy_for(5), busy_for(20), busy_for(9)), model_of(*REPLICAS[:2])
 
@@ -797,7 +856,8 @@ async def test_whatever_happens_the_rules_hold(
         assert label != "responses" or not {"silent", "died"} & set(what[:-1])
         hosts = [request.url.host for request in mine]
         for number in range(1, count):
-            assert hosts[number] not in hosts[:number] or (replicas == 1 and what[number - 1] == "stale")
+            again = what[number - 1] == "stale" and hosts[number] == hosts[number - 1]
+            assert hosts[number] not in hosts[:number] or (again and len(set(hosts[:number])) == replicas)
         assert [request.extensions["fresh"] for request in mine] == [number > 0 for number in range(count)]
         if what[-1] in ("ok", "bad", "error", "slow down"):
             assert (b"x-should-retry", b"false") not in hints
