@@ -556,8 +556,7 @@ async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(polic
         assert f"r{good}" in desk.hosts
 
 
-async def test_only_a_replica_in_good_standing_is_left_for_nothing() -> None:
-    """At the first attempt, and at the second."""
+async def test_only_what_a_replica_in_good_standing_failed_is_repeated_freely() -> None:
     desk, model = Desk(REFUSED, REFUSED, 200, attempts=3), model_of(*REPLICAS)
     model.policy = FirstChoice()
     model.backends[1].failures = model.backends[2].failures = 1
