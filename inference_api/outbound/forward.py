@@ -305,7 +305,7 @@ class Forward:
         tried = [failure.backend for failure in past]
         only = failure.reason is Reason.STATUS
         # Replicas often die together; one that has been failing is not what this request needs now.
-        failing = [backend for backend in model.available if backend.failures]
+        failing = [backend for backend in model.backends if backend.failures]
         backend = self._awake(model, key, [*tried, *failing], only=True) or self._awake(model, key, tried, only)
         if backend is None and failure.reason is Reason.STALE:
             backend = failure.backend
