@@ -67,7 +67,7 @@ class Router:
         gate = Gate(
             observer,
             self.registry.resolve,
-            send=Forward(self.transport, _limits(settings), self.metrics.attempt, tokens or {}, rand),
+            send=self._forward(settings, tokens or {}, rand),
             read_headers=RequestHeaders(frozenset(name.encode() for name in settings.forward_headers)),
             mint_id=mint_id,
             max_body=settings.max_body_bytes,
@@ -83,6 +83,10 @@ class Router:
             pages += self.probes.routes()
         self.app: ASGIApp = Surface(inference, Observed(create_pages(pages, self._lifespan), observer, mint_id))
         self.ops: ASGIApp = create_pages(self.probes.routes())
+
+    def _forward(self, settings: Settings, tokens: Mapping[str, str], rand: random.Random) -> Forward:
+        metrics = self.metrics
+        return Forward(self.transport, _limits(settings), metrics.attempt, tokens, rand, on_retry=metrics.retry)
 
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
@@ -141,4 +145,5 @@ def _limits(settings: Settings) -> Limits:
         settings.stream_timeout,
         settings.max_attempts,
         settings.retry_on_status,
+        settings.retry_budget,
     )

@@ -20,6 +20,8 @@ import orjson
 from inference_api.models import Outcome, RawHeaders
 
 _SHOWN = 64
+# The OpenAI SDK obeys it; without it, it decides by the status.
+NOT_AGAIN = (b"x-should-retry", b"false")
 
 
 class ClientGone(Exception):
@@ -120,8 +122,8 @@ class UpstreamError(RouterError):
     status = 502
 
     def __init__(self, message: str, outcome: Outcome, *, final: bool = False) -> None:
-        # `final`: every replica was tried, or a repetition would cost as much again; tell the SDK not to.
-        super().__init__(message, headers=[(b"x-should-retry", b"false")] if final else [])
+        # `final`: every replica was tried, or a repetition would do harm or cost as much again; tell the SDK not to.
+        super().__init__(message, headers=[NOT_AGAIN] if final else [])
         self.outcome = outcome
 
 
@@ -148,8 +150,10 @@ class _Unavailable(RouterError):
 class NoBackend(_Unavailable):
     code, outcome = "no_backend_available", Outcome.NO_BACKEND
 
-    def __init__(self, model: str, retry_after: int = 5) -> None:
+    def __init__(self, model: str, retry_after: int = 5, *, final: bool = False) -> None:
         super().__init__(f"No backend of the model {printable(model)!r} can take a request now.", retry_after)
+        if final:
+            self.headers.append(NOT_AGAIN)
 
 
 class Overloaded(_Unavailable):

@@ -21,6 +21,8 @@ class Outcome(StrEnum):
     UPSTREAM_5XX = "upstream_5xx"
     CONNECT_FAILED = "connect_failed"
     RESET = "reset"
+    # A reused connection that the replica had closed before the request came: no fault of the replica.
+    STALE = "stale"
     PROTOCOL_ERROR = "protocol_error"
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"

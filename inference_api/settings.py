@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     max_in_flight: Count = Field(default=1000, description="requests in the process at once; more get 503")
     max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(default=2, description="attempts per request")
     retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.2, description="retries as a share of in-flight"
+        default=0.2, description="repeats at once, as a share of a model's requests in flight; 3 are always allowed"
     )
     retry_on_status: Annotated[frozenset[int], NoDecode] = Field(
         default=frozenset({503}), description="statuses of a backend that may be retried, of 429 502 503 504"

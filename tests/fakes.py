@@ -3,8 +3,8 @@
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import httpx
@@ -346,3 +346,43 @@ async def in_background(coroutine: Coroutine[Any, Any, Any]) -> AsyncIterator[as
     finally:
         async with asyncio.timeout(10):
             await task
+
+
+# A replica that cannot be reached, or not for long
+
+
+@contextmanager
+def full_listener() -> Iterator[str]:
+    """A URL where nobody answers a SYN: its listener has no room for another connection."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+
+class ImpatientEngine(FakeEngine):
+    """A FakeEngine that closes a connection on which no request has come for `keepalive` seconds, as uvicorn does.
+
+    `executed`: the requests it worked on; one that comes after the end of its connection is not one of them.
+    """
+
+    def __init__(self, script: Script | None = None, keepalive: float = 5.0) -> None:
+        super().__init__(self._execute)
+        self.executed: list[Received] = []
+        self._inner = script or answer
+        self._keepalive = keepalive
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+
+    async def _execute(self, request: Received, line: Line) -> None:
+        if request.connection in self._timers:
+            self._timers.pop(request.connection).cancel()
+        if line.writer.is_closing():
+            raise ConnectionResetError("too late")
+        self.executed.append(request)
+        await self._inner(request, line)
+        self._timers[request.connection] = asyncio.get_running_loop().call_later(self._keepalive, line.close)

@@ -84,6 +84,7 @@ class Metrics(Collector):
         self._tokens: dict[tuple[str, str], int] = defaultdict(int)
         self._aborts: dict[tuple[str, str], int] = defaultdict(int)
         self._attempts: dict[tuple[str, str, str], int] = defaultdict(int)
+        self._retries: dict[tuple[str, str], int] = defaultdict(int)
 
     # Written on the request path
 
@@ -116,6 +117,9 @@ class Metrics(Collector):
     def attempt(self, backend: Backend, outcome: Outcome) -> None:
         # Not the Outcome itself, whose hash is computed in Python.
         self._attempts[backend.model, backend.label, outcome._value_] += 1
+
+    def retry(self, model: str, reason: str) -> None:
+        self._retries[model, reason] += 1
 
     def forget_backends(self) -> None:
         """Drop the series of replicas that have left; with pod addresses they would pile up with every rollout."""
@@ -173,6 +177,11 @@ class Metrics(Collector):
         for labels, count in _copy(self._attempts):
             attempts.add_metric(labels, count)
         yield attempts
+        text = "Attempts repeated, and requests that were not because the budget was spent or they are poison."
+        retries = _counter("retries", text, "model_name", "reason")
+        for (name, reason), count in _copy(self._retries):
+            retries.add_metric([name, reason], count)
+        yield retries
         in_flight = _gauge("backend_in_flight", "Attempts whose answer has not ended.", "model_name", "backend")
         for model in self._fleet():
             for backend in model.backends:

@@ -15,6 +15,8 @@ MAX_HEAD = 64 * 1024
 HIGH_WATER = 64 * 1024
 # From here on joining head and body would copy more than a second buffer costs.
 _JOIN = 16 * 1024
+# Seconds; a hundred round trips within a cluster, so that a busy event loop makes no difference.
+_RACE = 1.0
 
 
 # Length of a whole chunk without extensions -> how it begins, as uvicorn writes it and as hyper does.
@@ -22,12 +24,30 @@ _SIZE_LINES = {len(b"%x" % n) + n + 4: (b"%x\r\n" % n, b"%X\r\n" % n) for n in r
 
 
 class Disconnected(httpx.ReadError):
-    """The connection ended before the response did."""
+    """The connection ended before the response did, `waited` seconds after the request or the answer's last byte."""
 
-    def __init__(self, message: str, *, received: int, reused: bool) -> None:
+    def __init__(self, message: str, *, received: int, reused: bool, waited: float = 0.0) -> None:
         super().__init__(message)
         self.received = received
         self.reused = reused
+        self.waited = waited
+
+    @property
+    def silent(self) -> bool:
+        """Not one byte of a response came."""
+        return self.received == 0
+
+    @property
+    def stale(self) -> bool:
+        """The replica had closed the idle connection already when the request was written to it.
+
+        The news of that takes a round trip. One that comes later is of a replica that had the request in its hands.
+        """
+        return self.silent and self.reused and self.waited < _RACE
+
+
+class Closed(httpx.ReadError):
+    """The router itself closed the connection, before the response ended."""
 
 
 class Malformed(httpx.RemoteProtocolError):
@@ -323,7 +343,8 @@ class Connection(asyncio.Protocol):
             stream.deliver()
         else:
             message = "the replica closed the connection"
-            stream.fail(Disconnected(message, received=self._received, reused=self._reused))
+            waited = self.loop.time() - self._last_read
+            stream.fail(Disconnected(message, received=self._received, reused=self._reused, waited=waited))
 
     # httptools callbacks; what they raise comes out of feed_data as an HttpParserError
 

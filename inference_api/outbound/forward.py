@@ -1,17 +1,28 @@
 """The attempt loop: choose a replica, send, classify what came, and repeat only where that is known to be safe."""
 
+import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from enum import StrEnum
+from math import ceil
 from time import monotonic
 from types import MappingProxyType
 from typing import NamedTuple
 
 import httpx
 
-from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from inference_api.errors import (
+    NOT_AGAIN,
+    NoBackend,
+    RouterError,
+    UpstreamProtocolError,
+    UpstreamReset,
+    UpstreamTimeout,
+)
 from inference_api.models import Call, Outcome, Reply, Route
 from inference_api.outbound.connection import Disconnected, IdleTimeout, Timeout, TotalTimeout
 from inference_api.outbound.headers import header_lines
+from inference_api.outbound.retry import FREE, Budget, Permit, Resting, Suspects, back_off, retry_after
 from inference_api.outbound.rewrite import form_field, rewrite_json
 from inference_api.outbound.transport import Transport, request_head
 from inference_api.routing.affinity import affinity_key
@@ -40,45 +51,85 @@ class Limits(NamedTuple):
     stream_total: float = 3600.0
     attempts: int = 2
     retry_on_status: frozenset[int] = frozenset({503})
+    retry_budget: float = 0.2
+
+
+class Reason(StrEnum):
+    """Why an attempt is repeated."""
+
+    CONNECT = "connect"
+    STALE = "stale"
+    RESET = "reset"
+    STATUS = "status"
+
+
+class Refusal(StrEnum):
+    """Why an attempt is not repeated."""
+
+    # It may have been executed, or there is no attempt or no replica left.
+    NEVER = "never"
+    LATE = "late"
+    BUDGET_EXHAUSTED = "budget_exhausted"
+    POISON = "poison"
+
+
+# What an SDK must not try again either, although it could.
+_LIMITS_REACHED = (Refusal.BUDGET_EXHAUSTED, Refusal.POISON)
 
 
 class Failure(NamedTuple):
-    """Why an attempt gave no answer, and whether another one may be made."""
+    """Why an attempt did not give the answer, and whether another one may be made."""
 
     backend: Backend
     outcome: Outcome
-    repeatable: bool
-    # The connection had been idle and went away; its replica may be as well as ever.
-    stale: bool = False
-    # The replica took the request and said nothing; it may have executed it.
+    # None: it may not be repeated
+    reason: Reason | None
+    # It was never sent, or its replica was in good standing when it was: a replica that dies takes many requests with
+    # it at once, and to send them elsewhere moves load and adds none.
+    free: bool
+    # The replica had the request in its hands and said nothing; it may have executed it.
     silent: bool = False
+    # An answer after all, though not the one that is wanted
+    reply: Reply | None = None
 
 
 def outcome_of(exc: BaseException) -> Outcome:
     """The Outcome of a request or a body that ended with `exc`."""
+    if isinstance(exc, Disconnected) and exc.stale:
+        return Outcome.STALE
     for kind, outcome in _OUTCOMES:
         if isinstance(exc, kind):
             return outcome
     return Outcome.CLIENT_GONE
 
 
-def classify(exc: httpx.TransportError, backend: Backend, route: Route) -> Failure:
+def classify(exc: httpx.TransportError, backend: Backend, route: Route, free: bool) -> Failure:
     """Whether a failed attempt may be repeated; nothing has gone to the client yet.
 
-    Not connected: the request was never sent. A reused connection that ends without a byte: the replica had closed it
-    before the request came (of 257 such failures in a measurement, none had been executed). A fresh one that ends
-    without a byte: the replica may have executed the request, so only where a second execution does no harm. Anything
-    else may do harm.
+    Not connected: the request was never sent. A reused connection that ends at once and without a byte: the replica had
+    closed it before the request came (of 257 such failures in a measurement, none had been executed). Any other that
+    ends without a byte: the replica may have executed the request, so only where a second execution does no harm.
+    Anything else may do harm.
     """
     outcome = outcome_of(exc)
-    silent = isinstance(exc, Disconnected) and exc.received == 0
-    stale = isinstance(exc, Disconnected) and silent and exc.reused
-    repeatable = outcome is Outcome.CONNECT_FAILED or stale or (silent and route.repeatable)
-    return Failure(backend, outcome, repeatable, stale, silent and not stale)
+    silent = isinstance(exc, Disconnected) and exc.silent and not exc.stale
+    reason = None
+    if outcome is Outcome.CONNECT_FAILED:
+        reason, free = Reason.CONNECT, True
+    elif outcome is Outcome.STALE:
+        reason = Reason.STALE
+    elif silent and route.repeatable:
+        reason = Reason.RESET
+    return Failure(backend, outcome, reason, free, silent)
 
 
 class Forward:
-    """Takes a Call to a Reply. `on_attempt` hears how each attempt ended, at the end of its body."""
+    """Takes a Call to a Reply.
+
+    `on_answer` hears the status of each answer at its head, `on_attempt` how each attempt ended at the end of its body,
+    `on_retry` of each repeat, and of each that the budget or the poison guard forbids: the model's name, and the Reason
+    or Refusal. `clock` gives seconds, `rand` is for ids and back-off.
+    """
 
     def __init__(
         self,
@@ -87,41 +138,86 @@ class Forward:
         on_attempt: Callable[[Backend, Outcome], None] = lambda backend, outcome: None,
         tokens: Mapping[str, str] = MappingProxyType({}),
         rand: random.Random | None = None,
+        *,
+        on_answer: Callable[[Backend, int], None] = lambda backend, status: None,
+        on_retry: Callable[[str, str], None] = lambda model, reason: None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._transport = transport
         self._limits = limits
         self._on_attempt = on_attempt
+        self._on_answer = on_answer
+        self._on_retry = on_retry
         self._tokens = tokens
-        self._random_bits = (rand or random.Random()).getrandbits
+        self._rand = rand or random.Random()
+        self._random_bits = self._rand.getrandbits
+        self._clock = clock
         # Per model, for as long as its entry stays the same
         self._timeouts: dict[str, tuple[CatalogueEntry, Timeout]] = {}
+        # Shared by all calls, and touched only after a failure
+        self._budget = Budget(limits.retry_budget)
+        self._suspects = Suspects(clock)
+        self._resting = Resting()
 
     async def __call__(self, call: Call, model: Model) -> Reply:
         """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it."""
         common = self._common(call, model)
-        tried: list[Backend] = []
-        failure: Failure | None = None
-        while len(tried) < self._limits.attempts:
-            backend = _choose(call, model, tried, failure)
-            if backend is None:
-                break
-            tried.append(backend)
-            try:
-                reply = await self._attempt(call, common, backend, len(tried))
-            except httpx.TransportError as exc:
-                before, failure = failure, classify(exc, backend, call.route)
-                # Silence twice: perhaps it is the request that kills them.
-                if not failure.repeatable or (failure.silent and before is not None and before.silent):
-                    break
-                continue
-            if not self._worth_another(reply, model, tried):
+        backend = self._awake(model, common.key) if self._resting else model.choose(common.key)
+        if backend is None:
+            raise NoBackend(model.name)
+        failures = backend.failures
+        try:
+            reply = await self._attempt(call, common, backend, 1, self._ended, False)
+        except httpx.TransportError as exc:
+            failure = classify(exc, backend, call.route, not failures)
+        else:
+            if reply.status not in self._limits.retry_on_status:
                 return reply
-            failure = Failure(backend, Outcome.UPSTREAM_5XX, repeatable=True)
-            await reply.aclose(Outcome.of_status(reply.status))
-        raise _refusal(failure, model, tried)
+            failure = self._busy(reply)
+        return await self._again(call, model, common, failure)
 
-    async def _attempt(self, call: Call, common: "_Common", backend: Backend, number: int) -> Reply:
-        """Send to one replica. It has the call in flight from here to the end of the Reply."""
+    async def _again(self, call: Call, model: Model, common: "_Common", failure: Failure) -> Reply:
+        """What follows a first attempt that gave no answer, or one that may be repeated."""
+        past: list[Failure] = []
+        while True:
+            past.append(failure)
+            delay = self._delay(model, past)
+            refusal = self._why_not(call, model, past, common.deadline - delay)
+            if refusal is not None:
+                return self._give_up(model, past, refusal)
+            if delay:
+                await _back_off(delay, failure)
+            leave = self._leave(model, common.key, past)
+            if isinstance(leave, Refusal):
+                return self._give_up(model, past, leave)
+            backend, permit = leave
+            failures = backend.failures
+            try:
+                if failure.reply is not None:
+                    await failure.reply.aclose(failure.outcome)
+                # Lost to a connection once: not to that of another replica again.
+                fresh = failure.reason in (Reason.STALE, Reason.RESET)
+                reply = await self._attempt(call, common, backend, len(past) + 1, self._ending(permit), fresh)
+            except BaseException as exc:
+                permit.release()
+                if not isinstance(exc, httpx.TransportError):
+                    raise
+                failure = classify(exc, backend, call.route, not failures)
+            else:
+                if reply.status not in self._limits.retry_on_status:
+                    return reply
+                failure = self._busy(reply)
+
+    async def _attempt(
+        self,
+        call: Call,
+        common: "_Common",
+        backend: Backend,
+        number: int,
+        ended: Callable[[Backend, Outcome], None],
+        fresh: bool,
+    ) -> Reply:
+        """Send to one replica. It has the call in flight from here to the end of the Reply, which `ended` hears of."""
         url, target = backend.address(call.route.path)
         if call.query:
             target += b"?" + call.query
@@ -129,21 +225,24 @@ class Forward:
         request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
         lines = b"host: %b\r\nx-request-id: %b\r\n%b" % (backend.host, request_id, common.lines)
         transport = self._transport
+        stream: httpx.AsyncByteStream
         backend.in_flight += 1
         try:
             if isinstance(transport, Transport):
                 head = request_head("POST", target, lines)
                 stream = await transport.send(
-                    backend.url, url, head, common.body, common.timeout, common.deadline, number > 1
+                    backend.url, url, head, common.body, common.timeout, common.deadline, fresh
                 )
-                return Reply(stream.status, stream.headers, stream, backend, self._ended, number)
-            request = _request(url, target, lines, common, number > 1)
-            response = await transport.handle_async_request(request)
+                status, headers = stream.status, stream.headers
+            else:
+                response = await transport.handle_async_request(_request(url, target, lines, common, fresh))
+                status, stream = response.status_code, _body_of(response)
+                headers = [(name.lower(), value) for name, value in response.headers.raw]
         except BaseException as exc:
-            self._ended(backend, outcome_of(exc))
+            ended(backend, outcome_of(exc))
             raise
-        headers = [(name.lower(), value) for name, value in response.headers.raw]
-        return Reply(response.status_code, headers, _body_of(response), backend, self._ended, number)
+        self._on_answer(backend, status)
+        return Reply(status, headers, stream, backend, ended, number)
 
     def _common(self, call: Call, model: Model) -> "_Common":
         body = _body(call, model)
@@ -152,17 +251,115 @@ class Forward:
             total = self._limits.stream_total
         elif model.entry.timeouts.total is not None:
             total = model.entry.timeouts.total
-        # The clock of both event loops, which are asked for it in vain outside of one.
-        return _Common(body, self._lines(call, model, body), self._timeout(model), monotonic() + total)
+        # The clock of both event loops; to ask for the running one is a system call in Python 3.11.
+        deadline = monotonic() + total
+        key = ""
+        if model.entry.policy == "prefix_affinity":
+            key = affinity_key(model.name, call.fields, call.session_id)
+        return _Common(body, self._lines(call, model, body), self._timeout(model), deadline, key)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1
         self._on_attempt(backend, outcome)
 
-    def _worth_another(self, reply: Reply, model: Model, tried: list[Backend]) -> bool:
-        if reply.status not in self._limits.retry_on_status or len(tried) >= self._limits.attempts:
-            return False
-        return any(backend not in tried for backend in model.available)
+    # Only after a failure
+
+    def _ending(self, permit: Permit) -> Callable[[Backend, Outcome], None]:
+        def ended(backend: Backend, outcome: Outcome) -> None:
+            permit.release()
+            self._ended(backend, outcome)
+
+        return ended
+
+    def _busy(self, reply: Reply) -> Failure:
+        """The failure that an answer with one of the statuses is that may be retried."""
+        seconds = retry_after(reply.headers)
+        if seconds and reply.status in (429, 503):
+            self._resting.rest(reply.backend, seconds, self._clock())
+        return Failure(reply.backend, Outcome.of_status(reply.status), Reason.STATUS, free=False, reply=reply)
+
+    def _delay(self, model: Model, past: list[Failure]) -> float:
+        """Seconds until the next attempt.
+
+        None to another replica after a failure to reach the first: it has nothing to recover from, and the client
+        waits. A busy one may say that all are, and the same one again may just be restarting.
+        """
+        if past[-1].reason is not Reason.STATUS and _others(model, past):
+            return 0.0
+        return back_off(len(past), self._rand.random())
+
+    def _why_not(self, call: Call, model: Model, past: list[Failure], latest: float) -> Refusal | None:
+        """Why the last failure may not be repeated; `latest`: loop time until which it could be."""
+        failure = past[-1]
+        if self._is_poison(call, past):
+            return Refusal.POISON
+        if failure.reason is None or len(past) >= self._limits.attempts:
+            return Refusal.NEVER
+        resting = self._resting.at(self._clock()) if failure.reason is Reason.STATUS else ()
+        if failure.reason is not Reason.STALE and not _others(model, past, resting):
+            return Refusal.NEVER
+        return Refusal.LATE if monotonic() >= latest else None
+
+    def _is_poison(self, call: Call, past: list[Failure]) -> bool:
+        """Whether replicas die of this very request: it must not meet another one. Silence twice is enough for that."""
+        failure = past[-1]
+        if failure.silent:
+            # What looked like an idle connection's end was perhaps the first death.
+            scene = [failure.backend.label for failure in past if failure.silent or failure.reason is Reason.STALE]
+            return self._suspects.accuse(call.body, scene)
+        return failure.reason is Reason.STALE and self._suspects.guilty(call.body)
+
+    def _leave(self, model: Model, key: str, past: list[Failure]) -> tuple[Backend, Permit] | Refusal:
+        """Where the next attempt goes, and the permit for it. To be used at once: a choice may be leave for a probe."""
+        failure = past[-1]
+        permit = FREE if failure.free else self._budget.draw(model.name, model.in_flight)
+        if permit is None:
+            return Refusal.BUDGET_EXHAUSTED
+        tried = [failure.backend for failure in past]
+        only = failure.reason is Reason.STATUS
+        # Replicas often die together; one that has been failing is not what this request needs now.
+        failing = [backend for backend in model.backends if backend.failures]
+        backend = self._awake(model, key, [*tried, *failing], only=True) or self._awake(model, key, tried, only)
+        if backend is None and failure.reason is Reason.STALE:
+            backend = failure.backend
+        if backend is None:
+            permit.release()
+            return Refusal.NEVER
+        self._on_retry(model.name, str(failure.reason))
+        return backend, permit
+
+    def _awake(self, model: Model, key: str, tried: Collection[Backend] = (), only: bool = False) -> Backend | None:
+        """A replica that does not rest; if all do, any: none said that it is out. `only`: then None."""
+        backend, resting = model.choose(key, tried), self._resting.at(self._clock())
+        if backend not in resting:
+            return backend
+        other = model.choose(key, [*tried, *resting])
+        return backend if other is None and not only else other
+
+    def _give_up(self, model: Model, past: list[Failure], why: Refusal) -> Reply:
+        """The answer that could not be improved on. Raises RouterError if there is none."""
+        if why in _LIMITS_REACHED:
+            self._on_retry(model.name, str(why))
+        failure, all_tried = past[-1], not _others(model, past)
+        if failure.reply is None:
+            raise _error(model, past, why, why in _LIMITS_REACHED or all_tried)
+        headers = failure.reply.headers
+        if why in _LIMITS_REACHED or (all_tried and len(past) > 1):
+            headers[:] = [pair for pair in headers if pair[0] != NOT_AGAIN[0]] + [NOT_AGAIN]
+        self._hasten(failure.reply, model)
+        return failure.reply
+
+    def _hasten(self, reply: Reply, model: Model) -> None:
+        """If all replicas rest, the client may come back when the first of them is ready."""
+        now, own = self._clock(), retry_after(reply.headers)
+        others = [backend for backend in model.available if backend is not reply.backend]
+        resting = self._resting.at(now)
+        if own is None or not others or any(backend not in resting for backend in others):
+            return
+        least = ceil(min(self._resting[backend] for backend in others) - now)
+        if least < own:
+            hint = (b"retry-after", b"%d" % max(least, 1))
+            reply.headers[:] = [pair for pair in reply.headers if pair[0] != hint[0]] + [hint]
 
     def _lines(self, call: Call, model: Model, body: bytes) -> bytes:
         lines = call.lines
@@ -197,16 +394,8 @@ class _Common(NamedTuple):
     lines: bytes
     timeout: Timeout
     deadline: float
-
-
-def _choose(call: Call, model: Model, tried: list[Backend], failure: Failure | None) -> Backend | None:
-    key = ""
-    if model.entry.policy == "prefix_affinity":
-        key = affinity_key(model.name, call.fields, call.session_id)
-    backend = model.policy.choose(model.available, key, tried)
-    if backend is None and failure is not None and failure.stale:
-        return failure.backend
-    return backend
+    # For the policy, see routing.affinity
+    key: str
 
 
 def _body(call: Call, model: Model) -> bytes:
@@ -239,21 +428,38 @@ def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:
     return stream
 
 
-def _refusal(failure: Failure | None, model: Model, tried: list[Backend]) -> RouterError:
-    error = _error(failure, model, tried)
-    error.attempts = len(tried)
-    error.backend = tried[-1].label if tried else None
+def _others(model: Model, past: list[Failure], resting: Collection[Backend] = ()) -> bool:
+    """Whether the model has a replica that has not been tried."""
+    tried = [failure.backend for failure in past]
+    return any(backend not in tried and backend not in resting for backend in model.available)
+
+
+async def _back_off(delay: float, failure: Failure) -> None:
+    try:
+        await asyncio.sleep(delay)
+    except BaseException:
+        if failure.reply is not None:
+            await failure.reply.aclose(failure.outcome)
+        raise
+
+
+def _error(model: Model, past: list[Failure], why: Refusal, final: bool) -> RouterError:
+    failure = past[-1]
+    error = _error_of(failure.outcome, model.name, why, final)
+    error.attempts = len(past)
+    error.backend = failure.backend.label
     return error
 
 
-def _error(failure: Failure | None, model: Model, tried: list[Backend]) -> RouterError:
-    if failure is None or failure.outcome is Outcome.CONNECT_FAILED:
-        return NoBackend(model.name)
-    outcome = failure.outcome
+def _error_of(outcome: Outcome, model: str, why: Refusal, final: bool) -> RouterError:
+    if why is Refusal.LATE:
+        return UpstreamTimeout("The model did not answer in time.", Outcome.TOTAL_TIMEOUT, final=True)
+    if outcome is Outcome.CONNECT_FAILED:
+        # Nothing was executed, and Retry-After says when it may work; unless it is repeats that there are too many of.
+        return NoBackend(model, final=why in _LIMITS_REACHED)
     if outcome in (Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT):
         # A repetition would cost another generation of the same length.
         return UpstreamTimeout("The model did not answer in time.", outcome, final=True)
-    final = len(set(tried)) >= len(model.available)
     if outcome is Outcome.PROTOCOL_ERROR:
         return UpstreamProtocolError("The model's backend gave an answer that is not valid HTTP.", outcome, final=final)
-    return UpstreamReset("The model's backend closed the connection before it answered.", outcome, final=final)
+    return UpstreamReset("The model's backend closed the connection before it answered.", Outcome.RESET, final=final)

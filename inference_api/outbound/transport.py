@@ -17,10 +17,11 @@ and whether the connection had been used before.
 
 import asyncio
 import ssl
+from time import monotonic
 
 import httpx
 
-from inference_api.outbound.connection import Connection, Disconnected, ResponseStream, Timeout
+from inference_api.outbound.connection import Closed, Connection, ResponseStream, Timeout, TotalTimeout
 from inference_api.outbound.headers import header_lines
 
 
@@ -97,7 +98,7 @@ class Pool:
         if self._sweep is not None:
             self._sweep.cancel()
         for connection in list(self._open):
-            connection.fail(Disconnected("the router closed the connection", received=0, reused=False))
+            connection.fail(Closed("the router closed the connection"))
 
     def _close_expired(self) -> None:
         self._sweep = None
@@ -169,7 +170,7 @@ class Transport(httpx.AsyncBaseTransport):
             pool = self._pool(origin, url)
         connection = None if fresh else pool.take()
         if connection is None:
-            connection = await pool.connect(timeouts.connect)
+            connection = await _connect(pool, timeouts.connect, deadline)
         stream = connection.exchange(head, body, timeouts, deadline)
         try:
             await stream.head
@@ -205,6 +206,17 @@ class Transport(httpx.AsyncBaseTransport):
 
     def __repr__(self) -> str:
         return f"<Transport {list(self._pools.values())}>"
+
+
+async def _connect(pool: Pool, seconds: float | None, deadline: float | None) -> Connection:
+    """A new connection, before the time to connect is over and before the deadline. Raises as `Pool.connect`."""
+    left = None if deadline is None else deadline - monotonic()
+    if left is None or (seconds is not None and seconds <= left):
+        return await pool.connect(seconds)
+    try:
+        return await pool.connect(left)
+    except httpx.ConnectTimeout as exc:
+        raise TotalTimeout("the time for the request ended before there was a connection") from exc
 
 
 def request_head(method: str, target: bytes, lines: bytes) -> bytes:

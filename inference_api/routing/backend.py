@@ -1,6 +1,6 @@
 """What lives behind a catalogue entry: a Backend is one replica with its live state, a Model is the set of them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from urllib.parse import urlsplit
 
 import httpx
@@ -12,7 +12,7 @@ from inference_api.routing.catalogue import BackendEntry, CatalogueEntry, Policy
 class Backend:
     """One replica URL of a model. `in_flight` is exact on every path: balancing, admission and drain stand on it."""
 
-    __slots__ = ("_addresses", "base_path", "host", "in_flight", "label", "model", "url", "weight")
+    __slots__ = ("_addresses", "base_path", "failures", "host", "in_flight", "label", "model", "url", "weight")
 
     def __init__(self, model: str, url: str, weight: float = 1.0) -> None:
         parts = urlsplit(url)
@@ -27,6 +27,8 @@ class Backend:
         self._addresses: dict[str, tuple[httpx.URL, bytes]] = {}
         # Live state
         self.in_flight = 0
+        # Consecutive failed attempts
+        self.failures = 0
 
     def address(self, path: str) -> tuple[httpx.URL, bytes]:
         """URL and request target of a route on this replica; parsing a URL costs more than forwarding a request."""
@@ -61,6 +63,10 @@ class Model:
         self.max_model_len = None
         if backends != self.backends:
             self.backends = self.available = backends
+
+    def choose(self, key: str, tried: Collection[Backend] = ()) -> Backend | None:
+        """The replica for the next attempt, none of `tried`, or None when nothing is left."""
+        return self.policy.choose(self.available, key, tried)
 
     def __repr__(self) -> str:
         return f"<Model {self.name}: {len(self.available)}/{len(self.backends)} backends, {self.in_flight} in flight>"

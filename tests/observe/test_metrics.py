@@ -98,6 +98,7 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "tokens": ("counter", {"model_name", "type"}, ()),
     "stream_aborts": ("counter", {"model_name", "reason"}, ()),
     "upstream_attempts": ("counter", {"model_name", "backend", "outcome"}, ()),
+    "retries": ("counter", {"model_name", "reason"}, ()),
     "backend_in_flight": ("gauge", {"model_name", "backend"}, ()),
     "registry_models": ("gauge", {"source"}, ()),
     "registry_last_success_timestamp_seconds": ("gauge", set(), ()),
@@ -133,7 +134,9 @@ async def lively(request: Received, line: Line) -> None:
 
 
 async def test_every_family_is_there_with_its_type_labels_and_buckets(start_engine: Start, start_router: Start) -> None:
-    served = await start_router(await start_engine(lively), registry_url="http://127.0.0.1:9")
+    engine, dead = await start_engine(lively), await start_engine()
+    await dead.stop()
+    served = await start_router(engine, dead, entry={"policy": "round_robin"}, registry_url="http://127.0.0.1:9")
     await everything_once(served)
     families = (await scrape(served)).families
 
@@ -493,8 +496,10 @@ async def test_each_attempt_is_its_own_backends(start_engine: Start, start_route
         if s.name == P + "upstream_attempts_total"
     }
     assert attempts[alive.url.removeprefix("http://"), "ok"] == 10
-    assert attempts[dead.url.removeprefix("http://"), "connect_failed"] >= 4
+    failed = attempts[dead.url.removeprefix("http://"), "connect_failed"]
+    assert failed >= 4
     assert len(attempts) == 2
+    assert seen.values("retries_total", "reason") == {"connect": failed}
 
 
 async def test_a_backend_that_left_takes_its_series_along(start_engine: Start, start_router: Start) -> None:

@@ -401,7 +401,38 @@ async def test_a_replica_that_goes_away_from_a_used_connection(start_engine: Sta
         await ask(transport, engine)
 
     assert (caught.value.received, caught.value.reused) == (0, True)
+    assert caught.value.stale
     assert engine.connections == 1
+
+
+async def test_a_replica_that_held_a_request_for_long_was_not_a_stale_connection(
+    start_engine: Start, transport: Transport
+) -> None:
+    async def script(request: Received, line: Line) -> None:
+        if len(engine.requests) == 1:
+            await line.send(OK)
+        else:
+            await asyncio.sleep(1.05)
+            line.reset()
+
+    engine: FakeEngine = await start_engine(script)
+    await ask(transport, engine)
+
+    with pytest.raises(Disconnected) as caught:
+        await ask(transport, engine)
+
+    assert caught.value.waited > 1
+    assert caught.value.silent
+    assert caught.value.reused
+    assert not caught.value.stale
+
+
+@pytest.mark.parametrize(
+    ("received", "reused", "waited", "stale"),
+    [(0, True, 0.0, True), (0, True, 0.99, True), (0, True, 1.0, False), (0, False, 0.0, False), (1, True, 0.0, False)],
+)
+def test_what_a_stale_connection_is(received: int, reused: bool, waited: float, stale: bool) -> None:
+    assert Disconnected("gone", received=received, reused=reused, waited=waited).stale == stale
 
 
 @pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\n", OK[:30], b"HTTP/1.1 100 Continue\r\n\r\n"])

@@ -2,12 +2,15 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from inference_api.inbound.routes import INFERENCE_ROUTES
@@ -69,17 +72,48 @@ class Body(httpx.AsyncByteStream):
         self.closed += 1
 
 
-class Desk:
-    """A Forward over a transport that plays `results` in turn, and what it did with them."""
+class Jitter(random.Random):
+    """Always the same share of the longest back-off; 1000 of them is 25 seconds or more."""
 
-    def __init__(self, *results: Exception | httpx.Response | int, **limits: Any) -> None:
+    def __init__(self, share: float) -> None:
+        super().__init__(1)
+        self._share = share
+
+    def random(self) -> float:
+        return self._share
+
+
+class FirstChoice:
+    """A policy: the first that has not been tried."""
+
+    def choose(self, replicas: Sequence[Backend], key: str, tried: Collection[Backend] = ()) -> Backend | None:
+        return next((replica for replica in replicas if replica not in tried), None)
+
+
+class Desk:
+    """A Forward over a transport that plays `results` in turn, and what it did with them; its clock stands still."""
+
+    def __init__(self, *results: Exception | httpx.Response | int, jitter: float | None = None, **limits: Any) -> None:
         self.results = list(results)
         self.requests: list[httpx.Request] = []
+        self.answers: list[tuple[str, int]] = []
         self.ended: list[tuple[str, Outcome]] = []
+        self.retries: list[str] = []
+        self.now = 1000.0
+        self.rand = random.Random(1) if jitter is None else Jitter(jitter)
         self.forward = self.over(httpx.MockTransport(self.handle), **limits)
 
     def over(self, transport: httpx.AsyncBaseTransport, tokens: dict[str, str] | None = None, **limits: Any) -> Forward:
-        return Forward(transport, Limits(**limits), self.note, tokens or {})
+        return Forward(
+            transport,
+            Limits(**limits),
+            self.note,
+            tokens or {},
+            self.rand,
+            on_answer=lambda backend, status: self.answers.append((backend.label, status)),
+            on_retry=lambda model, reason: self.retries.append(reason),
+            clock=lambda: self.now,
+        )
 
     def note(self, backend: Backend, outcome: Outcome) -> None:
         self.ended.append((backend.label, outcome))
@@ -112,6 +146,8 @@ def in_flight(model: Model) -> list[int]:
 
 STALE = Disconnected("gone", received=0, reused=True)
 SILENT = Disconnected("gone", received=0, reused=False)
+# A used connection, but the replica had the request for two seconds.
+DIED = Disconnected("gone", received=0, reused=True, waited=2.0)
 PARTIAL = Disconnected("gone", received=17, reused=False)
 PARTIAL_REUSED = Disconnected("gone", received=17, reused=True)
 REFUSED = httpx.ConnectError("refused")
@@ -124,7 +160,7 @@ UNREACHED = httpx.ConnectTimeout("late")
 @pytest.mark.parametrize("label", ["chat_completions", "responses", "transcriptions", "embeddings"])
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(REFUSED, Outcome.CONNECT_FAILED), (UNREACHED, Outcome.CONNECT_FAILED), (STALE, Outcome.RESET)],
+    [(REFUSED, Outcome.CONNECT_FAILED), (UNREACHED, Outcome.CONNECT_FAILED), (STALE, Outcome.STALE)],
 )
 async def test_a_request_that_was_not_taken_goes_to_another_replica(
     label: str, error: Exception, outcome: Outcome
@@ -148,7 +184,7 @@ async def test_a_stale_connection_is_replaced_at_the_same_replica_if_there_is_no
 
     assert desk.hosts == ["a", "a"]
     assert [request.extensions["fresh"] for request in desk.requests] == [False, True]
-    assert desk.outcomes == [Outcome.RESET, Outcome.OK]
+    assert desk.outcomes == [Outcome.STALE, Outcome.OK]
 
 
 async def test_a_refused_connection_is_not_tried_again_at_the_same_replica() -> None:
@@ -161,8 +197,9 @@ async def test_a_refused_connection_is_not_tried_again_at_the_same_replica() -> 
 
 
 @pytest.mark.parametrize("label", [label for label in ROUTES if label != "responses"])
-async def test_silence_on_a_fresh_connection_is_tried_once_more(label: str) -> None:
-    desk, model = Desk(SILENT), model_of(*REPLICAS)
+@pytest.mark.parametrize("error", [SILENT, DIED])
+async def test_silence_is_tried_once_more(error: Exception, label: str) -> None:
+    desk, model = Desk(error), model_of(*REPLICAS)
 
     reply = await desk.forward(call_to(label), model)
 
@@ -172,8 +209,9 @@ async def test_silence_on_a_fresh_connection_is_tried_once_more(label: str) -> N
     assert desk.outcomes == [Outcome.RESET, Outcome.OK]
 
 
-async def test_silence_on_a_fresh_connection_is_final_where_a_second_run_does_harm() -> None:
-    desk, model = Desk(SILENT), model_of(*REPLICAS)
+@pytest.mark.parametrize("error", [SILENT, DIED])
+async def test_silence_is_final_where_a_second_run_does_harm(error: Exception) -> None:
+    desk, model = Desk(error), model_of(*REPLICAS)
 
     with pytest.raises(UpstreamReset):
         await desk.forward(call_to("responses"), model)
@@ -329,7 +367,8 @@ async def test_a_model_without_replicas_has_no_backend() -> None:
         ((PARTIAL,), REPLICAS[:1], True),
         ((PARTIAL,), REPLICAS[:2], False),
         ((SILENT, SILENT), REPLICAS[:2], True),
-        ((SILENT, SILENT), REPLICAS, False),
+        ((SILENT, REFUSED), REPLICAS, False),
+        ((SILENT, SILENT), REPLICAS, True),
         ((Malformed("junk"),), REPLICAS[:1], True),
         ((Malformed("junk"),), REPLICAS, False),
         ((FirstByteTimeout("late"),), REPLICAS, True),
@@ -352,6 +391,489 @@ async def test_no_error_names_a_backend(error: Exception) -> None:
 
     assert "secret-host" not in caught.value.message
     assert "1234" not in caught.value.message
+
+
+# When it is tried again
+
+
+@pytest.mark.parametrize("error", [REFUSED, UNREACHED, STALE, SILENT])
+async def test_another_replica_is_tried_at_once(error: Exception) -> None:
+    desk = Desk(error, jitter=1000)
+
+    async with asyncio.timeout(10):
+        await finish(await desk.forward(call_to(), model_of(*REPLICAS)))
+
+    assert len(desk.requests) == 2
+
+
+@pytest.mark.parametrize(("first", "urls"), [(503, REPLICAS), (STALE, REPLICAS[:1])])
+async def test_a_client_that_leaves_during_a_pause_is_not_served_again(
+    first: Exception | int, urls: tuple[str, ...]
+) -> None:
+    busy = Body()
+    desk = Desk(httpx.Response(503, stream=busy) if first == 503 else STALE, jitter=1000)
+    model = model_of(*urls)
+    calling = asyncio.ensure_future(desk.forward(call_to(), model))
+    await until(lambda: desk.requests)
+    await asyncio.sleep(0.01)
+
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+    assert len(desk.requests) == len(desk.ended) == 1
+    assert in_flight(model) == [0] * len(urls)
+    assert busy.closed == (first == 503)
+
+
+async def test_a_client_that_leaves_while_it_is_tried_again_gives_its_permit_back() -> None:
+    async def handle(request: httpx.Request) -> httpx.Response:
+        desk.requests.append(request)
+        if len(desk.requests) == 1:
+            raise SILENT
+        await asyncio.sleep(30)
+        raise AssertionError("never")
+
+    desk, model = Desk(), model_of(*REPLICAS)
+    weaken(model)
+    forward = desk.over(httpx.MockTransport(handle))
+    calling = asyncio.ensure_future(forward(call_to(), model))
+    await until(lambda: len(desk.requests) == 2)
+    assert forward._budget.drawn("m") == 1
+
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+    assert forward._budget.drawn("m") == 0
+    assert desk.outcomes == [Outcome.RESET, Outcome.CLIENT_GONE]
+    assert in_flight(model) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("error", [REFUSED, STALE, SILENT])
+async def test_no_attempt_starts_after_the_deadline(error: Exception) -> None:
+    desk, model = Desk(error, total=0.0), model_of(*REPLICAS)
+
+    with pytest.raises(UpstreamTimeout) as caught:
+        await desk.forward(call_to(), model)
+
+    assert caught.value.outcome is Outcome.TOTAL_TIMEOUT
+    assert (b"x-should-retry", b"false") in caught.value.headers
+    assert len(desk.requests) == 1
+    assert desk.retries == []
+
+
+async def test_no_pause_goes_beyond_the_deadline() -> None:
+    desk = Desk(503, jitter=1000, total=20.0)
+
+    async with asyncio.timeout(10):
+        reply = await desk.forward(call_to(), model_of(*REPLICAS))
+
+    assert (reply.status, len(desk.requests)) == (503, 1)
+    assert not_again(reply) is False
+    await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
+# How often
+
+
+def alternately(*results: Exception | int, times: int) -> list[Exception | int]:
+    return list(results) * times
+
+
+def weaken(model: Model) -> None:
+    """Its replicas have been failing already."""
+    for backend in model.backends:
+        backend.failures = 1
+
+
+def not_again(reply: Reply) -> bool:
+    return (b"x-should-retry", b"false") in reply.headers
+
+
+@pytest.mark.parametrize("error", [REFUSED, STALE, SILENT])
+async def test_a_replica_that_dies_may_take_any_number_with_it(error: Exception) -> None:
+    desk, model = Desk(*alternately(error, 200, times=10)), model_of(*REPLICAS)
+
+    replies = [await desk.forward(call_to(body=b"%d" % number), model) for number in range(10)]
+
+    assert [reply.status for reply in replies] == [200] * 10
+    assert desk.retries == [desk.retries[0]] * 10
+    for reply in replies:
+        await reply.aclose(Outcome.OK)
+
+
+@pytest.mark.parametrize(("error", "kind"), [(STALE, UpstreamReset), (SILENT, UpstreamReset)])
+async def test_a_model_whose_replicas_fail_has_a_budget_of_repeats(error: Exception, kind: type[RouterError]) -> None:
+    desk, model = Desk(*alternately(error, 200, times=3), error, error, 200), model_of(*REPLICAS)
+    weaken(model)
+    replies = [await desk.forward(call_to(body=b"%d" % number), model) for number in range(3)]
+
+    with pytest.raises(kind) as caught:
+        await desk.forward(call_to(body=b"refused"), model)
+
+    assert (b"x-should-retry", b"false") in caught.value.headers
+    assert (caught.value.attempts, len(desk.requests)) == (1, 7)
+    assert desk.retries[-1] == "budget_exhausted"
+    # A permit comes back with the end of the body.
+    await replies.pop().aclose(Outcome.OK)
+    replies.append(await desk.forward(call_to(body=b"allowed"), model))
+    assert desk.retries.count("budget_exhausted") == 1
+    for reply in replies:
+        await reply.aclose(Outcome.OK)
+    assert in_flight(model) == [0, 0, 0]
+
+
+async def test_what_was_never_sent_is_repeated_freely() -> None:
+    desk, model = Desk(*alternately(REFUSED, 200, times=9)), model_of(*REPLICAS)
+    weaken(model)
+
+    replies = [await desk.forward(call_to(), model) for _ in range(9)]
+
+    assert [reply.attempts for reply in replies] == [2] * 9
+    assert desk.forward._budget.drawn("m") == 0
+    for reply in replies:
+        await reply.aclose(Outcome.OK)
+
+
+async def test_a_busy_model_has_a_budget_of_repeats_however_well_it_stands() -> None:
+    desk, model = Desk(*[503, 200] * 3, 503, 503, 200, retry_budget=0.1), model_of(*REPLICAS)
+    replies = [await desk.forward(call_to(), model) for _ in range(3)]
+
+    replies.append(await desk.forward(call_to(), model))
+    model.in_flight = 40
+    replies.append(await desk.forward(call_to(), model))
+
+    assert [reply.status for reply in replies] == [200, 200, 200, 503, 200]
+    assert [not_again(reply) for reply in replies] == [False, False, False, True, False]
+    assert desk.retries == ["status"] * 3 + ["budget_exhausted", "status"]
+    for reply in replies:
+        await reply.aclose(Outcome.OK)
+    assert desk.forward._budget.drawn("m") == 0
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
+async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(policy: str) -> None:
+    urls = [f"http://r{number}:1" for number in range(6)]
+    for good in range(6):
+        desk, model = Desk(REFUSED, REFUSED, 200), model_of(*urls, policy=policy)
+        for number, backend in enumerate(model.backends):
+            backend.failures = int(number != good)
+
+        with suppress(NoBackend):
+            await finish(await desk.forward(call_to(), model))
+
+        assert f"r{good}" in desk.hosts
+
+
+async def test_only_what_a_replica_in_good_standing_failed_is_repeated_freely() -> None:
+    desk, model = Desk(STALE, STALE, 200, attempts=3), model_of(*REPLICAS)
+    model.policy = FirstChoice()
+    model.backends[1].failures = model.backends[2].failures = 1
+
+    reply = await desk.forward(call_to(), model)
+
+    assert desk.hosts == ["a", "b", "c"]
+    assert desk.forward._budget.drawn("m") == 1
+    await reply.aclose(Outcome.OK)
+    assert desk.forward._budget.drawn("m") == 0
+
+
+async def test_a_client_that_leaves_while_a_busy_answer_is_closed_gives_its_permit_back() -> None:
+    class Stuck(Body):
+        async def aclose(self) -> None:
+            await super().aclose()
+            await asyncio.sleep(30)
+
+    desk, model = Desk(httpx.Response(503, stream=(busy := Stuck())), jitter=0.0), model_of(*REPLICAS)
+    calling = asyncio.ensure_future(desk.forward(call_to(), model))
+    await until(lambda: busy.closed)
+    assert desk.forward._budget.drawn("m") == 1
+
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+    assert desk.forward._budget.drawn("m") == 0
+    assert len(desk.requests) == 1
+    assert in_flight(model) == [0, 0, 0]
+
+
+async def test_a_choice_that_fails_gives_its_permit_back() -> None:
+    class Closing(FirstChoice):
+        """All circuits open while the client waits."""
+
+        def choose(self, replicas: Sequence[Backend], key: str, tried: Collection[Backend] = ()) -> Backend | None:
+            return None if tried else replicas[0]
+
+    desk, model = Desk(503), model_of(*REPLICAS)
+    model.policy = Closing()
+
+    reply = await desk.forward(call_to(), model)
+
+    assert (reply.status, not_again(reply), desk.retries) == (503, False, [])
+    assert desk.forward._budget.drawn("m") == 0
+    await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(REFUSED, "connect"), (UNREACHED, "connect"), (STALE, "stale"), (SILENT, "reset"), (503, "status")],
+)
+async def test_a_repeat_is_counted_by_its_reason(error: Exception | int, reason: str) -> None:
+    desk = Desk(error)
+
+    await finish(await desk.forward(call_to(), model_of(*REPLICAS)))
+
+    assert desk.retries == [reason]
+
+
+async def test_an_answer_is_told_of_at_its_head() -> None:
+    desk = Desk(REFUSED, 503, 200, attempts=3)
+
+    reply = await desk.forward(call_to(), model_of(*REPLICAS))
+
+    assert [status for _, status in desk.answers] == [503, 200]
+    assert desk.answers[-1] == (reply.backend.label, 200)
+    await reply.aclose(Outcome.OK)
+
+
+# Requests that kill
+
+
+async def test_a_request_that_two_replicas_died_of_meets_no_third() -> None:
+    desk, model = Desk(*[SILENT] * 4, 200, attempts=3), model_of(*REPLICAS)
+
+    refusals = []
+    for _ in range(3):
+        with pytest.raises(UpstreamReset) as caught:
+            await desk.forward(call_to(), model)
+        refusals.append((caught.value.attempts, (b"x-should-retry", b"false") in caught.value.headers))
+        desk.now += 2
+
+    assert refusals == [(2, True), (1, True), (1, True)]
+    assert desk.retries == ["reset", "poison", "poison", "poison"]
+    reply = await desk.forward(call_to(body=b"another"), model)
+    assert reply.status == 200
+    await reply.aclose(Outcome.OK)
+
+
+async def test_a_first_death_may_look_like_a_stale_connection() -> None:
+    desk, model = Desk(STALE, SILENT, STALE), model_of(*REPLICAS)
+
+    with pytest.raises(UpstreamReset) as first:
+        await desk.forward(call_to(), model)
+    with pytest.raises(UpstreamReset) as second:
+        await desk.forward(call_to(), model)
+
+    assert (first.value.attempts, second.value.attempts) == (2, 1)
+    assert (b"x-should-retry", b"false") in first.value.headers
+    assert (b"x-should-retry", b"false") in second.value.headers
+
+
+async def test_stale_connections_alone_make_nobody_a_suspect() -> None:
+    desk, model = Desk(*alternately(STALE, 200, times=5)), model_of(*REPLICAS)
+
+    for _ in range(5):
+        await finish(await desk.forward(call_to(), model))
+        desk.now += 2
+
+    assert desk.retries == ["stale"] * 5
+
+
+async def test_equal_requests_that_die_with_their_replica_did_not_kill_it() -> None:
+    async def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "a":
+            raise SILENT
+        return await desk.handle(request)
+
+    desk, model = Desk(), model_of(*REPLICAS[:2])
+    dying, alive = model.backends
+    model.policy = FirstChoice()
+    forward = desk.over(httpx.MockTransport(handle))
+    calls = [asyncio.ensure_future(forward(call_to(), model)) for _ in range(5)]
+
+    replies = await asyncio.gather(*calls)
+
+    assert {reply.backend for reply in replies} == {alive}
+    assert desk.ended == [(dying.label, Outcome.RESET)] * 5
+    for reply in replies:
+        await reply.aclose(Outcome.OK)
+
+
+async def test_a_request_that_may_be_sent_once_is_watched_too() -> None:
+    desk, model = Desk(SILENT, SILENT), model_of(*REPLICAS)
+
+    final = []
+    for _ in range(2):
+        with pytest.raises(UpstreamReset) as caught:
+            await desk.forward(call_to("responses"), model)
+        final.append((b"x-should-retry", b"false") in caught.value.headers)
+        desk.now += 2
+
+    assert final == [False, True]
+
+
+# Replicas that ask for a rest
+
+
+def busy_for(seconds: int, status: int = 503) -> httpx.Response:
+    return httpx.Response(status, headers={"retry-after": str(seconds)}, stream=Body())
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_replica_that_asks_for_a_rest_has_it(status: int, policy: str) -> None:
+    desk, model = Desk(busy_for(7, status), retry_on_status=frozenset({status})), model_of(*REPLICAS, policy=policy)
+
+    await finish(await desk.forward(call_to(), model))
+    tired = desk.hosts[0]
+    desk.now += 6.9
+    for _ in range(20):
+        await finish(await desk.forward(call_to(body=b"x"), model))
+    assert tired not in desk.hosts[1:]
+
+    desk.now += 0.2
+    assert not desk.forward._resting.at(desk.now)
+    for number in range(60):
+        await finish(await desk.forward(call_to(fields=CHAT, session_id=f"s{number}"), model))
+    assert tired in desk.hosts[21:]
+
+
+async def test_a_status_that_is_not_tried_again_gives_no_rest() -> None:
+    desk, model = Desk(busy_for(7, 429)), model_of(*REPLICAS[:2])
+
+    first = await desk.forward(call_to(), model)
+    for _ in range(3):
+        await finish(await desk.forward(call_to(), model))
+
+    assert first.status == 429
+    assert desk.hosts[2] == desk.hosts[0] != desk.hosts[1]
+    await first.aclose(Outcome.UPSTREAM_4XX)
+
+
+@pytest.mark.parametrize("seconds", [(5, 20), (20, 5)])
+async def test_if_all_rest_the_shortest_rest_is_told(seconds: tuple[int, int]) -> None:
+    desk, model = Desk(*map(busy_for, seconds)), model_of(*REPLICAS[:2])
+
+    reply = await desk.forward(call_to(), model)
+
+    assert [value for name, value in reply.headers if name == b"retry-after"] == [b"5"]
+    await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
+async def test_if_all_rest_the_answer_says_when_the_first_of_them_is_ready() -> None:
+    desk, model = Desk(busy_for(5), busy_for(20), busy_for(9)), model_of(*REPLICAS[:2])
+
+    first = await desk.forward(call_to(), model)
+    desk.now += 1.5
+    second = await desk.forward(call_to(), model)
+
+    hints = [[value for name, value in reply.headers if name == b"retry-after"] for reply in (first, second)]
+    # Nobody is asked twice at once, and all resting is no reason to refuse.
+    assert [first.attempts, second.attempts] == [2, 1]
+    assert hints[0] == [b"5"]
+    assert hints[1] in ([b"4"], [b"9"])
+    assert not_again(first)
+    for reply in (first, second):
+        await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
+async def test_the_only_replicas_rest_is_told_as_it_is() -> None:
+    desk, model = Desk(busy_for(120), busy_for(60)), model_of("http://a:1")
+
+    for seconds in (b"120", b"60"):
+        reply = await desk.forward(call_to(), model)
+        assert (b"retry-after", seconds) in reply.headers
+        assert not not_again(reply)
+        await reply.aclose(Outcome.UPSTREAM_5XX)
+
+    assert (await desk.forward(call_to(), model)).status == 200
+
+
+async def test_a_replica_that_rests_is_better_than_none() -> None:
+    desk, model = Desk(busy_for(9), 200, REFUSED), model_of(*REPLICAS[:2])
+    await finish(await desk.forward(call_to(), model))
+
+    await finish(await desk.forward(call_to(), model))
+
+    tired, other, *rest = desk.hosts
+    assert rest == [other, tired]
+
+
+async def test_a_busy_replica_is_not_a_reason_to_wake_another() -> None:
+    desk, model = Desk(busy_for(9), 200, 503), model_of(*REPLICAS[:2])
+    await finish(await desk.forward(call_to(), model))
+
+    reply = await desk.forward(call_to(), model)
+
+    assert (reply.status, reply.attempts, not_again(reply)) == (503, 1, False)
+    await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
+@pytest.mark.parametrize(("status", "told"), [(503, True), (429, True)])
+async def test_an_sdk_is_told_when_every_replica_was_tried(status: int, told: bool) -> None:
+    statuses = frozenset({status})
+    own = httpx.Response(status, headers={"x-should-retry": "true"}, stream=Body())
+    desk = Desk(status, own, retry_on_status=statuses)
+
+    reply = await desk.forward(call_to(), model_of(*REPLICAS[:2]))
+
+    assert [value for name, value in reply.headers if name == b"x-should-retry"] == [b"false"]
+    await reply.aclose(Outcome.UPSTREAM_5XX)
+
+
+# Whatever happens
+
+_RESULTS: dict[str, Any] = {
+    "refused": REFUSED, "unreached": UNREACHED, "stale": STALE, "silent": SILENT, "died": DIED, "partial": PARTIAL,
+    "junk": Malformed("junk"), "late": FirstByteTimeout("late"), "total": TotalTimeout("late"),
+    "ok": 200, "bad": 400, "error": 500, "busy": 503, "tired": busy_for, "slow down": 429,
+}  # fmt: skip
+_REPEATABLE = {"refused", "unreached", "stale", "silent", "died", "busy", "tired"}
+
+
+@given(
+    st.lists(st.sampled_from(sorted(_RESULTS)), max_size=12),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from(["chat_completions", "responses"]),
+    st.booleans(),
+)
+async def test_whatever_happens_the_rules_hold(
+    names: list[str], attempts: int, replicas: int, label: str, weak: bool
+) -> None:
+    results = [busy_for(3) if name == "tired" else _RESULTS[name] for name in names]
+    desk, model = Desk(*results, attempts=attempts, jitter=0.0), model_of(*REPLICAS[:replicas])
+    if weak:
+        weaken(model)
+    seen = 0
+    while desk.results or not seen:
+        try:
+            reply = await desk.forward(call_to(label), model)
+        except RouterError as error:
+            count, hints = error.attempts, error.headers
+        else:
+            count, hints = reply.attempts, reply.headers
+            await finish(reply)
+        mine, what = desk.requests[seen:], [*names, *["ok"] * attempts][seen : seen + count]
+        seen += count
+
+        assert len(mine) == count <= attempts
+        assert set(what[:-1]) <= _REPEATABLE
+        assert sum(name in ("silent", "died") for name in what[:-1]) <= 1
+        assert label != "responses" or not {"silent", "died"} & set(what[:-1])
+        hosts = [request.url.host for request in mine]
+        for number in range(1, count):
+            again = what[number - 1] == "stale" and hosts[number] == hosts[number - 1]
+            assert hosts[number] not in hosts[:number] or (again and len(set(hosts[:number])) == replicas)
+        lost = [name in ("stale", "silent", "died") for name in what]
+        assert [request.extensions["fresh"] for request in mine] == [False, *lost[: count - 1]]
+        if what[-1] in ("ok", "bad", "error", "slow down"):
+            assert (b"x-should-retry", b"false") not in hints
+        assert in_flight(model) == [0] * replicas
+        assert desk.forward._budget.drawn("m") == 0
+    assert len(desk.ended) == len(desk.requests)
 
 
 # Accounts
@@ -600,7 +1122,7 @@ async def test_a_replica_that_closed_the_connection_meanwhile_is_asked_again(
 
     assert replies == [orjson.dumps(COMPLETION)] * 2
     assert [request.connection for request in engine.requests] == [1, 1, 2]
-    assert desk.outcomes == [Outcome.OK, Outcome.RESET, Outcome.OK]
+    assert desk.outcomes == [Outcome.OK, Outcome.STALE, Outcome.OK]
     assert in_flight(model) == [0]
 
 

@@ -8,15 +8,15 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from inference_api.outbound.connection import Disconnected, ResponseStream
+from inference_api.outbound.connection import Closed, Disconnected, ResponseStream, TotalTimeout
 from inference_api.outbound.transport import Transport
 from tests.fakes import (
     COMPLETION,
@@ -30,6 +30,7 @@ from tests.fakes import (
     body_of,
     chunk,
     event,
+    full_listener,
     hang,
     json_response,
     raw,
@@ -48,20 +49,6 @@ async def begin(transport: Transport, engine: FakeEngine, **extensions: Any) -> 
     response = await transport.handle_async_request(request_for(engine, **extensions))
     assert isinstance(response.stream, ResponseStream)
     return response.stream
-
-
-@contextmanager
-def full_listener() -> Iterator[str]:
-    """A URL where nobody answers a SYN: its listener has no room for another connection."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(3):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
 
 @asynccontextmanager
@@ -462,9 +449,9 @@ async def test_closing_ends_everything(start_engine: Start, transport: Transport
 
     await transport.aclose()
 
-    with pytest.raises(Disconnected):
+    with pytest.raises(Closed):
         await body_of(stream)
-    with pytest.raises(Disconnected):
+    with pytest.raises(Closed):
         await waiting
     await until(lambda: idle.open == busy.open == silent.open == 0)
     assert repr(transport) == "<Transport []>"
@@ -495,6 +482,27 @@ async def test_nobody_answers_the_call(transport: Transport) -> None:
     with full_listener() as url, pytest.raises(httpx.ConnectTimeout):
         await transport.handle_async_request(httpx.Request("GET", url, extensions={"timeout": {"connect": 0.05}}))
 
+    assert "0 active, 0 idle" in repr(transport)
+
+
+async def test_the_time_to_connect_ends_with_the_deadline(transport: Transport) -> None:
+    extensions = {"timeout": {"connect": 30}, "deadline": asyncio.get_running_loop().time() + 0.05}
+    with full_listener() as url, pytest.raises(TotalTimeout):
+        await transport.handle_async_request(httpx.Request("GET", url, extensions=extensions))
+
+    assert "0 active, 0 idle" in repr(transport)
+
+
+@pytest.mark.parametrize("extensions", [{}, {"timeout": {"connect": 30}}])
+async def test_a_deadline_that_has_passed_makes_no_connection(
+    extensions: dict[str, Any], start_engine: Start, transport: Transport
+) -> None:
+    engine = await start_engine()
+
+    with pytest.raises(TotalTimeout):
+        await ask(transport, engine, deadline=asyncio.get_running_loop().time() - 1, **extensions)
+
+    assert engine.requests == []
     assert "0 active, 0 idle" in repr(transport)
 
 

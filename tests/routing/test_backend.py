@@ -120,7 +120,18 @@ def test_another_policy_is_a_new_policy_over_the_same_replicas(fleet: Fleet) -> 
 
     assert type(model.policy) is not type(policy)
     assert model.backends is backends
-    assert model.policy.choose(model.available, "") in backends
+    assert model.choose("") in backends
+
+
+def test_a_model_chooses_by_its_policy_what_has_not_been_tried(fleet: Fleet) -> None:
+    update(fleet, entry("a", "b", policy="round_robin"))
+    model = fleet.models["m"]
+    a, b = model.backends
+
+    assert {model.choose(""), model.choose("")} == {a, b}
+    assert model.choose("", [a]) is b
+    assert model.choose("", [a, b]) is None
+    assert a.failures == 0
 
 
 def test_each_model_has_a_policy_of_its_own(fleet: Fleet) -> None:
