@@ -77,7 +77,11 @@ def classify(exc: httpx.TransportError, backend: Backend, route: Route) -> Failu
 
 
 class Forward:
-    """Takes a Call to a Reply. `on_attempt` hears how each attempt ended, at the end of its body."""
+    """Takes a Call to a Reply.
+
+    `on_answer` hears of the head of each answer, with its status, and `on_attempt` how each attempt ended, at the end
+    of its body.
+    """
 
     def __init__(
         self,
@@ -86,10 +90,12 @@ class Forward:
         on_attempt: Callable[[Backend, Outcome], None] = lambda backend, outcome: None,
         tokens: Mapping[str, str] = MappingProxyType({}),
         rand: random.Random | None = None,
+        on_answer: Callable[[Backend, int], None] = lambda backend, status: None,
     ) -> None:
         self._transport = transport
         self._limits = limits
         self._on_attempt = on_attempt
+        self._on_answer = on_answer
         self._tokens = tokens
         self._random_bits = (rand or random.Random()).getrandbits
         # Per model, for as long as its entry stays the same
@@ -141,6 +147,7 @@ class Forward:
         except BaseException as exc:
             self._ended(backend, outcome_of(exc))
             raise
+        self._on_answer(backend, response.status_code)
         return Reply(response.status_code, _raw(response), _body_of(response), backend, self._ended, number)
 
     def _common(self, call: Call, model: Model) -> "_Common":
@@ -202,7 +209,7 @@ def _choose(call: Call, model: Model, tried: list[Backend], failure: Failure | N
     key = ""
     if model.entry.policy == "prefix_affinity":
         key = affinity_key(model.name, call.fields, call.session_id)
-    backend = model.policy.choose(model.available, key, tried)
+    backend = model.choose(key, tried)
     if backend is None and failure is not None and failure.stale:
         return failure.backend
     return backend
