@@ -27,9 +27,10 @@ _SLOW_START = 30.0
 # A model's only replica is tried this often while it refuses connections.
 _SOLE_COOLDOWN = 1.0
 
+_OK = Outcome.OK
 _BAD_STATUS = frozenset({502, 503, 504})
 # The rest says nothing about the replica: the client left, the request took longer than the router allows.
-_GOOD = frozenset({Outcome.OK, Outcome.UPSTREAM_4XX})
+_GOOD = frozenset({_OK, Outcome.UPSTREAM_4XX})
 _BAD = frozenset(
     {
         Outcome.CONNECT_FAILED,
@@ -90,7 +91,7 @@ class Health:
 
     def ended(self, backend: Backend, outcome: Outcome) -> None:
         """An attempt is over, whether it had an answer or not."""
-        if outcome is not Outcome.OK or backend.failures:
+        if outcome is not _OK or backend.failures:
             self._ended(backend, outcome)
 
     def _answered(self, backend: Backend, status: int) -> None:
