@@ -229,8 +229,8 @@ class Health:
 
     def _refresh(self, backend: Backend, reweighed: bool = False) -> None:
         model = self._fleet.models.get(backend.model)
-        if model is None or backend not in model.backends:
-            return  # it has left
+        if model is None:
+            return
         was_panic = model.panic
         model.refresh(reweighed)
         model.guard = self if model.open else None

@@ -91,3 +91,6 @@ class Prober:
         assert isinstance(response.stream, httpx.AsyncByteStream)
         await response.stream.aclose()
         return response.status_code < 500
+
+    def __repr__(self) -> str:
+        return f"<Prober of {len(self._watched)} backends>"

@@ -343,6 +343,17 @@ async def test_a_replica_that_fails_its_health_checks_gets_no_requests_until_it_
     await eventually(is_used, True)
 
 
+async def test_what_the_router_asks_for_itself_is_no_sign_of_life(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine()
+    served = await start_router(engine, health_interval=0.02)
+
+    await until(lambda: served.router.fleet.models["m"].max_model_len and engine.connections > 5)
+    assert served.router.transport.last_read(engine.url) == 0
+
+    await served.chat()
+    assert served.router.transport.last_read(engine.url) > 0
+
+
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A minute of silence is over within half a second."""

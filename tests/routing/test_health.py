@@ -215,11 +215,24 @@ def test_the_head_of_the_probes_answer_closes_and_its_end_does_not_matter() -> N
     ward.health.answered(a, 200)
 
     assert (a.opened, a.failures, ward.available) == (None, 0, "ab")
+    assert ward.model.guard is None
     ward.look(30, times=2)
     assert ward.chosen() == {a, b}
     ward.request = probe
     ward.health.ended(a, Outcome.RESET)
     assert (ward.available, a.failures) == ("ab", 1)
+
+
+def test_the_good_end_of_a_probe_closes_even_if_its_head_was_not_reported() -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    ward.open(a)
+    ward.now += 60
+    assert ward.choose() is a
+
+    ward.report(a, Outcome.OK)
+
+    assert (ward.available, a.failures) == ("ab", 0)
 
 
 def test_the_head_of_another_requests_answer_closes_nothing() -> None:
@@ -287,21 +300,21 @@ def test_a_request_that_failed_elsewhere_is_the_probe_only_if_nothing_else_is_le
     ward.now += 60
 
     assert ward.choose(b) is c
+    assert ward.choose(a, b, c) is None
     assert ward.choose(b, c) is a
     assert ward.choose(b, c) is None
-    assert ward.choose(a, b, c) is None
 
 
 def test_of_several_that_are_due_each_has_a_probe_and_the_one_that_waits_longest_comes_first() -> None:
-    ward = Ward("a", "b", "c", "d", "e")
-    a, b, c, d, e = ward.backends
-    ward.open(b)
-    ward.now += 1
-    ward.open(a)
+    ward = Ward(*"abcdefghij")
+    a, b, c, d, e, *others = ward.backends
+    for backend in (d, b, a, e, c):
+        ward.open(backend)
+        ward.now += 1
     ward.now += 60
 
-    assert [ward.choose(), ward.choose()] == [b, a]
-    assert ward.chosen() == {c, d, e}
+    assert [ward.choose() for _ in range(5)] == [d, b, a, e, c]
+    assert ward.chosen() == set(others)
 
 
 def test_a_replica_that_fails_its_health_checks_is_not_probed() -> None:
@@ -347,7 +360,7 @@ def test_panic_is_told_once_and_ends_when_enough_are_back(caplog: pytest.LogCapt
     ward.check(a, False, False, False)
     ward.check(b, False, False, False)
     ward.open(c)
-    ward.open(c)
+    ward.check(c, False, False, False)
     assert (ward.model.panic, ward.available) == (True, "abcd")
     assert [r.getMessage() for r in caplog.records].count(
         "more than half of a model's backends are out; all are used"
@@ -356,6 +369,21 @@ def test_panic_is_told_once_and_ends_when_enough_are_back(caplog: pytest.LogCapt
     ward.check(b, True, True)
 
     assert (ward.model.panic, ward.available) == (False, "bd")
+
+
+def test_a_replica_that_comes_back_in_a_panic_starts_slowly_too() -> None:
+    ward = Ward("a", "b", "c", "d", "e")
+    a, b, c, d, _ = ward.backends
+    for backend in (a, b, c, d):
+        ward.check(backend, False, False, False)
+    before = ward.model.available
+
+    ward.check(a, True, True)
+
+    assert ward.model.panic
+    # A policy reads the weights of a tuple once.
+    assert ward.model.available is not before
+    assert shares(ward) == [0.1, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_model_without_replicas_has_nobody_and_no_panic() -> None:
@@ -475,10 +503,11 @@ def test_what_is_still_heard_of_a_replica_that_left_changes_nothing() -> None:
     ward.open(a)
     ward.check(a, False, False, False, True, True)
     assert ward.available == "bc"
+    b = ward.backends[0]
     ward.fleet.update({})
-    ward.attempt(a, Outcome.OK)
+    ward.open(b)
 
-    assert ward.fleet.models == {}
+    assert (b.usable, ward.fleet.models) == (False, {})
 
 
 # The watchdog

@@ -211,7 +211,9 @@ async def test_those_that_come_are_asked_and_those_that_left_are_not(
         assert len(leaves.requests) <= asked + 1
         ward.list(stays.url, comes.url, leaves.url)
         await until(lambda: len(leaves.requests) > asked + 1)
+        # The last to be let go is the one that left; it is another one that came back.
         await until(lambda: watching() == 3)
+        assert repr(ward.prober) == "<Prober of 3 backends>"
 
 
 async def test_a_hung_replica_does_not_keep_the_others_from_being_asked(start: Start, transport: Transport) -> None:
