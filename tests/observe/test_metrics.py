@@ -614,7 +614,7 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
 
 def test_failed_checks_are_forgotten_with_the_replica() -> None:
     fleet = Fleet(make_policy)
-    metrics = Metrics(fleet.models.values, lambda: RegistryStatus("static", 0, 0.0, {}))
+    metrics = Metrics(lambda: list(fleet.models.values()), lambda: RegistryStatus("static", 0, 0.0, {}))
     listed = {"name": "m", "backends": [{"url": "http://a"}, {"url": "http://b"}]}
 
     def take(entry: dict[str, Any]) -> Backend:
