@@ -1,6 +1,7 @@
 """The composition root: builds every object and joins them. The only file that knows of optional features."""
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -14,18 +15,25 @@ from starlette.types import ASGIApp
 from inference_api.errors import RouterError
 from inference_api.inbound.pages import Models, Observed, Probes, create_pages
 from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Load, Surface
+from inference_api.models import Outcome
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.outbound.forward import Forward, Limits
 from inference_api.outbound.headers import RequestHeaders
 from inference_api.outbound.transport import Transport
-from inference_api.routing.backend import Fleet
+from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
+from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import load_catalogue
 from inference_api.routing.engines import EngineFacts
+from inference_api.routing.health import Health
+from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
 from inference_api.settings import Settings
+
+# Seconds: the router's own questions to a replica are too far apart to share a connection.
+_OWN_KEEPALIVE = 0.1
 
 
 class Router:
@@ -50,6 +58,8 @@ class Router:
             return f"{rand.getrandbits(128):032x}"
 
         self.transport = transport or Transport(keepalive=settings.upstream_keepalive)
+        # What the router asks for itself neither waits behind the traffic nor passes for a sign of life in it.
+        self._own_transport = transport or Transport(keepalive=_OWN_KEEPALIVE)
         self.fleet = Fleet(lambda name: make_policy(name, rand.random))
         self._client = registry_client or _registry_client(settings)
         self.registry = Registry(
@@ -60,14 +70,16 @@ class Router:
             rand=rand.random,
             on_change=self._forget_backends,
         )
-        self._engines = EngineFacts(self.fleet, self.transport, rand=rand.random)
+        self._engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
         self.metrics = Metrics(lambda: list(self.fleet.models.values()), self.registry.status)
+        self.health = _health(self.fleet, self.transport, settings, rand)
+        self._prober = self._make_prober(settings, rand)
         observer = self._observer = Observer(self.metrics, access_log)
         self.load = Load()
         gate = Gate(
             observer,
             self.registry.resolve,
-            send=self._forward(settings, tokens or {}, rand),
+            send=self._make_forward(settings, tokens or {}, rand),
             read_headers=RequestHeaders(frozenset(name.encode() for name in settings.forward_headers)),
             mint_id=mint_id,
             max_body=settings.max_body_bytes,
@@ -76,22 +88,15 @@ class Router:
         )
         inference: dict[str, ASGIApp] = {route.path: Inference(route, gate, self.load) for route in INFERENCE_ROUTES}
         self.probes = Probes(self.registry, _collectors(self.metrics))
-        # Registered a second time so that a wrong method on them is a 405 that says which one is right.
-        pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
-        pages += Models(self.fleet, self.registry.resolve).routes()
-        if settings.ops_port is None:
-            pages += self.probes.routes()
-        self.app: ASGIApp = Surface(inference, Observed(create_pages(pages, self._lifespan), observer, mint_id))
+        pages = create_pages(self._pages(inference, settings.ops_port is None), self._lifespan)
+        self.app: ASGIApp = Surface(inference, Observed(pages, observer, mint_id))
         self.ops: ASGIApp = create_pages(self.probes.routes())
-
-    def _forward(self, settings: Settings, tokens: Mapping[str, str], rand: random.Random) -> Forward:
-        metrics = self.metrics
-        return Forward(self.transport, _limits(settings), metrics.attempt, tokens, rand, on_retry=metrics.retry)
 
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         await self.registry.start()
-        tasks = [asyncio.create_task(self.registry.run()), asyncio.create_task(self._engines.run())]
+        background = (self.registry.run, self._engines.run, self.health.run, self._prober.run)
+        tasks = [asyncio.create_task(run()) for run in background]
         self.probes.state = "ready"
         try:
             yield
@@ -101,6 +106,7 @@ class Router:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.transport.aclose()
+            await self._own_transport.aclose()
             if self._client is not None:
                 await self._client.aclose()
 
@@ -115,11 +121,42 @@ class Router:
         seen.refused(error, error.status, size)
         seen.end(error.outcome)
 
+    def _pages(self, inference: Mapping[str, ASGIApp], with_probes: bool) -> list[Route]:
+        # Registered a second time so that a wrong method on them is a 405 that says which one is right.
+        pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
+        pages += Models(self.fleet, self.registry.resolve).routes()
+        return pages + self.probes.routes() if with_probes else pages
+
+    def _make_forward(self, settings: Settings, tokens: Mapping[str, str], rand: random.Random) -> Forward:
+        limits, on_answer, on_retry = _limits(settings), self.health.answered, self.metrics.retry
+        return Forward(self.transport, limits, self._attempted, tokens, rand, on_answer=on_answer, on_retry=on_retry)
+
+    def _make_prober(self, settings: Settings, rand: random.Random) -> Prober:
+        every, patience = settings.health_interval, settings.health_timeout
+        heard = _heard(self.transport)
+        return Prober(self.fleet, self._own_transport, self._checked, heard, every, patience, rand.random)
+
+    def _attempted(self, backend: Backend, outcome: Outcome) -> None:
+        self.metrics.attempt(backend, outcome)
+        self.health.ended(backend, outcome)
+
+    def _checked(self, backend: Backend, passed: bool) -> None:
+        if not passed:
+            self.metrics.probe_failed(backend)
+        self.health.checked(backend, passed)
+
     def _forget_backends(self) -> None:
         """Of replicas that left the catalogue, connections are closed as they become idle, and series are dropped."""
         self.metrics.forget_backends()
-        if isinstance(self.transport, Transport):
-            self.transport.retain({b.url for model in self.fleet.models.values() for b in model.backends})
+        origins = {b.url for model in self.fleet.models.values() for b in model.backends}
+        for transport in (self.transport, self._own_transport):
+            if isinstance(transport, Transport):
+                transport.retain(origins)
+
+
+def _heard(transport: httpx.AsyncBaseTransport) -> Callable[[str], float]:
+    """When a byte last came from an origin; of one that cannot be asked, the best is believed."""
+    return transport.last_read if isinstance(transport, Transport) else lambda origin: math.inf
 
 
 def _collectors(metrics: Metrics) -> CollectorRegistry:
@@ -134,6 +171,11 @@ def _registry_client(settings: Settings) -> httpx.AsyncClient | None:
         return None
     # No proxies, netrc or certificates from the environment: where the catalogue comes from is a setting.
     return httpx.AsyncClient(base_url=settings.registry_url, timeout=5.0, trust_env=False, follow_redirects=False)
+
+
+def _health(fleet: Fleet, transport: httpx.AsyncBaseTransport, settings: Settings, rand: random.Random) -> Health:
+    breaker = Breaker(settings.breaker_failures, settings.breaker_cooldown, rand.random)
+    return Health(fleet, breaker, _heard(transport), settings.connect_timeout, settings.first_byte_timeout)
 
 
 def _limits(settings: Settings) -> Limits:

@@ -85,6 +85,7 @@ class Metrics(Collector):
         self._aborts: dict[tuple[str, str], int] = defaultdict(int)
         self._attempts: dict[tuple[str, str, str], int] = defaultdict(int)
         self._retries: dict[tuple[str, str], int] = defaultdict(int)
+        self._probe_failures: dict[tuple[str, str], int] = defaultdict(int)
 
     # Written on the request path
 
@@ -121,11 +122,16 @@ class Metrics(Collector):
     def retry(self, model: str, reason: str) -> None:
         self._retries[model, reason] += 1
 
+    def probe_failed(self, backend: Backend) -> None:
+        self._probe_failures[backend.model, backend.label] += 1
+
     def forget_backends(self) -> None:
         """Drop the series of replicas that have left; with pod addresses they would pile up with every rollout."""
         known = {(model.name, backend.label) for model in self._fleet() for backend in model.backends}
         for key in [key for key in self._attempts if key[:2] not in known]:
             del self._attempts[key]
+        for place in self._probe_failures.keys() - known:
+            del self._probe_failures[place]
 
     # Read by a scrape
 
@@ -182,11 +188,23 @@ class Metrics(Collector):
         for (name, reason), count in _copy(self._retries):
             retries.add_metric([name, reason], count)
         yield retries
-        in_flight = _gauge("backend_in_flight", "Attempts whose answer has not ended.", "model_name", "backend")
+        yield from self._health_families()
+
+    def _health_families(self) -> Iterator[Metric]:
+        in_flight = _gauge("backend_in_flight", "Attempts whose answer has not ended.", *_BY_BACKEND)
+        up = _gauge("backend_up", "1: it passes its health checks and is not stuck.", *_BY_BACKEND)
+        circuit = _gauge("backend_circuit_open", "1: failures keep all requests but a probe from it.", *_BY_BACKEND)
+        failures = _counter("backend_probe_failures", "Health checks that failed.", *_BY_BACKEND, "kind")
+        panic = _gauge("panic_mode", "1: more than half of its backends are out, so all are used.", "model_name")
         for model in self._fleet():
+            panic.add_metric([model.name], model.panic)
             for backend in model.backends:
-                in_flight.add_metric([model.name, backend.label], backend.in_flight)
-        yield in_flight
+                place = [model.name, backend.label]
+                in_flight.add_metric(place, backend.in_flight)
+                up.add_metric(place, backend.up)
+                circuit.add_metric(place, backend.opened is not None)
+                failures.add_metric([*place, "health"], self._probe_failures.get((model.name, backend.label), 0))
+        yield from (in_flight, up, circuit, failures, panic)
 
     def _registry_families(self) -> Iterator[Metric]:
         status = self._registry()
@@ -209,6 +227,7 @@ class Metrics(Collector):
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 _BY_ROUTE = ("model_name", "route")
+_BY_BACKEND = ("model_name", "backend")
 
 
 def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:

@@ -295,6 +295,8 @@ class Forward:
             return Refusal.POISON
         if failure.reason is None or len(past) >= self._limits.attempts:
             return Refusal.NEVER
+        if failure.reason is Reason.STATUS and model.panic:
+            return Refusal.NEVER  # what is left of the replicas has enough to do
         resting = self._resting.at(self._clock()) if failure.reason is Reason.STATUS else ()
         if failure.reason is not Reason.STALE and not _others(model, past, resting):
             return Refusal.NEVER

@@ -1,34 +1,88 @@
 """What lives behind a catalogue entry: a Backend is one replica with its live state, a Model is the set of them."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import httpx
 
 from inference_api.routing.balance import Policy
-from inference_api.routing.catalogue import BackendEntry, CatalogueEntry, PolicyName
+from inference_api.routing.breaker import Owner, due
+from inference_api.routing.catalogue import CatalogueEntry, PolicyName
+
+# What a replica that is new, or back, gets of its weight at first.
+FIRST_SHARE = 0.1
 
 
 class Backend:
     """One replica URL of a model. `in_flight` is exact on every path: balancing, admission and drain stand on it."""
 
-    __slots__ = ("_addresses", "base_path", "failures", "host", "in_flight", "label", "model", "url", "weight")
+    __slots__ = (
+        "_addresses",
+        "base_path",
+        "cooldown",
+        "crowded",
+        "failures",
+        "full_weight",
+        "healthy",
+        "host",
+        "in_flight",
+        "label",
+        "model",
+        "opened",
+        "passed",
+        "probe",
+        "probed",
+        "refused",
+        "share",
+        "streak",
+        "stuck",
+        "url",
+        "weight",
+    )  # fmt: skip
 
     def __init__(self, model: str, url: str, weight: float = 1.0) -> None:
         parts = urlsplit(url)
         # Identity
         self.model = model
         self.url = url
-        self.weight = weight
         # The path too: two replicas may share a host behind a gateway.
         self.label = parts.netloc + parts.path
         self.host = parts.netloc.encode("ascii")
         self.base_path = parts.path
         self._addresses: dict[str, tuple[httpx.URL, bytes]] = {}
-        # Live state
+        # Load: its weight is the share that it gets of its full weight
         self.in_flight = 0
-        # Consecutive failed attempts
+        self.weight = self.full_weight = weight
+        self.share = 1.0
+        # Circuit, as the breaker keeps it; `refused`: it opened because no connection could be made
         self.failures = 0
+        self.opened: float | None = None
+        self.cooldown = 0.0
+        self.probe: Owner | None = None
+        self.probed = 0.0
+        self.refused = False
+        # Health checks: passes in a row, or failures if negative, and when it last passed one
+        self.healthy = True
+        self.streak = 0
+        self.passed = 0.0
+        # Watchdog: since when it has had several requests in flight, and since when it is known to be stuck
+        self.crowded: float | None = None
+        self.stuck: float | None = None
+
+    @property
+    def up(self) -> bool:
+        """It passes its health checks, and is not stuck."""
+        return self.healthy and self.stuck is None
+
+    @property
+    def usable(self) -> bool:
+        return self.opened is None and self.up
+
+    def weigh(self, share: float) -> None:
+        """Give it a share of its full weight; a policy sees that with the next tuple it is handed."""
+        self.share = share
+        self.weight = self.full_weight * share
 
     def address(self, path: str) -> tuple[httpx.URL, bytes]:
         """URL and request target of a route on this replica; parsing a URL costs more than forwarding a request."""
@@ -41,10 +95,27 @@ class Backend:
         return f"<Backend {self.label} of {self.model}: {self.in_flight} in flight>"
 
 
+class Guard(Protocol):
+    """Chooses for a Model while a circuit of it is not closed."""
+
+    def choose(self, model: "Model", key: str, tried: Collection[Backend]) -> Backend | None: ...
+
+
 class Model:
     """A resolved name: its catalogue entry, its replicas, and what they have in flight together."""
 
-    __slots__ = ("available", "backends", "entry", "in_flight", "max_model_len", "name", "policy")
+    __slots__ = (
+        "available",
+        "backends",
+        "entry",
+        "guard",
+        "in_flight",
+        "max_model_len",
+        "name",
+        "open",
+        "panic",
+        "policy",
+    )  # fmt: skip
 
     def __init__(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Policy[Backend]) -> None:
         self.name = entry.name
@@ -53,20 +124,44 @@ class Model:
         # Shared: replaced as a whole, never edited, so that a policy may cache by identity.
         self.backends = backends
         self.available = backends
+        # Those whose circuit is not closed, in the order in which they become half-open.
+        self.open: tuple[Backend, ...] = ()
+        self.panic = False
+        self.guard: Guard | None = None
         # Live state
         self.in_flight = 0
         self.max_model_len: int | None = None
+
+    def choose(self, key: str, tried: Collection[Backend] = ()) -> Backend | None:
+        """The replica for the next attempt, None if there is none now. Whoever gets one makes an attempt on it."""
+        if self.guard is not None:
+            return self.guard.choose(self, key, tried)
+        return self.policy.choose(self.available, key, tried)
 
     def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Policy[Backend]) -> None:
         """Take a new version of the entry; what is in flight stays counted."""
         self.entry, self.policy = entry, policy
         self.max_model_len = None
         if backends != self.backends:
-            self.backends = self.available = backends
+            self.backends = backends
+            self.refresh()
 
-    def choose(self, key: str, tried: Collection[Backend] = ()) -> Backend | None:
-        """The replica for the next attempt, none of `tried`, or None when nothing is left."""
-        return self.policy.choose(self.available, key, tried)
+    def refresh(self, reweighed: bool = False) -> None:
+        """Decide anew which replicas are available, because one has changed its state or (`reweighed`) its share.
+
+        All are, if more than half should not be: then it is the judgement that is wrong, or the rest would be crushed.
+        And so is an only one: trying it is all that can be done.
+        """
+        backends = self.backends
+        usable = [backend for backend in backends if backend.usable]
+        self.open = tuple(sorted((backend for backend in backends if backend.opened is not None), key=due))
+        self.panic = 1 < len(backends) > 2 * len(usable)
+        if self.panic or len(backends) == 1:
+            usable = list(backends)
+        if len(usable) == len(backends) and all(backend.share == 1.0 for backend in backends):
+            self.available = backends
+        elif reweighed or usable != list(self.available):
+            self.available = tuple(usable)
 
     def __repr__(self) -> str:
         return f"<Model {self.name}: {len(self.available)}/{len(self.backends)} backends, {self.in_flight} in flight>"
@@ -94,7 +189,7 @@ class Fleet:
         known = self.models.get(entry.name)
         if known is not None and known.entry == entry:
             return known
-        backends = self._backends(entry.name, entry.backends, known.backends if known else ())
+        backends = self._backends(entry, known.backends if known else ())
         policy = self._make_policy(entry.policy)
         if known is None:
             return Model(entry, backends, policy)
@@ -102,11 +197,21 @@ class Fleet:
         return known
 
     @staticmethod
-    def _backends(model: str, entries: Iterable[BackendEntry], known: Iterable[Backend]) -> tuple[Backend, ...]:
+    def _backends(entry: CatalogueEntry, known: tuple[Backend, ...]) -> tuple[Backend, ...]:
         by_url = {backend.url: backend for backend in known}
         backends = []
-        for entry in entries:
-            backend = by_url.get(entry.url) or Backend(model, entry.url)
-            backend.weight = entry.weight
+        for listed in entry.backends:
+            backend = by_url.get(listed.url)
+            if backend is None:
+                backend = Backend(entry.name, listed.url)
+                # Beside replicas that are warm a new one starts slowly.
+                backend.share = 0.0 if known else 1.0
+            backend.full_weight = listed.weight
+            backend.weigh(max(backend.share, first_share(entry.policy)))
             backends.append(backend)
         return tuple(backends)
+
+
+def first_share(policy: PolicyName) -> float:
+    """What a cold replica gets of its weight. With prefix affinity all: a weight that grows would move keys about."""
+    return 1.0 if policy == "prefix_affinity" else FIRST_SHARE

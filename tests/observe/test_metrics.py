@@ -29,7 +29,9 @@ from inference_api.observe.metrics import (
     Histogram,
     Metrics,
 )
-from inference_api.routing.backend import Backend
+from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.balance import make_policy
+from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.registry import RegistryStatus
 from tests.fakes import (
     CHAT,
@@ -100,6 +102,10 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "upstream_attempts": ("counter", {"model_name", "backend", "outcome"}, ()),
     "retries": ("counter", {"model_name", "reason"}, ()),
     "backend_in_flight": ("gauge", {"model_name", "backend"}, ()),
+    "backend_up": ("gauge", {"model_name", "backend"}, ()),
+    "backend_circuit_open": ("gauge", {"model_name", "backend"}, ()),
+    "backend_probe_failures": ("counter", {"model_name", "backend", "kind"}, ()),
+    "panic_mode": ("gauge", {"model_name"}, ()),
     "registry_models": ("gauge", {"source"}, ()),
     "registry_last_success_timestamp_seconds": ("gauge", set(), ()),
     "registry_sync_failures": ("counter", {"reason"}, ()),
@@ -609,3 +615,24 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
         "idle_timeout": 1,
         "deadline": 1,
     }
+
+
+def test_failed_checks_are_forgotten_with_the_replica() -> None:
+    fleet = Fleet(make_policy)
+    metrics = Metrics(lambda: list(fleet.models.values()), lambda: RegistryStatus("static", 0, 0.0, {}))
+    listed = {"name": "m", "backends": [{"url": "http://a"}, {"url": "http://b"}]}
+
+    def take(entry: dict[str, Any]) -> Backend:
+        fleet.update(parse_catalogue({"models": [entry]}))
+        metrics.forget_backends()
+        return fleet.models["m"].backends[-1]
+
+    metrics.probe_failed(take(listed))
+    assert Scrape(metrics.collect())("backend_probe_failures_total", backend="b", kind="health") == 1
+    take(listed)
+    assert Scrape(metrics.collect())("backend_probe_failures_total") == 1
+
+    take({"name": "m", "backends": [{"url": "http://a"}]})
+    take(listed)
+
+    assert Scrape(metrics.collect()).values("backend_probe_failures_total", "backend") == {"a": 0, "b": 0}

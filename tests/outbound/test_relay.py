@@ -836,7 +836,8 @@ async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Star
 
     await until(lambda: served.router.load.in_flight == 0)
     await until(lambda: sum(engine.busy for engine in engines) == 0)
-    assert [backend.in_flight for backend in served.router.fleet.models["m"].backends] == [0, 0]
+    # One that was accepted late may just have begun.
+    await until(lambda: [backend.in_flight for backend in served.router.fleet.models["m"].backends] == [0, 0])
     assert "1 active" not in repr(served.router.transport)
     assert {line["outcome"] for line in served.lines} <= {"ok", "client_gone"}
     assert (await served.chat(stream=True)).content == event() * 2 + DONE

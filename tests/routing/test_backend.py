@@ -159,7 +159,7 @@ def test_the_available_replicas_are_another_tuple_only_when_the_set_changes(flee
     assert model.available is model.backends is backends
 
     update(fleet, entry("a", "c"))
-    assert model.available is model.backends
+    assert model.available == model.backends != backends
     assert urls(model) == ["http://a", "http://c"]
 
 

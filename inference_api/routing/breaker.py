@@ -1,0 +1,96 @@
+"""The circuit breaker of a replica. Pure: what happened, who it happened to, and the time in; the circuit's state out.
+
+    closed      `threshold` failures in a row                          -> open
+    open        `cooldown` seconds later, +-20 %                       -> half-open
+    half-open   one request at a time is let through, as the probe:
+                    it gets the head of a good answer                  -> closed
+                    it fails                                           -> open
+                    it ends without a verdict, because its client left -> half-open, and the next request is the probe
+
+While a circuit is not closed only the probe is listened to: what began before it opened says how the replica was, and a
+replica that is shutting down finishes its old streams while it refuses new connections.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Owner(Protocol):
+    """Who has the probe: the request's task. A probe is over when its owner is, whatever was or was not reported."""
+
+    def done(self) -> bool: ...
+
+
+class Circuit(Protocol):
+    """What a breaker keeps of a replica."""
+
+    # In a row; 0 only while the circuit is closed.
+    failures: int
+    # When it opened, or opened again; None: it is closed.
+    opened: float | None
+    # Seconds from there to half-open.
+    cooldown: float
+    # Who has the probe, and since when.
+    probe: Owner | None
+    probed: float
+
+
+class Breaker:
+    """The rules, the same for every circuit. `cooldown` and `now` are seconds, `rand` gives [0, 1)."""
+
+    def __init__(self, threshold: int = 5, cooldown: float = 60.0, rand: Callable[[], float] = random.random) -> None:
+        self._threshold = threshold
+        self._cooldown = cooldown
+        self._rand = rand
+
+    def failed(self, circuit: Circuit, now: float, owner: Owner | None) -> bool:
+        """An attempt of `owner` failed. True when that opened the circuit, for the first time or again."""
+        circuit.failures += 1
+        opens = _has_probe(circuit, owner) if circuit.opened is not None else circuit.failures >= self._threshold
+        if not opens:
+            return False
+        _open(circuit, now, self._cooldown * (0.8 + 0.4 * self._rand()))
+        return True
+
+    def succeeded(self, circuit: Circuit, owner: Owner | None) -> bool:
+        """An attempt of `owner` was answered well. True when that closed the circuit."""
+        was_open = circuit.opened is not None
+        if was_open and not _has_probe(circuit, owner):
+            return False
+        circuit.failures = 0
+        circuit.opened = circuit.probe = None
+        return was_open
+
+    def released(self, circuit: Circuit, owner: Owner | None) -> None:
+        """An attempt of `owner` is over, with or without a verdict."""
+        if _has_probe(circuit, owner):
+            circuit.probe = None
+
+    def take(self, circuit: Circuit, now: float, owner: Owner, at_most: float = math.inf) -> bool:
+        """Make `owner` the probe, if the circuit is half-open and has none; `at_most` cuts the cooldown short."""
+        if circuit.opened is None or now < circuit.opened + min(circuit.cooldown, at_most):
+            return False
+        if circuit.probe is not None and not circuit.probe.done():
+            return False
+        circuit.probe, circuit.probed = owner, now
+        return True
+
+    def suspect(self, circuit: Circuit, now: float) -> None:
+        """Make the circuit half-open: its replica may be well again, and one request is to find out."""
+        circuit.failures = max(circuit.failures, 1)
+        _open(circuit, now, 0.0)
+
+
+def due(circuit: Circuit) -> float:
+    """When the circuit is half-open; never, if it is closed."""
+    return math.inf if circuit.opened is None else circuit.opened + circuit.cooldown
+
+
+def _has_probe(circuit: Circuit, owner: Owner | None) -> bool:
+    return owner is not None and circuit.probe is owner
+
+
+def _open(circuit: Circuit, now: float, cooldown: float) -> None:
+    circuit.opened, circuit.cooldown, circuit.probe = now, cooldown, None

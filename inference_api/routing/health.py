@@ -1,0 +1,243 @@
+"""Decides which replicas are available: by what became of requests, by health checks, and by silence.
+
+A replica is out while its circuit is not closed (`breaker`), while it fails its health checks (`prober`), and while it
+is stuck: it has requests and has not sent a byte for a minute, whatever its /health says. One that comes back starts
+slowly. `Model.available` is made anew whenever any of this changes; a request only looks at the result.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+
+from inference_api.models import Outcome
+from inference_api.routing.backend import Backend, Fleet, Model, first_share
+from inference_api.routing.breaker import Breaker, Owner, due
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY = 1.0
+# Failures in a row until a replica is out, passes in a row until it is back.
+_OUT_AFTER, _IN_AFTER = 3, 2
+# So many requests and so many seconds without a byte; longer where the first byte of an answer may take longer.
+_CROWD = 3
+_STUCK_AFTER = 60.0
+_USUAL_FIRST_BYTE = 120.0
+# Seconds from the first share of the weight to all of it.
+_SLOW_START = 30.0
+# A model's only replica is tried this often while it refuses connections.
+_SOLE_COOLDOWN = 1.0
+
+_OK = Outcome.OK
+_BAD_STATUS = frozenset({502, 503, 504})
+# The rest says nothing about the replica: the client left, the request took longer than the router allows.
+_GOOD = frozenset({_OK, Outcome.UPSTREAM_4XX})
+_BAD = frozenset(
+    {
+        Outcome.CONNECT_FAILED,
+        Outcome.RESET,
+        Outcome.PROTOCOL_ERROR,
+        Outcome.FIRST_BYTE_TIMEOUT,
+        Outcome.IDLE_TIMEOUT,
+        Outcome.TRUNCATED,
+    }
+)
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _task() -> Owner:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+class Health:
+    """Hears of every attempt and every health check, and looks at all replicas once a second.
+
+    `heard(url)`: when a byte last came from a replica, in seconds of `clock`. `connect`, `first_byte`: the timeouts, in
+    seconds, of models that have none of their own. `owner()`: whose attempt it is that is chosen for or reported; a
+    request is one task from choice to end, and that is how a probe is told from other attempts on its replica.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        breaker: Breaker,
+        heard: Callable[[str], float],
+        connect: float = 2.0,
+        first_byte: float = 120.0,
+        clock: Callable[[], float] = _loop_time,
+        owner: Callable[[], Owner] = _task,
+    ) -> None:
+        # Configuration
+        self._fleet = fleet
+        self._breaker = breaker
+        self._heard = heard
+        self._connect = connect
+        self._first_byte = first_byte
+        self._clock = clock
+        self._owner = owner
+        # When it last looked
+        self._looked: float | None = None
+
+    # Attempts
+
+    def answered(self, backend: Backend, status: int) -> None:
+        """The head of an answer has come."""
+        if status >= 500 or backend.failures:
+            self._answered(backend, status)
+
+    def ended(self, backend: Backend, outcome: Outcome) -> None:
+        """An attempt is over, whether it had an answer or not."""
+        if outcome is not _OK or backend.failures:
+            self._ended(backend, outcome)
+
+    def _answered(self, backend: Backend, status: int) -> None:
+        if status in _BAD_STATUS:
+            self._failed(backend, refused=False)
+        elif status < 500 and backend.opened is not None and self._breaker.succeeded(backend, self._owner()):
+            self._closed(backend)
+
+    def _ended(self, backend: Backend, outcome: Outcome) -> None:
+        owner = self._owner()
+        if outcome in _BAD:
+            self._failed(backend, refused=outcome is Outcome.CONNECT_FAILED)
+        elif outcome in _GOOD and self._breaker.succeeded(backend, owner):
+            self._closed(backend)
+        self._breaker.released(backend, owner)
+
+    def _failed(self, backend: Backend, refused: bool) -> None:
+        was_closed = backend.opened is None
+        if not self._breaker.failed(backend, self._clock(), self._owner()):
+            return
+        backend.refused = refused
+        self._refresh(backend)
+        if was_closed:
+            _tell(logging.WARNING, "the circuit of a backend is open", backend, failures=backend.failures)
+
+    def _closed(self, backend: Backend) -> None:
+        self._come_back(backend)
+        _tell(logging.INFO, "the circuit of a backend is closed again", backend)
+
+    # Choosing, while a circuit is not closed: Guard
+
+    def choose(self, model: Model, key: str, tried: Collection[Backend]) -> Backend | None:
+        now = self._clock()
+        if len(model.backends) == 1:
+            return self._choose_sole(model, model.backends[0], tried, now)
+        if tried:
+            # A request that has failed once is the probe only where nothing else is left.
+            return model.policy.choose(model.available, key, tried) or self._probe(model, tried, now)
+        return self._probe(model, tried, now) or model.policy.choose(model.available, key, tried)
+
+    def _probe(self, model: Model, tried: Collection[Backend], now: float) -> Backend | None:
+        for backend in model.open:
+            if now < due(backend):
+                break
+            if backend.up and backend not in tried and self._breaker.take(backend, now, self._owner()):
+                return backend
+        return None
+
+    def _choose_sole(self, model: Model, sole: Backend, tried: Collection[Backend], now: float) -> Backend | None:
+        """It is kept from requests only while it refuses connections, so that they fail fast."""
+        if sole in tried:
+            return None
+        if sole.opened is None or self._breaker.take(sole, now, self._owner(), _SOLE_COOLDOWN) or not sole.refused:
+            return sole
+        # A probe that is out for longer than connecting may take has its connection.
+        connected = sole.probe is not None and now - sole.probed > (model.entry.timeouts.connect or self._connect)
+        return sole if connected else None
+
+    # Health checks
+
+    def checked(self, backend: Backend, passed: bool) -> None:
+        """A health check has passed or failed."""
+        if passed:
+            backend.passed = self._clock()
+            backend.streak = max(backend.streak, 0) + 1
+        else:
+            backend.streak = min(backend.streak, 0) - 1
+        if backend.healthy and backend.streak <= -_OUT_AFTER:
+            backend.healthy = False
+            self._refresh(backend)
+            _tell(logging.WARNING, "a backend fails its health checks", backend)
+        elif not backend.healthy and backend.streak >= _IN_AFTER:
+            backend.healthy = True
+            self._come_back(backend)
+            _tell(logging.INFO, "a backend passes its health checks again", backend)
+
+    # Once a second
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            try:
+                self.look()
+            except Exception:
+                # The boundary of a background task: the next look must not depend on this one.
+                logger.exception("a look at the backends failed")
+
+    def look(self) -> None:
+        """Find who is stuck and who no longer is, and give more to those that started slowly."""
+        now = self._clock()
+        grown = 0.0 if self._looked is None else (now - self._looked) / _SLOW_START
+        self._looked = now
+        for model in self._fleet.models.values():
+            reweighed = False
+            silence = _STUCK_AFTER * max(1.0, (model.entry.timeouts.first_byte or self._first_byte) / _USUAL_FIRST_BYTE)
+            for backend in model.backends:
+                self._watch(backend, now, silence)
+                if backend.share < 1.0:
+                    backend.weigh(min(1.0, backend.share + grown))
+                    reweighed = True
+            if reweighed:
+                model.refresh(reweighed=True)
+
+    def _watch(self, backend: Backend, now: float, silence: float) -> None:
+        if backend.in_flight < _CROWD:
+            backend.crowded = None
+        elif backend.crowded is None:
+            backend.crowded = now
+        if backend.stuck is not None:
+            self._watch_stuck(backend, backend.stuck, now)
+        elif backend.crowded is not None and now - max(backend.crowded, self._heard(backend.url)) >= silence:
+            backend.stuck = now
+            self._refresh(backend)
+            _tell(logging.WARNING, "a backend is stuck", backend, in_flight=backend.in_flight)
+
+    def _watch_stuck(self, backend: Backend, since: float, now: float) -> None:
+        heard = self._heard(backend.url) > since
+        if not heard:
+            if backend.crowded is not None or backend.passed <= since:
+                return
+            # Those that waited have given up. It may be well again; one request finds out.
+            self._breaker.suspect(backend, now)
+        backend.stuck = None
+        self._come_back(backend)
+        _tell(logging.INFO, "a backend is no longer stuck", backend, heard=heard)
+
+    # What follows
+
+    def _come_back(self, backend: Backend) -> None:
+        """One reason less to be out; if it was the last one, it starts slowly."""
+        model = self._fleet.models.get(backend.model)
+        if model is not None and backend.usable:
+            backend.weigh(first_share(model.entry.policy))
+        self._refresh(backend, reweighed=backend.usable)
+
+    def _refresh(self, backend: Backend, reweighed: bool = False) -> None:
+        model = self._fleet.models.get(backend.model)
+        if model is None:
+            return
+        was_panic = model.panic
+        model.refresh(reweighed)
+        model.guard = self if model.open else None
+        if model.panic and not was_panic:
+            fields = {"model": model.name, "backends": len(model.backends)}
+            logger.warning("more than half of a model's backends are out; all are used", extra={"fields": fields})
+
+
+def _tell(level: int, text: str, backend: Backend, **fields: object) -> None:
+    logger.log(level, text, extra={"fields": {"model": backend.model, "backend": backend.label, **fields}})

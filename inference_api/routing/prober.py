@@ -1,0 +1,96 @@
+"""Asks every replica for its /health, again and again, beside the traffic and never in its way."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+import httpx
+
+from inference_api.routing.backend import Backend, Fleet
+
+logger = logging.getLogger(__name__)
+
+# How often it looks for replicas that are new.
+_ENROL_EVERY = 1.0
+# A thousand replicas, every tenth of them hung, take about 50 at a time.
+_AT_ONCE = 128
+# An answer is enough; a connection that is kept would be closed by the engine before the next time.
+_HEADERS = {"connection": "close", "user-agent": "inference-api"}
+
+
+class Prober:
+    """Reports to `on_check` whether a replica passes: it answers in time, with a status below 500.
+
+    That is a pass for engines without a /health, too. A timeout while bytes of other answers come from the replica
+    (`heard(url)`: when the last one did, in loop time) is no verdict: it is busy. `every`: seconds between two checks,
+    +-20 %; `patience`: seconds for one. `transport` should not be the one that carries the traffic.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        transport: httpx.AsyncBaseTransport,
+        on_check: Callable[[Backend, bool], None],
+        heard: Callable[[str], float],
+        every: float = 10.0,
+        patience: float = 5.0,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        # Configuration
+        self._fleet = fleet
+        self._transport = transport
+        self._on_check = on_check
+        self._heard = heard
+        self._every = every
+        self._patience = patience
+        self._rand = rand
+        # Shared: the replicas that are in the catalogue, and those that have a task here
+        self._served: set[Backend] = set()
+        self._watched: set[Backend] = set()
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def run(self) -> None:
+        """Check until cancelled; replicas that come are found within a second, those that left are let go."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._served = {backend for model in self._fleet.models.values() for backend in model.backends}
+                for backend in self._served - self._watched:
+                    self._watched.add(backend)
+                    group.create_task(self._watch(backend))
+                await asyncio.sleep(_ENROL_EVERY)
+
+    async def _watch(self, backend: Backend) -> None:
+        # Spread over one interval: a thousand at once would be a burst.
+        await asyncio.sleep(self._every * self._rand())
+        while backend in self._served:
+            try:
+                async with self._slots:
+                    passed = await self.check(backend)
+                if passed is not None:
+                    self._on_check(backend, passed)
+            except Exception:
+                # The boundary of a background task: one odd replica must not end the checks of the others.
+                logger.exception("a health check could not be made", extra={"fields": {"backend": backend.label}})
+            await asyncio.sleep(self._every * (0.8 + 0.4 * self._rand()))
+        self._watched.discard(backend)
+
+    async def check(self, backend: Backend) -> bool | None:
+        """One health check; None: no verdict."""
+        began = asyncio.get_running_loop().time()
+        try:
+            url, target = backend.address("/health")
+            extensions = {"origin": backend.url, "target": target, "fresh": True}
+            async with asyncio.timeout(self._patience):
+                request = httpx.Request("GET", url, headers=_HEADERS, extensions=extensions)
+                response = await self._transport.handle_async_request(request)
+        except TimeoutError:
+            return None if self._heard(backend.url) >= began else False
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return False
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        await response.stream.aclose()
+        return response.status_code < 500
+
+    def __repr__(self) -> str:
+        return f"<Prober of {len(self._watched)} backends>"

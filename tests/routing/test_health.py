@@ -1,0 +1,764 @@
+"""Who is available, after attempts, health checks and silence; with a clock that is set by hand."""
+
+import asyncio
+import logging
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_api.models import Outcome
+from inference_api.routing import health as health_module
+from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.balance import make_policy
+from inference_api.routing.breaker import Breaker
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.health import Health
+from tests.fakes import until
+
+BAD = [
+    Outcome.CONNECT_FAILED,
+    Outcome.RESET,
+    Outcome.PROTOCOL_ERROR,
+    Outcome.FIRST_BYTE_TIMEOUT,
+    Outcome.IDLE_TIMEOUT,
+    Outcome.TRUNCATED,
+]
+NEITHER = [Outcome.CLIENT_GONE, Outcome.TOTAL_TIMEOUT, Outcome.ERROR_EVENT, Outcome.UPSTREAM_5XX]
+
+
+class Request:
+    def done(self) -> bool:
+        return False
+
+
+class Ward:
+    """A Health over a model `m`, with time, the engines' last bytes and the current request set by hand."""
+
+    def __init__(self, *hosts: str, **entry: Any) -> None:
+        self.now = 1000.0
+        self.heard: dict[str, float] = {}
+        self.request = Request()
+        self.fleet = Fleet(lambda name: make_policy(name, Random(1).random))
+        self.list(*hosts, **entry)
+        breaker = Breaker(5, 60.0, lambda: 0.5)
+        heard = lambda url: self.heard.get(url, 0.0)  # noqa: E731
+        self.health = Health(
+            self.fleet, breaker, heard, clock=lambda: self.now, owner=lambda: self.request, connect=2.0
+        )
+
+    def list(self, *hosts: str, **entry: Any) -> None:
+        backends = [{"url": f"http://{host}"} for host in hosts]
+        catalogue = parse_catalogue({"models": [{"name": "m", "backends": backends, **entry}]})
+        assert not catalogue.problems
+        self.fleet.update(catalogue)
+
+    @property
+    def model(self) -> Model:
+        return self.fleet.models["m"]
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        return self.model.backends
+
+    @property
+    def available(self) -> str:
+        return "".join(backend.label for backend in self.model.available)
+
+    def attempt(self, backend: Backend, outcome: Outcome, status: int | None = None) -> None:
+        """One attempt of a request of its own, from head to end."""
+        self.request = Request()
+        self.report(backend, outcome, status)
+
+    def report(self, backend: Backend, outcome: Outcome, status: int | None = None) -> None:
+        if status is not None:
+            self.health.answered(backend, status)
+        self.health.ended(backend, outcome)
+
+    def open(self, *backends: Backend, outcome: Outcome = Outcome.RESET) -> None:
+        for backend in backends:
+            for _ in range(5):
+                self.attempt(backend, outcome)
+
+    def choose(self, *tried: Backend) -> Backend | None:
+        """What a new request is given."""
+        self.request = Request()
+        return self.model.choose("", tried)
+
+    def chosen(self, times: int = 200) -> set[Backend | None]:
+        return {self.choose() for _ in range(times)}
+
+    def check(self, backend: Backend, *results: bool) -> None:
+        for passed in results:
+            self.health.checked(backend, passed)
+
+    def look(self, seconds: float = 1.0, times: int = 1) -> None:
+        for _ in range(times):
+            self.now += seconds
+            self.health.look()
+
+
+# Attempts
+
+
+@pytest.mark.parametrize("outcome", BAD)
+def test_a_replica_whose_attempts_fail_gets_no_more(outcome: Outcome) -> None:
+    ward = Ward("a", "b", "c")
+    a, b, c = ward.backends
+    for _ in range(4):
+        ward.attempt(a, outcome)
+    assert (a.failures, ward.available) == (4, "abc")
+
+    ward.attempt(a, outcome)
+
+    assert ward.available == "bc"
+    assert ward.chosen() == {b, c}
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_gateways_errors_count_once_each(status: int) -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+
+    for number in range(1, 6):
+        ward.attempt(a, Outcome.UPSTREAM_5XX, status)
+        assert a.failures == number
+    assert ward.available == "b"
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 500, 501])
+def test_other_statuses_do_not_count(status: int) -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+
+    for _ in range(1000):
+        ward.attempt(a, Outcome.of_status(status), status)
+
+    assert (a.failures, ward.available) == (0, "ab")
+
+
+@pytest.mark.parametrize("outcome", NEITHER)
+def test_what_says_nothing_of_a_replica_neither_counts_nor_clears(outcome: Outcome) -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    for _ in range(4):
+        ward.attempt(a, Outcome.RESET)
+    for _ in range(1000):
+        ward.attempt(a, outcome)
+    assert (a.failures, ward.available) == (4, "ab")
+
+    ward.attempt(a, Outcome.RESET)
+
+    assert ward.available == "b"
+
+
+@pytest.mark.parametrize(("outcome", "status"), [(Outcome.OK, 200), (Outcome.UPSTREAM_4XX, 429)])
+def test_a_good_answer_clears_and_one_that_breaks_off_does_not(outcome: Outcome, status: int) -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    for _ in range(4):
+        ward.attempt(a, Outcome.TRUNCATED, 200)
+    assert a.failures == 4
+
+    ward.attempt(a, outcome, status)
+
+    assert a.failures == 0
+
+
+def test_operators_are_told_once_of_each_change(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ward = Ward("a", "b", "c")
+    a = ward.backends[0]
+    ward.open(a)
+    ward.open(a)
+    ward.now += 60
+    assert ward.choose() is a
+    ward.report(a, Outcome.RESET)
+    ward.now += 60
+    assert ward.choose() is a
+    ward.report(a, Outcome.OK, 200)
+    ward.attempt(a, Outcome.OK, 200)
+
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "the circuit of a backend is open"),
+        ("INFO", "the circuit of a backend is closed again"),
+    ]
+    assert vars(caplog.records[0])["fields"] == {"model": "m", "backend": "a", "failures": 5}
+
+
+# Half-open
+
+
+def test_after_the_cooldown_the_next_request_is_the_probe_and_the_others_go_elsewhere() -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.open(a)
+    ward.now += 59
+    assert ward.chosen() == {b}
+
+    ward.now += 1
+
+    assert ward.choose() is a
+    assert ward.chosen() == {b}
+
+
+def test_the_head_of_the_probes_answer_closes_and_its_end_does_not_matter() -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.open(a)
+    ward.now += 60
+    assert ward.choose() is a
+    probe = ward.request
+
+    ward.health.answered(a, 200)
+
+    assert (a.opened, a.failures, ward.available) == (None, 0, "ab")
+    assert ward.model.guard is None
+    ward.look(30, times=2)
+    assert ward.chosen() == {a, b}
+    ward.request = probe
+    ward.health.ended(a, Outcome.RESET)
+    assert (ward.available, a.failures) == ("ab", 1)
+
+
+def test_the_good_end_of_a_probe_closes_even_if_its_head_was_not_reported() -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    ward.open(a)
+    ward.now += 60
+    assert ward.choose() is a
+
+    ward.report(a, Outcome.OK)
+
+    assert (ward.available, a.failures) == ("ab", 0)
+
+
+def test_the_head_of_another_requests_answer_closes_nothing() -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    ward.open(a)
+
+    ward.attempt(a, Outcome.OK, 200)
+    ward.now += 60
+    assert ward.choose() is a
+    ward.attempt(a, Outcome.OK, 200)
+
+    assert ward.available == "b"
+
+
+@pytest.mark.parametrize(("outcome", "status"), [(Outcome.RESET, None), (Outcome.UPSTREAM_5XX, 503)])
+def test_a_probe_that_fails_opens_for_another_cooldown(outcome: Outcome, status: int | None) -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.open(a)
+    ward.now += 60
+    assert ward.choose() is a
+
+    ward.report(a, outcome, status)
+    ward.now += 59
+
+    assert ward.chosen() == {b}
+    ward.now += 1
+    assert ward.choose() is a
+
+
+@pytest.mark.parametrize(("outcome", "status"), [(Outcome.CLIENT_GONE, None), (Outcome.UPSTREAM_5XX, 500)])
+def test_a_probe_without_a_verdict_is_followed_by_the_next_request(outcome: Outcome, status: int | None) -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.open(a)
+    ward.now += 60
+    assert ward.choose() is a
+
+    ward.report(a, outcome, status)
+
+    assert ward.available == "b"
+    assert [ward.choose(), ward.choose()] == [a, b]
+
+
+def test_a_probe_that_was_never_sent_is_over_with_its_request() -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.open(a)
+    ward.now += 60
+    assert ward.choose() is a
+    assert ward.choose() is b
+
+    ward.open(b)  # whatever else happens
+    assert a.probe is not None
+    a.probe.done = lambda: True  # type: ignore[method-assign]
+
+    assert ward.choose() is a
+
+
+def test_a_request_that_failed_elsewhere_is_the_probe_only_if_nothing_else_is_left() -> None:
+    ward = Ward("a", "b", "c")
+    a, b, c = ward.backends
+    ward.open(a)
+    ward.now += 60
+
+    assert ward.choose(b) is c
+    assert ward.choose(a, b, c) is None
+    assert ward.choose(b, c) is a
+    assert ward.choose(b, c) is None
+
+
+def test_of_several_that_are_due_each_has_a_probe_and_the_one_that_waits_longest_comes_first() -> None:
+    ward = Ward(*"abcdefghij")
+    a, b, c, d, e, *others = ward.backends
+    for backend in (d, b, a, e, c):
+        ward.open(backend)
+        ward.now += 1
+    ward.now += 60
+
+    assert [ward.choose() for _ in range(5)] == [d, b, a, e, c]
+    assert ward.chosen() == set(others)
+
+
+def test_a_replica_that_fails_its_health_checks_is_not_probed() -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.open(a)
+    ward.check(a, False, False, False)
+    ward.now += 60
+    assert ward.chosen() == {b}
+
+    ward.check(a, True, True)
+
+    assert ward.choose() is a
+
+
+# Panic, and the only replica
+
+
+@pytest.mark.parametrize(
+    ("count", "out", "panic"),
+    [
+        (2, 1, False),
+        (2, 2, True),
+        (3, 1, False),
+        (3, 2, True),
+        (4, 2, False),
+        (4, 3, True),
+        (5, 2, False),
+        (5, 3, True),
+    ],
+)
+def test_with_more_than_half_out_all_are_used(count: int, out: int, panic: bool) -> None:
+    ward = Ward(*"abcde"[:count])
+    ward.open(*ward.backends[:out])
+
+    assert ward.model.panic is panic
+    assert ward.chosen() == set(ward.backends if panic else ward.backends[out:])
+
+
+def test_panic_is_told_once_and_ends_when_enough_are_back(caplog: pytest.LogCaptureFixture) -> None:
+    ward = Ward("a", "b", "c", "d")
+    a, b, c, _ = ward.backends
+    ward.check(a, False, False, False)
+    ward.check(b, False, False, False)
+    ward.open(c)
+    ward.check(c, False, False, False)
+    assert (ward.model.panic, ward.available) == (True, "abcd")
+    assert [r.getMessage() for r in caplog.records].count(
+        "more than half of a model's backends are out; all are used"
+    ) == 1
+
+    ward.check(b, True, True)
+
+    assert (ward.model.panic, ward.available) == (False, "bd")
+
+
+def test_a_replica_that_comes_back_in_a_panic_starts_slowly_too() -> None:
+    ward = Ward("a", "b", "c", "d", "e")
+    a, b, c, d, _ = ward.backends
+    for backend in (a, b, c, d):
+        ward.check(backend, False, False, False)
+    before = ward.model.available
+
+    ward.check(a, True, True)
+
+    assert ward.model.panic
+    # A policy reads the weights of a tuple once.
+    assert ward.model.available is not before
+    assert shares(ward) == [0.1, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_model_without_replicas_has_nobody_and_no_panic() -> None:
+    ward = Ward()
+    ward.look()
+
+    assert (ward.choose(), ward.model.panic) == (None, False)
+
+
+@pytest.mark.parametrize("outcome", [outcome for outcome in BAD if outcome is not Outcome.CONNECT_FAILED])
+def test_an_only_replica_is_never_out(outcome: Outcome) -> None:
+    ward = Ward("a")
+    [a] = ward.backends
+    ward.check(a, False, False, False)
+    a.in_flight = 3
+    ward.look(times=100)
+    assert not a.up
+    ward.open(a, outcome=outcome)
+
+    assert ward.chosen() == {a}
+    assert (ward.model.panic, ward.available) == (False, "a")
+
+
+def test_an_only_replica_that_refuses_is_tried_once_a_second() -> None:
+    ward = Ward("a")
+    [a] = ward.backends
+    ward.open(a, outcome=Outcome.CONNECT_FAILED)
+    tried = 0
+
+    for _ in range(100):
+        ward.now += 0.1
+        if ward.choose() is a:
+            tried += 1
+            ward.report(a, Outcome.CONNECT_FAILED)
+    assert 8 <= tried <= 10
+
+    ward.now += 1
+    assert ward.choose() is a
+    assert ward.chosen() == {None}
+    ward.health.answered(a, 200)
+    assert a.opened is not None  # that was somebody else's
+    assert a.probe is not None
+    ward.request = a.probe  # type: ignore[assignment]
+    ward.health.answered(a, 200)
+    assert ward.chosen() == {a}
+
+
+def test_an_only_replica_that_was_connected_to_is_no_longer_kept_from_requests() -> None:
+    """A JSON answer may take its time; nobody should be turned away for as long as the probe waits for one."""
+    ward = Ward("a", timeouts={"connect": 3})
+    [a] = ward.backends
+    ward.open(a, outcome=Outcome.CONNECT_FAILED)
+    ward.now += 1
+    assert ward.choose() is a
+    ward.now += 3
+    assert ward.choose() is None
+
+    ward.now += 0.1
+
+    assert ward.chosen() == {a}
+    assert ward.choose(a) is None
+
+
+def test_the_last_replica_of_several_is_an_only_one_from_then_on() -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    ward.open(a, outcome=Outcome.CONNECT_FAILED)
+    ward.list("a")
+    assert ward.choose() is None
+
+    ward.now += 1
+
+    assert ward.choose() is a
+
+
+# Health checks
+
+
+@pytest.mark.parametrize(
+    ("results", "available"),
+    [
+        ("FF", "ab"),
+        ("FFPFF", "ab"),
+        ("FFF", "b"),
+        ("FFFP", "b"),
+        ("FFFPFP", "b"),
+        ("FFFPP", "ab"),
+        ("FFFPPFF", "ab"),
+        ("FFFPPFFF", "b"),
+    ],
+)
+def test_three_failed_checks_and_it_is_out_two_passes_and_it_is_back(results: str, available: str) -> None:
+    ward = Ward("a", "b")
+
+    ward.check(ward.backends[0], *(result == "P" for result in results))
+
+    assert ward.available == available
+
+
+def test_what_is_known_of_a_replica_survives_a_change_of_the_catalogue() -> None:
+    ward = Ward("a", "b", "c", "d", "e")
+    a, b, *_ = ward.backends
+    ward.open(a)
+    ward.check(b, False, False, False)
+
+    ward.list("f", "e", "d", "c", "b", "a", version="2")
+
+    assert ward.available == "fedc"
+    ward.now += 60
+    assert ward.choose() is a
+
+
+def test_what_is_still_heard_of_a_replica_that_left_changes_nothing() -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    ward.list("b", "c")
+    ward.open(a)
+    ward.check(a, False, False, False, True, True)
+    assert ward.available == "bc"
+    b = ward.backends[0]
+    ward.fleet.update({})
+    ward.open(b)
+
+    assert (b.usable, ward.fleet.models) == (False, {})
+
+
+# The watchdog
+
+
+def busy(ward: Ward, count: int = 3) -> Backend:
+    a = ward.backends[0]
+    a.in_flight = count
+    ward.look()
+    return a
+
+
+def test_a_replica_with_requests_and_without_a_byte_for_a_minute_is_out() -> None:
+    ward = Ward("a", "b")
+    a = busy(ward)
+    ward.look(times=59)
+    assert ward.available == "ab"
+    ward.check(a, True, True)  # whatever its /health says
+
+    ward.look()
+
+    assert (ward.available, a.up) == ("b", False)
+
+
+def test_two_requests_may_wait_as_long_as_they_like() -> None:
+    ward = Ward("a", "b")
+    a = busy(ward, 2)
+    ward.look(times=600)
+    assert ward.available == "ab"
+
+    a.in_flight = 3
+    ward.look(times=60)
+    assert ward.available == "ab"
+    a.in_flight = 2
+    ward.look()
+    a.in_flight = 3
+    ward.look(times=60)
+
+    assert ward.available == "ab"
+
+
+def test_a_replica_that_is_heard_now_and_then_is_busy_and_not_stuck() -> None:
+    ward = Ward("a", "b")
+    a = busy(ward)
+
+    for _ in range(10):
+        ward.look(times=59)
+        ward.heard[a.url] = ward.now
+
+    assert ward.available == "ab"
+
+
+def test_where_first_bytes_may_take_longer_silence_may_last_longer() -> None:
+    ward = Ward("a", "b", timeouts={"first_byte": 600})
+    busy(ward)
+
+    ward.look(times=299)
+    assert ward.available == "ab"
+    ward.look()
+    assert ward.available == "b"
+
+
+def test_a_stuck_replica_is_back_when_bytes_flow() -> None:
+    ward = Ward("a", "b")
+    a = busy(ward)
+    ward.look(times=100)
+    assert ward.available == "b"
+
+    ward.heard[a.url] = ward.now + 0.5
+    ward.look()
+
+    assert (ward.available, a.up) == ("ab", True)
+    assert a.share == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_stuck_replica_whose_requests_gave_up_is_tried_once_a_check_has_passed() -> None:
+    ward = Ward("a", "b")
+    a = busy(ward)
+    b = ward.backends[1]
+    ward.check(a, True)
+    ward.look(times=100)
+    ward.check(a, True)
+    ward.look()
+    assert not a.up
+
+    a.in_flight = 2
+    ward.look()
+
+    assert (a.up, ward.available) == (True, "b")
+    assert [ward.choose(), ward.choose()] == [a, b]
+    assert a.probe is not None
+    ward.request = a.probe  # type: ignore[assignment]
+    ward.health.answered(a, 200)
+    assert ward.available == "ab"
+
+
+def test_a_stuck_replica_without_a_passed_check_stays_out() -> None:
+    ward = Ward("a", "b")
+    a = busy(ward)
+    ward.check(a, True)
+    ward.look(times=100)
+    a.in_flight = 0
+
+    ward.look(times=600)
+
+    assert (a.up, ward.available) == (False, "b")
+
+
+# Slow start
+
+
+def shares(ward: Ward) -> list[float]:
+    return [round(backend.share, 2) for backend in ward.backends]
+
+
+def part_of_a(ward: Ward) -> float:
+    """Its part of many requests that are in flight together."""
+    for _ in range(1000):
+        chosen = ward.choose()
+        assert chosen is not None
+        chosen.in_flight += 1
+    part = ward.backends[0].in_flight / 1000
+    for backend in ward.backends:
+        backend.in_flight = 0
+    return part
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "two_choices", "least_in_flight"])
+def test_a_replica_that_comes_back_gets_its_weight_within_half_a_minute(policy: str) -> None:
+    ward = Ward("a", "b", policy=policy)
+    a, _ = ward.backends
+    ward.look()
+    ward.check(a, False, False, False, True, True)
+    assert shares(ward) == [0.1, 1.0]
+    assert part_of_a(ward) == pytest.approx(0.1 / 1.1, abs=0.03)
+
+    ward.look(times=10)
+    assert shares(ward)[0] == pytest.approx(0.1 + 10 / 30, abs=0.02)
+    assert part_of_a(ward) == pytest.approx(0.43 / 1.43, abs=0.03)
+    ward.look(times=20)
+
+    assert shares(ward) == [1.0, 1.0]
+    assert part_of_a(ward) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_new_replica_beside_others_starts_slowly_by_its_own_weight() -> None:
+    ward = Ward("a", "b")
+    assert shares(ward) == [1.0, 1.0]
+    backends = [{"url": "http://a"}, {"url": "http://b"}, {"url": "http://c", "weight": 4}]
+
+    ward.list(backends=backends)
+
+    assert [backend.weight for backend in ward.backends] == [1.0, 1.0, pytest.approx(0.4)]
+    ward.look(times=2)
+    ward.list(backends=backends, version="3")
+    assert 0.4 < ward.backends[2].weight < 1.0
+    ward.look(times=30)
+    assert [backend.weight for backend in ward.backends] == [1.0, 1.0, 4.0]
+
+
+def test_when_all_have_their_weight_the_tuple_is_no_longer_replaced() -> None:
+    ward = Ward("a", "b")
+    ward.list("a", "b", "c")
+    before = ward.model.available
+    ward.look(times=2)
+    assert ward.model.available is not before
+
+    ward.look(times=30)
+    assert ward.model.available is ward.backends
+    ward.look(times=30)
+    assert ward.model.available is ward.backends
+
+
+def test_prefix_affinity_keeps_its_ring() -> None:
+    ward = Ward("a", "b", "c", policy="prefix_affinity")
+    a = ward.backends[0]
+    homes = {key: ward.model.choose(key) for key in map(str, range(100))}
+    ward.check(a, False, False, False)
+    without = ward.model.available
+    ward.look(times=10)
+    assert ward.model.available is without
+
+    ward.check(a, True, True)
+    ward.look(times=3)
+
+    assert shares(ward) == [1.0, 1.0, 1.0]
+    assert ward.model.available is ward.backends
+    assert {key: ward.model.choose(key) for key in homes} == homes
+
+
+def test_a_model_that_turns_to_prefix_affinity_has_full_weights_at_once() -> None:
+    ward = Ward("a")
+    ward.list("a", "b")
+    assert shares(ward) == [1.0, 0.1]
+
+    ward.list("a", "b", policy="prefix_affinity")
+
+    assert shares(ward) == [1.0, 1.0]
+
+
+# Any order of events
+
+
+@given(data=st.data(), count=st.integers(1, 5), policy=st.sampled_from(["two_choices", "prefix_affinity"]))
+def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: int, policy: str) -> None:
+    """Only an only replica that refuses may be nobody; and the list is what the replicas' states say."""
+    ward = Ward(*"abcde"[:count], policy=policy)
+    for _ in range(data.draw(st.integers(0, 60))):
+        backend = data.draw(st.sampled_from(ward.backends))
+        event = data.draw(st.sampled_from(["attempt", "open", "check", "look", "choose"]))
+        if event == "attempt":
+            ward.attempt(backend, data.draw(st.sampled_from(BAD + NEITHER + [Outcome.OK])))
+        elif event == "open":
+            ward.open(backend)
+        elif event == "check":
+            ward.check(backend, *[data.draw(st.booleans())] * 3)
+        elif event == "look":
+            backend.in_flight = data.draw(st.integers(0, 4))
+            ward.look(data.draw(st.sampled_from([1.0, 30.0, 61.0])))
+        elif (chosen := ward.choose()) is not None:
+            ward.report(chosen, data.draw(st.sampled_from([Outcome.OK, Outcome.RESET, Outcome.CLIENT_GONE])))
+
+        usable = [backend for backend in ward.backends if backend.usable]
+        assert ward.model.panic is (count > 1 and 2 * len(usable) < count)
+        everyone = ward.model.panic or count == 1
+        assert list(ward.model.available) == (list(ward.backends) if everyone else usable)
+        assert set(ward.model.open) == {backend for backend in ward.backends if backend.opened is not None}
+        assert (ward.choose() is not None) or count == 1
+
+
+# Its task
+
+
+@pytest.mark.anyio
+async def test_it_looks_again_and_again_even_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health_module, "_LOOK_EVERY", 0.01)
+    ward, looks = Ward("a"), 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ward.health, "look", look)
+    task = asyncio.create_task(ward.health.run())
+    await until(lambda: looks > 2)
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [record.getMessage() for record in caplog.records] == ["a look at the backends failed"]
