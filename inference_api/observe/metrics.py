@@ -8,7 +8,7 @@ import platform
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -71,11 +71,20 @@ class _Requests:
 
 
 class Metrics(Collector):
-    """Every number the router exports. `fleet` and `registry` are asked at scrape time for what they know."""
+    """Every number the router exports. The others are asked at scrape time for what they know.
 
-    def __init__(self, fleet: Callable[[], Iterable[Model]], registry: Callable[[], RegistryStatus]) -> None:
+    `discovery`: look-ups that were of no use, by reason.
+    """
+
+    def __init__(
+        self,
+        fleet: Callable[[], Iterable[Model]],
+        registry: Callable[[], RegistryStatus],
+        discovery: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         self._fleet = fleet
         self._registry = registry
+        self._discovery = discovery
         self._requests: dict[tuple[str, str, int, bool], _Requests] = {}
         self._durations: dict[tuple[str, str, bool, str], Histogram] = defaultdict(lambda: Histogram(DURATION_BUCKETS))
         self._first_token: dict[tuple[str, str], Histogram] = defaultdict(lambda: Histogram(TTFT_BUCKETS))
@@ -84,6 +93,7 @@ class Metrics(Collector):
         self._tokens: dict[tuple[str, str], int] = defaultdict(int)
         self._aborts: dict[tuple[str, str], int] = defaultdict(int)
         self._attempts: dict[tuple[str, str, str], int] = defaultdict(int)
+        self._probe_failures: dict[tuple[str, str, str], int] = defaultdict(int)
 
     # Written on the request path
 
@@ -116,11 +126,28 @@ class Metrics(Collector):
     def attempt(self, backend: Backend, outcome: Outcome) -> None:
         self._attempts[backend.model, backend.label, outcome.value] += 1
 
+    # Written beside it
+
+    def probe_failed(self, backend: Backend, kind: str) -> None:
+        self._probe_failures[backend.model, backend.label, kind] += 1
+
+    def forget_models(self) -> None:
+        """Drop the series of models that have left the catalogue."""
+        models = {"unknown", *(model.name for model in self._fleet())}
+        by_model: tuple[dict[Any, Any], ...] = (
+            self._requests, self._durations, self._first_token, self._per_token, self._tokens, self._aborts,
+        )  # fmt: skip
+        for series in by_model:
+            for key in [key for key in series if key[0] not in models]:
+                del series[key]
+
     def forget_backends(self) -> None:
         """Drop the series of replicas that have left; with pod addresses they would pile up with every rollout."""
         known = {(model.name, backend.label) for model in self._fleet() for backend in model.backends}
-        for key in [key for key in self._attempts if key[:2] not in known]:
-            del self._attempts[key]
+        by_backend: tuple[dict[Any, Any], ...] = self._attempts, self._probe_failures
+        for series in by_backend:
+            for key in [key for key in series if key[:2] not in known]:
+                del series[key]
 
     # Read by a scrape
 
@@ -128,6 +155,7 @@ class Metrics(Collector):
         yield from self._request_families()
         yield from self._token_families()
         yield from self._backend_families()
+        yield from self._load_families()
         yield from self._registry_families()
 
     def _request_families(self) -> Iterator[Metric]:
@@ -178,6 +206,29 @@ class Metrics(Collector):
                 in_flight.add_metric([model.name, backend.label], backend.in_flight)
         yield in_flight
 
+    def _load_families(self) -> Iterator[Metric]:
+        by_backend = ("model_name", "backend")
+        running = _gauge("backend_running_requests", "Requests the backend says it works on.", *by_backend)
+        waiting = _gauge("backend_queue_depth", "Requests the backend says it has waiting.", *by_backend)
+        cache = _gauge("backend_kv_cache_usage_ratio", "Used share of the backend's KV cache.", *by_backend)
+        text = "When the backend last told its load, in Unix seconds."
+        scraped = _gauge("backend_last_scrape_timestamp_seconds", text, *by_backend)
+        for backend in [backend for model in self._fleet() for backend in model.backends]:
+            labels = [backend.model, backend.label]
+            if backend.scraped:
+                scraped.add_metric(labels, backend.scraped)
+            if (reading := backend.reading) is not None:
+                running.add_metric(labels, reading.running)
+                waiting.add_metric(labels, reading.waiting)
+                if reading.kv_cache is not None:
+                    cache.add_metric(labels, reading.kv_cache)
+        yield from (running, waiting, cache, scraped)
+        text = "Times a backend did not answer a probe, by what it was asked for."
+        failures = _counter("backend_probe_failures", text, *by_backend, "kind")
+        for probed, count in _copy(self._probe_failures):
+            failures.add_metric(probed, count)
+        yield failures
+
     def _registry_families(self) -> Iterator[Metric]:
         status = self._registry()
         models = _gauge("registry_models", "Models that can be named, by where the catalogue came from.", "source")
@@ -191,6 +242,10 @@ class Metrics(Collector):
         for reason, count in _copy(status.failures):
             failures.add_metric([reason], count)
         yield failures
+        lookups = _counter("discovery_failures", "Look-ups of backends' host names that were of no use.", "reason")
+        for reason, count in _copy(self._discovery()):
+            lookups.add_metric([reason], count)
+        yield lookups
         build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "python_version")
         build.add_metric([__version__, platform.python_version()], 1)
         yield build

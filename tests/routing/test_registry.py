@@ -255,7 +255,7 @@ async def test_after_failures_it_looks_soon_and_then_ever_more_seldom(
             enough.set()
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(registry_module.asyncio, "sleep", sleep)
+    monkeypatch.setattr("inference_api.routing.registry.asyncio.sleep", sleep)
     client = connect(refresh=refresh, rand=lambda: draw)
     async with asyncio.timeout(10):
         task = asyncio.create_task(client.registry.run())
