@@ -20,10 +20,13 @@ from tests.fakes import (
     Line,
     Received,
     Script,
+    ScriptedServer,
     answer,
     chunk,
     event,
     hang,
+    json_response,
+    raw,
     until,
 )
 
@@ -125,6 +128,21 @@ async def test_T54_it_is_found_without_a_request_within_an_interval(cluster: Clu
     records.addresses = [engines[1].host]
 
     await until(lambda: labels(served) == [f"127.0.0.3:{engines[1].port}"])
+
+
+async def test_T54_a_name_that_the_registry_adds_is_looked_up_at_once(cluster: Cluster, start_router: Start) -> None:
+    engines, records = await cluster(2), Records()
+    records.addresses = [engine.host for engine in engines]
+    backend = {"url": f"http://pods.test:{engines[0].port}", "discovery": "dns"}
+    async with ScriptedServer(answer) as registry:
+        registry.script = raw(json_response({"models": [{"name": "m", "backends": [{"url": "http://10.9.9.9"}]}]}))
+        settings: dict[str, Any] = {"registry_url": registry.url, "registry_refresh": 3600, "discovery_interval": 3600}
+        served = await start_router(models=[], resolve=records, **settings)
+        registry.script = raw(json_response({"models": [{"name": "m", "backends": [backend]}]}))
+        await served.router.registry.refresh()
+
+        await until(lambda: len(labels(served)) == 2)
+        assert (await served.chat()).status_code == 200
 
 
 async def test_T54_a_name_server_that_is_down_hides_nothing_for_ever(cluster: Cluster, start_router: Start) -> None:

@@ -352,6 +352,30 @@ async def test_a_name_server_that_hangs_for_one_name_holds_up_no_other(monkeypat
     assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.4:8000", "10.0.0.3:8000"]
 
 
+async def test_names_that_failed_come_last() -> None:
+    names = Names(a=OSError("no"), b=["10.0.0.2"], c=["10.0.0.3"])
+    discovery = Discovery(fleet_of(dns("a"), dns("b"), dns("c")), names)
+    await discovery.look()
+    await discovery.look()
+
+    assert names.asked == ["a", "b", "c", "b", "c", "a"]
+
+
+async def test_a_catalogue_that_changes_during_a_look_is_no_trouble() -> None:
+    names = Names(b=["10.0.0.2"])
+    fleet = fleet_of(dns("a"))
+    discovery = Discovery(fleet, names)
+    look = asyncio.create_task(discovery.look())
+    await until(lambda: names.under_way)
+    tell(fleet, n=[dns("b")])
+    names.say("a", ["10.0.0.1"])
+    await look
+    await discovery.look()
+
+    assert labels(fleet, "n") == ["10.0.0.2:8000"]
+    assert set(fleet.addresses) == {"b"}
+
+
 async def test_never_more_than_two_look_ups_are_under_way_even_if_none_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

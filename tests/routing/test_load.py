@@ -201,6 +201,16 @@ async def test_requests_that_end_meanwhile_are_not_taken_for_others(start: Start
     assert await asking.look() == [0]
 
 
+async def test_requests_that_come_meanwhile_are_not_taken_for_others(start: Start, transport: Transport) -> None:
+    async def script(request: Received, line: Line) -> None:
+        asking.backends[0].in_flight = 5
+        await page(5, 0)(request, line)
+
+    asking = Asking(transport, (await start(script)).url)
+
+    assert await asking.look() == [0]
+
+
 async def test_an_engine_of_two_models_is_asked_once_and_each_sees_the_others_requests(
     start: Start, transport: Transport
 ) -> None:
