@@ -118,7 +118,7 @@ class Discovery:
         self._version = self._fleet.version
         hosts: defaultdict[str, list[str]] = defaultdict(list)
         for model in self._fleet.models.values():
-            for host in {entry.host for entry in model.entry.backends if entry.discovery == "dns"}:
+            for host in dict.fromkeys(entry.host for entry in model.entry.backends if entry.discovery == "dns"):
                 hosts[host].append(model.name)
         self._hosts = dict(hosts)
         for host in self._fleet.addresses.keys() - hosts.keys():

@@ -242,27 +242,18 @@ async def test_routers_do_not_look_in_step(
 
 @pytest.mark.parametrize(("refresh", "longest"), [(15.0, [1, 2, 4, 8, 16, 30, 30]), (0.5, [0.5, 1, 2, 4, 8, 16, 30])])
 async def test_after_failures_it_looks_soon_and_then_ever_more_seldom(
-    connect: Start, httpx_mock: HTTPXMock, monkeypatch: pytest.MonkeyPatch, refresh: float, longest: list[float]
+    connect: Start, httpx_mock: HTTPXMock, refresh: float, longest: list[float]
 ) -> None:
     for _ in longest:
         httpx_mock.add_response(500)
     httpx_mock.add_response(json=listing("a"))
-    draw, slept, enough = 0.5, [], asyncio.Event()
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        if len(slept) == len(longest) + 2:
-            enough.set()
-            await asyncio.Event().wait()
-
-    monkeypatch.setattr("inference_api.routing.registry.asyncio.sleep", sleep)
+    draw, pauses = 0.5, []
     client = connect(refresh=refresh, rand=lambda: draw)
-    async with asyncio.timeout(10):
-        task = asyncio.create_task(client.registry.run())
-        await enough.wait()
-    task.cancel()
+    for _ in (*longest, "and the answer"):
+        pauses.append(client.registry._pause())
+        await client.registry.refresh()
 
-    assert slept == [refresh, *(draw * most for most in longest), refresh]
+    assert [*pauses, client.registry._pause()] == [refresh, *(draw * most for most in longest), refresh]
 
 
 async def test_the_loop_outlives_failures_and_ends_when_cancelled(connect: Start, httpx_mock: HTTPXMock) -> None:
