@@ -1,9 +1,10 @@
 """The composition root: builds every object and joins them. The only file that knows of optional features."""
 
 import asyncio
+import functools
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,14 +27,19 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import load_catalogue
+from inference_api.routing.discovery import Discovery, Resolve, resolve
 from inference_api.routing.engines import EngineFacts
 from inference_api.routing.health import Health
+from inference_api.routing.load import LoadSignal
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
 from inference_api.settings import Settings
 
 # Seconds: the router's own questions to a replica are too far apart to share a connection.
 _OWN_KEEPALIVE = 0.1
+
+
+Run = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Router:
@@ -50,6 +56,7 @@ class Router:
         access_log: Callable[[Fields], None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         registry_client: httpx.AsyncClient | None = None,
+        resolve: Resolve = resolve,
         rand: random.Random | None = None,
     ) -> None:
         rand = rand or random.Random()
@@ -60,7 +67,9 @@ class Router:
         self.transport = transport or Transport(keepalive=settings.upstream_keepalive)
         # What the router asks for itself neither waits behind the traffic nor passes for a sign of life in it.
         self._own_transport = transport or Transport(keepalive=_OWN_KEEPALIVE)
-        self.fleet = Fleet(lambda name: make_policy(name, rand.random))
+        reported = settings.load_signal_interval > 0
+        self.fleet = Fleet(lambda name: make_policy(name, rand.random, reported))
+        self.discovery = Discovery(self.fleet, resolve, settings.discovery_interval, rand.random, self._forget_backends)
         self._client = registry_client or _registry_client(settings)
         self.registry = Registry(
             self.fleet,
@@ -68,35 +77,57 @@ class Router:
             self._client,
             settings.registry_refresh,
             rand=rand.random,
-            on_change=self._forget_backends,
+            on_change=self._catalogue_changed,
         )
-        self._engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
-        self.metrics = Metrics(lambda: list(self.fleet.models.values()), self.registry.status)
+        self.metrics = Metrics(
+            lambda: list(self.fleet.models.values()), self.registry.status, lambda: self.discovery.failures
+        )
         self.health = _health(self.fleet, self.transport, settings, rand)
-        self._prober = self._make_prober(settings, rand)
-        observer = self._observer = Observer(self.metrics, access_log)
+        self._observer = Observer(self.metrics, access_log)
+        self._background = self._beside_requests(settings, rand)
         self.load = Load()
-        gate = Gate(
-            observer,
+        self.probes = Probes(self.registry, _collectors(self.metrics))
+        gate = self._gate(settings, self._make_forward(settings, tokens or {}, rand), mint_id)
+        self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
+        self.ops: ASGIApp = create_pages(self.probes.routes())
+
+    def _gate(self, settings: Settings, send: Forward, mint_id: Callable[[], str]) -> Gate:
+        return Gate(
+            self._observer,
             self.registry.resolve,
-            send=self._make_forward(settings, tokens or {}, rand),
+            send=send,
             read_headers=RequestHeaders(frozenset(name.encode() for name in settings.forward_headers)),
             mint_id=mint_id,
             max_body=settings.max_body_bytes,
             max_in_flight=settings.max_in_flight,
             write_stall=settings.write_stall_timeout,
         )
+
+    def _surface(self, gate: Gate, mint_id: Callable[[], str], probes: bool) -> ASGIApp:
         inference: dict[str, ASGIApp] = {route.path: Inference(route, gate, self.load) for route in INFERENCE_ROUTES}
-        self.probes = Probes(self.registry, _collectors(self.metrics))
-        pages = create_pages(self._pages(inference, settings.ops_port is None), self._lifespan)
-        self.app: ASGIApp = Surface(inference, Observed(pages, observer, mint_id))
-        self.ops: ASGIApp = create_pages(self.probes.routes())
+        # Registered a second time so that a wrong method on them is a 405 that says which one is right.
+        pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
+        pages += Models(self.fleet, self.registry.resolve).routes()
+        if probes:
+            pages += self.probes.routes()
+        return Surface(inference, Observed(create_pages(pages, self._lifespan), gate.observer, mint_id))
+
+    def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
+        """What the lifespan keeps running; the optional ones last."""
+        engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
+        prober = self._make_prober(settings, rand)
+        run = [self.registry.run, self.discovery.run, engines.run, self.health.run, prober.run]
+        if settings.load_signal_interval:
+            failed = functools.partial(self.metrics.probe_failed, kind="metrics")
+            every = settings.load_signal_interval
+            run.append(LoadSignal(self.fleet, self._own_transport, every, failed, rand=rand.random).run)
+        return run
 
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         await self.registry.start()
-        background = (self.registry.run, self._engines.run, self.health.run, self._prober.run)
-        tasks = [asyncio.create_task(run()) for run in background]
+        await self.discovery.start()
+        tasks = [asyncio.create_task(run()) for run in self._background]
         self.probes.state = "ready"
         try:
             yield
@@ -121,12 +152,6 @@ class Router:
         seen.refused(error, error.status, size)
         seen.end(error.outcome)
 
-    def _pages(self, inference: Mapping[str, ASGIApp], with_probes: bool) -> list[Route]:
-        # Registered a second time so that a wrong method on them is a 405 that says which one is right.
-        pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
-        pages += Models(self.fleet, self.registry.resolve).routes()
-        return pages + self.probes.routes() if with_probes else pages
-
     def _make_forward(self, settings: Settings, tokens: Mapping[str, str], rand: random.Random) -> Forward:
         limits, on_answer, on_retry = _limits(settings), self.health.answered, self.metrics.retry
         return Forward(self.transport, limits, self._attempted, tokens, rand, on_answer=on_answer, on_retry=on_retry)
@@ -142,8 +167,13 @@ class Router:
 
     def _checked(self, backend: Backend, passed: bool) -> None:
         if not passed:
-            self.metrics.probe_failed(backend)
+            self.metrics.probe_failed(backend, "health")
         self.health.checked(backend, passed)
+
+    def _catalogue_changed(self) -> None:
+        self.metrics.forget_models()
+        self._forget_backends()
+        self.discovery.wake()
 
     def _forget_backends(self) -> None:
         """Of replicas that left the catalogue, connections are closed as they become idle, and series are dropped."""

@@ -37,6 +37,12 @@ class Settings(BaseSettings):
     catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
     registry_url: str | None = Field(default=None, description="base URL of the model registry")
     registry_refresh: Seconds = Field(default=15, description="seconds between two looks at the registry")
+    discovery_interval: Seconds = Field(
+        default=5, description="seconds between two look-ups of host names with `discovery: dns`"
+    )
+    load_signal_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0, description="seconds between two reads of the backends' own metrics, for balancing; 0: never"
+    )
     connect_timeout: Seconds = Field(default=2, description="seconds to connect to a backend")
     first_byte_timeout: Seconds = Field(default=120, description="seconds until a backend's response head")
     idle_timeout: Seconds = Field(default=120, description="seconds without a byte in a backend's answer")

@@ -14,6 +14,7 @@ import pytest
 from inference_api.app import Router
 from inference_api.inbound.server import Server, listen, server_config
 from inference_api.observe.log import Fields
+from inference_api.routing import discovery
 from inference_api.settings import Settings
 from tests.fakes import FakeEngine, Script, in_background, until
 
@@ -73,7 +74,8 @@ class Served:
 async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """`await start_router(engine, ..., key=value)` -> a Served router whose model `m` has these engines' URLs.
 
-    `models=[...]` gives the whole catalogue instead; `entry={...}` adds to the model `m`; other keywords are settings.
+    `models=[...]` gives the whole catalogue instead; `entry={...}` adds to the model `m`; `resolve` stands in for DNS;
+    other keywords are settings.
     """
     async with AsyncExitStack() as stack:
 
@@ -82,6 +84,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             models: list[dict[str, Any]] | None = None,
             entry: dict[str, Any] | None = None,
             transport: httpx.AsyncBaseTransport | None = None,
+            resolve: discovery.Resolve = discovery.resolve,
             **settings: Any,
         ) -> Served:
             backends = [{"url": engine.url} for engine in engines]
@@ -90,7 +93,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
             chosen = Settings(catalogue=path, **settings)
-            router = Router(chosen, access_log=lines.append, transport=transport)
+            router = Router(chosen, access_log=lines.append, transport=transport, resolve=resolve)
             url = await stack.enter_async_context(serving(router, chosen))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
             return Served(router, url, client, lines)

@@ -68,24 +68,27 @@ Script = Callable[[Received, Line], Awaitable[None]]
 
 
 class FakeEngine:
-    """A raw HTTP/1.1 server on a free port of 127.0.0.1; `script` answers every POST, GET /v1/models is answered here.
+    """A raw HTTP/1.1 server, by default on a free port of 127.0.0.1.
+
+    `script` answers every POST, GET /v1/models is answered here.
 
     `requests` are the POSTs it got, `connections` how many it accepted, `open` how many are open now,
     `busy` how many POSTs it is answering.
     """
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.script: Script = script or answer
+        self.host = host
         self.requests: list[Received] = []
         self.connections = 0
         self.open = 0
         self.busy = 0
-        self.port = 0
+        self.port = port
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "FakeEngine":
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._accept, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -103,7 +106,7 @@ class FakeEngine:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -8,7 +8,7 @@ import platform
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -71,11 +71,20 @@ class _Requests:
 
 
 class Metrics(Collector):
-    """Every number the router exports. `fleet` and `registry` are asked at scrape time for what they know."""
+    """Every number the router exports. The others are asked at scrape time for what they know.
 
-    def __init__(self, fleet: Callable[[], Iterable[Model]], registry: Callable[[], RegistryStatus]) -> None:
+    `discovery`: look-ups that were of no use, by reason.
+    """
+
+    def __init__(
+        self,
+        fleet: Callable[[], Iterable[Model]],
+        registry: Callable[[], RegistryStatus],
+        discovery: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         self._fleet = fleet
         self._registry = registry
+        self._discovery = discovery
         self._requests: dict[tuple[str, str, int, bool], _Requests] = {}
         self._durations: dict[tuple[str, str, bool, str], Histogram] = defaultdict(lambda: Histogram(DURATION_BUCKETS))
         self._first_token: dict[tuple[str, str], Histogram] = defaultdict(lambda: Histogram(TTFT_BUCKETS))
@@ -85,7 +94,7 @@ class Metrics(Collector):
         self._aborts: dict[tuple[str, str], int] = defaultdict(int)
         self._attempts: dict[tuple[str, str, str], int] = defaultdict(int)
         self._retries: dict[tuple[str, str], int] = defaultdict(int)
-        self._probe_failures: dict[tuple[str, str], int] = defaultdict(int)
+        self._probe_failures: dict[tuple[str, str, str], int] = defaultdict(int)
 
     # Written on the request path
 
@@ -122,16 +131,29 @@ class Metrics(Collector):
     def retry(self, model: str, reason: str) -> None:
         self._retries[model, reason] += 1
 
-    def probe_failed(self, backend: Backend) -> None:
-        self._probe_failures[backend.model, backend.label] += 1
+    # Written beside it
+
+    def probe_failed(self, backend: Backend, kind: str) -> None:
+        self._probe_failures[backend.model, backend.label, kind] += 1
+
+    def forget_models(self) -> None:
+        """Drop the series of models that have left the catalogue."""
+        models = {"unknown", *(model.name for model in self._fleet())}
+        by_model: tuple[dict[Any, Any], ...] = (
+            self._requests, self._durations, self._first_token, self._per_token, self._tokens, self._aborts,
+            self._retries,
+        )  # fmt: skip
+        for series in by_model:
+            for key in [key for key in series if key[0] not in models]:
+                del series[key]
 
     def forget_backends(self) -> None:
         """Drop the series of replicas that have left; with pod addresses they would pile up with every rollout."""
         known = {(model.name, backend.label) for model in self._fleet() for backend in model.backends}
-        for key in [key for key in self._attempts if key[:2] not in known]:
-            del self._attempts[key]
-        for place in self._probe_failures.keys() - known:
-            del self._probe_failures[place]
+        by_backend: tuple[dict[Any, Any], ...] = self._attempts, self._probe_failures
+        for series in by_backend:
+            for key in [key for key in series if key[:2] not in known]:
+                del series[key]
 
     # Read by a scrape
 
@@ -139,6 +161,7 @@ class Metrics(Collector):
         yield from self._request_families()
         yield from self._token_families()
         yield from self._backend_families()
+        yield from self._load_families()
         yield from self._registry_families()
 
     def _request_families(self) -> Iterator[Metric]:
@@ -194,17 +217,37 @@ class Metrics(Collector):
         in_flight = _gauge("backend_in_flight", "Attempts whose answer has not ended.", *_BY_BACKEND)
         up = _gauge("backend_up", "1: it passes its health checks and is not stuck.", *_BY_BACKEND)
         circuit = _gauge("backend_circuit_open", "1: failures keep all requests but a probe from it.", *_BY_BACKEND)
-        failures = _counter("backend_probe_failures", "Health checks that failed.", *_BY_BACKEND, "kind")
+        text = "Times a backend failed a health check, or did not tell its metrics."
+        failures = _counter("backend_probe_failures", text, *_BY_BACKEND, "kind")
         panic = _gauge("panic_mode", "1: more than half of its backends are out, so all are used.", "model_name")
         for model in self._fleet():
             panic.add_metric([model.name], model.panic)
             for backend in model.backends:
-                place = [model.name, backend.label]
+                place = (model.name, backend.label)
                 in_flight.add_metric(place, backend.in_flight)
                 up.add_metric(place, backend.up)
                 circuit.add_metric(place, backend.opened is not None)
-                failures.add_metric([*place, "health"], self._probe_failures.get((model.name, backend.label), 0))
+                failures.add_metric([*place, "health"], self._probe_failures.get((*place, "health"), 0))
+                if (scrapes := self._probe_failures.get((*place, "metrics"))) is not None:
+                    failures.add_metric([*place, "metrics"], scrapes)
         yield from (in_flight, up, circuit, failures, panic)
+
+    def _load_families(self) -> Iterator[Metric]:
+        running = _gauge("backend_running_requests", "Requests the backend says it works on.", *_BY_BACKEND)
+        waiting = _gauge("backend_queue_depth", "Requests the backend says it has waiting.", *_BY_BACKEND)
+        cache = _gauge("backend_kv_cache_usage_ratio", "Used share of the backend's KV cache.", *_BY_BACKEND)
+        text = "When the backend last told its load, in Unix seconds."
+        scraped = _gauge("backend_last_scrape_timestamp_seconds", text, *_BY_BACKEND)
+        for backend in [backend for model in self._fleet() for backend in model.backends]:
+            labels = [backend.model, backend.label]
+            if backend.scraped:
+                scraped.add_metric(labels, backend.scraped)
+            if (reading := backend.reading) is not None:
+                running.add_metric(labels, reading.running)
+                waiting.add_metric(labels, reading.waiting)
+                if reading.kv_cache is not None:
+                    cache.add_metric(labels, reading.kv_cache)
+        yield from (running, waiting, cache, scraped)
 
     def _registry_families(self) -> Iterator[Metric]:
         status = self._registry()
@@ -219,6 +262,10 @@ class Metrics(Collector):
         for reason, count in _copy(status.failures):
             failures.add_metric([reason], count)
         yield failures
+        lookups = _counter("discovery_failures", "Look-ups of backends' host names that were of no use.", "reason")
+        for reason, count in _copy(self._discovery()):
+            lookups.add_metric([reason], count)
+        yield lookups
         build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "python_version")
         build.add_metric([__version__, platform.python_version()], 1)
         yield build

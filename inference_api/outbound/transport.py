@@ -10,7 +10,8 @@ one, there are no cookies, redirects, proxies or environment, and the body can b
     await response.stream.aclose()                                 # before the end: closes the connection
 
 Request extensions it reads: `timeout` {connect, first_byte, idle} in seconds, `deadline` in loop time, `fresh` (do not
-reuse a connection), `target` (path and query, as httpx defines it), `origin` (scheme://host:port, to save parsing).
+reuse a connection), `target` (path and query, as httpx defines it), `origin` (scheme://host:port, to save parsing; with
+`#address` after it the connection goes to that address, and the URL's host is only the name that TLS asks for).
 Errors are httpx's: ConnectError, ConnectTimeout, and those of `connection`, which say how many response bytes had come
 and whether the connection had been used before.
 """
@@ -29,12 +30,17 @@ class Pool:
     """The connections to one origin: the last one used is reused first, so that the others can expire.
 
     It has no limit and so no queue: the number of requests in the router is what bounds it.
+
+    `address`: where to connect, if `host` is not to be looked up.
     """
 
-    def __init__(self, scheme: str, host: str, port: int, keepalive: float, tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, scheme: str, host: str, port: int, keepalive: float, tls: ssl.SSLContext | None, address: str = ""
+    ) -> None:
         # Configuration
         self.host = host
         self.port = port
+        self.address = address or host
         self._loop = asyncio.get_running_loop()
         self._keepalive = keepalive
         self._tls = tls if scheme == "https" else None
@@ -64,7 +70,7 @@ class Pool:
             async with asyncio.timeout(seconds):
                 await self._loop.create_connection(
                     lambda: connection,
-                    self.host,
+                    self.address,
                     self.port,
                     ssl=self._tls,
                     server_hostname=self.host if self._tls else None,
@@ -120,7 +126,7 @@ class Pool:
         return len(self._open) - len(self._idle)
 
     def __repr__(self) -> str:
-        return f"<Pool {self.host}:{self.port}: {self.active} active, {self.idle} idle>"
+        return f"<Pool {self.address}:{self.port}: {self.active} active, {self.idle} idle>"
 
 
 class Transport(httpx.AsyncBaseTransport):
@@ -195,13 +201,14 @@ class Transport(httpx.AsyncBaseTransport):
         return 0.0 if pool is None else pool.last_read
 
     def _pool(self, origin: str | None, url: httpx.URL) -> Pool:
-        origin = origin or str(url.copy_with(raw_path=b"/")).rstrip("/")
+        origin = origin or str(url.copy_with(raw_path=b"/", fragment=None)).rstrip("/")
         pool = self._pools.get(origin)
         if pool is None:
             if url.scheme == "https" and self._tls is None:
                 self._tls = ssl.create_default_context()
             port = url.port or (443 if url.scheme == "https" else 80)
-            pool = self._pools[origin] = Pool(url.scheme, url.host, port, self._keepalive, self._tls)
+            address = origin.partition("#")[2]
+            pool = self._pools[origin] = Pool(url.scheme, url.host, port, self._keepalive, self._tls, address)
         return pool
 
     def __repr__(self) -> str:

@@ -1,21 +1,27 @@
 """What lives behind a catalogue entry: a Backend is one replica with its live state, a Model is the set of them."""
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 import httpx
 
 from inference_api.routing.balance import Policy
 from inference_api.routing.breaker import Owner, due
-from inference_api.routing.catalogue import CatalogueEntry, PolicyName
+from inference_api.routing.catalogue import CatalogueEntry, PolicyName, place_of, replicas
+
+if TYPE_CHECKING:
+    from inference_api.routing.load import Reading
 
 # What a replica that is new, or back, gets of its weight at first.
 FIRST_SHARE = 0.1
 
 
 class Backend:
-    """One replica URL of a model. `in_flight` is exact on every path: balancing, admission and drain stand on it."""
+    """One replica of a model. `in_flight` is exact on every path: balancing, admission and drain stand on it.
+
+    `url` is what it is known by; where its host name was looked up, the address follows after a `#`.
+    """
 
     __slots__ = (
         "_addresses",
@@ -33,7 +39,10 @@ class Backend:
         "passed",
         "probe",
         "probed",
+        "reading",
         "refused",
+        "reported",
+        "scraped",
         "share",
         "streak",
         "stuck",
@@ -46,8 +55,8 @@ class Backend:
         # Identity
         self.model = model
         self.url = url
-        # The path too: two replicas may share a host behind a gateway.
-        self.label = parts.netloc + parts.path
+        # The path too: two replicas may share a host behind a gateway. The address: a name may have many.
+        self.label = place_of(url)
         self.host = parts.netloc.encode("ascii")
         self.base_path = parts.path
         self._addresses: dict[str, tuple[httpx.URL, bytes]] = {}
@@ -70,6 +79,11 @@ class Backend:
         self.crowded: float | None = None
         self.stuck: float | None = None
 
+        # What it says of itself, if it is asked: see `load`
+        self.reported = 0.0
+        self.reading: Reading | None = None
+        self.scraped = 0.0
+
     @property
     def up(self) -> bool:
         """It passes its health checks, and is not stuck."""
@@ -88,7 +102,8 @@ class Backend:
         """URL and request target of a route on this replica; parsing a URL costs more than forwarding a request."""
         address = self._addresses.get(path)
         if address is None:
-            address = self._addresses[path] = httpx.URL(self.url + path), (self.base_path + path).encode("ascii")
+            base, target = self.url.partition("#")[0], self.base_path + path
+            address = self._addresses[path] = httpx.URL(base + path), target.encode("ascii")
         return address
 
     def __repr__(self) -> str:
@@ -110,6 +125,7 @@ class Model:
         "entry",
         "guard",
         "in_flight",
+        "leaving",
         "max_model_len",
         "name",
         "open",
@@ -128,6 +144,8 @@ class Model:
         self.open: tuple[Backend, ...] = ()
         self.panic = False
         self.guard: Guard | None = None
+        # Gone from the catalogue, not yet done: one that comes back must not look idle.
+        self.leaving: tuple[Backend, ...] = ()
         # Live state
         self.in_flight = 0
         self.max_model_len: int | None = None
@@ -139,10 +157,13 @@ class Model:
         return self.policy.choose(self.available, key, tried)
 
     def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Policy[Backend]) -> None:
-        """Take a new version of the entry; what is in flight stays counted."""
+        """Take a new version of the entry, or other replicas of it; what is in flight stays counted."""
+        if entry is not self.entry:
+            self.max_model_len = None
         self.entry, self.policy = entry, policy
-        self.max_model_len = None
         if backends != self.backends:
+            left = {*self.backends, *self.leaving}.difference(backends)
+            self.leaving = tuple(backend for backend in left if backend.in_flight)
             self.backends = backends
             self.refresh()
 
@@ -175,6 +196,8 @@ class Fleet:
         self.models: dict[str, Model] = {}
         # name or alias -> Model; the one look-up that a request makes.
         self.by_name: dict[str, Model] = {}
+        # host name -> addresses, of the backends with `discovery: dns`; see `discovery`.
+        self.addresses: dict[str, Sequence[str]] = {}
         # Grows with every change that a list of the models would show.
         self.version = 0
 
@@ -189,24 +212,32 @@ class Fleet:
         known = self.models.get(entry.name)
         if known is not None and known.entry == entry:
             return known
-        backends = self._backends(entry, known.backends if known else ())
+        backends = self._backends(entry, known)
         policy = self._make_policy(entry.policy)
         if known is None:
             return Model(entry, backends, policy)
         known.adopt(entry, backends, policy)
         return known
 
-    @staticmethod
-    def _backends(entry: CatalogueEntry, known: tuple[Backend, ...]) -> tuple[Backend, ...]:
-        by_url = {backend.url: backend for backend in known}
+    def resolve(self, host: str, addresses: Sequence[str], models: Iterable[str]) -> None:
+        """The host name has these addresses now; `models` are those that use it."""
+        # What the first look finds is not new, only found late.
+        joining = host in self.addresses
+        self.addresses[host] = addresses
+        for name in models:
+            if (model := self.models.get(name)) is not None:
+                model.adopt(model.entry, self._backends(model.entry, model, joining), model.policy)
+
+    def _backends(self, entry: CatalogueEntry, known: Model | None, joining: bool = True) -> tuple[Backend, ...]:
+        by_url = {} if known is None else {backend.url: backend for backend in (*known.leaving, *known.backends)}
         backends = []
-        for listed in entry.backends:
-            backend = by_url.get(listed.url)
+        for url, weight in replicas(entry.backends, self.addresses):
+            backend = by_url.get(url)
             if backend is None:
-                backend = Backend(entry.name, listed.url)
+                backend = Backend(entry.name, url)
                 # Beside replicas that are warm a new one starts slowly.
-                backend.share = 0.0 if known else 1.0
-            backend.full_weight = listed.weight
+                backend.share = 0.0 if joining and known and known.backends else 1.0
+            backend.full_weight = weight
             backend.weigh(max(backend.share, first_share(entry.policy)))
             backends.append(backend)
         return tuple(backends)

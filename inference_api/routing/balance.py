@@ -33,6 +33,8 @@ class Replica(Protocol):
     def weight(self) -> float: ...
     @property
     def in_flight(self) -> int: ...
+    @property
+    def reported(self) -> float: ...
 
 
 R = TypeVar("R", bound=Replica)
@@ -46,9 +48,13 @@ class Policy(Protocol[R]):
     def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
 
 
-def make_policy(name: PolicyName, random: Random = random.random) -> Policy[R]:
-    """A policy with a state of its own: one per model. `random` returns floats in [0, 1)."""
-    return _POLICIES[name](random)
+def make_policy(name: PolicyName, random: Random = random.random, reported: bool = False) -> Policy[R]:
+    """A policy with a state of its own: one per model. `random` returns floats in [0, 1).
+
+    `reported`: what the replicas say of others' requests counts too, where the policy goes by load alone.
+    """
+    policies = {**_POLICIES, **_REPORTED} if reported else _POLICIES
+    return policies[name](random)
 
 
 class RoundRobin(Generic[R]):
@@ -90,10 +96,20 @@ class LeastInFlight(Generic[R]):
             replicas = [replica for replica in replicas if replica not in tried]
         if not replicas:
             return None
-        loads = [replica.in_flight / replica.weight for replica in replicas]
+        loads = self._loads(replicas)
         least = min(loads)
         equals = [replica for replica, load in zip(replicas, loads, strict=True) if load == least]
         return equals[_draw(_ends(equals), self._random())]
+
+    def _loads(self, replicas: Sequence[R]) -> list[float]:
+        return [replica.in_flight / replica.weight for replica in replicas]
+
+
+class LeastReported(LeastInFlight[R]):
+    """The same, with what the replicas report of others' requests."""
+
+    def _loads(self, replicas: Sequence[R]) -> list[float]:
+        return [(replica.in_flight + replica.reported) / replica.weight for replica in replicas]
 
 
 class TwoChoices(Generic[R]):
@@ -107,10 +123,10 @@ class TwoChoices(Generic[R]):
 
     def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
         if tried:
-            left: TwoChoices[R] = TwoChoices(self._random)
+            left = type(self)(self._random)
             return left.choose([replica for replica in replicas if replica not in tried], key)
         if replicas is not self._replicas:
-            self._replicas, self._ends = replicas, None if _alike(replicas) else _ends(replicas)
+            self._replicas, self._ends = replicas, self._learn(replicas)
         n = len(replicas)
         if n < 2:
             return replicas[0] if n else None
@@ -120,6 +136,9 @@ class TwoChoices(Generic[R]):
         j = int(self._random() * (n - 1))
         first, second = replicas[i], replicas[j + (j >= i)]
         return first if first.in_flight <= second.in_flight else second
+
+    def _learn(self, replicas: Sequence[R]) -> list[float] | None:
+        return None if _alike(replicas) else _ends(replicas)
 
     def _choose_weighted(self, replicas: Sequence[R], ends: list[float]) -> R:
         i = _draw(ends, self._random())
@@ -131,9 +150,22 @@ class TwoChoices(Generic[R]):
         j = bisect(ends, at, 0, len(ends) - 1)
         # Only rounding can bring the first again.
         second = replicas[j if j != i else i - 1]
+        return first if self._is_lighter(first, second) else second
+
+    def _is_lighter(self, first: R, second: R) -> bool:
         # (in_flight + 1) / weight: how loaded each would be with this request.
-        lighter = (first.in_flight + 1) * second.weight <= (second.in_flight + 1) * first.weight
-        return first if lighter else second
+        return (first.in_flight + 1) * second.weight <= (second.in_flight + 1) * first.weight
+
+
+class TwoReported(TwoChoices[R]):
+    """The same, with what the replicas report of others' requests; always the weighted way, so only one place asks."""
+
+    def _learn(self, replicas: Sequence[R]) -> list[float] | None:
+        return _ends(replicas)
+
+    def _is_lighter(self, first: R, second: R) -> bool:
+        load, other = first.in_flight + first.reported, second.in_flight + second.reported
+        return (load + 1) * second.weight <= (other + 1) * first.weight
 
 
 class PrefixAffinity(Generic[R]):
@@ -198,6 +230,11 @@ _POLICIES: dict[PolicyName, Callable[[Random], Policy[Any]]] = {
     "least_in_flight": LeastInFlight,
     "two_choices": TwoChoices,
     "prefix_affinity": PrefixAffinity,
+}
+# Apart, so that a comparison costs no more where nobody is asked.
+_REPORTED: dict[PolicyName, Callable[[Random], Policy[Any]]] = {
+    "least_in_flight": LeastReported,
+    "two_choices": TwoReported,
 }
 
 

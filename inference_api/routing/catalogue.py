@@ -3,18 +3,29 @@
 import ipaddress
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import httpx
 import yaml
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
 PolicyName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
 Engine = Literal["vllm", "tgi", "openai"]
+DiscoveryName = Literal["static", "dns"]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Cloud metadata services that are not link-local by number, and the names they answer to.
@@ -36,6 +47,13 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 # IPv6 ranges whose low 32 bits are an IPv4 address: compatible, and NAT64.
 _EMBEDDING = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b::/96"))
 _SHOWN_ERRORS = 3
+# A model that has more is refused; a name that has more addresses is used in part.
+MAX_BACKENDS = 4096
+# Beyond these a document is not a catalogue but an attack or an accident; up to them it is below 100 MB of memory.
+_MAX_MODELS = 20_000
+_MAX_BACKENDS_OF_ALL = 50_000
+# So many refused entries are told one by one.
+_TOLD_PROBLEMS = 100
 
 
 class CatalogueError(ValueError):
@@ -77,6 +95,21 @@ def check_backend_url(url: str) -> str:
     return url.rstrip("/")
 
 
+# A thousand addresses are asked about every few seconds, and are nearly all the same ones.
+@lru_cache(maxsize=16384)
+def is_usable_address(address: str) -> bool:
+    """Whether an address that a name was resolved to may be connected to: by the same rule as one in a URL."""
+    return _is_address(address) and not _is_forbidden_address(address)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_host(host: str, netloc: str) -> bool:
     if ":" in host:
         return netloc.lower().startswith(f"[{host}]")
@@ -113,15 +146,69 @@ def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 
 
 class BackendEntry(_Entry):
-    """One replica: its base URL and its share of the traffic, relative to its siblings."""
+    """One replica: its base URL and its share of the traffic, relative to its siblings.
+
+    With `discovery: dns` it is as many replicas as its host name has addresses, each with this weight.
+    """
 
     url: str = Field(max_length=2048)
     weight: float = Field(default=1.0, gt=0, le=1000)
+    discovery: DiscoveryName = "static"
 
     @field_validator("url")
     @classmethod
     def _url(cls, url: str) -> str:
         return check_backend_url(url)
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Self:
+        if self.discovery == "dns" and _is_address(self.host):
+            raise ValueError("`discovery: dns` needs a host name in the url, and this is an address")
+        return self
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+
+class Replica(NamedTuple):
+    """One replica that a BackendEntry stands for.
+
+    `url` is the entry's; where its host name was looked up, with the address after a `#`. No other URL has a fragment.
+    """
+
+    url: str
+    weight: float
+
+
+def replicas(entries: Iterable[BackendEntry], addresses: Mapping[str, Sequence[str]]) -> list[Replica]:
+    """The replicas of these entries; `addresses` has those of each host name that is to be looked up, if known.
+
+    What two names lead to is one replica, so that none gets two shares, or has two series of one label.
+    """
+    entries = tuple(entries)
+    found = [Replica(entry.url, entry.weight) for entry in entries if entry.discovery == "static"]
+    taken = {replica.url.partition("://")[2] for replica in found}
+    for entry in entries:
+        known = addresses.get(entry.host, ()) if entry.discovery == "dns" else ()
+        for address in known:
+            url = f"{entry.url}#{address}"
+            place = place_of(url)
+            if place not in taken:
+                taken.add(place)
+                found.append(Replica(url, entry.weight))
+    return found[:MAX_BACKENDS]
+
+
+def place_of(url: str) -> str:
+    """host:port/path of a Replica, the host being the address if it was looked up."""
+    rest, _, address = url.partition("://")[2].partition("#")
+    if not address:
+        return rest
+    netloc, slash, path = rest.partition("/")
+    # A name has no colon of its own.
+    _, colon, port = netloc.partition(":")
+    return f"[{address}]{colon}{port}{slash}{path}" if ":" in address else f"{address}{colon}{port}{slash}{path}"
 
 
 class Hardware(_Entry):
@@ -158,7 +245,7 @@ class CatalogueEntry(_Entry):
     owner: str = Field(default="unknown", max_length=128)
     engine: Engine = "vllm"
     # Fail fast: a hostile list of a million bad items must not take a minute to refuse.
-    backends: Annotated[tuple[BackendEntry, ...], FailFast()] = Field(default=(), max_length=4096)
+    backends: Annotated[tuple[BackendEntry, ...], FailFast()] = Field(default=(), max_length=MAX_BACKENDS)
     aliases: Annotated[tuple[ModelName, ...], FailFast()] = Field(default=(), max_length=256)
     hardware: Hardware | None = None
     served_model_name: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
@@ -188,28 +275,52 @@ class Catalogue(dict[str, CatalogueEntry]):
 def parse_catalogue(document: Any) -> Catalogue:
     """Check a decoded catalogue, `{"models": [...]}`; a bad entry is refused alone.
 
-    Raises CatalogueError when there is no list of models to look at.
+    Raises CatalogueError when there is no list of models to look at, or one that is too long.
     """
     if not isinstance(document, dict) or not isinstance(document.get("models"), list):
         raise CatalogueError("a catalogue is a mapping with a list under `models`")
     if unknown := set(document) - {"models"}:
         raise CatalogueError(f"unknown key {sorted(map(str, unknown))[0]!r} beside `models`")
+    _check_size(document["models"])
     entries: list[CatalogueEntry] = []
     problems: list[str] = []
     taken: set[str] = set()
+    refused = 0
     for position, raw in enumerate(document["models"]):
-        try:
-            entry = CatalogueEntry.model_validate(raw)
-        except ValidationError as exc:
-            problems.append(f"{_title(raw, position)}: {describe(exc)}")
+        entry = _entry(raw, taken)
+        if isinstance(entry, CatalogueEntry):
+            taken |= {entry.name, *entry.aliases}
+            entries.append(entry)
             continue
-        names = {entry.name, *entry.aliases}
-        if clash := sorted(names & taken):
-            problems.append(f"{_title(raw, position)}: the name {clash[0]!r} is taken by an earlier entry")
-            continue
-        taken |= names
-        entries.append(entry)
+        refused += 1
+        if refused <= _TOLD_PROBLEMS:
+            reason = describe(entry) if isinstance(entry, ValidationError) else entry
+            problems.append(f"{_title(raw, position)}: {reason}")
+    if refused > _TOLD_PROBLEMS:
+        problems.append(f"and {refused - _TOLD_PROBLEMS} more")
     return Catalogue(entries, problems)
+
+
+def _check_size(models: list[Any]) -> None:
+    """Before anything is made of it: a hostile registry must not fill the memory with entries that are sound."""
+    if len(models) > _MAX_MODELS:
+        raise CatalogueError(f"it lists {len(models)} models, and {_MAX_MODELS} is the limit")
+    lists = (raw.get("backends") for raw in models if isinstance(raw, dict))
+    # One that is too long is refused alone.
+    count = sum(len(one) for one in lists if isinstance(one, list) and len(one) <= MAX_BACKENDS)
+    if count > _MAX_BACKENDS_OF_ALL:
+        raise CatalogueError(f"it lists {count} backends, and {_MAX_BACKENDS_OF_ALL} is the limit")
+
+
+def _entry(raw: Any, taken: set[str]) -> CatalogueEntry | ValidationError | str:
+    """The entry, or why it is refused."""
+    try:
+        entry = CatalogueEntry.model_validate(raw)
+    except ValidationError as exc:
+        return exc
+    if clash := sorted({entry.name, *entry.aliases} & taken):
+        return f"the name {clash[0]!r} is taken by an earlier entry"
+    return entry
 
 
 def load_catalogue(path: Path) -> Catalogue:

@@ -28,8 +28,12 @@ logger = logging.getLogger(__name__)
 _COLD_START = 5.0
 # Of one look, all in all: httpx's own limit is for each read, which a dripping registry never exceeds.
 _PATIENCE = 10.0
-# Beyond this an answer is not a catalogue; 10,000 models are about 3 MB.
-_MAX_BYTES = 64 * 1024 * 1024
+# Beyond this an answer is not a catalogue; 10,000 models are about 3 MB. Decoding one holds up the event loop.
+_MAX_BYTES = 16 * 1024 * 1024
+# Seconds to the next look after failures in a row: any time up to 1, 2, 4 ... 30.
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
+# A longer one is not worth sending back.
+_MAX_ETAG = 256
 
 
 class RegistryStatus(NamedTuple):
@@ -50,7 +54,7 @@ class RegistryError(Exception):
 
 
 class Registry:
-    """Keeps a Fleet at what the registry says. `refresh`: seconds between two looks, +-20 %.
+    """Keeps a Fleet at what the registry says. `refresh`: seconds between two looks, +-20 %; less after a failure.
 
     `clock` is monotonic seconds, `rand` gives [0, 1).
     """
@@ -78,6 +82,7 @@ class Registry:
         self._empty_once = False
         self._last_success = 0.0
         self._failures: Counter[str] = Counter()
+        self._failed_in_a_row = 0
         self._looking: asyncio.Task[None] | None = None
         self._take(static, "static catalogue")
 
@@ -110,8 +115,15 @@ class Registry:
     async def run(self) -> None:
         """Look again and again, until cancelled."""
         while self._client is not None:
-            await asyncio.sleep(self._refresh_every * (0.8 + 0.4 * self._rand()))
+            await asyncio.sleep(self._pause())
             await self.refresh()
+
+    def _pause(self) -> float:
+        if not self._failed_in_a_row:
+            return self._refresh_every * (0.8 + 0.4 * self._rand())
+        # Full jitter: many routers lost the registry in the same moment, and must not come back in the same moment.
+        first = min(_FIRST_BACKOFF, self._refresh_every)
+        return self._rand() * min(_LONGEST_BACKOFF, first * 2.0 ** min(self._failed_in_a_row - 1, 10))
 
     async def refresh(self) -> None:
         """One look. Whoever asks while one is under way waits for that one."""
@@ -137,7 +149,9 @@ class Registry:
             # The boundary of a background task: it has to be there for the next look.
             logger.exception("a look at the registry failed")
             self._failures["internal"] += 1
+            self._failed_in_a_row += 1
             return
+        self._failed_in_a_row = 0
         self._last_success = time.time()
         if catalogue is not None:
             if self.source != "registry":
@@ -151,9 +165,10 @@ class Registry:
     async def _fetch(self) -> Catalogue | None:
         """The registry's catalogue; the last one when it has not changed; None to keep what there is."""
         assert self._client is not None
-        headers = {} if self._etag is None else {"if-none-match": self._etag}
+        # Not compressed: of a few KB an attacker could make more than the memory holds.
+        headers = {"accept-encoding": "identity"} | ({} if self._etag is None else {"if-none-match": self._etag})
         try:
-            async with self._client.stream("GET", "/models", headers=headers) as response:
+            async with self._client.stream("GET", "/models", headers=headers, follow_redirects=False) as response:
                 content = await _read_body(response)
         except httpx.TimeoutException as exc:
             raise RegistryError("timeout", "it did not answer in time") from exc
@@ -166,13 +181,14 @@ class Registry:
             raise RegistryError("status", f"it answered with the status {response.status_code}")
         # 10,000 entries take about 0.2 s to check: not on the event loop.
         catalogue = await asyncio.to_thread(_read, content)
-        if not catalogue and self._last_good and not self._empty_once:
-            # All models gone at once is more often a fault than a wish; believe it the second time.
+        if not catalogue and self._fleet.models and not self._empty_once:
+            # All models gone at once is more often a fault than a wish, and a registry that has just been set up is
+            # empty before it is filled; believe it the second time.
             self._empty_once = True
             logger.warning("the registry lists no models; the last catalogue is kept until it says so again")
             return None
         self._empty_once = False
-        self._etag = response.headers.get("etag")
+        self._etag = _etag(response)
         if catalogue == self._last_good and catalogue.problems == self._last_good.problems:
             return self._last_good
         return catalogue
@@ -181,6 +197,7 @@ class Registry:
         if not self._failures.total() or self.source == "registry":
             logger.warning("the registry cannot be used: %s", error, extra={"fields": {"serving": self.source}})
         self._failures[error.reason] += 1
+        self._failed_in_a_row += 1
         self._empty_once = False
 
     def _take(self, catalogue: Catalogue, source: str) -> None:
@@ -189,7 +206,15 @@ class Registry:
         self._fleet.update(catalogue)
 
 
+def _etag(response: httpx.Response) -> str | None:
+    etag = response.headers.get("etag")
+    # Anything else cannot be sent back, or not cheaply.
+    return etag if etag is not None and etag.isascii() and etag.isprintable() and len(etag) <= _MAX_ETAG else None
+
+
 async def _read_body(response: httpx.Response) -> bytes:
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise RegistryError("garbage", "its answer is compressed, which it was not asked for")
     body = bytearray()
     async for data in response.aiter_bytes():
         body += data

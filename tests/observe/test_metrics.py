@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -106,6 +106,11 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "backend_circuit_open": ("gauge", {"model_name", "backend"}, ()),
     "backend_probe_failures": ("counter", {"model_name", "backend", "kind"}, ()),
     "panic_mode": ("gauge", {"model_name"}, ()),
+    "backend_running_requests": ("gauge", {"model_name", "backend"}, ()),
+    "backend_queue_depth": ("gauge", {"model_name", "backend"}, ()),
+    "backend_kv_cache_usage_ratio": ("gauge", {"model_name", "backend"}, ()),
+    "backend_last_scrape_timestamp_seconds": ("gauge", {"model_name", "backend"}, ()),
+    "discovery_failures": ("counter", {"reason"}, ()),
     "registry_models": ("gauge", {"source"}, ()),
     "registry_last_success_timestamp_seconds": ("gauge", set(), ()),
     "registry_sync_failures": ("counter", {"reason"}, ()),
@@ -113,8 +118,25 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
 }
 
 
-async def everything_once(served: Any) -> None:
-    """Requests that put at least one sample into every family."""
+@pytest.fixture
+async def everything(start_engine: Start, start_router: Start) -> AsyncIterator[Any]:
+    """A router that has at least one sample in every family."""
+    silent, dead, unknown = await start_engine(lively), await start_engine(), {"url": "http://unknown.test"}
+    await dead.stop()
+    backends = [{"url": engine.url} for engine in (silent, dead)] + [unknown | {"discovery": "dns"}]
+    async with ScriptedServer(telling) as engine:
+        served = await start_router(
+            models=[{"name": "m", "backends": [{"url": engine.url}, *backends], "policy": "round_robin"}],
+            resolve=nobody,
+            registry_url="http://127.0.0.1:9",
+            load_signal_interval=1,
+        )
+        await requests_once(served)
+        await until(lambda: served.router.fleet.models["m"].backends[0].reading)
+        yield served
+
+
+async def requests_once(served: Any) -> None:
     await served.chat()
     await served.chat(stream=True)
     await served.chat(model="nope")
@@ -122,6 +144,25 @@ async def everything_once(served: Any) -> None:
         await client.send(post("/v1/chat/completions", STREAM | {"user": "stay"}))
         await client.reader.readuntil(b"data: ")
     await settle(served, 4)
+
+
+async def nobody(host: str) -> list[str]:
+    raise OSError("no such host")
+
+
+LOAD = b"""\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+vllm:num_requests_running{engine="0",model_name="m"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5
+"""
+
+
+async def telling(request: Received, line: Line) -> None:
+    if request.target == "/metrics":
+        await line.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(LOAD) + LOAD)
+    else:
+        await lively(request, line)
 
 
 async def lively(request: Received, line: Line) -> None:
@@ -139,12 +180,8 @@ async def lively(request: Received, line: Line) -> None:
 # The shape of it
 
 
-async def test_every_family_is_there_with_its_type_labels_and_buckets(start_engine: Start, start_router: Start) -> None:
-    engine, dead = await start_engine(lively), await start_engine()
-    await dead.stop()
-    served = await start_router(engine, dead, entry={"policy": "round_robin"}, registry_url="http://127.0.0.1:9")
-    await everything_once(served)
-    families = (await scrape(served)).families
+async def test_every_family_is_there_with_its_type_labels_and_buckets(everything: Any) -> None:
+    families = (await scrape(everything)).families
 
     assert {name.removeprefix(P) for name in families if name.startswith(P)} == set(FAMILIES)
     for name, (kind, labels, buckets) in FAMILIES.items():
@@ -169,24 +206,20 @@ def test_the_buckets_reach_from_the_fastest_to_the_slowest() -> None:
         assert list(buckets) == sorted(set(buckets))
 
 
-async def test_promtool_finds_nothing_to_complain_about(start_engine: Start, start_router: Start) -> None:
+async def test_promtool_finds_nothing_to_complain_about(everything: Any) -> None:
     promtool = os.environ.get("PROMTOOL") or shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not on PATH and PROMTOOL is not set")
-    served = await start_router(await start_engine(lively), registry_url="http://127.0.0.1:9")
-    await everything_once(served)
-    page = (await served.client.get("/metrics")).content
+    page = (await everything.client.get("/metrics")).content
 
     checked = await asyncio.to_thread(subprocess.run, [promtool, "check", "metrics"], input=page, capture_output=True)
 
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
-async def test_a_scraper_that_asks_for_openmetrics_gets_it(start_engine: Start, start_router: Start) -> None:
-    served = await start_router(await start_engine(lively), registry_url="http://127.0.0.1:9")
-    await everything_once(served)
+async def test_a_scraper_that_asks_for_openmetrics_gets_it(everything: Any) -> None:
     accept = "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
-    response = await served.client.get("/metrics", headers={"accept": accept})
+    response = await everything.client.get("/metrics", headers={"accept": accept})
 
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     assert response.text.endswith("# EOF\n")
@@ -428,7 +461,7 @@ async def test_what_is_in_flight_is_shown_and_falls_to_nothing(start_engine: Sta
 
 async def test_a_client_that_leaves_mid_stream_is_an_abort(start_engine: Start, start_router: Start) -> None:
     served = await start_router(await start_engine(lively))
-    await everything_once(served)
+    await requests_once(served)
     seen = await scrape(served)
 
     assert seen("requests_total", code="499", stream="true") == 1
@@ -526,6 +559,37 @@ async def test_a_backend_that_left_takes_its_series_along(start_engine: Start, s
 
     assert new.url.removeprefix("http://") in page
     assert old.url.removeprefix("http://") not in page
+
+
+async def test_a_model_that_left_takes_its_series_along(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(lively)
+
+    async def registry(request: Received, line: Line) -> None:
+        models = [{"name": name, "backends": [{"url": engine.url}]} for name in listed]
+        await line.send(json_response({"models": models}))
+
+    listed = ["kept", "gone"]
+    async with ScriptedServer(registry) as server:
+        served = await start_router(registry_url=server.url)
+        for name in (*listed, "nobody's"):
+            await served.chat(model=name)
+            await served.chat(model=name, stream=True)
+        await settle(served, 6)
+        before = await scrape(served)
+        listed.remove("gone")
+        await served.router.registry.refresh()
+        seen = await scrape(served)
+
+    assert before("requests_total", model_name="gone") == 2
+    assert {
+        labels["model_name"] for labels in (sample.labels for sample in seen.samples) if "model_name" in labels
+    } == {
+        "kept",
+        "unknown",
+    }
+    for name in ("requests_total", "request_duration_seconds_count", "tokens_total", "upstream_attempts_total"):
+        assert seen(name, model_name="kept") == before(name, model_name="kept") > 0
+    assert seen("requests_total", model_name="unknown") == 2
 
 
 async def test_the_registry_and_the_build_are_shown(start_router: Start) -> None:
@@ -627,7 +691,7 @@ def test_failed_checks_are_forgotten_with_the_replica() -> None:
         metrics.forget_backends()
         return fleet.models["m"].backends[-1]
 
-    metrics.probe_failed(take(listed))
+    metrics.probe_failed(take(listed), "health")
     assert Scrape(metrics.collect())("backend_probe_failures_total", backend="b", kind="health") == 1
     take(listed)
     assert Scrape(metrics.collect())("backend_probe_failures_total") == 1

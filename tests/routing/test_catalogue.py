@@ -136,6 +136,18 @@ def test_a_document_without_a_list_of_models_is_refused(document: Any) -> None:
         ({"backends": "http://x"}, "model 'bad': backends: Input should be a valid tuple"),
         ({"backends": [{"url": "http://x/"}, {"url": "http://x"}]}, "the same backend url is listed twice"),
         ({"backends": [{}]}, "model 'bad': backends.0.url: Field required"),
+        (
+            {"backends": [{"url": "http://x", "discovery": "consul"}]},
+            "backends.0.discovery: Input should be 'static' or",
+        ),
+        (
+            {"backends": [{"url": "http://10.0.0.1", "discovery": "dns"}]},
+            "backends.0: `discovery: dns` needs a host name",
+        ),
+        (
+            {"backends": [{"url": "http://[::1]:8", "discovery": "dns"}]},
+            "backends.0: `discovery: dns` needs a host name",
+        ),
         ({"credentials": "secret"}, "model 'bad': credentials"),
         ({"credentials": {"env": "AWS_SECRET_ACCESS_KEY"}}, "model 'bad': credentials"),
         ({"credentials": {"env": "BACKEND_A B"}}, "model 'bad': credentials"),
@@ -219,6 +231,30 @@ def test_ten_thousand_entries_are_read_in_seconds(tmp_path: Path) -> None:
 
     assert len(catalogue) == 10_000
     assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("models", "reason"),
+    [
+        ([{"name": "m"}] * 1_000_000, "it lists 1000000 models, and 20000 is the limit"),
+        ([{"name": "m", "backends": [{}] * 4096}] * 20, "it lists 81920 backends, and 50000 is the limit"),
+    ],
+    ids=["models", "backends"],
+)
+def test_a_document_of_any_size_is_refused_before_it_fills_the_memory(models: list[Any], reason: str) -> None:
+    began = time.perf_counter()
+
+    with pytest.raises(CatalogueError, match=reason):
+        parsed(*models)
+    assert time.perf_counter() - began < 5
+
+
+def test_however_many_entries_are_refused_the_lines_about_them_are_few() -> None:
+    catalogue = parsed({"name": "good"}, *({"name": f"m{number}", "x": 1} for number in range(5000)))
+
+    assert list(catalogue) == ["good"]
+    assert len(catalogue.problems) == 101
+    assert catalogue.problems[-1] == "and 4900 more"
 
 
 def test_a_million_replicas_are_refused_in_seconds() -> None:

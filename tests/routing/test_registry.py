@@ -1,6 +1,7 @@
 """The registry client, before a real registry on a real port, and before everything a registry can do wrong."""
 
 import asyncio
+import gzip
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 import uvicorn
 from pytest_httpx import HTTPXMock
@@ -142,6 +144,9 @@ async def test_a_router_takes_its_models_from_the_registry(
 ) -> None:
     engine = await start_engine()
     served = await start_router(registry_url=real, models=[{"name": "m"}])
+    # An empty one is believed the second time.
+    assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "static", "models": 1}
+    await served.router.registry.refresh()
     assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "registry", "models": 0}
     assert (await served.chat()).status_code == 404
 
@@ -233,6 +238,22 @@ async def test_routers_do_not_look_in_step(
 
     # A busy machine only adds to a gap, and not to every one; the loop's clock ticks in milliseconds.
     assert least - 0.004 <= min(gaps) <= most
+
+
+@pytest.mark.parametrize(("refresh", "longest"), [(15.0, [1, 2, 4, 8, 16, 30, 30]), (0.5, [0.5, 1, 2, 4, 8, 16, 30])])
+async def test_after_failures_it_looks_soon_and_then_ever_more_seldom(
+    connect: Start, httpx_mock: HTTPXMock, refresh: float, longest: list[float]
+) -> None:
+    for _ in longest:
+        httpx_mock.add_response(500)
+    httpx_mock.add_response(json=listing("a"))
+    draw, pauses = 0.5, []
+    client = connect(refresh=refresh, rand=lambda: draw)
+    for _ in (*longest, "and the answer"):
+        pauses.append(client.registry._pause())
+        await client.registry.refresh()
+
+    assert [*pauses, client.registry._pause()] == [refresh, *(draw * most for most in longest), refresh]
 
 
 async def test_the_loop_outlives_failures_and_ends_when_cancelled(connect: Start, httpx_mock: HTTPXMock) -> None:
@@ -501,6 +522,40 @@ async def test_the_static_catalogue_never_mixes_with_the_registrys(connect: Star
         client.registry.resolve("s")
 
 
+@pytest.mark.parametrize("etag", ['"\u00e9"', "x" * 257, '"a\tb"'], ids=["not ASCII", "long", "a control character"])
+async def test_an_etag_that_could_not_be_sent_back_is_not(connect: Start, start_server: Start, etag: str) -> None:
+    good = json_response(listing("a"), headers=b"etag: " + etag.encode() + b"\r\n")
+    server = await start_server(raw(good))
+    client = connect(server.url)
+    await client.registry.refresh()
+    await client.registry.refresh()
+
+    assert client.registry.status().failures == {}
+    assert [request.header("if-none-match") for request in server.requests] == [None, None]
+
+
+async def test_a_compressed_answer_is_neither_asked_for_nor_unpacked(connect: Start, start_server: Start) -> None:
+    bomb = gzip.compress(orjson.dumps(listing("b", owner="o" * 100)))
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb)
+
+    async def turn(request: Received, line: Line) -> None:
+        await raw(json_response(listing("a")) if len(server.requests) == 1 else head + bomb)(request, line)
+
+    server = await start_server(turn)
+    await assert_kept(connect(server.url), "garbage")
+    assert {request.header("accept-encoding") for request in server.requests} == {"identity"}
+
+
+async def test_a_redirect_is_not_followed_whatever_the_client_would_do(httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_response(302, headers={"location": "http://169.254.169.254/models"})
+    async with httpx.AsyncClient(base_url="http://registry", follow_redirects=True) as http:
+        client = Client(http)
+        await client.registry.refresh()
+
+    assert client.registry.status().failures == {"status": 1}
+    assert len(httpx_mock.get_requests()) == 1
+
+
 # Suddenly empty
 
 
@@ -545,6 +600,40 @@ async def test_a_look_that_found_nothing_says_so_once(
         await client.registry.refresh()
 
     assert sum("lists no models" in message for message in caplog.messages) == 1
+    assert client.registry.status()[:2] == ("registry", 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ([listing()], ["s"]),
+        ([listing(), listing()], []),
+        ([listing(), 500, listing()], ["s"]),
+        ([listing(), listing("a")], ["a"]),
+        ([500, listing()], ["s"]),
+    ],
+    ids=["once", "twice", "not in a row", "and filled", "after a failure"],
+)
+async def test_a_registry_that_begins_empty_does_not_empty_the_static_catalogue_at_once(
+    connect: Start, httpx_mock: HTTPXMock, said: list[Any], known: list[str]
+) -> None:
+    answers(httpx_mock, *said)
+    client = connect()
+    for _ in said:
+        await client.registry.refresh()
+
+    assert client.names == known
+    assert (client.registry.source == "static") == (known == ["s"])
+
+
+async def test_where_nothing_is_served_an_empty_registry_is_believed_at_once(
+    connect: Start, httpx_mock: HTTPXMock
+) -> None:
+    answers(httpx_mock, listing())
+    client = connect()
+    client.fleet.update({})
+    await client.registry.refresh()
+
     assert client.registry.status()[:2] == ("registry", 0)
 
 

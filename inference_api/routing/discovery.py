@@ -1,0 +1,178 @@
+"""From a host name to replicas: the names of backends with `discovery: dns` are looked up again and again.
+
+Every address of a name is a replica, and the router connects to the address that was checked, not to the name: what
+the name means a moment later is of no consequence. An address that is gone gets no new requests, and its streams run
+to their end. A name that cannot be looked up, or suddenly has no address, keeps those it had.
+"""
+
+import asyncio
+import logging
+import random
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from contextlib import suppress
+
+from inference_api.routing.backend import Fleet
+from inference_api.routing.catalogue import MAX_BACKENDS, is_usable_address
+
+logger = logging.getLogger(__name__)
+
+Resolve = Callable[[str], Awaitable[Collection[str]]]
+
+_COLD_START = 5.0
+_PATIENCE = 2.0
+# libuv looks names up on 4 threads, for connections too. The C library may hold one for half a minute, and cannot be
+# stopped: two are left to connections whatever happens here.
+_AT_ONCE = 2
+
+
+async def resolve(host: str) -> Collection[str]:
+    """The IPv4 and IPv6 addresses of a host name, those of families that this machine has. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    return {str(address[0]) for *_, address in found}
+
+
+class Discovery:
+    """Keeps the addresses of a Fleet at what DNS says. `every`: seconds between two looks, +-20 %; `rand` gives [0, 1).
+
+    `on_leave` is called after addresses have gone. `failures` counts look-ups by why they were of no use.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        resolve: Resolve = resolve,
+        every: float = 5.0,
+        rand: Callable[[], float] = random.random,
+        on_leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        # Configuration
+        self._fleet = fleet
+        self._resolve = resolve
+        self._every = every
+        self._rand = rand
+        self._on_leave = on_leave
+        # Shared: host -> the names of its models, as of a version of the fleet
+        self._hosts: dict[str, list[str]] = {}
+        self._version = -1
+        self._woken = asyncio.Event()
+        # Look-ups that have not returned, given up or not: one per host, _AT_ONCE in all
+        self._under_way: dict[str, asyncio.Future[Collection[str]]] = {}
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        # What is known to be wrong, and so is no news
+        self._failing: set[str] = set()
+        self._refused: dict[str, list[str]] = {}
+        self.failures: Counter[str] = Counter()
+
+    async def start(self) -> None:
+        """The first look, before any request is taken; what does not answer within 5 s comes later."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_COLD_START):
+                await self.look()
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._every * (0.8 + 0.4 * self._rand())):
+                        await self._woken.wait()
+                self._woken.clear()
+                try:
+                    await self.look()
+                except Exception:
+                    # The boundary of a background task: it has to be there for the next look.
+                    logger.exception("looking up the hosts of the catalogue failed")
+        finally:
+            for lookup in self._under_way.values():
+                lookup.cancel()
+
+    def wake(self) -> None:
+        """Look now: the catalogue may name new hosts."""
+        self._woken.set()
+
+    async def look(self) -> None:
+        """Look up each host once, a few at a time, and give the fleet what has changed."""
+        self._learn()
+        # Those that failed come last: a name server that hangs must not keep the others waiting.
+        hosts = iter(sorted(self._hosts, key=self._failing.__contains__))
+
+        async def worker() -> None:
+            for host in hosts:
+                await self._slots.acquire()
+                if host in self._under_way:
+                    self._slots.release()
+                else:
+                    await self._look_up(host)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_AT_ONCE):
+                group.create_task(worker())
+
+    def _learn(self) -> None:
+        """Which hosts there are, if the catalogue may have changed; those that are gone are forgotten."""
+        if self._version == self._fleet.version:
+            return
+        self._version = self._fleet.version
+        hosts: defaultdict[str, list[str]] = defaultdict(list)
+        for model in self._fleet.models.values():
+            for host in dict.fromkeys(entry.host for entry in model.entry.backends if entry.discovery == "dns"):
+                hosts[host].append(model.name)
+        self._hosts = dict(hosts)
+        for host in self._fleet.addresses.keys() - hosts.keys():
+            del self._fleet.addresses[host]
+        self._failing &= hosts.keys()
+        self._refused = {host: refused for host, refused in self._refused.items() if host in hosts}
+
+    async def _look_up(self, host: str) -> None:
+        """In a slot that is free again when the look-up has returned, however late."""
+        lookup = self._under_way[host] = asyncio.ensure_future(self._resolve(host))
+
+        def ended(lookup: asyncio.Future[Collection[str]]) -> None:
+            del self._under_way[host]
+            self._slots.release()
+            # Nobody may be there any more to retrieve it.
+            _ = lookup.cancelled() or lookup.exception()
+
+        lookup.add_done_callback(ended)
+        await asyncio.wait({lookup}, timeout=_PATIENCE)
+        if not lookup.done():
+            self._failed(host, "timeout", f"no answer within {_PATIENCE:.0f} s")
+        elif (error := lookup.exception()) is not None:
+            self._failed(host, "error", str(error) or type(error).__name__)
+        elif usable := self._usable(host, lookup.result()):
+            self._found(host, usable)
+        else:
+            self._failed(host, "empty", "it has no address that can be used")
+
+    def _usable(self, host: str, addresses: Iterable[str]) -> tuple[str, ...]:
+        usable = sorted(filter(is_usable_address, addresses))
+        refused = sorted({*addresses} - {*usable})
+        if refused and self._refused.get(host) != refused:
+            logger.warning("%d addresses of the host %r are refused, first %.64r", len(refused), host, refused[0])
+        self._refused[host] = refused
+        return tuple(usable[:MAX_BACKENDS])
+
+    def _found(self, host: str, addresses: tuple[str, ...]) -> None:
+        if host in self._failing:
+            self._failing.discard(host)
+            logger.info("the host %r can be looked up again", host)
+        before = self._fleet.addresses.get(host, ())
+        if addresses == before:
+            return
+        self._fleet.resolve(host, addresses, self._hosts.get(host, ()))
+        come, gone = {*addresses} - {*before}, {*before} - {*addresses}
+        fields = {"addresses": len(addresses), "come": len(come), "gone": len(gone)}
+        logger.info("the host %r has other addresses", host, extra={"fields": fields})
+        if gone:
+            self._on_leave()
+
+    def _failed(self, host: str, reason: str, message: str) -> None:
+        if host not in self._failing:
+            self._failing.add(host)
+            known = len(self._fleet.addresses.get(host, ()))
+            fields = {"serving": known}
+            logger.warning("the host %r cannot be looked up: %.200s", host, message, extra={"fields": fields})
+        self.failures[reason] += 1

@@ -1,0 +1,428 @@
+"""Asking replicas for their load: what engines say, what counts of it, and everything that must not."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_api.outbound.transport import Transport
+from inference_api.routing import load as load_module
+from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.balance import Policy, make_policy
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.load import Gauges, LoadSignal, Reading
+from tests.fakes import Line, Received, Script, ScriptedServer, chunk, hang, json_response, raw, until
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+
+VLLM = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+# HELP vllm:num_requests_waiting Number of requests waiting to be processed.
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 50.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:prompt_tokens_total{engine="0",model_name="m"} 12345.0
+"""
+TWO_CORES = """\
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 4.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 0.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.25
+"""
+OLD_VLLM = (
+    'vllm:num_requests_running{m="a"} 1\nvllm:num_requests_waiting{m="a"} 0\nvllm:gpu_cache_usage_perc{m="a"} 1\n'
+)
+TGI = """\
+# TYPE tgi_queue_size gauge
+tgi_queue_size 7
+# TYPE tgi_batch_current_size gauge
+tgi_batch_current_size 5
+tgi_batch_current_max_tokens 9999
+"""
+ODD_LABELS = 'vllm:num_requests_running{m="a} 9 \\" {"} 1e1 1700000000\nvllm:num_requests_waiting 0 1700000000'
+
+
+def read(*parts: bytes) -> Reading:
+    gauges = Gauges()
+    for part in parts:
+        gauges.feed(part)
+    return gauges.reading()
+
+
+# What engines say
+
+
+@pytest.mark.parametrize(
+    ("page", "reading"),
+    [
+        (VLLM, (3, 2, 0.25)),
+        (TWO_CORES, (7, 1, 0.375)),
+        (OLD_VLLM, (1, 0, 1)),
+        (TGI, (5, 7, None)),
+        (ODD_LABELS, (10, 0, None)),
+    ],
+    ids=["vllm", "two cores", "an old vllm", "tgi", "odd labels"],
+)
+def test_the_load_is_read_from_what_engines_say(page: str, reading: tuple[float, ...]) -> None:
+    assert read(page.encode()) == reading
+    assert read(page.replace("\n", "\r\n").encode()) == reading
+
+
+@given(st.lists(st.integers(0, len(VLLM)), max_size=8))
+def test_it_does_not_matter_how_the_bytes_arrive(cuts: list[int]) -> None:
+    data, edges = VLLM.encode(), [0, *sorted(cuts), len(VLLM)]
+
+    assert read(*(data[a:b] for a, b in pairwise(edges))) == (3, 2, 0.25)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "",
+        "<html>",
+        "vllm:num_requests_running 1\n",
+        "vllm:num_requests_running 1\nvllm:num_requests_waiting\n",
+        "vllm:num_requests_running 1\nvllm:num_requests_waiting NaN\n",
+        "vllm:num_requests_running 1\nvllm:num_requests_waiting -1\n",
+        "vllm:num_requests_running 1\nvllm:num_requests_waiting +Inf\n",
+        "vllm:num_requests_running 1\nvllm:num_requests_waiting{a=\n",
+        "vllm:num_requests_running 1\nvllm:num_requests_waiting many\n",
+        "x" * 70_000,
+        "x\n" * 3_000_000,
+    ],
+    ids=[
+        *("empty", "html", "half of it", "no value", "not a number", "negative", "infinite", "cut", "a word"),
+        *("a long line", "a long page"),
+    ],
+)
+def test_what_does_not_tell_the_load_is_refused(page: str) -> None:
+    with pytest.raises(ValueError, match=r"load|not the metrics|could not convert"):
+        read(page.encode())
+
+
+def test_a_cache_that_is_more_than_full_is_not_shown() -> None:
+    assert read(VLLM.replace("0.25", "25").encode()) == (3, 2, None)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_reading_or_refused(data: bytes) -> None:
+    for page in (data, VLLM.encode() + data, b"\nvllm:num_requests_running" + data):
+        try:
+            reading = read(page)
+        except ValueError:
+            continue
+        assert reading.running >= 0
+        assert reading.waiting >= 0
+
+
+# Asking
+
+
+@pytest.fixture
+async def transport() -> AsyncIterator[Transport]:
+    transport = Transport()
+    yield transport
+    await transport.aclose()
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """`await start(script)` -> a server on a free port that answers every request so."""
+    async with AsyncExitStack() as stack:
+
+        async def start(script: Script) -> ScriptedServer:
+            server = ScriptedServer(script)
+            await stack.enter_async_context(server)
+            return server
+
+        yield start
+
+
+def page(running: float, waiting: float) -> Script:
+    text = f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n".encode()
+    return raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
+
+
+class Asking:
+    """A LoadSignal over one model, at a time that the test sets."""
+
+    def __init__(self, transport: Transport, *urls: str, every: float = 10.0, **entry: Any) -> None:
+        self.now = 1000.0
+        self.failed: list[Backend] = []
+        self.fleet = Fleet(make_policy)
+        document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **entry}]}
+        self.fleet.update(parse_catalogue(document))
+        self.backends = self.fleet.models["m"].backends
+        self.signal = LoadSignal(self.fleet, transport, every, self.failed.append, lambda: self.now, lambda: 5.0)
+
+    async def look(self) -> list[float]:
+        """What others have put on each replica, after one look."""
+        async with asyncio.timeout(20):
+            await self.signal.look()
+        return [backend.reported for backend in self.backends]
+
+
+async def test_what_is_not_our_own_is_others(start: Start, transport: Transport) -> None:
+    servers = [await start(page(3, 2)), await start(page(1, 0)), await start(page(0, 0))]
+    asking = Asking(transport, *(server.url for server in servers))
+    first, second, _ = asking.backends
+    first.in_flight, second.in_flight = 4, 2
+
+    # Of the second one's own, one has not arrived there yet.
+    assert await asking.look() == [1, 0, 0]
+    assert [backend.reading for backend in asking.backends] == [(3, 2, None), (1, 0, None), (0, 0, None)]
+    assert {backend.scraped for backend in asking.backends} == {5.0}
+    [request] = servers[0].requests
+    assert (request.method, request.target) == ("GET", "/metrics")
+    assert request.header("accept-encoding") == "identity"
+
+
+async def test_requests_that_end_meanwhile_are_not_taken_for_others(start: Start, transport: Transport) -> None:
+    async def script(request: Received, line: Line) -> None:
+        asking.backends[0].in_flight = 0
+        await page(5, 0)(request, line)
+
+    asking = Asking(transport, (await start(script)).url)
+    asking.backends[0].in_flight = 5
+
+    assert await asking.look() == [0]
+
+
+async def test_requests_that_come_meanwhile_are_not_taken_for_others(start: Start, transport: Transport) -> None:
+    async def script(request: Received, line: Line) -> None:
+        asking.backends[0].in_flight = 5
+        await page(5, 0)(request, line)
+
+    asking = Asking(transport, (await start(script)).url)
+
+    assert await asking.look() == [0]
+
+
+async def test_an_engine_of_two_models_is_asked_once_and_each_sees_the_others_requests(
+    start: Start, transport: Transport
+) -> None:
+    server = await start(page(5, 0))
+    asking = Asking(transport, server.url)
+    both = [{"name": name, "backends": [{"url": server.url}]} for name in ("m", "n")]
+    asking.fleet.update(parse_catalogue({"models": both}))
+    m, n = (model.backends[0] for model in asking.fleet.models.values())
+    m.in_flight, n.in_flight = 1, 4
+    await asking.look()
+
+    assert (m.reported, n.reported) == (4, 1)
+    assert len(server.requests) == 1
+
+
+async def test_an_engine_of_which_only_the_api_is_known_is_not_asked(start: Start, transport: Transport) -> None:
+    server = await start(page(5, 0))
+    asking = Asking(transport, server.url, engine="openai")
+
+    assert await asking.look() == [0]
+    assert server.requests == []
+    assert asking.failed == []
+
+
+async def endless(request: Received, line: Line) -> None:
+    await line.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    while not line.writer.is_closing():
+        await line.send(chunk(b"some_metric 1\n" * 4000))
+
+
+async def dripping(request: Received, line: Line) -> None:
+    await line.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n")
+    while not line.writer.is_closing():
+        await line.send(b"\n")
+        await asyncio.sleep(0.02)
+
+
+SILENT: dict[str, Script] = {
+    "hangs": hang,
+    "drips": dripping,
+    "never ends": endless,
+    "closes": raw(close=True),
+    "breaks off": raw(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nvllm:", close=True),
+    "a 404": raw(json_response({"detail": "Not Found"}, "404 Not Found")),
+    "a redirect": raw(json_response({}, "302 Found", b"location: http://169.254.169.254/metrics\r\n")),
+    "JSON": raw(json_response({})),
+}
+
+
+@pytest.mark.parametrize("fault", SILENT)
+async def test_a_replica_that_does_not_tell_counts_as_without_the_signal(
+    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(load_module, "_PATIENCE", 0.3)
+    bad, good = await start(SILENT[fault]), await start(page(4, 0))
+    asking = Asking(transport, bad.url, good.url)
+
+    assert await asking.look() == [0, 4]
+    assert asking.failed == [asking.backends[0]]
+    assert (asking.backends[0].reading, asking.backends[0].scraped) == (None, 0.0)
+    assert bad.connections == 1
+
+
+async def test_what_is_old_is_dropped(start: Start, transport: Transport) -> None:
+    server = await start(page(4, 0))
+    asking = Asking(transport, server.url)
+    assert await asking.look() == [4]
+    server.script = raw(close=True)
+    reported = []
+    for asking.now in (1010.0, 1020.0, 1020.1, 1030.0):
+        reported += await asking.look()
+
+    assert reported == [4, 4, 0, 0]
+    assert asking.backends[0].reading is None
+    # When it last told stays known.
+    assert asking.backends[0].scraped == 5.0
+    server.script = page(2, 0)
+    assert await asking.look() == [2]
+
+
+async def test_a_replica_that_comes_back_brings_nothing_old(start: Start, transport: Transport) -> None:
+    server = await start(page(4, 0))
+    asking = Asking(transport, server.url)
+    await asking.look()
+    [backend] = asking.backends
+    backend.in_flight = 1
+    asking.fleet.update(parse_catalogue({"models": [{"name": "m"}]}))
+    await asking.look()
+    server.script = raw(close=True)
+    asking.fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [{"url": server.url}]}]}))
+    await asking.look()
+
+    assert asking.fleet.models["m"].backends == (backend,)
+    assert (backend.reported, backend.reading) == (0, None)
+
+
+async def test_replicas_that_hang_delay_only_each_other(
+    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "_AT_ONCE", 2)
+    hanging, good = [await start(hang) for _ in range(4)], await start(page(4, 0))
+    asking = Asking(transport, *(server.url for server in hanging), good.url, every=0.3)
+
+    # The first look ends with its interval; after it those that hang are known.
+    await asking.look()
+    assert (await asking.look())[-1] == 4
+
+
+async def test_it_goes_on_until_cancelled_and_outlives_faults(
+    start: Start, transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await start(page(4, 0))
+    asking = Asking(transport, server.url, every=0.02)
+    models, asking.fleet.models = asking.fleet.models, None  # type: ignore[assignment]
+    task = asyncio.create_task(asking.signal.run())
+    await until(lambda: "asking the replicas for their load failed" in caplog.messages)
+    asking.fleet.models = models
+    await until(lambda: len(server.requests) > 2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert asking.backends[0].reported == 4
+
+
+# Balancing by it
+
+
+def replicas_of(*loads: tuple[float, int, float]) -> tuple[Backend, ...]:
+    """Weight, in flight, reported."""
+    replicas = []
+    for number, (weight, in_flight, reported) in enumerate(loads):
+        replica = Backend("m", f"http://r{number}", weight)
+        replica.in_flight, replica.reported = in_flight, reported
+        replicas.append(replica)
+    return tuple(replicas)
+
+
+def shares(name: Any, replicas: tuple[Backend, ...], reported: bool) -> list[int]:
+    chooser: Policy[Backend] = make_policy(name, Random(1).random, reported)
+    chosen = [chooser.choose(replicas, "") for _ in range(300)]
+    return [chosen.count(replica) for replica in replicas]
+
+
+@pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
+def test_what_others_have_put_there_counts_where_it_is_asked_for(name: Any) -> None:
+    replicas = replicas_of((1, 1, 5), (1, 2, 0))
+
+    assert shares(name, replicas, reported=False) == [300, 0]
+    assert shares(name, replicas, reported=True) == [0, 300]
+
+
+@pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
+def test_it_counts_by_weight(name: Any) -> None:
+    assert shares(name, replicas_of((4, 1, 5), (1, 2, 0)), reported=True)[1] == 0
+    assert shares(name, replicas_of((1, 1, 5), (4, 2, 0)), reported=True)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
+def test_without_a_reading_it_is_as_if_nobody_asked(name: Any) -> None:
+    replicas = replicas_of((1, 2, 0), (1, 1, 0), (1, 3, 0))
+
+    plain, asked = (shares(name, replicas, reported) for reported in (False, True))
+    # The busiest of three is never the less loaded of two.
+    assert plain[2] == asked[2] == 0
+    assert sum(plain) == sum(asked) == 300
+
+
+@pytest.mark.parametrize("name", ["round_robin", "prefix_affinity"])
+def test_policies_that_go_by_something_else_stay_as_they_are(name: Any) -> None:
+    assert type(make_policy(name, reported=True)) is type(make_policy(name))
+
+
+@pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
+def test_a_repetition_goes_by_it_too(name: Any) -> None:
+    replicas = replicas_of((1, 0, 0), (1, 0, 9), (1, 1, 0))
+    chooser: Policy[Backend] = make_policy(name, Random(1).random, reported=True)
+
+    assert {chooser.choose(replicas, "", [replicas[0]]) for _ in range(50)} == {replicas[2]}
+
+
+async def test_a_router_that_asks_shows_what_it_learned_and_goes_by_it(start: Start, start_router: Start) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await (page(busy, 1) if request.target == "/metrics" else raw(json_response({})))(request, line)
+
+    async def idle_script(request: Received, line: Line) -> None:
+        await (page(0, 0) if request.target == "/metrics" else raw(json_response({})))(request, line)
+
+    busy = 8
+    first, second = await start(script), await start(idle_script)
+    served = await start_router(first, second, load_signal_interval=0.5)
+    one, two = served.router.fleet.models["m"].backends
+    await until(lambda: one.reading and two.reading)
+    for _ in range(10):
+        assert (await served.chat()).status_code == 200
+
+    assert [request.method for request in first.requests].count("POST") == 0
+    assert [request.method for request in second.requests].count("POST") == 10
+    labels = {"model_name": "m", "backend": one.label}
+    assert await served.metric("inference_api_backend_running_requests", **labels) == 8
+    assert await served.metric("inference_api_backend_queue_depth", **labels) == 1
+    assert await served.metric("inference_api_backend_last_scrape_timestamp_seconds", **labels) > 0
+    # A replica that only answers scrapes has not been heard to answer requests.
+    heard, scrapes = served.router.transport.last_read(first.url), len(first.requests)
+    await until(lambda: len(first.requests) > scrapes + 1)
+    assert served.router.transport.last_read(first.url) == heard
+
+
+async def test_a_router_that_is_not_told_to_asks_nobody(start: Start, start_router: Start) -> None:
+    server = await start(page(1, 1))
+    served = await start_router(server)
+    await until(lambda: server.requests)
+
+    assert {request.target for request in server.requests} == {"/v1/models"}
+    assert (await served.client.get("/metrics")).text.count("inference_api_backend_queue_depth{") == 0
