@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 
 from inference_api.errors import BadRequest, HeadersTooLarge, RequestTimeout, RouterError, render
 from inference_api.inbound.cycle import STATUS_LINES, Cycle
+from inference_api.inbound.gate import refusal
 
 # gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
 _MAX_HEADERS = 100
@@ -199,13 +200,14 @@ class Protocol(asyncio.Protocol):
             len(name) + len(value) for name, value in headers
         ) > _MAX_HEAD:
             raise _Refusal(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
-        if not self._url.isascii():
-            raise _Refusal(BadRequest("The request target must be ASCII, as in POST /v1/chat/completions."))
+        version = parser.get_http_version()
+        error = refusal(parser.get_method(), self._url, headers, version)
+        if error is not None:
+            raise _Refusal(error)
         target, _, query = self._url.partition(b"?")
         if target[:1] != b"/":
             target = _origin_form(target)
         path = target.decode("ascii")
-        version = parser.get_http_version()
         scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -379,10 +381,7 @@ def protocol_factory(deadlines: Deadlines, on_refusal: OnRefusal) -> Callable[..
 
 def _origin_form(target: bytes) -> bytes:
     """RFC 9112 3.2.2: a client that takes the router for a proxy names scheme and host as well."""
-    scheme, _, rest = target.partition(b"://")
-    if scheme.lower() not in (b"http", b"https"):
-        raise _Refusal(BadRequest("The request target must be a path, as in POST /v1/chat/completions."))
-    return b"/" + rest.partition(b"/")[2]
+    return b"/" + target.partition(b"://")[2].partition(b"/")[2]
 
 
 def _address(name: Any) -> tuple[str, int] | None:
