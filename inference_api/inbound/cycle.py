@@ -156,7 +156,8 @@ class Cycle:
         has_close = False
         for name, value in [*protocol.default_headers(), *headers]:
             if name == b"content-length":
-                self._left = int(value)
+                # RFC 9110 8.6: of a 304 it is the length that a 200 would have had.
+                self._left = None if status == 304 else int(value)
             elif name == b"connection" and value == b"close":
                 has_close = True
                 self.keep_alive = False
