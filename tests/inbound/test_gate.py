@@ -293,7 +293,8 @@ def requests(draw: st.DrawFn) -> bytes:
     framing, body = pick("bodies")
     line = b" ".join([pick("methods"), pick("targets"), pick("versions")])
     lines = draw(st.permutations([pick("hosts"), framing, *(pick("others") for _ in range(draw(st.integers(0, 3))))]))
-    return b"\r\n".join([line, *lines]) + pick("ends") + b"\r\n" + body
+    whole: bytes = b"\r\n".join([line, *lines]) + pick("ends") + b"\r\n" + body
+    return whole
 
 
 def check(data: bytes) -> bool:
