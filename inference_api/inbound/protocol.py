@@ -7,6 +7,8 @@ connections and tasks that are put into `server_state`, and calls `shutdown` on 
 """
 
 import asyncio
+import socket
+import struct
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -286,7 +288,10 @@ class Protocol(asyncio.Protocol):
     def cut(self) -> None:
         """Close without completing the response."""
         if self.drained is not None:
-            self.transport.abort()  # what is buffered will not be read
+            # What is buffered will not be read; with RST the kernel does not go on offering it.
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
         else:
             self.transport.close()
 
