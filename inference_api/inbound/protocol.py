@@ -29,6 +29,9 @@ _MAX_HEADERS = 100
 _MAX_HEAD = 32 * 1024
 # Pipelined requests that may wait. As long as there are fewer, the connection is read, and its end is noticed.
 _MAX_WAITING = 8
+# Of a chunked body: bytes that are neither content nor the 16 that a chunk may take; Go's server allows as many.
+_MAX_OVERHEAD = 16 * 1024
+_CHUNK_OVERHEAD = 16
 # A client that is still sending a body nobody wants gets this long to read why.
 _LINGER = 2.0
 
@@ -87,6 +90,8 @@ class Protocol(asyncio.Protocol):
         self._reading: Cycle | None = None
         self._head_open = False
         self._head_size = 0
+        # Of a body that takes more than one read: what came beyond its content
+        self._overhead = 0
         self._upgrading = False
         self._replaying = False
         self._replayed_whole = False
@@ -111,6 +116,8 @@ class Protocol(asyncio.Protocol):
             return
         if self._head_open or self._reading is None:
             self._head_size += len(data)
+        else:
+            self._overhead += len(data)
         try:
             self._feed(data)
         except httptools.HttpParserError as exc:
@@ -122,8 +129,11 @@ class Protocol(asyncio.Protocol):
                 self._refuse(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
             elif self._timer is None:
                 self._timer = self.loop.call_later(self._deadlines.header, self._late)
-        elif self._reading is not None and self._timer is None:
-            self._timer = self.loop.call_later(self._deadlines.body, self._late)
+        elif self._reading is not None:
+            if self._overhead > _MAX_OVERHEAD:
+                self._refuse(BadRequest("The body has chunk extensions or trailers that are too large."))
+            elif self._timer is None:
+                self._timer = self.loop.call_later(self._deadlines.body, self._late)
 
     def eof_received(self) -> None:
         # A client that closes its half has left, as for every engine behind us.
@@ -235,7 +245,12 @@ class Protocol(asyncio.Protocol):
             if len(self._waiting) >= _MAX_WAITING:
                 self.pause_reading()
 
+    def on_chunk_header(self) -> None:
+        self._overhead -= _CHUNK_OVERHEAD
+
     def on_body(self, body: bytes) -> None:
+        if self._overhead:
+            self._overhead -= len(body)
         if self._reading is not None:
             self._reading.feed(body)
 
@@ -247,6 +262,7 @@ class Protocol(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._overhead = 0
         self._reading.end_of_body()
         self._reading = None
 
