@@ -300,7 +300,8 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._poisoned or self._head_done or self.stream is None:
             return  # a second message, or trailers
-        self._head_size += len(name) + len(value) + 4
+        # As RFC 9113 6.5.2 counts: what a header costs us is more than its bytes.
+        self._head_size += len(name) + len(value) + 32
         if self._head_size > MAX_HEAD:
             raise ValueError(f"a response head of more than {MAX_HEAD} bytes")
         name = name.lower()
