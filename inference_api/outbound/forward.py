@@ -170,7 +170,8 @@ class Forward:
                 token = call.authorization
             else:
                 value = self._tokens.get(credentials.env)
-                token = None if value is None else b"Bearer " + value.encode("latin-1", "ignore")
+                # Set but empty is a secret that was not filled in; `Bearer ` alone would be refused by everybody.
+                token = b"Bearer " + value.encode("latin-1", "ignore") if value else None
             if token is not None:
                 headers.append((b"authorization", token))
         return headers
