@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import httpx
 
-from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from inference_api.errors import (
+    NoBackend,
+    Overloaded,
+    RouterError,
+    UpstreamProtocolError,
+    UpstreamReset,
+    UpstreamTimeout,
+)
 from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
 from inference_api.outbound.connection import Disconnected, IdleTimeout, TotalTimeout
 from inference_api.outbound.rewrite import form_field, rewrite_json
@@ -23,6 +30,7 @@ _OUTCOMES: tuple[tuple[type[Exception], Outcome], ...] = (
     (httpx.ConnectTimeout, Outcome.CONNECT_FAILED),
     (TotalTimeout, Outcome.TOTAL_TIMEOUT),
     (IdleTimeout, Outcome.IDLE_TIMEOUT),
+    (httpx.PoolTimeout, Outcome.SHED),
     (httpx.TimeoutException, Outcome.FIRST_BYTE_TIMEOUT),
     (httpx.ProtocolError, Outcome.PROTOCOL_ERROR),
     (httpx.TransportError, Outcome.RESET),
@@ -243,6 +251,8 @@ def _error(failure: Failure | None, model: Model, tried: list[Backend]) -> Route
     if failure is None or failure.outcome is Outcome.CONNECT_FAILED:
         return NoBackend(model.name)
     outcome = failure.outcome
+    if outcome is Outcome.SHED:
+        return Overloaded("The router has no connection left for this request.", retry_after=1)
     if outcome in (Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT):
         # A repetition would cost another generation of the same length.
         return UpstreamTimeout("The model did not answer in time.", outcome, final=True)

@@ -11,11 +11,12 @@ one, there are no cookies, redirects, proxies or environment, and the body can b
 
 Request extensions it reads: `timeout` {connect, first_byte, idle} in seconds, `deadline` in loop time, `fresh` (do not
 reuse a connection), `target` (path and query, as httpx defines it), `origin` (scheme://host:port, to save parsing).
-Errors are httpx's: ConnectError, ConnectTimeout, and those of `connection`, which say how many response bytes had come
-and whether the connection had been used before.
+Errors are httpx's: ConnectError, ConnectTimeout, PoolTimeout (no file descriptor left), and those of `connection`,
+which say how many response bytes had come and whether the connection had been used before.
 """
 
 import asyncio
+import errno
 import ssl
 from typing import Any
 
@@ -91,7 +92,7 @@ class Pool:
         return None
 
     async def connect(self, seconds: float | None) -> Connection:
-        """A new connection. Raises httpx.ConnectError or httpx.ConnectTimeout; cancelling leaves nothing behind."""
+        """A new connection. Raises httpx.ConnectError, ConnectTimeout or PoolTimeout; cancelling leaves nothing."""
         connection = Connection(self, self._loop)
         self._open.add(connection)
         try:
@@ -108,6 +109,9 @@ class Pool:
             raise httpx.ConnectTimeout("no connection to the replica in time") from exc
         except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
             connection.close()
+            if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+                # The lack is ours; the replica has done nothing.
+                raise httpx.PoolTimeout("no file descriptor left for a connection") from exc
             raise httpx.ConnectError("no connection to the replica") from exc
         except BaseException:
             connection.close()
