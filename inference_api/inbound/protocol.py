@@ -7,6 +7,7 @@ connections and tasks that are put into `server_state`, and calls `shutdown` on 
 """
 
 import asyncio
+import math
 import socket
 import struct
 import uuid
@@ -20,7 +21,7 @@ import uvicorn
 from starlette.types import Scope
 from uvicorn.server import ServerState
 
-from inference_api.errors import BadRequest, HeadersTooLarge, RequestTimeout, RouterError, render
+from inference_api.errors import BadRequest, HeadersTooLarge, Overloaded, RequestTimeout, RouterError, render
 from inference_api.inbound.cycle import STATUS_LINES, Cycle
 from inference_api.inbound.gate import refusal
 
@@ -67,12 +68,14 @@ class Protocol(asyncio.Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        max_connections: float = math.inf,
     ) -> None:
         # Configuration
         self.loop = _loop or asyncio.get_running_loop()
         self._app = cast(Any, config.loaded_app)
         self._deadlines = deadlines
         self._on_refusal = on_refusal
+        self._max_connections = max_connections
         # Shared with the server
         self._state = server_state
         # Connection
@@ -109,6 +112,12 @@ class Protocol(asyncio.Protocol):
         self._state.connections.add(cast(Any, self))
         self._client = _address(transport.get_extra_info("peername"))
         self._server = _address(transport.get_extra_info("sockname"))
+        if len(self._state.connections) > self._max_connections:
+            # Not even an answer: to wait until it is read would hold what there is too little of.
+            self._deaf = True
+            self._on_refusal(Overloaded("The router has as many connections as it takes."), uuid.uuid4().hex, 0)
+            self.transport.abort()
+            return
         self._timer = self.loop.call_later(self._deadlines.header, self._late)
 
     def data_received(self, data: bytes) -> None:
@@ -391,11 +400,13 @@ class Protocol(asyncio.Protocol):
         return f"<Protocol for {self._client}: {'idle' if self._running is None else 'busy'}>"
 
 
-def protocol_factory(deadlines: Deadlines, on_refusal: OnRefusal) -> Callable[..., Protocol]:
+def protocol_factory(
+    deadlines: Deadlines, on_refusal: OnRefusal, max_connections: float = math.inf
+) -> Callable[..., Protocol]:
     """What uvicorn calls for every connection. `on_refusal` hears of requests that never reach the application."""
 
     def make(**keywords: Any) -> Protocol:
-        return Protocol(deadlines, on_refusal, **keywords)
+        return Protocol(deadlines, on_refusal, max_connections=max_connections, **keywords)
 
     return make
 

@@ -6,8 +6,10 @@ import errno
 import gc
 import logging
 import math
+import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -35,6 +37,8 @@ class Router(Protocol):
 
 # As many connections as may wait while the loop is busy with a burst.
 _BACKLOG = 2048
+# Log, sockets that listen, two event loops, the registry, the probes' clients, a scrape: about 25.
+_OWN_FILES = 48
 
 
 def run_server(router: Router, settings: Settings) -> None:
@@ -92,7 +96,7 @@ def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lamb
     deadlines = Deadlines(settings.header_timeout, settings.body_timeout, settings.keepalive_timeout)
     return uvicorn.Config(
         app,
-        http=cast(Any, protocol_factory(deadlines, on_refusal)),
+        http=cast(Any, protocol_factory(deadlines, on_refusal, connection_limit(settings.max_in_flight))),
         loop="uvloop",
         ws="none",
         lifespan="on",
@@ -104,6 +108,18 @@ def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lamb
         backlog=_BACKLOG,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
     )
+
+
+def connection_limit(max_in_flight: int) -> int:
+    """How many clients may be connected, so that there is a file descriptor left for each request's backend.
+
+    To run out of them is worse than to refuse: the process could not even look up a name or open a certificate.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return sys.maxsize
+    free = max(2, files - _OWN_FILES)
+    return free - min(max_in_flight, free // 2)
 
 
 def listen(host: str, port: int, variable: str) -> socket.socket:
