@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import tracemalloc
 from contextlib import suppress
+from typing import Any
 
 import orjson
 import pytest
@@ -195,5 +196,5 @@ async def test_t72_a_compressed_stream_passes_raw_and_is_no_success(lab: Lab) ->
     assert outcomes(served) == ["truncated"]
 
 
-def _close(body: dict[str, object]) -> bytes:
+def _close(body: dict[str, Any]) -> bytes:
     return post(URL, body, b"connection: close\r\n")
