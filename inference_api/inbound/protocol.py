@@ -57,6 +57,12 @@ class _Refusal(Exception):
         self.error = error
 
 
+class State(ServerState):
+    """What uvicorn shares among its connections, and whether each is to end with its next answer."""
+
+    draining = False
+
+
 class Protocol(asyncio.Protocol):
     """One client connection. Requests on it are answered in their order, one at a time."""
 
@@ -65,7 +71,7 @@ class Protocol(asyncio.Protocol):
         deadlines: Deadlines,
         on_refusal: OnRefusal,
         config: uvicorn.Config,
-        server_state: ServerState,
+        server_state: State,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
         max_connections: float = math.inf,
@@ -245,7 +251,7 @@ class Protocol(asyncio.Protocol):
             "state": {},
         }
         self._upgrading = parser.should_upgrade()
-        keep_alive = version == "1.1" and (parser.should_keep_alive() or self._upgrading)
+        keep_alive = version == "1.1" and (parser.should_keep_alive() or self._upgrading) and not self._state.draining
         cycle = self._reading = Cycle(self, scope, keep_alive, (b"expect", b"100-continue") in headers)
         if self._running is None:
             self._start(cycle)

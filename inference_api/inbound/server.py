@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
-from inference_api.inbound.protocol import Deadlines, OnRefusal, protocol_factory
+from inference_api.inbound.protocol import Deadlines, OnRefusal, State, protocol_factory
 from inference_api.settings import PREFIX, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -59,16 +59,19 @@ def run_server(router: Router, settings: Settings) -> None:
 class Server(uvicorn.Server):
     """uvicorn's server, but SIGTERM and SIGINT are requests to stop, not a way to die: the exit code is 0.
 
-    `on_stop` is called at the signal; `delay`: seconds to go on accepting after it, until nobody sends any more.
+    `on_stop` is called at the signal; `delay`: seconds to go on accepting after it, until nobody sends any more. During
+    these each answer says that its connection is closed, so that clients go elsewhere, and none is idle in the end.
     """
 
     def __init__(self, config: uvicorn.Config, delay: float = 0.0, on_stop: Callable[[], None] = lambda: None) -> None:
         super().__init__(config)
+        self.server_state: State = State()
         self._delay = delay
         self._on_stop = on_stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_stop()
+        self.server_state.draining = True
         if self._delay and not self.force_exit and not self.should_exit:
             delay, self._delay = self._delay, 0.0
             asyncio.get_running_loop().call_later(delay, self._stop)
