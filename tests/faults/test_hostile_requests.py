@@ -193,7 +193,7 @@ async def test_t69_a_head_that_is_too_large_is_refused(what: str, lab: Lab) -> N
 
 async def test_t69_many_small_chunks_are_cheap(lab: Lab) -> None:
     served = await lab.router(engine := await lab.engine())
-    body = orjson.dumps({**CHAT, "x": "y" * 200_000})
+    body = orjson.dumps({**CHAT, "x": "y" * 1_000_000})
     framed = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + LAST_CHUNK
     head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -205,8 +205,8 @@ async def test_t69_many_small_chunks_are_cheap(lab: Lab) -> None:
 
     assert answer.status == 200
     assert engine.requests[0].body == body
-    # A million of them: 1 s; what would be quadratic takes minutes.
-    assert spent < 2
+    # 0.3 s, the client's part included; what would be quadratic takes minutes.
+    assert spent < 3
 
 
 EARLY = {
