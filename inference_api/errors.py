@@ -3,7 +3,7 @@
 RouterError
 +-- BadRequest 400            +-- HeadersTooLarge 431     +-- ModelNotFound 404     +-- UnknownURL 404
 +-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
-+-- InvalidRequest 422        +-- RequestTimeout 408      +-- InternalError 500
++-- InvalidRequest 422        +-- RequestTimeout 408      +-- URITooLong 414        +-- InternalError 500
 +-- UpstreamError             an attempt failed and was not, or could not be, repeated
 |   +-- UpstreamReset 502
 |   +-- UpstreamProtocolError 502
@@ -91,6 +91,13 @@ class TooLarge(_ClientError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"The request body is larger than the limit of {limit} bytes.")
+
+
+class URITooLong(_ClientError):
+    status, code = 414, "uri_too_long"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request target is longer than the limit of {limit} bytes.")
 
 
 class UnsupportedMediaType(_ClientError):

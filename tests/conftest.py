@@ -75,7 +75,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """`await start_router(engine, ..., key=value)` -> a Served router whose model `m` has these engines' URLs.
 
     `models=[...]` gives the whole catalogue instead; `entry={...}` adds to the model `m`; `resolve` stands in for DNS;
-    other keywords are settings.
+    `tokens` are the credentials that the environment would have; other keywords are settings.
     """
     async with AsyncExitStack() as stack:
 
@@ -85,6 +85,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             entry: dict[str, Any] | None = None,
             transport: httpx.AsyncBaseTransport | None = None,
             resolve: discovery.Resolve = discovery.resolve,
+            tokens: dict[str, str] | None = None,
             **settings: Any,
         ) -> Served:
             backends = [{"url": engine.url} for engine in engines]
@@ -93,7 +94,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
             chosen = Settings(catalogue=path, **settings)
-            router = Router(chosen, access_log=lines.append, transport=transport, resolve=resolve)
+            router = Router(chosen, tokens=tokens, access_log=lines.append, transport=transport, resolve=resolve)
             url = await stack.enter_async_context(serving(router, chosen))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
             return Served(router, url, client, lines)

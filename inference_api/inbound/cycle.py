@@ -220,7 +220,8 @@ class Cycle:
         if has_close:
             self.keep_alive = False
         if length is not None:
-            self._left = int(length)
+            # RFC 9110 8.6: of a 304 it is the length that a 200 would have had.
+            self._left = None if status == 304 else int(length)
         elif status not in (204, 304) and self.scope["method"] != "HEAD":
             if self.scope["http_version"] == "1.1":
                 self._chunked = True

@@ -7,7 +7,10 @@ connections and tasks that are put into `server_state`, and calls `shutdown` on 
 """
 
 import asyncio
+import math
 import re
+import socket
+import struct
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -19,14 +22,18 @@ import uvicorn
 from starlette.types import Scope
 from uvicorn.server import ServerState
 
-from inference_api.errors import BadRequest, HeadersTooLarge, RequestTimeout, RouterError, render
+from inference_api.errors import BadRequest, HeadersTooLarge, Overloaded, RequestTimeout, RouterError, render
 from inference_api.inbound.cycle import STATUS_LINES, Cycle, Memo
+from inference_api.inbound.gate import refusal
 
 # gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
 _MAX_HEADERS = 100
 _MAX_HEAD = 32 * 1024
 # Pipelined requests that may wait. As long as there are fewer, the connection is read, and its end is noticed.
 _MAX_WAITING = 8
+# Of a chunked body: bytes that are neither content nor the 16 that a chunk may take; Go's server allows as many.
+_MAX_OVERHEAD = 16 * 1024
+_CHUNK_OVERHEAD = 16
 # A client that is still sending a body nobody wants gets this long to read why.
 _LINGER = 2.0
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]{1,12})\r\n", re.IGNORECASE)
@@ -50,6 +57,12 @@ class _Refusal(Exception):
     def __init__(self, error: RouterError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+class State(ServerState):
+    """What uvicorn shares among its connections, and whether each is to end with its next answer."""
+
+    draining = False
 
 
 class _KnownHead(Memo):
@@ -102,15 +115,17 @@ class Protocol(asyncio.Protocol):
         deadlines: Deadlines,
         on_refusal: OnRefusal,
         config: uvicorn.Config,
-        server_state: ServerState,
+        server_state: State,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        max_connections: float = math.inf,
     ) -> None:
         # Configuration
         self.loop = _loop or asyncio.get_running_loop()
         self._app = cast(Any, config.loaded_app)
         self._deadlines = deadlines
         self._on_refusal = on_refusal
+        self._max_connections = max_connections
         # Shared with the server
         self._state = server_state
         # Connection
@@ -128,6 +143,8 @@ class Protocol(asyncio.Protocol):
         self._reading: Cycle | None = None
         self._head_open = False
         self._head_size = 0
+        # Of a body that takes more than one read: what came beyond its content
+        self._overhead = 0
         self._upgrading = False
         self._replaying = False
         self._replayed_whole = False
@@ -149,6 +166,12 @@ class Protocol(asyncio.Protocol):
         self._state.connections.add(cast(Any, self))
         self._client = _address(transport.get_extra_info("peername"))
         self._server = _address(transport.get_extra_info("sockname"))
+        if len(self._state.connections) > self._max_connections:
+            # Not even an answer: to wait until it is read would hold what there is too little of.
+            self._deaf = True
+            self._on_refusal(Overloaded("The router has as many connections as it takes."), uuid.uuid4().hex, 0)
+            self.transport.abort()
+            return
         self._timer = self.loop.call_later(self._deadlines.header, self._late)
 
     def data_received(self, data: bytes) -> None:
@@ -160,6 +183,8 @@ class Protocol(asyncio.Protocol):
             return
         if self._head_open or self._reading is None:
             self._head_size += len(data)
+        else:
+            self._overhead += len(data)
         try:
             self._feed(data)
         except httptools.HttpParserError as exc:
@@ -167,17 +192,23 @@ class Protocol(asyncio.Protocol):
             self._refuse(cause.error if isinstance(cause, _Refusal) else BadRequest(f"Not valid HTTP/1.1: {exc}."))
             return
         if self._parsed == self._learn_at:
-            self._learn_at *= 2
-            newest = self._waiting[-1] if self._waiting else self._running
-            if between and newest is not None and newest.repeatable:
-                self._known = _KnownHead.learn(data, newest.scope)
+            self._learn(data if between else b"")
         if self._head_open:
             if self._head_size > 2 * _MAX_HEAD:
                 self._refuse(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
             elif self._timer is None:
                 self._timer = self.loop.call_later(self._deadlines.header, self._late)
-        elif self._reading is not None and self._timer is None:
-            self._timer = self.loop.call_later(self._deadlines.body, self._late)
+        elif self._reading is not None:
+            if self._overhead > _MAX_OVERHEAD:
+                self._refuse(BadRequest("The body has chunk extensions or trailers that are too large."))
+            elif self._timer is None:
+                self._timer = self.loop.call_later(self._deadlines.body, self._late)
+
+    def _learn(self, data: bytes) -> None:
+        self._learn_at *= 2
+        newest = self._waiting[-1] if self._waiting else self._running
+        if newest is not None and newest.repeatable:
+            self._known = _KnownHead.learn(data, newest.scope)
 
     def eof_received(self) -> None:
         # A client that closes its half has left, as for every engine behind us.
@@ -256,13 +287,14 @@ class Protocol(asyncio.Protocol):
             len(name) + len(value) for name, value in headers
         ) > _MAX_HEAD:
             raise _Refusal(HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes."))
-        if not self._url.isascii():
-            raise _Refusal(BadRequest("The request target must be ASCII, as in POST /v1/chat/completions."))
+        version = parser.get_http_version()
+        error = refusal(parser.get_method(), self._url, headers, version)
+        if error is not None:
+            raise _Refusal(error)
         target, _, query = self._url.partition(b"?")
         if target[:1] != b"/":
             target = _origin_form(target)
         path = target.decode("ascii")
-        version = parser.get_http_version()
         scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -279,14 +311,14 @@ class Protocol(asyncio.Protocol):
             "state": {},
         }
         self._upgrading = parser.should_upgrade()
-        keep_alive = version == "1.1" and (parser.should_keep_alive() or self._upgrading)
+        keep_alive = version == "1.1" and (parser.should_keep_alive() or self._upgrading) and not self._state.draining
         self._parsed += 1
         cycle = self._reading = Cycle(self, scope, keep_alive, (b"expect", b"100-continue") in headers)
         self._queue(cycle)
 
     def _begin(self, known: _KnownHead, body: bytes) -> None:
         """A request that is here as a whole, and whose head needs no parsing."""
-        cycle = Cycle(self, known.scope(len(body)), True, False, known)
+        cycle = Cycle(self, known.scope(len(body)), not self._state.draining, False, known)
         cycle.feed(body)
         cycle.end_of_body()
         self._queue(cycle)
@@ -299,7 +331,12 @@ class Protocol(asyncio.Protocol):
             if len(self._waiting) >= _MAX_WAITING:
                 self.pause_reading()
 
+    def on_chunk_header(self) -> None:
+        self._overhead -= _CHUNK_OVERHEAD
+
     def on_body(self, body: bytes) -> None:
+        if self._overhead:
+            self._overhead -= len(body)
         if self._reading is not None:
             self._reading.feed(body)
 
@@ -311,6 +348,7 @@ class Protocol(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._overhead = 0
         self._reading.end_of_body()
         self._reading = None
 
@@ -355,7 +393,10 @@ class Protocol(asyncio.Protocol):
     def cut(self) -> None:
         """Close without completing the response."""
         if self.drained is not None:
-            self.transport.abort()  # what is buffered will not be read
+            # What is buffered will not be read; with RST the kernel does not go on offering it.
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
         else:
             self.transport.close()
 
@@ -439,21 +480,20 @@ class Protocol(asyncio.Protocol):
         return f"<Protocol for {self._client}: {'idle' if self._running is None else 'busy'}>"
 
 
-def protocol_factory(deadlines: Deadlines, on_refusal: OnRefusal) -> Callable[..., Protocol]:
+def protocol_factory(
+    deadlines: Deadlines, on_refusal: OnRefusal, max_connections: float = math.inf
+) -> Callable[..., Protocol]:
     """What uvicorn calls for every connection. `on_refusal` hears of requests that never reach the application."""
 
     def make(**keywords: Any) -> Protocol:
-        return Protocol(deadlines, on_refusal, **keywords)
+        return Protocol(deadlines, on_refusal, max_connections=max_connections, **keywords)
 
     return make
 
 
 def _origin_form(target: bytes) -> bytes:
     """RFC 9112 3.2.2: a client that takes the router for a proxy names scheme and host as well."""
-    scheme, _, rest = target.partition(b"://")
-    if scheme.lower() not in (b"http", b"https"):
-        raise _Refusal(BadRequest("The request target must be a path, as in POST /v1/chat/completions."))
-    return b"/" + rest.partition(b"/")[2]
+    return b"/" + target.partition(b"://")[2].partition(b"/")[2]
 
 
 def _address(name: Any) -> tuple[str, int] | None:

@@ -6,8 +6,10 @@ import errno
 import gc
 import logging
 import math
+import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -17,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
-from inference_api.inbound.protocol import Deadlines, OnRefusal, protocol_factory
+from inference_api.inbound.protocol import Deadlines, OnRefusal, State, protocol_factory
 from inference_api.settings import PREFIX, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ class Router(Protocol):
 
 # As many connections as may wait while the loop is busy with a burst.
 _BACKLOG = 2048
+# Log, sockets that listen, two event loops, the registry, the probes' clients, a scrape: about 25.
+_OWN_FILES = 48
 
 
 def run_server(router: Router, settings: Settings) -> None:
@@ -55,16 +59,19 @@ def run_server(router: Router, settings: Settings) -> None:
 class Server(uvicorn.Server):
     """uvicorn's server, but SIGTERM and SIGINT are requests to stop, not a way to die: the exit code is 0.
 
-    `on_stop` is called at the signal; `delay`: seconds to go on accepting after it, until nobody sends any more.
+    `on_stop` is called at the signal; `delay`: seconds to go on accepting after it, until nobody sends any more. During
+    these each answer says that its connection is closed, so that clients go elsewhere, and none is idle in the end.
     """
 
     def __init__(self, config: uvicorn.Config, delay: float = 0.0, on_stop: Callable[[], None] = lambda: None) -> None:
         super().__init__(config)
+        self.server_state: State = State()
         self._delay = delay
         self._on_stop = on_stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_stop()
+        self.server_state.draining = True
         if self._delay and not self.force_exit and not self.should_exit:
             delay, self._delay = self._delay, 0.0
             asyncio.get_running_loop().call_later(delay, self._stop)
@@ -92,7 +99,7 @@ def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lamb
     deadlines = Deadlines(settings.header_timeout, settings.body_timeout, settings.keepalive_timeout)
     return uvicorn.Config(
         app,
-        http=cast(Any, protocol_factory(deadlines, on_refusal)),
+        http=cast(Any, protocol_factory(deadlines, on_refusal, connection_limit(settings.max_in_flight))),
         loop="uvloop",
         ws="none",
         interface="asgi3",
@@ -105,6 +112,18 @@ def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lamb
         backlog=_BACKLOG,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
     )
+
+
+def connection_limit(max_in_flight: int) -> int:
+    """How many clients may be connected, so that there is a file descriptor left for each request's backend.
+
+    To run out of them is worse than to refuse: the process could not even look up a name or open a certificate.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return sys.maxsize
+    free = max(2, files - _OWN_FILES)
+    return free - min(max_in_flight, free // 2)
 
 
 def listen(host: str, port: int, variable: str) -> socket.socket:

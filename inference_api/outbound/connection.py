@@ -1,7 +1,7 @@
 """One connection to a replica, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple, Protocol, cast
 
 import httptools
@@ -296,6 +296,11 @@ class Connection(asyncio.Protocol):
         if stream is not None:
             stream.fail(error)
 
+    def reaches(self, allowed: Callable[[str], bool]) -> bool:
+        """Whether it leads to an address that is allowed; at an end already, it leads nowhere."""
+        name = None if self.transport is None else self.transport.get_extra_info("peername")
+        return name is None or allowed(name[0])
+
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -365,7 +370,9 @@ class Connection(asyncio.Protocol):
         if status == 101 or status < 100 or status > 599:
             raise ValueError(f"an answer with the status {status}")
         headers = stream.headers
-        if self._received > MAX_HEAD and sum([len(name) + len(value) + 4 for name, value in headers]) > MAX_HEAD:
+        # As RFC 9113 6.5.2 counts: what a header costs us is more than its bytes.
+        size = 32 * len(headers) + self._received
+        if size > MAX_HEAD and sum([len(name) + len(value) + 32 for name, value in headers]) > MAX_HEAD:
             raise ValueError(f"a response head of more than {MAX_HEAD} bytes")
         if status < 200:
             headers.clear()

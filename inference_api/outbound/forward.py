@@ -14,6 +14,7 @@ import httpx
 from inference_api.errors import (
     NOT_AGAIN,
     NoBackend,
+    Overloaded,
     RouterError,
     UpstreamProtocolError,
     UpstreamReset,
@@ -35,6 +36,7 @@ _OUTCOMES: tuple[tuple[type[Exception], Outcome], ...] = (
     (httpx.ConnectTimeout, Outcome.CONNECT_FAILED),
     (TotalTimeout, Outcome.TOTAL_TIMEOUT),
     (IdleTimeout, Outcome.IDLE_TIMEOUT),
+    (httpx.PoolTimeout, Outcome.SHED),
     (httpx.TimeoutException, Outcome.FIRST_BYTE_TIMEOUT),
     (httpx.ProtocolError, Outcome.PROTOCOL_ERROR),
     (httpx.TransportError, Outcome.RESET),
@@ -374,7 +376,8 @@ class Forward:
                 token = call.authorization
             else:
                 value = self._tokens.get(credentials.env)
-                token = None if value is None else b"Bearer " + value.encode("latin-1", "ignore")
+                # Set but empty is a secret that was not filled in; `Bearer ` alone would be refused by everybody.
+                token = b"Bearer " + value.encode("latin-1", "ignore") if value else None
             if token is not None:
                 lines += header_lines([(b"authorization", token)])
         return lines
@@ -456,6 +459,8 @@ def _error(model: Model, past: list[Failure], why: Refusal, final: bool) -> Rout
 def _error_of(outcome: Outcome, model: str, why: Refusal, final: bool) -> RouterError:
     if why is Refusal.LATE:
         return UpstreamTimeout("The model did not answer in time.", Outcome.TOTAL_TIMEOUT, final=True)
+    if outcome is Outcome.SHED:
+        return Overloaded("The router has no connection left for this request.", retry_after=1)
     if outcome is Outcome.CONNECT_FAILED:
         # Nothing was executed, and Retry-After says when it may work; unless it is repeats that there are too many of.
         return NoBackend(model, final=why in _LIMITS_REACHED)

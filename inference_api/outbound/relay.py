@@ -75,6 +75,9 @@ class Relay:
         headers = returned(reply.status, reply.headers)
         kind = dict(headers).get(b"content-type", b"").lower()
         try:
+            if 300 <= reply.status < 400 and reply.status != 304:
+                # It points into the cluster, and SDKs would follow.
+                raise UpstreamProtocolError("The model's backend sent a redirect.", Outcome.PROTOCOL_ERROR)
             if kind.startswith(b"text/event-stream"):
                 self.outcome = await self._stream(send, headers)
             else:

@@ -12,18 +12,21 @@ one, there are no cookies, redirects, proxies or environment, and the body can b
 Request extensions it reads: `timeout` {connect, first_byte, idle} in seconds, `deadline` in loop time, `fresh` (do not
 reuse a connection), `target` (path and query, as httpx defines it), `origin` (scheme://host:port, to save parsing; with
 `#address` after it the connection goes to that address, and the URL's host is only the name that TLS asks for).
-Errors are httpx's: ConnectError, ConnectTimeout, and those of `connection`, which say how many response bytes had come
-and whether the connection had been used before.
+Errors are httpx's: ConnectError, ConnectTimeout, PoolTimeout (no file descriptor left), and those of `connection`,
+which say how many response bytes had come and whether the connection had been used before.
 """
 
 import asyncio
+import errno
 import ssl
+from collections.abc import Callable
 from time import monotonic
 
 import httpx
 
 from inference_api.outbound.connection import Closed, Connection, ResponseStream, Timeout, TotalTimeout
 from inference_api.outbound.headers import header_lines
+from inference_api.routing.catalogue import is_usable_address
 
 
 class Pool:
@@ -35,7 +38,14 @@ class Pool:
     """
 
     def __init__(
-        self, scheme: str, host: str, port: int, keepalive: float, tls: ssl.SSLContext | None, address: str = ""
+        self,
+        scheme: str,
+        host: str,
+        port: int,
+        keepalive: float,
+        tls: ssl.SSLContext | None,
+        address: str = "",
+        may_reach: Callable[[str], bool] = is_usable_address,
     ) -> None:
         # Configuration
         self.host = host
@@ -44,6 +54,7 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._keepalive = keepalive
         self._tls = tls if scheme == "https" else None
+        self._may_reach = may_reach
         # Shared: every open connection, and the reusable ones, oldest first
         self._open: set[Connection] = set()
         self._idle: dict[Connection, None] = {}
@@ -63,7 +74,7 @@ class Pool:
         return None
 
     async def connect(self, seconds: float | None) -> Connection:
-        """A new connection. Raises httpx.ConnectError or httpx.ConnectTimeout; cancelling leaves nothing behind."""
+        """A new connection. Raises httpx.ConnectError, ConnectTimeout or PoolTimeout; cancelling leaves nothing."""
         connection = Connection(self, self._loop)
         self._open.add(connection)
         try:
@@ -80,10 +91,17 @@ class Pool:
             raise httpx.ConnectTimeout("no connection to the replica in time") from exc
         except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
             connection.close()
+            if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+                # The lack is ours; the replica has done nothing.
+                raise httpx.PoolTimeout("no file descriptor left for a connection") from exc
             raise httpx.ConnectError("no connection to the replica") from exc
         except BaseException:
             connection.close()
             raise
+        # A name may be made to resolve to what a URL may not name; nothing has been said to it yet.
+        if not connection.reaches(self._may_reach):
+            connection.close()
+            raise httpx.ConnectError("the replica's name leads to an address that no backend may have")
         return connection
 
     def release(self, connection: Connection) -> None:
@@ -134,10 +152,18 @@ class Transport(httpx.AsyncBaseTransport):
 
     `keepalive`: seconds an idle connection may be reused; must be below the replica's own (vLLM closes after 5).
     `tls`: the context for https origins; by default the system's trust, made when the first one is needed.
+    `may_reach`: whether a connection may lead to an IP address.
     """
 
-    def __init__(self, *, keepalive: float = 3.0, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        keepalive: float = 3.0,
+        tls: ssl.SSLContext | None = None,
+        may_reach: Callable[[str], bool] = is_usable_address,
+    ) -> None:
         self._keepalive = keepalive
+        self._may_reach = may_reach
         self._tls = tls
         self._pools: dict[str, Pool] = {}
 
@@ -208,7 +234,9 @@ class Transport(httpx.AsyncBaseTransport):
                 self._tls = ssl.create_default_context()
             port = url.port or (443 if url.scheme == "https" else 80)
             address = origin.partition("#")[2]
-            pool = self._pools[origin] = Pool(url.scheme, url.host, port, self._keepalive, self._tls, address)
+            pool = self._pools[origin] = Pool(
+                url.scheme, url.host, port, self._keepalive, self._tls, address, self._may_reach
+            )
         return pool
 
     def __repr__(self) -> str:

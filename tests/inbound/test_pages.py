@@ -66,7 +66,7 @@ async def test_the_list_has_every_model_with_its_card(start_router: Start) -> No
     assert (org["id"], org["owned_by"], org["hardware"], org["created"]) == ("org/model:7b", "unknown", None, 0)
 
 
-@pytest.mark.parametrize("target", ["/v1/models/", "//v1/models", "//v1//models//", "/v1%2Fmodels", "/v1/models?a=1"])
+@pytest.mark.parametrize("target", ["/v1/models/", "//v1/models", "//v1//models//", "/v1/models?a=1"])
 async def test_the_list_may_be_asked_for_with_needless_slashes(target: str, served: Served) -> None:
     status, document = await get(served, target)
 
@@ -90,7 +90,7 @@ async def test_a_model_is_found_by_its_name_its_alias_and_with_an_escaped_slash(
     assert found == names
 
 
-@pytest.mark.parametrize("name", ["nope", "M", "m/x", "%FF%0A", "..", "x" * 300])
+@pytest.mark.parametrize("name", ["nope", "M", "m/x", "%FF%E2%80%A8", "...", "x" * 300])
 async def test_a_model_that_is_not_there_is_named_in_the_404(name: str, served: Served) -> None:
     status, document = await get(served, f"/v1/models/{name}")
 

@@ -1,12 +1,8 @@
 """The process: how it starts, what it logs, and how it stops. The command itself, on ports of its own."""
 
 import asyncio
-import contextlib
-import os
 import signal
 import socket
-import sys
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -22,21 +18,18 @@ from inference_api.inbound.pages import create_pages
 from inference_api.inbound.server import Server, listen, server_config
 from inference_api.observe.log import Fields
 from inference_api.settings import Settings, SettingsError
+from tests.command import catalogue_of, closed, command, free_port, log_of, ready
 from tests.fakes import (
     CHAT,
     DONE,
     LAST_CHUNK,
     STREAM,
-    FakeEngine,
     Line,
     Received,
-    answer,
     chunk,
     event,
-    form,
     hang,
     in_background,
-    json_response,
     post,
     raw_client,
     read_answer,
@@ -47,80 +40,6 @@ from tests.fakes import (
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
 URL = "/v1/chat/completions"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def catalogue_of(tmp_path: Path, *engines: FakeEngine) -> Path:
-    path = tmp_path / "catalogue.json"
-    path.write_bytes(orjson.dumps({"models": [{"name": "m", "backends": [{"url": engine.url} for engine in engines]}]}))
-    return path
-
-
-class Command:
-    """A running `python -m inference_api serve`."""
-
-    def __init__(self, process: Process, port: int, client: httpx.AsyncClient) -> None:
-        self.process = process
-        self.port = port
-        self.client = client
-        self.told = False
-
-    def tell(self, number: int) -> None:
-        self.process.send_signal(number)
-        self.told = True
-
-    async def stop(self) -> tuple[int, str, str]:
-        """Tell it to stop, if nobody has: (exit code, stdout, stderr)."""
-        if not self.told and self.process.returncode is None:
-            self.tell(signal.SIGTERM)
-        async with asyncio.timeout(10):
-            out, err = await self.process.communicate()
-        assert self.process.returncode is not None
-        return self.process.returncode, out.decode(), err.decode()
-
-
-@asynccontextmanager
-async def command(tmp_path: Path, *engines: FakeEngine, **settings: Any) -> AsyncIterator[Command]:
-    """The command, started; whether it is ready, or ends, is for the test to see."""
-    port = free_port()
-    variables = {"catalogue": catalogue_of(tmp_path, *engines), "port": port, **settings}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "inference_api",
-        "serve",
-        env=os.environ | {f"INFERENCE_API_{name.upper()}": str(value) for name, value in variables.items()},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
-            yield Command(process, port, client)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
-
-
-async def ready(client: httpx.AsyncClient, path: str = "/v1/models") -> None:
-    async with asyncio.timeout(20):
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if (await client.get(path)).status_code == 200:
-                    return
-            await asyncio.sleep(0.02)
-
-
-def log_of(out: str) -> list[dict[str, Any]]:
-    """The lines of a log; every one is a JSON object with the same three keys first."""
-    lines = [orjson.loads(line) for line in out.splitlines()]
-    assert all(list(line)[:3] == ["time", "level", "event"] for line in lines)
-    return lines
 
 
 # Stop
@@ -149,18 +68,6 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: Path, start_engine: Start)
     serving, *_, request, stopped = log_of(out)
     assert (serving["event"], serving["address"]) == ("serving", f"127.0.0.1:{router.port}")
     assert (request["event"], request["outcome"], stopped["event"]) == ("request", "ok", "stopped")
-
-
-async def closed(port: int) -> None:
-    """Wait until nobody listens there."""
-    async with asyncio.timeout(5):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except ConnectionError:
-                return
-            writer.close()
-            await asyncio.sleep(0.02)
 
 
 async def test_readiness_ends_with_the_signal_not_with_the_last_stream(tmp_path: Path, start_engine: Start) -> None:
@@ -313,56 +220,3 @@ async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine:
     assert [probe.status_code for probe in probes] == [200, 200, 200]
     assert 'inference_api_requests_total{code="200",model_name="m",route="chat_completions"' in probes[2].text
     assert [page.status_code for page in (*others, *on_main)] == [404] * 5
-
-
-# Log
-
-
-async def test_nothing_that_a_client_or_a_model_says_is_written_down(tmp_path: Path, start_engine: Start) -> None:
-    secret = "CANARY"
-    secrets = {
-        name: f"Bearer {secret}" for name in ("authorization", "x-api-key", "cookie", "x-request-id", "user-agent")
-    }
-
-    async def script(request: Received, line: Line) -> None:
-        if b"reset" in request.body:
-            await sse(event(secret), then=Line.reset)(request, line)
-        elif b"garbage" in request.body:
-            await line.send(f"{secret}\r\n\r\n".encode())
-        elif b"refuse" in request.body:
-            await line.send(json_response({"error": {"message": secret}}, "400 No"))
-        else:
-            await answer(request, line)
-
-    said = {"model": "m", "messages": [{"role": "user", "content": secret}]}
-    upload = form(b'content-disposition: form-data; name="file"; filename="CANARY"\r\n\r\nCANARY')
-    async with command(tmp_path, await start_engine(script), log_level="debug") as router:
-        await ready(router.client)
-        post = router.client.post
-        with contextlib.suppress(httpx.RemoteProtocolError):
-            await post(URL, json=said | {"stream": True, "x": "reset"}, headers=secrets)
-        answers = [
-            await post(URL, json=said, headers=secrets),
-            await post(URL, json=said | {"stream": True}, headers=secrets),
-            await post(URL, json=said | {"x": "garbage"}),
-            await post(URL, json=said | {"x": "refuse"}),
-            await post(URL, json=said | {"model": secret}),
-            await post(URL, json=said | {"stream": secret}),
-            await post(URL, content=b'{"model": CANARY', headers={"content-type": "application/json"}),
-            await post(
-                "/v1/audio/translations", content=upload, headers={"content-type": "multipart/form-data; boundary=B"}
-            ),
-            await post(f"/{secret}?key={secret}", headers=secrets),
-            await router.client.get(f"/v1/models/{secret}?key={secret}"),
-        ]
-        async with raw_client(router.port) as client:
-            await client.send(b"CANARY\r\n\r\n")
-            await client.reader.read(-1)
-        metrics = await router.client.get("/metrics")
-        code, out, err = await router.stop()
-
-    assert [reply.status_code for reply in answers] == [200, 200, 502, 400, 404, 422, 400, 422, 404, 404]
-    assert (code, err) == (0, "")
-    assert secret not in out + metrics.text
-    requests = [line for line in log_of(out) if line["event"] == "request"]
-    assert [line["status"] for line in requests[-12:]] == [200, *(reply.status_code for reply in answers), 400]

@@ -716,3 +716,20 @@ async def test_it_knows_when_a_replica_was_last_heard(start_engine: Callable[...
         await ask(transport, engine)
         assert before <= transport.last_read(engine.url) <= loop.time()
         assert transport.last_read(silent.url) == 0.0
+
+
+async def test_a_name_that_leads_to_a_forbidden_address_gets_no_request(start_engine: Start) -> None:
+    engine, asked = await start_engine(), []
+
+    def may_reach(address: str) -> bool:
+        asked.append(address)
+        return False
+
+    async with Transport(may_reach=may_reach) as transport:
+        request = httpx.Request("POST", f"http://localhost:{engine.port}/v1/completions", content=b"{}")
+        with pytest.raises(httpx.ConnectError, match="address"):
+            await transport.handle_async_request(request)
+
+    assert set(asked) <= {"127.0.0.1", "::1"}
+    assert asked
+    assert engine.requests == []
