@@ -84,10 +84,12 @@ class FakeEngine:
         self.open = 0
         self.busy = 0
         self.port = port
+        self._stopped = False
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "FakeEngine":
+        self._stopped = False
         self._server = await asyncio.start_server(self._accept, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -97,6 +99,7 @@ class FakeEngine:
 
     async def stop(self) -> None:
         """Refuse new connections, and reset the open ones."""
+        self._stopped = True
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -116,6 +119,8 @@ class FakeEngine:
         self.open += 1
         line = Line(reader, writer, self.connections)
         try:
+            if self._stopped:  # taken by the loop before the end, and come to us after it
+                line.reset()
             while not writer.is_closing():
                 request = await read_request(reader, line.number)
                 if request.method == "GET":
@@ -234,6 +239,8 @@ class ScriptedServer(FakeEngine):
         self.open += 1
         line = Line(reader, writer, self.connections)
         try:
+            if self._stopped:  # taken by the loop before the end, and come to us after it
+                line.reset()
             while not writer.is_closing():
                 request = await read_request(reader, line.number)
                 self.requests.append(request)

@@ -168,6 +168,23 @@ def test_t82_files_are_kept_for_the_backends(
     assert connection_limit(in_flight) == clients
 
 
+async def test_t82_one_client_too_many_is_disconnected_and_counted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(resource, "getrlimit", lambda _: (52, 52))
+        served = await lab.router(await lab.engine())
+
+    async with raw_client(served.port) as one, raw_client(served.port) as two:
+        for client in (one, two):
+            await client.send(ASK)
+            assert (await read_answer(client.reader)).status == 200
+        async with raw_client(served.port) as third:
+            assert not await first_event_of(third)
+        assert outcomes(served) == ["ok", "ok", "shed"]
+    async with raw_client(served.port) as later:
+        await later.send(ASK)
+        assert (await read_answer(later.reader)).status == 200
+
+
 def test_t82_without_a_limit_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
 
