@@ -210,7 +210,10 @@ async def test_t25_one_of_two_replicas_refuses_connections(start_engine: Start, 
     assert sorted(request.body for request in alive.requests) == sorted(
         response.request.content for response in answers
     )
-    assert await served.metric("inference_api_retries_total", model_name="m", reason="connect") > 0
+    # The circuit opens at the fifth; until then each refused attempt is one repeat, and no more.
+    assert await served.metric("inference_api_retries_total", model_name="m", reason="connect") == 5
+    label = dead.url.removeprefix("http://")
+    assert await served.metric("inference_api_backend_circuit_open", backend=label) == 1
 
 
 async def test_t26_all_replicas_refuse_connections(start_engine: Start, start_router: Start) -> None:

@@ -42,7 +42,7 @@ def wall_clock_uses(name: str) -> set[str]:
     }
 
 
-def test_T61_only_what_is_shown_is_told_by_the_wall_clock() -> None:
+def test_t61_only_what_is_shown_is_told_by_the_wall_clock() -> None:
     """Log lines, and the moments of the last success that metrics show: whoever adds a use says here that it is one."""
     uses = {name: found for name in CORE if (found := wall_clock_uses(name))}
 
@@ -54,7 +54,7 @@ def test_T61_only_what_is_shown_is_told_by_the_wall_clock() -> None:
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])
-async def test_T61_a_jump_ends_no_stream_and_no_wait_and_makes_no_time_negative(
+async def test_t61_a_jump_ends_no_stream_and_no_wait_and_makes_no_time_negative(
     start_engine: Start, start_router: Start, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     jumped = asyncio.Event()
@@ -95,7 +95,7 @@ async def test_T61_a_jump_ends_no_stream_and_no_wait_and_makes_no_time_negative(
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])
-async def test_T61_a_jump_makes_neither_the_catalogue_nor_the_load_old(
+async def test_t61_a_jump_makes_neither_the_catalogue_nor_the_load_old(
     start_engine: Start, start_router: Start, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     text = b"vllm:num_requests_running 3\nvllm:num_requests_waiting 0\n"

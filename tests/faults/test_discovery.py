@@ -101,7 +101,7 @@ async def read_to(body: AsyncIterator[bytes], mark: bytes) -> bytes:
     return seen
 
 
-async def test_T54_a_record_that_is_removed_is_not_used_any_more(cluster: Cluster, start_router: Start) -> None:
+async def test_t54_a_record_that_is_removed_is_not_used_any_more(cluster: Cluster, start_router: Start) -> None:
     engines, records = await cluster(3), Records()
     served = await serve(start_router, engines, records, entry={"policy": "round_robin"})
     for _ in range(6):
@@ -122,7 +122,7 @@ async def test_T54_a_record_that_is_removed_is_not_used_any_more(cluster: Cluste
     assert {request.header("host") for engine in engines for request in engine.requests} == {f"pods.test:{gone.port}"}
 
 
-async def test_T54_it_is_found_without_a_request_within_an_interval(cluster: Cluster, start_router: Start) -> None:
+async def test_t54_it_is_found_without_a_request_within_an_interval(cluster: Cluster, start_router: Start) -> None:
     engines, records = await cluster(2), Records()
     served = await serve(start_router, engines, records, discovery_interval=0.05)
     records.addresses = [engines[1].host]
@@ -130,7 +130,7 @@ async def test_T54_it_is_found_without_a_request_within_an_interval(cluster: Clu
     await until(lambda: labels(served) == [f"127.0.0.3:{engines[1].port}"])
 
 
-async def test_T54_a_name_that_the_registry_adds_is_looked_up_at_once(cluster: Cluster, start_router: Start) -> None:
+async def test_t54_a_name_that_the_registry_adds_is_looked_up_at_once(cluster: Cluster, start_router: Start) -> None:
     engines, records = await cluster(2), Records()
     records.addresses = [engine.host for engine in engines]
     backend = {"url": f"http://pods.test:{engines[0].port}", "discovery": "dns"}
@@ -145,7 +145,7 @@ async def test_T54_a_name_that_the_registry_adds_is_looked_up_at_once(cluster: C
         assert (await served.chat()).status_code == 200
 
 
-async def test_T54_a_name_server_that_is_down_hides_nothing_for_ever(cluster: Cluster, start_router: Start) -> None:
+async def test_t54_a_name_server_that_is_down_hides_nothing_for_ever(cluster: Cluster, start_router: Start) -> None:
     """What left while nobody could tell is gone with the first answer after that."""
     engines, records = await cluster(2), Records()
     served = await serve(start_router, engines, records)
@@ -166,7 +166,7 @@ async def test_T54_a_name_server_that_is_down_hides_nothing_for_ever(cluster: Cl
 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "::ffff:169.254.169.254", "fd00:ec2::254", "0.0.0.0"])
-async def test_T57_a_name_that_is_bound_to_a_forbidden_address_later_leads_nowhere(
+async def test_t57_a_name_that_is_bound_to_a_forbidden_address_later_leads_nowhere(
     cluster: Cluster, start_router: Start, address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     [engine], records = await cluster(1), Records()
@@ -183,7 +183,7 @@ async def test_T57_a_name_that_is_bound_to_a_forbidden_address_later_leads_nowhe
     assert address not in repr(served.router.transport)
 
 
-async def test_T57_the_connection_goes_to_the_address_that_was_checked(cluster: Cluster, start_router: Start) -> None:
+async def test_t57_the_connection_goes_to_the_address_that_was_checked(cluster: Cluster, start_router: Start) -> None:
     """Only one look-up is ever made: there is no second one to which a name server could say something else."""
     [engine], asked = await cluster(1), []
 
@@ -209,7 +209,7 @@ async def close_after(request: Received, line: Line) -> None:
     line.close()
 
 
-async def test_T58_nothing_is_miscounted_however_replicas_come_and_go(cluster: Cluster, start_router: Start) -> None:
+async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(cluster: Cluster, start_router: Start) -> None:
     """Requests that end well, fail, hang and are left, while the records change all the time: every count ends at 0."""
     rand = random.Random(58)
 
@@ -266,7 +266,7 @@ async def test_T58_nothing_is_miscounted_however_replicas_come_and_go(cluster: C
 
 
 @pytest.mark.parametrize("policy", ["two_choices", "least_in_flight", "round_robin"])
-async def test_T59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly(
+async def test_t59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly(
     cluster: Cluster, start_router: Start, policy: str
 ) -> None:
     gate, records = Gate(), Records()
@@ -280,7 +280,7 @@ async def test_T59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly
     assert [len(engine.requests) for engine in engines] == [4, 4]
 
 
-async def test_T59_a_key_whose_home_is_dead_is_answered_by_another(cluster: Cluster, start_router: Start) -> None:
+async def test_t59_a_key_whose_home_is_dead_is_answered_by_another(cluster: Cluster, start_router: Start) -> None:
     engines, records = await cluster(3), Records()
     served = await serve(start_router, engines, records, entry={"policy": "prefix_affinity"})
     for _ in range(3):
@@ -296,7 +296,7 @@ async def test_T59_a_key_whose_home_is_dead_is_answered_by_another(cluster: Clus
     assert sorted(len(engine.requests) for engine in engines) == [0, 3, 3]
 
 
-async def test_T60_an_address_that_moves_takes_new_requests_and_keeps_old_streams(
+async def test_t60_an_address_that_moves_takes_new_requests_and_keeps_old_streams(
     cluster: Cluster, start_router: Start
 ) -> None:
     gate, records = Gate(), Records()
@@ -326,7 +326,7 @@ async def test_T60_an_address_that_moves_takes_new_requests_and_keeps_old_stream
     assert [line["backend"] for line in served.lines][-1] == f"127.0.0.2:{old.port}"
 
 
-async def test_T60_a_replica_that_is_removed_and_added_again_mid_stream_is_not_taken_for_idle(
+async def test_t60_a_replica_that_is_removed_and_added_again_mid_stream_is_not_taken_for_idle(
     cluster: Cluster, start_router: Start
 ) -> None:
     gate, records = Gate(), Records()

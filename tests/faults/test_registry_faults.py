@@ -62,7 +62,7 @@ DOWN: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("fault", DOWN)
-async def test_T55_requests_go_on_while_the_registry_is_down(
+async def test_t55_requests_go_on_while_the_registry_is_down(
     fault: str, start_engine: Start, start_router: Start, registry: Start
 ) -> None:
     engine = await start_engine()
@@ -95,7 +95,7 @@ async def test_T55_requests_go_on_while_the_registry_is_down(
     assert await served.metric("inference_api_registry_models", source="stale") == 1
 
 
-async def test_T55_an_empty_list_is_believed_only_when_it_is_said_twice_in_a_row(
+async def test_t55_an_empty_list_is_believed_only_when_it_is_said_twice_in_a_row(
     start_engine: Start, start_router: Start, registry: Start
 ) -> None:
     empty = raw(json_response({"models": []}))
@@ -115,7 +115,7 @@ async def test_T55_an_empty_list_is_believed_only_when_it_is_said_twice_in_a_row
     assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "registry", "models": 0}
 
 
-async def test_T55_an_hour_without_a_registry_costs_it_few_looks() -> None:
+async def test_t55_an_hour_without_a_registry_costs_it_few_looks() -> None:
     """In the time of a clock of our own: looks are up to 30 s apart, and go on for ever."""
     looks, now = 0, 0.0
 
@@ -137,7 +137,7 @@ async def test_T55_an_hour_without_a_registry_costs_it_few_looks() -> None:
     assert registry.status().failures == {"connect": looks}
 
 
-async def test_T55_a_cold_start_is_not_ready_before_the_registry_has_been_tried(
+async def test_t55_a_cold_start_is_not_ready_before_the_registry_has_been_tried(
     start_engine: Start, registry: Start, tmp_path: Path
 ) -> None:
     """As on OPS_PORT, whose probes answer from the first moment: 503 for as long as the first look takes."""
@@ -173,7 +173,7 @@ async def started(router: Router, settings: Settings, probe: httpx.AsyncClient) 
         return ready.status_code, ready.json()["catalogue"], answer.status_code
 
 
-async def test_T56_two_thousand_requests_at_the_time_of_a_look_are_one_look(
+async def test_t56_two_thousand_requests_at_the_time_of_a_look_are_one_look(
     start_engine: Start, start_router: Start, registry: Start
 ) -> None:
     answering, looks = asyncio.Event(), 0
@@ -200,7 +200,7 @@ async def test_T56_two_thousand_requests_at_the_time_of_a_look_are_one_look(
     assert looks == 2
 
 
-async def test_T56_routers_do_not_look_in_step() -> None:
+async def test_t56_routers_do_not_look_in_step() -> None:
     rand = random.Random(56)
     routers = [Registry(Fleet(make_policy), Catalogue(), refresh=15, rand=rand.random) for _ in range(20)]
     pauses = sorted(registry._pause() for registry in routers)
@@ -209,7 +209,7 @@ async def test_T56_routers_do_not_look_in_step() -> None:
     assert pauses[-1] - pauses[0] > 4
 
 
-async def test_T57_hostile_entries_are_refused_alone_and_nobody_connects_to_them(
+async def test_t57_hostile_entries_are_refused_alone_and_nobody_connects_to_them(
     start_engine: Start, start_router: Start, registry: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = await start_engine()
@@ -244,7 +244,7 @@ async def test_T57_hostile_entries_are_refused_alone_and_nobody_connects_to_them
     assert list(served.router.transport._pools) == [engine.url]
 
 
-async def test_T57_a_million_models_are_no_catalogue(
+async def test_t57_a_million_models_are_no_catalogue(
     start_engine: Start, start_router: Start, registry: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = await start_engine()
@@ -261,7 +261,7 @@ async def test_T57_a_million_models_are_no_catalogue(
     assert "it lists 1000000 models, and 20000 is the limit" in caplog.messages[0]
 
 
-async def test_T57_an_answer_without_an_end_is_cut(start_engine: Start, start_router: Start, registry: Start) -> None:
+async def test_t57_an_answer_without_an_end_is_cut(start_engine: Start, start_router: Start, registry: Start) -> None:
     sent = 0
 
     async def pour(request: Received, line: Line) -> None:
@@ -283,7 +283,7 @@ async def test_T57_an_answer_without_an_end_is_cut(start_engine: Start, start_ro
     assert sent < 64
 
 
-async def test_T57_series_do_not_pile_up_with_models_that_come_and_go(
+async def test_t57_series_do_not_pile_up_with_models_that_come_and_go(
     start_engine: Start, start_router: Start, registry: Start
 ) -> None:
     engine = await start_engine()
