@@ -8,10 +8,11 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.types import Message, Scope
 
+from inference_api.errors import RouterError
 from inference_api.models import RawHeaders
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 _NO_SCOPE: Scope = {}
 
 
+class Refused(NamedTuple):
+    """What the server answered in the middle of a request, because the rest of it could not be taken."""
+
+    error: RouterError
+    request_id: str
+    size: int
+
+
 class Memo:
     """What is known of a request head; the requests that repeat it byte for byte share one."""
 
@@ -56,7 +65,8 @@ class Cycle:
     __slots__ = (
         "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_on_departure", "_protocol", "_size",
         "_waiter",
-        "disconnected", "keep_alive", "memo", "more_body", "response_complete", "response_started", "scope", "task",
+        "disconnected", "keep_alive", "memo", "more_body", "refusal", "response_complete", "response_started", "scope",
+        "task",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +79,7 @@ class Cycle:
         self.task: asyncio.Task[None] | None = None
         # Request
         self.disconnected = False
+        self.refusal: Refused | None = None
         self.more_body = True
         self._expects_continue = expects_continue
         self._body: deque[bytes] = deque()
