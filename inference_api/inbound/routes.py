@@ -73,7 +73,7 @@ class Inference:
         gate = self._gate
         seen = gate.observer.begin(self.route.label)
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
-        departure = Departure(receive, cycle)
+        departure: Departure | Cycle = Departure(receive) if cycle is None else cycle
         relay: Relay | None = None
         taps: Sequence[Tap] = (seen,)
         outcome = Outcome.INTERNAL_ERROR
