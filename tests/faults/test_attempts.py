@@ -40,7 +40,7 @@ from tests.fakes import (
     sse,
     until,
 )
-from tests.faults.quiet import quiet
+from tests.faults.quiescence import quiet
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
