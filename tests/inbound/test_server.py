@@ -19,7 +19,7 @@ from inference_api.inbound.pages import create_pages
 from inference_api.inbound.server import Server, listen, raise_file_limit, server_config
 from inference_api.observe.log import Fields
 from inference_api.settings import Settings, SettingsError
-from tests.command import catalogue_of, closed, command, free_port, log_of, ready
+from tests.command import catalogue_of, closed, command, log_of, ready
 from tests.fakes import (
     CHAT,
     DONE,
@@ -37,6 +37,7 @@ from tests.fakes import (
     sse,
     until,
 )
+from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]

@@ -74,8 +74,7 @@ async def secure_engine(certificate: Path, names: list[str | None]) -> Any:
     tls.load_cert_chain(certificate)
     tls.sni_callback = lambda _, name, __: names.append(name)
     engine = FakeEngine()
-    engine._server = await asyncio.start_server(engine._accept, "127.0.0.1", 0, ssl=tls)
-    engine.port = engine._server.sockets[0].getsockname()[1]
+    engine._server = await asyncio.start_server(engine._accept, "127.0.0.1", engine.port, ssl=tls)
     try:
         yield engine
     finally:

@@ -515,8 +515,7 @@ class SecureEngine(FakeEngine):
         self._tls = tls
 
     async def __aenter__(self) -> "SecureEngine":
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self._tls)
         return self
 
     @property
