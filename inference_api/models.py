@@ -117,10 +117,15 @@ class Reply:
 class Direct(Protocol):
     """What a server may offer beside ASGI's `send`: the same without a coroutine. False: not now, it is to be sent."""
 
-    def respond(self, status: int, headers: RawHeaders, body: bytes) -> bool: ...
-    def push(self, body: bytes, more_body: bool, frame: bytes | None = None) -> bool:
-        """`frame`: the same body as one whole chunk of HTTP/1.1, if it came as one."""
+    # Takes a piece of the body as one whole chunk of HTTP/1.1, if it came as one: it need not be taken apart and framed
+    # again. None: not now, it is to be pushed.
+    frames: Callable[[bytes], None] | None
+
+    def respond(self, status: int, lines: bytes, body: bytes) -> bool:
+        """`lines`: the headers as lines of a head, Content-Length among them; a whole answer to a POST."""
         ...
+
+    def push(self, body: bytes, more_body: bool) -> bool: ...
 
 
 class Send(Protocol):

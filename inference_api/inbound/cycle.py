@@ -6,13 +6,13 @@ Both suspend only on a plain future, so that they can be stepped by hand (`depar
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.types import Message, Scope
 
 from inference_api.errors import RouterError
-from inference_api.models import RawHeaders
 
 if TYPE_CHECKING:
     from inference_api.inbound.protocol import Protocol
@@ -64,8 +64,8 @@ class Cycle:
     __slots__ = (
         "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_protocol", "_size",
         "_waiter", "_watched",
-        "disconnected", "gone", "keep_alive", "memo", "more_body", "refusal", "response_complete", "response_started",
-        "scope", "task",
+        "disconnected", "frames", "gone", "keep_alive", "memo", "more_body", "refusal",
+        "response_complete", "response_started", "scope", "task",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +92,8 @@ class Cycle:
         # Response
         self.response_started = False
         self.response_complete = False
+        # See Direct
+        self.frames: Callable[[bytes], None] | None = None
         self._head = b""
         self._chunked = False
         self._left: int | None = None
@@ -113,6 +115,7 @@ class Cycle:
 
     def disconnect(self) -> None:
         self.disconnected = True
+        self.frames = None
         self._wake()
         if self._watched:
             self._cancel()
@@ -142,28 +145,26 @@ class Cycle:
         pieces.clear()
         return body
 
-    def respond(self, status: int, headers: RawHeaders, body: bytes) -> bool:
-        """A whole response at once. False: the client's buffer is full, it is to be sent."""
-        if self._protocol.drained is not None:
-            return False
-        if not self.disconnected:
-            self._send_head(status, headers)
-            self._send_body(body, False)
-        return True
+    def respond(self, status: int, lines: bytes, body: bytes) -> bool:
+        """A whole response to a POST, at once. False: the client's buffer is full, it is to be sent.
 
-    def push(self, body: bytes, more_body: bool, frame: bytes | None = None) -> bool:
-        """One piece of a response that has been started. False: the client's buffer is full, it is to be sent.
-
-        `frame`: the same body as one whole chunk, if it came as one; it need not be taken apart and framed again.
+        `lines`: the response's headers as lines of a head, as long as the body is by its Content-Length.
         """
         protocol = self._protocol
         if protocol.drained is not None:
             return False
-        if self.disconnected:
-            return True
-        if frame is not None and more_body and self._chunked and not self._head:
-            protocol.transport.write(frame)
-        else:
+        if not self.disconnected:
+            end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+            protocol.write(b"%b%b%b%b%b" % (STATUS_LINES[status], protocol.default_lines(), lines, end, body))
+            self.response_started = True
+            self._complete()
+        return True
+
+    def push(self, body: bytes, more_body: bool) -> bool:
+        """One piece of a response that has been started. False: the client's buffer is full, it is to be sent."""
+        if self._protocol.drained is not None:
+            return False
+        if not self.disconnected:
             self._send_body(body, more_body)
         return True
 
@@ -277,9 +278,16 @@ class Cycle:
             body, self._head = self._head + body, b""
         if body:
             self._protocol.write(body)
-        if not more_body:
+        if more_body:
+            if self._chunked and self._protocol.drained is None:
+                self.frames = self._protocol.transport.write
+        else:
             if self._left:
                 raise RuntimeError("the response body is shorter than its Content-Length")
-            self.response_complete = True
-            self._wake()
-            self._protocol.cycle_ended(self)
+            self._complete()
+
+    def _complete(self) -> None:
+        self.frames = None
+        self.response_complete = True
+        self._wake()
+        self._protocol.cycle_ended(self)

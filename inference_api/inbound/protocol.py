@@ -64,6 +64,17 @@ class State(ServerState):
 
     draining = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._rendered: tuple[Any, bytes] = (None, b"")
+
+    def default_lines(self) -> bytes:
+        """What the server adds to every response; it makes a new list when the date changes."""
+        headers = self.default_headers
+        if self._rendered[0] is not headers:
+            self._rendered = headers, b"".join([b"%b: %b\r\n" % pair for pair in headers])
+        return self._rendered[1]
+
 
 class _KnownHead(Memo):
     """A request head that was parsed, and accepted, on this connection: the next one often differs in its length only.
@@ -217,6 +228,8 @@ class Protocol(asyncio.Protocol):
     def pause_writing(self) -> None:
         if self.drained is None:
             self.drained = self.loop.create_future()
+        if self._running is not None:
+            self._running.frames = None
 
     def resume_writing(self) -> None:
         drained, self.drained = self.drained, None
@@ -359,6 +372,9 @@ class Protocol(asyncio.Protocol):
 
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         return self._state.default_headers
+
+    def default_lines(self) -> bytes:
+        return self._state.default_lines()
 
     def pause_reading(self) -> None:
         if not self._read_paused:

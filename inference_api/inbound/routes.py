@@ -75,7 +75,7 @@ class Inference:
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
         departure: Departure | Cycle = Departure(receive) if cycle is None else cycle
         relay: Relay | None = None
-        taps: Sequence[Tap] = (seen,)
+        taps: Sequence[Tap] = ()
         outcome = Outcome.INTERNAL_ERROR
         self._load.in_flight += 1
         try:
@@ -92,10 +92,9 @@ class Inference:
             with departure:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
-                taps = (seen, *gate.taps())
-                relay = Relay(reply, call, taps, gate.write_stall, departure.close, cycle)
+                taps = gate.taps()
+                relay = Relay(reply, call, taps, gate.write_stall, departure.close, cycle, gate.observer.clock)
                 outcome = await relay(send)
-            seen.finished(relay)
         except RouterError as error:
             outcome = await refuse(error, seen, send)
         except ClientGone:
@@ -109,13 +108,14 @@ class Inference:
                     await relay.interrupt(send)
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
-            seen.finished(relay)
         except Exception:
             logger.exception("a request failed", extra={"fields": {"request_id": seen.request_id}})
             if relay is None or not relay.started:
                 outcome = await refuse(InternalError(), seen, send)
         finally:
             self._load.in_flight -= 1
+            seen.finished(relay)
+            seen.end(outcome)
             for tap in taps:
                 tap.end(outcome)
 

@@ -84,10 +84,13 @@ class Observation:
             self.attempts, self.backend = error.attempts, error.backend
 
     def finished(self, relay: Relay | None) -> None:
-        """Take from the relay what only a look at the whole answer could tell."""
-        if relay is not None:
+        """Take from the relay what was passed on; nothing if the router itself had to answer."""
+        if relay is not None and relay.started:
+            self.status = relay.status
             self.usage = relay.usage()
             self.events = relay.streamed_events
+            self.body_bytes = relay.size
+            self._first = relay.first_at
 
     # Tap
 

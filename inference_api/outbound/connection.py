@@ -8,6 +8,7 @@ import httptools
 import httpx
 
 from inference_api.models import RawHeaders
+from inference_api.outbound.heads import KnownHead, KnownHeads
 
 # 64 KiB: nginx allows 4-8 KiB, Envoy 60 KiB; an engine's head is below 1 KiB.
 MAX_HEAD = 64 * 1024
@@ -19,8 +20,9 @@ _JOIN = 16 * 1024
 _RACE = 1.0
 
 
-# Length of a whole chunk without extensions -> how it begins, as uvicorn writes it and as hyper does.
-_SIZE_LINES = {len(b"%x" % n) + n + 4: (b"%x\r\n" % n, b"%X\r\n" % n) for n in range(1, 4096)}
+# Length of a whole chunk without extensions -> where its data begins, and how it does, as uvicorn and hyper write it.
+_SIZE_LINES = {len(b"%x" % n) + n + 4: (len(b"%x" % n) + 2, (b"%x\r\n" % n, b"%X\r\n" % n)) for n in range(1, 4096)}
+_NO_SIZE = (0, (b"", b""))
 
 
 class Disconnected(httpx.ReadError):
@@ -78,6 +80,7 @@ class Home(Protocol):
     """Where a connection lives between two exchanges. `last_read`: loop time of the last byte of any of them."""
 
     last_read: float
+    heads: KnownHeads
 
     def release(self, connection: "Connection") -> None: ...
     def discard(self, connection: "Connection") -> None: ...
@@ -102,7 +105,7 @@ class ResponseStream(httpx.AsyncByteStream):
     """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
 
     __slots__ = (
-        "_waiter", "complete", "connection", "error", "head", "headers", "pieces", "sink", "size", "status",
+        "_waiter", "complete", "connection", "error", "head", "headers", "known", "pieces", "sink", "size", "status",
     )  # fmt: skip
 
     def __init__(self, connection: "Connection") -> None:
@@ -110,6 +113,7 @@ class ResponseStream(httpx.AsyncByteStream):
         # Head
         self.status = 0
         self.headers: RawHeaders = []
+        self.known: KnownHead | None = None
         self.head: asyncio.Future[None] = connection.loop.create_future()
         # Body
         self.pieces: list[bytes] = []
@@ -311,14 +315,18 @@ class Connection(asyncio.Protocol):
         if stream is None:
             self.close()  # nobody asked
             return
-        self._received += len(data)
         self._last_read = self.home.last_read = self.loop.time()
         if self._direct:
             # Engines write an event as one chunk; it goes to the client as it is, without a parser in between.
-            sizes = _SIZE_LINES.get(len(data))
-            if sizes is not None and data.startswith(sizes) and data.endswith(b"\r\n"):
-                stream.sink.data_received(data[len(sizes[0]) : -2], False, data)  # type: ignore[union-attr]
+            at, sizes = _SIZE_LINES.get(len(data), _NO_SIZE)
+            if at and data.startswith(sizes) and data.endswith(b"\r\n"):
+                stream.sink.data_received(data[at:-2], False, data)  # type: ignore[union-attr]
                 return
+        fresh = not self._received
+        self._received += len(data)
+        if fresh and (known := self.home.heads.newest) is not None and (read := known.read(data)) is not None:
+            self._whole(stream, known, *read)
+            return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:
@@ -332,10 +340,25 @@ class Connection(asyncio.Protocol):
                 self.fail(Malformed(f"the replica sent a response head of more than {MAX_HEAD} bytes"))
             return
         if stream.complete:
+            if fresh and stream.status == 200 and self._keep_alive and not self._poisoned:
+                self.home.heads.parsed(data, stream.headers)
             self._end_exchange()
         # The beginning of a chunk's size may have been parsed unnoticed, but never with its line break.
         self._direct = self._between_chunks and stream.sink is not None and data.endswith(b"\r\n")
         stream.deliver()
+
+    def _whole(self, stream: ResponseStream, known: KnownHead, headers: RawHeaders, body: bytes) -> None:
+        """The whole answer is here, and its head needs no parsing."""
+        stream.status = 200
+        stream.headers = headers
+        stream.known = known
+        stream.pieces.append(body)
+        stream.size = len(body)
+        stream.complete = self._head_done = self._framed = self._keep_alive = True
+        self._headers = None
+        if not stream.head.done():
+            stream.head.set_result(None)
+        self._end_exchange()
 
     def connection_lost(self, exc: Exception | None) -> None:
         stream, self.stream = self.stream, None

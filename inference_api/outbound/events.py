@@ -38,7 +38,8 @@ class EventTracker:
     def feed(self, data: bytes) -> None:
         if self._open or not data.endswith(_ENDS):
             self._feed_part(data)
-        elif b"error" in data or b'"usage"' in data or self._end_mark in data:
+        # Not `in`: for bytes it first tries, and fails, to make an integer of what it looks for.
+        elif data.find(b"error") >= 0 or data.find(b'"usage"') >= 0 or data.find(self._end_mark) >= 0:
             self._read(data)
         else:
             self.events += data.count(b"\n\n") or len(_BOUNDARY.findall(data))

@@ -111,10 +111,34 @@ def returned(status: int, headers: RawHeaders) -> RawHeaders:
     return kept
 
 
+class ReturnedHead:
+    """A response head as the client gets it, but for what differs from answer to answer: its length and request id."""
+
+    __slots__ = ("_lines", "headers", "is_json", "is_stream", "length")
+
+    def __init__(self, status: int, headers: RawHeaders) -> None:
+        kept = returned(status, headers)
+        seen = dict(kept)
+        kind = seen.get(b"content-type", b"").lower()
+        self.is_stream = kind.startswith(b"text/event-stream")
+        self.is_json = kind.find(b"json") >= 0
+        # Of the backend's answer; None: it did not say.
+        self.length = seen.get(b"content-length")
+        self.headers = [pair for pair in kept if pair[0] != b"content-length"]
+        self._lines: bytes | None = None
+
+    @property
+    def lines(self) -> bytes:
+        """`headers` as lines of a head."""
+        if self._lines is None:
+            self._lines = header_lines(self.headers)
+        return self._lines
+
+
 def header_lines(headers: RawHeaders) -> bytes:
     """The lines of a head. Raises httpx.LocalProtocolError if a name or value would start another line."""
     lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
-    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or b"\0" in lines:
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or lines.count(b"\0"):
         raise httpx.LocalProtocolError("a request header holds a line break")
     return lines
 

@@ -9,6 +9,7 @@ through: back-pressure with at most one read in memory. (docs/adr/0002 has the m
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from time import perf_counter
 from typing import Any
 
 import httpx
@@ -32,6 +33,7 @@ class Pump:
         write_stall: float,
         before_end: Callable[[], None] = lambda: None,
         direct: Direct | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         # Configuration
         self._send = send
@@ -41,7 +43,10 @@ class Pump:
         self._write_stall = write_stall
         self._before_end = before_end
         self._direct = direct
-        # Per body
+        self._clock = clock
+        # Per body: bytes passed on, and when the first was (0: none)
+        self.size = 0
+        self.first_at = 0.0
         self._outcome: Outcome | None = None
         self._failure: Exception | None = None
         self._stalled: _Suspended | None = None
@@ -76,20 +81,22 @@ class Pump:
     # Pushed: Sink
 
     def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
+        direct = self._direct
         if self._stalled is not None:
             self._backlog.append((data, complete))
             return
-        if complete:
-            more = self._follow(data, complete)
-        else:
-            # What `_follow` does, written out for the sake of the many.
-            more = True
+        if frame is not None and direct is not None and (write := direct.frames) is not None:
+            # What `_follow` and `push` do, written out for the sake of the many; it is never the first piece.
+            self.size += len(data)
             if self._events is not None:
                 self._events.feed(data)
             for tap in self._taps:
                 tap.chunk(data)
+            write(frame)
+            return
+        more = self._follow(data, complete)
         try:
-            if self._direct is not None and self._direct.push(data, more, frame):
+            if direct is not None and direct.push(data, more):
                 if complete:
                     self._wake()
                 return
@@ -161,6 +168,9 @@ class Pump:
     def _follow(self, data: bytes, complete: bool) -> bool:
         """Whether there is more to come after this piece, as the client is to see it."""
         if data:
+            if not self.size:
+                self.first_at = self._clock()
+            self.size += len(data)
             if self._events is not None:
                 self._events.feed(data)
             for tap in self._taps:

@@ -5,6 +5,7 @@ The pushing itself, chunk by chunk, is in `pump`; here is what is decided once p
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply, Tap
 from inference_api.outbound.connection import ResponseStream
 from inference_api.outbound.events import EventTracker, find_usage
 from inference_api.outbound.forward import outcome_of
-from inference_api.outbound.headers import returned
+from inference_api.outbound.headers import ReturnedHead
 from inference_api.outbound.pump import Pump
 
 # An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
@@ -34,14 +35,14 @@ _BREAKS = {
 }
 
 
-_OURS_IN_A_STREAM = frozenset({b"cache-control", b"x-accel-buffering", b"content-length"})
+_OURS_IN_A_STREAM = frozenset({b"cache-control", b"x-accel-buffering"})
 
 
 class Relay:
     """Relays one Reply and closes it.
 
-    `write_stall`: seconds for which a client may not read before it is given up. `before_end` is called just before
-    the last byte goes out: from then on a client that leaves has not left early.
+    `taps` see the answer as the client does. `write_stall`: seconds for which a client may not read before it is given
+    up. `before_end` is called just before the last byte goes out: from then on a client that leaves has not left early.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Relay:
         write_stall: float = 60.0,
         before_end: Callable[[], None] = lambda: None,
         direct: Direct | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._reply = reply
         self._call = call
@@ -59,11 +61,15 @@ class Relay:
         self._write_stall = write_stall
         self._before_end = before_end
         self._direct = direct
+        self._clock = clock
         # Per answer
         self.started = False
         self.outcome = Outcome.CLIENT_GONE
         self._events: EventTracker | None = None
         self._usage: dict[str, Any] | None = None
+        self._pumping: Pump | None = None
+        self._first_at = 0.0
+        self._size = 0
 
     async def __call__(self, send: Send) -> Outcome:
         """Relay, and return how it ended. Raises RouterError when nothing went out and the answer was unusable.
@@ -72,16 +78,15 @@ class Relay:
         the server cuts the connection, and no truncated answer looks whole.
         """
         reply = self._reply
-        headers = returned(reply.status, reply.headers)
-        kind = dict(headers).get(b"content-type", b"").lower()
+        head = self._head()
         try:
             if 300 <= reply.status < 400 and reply.status != 304:
                 # It points into the cluster, and SDKs would follow.
                 raise UpstreamProtocolError("The model's backend sent a redirect.", Outcome.PROTOCOL_ERROR)
-            if kind.startswith(b"text/event-stream"):
-                self.outcome = await self._stream(send, headers)
+            if head.is_stream:
+                self.outcome = await self._stream(send, head)
             else:
-                self.outcome = await self._whole(send, headers, b"json" in kind)
+                self.outcome = await self._whole(send, head)
         except httpx.TransportError as exc:
             self.outcome = outcome_of(exc)
             raise _unusable(self.outcome) from exc
@@ -108,6 +113,20 @@ class Relay:
             await send({"type": "http.response.body", "body": event, "more_body": True})
 
     @property
+    def status(self) -> int:
+        return self._reply.status
+
+    @property
+    def first_at(self) -> float:
+        """When the first byte of the body was passed on, in seconds of the clock; 0 if none was."""
+        return self._first_at if self._pumping is None else self._pumping.first_at
+
+    @property
+    def size(self) -> int:
+        """Bytes of the backend's body that were passed on."""
+        return self._size if self._pumping is None else self._pumping.size
+
+    @property
     def streamed_events(self) -> int:
         return 0 if self._events is None else self._events.events
 
@@ -115,7 +134,17 @@ class Relay:
         """The `usage` object of the answer, if it has one."""
         return self._usage if self._events is None else self._events.usage()
 
-    async def _whole(self, send: Send, headers: RawHeaders, is_json: bool) -> Outcome:
+    def _head(self) -> ReturnedHead:
+        reply, stream = self._reply, self._reply.stream
+        known = stream.known if isinstance(stream, ResponseStream) else None
+        if known is None:
+            return ReturnedHead(reply.status, reply.headers)
+        if known.memo is None:
+            known.memo = ReturnedHead(reply.status, reply.headers)
+        head: ReturnedHead = known.memo
+        return head
+
+    async def _whole(self, send: Send, head: ReturnedHead) -> Outcome:
         """An answer with an end of its own: held until it is complete, if it is not too large for that."""
         status = self._reply.status
         stream = self._reply.stream
@@ -125,35 +154,37 @@ class Relay:
         else:
             body, rest = await _hold(stream)
         if rest is not None:
-            await self._start(send, headers)
-            pump = Pump(send, self._taps, None, status, self._write_stall, self._before_end, self._direct)
-            return await pump.run(rest, body)
-        if is_json and status == 200:
+            await self._start(send, head.headers, head.length)
+            return await self._pump(send, None).run(rest, body)
+        if head.is_json and status == 200:
             self._usage = _usage_of(body)
-        if status not in (204, 304):
-            _set_length(headers, len(body))
-        self._begin(headers)
+        self._first_at = self._clock()
+        self._size = len(body)
+        length = head.length if status in (204, 304) else b"%d" % len(body)
+        direct = self._direct
+        if direct is not None and length is not None and not self._taps:
+            self.started = True
+            self._before_end()
+            request_id = self._call.request_id.encode()
+            lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
+            if direct.respond(status, lines, body):
+                return Outcome.of_status(status)
+        await self._start(send, head.headers, length)
         for tap in self._taps:
             tap.chunk(body)
-        direct = self._direct
-        if direct is not None:
-            self._before_end()
-            if direct.respond(status, headers, body):
-                return Outcome.of_status(status)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
         self._before_end()
         await send({"type": "http.response.body", "body": body, "more_body": False})
         return Outcome.of_status(status)
 
-    async def _stream(self, send: Send, headers: RawHeaders) -> Outcome:
+    async def _stream(self, send: Send, head: ReturnedHead) -> Outcome:
         """Server-sent events: relayed as they come; if they break off at the end of one, one more says so."""
         events = self._events = EventTracker(self._call.route.end_marks)
         # Without these nginx and its kin hold events back.
-        # A length would leave no room for an error event.
-        headers = [pair for pair in headers if pair[0] not in _OURS_IN_A_STREAM]
+        headers = [pair for pair in head.headers if pair[0] not in _OURS_IN_A_STREAM]
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await self._start(send, headers)
-        pump = Pump(send, self._taps, events, self._reply.status, self._write_stall, self._before_end, self._direct)
+        # A length would leave no room for an error event.
+        await self._start(send, headers, None)
+        pump = self._pump(send, events)
         # An empty first piece: the head goes out now, and not with the first event.
         outcome = await pump.run(self._reply.stream, b"")
         if outcome in _BREAKS and events.at_boundary:
@@ -161,15 +192,20 @@ class Relay:
                 await pump.write(error_event(*_BREAKS[outcome]))
         return outcome
 
-    async def _start(self, send: Send, headers: RawHeaders) -> None:
-        self._begin(headers)
-        await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
+    def _pump(self, send: Send, events: EventTracker | None) -> Pump:
+        pump = self._pumping = Pump(
+            send, self._taps, events, self._reply.status, self._write_stall, self._before_end, self._direct, self._clock
+        )
+        return pump
 
-    def _begin(self, headers: RawHeaders) -> None:
+    async def _start(self, send: Send, headers: RawHeaders, length: bytes | None) -> None:
         self.started = True
+        headers = [*headers, (b"x-request-id", self._call.request_id.encode())]
+        if length is not None:
+            headers.append((b"content-length", length))
         for tap in self._taps:
             tap.start(self._reply.status, headers)
-        headers.append((b"x-request-id", self._call.request_id.encode()))
+        await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
 
 
 async def _hold(stream: httpx.AsyncByteStream) -> tuple[bytes, AsyncIterator[bytes] | ResponseStream | None]:
@@ -203,11 +239,6 @@ def _usage_of(body: bytes) -> dict[str, Any] | None:
             usage = document.get("usage") if isinstance(document, dict) else None
             return usage if isinstance(usage, dict) else None
     raise UpstreamProtocolError("The model's backend gave an answer that is not JSON.", Outcome.PROTOCOL_ERROR)
-
-
-def _set_length(headers: RawHeaders, length: int) -> None:
-    if b"content-length" not in dict(headers):
-        headers.append((b"content-length", b"%d" % length))
 
 
 def _unusable(outcome: Outcome) -> RouterError:

@@ -26,6 +26,7 @@ import httpx
 
 from inference_api.outbound.connection import Closed, Connection, ResponseStream, Timeout, TotalTimeout
 from inference_api.outbound.headers import header_lines
+from inference_api.outbound.heads import KnownHeads
 from inference_api.routing.catalogue import is_usable_address
 
 
@@ -60,6 +61,7 @@ class Pool:
         self._idle: dict[Connection, None] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self.last_read = 0.0
+        self.heads = KnownHeads()
 
     def take(self) -> Connection | None:
         """An idle connection that the replica should still hold open, or None."""
@@ -257,6 +259,7 @@ async def _connect(pool: Pool, seconds: float | None, deadline: float | None) ->
 def request_head(method: str, target: bytes, lines: bytes) -> bytes:
     """A head of lines that `header_lines` made. Raises httpx.LocalProtocolError if `target` would start another one."""
     line = b"%b %b HTTP/1.1" % (method.encode("ascii"), target)
-    if b"\n" in line or b"\r" in line or b"\0" in line:
+    # Not `in`, which for bytes makes and drops an exception each time.
+    if len(line.translate(None, b"\n\r\0")) != len(line):
         raise httpx.LocalProtocolError("a request target holds a line break")
     return b"%b\r\n%b\r\n" % (line, lines)

@@ -88,9 +88,10 @@ def bench() -> Bench:
     return Bench()
 
 
-def relay(usage: dict[str, Any] | None = None, events: int = 0) -> Any:
+def relay(usage: dict[str, Any] | None = None, events: int = 0, size: int = 0, first_at: float = 0.0) -> Any:
     """What a Relay knows at the end of an answer."""
-    return SimpleNamespace(usage=lambda: usage, streamed_events=events)
+    facts = {"started": True, "status": 200, "size": size, "first_at": first_at}
+    return SimpleNamespace(usage=lambda: usage, streamed_events=events, **facts)
 
 
 # With a clock
@@ -103,10 +104,9 @@ def test_the_times_of_a_stream_are_measured_from_the_request_head(bench: Bench) 
     bench.now += 0.099
     bench.answered(seen, attempts=2)
     bench.now += 0.4
-    seen.chunk(b"12345")
+    first_at = bench.now
     bench.now += 2.0
-    seen.chunk(b"678")
-    seen.finished(relay(USAGE, events=7))
+    seen.finished(relay(USAGE, events=7, size=8, first_at=first_at))
     seen.end(Outcome.OK)
 
     assert bench.lines == [
@@ -139,8 +139,7 @@ def test_a_json_answer_has_no_time_to_first_token(bench: Bench) -> None:
     seen.resolved(bench.model)
     bench.answered(seen)
     bench.now += 1.23456
-    seen.chunk(b"{}")
-    seen.finished(relay(USAGE))
+    seen.finished(relay(USAGE, size=2, first_at=bench.now))
     seen.end(Outcome.OK)
 
     [line] = bench.lines
@@ -152,9 +151,9 @@ def test_one_token_has_no_time_between_tokens(bench: Bench) -> None:
     seen = bench.begin(stream=True)
     seen.resolved(bench.model)
     bench.answered(seen)
-    seen.chunk(b"x")
+    first_at = bench.now
     bench.now += 1
-    seen.finished(relay({"prompt_tokens": 3, "completion_tokens": 1}))
+    seen.finished(relay({"prompt_tokens": 3, "completion_tokens": 1}, size=1, first_at=first_at))
     seen.end(Outcome.OK)
 
     assert bench.value("time_per_output_token_seconds_count") == 0
@@ -209,8 +208,7 @@ def test_events_stand_in_for_usage_and_say_so(bench: Bench) -> None:
     seen = bench.begin(stream=True)
     seen.resolved(bench.model)
     bench.answered(seen)
-    seen.chunk(b"x")
-    seen.finished(relay(events=9))
+    seen.finished(relay(events=9, size=1, first_at=bench.now))
     seen.end(Outcome.OK)
 
     [line] = bench.lines

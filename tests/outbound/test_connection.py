@@ -23,6 +23,7 @@ from inference_api.outbound.connection import (
     Timeout,
     TotalTimeout,
 )
+from inference_api.outbound.heads import KnownHeads
 from inference_api.outbound.transport import Transport
 from tests.fakes import (
     COMPLETION,
@@ -855,7 +856,7 @@ def test_chunks_pass_whole_or_in_parts(texts: list[bytes], upper: bool, together
 
     loop = asyncio.new_event_loop()
     try:
-        home = SimpleNamespace(last_read=0.0, release=lambda _: None, discard=lambda _: None)
+        home = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
         connection = Connection(home, loop)
         connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
         stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()
@@ -891,7 +892,7 @@ class Framed(Collected):
 def test_a_chunk_that_comes_alone_is_passed_on_as_it_is(size: int) -> None:
     loop = asyncio.new_event_loop()
     try:
-        home = SimpleNamespace(last_read=0.0, release=lambda _: None, discard=lambda _: None)
+        home = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
         connection = Connection(home, loop)
         connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
         stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()
