@@ -138,7 +138,8 @@ def test_a_session_has_as_many_turns_as_it_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"slots": 0}, {"replicas": 1, "event": "dies"}, {"saving": 1.0}, {"utilisation": 0.0}, {"sigma": -1.0}]
+    "bad",
+    [{"slots": 0}, {"replicas": 1, "event": "dies"}, {"saving": 1.0}, {"utilisation": 0.0}, {"sigma": -1.0}],
 )
 def test_what_cannot_be_simulated_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
