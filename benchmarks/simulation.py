@@ -77,7 +77,7 @@ def _one_of(names: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
 
     def add(name: str, read: Callable[[str], object], default: str, text: str) -> None:
@@ -105,11 +105,11 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[Event, list[Case]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
+    arguments = parser()
     try:
-        tables = list(cases(parser.parse_args(argv)))
+        tables = list(cases(arguments.parse_args(argv)))
     except ValueError as exc:
-        parser.error(str(exc))
+        arguments.error(str(exc))
     for event, cells in tables:
         for line in table(event, [simulate(case) for case in cells]):
             print(line, flush=True)
