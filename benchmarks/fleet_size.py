@@ -1,4 +1,4 @@
-"""What a catalogue of many replicas costs a router: bytes of a /metrics scrape, and memory of the fleet.
+"""What a catalogue of many replicas costs a router: a scrape of /metrics, a choice by each policy, and memory.
 
 python -m benchmarks.fleet_size --models 1 --replicas 1000
 """
@@ -7,6 +7,9 @@ import argparse
 import sys
 import tracemalloc
 from collections.abc import Sequence
+from random import Random
+from time import process_time
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -18,6 +21,7 @@ from inference_api.routing.catalogue import PolicyName, parse_catalogue
 from inference_api.routing.registry import RegistryStatus
 
 _ROUTE = "chat_completions"
+_CHOICES = 2_000
 
 
 def build(models: int, replicas: int, policy: PolicyName = "two_choices") -> Fleet:
@@ -57,19 +61,38 @@ def scrape(fleet: Fleet) -> bytes:
     return generate_latest(registry)
 
 
+def choosing_us(fleet: Fleet, busy: int = 2) -> float:
+    """CPU of one choice, when every replica has up to `busy` requests in flight."""
+    random = Random(1).random
+    model = next(iter(fleet.models.values()))
+    for backend in model.backends:
+        backend.in_flight = int(random() * (busy + 1))
+    keys = [f"key-{number}" for number in range(_CHOICES)]
+    began = process_time()
+    for key in keys:
+        model.choose(key)
+    return (process_time() - began) * 1e6 / _CHOICES
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=1000, help="of each model, default 1000")
     arguments = parser.parse_args(argv)
-    size = len(scrape(build(arguments.models, arguments.replicas)))
-    print(f"{arguments.models} models of {arguments.replicas} replicas: {size / 1e3:.0f} KB per scrape")
-    for policy in ("two_choices", "prefix_affinity"):
+    fleet = build(arguments.models, arguments.replicas)
+    scrape(fleet)
+    began = process_time()
+    size = len(scrape(fleet))
+    took = process_time() - began
+    print(
+        f"{arguments.models} models of {arguments.replicas} replicas: {size / 1e3:.0f} KB, {took * 1e3:.0f} ms a scrape"
+    )
+    for policy in get_args(PolicyName):
         tracemalloc.start()
         fleet = build(arguments.models, arguments.replicas, policy)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        print(f"{policy}: {peak / 1e6:.1f} MB at most while {len(fleet.models)} models are built")
+        print(f"{policy}: {choosing_us(fleet):.1f} us per choice, {peak / 1e6:.1f} MB at most while it is built")
     return 0
 
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import product
+from statistics import fmean
 from typing import Any, get_args
 
 from benchmarks.queues import Case, Event, Result, simulate
@@ -31,7 +32,7 @@ _TITLES: dict[Event, str] = {
     "slow": "One replica works at half speed",
     "dies": "One replica dies in the middle",
 }
-_HEADINGS = ("policy", "routers", "load", "p50 wait", "p99 wait", "max/mean", "hits", "busy")
+_HEADINGS = ("policy", "routers", "load", "mean wait", "p99 wait", "p99 queue", "max/mean", "hits", "busy")
 _ODD_HEADINGS: dict[Event, tuple[str, ...]] = {
     "none": (),
     "slow": ("its share", "its p99"),
@@ -54,8 +55,9 @@ def table(event: Event, results: Sequence[Result]) -> Iterator[str]:
 def _cells(result: Result) -> tuple[str, ...]:
     case, p99 = result.case, quantile(result.waits, 0.99)
     cells = (
-        case.policy, str(case.routers), f"{case.utilisation:g}", f"{quantile(result.waits, 0.5):.2f}", f"{p99:.2f}",
-        f"{result.imbalance:.2f}", f"{result.hit_rate:.0%}", f"{result.busy:.0%}",
+        case.policy, str(case.routers), f"{case.utilisation:g}", f"{fmean(result.waits):.2f}", f"{p99:.2f}",
+        f"{quantile(result.queues, 0.99):.0f}", f"{result.imbalance:.2f}", f"{result.hit_rate:.0%}",
+        f"{result.busy:.0%}",
     )  # fmt: skip
     if case.event == "slow":
         return *cells, f"{result.odd_share:.2f}", f"{quantile(result.odd_waits, 0.99):.2f}"

@@ -40,6 +40,13 @@ def test_several_slots_wait_as_long_as_erlang_says() -> None:
     assert sum(wait > 0 for wait in result.waits) / len(result.waits) == pytest.approx(0.5964, abs=0.04)
 
 
+def test_queues_are_as_long_as_little_says() -> None:
+    """Mean queue = arrivals per unit of time x mean wait, whatever the policy."""
+    case = replace(CASE, utilisation=0.9, saving=0, requests=60_000)
+    result = simulate(case)
+    assert fmean(result.queues) == pytest.approx(case.utilisation * case.slots * fmean(result.waits), rel=0.1)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_slots_are_as_busy_as_the_work_that_comes(policy: PolicyName) -> None:
     result = simulate(replace(CASE, policy=policy, sigma=0.5, requests=12_000))
@@ -98,6 +105,7 @@ def test_two_choices_wait_less_than_a_round_robin() -> None:
     case = replace(CASE, utilisation=0.9, routers=1, requests=12_000)
     robin, two = (simulate(replace(case, policy=policy)) for policy in ("round_robin", "two_choices"))
     assert quantile(two.waits, 0.99) < quantile(robin.waits, 0.99) / 2
+    assert fmean(two.queues) < fmean(robin.queues) / 2
     assert two.imbalance < robin.imbalance
 
 
@@ -156,7 +164,7 @@ def test_the_command_prints_a_row_for_every_cell(capsys: pytest.CaptureFixture[s
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.count("|") > 2]
     assert len(rows) == 3 * 2 + 4 * 2 * (2 + 1 + 1)
     assert rows[2][:3] == ["round_robin", "1", "0.5"]
-    assert {len(row) for row in rows} == {8, 10}
+    assert {len(row) for row in rows} == {9, 11}
 
 
 @pytest.mark.parametrize("wrong", ["--policies=random", "--events=fire", "--slots=0", "--routers=many"])
