@@ -76,7 +76,7 @@ def test_a_rollout_leaves_every_client_somewhere_and_the_first_pods_with_most() 
 
 
 def test_what_the_product_decides_is_what_it_decides() -> None:
-    assert server._OWN_FILES == MEASURED.own_files
+    assert MEASURED.own_files == server._OWN_FILES
     many = len(fleet_size.scrape(fleet_size.build(1, 1000))) / 1e3
     assert many == pytest.approx(MEASURED.scrape_kb, rel=0.05)
 
@@ -91,7 +91,7 @@ def test_the_simulation_says_what_is_quoted(policy: PolicyName) -> None:
 
 def test_its_commands_are_such_that_the_program_understands() -> None:
     commands = re.findall(r"python -m benchmarks\.simulation ([^#\n]*)", TEXT)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert list(simulation.cases(simulation.parser().parse_args(shlex.split(command))))
 
@@ -102,8 +102,8 @@ def test_the_program_prints_and_writes(
     assert capacity.main([]) == 0
     printed = capsys.readouterr().out
     monkeypatch.setattr(capacity, "DOCUMENT", tmp_path / "capacity.md")
-    capacity.DOCUMENT.write_text("".join(f"<!-- {name} -->\n\nold\n\n<!-- end -->\n" for name in capacity.BLOCKS))
+    capacity.DOCUMENT.write_text("".join(f"<!-- {name} -->\n\nbefore\n\n<!-- end -->\n" for name in capacity.BLOCKS))
     assert capacity.main(["--write"]) == 0
     text = capacity.DOCUMENT.read_text()
-    assert "old" not in text
+    assert "\nbefore\n" not in text
     assert all(line in text for line in printed.splitlines())
