@@ -158,6 +158,7 @@ def derived_list(measured: Measured = MEASURED) -> str:
         f"{events / DEFAULTS.max_in_flight:.0f} tokens/s or more; slower ones get 503 before;",
         f"512 MiB hold {in_512:,.0f} streams, so memory comes before the core below {events / in_512:.1f} events/s "
         "of each;",
+        f"no row needs more than {max(plan.files for plan in PLANS):,} files in a pod;",
         f"a replica that makes 2,500 tokens/s costs {2500 * measured.event_us / 1e6 / TARGET:.2f} of a core here;",
         f"10,000 silent streams are {quiet:,.0f} MB in one process;",
         f"a microsecond per event more or less is {LARGE.events / 1e6 / TARGET:.1f} pods of the {LARGE.pods} for "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import capacity, fleet_size, simulation
-from benchmarks.capacity import MEASURED, Plan, after_rollout
+from benchmarks.capacity import MEASURED, Measured, Plan, after_rollout
 from benchmarks.queues import Case, simulate
 from benchmarks.report import quantile
 from inference_api.inbound import server
@@ -66,6 +66,12 @@ def test_the_table_follows_from_the_formulas() -> None:
         assert in_flight == pytest.approx(streams / pods / 1000, abs=0.051)
 
 
+@pytest.mark.parametrize(("streams", "pods"), [(1_000, 2), (1_900, 3), (2_000, 3), (24_000, 20)])
+def test_there_are_pods_enough_for_one_of_them_to_die(streams: int, pods: int) -> None:
+    """A stream is 0.0005 of a core: 0.5 cores are one pod and one to spare; 0.95 would be too much for one that is left."""
+    assert Plan(streams, 20, Measured(event_us=25, client_us=0, replica_us=0)).pods == pods
+
+
 def test_a_rollout_leaves_every_client_somewhere_and_the_first_pods_with_most() -> None:
     """Two waves by hand: the first pods get half of the first old ones', then half of 1.5; the last ones the rest."""
     assert after_rollout(2) == [1.25, 0.75]
@@ -78,7 +84,7 @@ def test_a_rollout_leaves_every_client_somewhere_and_the_first_pods_with_most() 
 def test_what_the_product_decides_is_what_it_decides() -> None:
     assert MEASURED.own_files == server._OWN_FILES
     many = len(fleet_size.scrape(fleet_size.build(1, 1000))) / 1e3
-    assert many == pytest.approx(MEASURED.scrape_kb, rel=0.05)
+    assert many == pytest.approx(MEASURED.scrape_kb, rel=0.1)
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "least_in_flight", "two_choices", "prefix_affinity"])
