@@ -68,7 +68,7 @@ def test_the_table_follows_from_the_formulas() -> None:
 
 @pytest.mark.parametrize(("streams", "pods"), [(1_000, 2), (1_900, 3), (2_000, 3), (24_000, 20)])
 def test_there_are_pods_enough_for_one_of_them_to_die(streams: int, pods: int) -> None:
-    """A stream is 0.0005 of a core: 0.5 cores are one pod and one to spare; 0.95 would be too much for one that is left."""
+    """A stream is 0.0005 of a core: 0.5 cores are one pod and one to spare; 0.95 are too much for one that is left."""
     assert Plan(streams, 20, Measured(event_us=25, client_us=0, replica_us=0)).pods == pods
 
 
