@@ -124,7 +124,7 @@ def read_call(route: Route, inbound: Inbound, body: bytes, query: bytes, request
     """Check a request and make the Call of it. Raises RouterError that names the field or header, and the fix."""
     if inbound.content_encoding not in (None, b"identity"):
         raise UnsupportedMediaType("The request body is compressed; send it without Content-Encoding.")
-    kind = inbound.content_type.partition(b";")[0].strip().lower()
+    kind = inbound.media_type
     if route.multipart:
         if kind != b"multipart/form-data":
             raise UnsupportedMediaType("The content type must be multipart/form-data.")

@@ -59,6 +59,8 @@ class Inbound(NamedTuple):
 
     request_id: str
     content_type: bytes
+    # The content type without its parameters, in lower case
+    media_type: bytes
     content_length: bytes | None
     content_encoding: bytes | None
     authorization: bytes | None
@@ -84,9 +86,11 @@ class RequestHeaders:
         connection = seen(b"connection")
         if connection is not None and (connection not in _PLAIN or _repeats(headers, b"connection")):
             forwarded = _without(forwarded, headers)
+        content_type = seen(b"content-type", b"")
         return Inbound(
             _request_id(seen(b"x-request-id"), seen(b"x-correlation-id")),
-            seen(b"content-type", b""),
+            content_type,
+            content_type.partition(b";")[0].strip().lower(),
             seen(b"content-length"),
             seen(b"content-encoding"),
             seen(b"authorization"),

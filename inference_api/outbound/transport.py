@@ -29,6 +29,9 @@ from inference_api.outbound.headers import header_lines
 from inference_api.outbound.heads import KnownHeads
 from inference_api.routing.catalogue import is_usable_address
 
+# File descriptors, and ports to connect from
+_LACKS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
+
 
 class Pool:
     """The connections to one origin: the last one used is reused first, so that the others can expire.
@@ -93,9 +96,9 @@ class Pool:
             raise httpx.ConnectTimeout("no connection to the replica in time") from exc
         except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
             connection.close()
-            if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+            if isinstance(exc, OSError) and exc.errno in _LACKS:
                 # The lack is ours; the replica has done nothing.
-                raise httpx.PoolTimeout("no file descriptor left for a connection") from exc
+                raise httpx.PoolTimeout("no file descriptor or port left for a connection") from exc
             raise httpx.ConnectError("no connection to the replica") from exc
         except BaseException:
             connection.close()

@@ -155,7 +155,7 @@ def test_what_the_router_reads_is_there() -> None:
 
     assert inbound[1:4] == (b"application/json", b"2", b"gzip")
     assert inbound.session_id == b"s1"
-    assert read([]) == Inbound("", b"", None, None, None, None, [], b"")
+    assert read([]) == Inbound("", b"", b"", None, None, None, None, [], b"")
 
 
 @pytest.mark.parametrize("name", [*NEVER_DOWN, b"access-control-expose-headers", b"access-control-x"])

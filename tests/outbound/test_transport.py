@@ -1,6 +1,7 @@
 """The transport: which connection a request goes out on, what it says there, and that nothing is ever left behind."""
 
 import asyncio
+import errno
 import os
 import random
 import socket
@@ -9,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -464,6 +466,25 @@ async def test_a_refused_connection(start_engine: Start, transport: Transport) -
 
     with pytest.raises(httpx.ConnectError):
         await ask(transport, engine)
+
+    assert "0 active, 0 idle" in repr(transport)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL])
+async def test_a_lack_of_our_own_is_not_the_replicas_fault(
+    number: int, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen with a limit of open files (tests/faults) and in a network namespace of ten ports; here it is raised."""
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    # uvloop's loop takes no attributes; the pool's reference to it does.
+    pool = transport._pool(None, httpx.URL("http://127.0.0.1:9"))
+    monkeypatch.setattr(pool, "_loop", SimpleNamespace(create_connection=refuse))
+
+    with pytest.raises(httpx.PoolTimeout, match="no file descriptor or port left"):
+        await pool.connect(1.0)
 
     assert "0 active, 0 idle" in repr(transport)
 
