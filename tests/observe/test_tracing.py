@@ -158,27 +158,25 @@ async def test_a_stream_tells_when_its_first_token_came(start_engine: Start, sta
     assert told(attempt)["gen_ai.usage.output_tokens"] == 5
 
 
-@pytest.mark.parametrize(
-    ("path", "document", "operation"),
-    [
-        ("/v1/chat/completions", CHAT, "chat"),
-        ("/v1/completions", {"model": "m", "prompt": "x"}, "text_completion"),
-        ("/v1/embeddings", {"model": "m", "input": "x"}, "embeddings"),
-        ("/v1/responses", {"model": "m", "input": "x"}, "chat"),
-        ("/v1/messages", CHAT, "chat"),
-        ("/rerank", {"model": "m", "query": "x", "documents": []}, "rerank"),
-        ("/tokenize", {"model": "m", "prompt": "x"}, "tokenize"),
-    ],
-)
-async def test_a_route_is_an_operation(
-    start_engine: Start, start_router: Start, spans: Spans, path: str, document: Any, operation: str
-) -> None:
-    served = await start_router(await start_engine(), tracing=spans.tracing)
-    await send(served, document, path=path + "/")
-    request, [attempt] = await spans.ended()
+OPERATIONS: list[tuple[str, Any, str]] = [
+    ("/v1/chat/completions", CHAT, "chat"),
+    ("/v1/completions", {"model": "m", "prompt": "x"}, "text_completion"),
+    ("/v1/embeddings", {"model": "m", "input": "x"}, "embeddings"),
+    ("/v1/responses", {"model": "m", "input": "x"}, "chat"),
+    ("/v1/messages", CHAT, "chat"),
+    ("/rerank", {"model": "m", "query": "x", "documents": []}, "rerank"),
+    ("/tokenize", {"model": "m", "prompt": "x"}, "tokenize"),
+]
 
-    assert (request.name, attempt.name) == (f"POST {path}", f"{operation} m")
-    assert told(request)["gen_ai.operation.name"] == told(attempt)["gen_ai.operation.name"] == operation
+
+async def test_a_route_is_an_operation(start_engine: Start, start_router: Start, spans: Spans) -> None:
+    served = await start_router(await start_engine(), tracing=spans.tracing)
+    for number, (path, document, operation) in enumerate(OPERATIONS, 1):
+        await send(served, document, path=path + "/")
+        request, attempts = await spans.ended(number)
+
+        assert (request.name, attempts[-1].name) == (f"POST {path}", f"{operation} m")
+        assert told(request)["gen_ai.operation.name"] == told(attempts[-1])["gen_ai.operation.name"] == operation
 
 
 async def test_an_upload_has_spans(start_engine: Start, start_router: Start, spans: Spans) -> None:
@@ -190,36 +188,29 @@ async def test_an_upload_has_spans(start_engine: Start, start_router: Start, spa
     assert (await spans.ended())[1][0].name == "transcriptions m"
 
 
-@pytest.mark.parametrize(
-    ("path", "usage", "counts"),
-    [
-        (
-            "/v1/chat/completions",
-            {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}},
-            (9, 1, 8),
-        ),
-        (
-            "/v1/responses",
-            {"input_tokens": 9, "output_tokens": 1, "input_tokens_details": {"cached_tokens": 0}},
-            (9, 1, 0),
-        ),
-        ("/v1/messages", {"input_tokens": 9, "output_tokens": 1, "cache_read_input_tokens": 7}, (9, 1, 7)),
-        ("/v1/chat/completions", {"prompt_tokens": "9", "prompt_tokens_details": {"cached_tokens": True}}, (None,) * 3),
-        ("/v1/chat/completions", {"prompt_tokens_details": None}, (None,) * 3),
-        ("/v1/chat/completions", None, (None,) * 3),
-    ],
-)
-async def test_tokens_are_those_that_the_engine_counted(
-    start_engine: Start, start_router: Start, spans: Spans, path: str, usage: Any, counts: tuple[int | None, ...]
-) -> None:
-    served = await start_router(
-        await start_engine(raw(json_response(COMPLETION | {"usage": usage}))), tracing=spans.tracing
-    )
-    await send(served, CHAT | {"input": "x"}, path=path)
-    _, [attempt] = await spans.ended()
+# usage; the tokens that went in, came out, and were in the cache
+USAGES: list[tuple[Any, tuple[int | None, ...]]] = [
+    ({"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}}, (9, 1, 8)),
+    ({"input_tokens": 9, "output_tokens": 1, "input_tokens_details": {"cached_tokens": 0}}, (9, 1, 0)),
+    ({"input_tokens": 9, "output_tokens": 1, "cache_read_input_tokens": 7}, (9, 1, 7)),
+    ({"prompt_tokens": "9", "prompt_tokens_details": {"cached_tokens": True}}, (None, None, None)),
+    ({"prompt_tokens_details": None}, (None, None, None)),
+    (None, (None, None, None)),
+]
 
-    names = ("input_tokens", "output_tokens", "cache_read.input_tokens")
-    assert tuple(told(attempt).get(f"gen_ai.usage.{name}") for name in names) == counts
+
+async def test_tokens_are_those_that_the_engine_counted(start_engine: Start, start_router: Start, spans: Spans) -> None:
+    async def count(request: Received, line: Line) -> None:
+        await line.send(json_response(COMPLETION | {"usage": USAGES[len(engine.requests) - 1][0]}))
+
+    engine = await start_engine(count)
+    served = await start_router(engine, tracing=spans.tracing)
+    for number, (usage, counts) in enumerate(USAGES, 1):
+        await send(served, CHAT)
+        attempt = (await spans.ended(number))[1][-1]
+
+        names = ("input_tokens", "output_tokens", "cache_read.input_tokens")
+        assert tuple(told(attempt).get(f"gen_ai.usage.{name}") for name in names) == counts, usage
 
 
 async def test_an_alias_is_the_routers_word_and_the_engine_has_its_own(
@@ -327,8 +318,9 @@ ENDS: list[tuple[Any, int, str | None, bool, list[str | None]]] = [
     (CHAT | {"user": "fail"}, 500, "500", True, ["500"]),
     (CHAT | {"user": "busy"}, 503, "503", True, ["503"]),
     (CHAT | {"user": "garbage"}, 502, "upstream_protocol_error", True, ["protocol_error"]),
-    (CHAT | {"user": "redirect"}, 502, "upstream_protocol_error", True, ["protocol_error"]),
+    # On a new connection: the one before was closed.
     (CHAT | {"user": "close"}, 502, "upstream_reset", True, ["reset"]),
+    (CHAT | {"user": "redirect"}, 502, "upstream_protocol_error", True, ["protocol_error"]),
     (CHAT | {"user": "half"}, 502, "upstream_reset", True, ["reset"]),
     (CHAT | {"user": "hang"}, 504, "upstream_timeout", True, ["first_byte_timeout"]),
     (STREAM | {"user": "reset"}, 200, "reset", True, ["reset"]),
@@ -338,17 +330,7 @@ ENDS: list[tuple[Any, int, str | None, bool, list[str | None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("document", "status", "error", "fault", "attempts"), ENDS)
-async def test_the_spans_end_however_the_request_ends(
-    start_engine: Start,
-    start_router: Start,
-    spans: Spans,
-    document: Any,
-    status: int,
-    error: str | None,
-    fault: bool,
-    attempts: list[str | None],
-) -> None:
+async def test_the_spans_end_however_the_request_ends(start_engine: Start, start_router: Start, spans: Spans) -> None:
     engine = await start_engine(scripted)
     models = [
         {"name": "m", "backends": [{"url": engine.url}], "timeouts": {"first_byte": 0.3, "idle": 0.3}},
@@ -358,20 +340,22 @@ async def test_the_spans_end_however_the_request_ends(
     ]
     served = await start_router(models=models, max_body_bytes=1000, tracing=spans.tracing)
     served.router.fleet.models["full"].in_flight = 1
-    await send(served, document)
-    request, made = await spans.ended()
+    for number, (document, status, error, fault, attempts) in enumerate(ENDS, 1):
+        before = len(spans.attempts)
+        await send(served, document)
+        request, made = await spans.ended(number)
+        del made[:before]
 
-    assert told(request)["http.response.status_code"] == status
-    assert told(request).get("error.type") == error
-    assert (request.status.status_code is StatusCode.ERROR) == fault
-    assert [told(span).get("error.type") for span in made] == attempts
-    assert all((span.status.status_code is StatusCode.ERROR) == ("error.type" in told(span)) for span in made)
-    assert all(span.parent is not None and parent(span) == ids(request)[1] for span in made)
-    await until(lambda: served.lines)
-    line = served.lines[0]
-    assert (line["trace_id"], line["span_id"]) == ids(request)
-    assert told(request)["inference_api.request_id"] == line["request_id"]
-    assert told(request)["inference_api.outcome"] == line["outcome"]
+        assert told(request)["http.response.status_code"] == status, document
+        assert told(request).get("error.type") == error, document
+        assert (request.status.status_code is StatusCode.ERROR) == fault, document
+        assert [told(span).get("error.type") for span in made] == attempts, document
+        assert all((span.status.status_code is StatusCode.ERROR) == ("error.type" in told(span)) for span in made)
+        assert all(parent(span) == ids(request)[1] for span in made)
+        line = served.lines[-1]
+        assert (line["trace_id"], line["span_id"]) == ids(request)
+        assert told(request)["inference_api.request_id"] == line["request_id"]
+        assert told(request)["inference_api.outcome"] == line["outcome"]
 
 
 @pytest.mark.parametrize("document", [CHAT | {"user": "hang"}, STREAM | {"user": "silent"}])
@@ -487,29 +471,29 @@ async def test_a_trace_that_is_not_sampled_is_not_exported_and_goes_on(
     assert spans.all == []
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"traceparent: rubbish\r\n",
-        b"traceparent: 00-00000000000000000000000000000000-b7ad6b7169203331-01\r\n",
-        b"traceparent: ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n",
-        b"traceparent: " + b"0" * 600 + b"\r\n",
-        f"traceparent: {SAMPLED}\r\ntraceparent: {SAMPLED}\r\n".encode(),
-        b"tracestate: a=1\r\n",
-        b"",
-    ],
-)
-async def test_what_is_no_context_begins_a_trace(
-    start_engine: Start, start_router: Start, spans: Spans, sent: bytes
-) -> None:
+NO_CONTEXT = [
+    b"traceparent: rubbish\r\n",
+    b"traceparent: 00-00000000000000000000000000000000-b7ad6b7169203331-01\r\n",
+    b"traceparent: ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n",
+    b"traceparent: " + b"0" * 600 + b"\r\n",
+    f"traceparent: {SAMPLED}\r\ntraceparent: {SAMPLED}\r\n".encode(),
+    b"tracestate: a=1\r\n",
+    b"",
+]
+
+
+async def test_what_is_no_context_begins_a_trace(start_engine: Start, start_router: Start, spans: Spans) -> None:
     engine = await start_engine()
     served = await start_router(engine, tracing=spans.tracing)
-    await send(served, CHAT, sent)
-    request, [attempt] = await spans.ended()
+    for number, sent in enumerate(NO_CONTEXT, 1):
+        await send(served, CHAT, sent)
+        request, attempts = await spans.ended(number)
 
-    assert parent(request) is None
-    received = [value for name, value in engine.requests[0].headers if name in ("traceparent", "tracestate")]
-    assert received == ["00-{}-{}-{:02x}".format(*ids(attempt), attempt.get_span_context().trace_flags)]  # type: ignore[union-attr]
+        assert parent(request) is None, sent
+        received = [value for name, value in engine.requests[-1].headers if name in ("traceparent", "tracestate")]
+        flags = attempts[-1].get_span_context().trace_flags  # type: ignore[union-attr]
+        assert received == ["00-{}-{}-{:02x}".format(*ids(attempts[-1]), flags)], sent
+    assert len({ids(span)[0] for span in spans.requests}) == len(NO_CONTEXT)
 
 
 async def test_without_tracing_the_clients_context_passes_as_it_is(start_engine: Start, start_router: Start) -> None:
