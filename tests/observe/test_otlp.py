@@ -72,7 +72,8 @@ def value(of: AnyValue) -> Any:
 
 @pytest.fixture
 async def collector() -> AsyncIterator[Collector]:
-    async with Collector(raw(OK)) as collector:
+    collector = Collector(raw(OK))
+    async with collector:
         yield collector
 
 

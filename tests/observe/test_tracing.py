@@ -5,6 +5,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -548,6 +549,15 @@ async def test_no_span_has_a_prompt_a_completion_or_a_key(
     await spans.ended(4)
 
     assert "s3cret" not in "".join(span.to_json() for span in spans.all)
+
+
+def test_the_page_tells_every_attribute_and_no_other() -> None:
+    root = Path(__file__).parents[2]
+    name = r"(?:error|gen_ai|http|inference_api|network|server|url)\.[a-z_.]+"
+    code = (root / "inference_api/observe/tracing.py").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", (root / "docs/tracing.md").read_text(), re.MULTILINE)
+
+    assert set(re.findall(f"`({name})`", " ".join(rows))) == set(re.findall(f'"({name})"', code))
 
 
 # The end of the process
