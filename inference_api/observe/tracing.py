@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from time import perf_counter, time_ns
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.context import Context
@@ -185,15 +185,13 @@ class Trace:
 
 
 class Attempt:
-    """The CLIENT span of one attempt. That of the answer is closed at the end of the request, when all is known."""
+    """The CLIENT span of one attempt. That of the answer is closed with its request, when all is known."""
 
-    __slots__ = ("_began", "_closed", "_ended", "_outcome", "_span", "relayed", "status")
+    __slots__ = ("_began", "_closed", "_span", "relayed", "status")
 
     def __init__(self, span: Span) -> None:
         self._span = span
         self._began = perf_counter()
-        self._ended: int | None = None
-        self._outcome: Outcome | None = None
         self._closed = False
         self.status = 0
         self.relayed = False
@@ -202,20 +200,18 @@ class Attempt:
     def lines(self) -> bytes:
         """The context that the replica gets, as lines of a request head."""
         context = self._span.get_span_context()
-        ids = context.trace_id, context.span_id, context.trace_flags
-        lines = b"traceparent: 00-%032x-%016x-%02x\r\n" % ids
+        lines = b"traceparent: 00-%032x-%016x-%02x\r\n" % (context.trace_id, context.span_id, context.trace_flags)
         if context.trace_state:
             lines += b"tracestate: %b\r\n" % context.trace_state.to_header().encode("ascii")
         return lines
 
     def ended(self, outcome: Outcome) -> None:
         """The replica has nothing to do with the request any more."""
-        self._ended, self._outcome = time_ns(), outcome
         if not self.relayed:
             self.close(outcome)
 
     def close(self, outcome: Outcome, seen: "TracedObservation | None" = None) -> None:
-        """`seen`: what the answer brought, if it came from here. `outcome` is that of the request."""
+        """`seen`: what came of the request, if this was its last attempt."""
         if self._closed:
             return
         self._closed = True
@@ -223,11 +219,10 @@ class Attempt:
         if span.is_recording():
             if self.status:
                 span.set_attribute("http.response.status_code", self.status)
-            if seen is not None and self.relayed:
+            if seen is not None:
                 span.set_attributes(seen.usage_attributes(self._began))
-            outcome = self._outcome or outcome
             _set_error(span, outcome, _error_type(outcome, self.status), True)
-        span.end(self._ended)
+        span.end()
 
 
 class TracedObserver(Observer):
@@ -330,7 +325,7 @@ def _sent_context(headers: RawHeaders) -> Context:
         return Context()
     state = b",".join(value for name, value in headers if name == b"tracestate")
     carrier = {"traceparent": parents[0].decode("latin-1"), "tracestate": state.decode("latin-1")}
-    return _W3C.extract(carrier, Context())
+    return _W3C.extract(carrier)
 
 
 def _error_type(outcome: Outcome, status: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -241,6 +242,21 @@ async def test_a_replica_that_was_looked_up_has_its_name_and_its_address(
     assert told(attempt).items() >= {"server.address": "engine.test", "network.peer.address": "127.0.0.1"}.items()
 
 
+async def test_a_replica_without_a_port_has_that_of_its_scheme(start_router: Start, spans: Spans) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=COMPLETION))
+    backends = [{"url": "http://engine.test"}, {"url": "https://engine.test/v2"}]
+    models = [{"name": "m", "backends": backends, "policy": "round_robin"}]
+    served = await start_router(models=models, transport=transport, tracing=spans.tracing)
+    await send(served, CHAT)
+    await send(served, CHAT)
+    _, attempts = await spans.ended(2)
+
+    assert {(told(span)["server.port"], told(span)["inference_api.backend"]) for span in attempts} == {
+        (80, "engine.test"),
+        (443, "engine.test/v2"),
+    }
+
+
 async def test_every_repeat_is_an_attempt_of_its_own(start_engine: Start, start_router: Start, spans: Spans) -> None:
     calls = 0
 
@@ -324,6 +340,7 @@ ENDS: list[tuple[Any, int, str | None, bool, list[str | None]]] = [
     (CHAT | {"user": "redirect"}, 502, "upstream_protocol_error", True, ["protocol_error"]),
     (CHAT | {"user": "half"}, 502, "upstream_reset", True, ["reset"]),
     (CHAT | {"user": "hang"}, 504, "upstream_timeout", True, ["first_byte_timeout"]),
+    (STREAM | {"user": "fail"}, 500, "500", True, ["500"]),
     (STREAM | {"user": "reset"}, 200, "reset", True, ["reset"]),
     (STREAM | {"user": "cut"}, 200, "truncated", True, ["truncated"]),
     (STREAM | {"user": "silent"}, 200, "idle_timeout", True, ["idle_timeout"]),
@@ -331,7 +348,9 @@ ENDS: list[tuple[Any, int, str | None, bool, list[str | None]]] = [
 ]
 
 
-async def test_the_spans_end_however_the_request_ends(start_engine: Start, start_router: Start, spans: Spans) -> None:
+async def test_the_spans_end_however_the_request_ends(
+    start_engine: Start, start_router: Start, spans: Spans, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = await start_engine(scripted)
     models = [
         {"name": "m", "backends": [{"url": engine.url}], "timeouts": {"first_byte": 0.3, "idle": 0.3}},
@@ -353,10 +372,18 @@ async def test_the_spans_end_however_the_request_ends(start_engine: Start, start
         assert [told(span).get("error.type") for span in made] == attempts, document
         assert all((span.status.status_code is StatusCode.ERROR) == ("error.type" in told(span)) for span in made)
         assert all(parent(span) == ids(request)[1] for span in made)
+        # An error is no first token.
+        streamed = isinstance(document, dict) and document.get("stream", False) and status == 200
+        assert ("inference_api.time_to_first_token" in told(request)) == streamed, document
+        assert ["gen_ai.response.time_to_first_chunk" in told(span) for span in made[-1:]] == [streamed] * len(
+            made[-1:]
+        )
         line = served.lines[-1]
         assert (line["trace_id"], line["span_id"]) == ids(request)
         assert told(request)["inference_api.request_id"] == line["request_id"]
         assert told(request)["inference_api.outcome"] == line["outcome"]
+    # It complains of spans that are ended twice, or changed after that.
+    assert [record.message for record in caplog.records if record.name.startswith("opentelemetry")] == []
 
 
 @pytest.mark.parametrize("document", [CHAT | {"user": "hang"}, STREAM | {"user": "silent"}])
