@@ -52,7 +52,7 @@ _CLIENTS_CONTEXT = re.compile(rb"^trace(?:parent|state): [^\r]*\r\n", re.MULTILI
 # gen_ai.operation.name where the conventions have a word for what a route does; its label elsewhere.
 _OPERATIONS = {"chat_completions": "chat", "completions": "text_completion", "responses": "chat", "messages": "chat"}
 
-# Set by the layer of every inference route, in the task of the request.
+# Set by TracedRoute, in the task of the request.
 _current: ContextVar["Trace"] = ContextVar("trace")
 
 
@@ -66,12 +66,7 @@ class Tracing:
 
     def layer(self, app: ASGIApp, route: Route) -> ASGIApp:
         """Around an inference route."""
-
-        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
-            _current.set(Trace(self._tracer, route, scope))
-            await app(scope, receive, send)
-
-        return traced
+        return TracedRoute(self._tracer, app, route)
 
     def observer(self, metrics: Metrics, access_log: Callable[[Fields], None] | None) -> Observer:
         """For what is inside the layer."""
@@ -223,6 +218,19 @@ class Attempt:
                 span.set_attributes(seen.usage_attributes(self._began))
             _set_error(span, outcome, _error_type(outcome, self.status), True)
         span.end()
+
+
+class TracedRoute:
+    """The ASGI layer that begins a Trace, for whatever the task of the request calls."""
+
+    def __init__(self, tracer: Tracer, app: ASGIApp, route: Route) -> None:
+        self._tracer = tracer
+        self._app = app
+        self._route = route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _current.set(Trace(self._tracer, self._route, scope))
+        await self._app(scope, receive, send)
 
 
 class TracedObserver(Observer):
