@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
@@ -35,6 +35,9 @@ from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
 from inference_api.settings import Settings
 
+if TYPE_CHECKING:
+    from inference_api.observe.tracing import Tracing
+
 # Seconds: the router's own questions to a replica are too far apart to share a connection.
 _OWN_KEEPALIVE = 0.1
 
@@ -58,6 +61,7 @@ class Router:
         registry_client: httpx.AsyncClient | None = None,
         resolve: Resolve = resolve,
         rand: random.Random | None = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
         rand = rand or random.Random()
 
@@ -84,16 +88,18 @@ class Router:
         )
         self.health = _health(self.fleet, self.transport, settings, rand)
         self._observer = Observer(self.metrics, access_log)
+        self._tracing = tracing
+        inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
         self.load = Load()
         self.probes = Probes(self.registry, _collectors(self.metrics))
-        gate = self._gate(settings, self._make_forward(settings, tokens or {}, rand), mint_id)
+        gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
         self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
         self.ops: ASGIApp = create_pages(self.probes.routes())
 
-    def _gate(self, settings: Settings, send: Forward, mint_id: Callable[[], str]) -> Gate:
+    def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:
         return Gate(
-            self._observer,
+            observer,
             self.registry.resolve,
             send=send,
             read_headers=RequestHeaders(frozenset(name.encode() for name in settings.forward_headers)),
@@ -105,12 +111,14 @@ class Router:
 
     def _surface(self, gate: Gate, mint_id: Callable[[], str], probes: bool) -> ASGIApp:
         inference: dict[str, ASGIApp] = {route.path: Inference(route, gate, self.load) for route in INFERENCE_ROUTES}
+        if self._tracing is not None:
+            inference = {route.path: self._tracing.layer(inference[route.path], route) for route in INFERENCE_ROUTES}
         # Registered a second time so that a wrong method on them is a 405 that says which one is right.
         pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
         pages += Models(self.fleet, self.registry.resolve).routes()
         if probes:
             pages += self.probes.routes()
-        return Surface(inference, Observed(create_pages(pages, self._lifespan), gate.observer, mint_id))
+        return Surface(inference, Observed(create_pages(pages, self._lifespan), self._observer, mint_id))
 
     def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
         """What the lifespan keeps running; the optional ones last."""
@@ -154,7 +162,8 @@ class Router:
 
     def _make_forward(self, settings: Settings, tokens: Mapping[str, str], rand: random.Random) -> Forward:
         limits, on_answer, on_retry = _limits(settings), self.health.answered, self.metrics.retry
-        return Forward(self.transport, limits, self._attempted, tokens, rand, on_answer=on_answer, on_retry=on_retry)
+        kind = Forward if self._tracing is None else self._tracing.forward
+        return kind(self.transport, limits, self._attempted, tokens, rand, on_answer=on_answer, on_retry=on_retry)
 
     def _make_prober(self, settings: Settings, rand: random.Random) -> Prober:
         every, patience = settings.health_interval, settings.health_timeout

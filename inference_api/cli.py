@@ -5,13 +5,17 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from inference_api import __version__
 from inference_api.app import Router
 from inference_api.inbound.server import run_server
 from inference_api.observe.log import configure_logging
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
-from inference_api.settings import PREFIX, Settings, SettingsError, load_settings
+from inference_api.settings import PREFIX, Settings, SettingsError, load_settings, wants_traces
+
+if TYPE_CHECKING:
+    from inference_api.observe.tracing import Tracing
 
 _ABOUT = """\
 A thin OpenAI-compatible inference router: a client names a model, the router finds it in a registry or in a
@@ -43,8 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     access_log = configure_logging(settings.log_level, settings.log_format)
-    router = Router(settings, tokens=os.environ, access_log=access_log)
-    run_server(router, settings)
+    tracing = _tracing()
+    try:
+        run_server(Router(settings, tokens=os.environ, access_log=access_log, tracing=tracing), settings)
+    finally:
+        if tracing is not None:
+            tracing.close()
     logging.getLogger(__name__).info("stopped")
     return 0
 
@@ -52,6 +60,8 @@ def serve(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     catalogue = load_catalogue(settings.catalogue)
+    if (tracing := _tracing()) is not None:
+        tracing.close()
     for problem in catalogue.problems:
         print(f"inference-api: {settings.catalogue}: {problem}", file=sys.stderr)
     if catalogue.problems:
@@ -126,6 +136,22 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         if value is not None:
             environ[PREFIX + name.upper()] = str(value)
     return load_settings(environ)
+
+
+def _tracing() -> "Tracing | None":
+    if not wants_traces(os.environ):
+        return None
+    try:
+        from inference_api.observe.tracing import otlp_tracing
+    except ModuleNotFoundError as exc:
+        raise SettingsError(
+            f"OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, but OpenTelemetry is not installed ({exc}); "
+            "pip install 'inference-api[otel]', or unset it"
+        ) from None
+    try:
+        return otlp_tracing()
+    except ValueError as exc:
+        raise SettingsError(f"OpenTelemetry does not take one of its variables (OTEL_...): {exc}") from None
 
 
 def _shown(default: object) -> str:

@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from inference_api.outbound.headers import NEVER_FORWARDED
 
 PREFIX = "INFERENCE_API_"
+# Those that ask for traces; of both the first one holds.
+OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -139,6 +141,26 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     if problems:
         raise SettingsError("\n".join(problems))
     return settings
+
+
+def wants_traces(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's own variables ask for traces.
+
+    Raises SettingsError where these ask for something else than OTLP over HTTP; it does not show an endpoint, which may
+    hold a password.
+    """
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return False
+    given = [name for name in OTLP_ENDPOINTS if environ.get(name)]
+    if not given:
+        return False
+    endpoint = urlsplit(environ[given[0]])
+    if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
+        raise SettingsError(f"{given[0]}: must be the http:// or https:// URL of OTLP over HTTP, usually port 4318")
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if environ.get(name, "http/protobuf") != "http/protobuf":
+            raise SettingsError(f"{name}={environ[name][:80]!r}: spans go by http/protobuf only, usually to port 4318")
+    return True
 
 
 def _unknown(name: str, known: set[str]) -> str:

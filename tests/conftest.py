@@ -4,7 +4,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import hypothesis
@@ -17,6 +17,9 @@ from inference_api.observe.log import Fields
 from inference_api.routing import discovery
 from inference_api.settings import Settings
 from tests.fakes import FakeEngine, Script, in_background, until
+
+if TYPE_CHECKING:
+    from inference_api.observe.tracing import Tracing
 
 # Enough to find what is wrong in a rule, few enough for the suite to end within a minute; a file may say otherwise.
 hypothesis.settings.register_profile("suite", max_examples=40, deadline=None)
@@ -32,7 +35,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 def _clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test is bent by the settings or proxies of the machine it runs on."""
     for name in list(os.environ):
-        if name.startswith("INFERENCE_API_") or name.lower().endswith("_proxy"):
+        if name.startswith(("INFERENCE_API_", "OTEL_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
 
 
@@ -75,7 +78,8 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """`await start_router(engine, ..., key=value)` -> a Served router whose model `m` has these engines' URLs.
 
     `models=[...]` gives the whole catalogue instead; `entry={...}` adds to the model `m`; `resolve` stands in for DNS;
-    `tokens` are the credentials that the environment would have; other keywords are settings.
+    `tokens` are the credentials that the environment would have; `tracing` is there if spans are wanted; other
+    keywords are settings.
     """
     async with AsyncExitStack() as stack:
 
@@ -86,6 +90,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             transport: httpx.AsyncBaseTransport | None = None,
             resolve: discovery.Resolve = discovery.resolve,
             tokens: dict[str, str] | None = None,
+            tracing: "Tracing | None" = None,
             **settings: Any,
         ) -> Served:
             backends = [{"url": engine.url} for engine in engines]
@@ -94,7 +99,14 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
             chosen = Settings(catalogue=path, **settings)
-            router = Router(chosen, tokens=tokens, access_log=lines.append, transport=transport, resolve=resolve)
+            router = Router(
+                chosen,
+                tokens=tokens,
+                access_log=lines.append,
+                transport=transport,
+                resolve=resolve,
+                tracing=tracing,
+            )
             url = await stack.enter_async_context(serving(router, chosen))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
             return Served(router, url, client, lines)

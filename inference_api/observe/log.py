@@ -8,7 +8,9 @@ import asyncio
 import json
 import logging
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -20,13 +22,14 @@ Fields = dict[str, Any]
 
 
 class LogWriter:
-    """Collects rendered lines and writes them to a text stream."""
+    """Collects rendered lines and writes them to a text stream. `now` may be called from any thread."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque()
         self._size = 0
         self._due: asyncio.TimerHandle | None = None
+        self._writing = threading.RLock()
 
     def later(self, line: str) -> None:
         self._lines.append(line)
@@ -34,20 +37,26 @@ class LogWriter:
         if self._size > _FLUSH_AT:
             self.flush()
         elif self._due is None:
-            self._due = asyncio.get_running_loop().call_later(_FLUSH_AFTER, self.flush)
+            self._due = asyncio.get_running_loop().call_later(_FLUSH_AFTER, self._on_time)
 
     def now(self, line: str) -> None:
         self._lines.append(line)
         self.flush()
 
+    def _on_time(self) -> None:
+        self._due = None
+        self.flush()
+
     def flush(self) -> None:
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
-        lines, self._lines, self._size = self._lines, [], 0
-        if lines:
-            self._stream.write("\n".join(lines) + "\n")
-            self._stream.flush()
+        # The timer stays: it belongs to the loop, and this may be another thread.
+        with self._writing:
+            lines = []
+            while self._lines:
+                lines.append(self._lines.popleft())
+            self._size = 0
+            if lines:
+                self._stream.write("\n".join(lines) + "\n")
+                self._stream.flush()
 
 
 class AccessLog:

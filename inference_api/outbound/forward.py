@@ -219,7 +219,10 @@ class Forward:
         ended: Callable[[Backend, Outcome], None],
         fresh: bool,
     ) -> Reply:
-        """Send to one replica. It has the call in flight from here to the end of the Reply, which `ended` hears of."""
+        """Send to one replica. It has the call in flight from here to the end of the Reply, which `ended` hears of.
+
+        `observe.tracing` wraps this.
+        """
         url, target = backend.address(call.route.path)
         if call.query:
             target += b"?" + call.query

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -161,6 +163,43 @@ async def test_other_lines_are_written_at_once_after_those_that_came_before(outp
     assert [event["event"] for event in output.events] == ["request", "now", "request", "and now"]
     await asyncio.sleep(0.07)
     assert len(output.events) == 4
+
+
+class Narrow(Output):
+    """A stream that notes how many were in it at once."""
+
+    inside = most = 0
+
+    def write(self, text: str) -> int:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.0002)
+        self.inside -= 1
+        return super().write(text)
+
+
+async def test_threads_may_log_beside_the_event_loop() -> None:
+    """As the one does that sends spans."""
+    output = Narrow()
+    writer = LogWriter(output)
+
+    def elsewhere(name: int) -> None:
+        for number in range(100):
+            writer.now(json.dumps({"thread": name, "number": number}))
+
+    threads = [threading.Thread(target=elsewhere, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(100):
+        writer.later(json.dumps({"thread": "loop", "number": number}))
+        await asyncio.sleep(0.0002)
+    for thread in threads:
+        thread.join()
+    await until(lambda: len(output.lines) == 400)
+
+    assert output.most == 1
+    for name in (0, 1, 2, "loop"):
+        assert [event["number"] for event in output.events if event["thread"] == name] == list(range(100))
 
 
 def test_without_lines_nothing_is_written(output: Output) -> None:
