@@ -24,6 +24,7 @@ from benchmarks.measure import Bench
 from benchmarks.processes import CannotStart, free_port, running
 from benchmarks.profile import profile
 from benchmarks.report import Sample
+from benchmarks.setup import allow_files
 from benchmarks.wire import BadAnswer
 
 
@@ -37,16 +38,19 @@ async def _once(port: int, load: Load) -> None:
 
 
 def run(bench: Bench, candidates: list[Candidate | None], loads: list[Load], rounds: int) -> list[Sample]:
-    """Each round on fresh processes, each load in slices that the candidates take in turn; None is no router at all."""
+    """Each round and setup on new processes, each load in slices that the candidates take in turn. None: no router."""
     samples = []
-    for number in range(rounds):
+    plan = [(number, setup) for number in range(rounds) for setup in dict.fromkeys(load.setup for load in loads)]
+    for number, setup in plan:
         with ExitStack() as stack:
             targets = [
-                (candidate, *(stack.enter_context(bench.router(candidate)) if candidate else (0, bench.engine_port)))
-                for candidate in candidates
+                (each, *(stack.enter_context(bench.router(each, setup)) if each else (0, bench.engine_port)))
+                for each in candidates
+                if each is None or each.can(setup)
             ]
             idle = {pid: cpu.proportional_bytes(cpu.members(pid)) / 1e6 if pid else 0.0 for _, pid, _ in targets}
-            for load, part in ((each, part) for each in loads for part in range(each.slices)):
+            now = [load for load in loads if load.setup == setup]
+            for load, part in ((each, part) for each in now for part in range(each.slices)):
                 # Another one goes first each time, so that a machine that gets busier favours nobody.
                 turn = (number + part) % len(targets)
                 for candidate, pid, port in targets[turn:] + targets[:turn]:
@@ -107,19 +111,21 @@ def main(argv: list[str] | None = None) -> int:
     os.sched_setaffinity(0, {options.load_core})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     loads = [LOADS[name] for name in options.loads]
+    allow_files(4 * max(load.connections for load in loads) + 1000)
     try:
         with ExitStack() as stack:
             directory = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             directory.mkdir(parents=True, exist_ok=True)
             candidates, versions = choose(options.candidates)
             port = free_port()
-            engine = [sys.executable, "-m", "benchmarks.engine", "--port", str(port)]
+            addresses = max(load.setup.backends for load in loads)
+            engine = [sys.executable, "-m", "benchmarks.engine", "--port", str(port), "--addresses", str(addresses)]
             log = directory / "engine.log"
             pid = stack.enter_context(running(engine, core=options.load_core, log=log, port=port, ready="/health"))
             cores = (options.router_core, options.load_core)
             bench = Bench(pid, port, cores, directory, options.noise, options.tries)
             if options.profile:
-                work = [(load.name, partial(_once, load=load)) for load in loads]
+                work = [(load.name, load.setup, partial(_once, load=load)) for load in loads]
                 return profile(bench.router, CANDIDATES["ours"], work, options.profile)
             samples = run(bench, candidates, loads, options.rounds)
     except (BadAnswer, CannotStart) as exc:

@@ -14,6 +14,7 @@ from typing import cast
 import uvloop
 
 from benchmarks import wire
+from benchmarks.setup import loopback
 
 
 def _response(status: bytes, content_type: bytes, body: bytes) -> bytes:
@@ -22,6 +23,10 @@ def _response(status: bytes, content_type: bytes, body: bytes) -> bytes:
 
 
 _JSON = _response(b"200 OK", b"application/json", wire.ANSWER)
+_EMBEDDINGS = _response(b"200 OK", b"application/json", wire.EMBEDDINGS)
+_EMBEDDINGS_START = b"post " + wire.EMBEDDINGS_PATH.encode()
+# Whoever asks with more than this wants no stream: to search a megabyte for it would cost more than all the rest.
+_LONG = 64 * 1024
 _PAGES = {
     b"/health": _response(b"200 OK", b"text/plain", b""),
     b"/v1/models": _response(b"200 OK", b"application/json", wire.MODELS),
@@ -42,7 +47,8 @@ class EngineProtocol(asyncio.Protocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.buffer = b""
+        self.buffer = bytearray()
+        self.wanted = 0
         self.left = 0
         self.interval = 0.0
 
@@ -51,19 +57,22 @@ class EngineProtocol(asyncio.Protocol):
         self.write = self.transport.write
 
     def data_received(self, data: bytes) -> None:
-        self.buffer = self.buffer + data if self.buffer else data
-        self._answer_all()
+        self.buffer += data
+        if len(self.buffer) >= self.wanted:
+            self._answer_all()
 
     def _answer_all(self) -> None:
         while self.buffer and not self.left:
             end = self.buffer.find(b"\r\n\r\n") + 4
             if end < 4:
                 return
-            head = self.buffer[:end].lower()
-            total = end + _content_length(head)
-            if len(self.buffer) < total:
+            head = bytes(self.buffer[:end]).lower()
+            self.wanted = end + _content_length(head)
+            if len(self.buffer) < self.wanted:
                 return
-            body, self.buffer = self.buffer[end:total], self.buffer[total:]
+            body = bytes(self.buffer[end : self.wanted])
+            del self.buffer[: self.wanted]
+            self.wanted = 0
             self._answer(head, body)
 
     def _answer(self, head: bytes, body: bytes) -> None:
@@ -72,7 +81,9 @@ class EngineProtocol(asyncio.Protocol):
         elif b"\r\ntransfer-encoding:" in head:
             self.write(_LENGTH_REQUIRED)
             self.transport.close()
-        elif b'"stream":true' in body or b'"stream": true' in body:
+        elif head.startswith(_EMBEDDINGS_START):
+            self.write(_EMBEDDINGS)
+        elif len(body) < _LONG and (b'"stream":true' in body or b'"stream": true' in body):
             call = json.loads(body)
             # One router renames the first on the way.
             self.left = int(call.get("max_tokens") or call["max_completion_tokens"])
@@ -102,13 +113,15 @@ def _content_length(head: bytes) -> int:
     return int(head[at + 17 : head.index(b"\r\n", at + 2)]) if at >= 0 else 0
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, addresses: int) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: EngineProtocol(loop), "127.0.0.1", port, backlog=1024)
+    server = await loop.create_server(lambda: EngineProtocol(loop), loopback(addresses), port, backlog=4096)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    uvloop.run(serve(parser.parse_args().port))
+    parser.add_argument("--addresses", type=int, default=1, help="how many to listen on, from 127.0.0.1 on")
+    options = parser.parse_args()
+    uvloop.run(serve(options.port, options.addresses))

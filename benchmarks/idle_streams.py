@@ -6,7 +6,6 @@ python -m benchmarks.idle_streams --streams 0,500,1000,2000
 import argparse
 import asyncio
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -17,10 +16,11 @@ from statistics import median
 import uvloop
 
 from benchmarks import cpu, wire
-from benchmarks.candidates import CANDIDATES
+from benchmarks.candidates import CANDIDATES, Site
 from benchmarks.client import Client
 from benchmarks.loads import LOADS
 from benchmarks.processes import free_port, running
+from benchmarks.setup import Setup, allow_files
 
 # Longer than the whole measurement: after its first event a stream is silent.
 _SILENCE = 3600.0
@@ -78,16 +78,14 @@ def main() -> int:
     counts = [int(count) for count in parser.parse_args().streams.split(",")]
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[-1]})
-    files = 4 * max(counts) + 1000
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, max(files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
-    os.environ["INFERENCE_API_MAX_IN_FLIGHT"] = str(max(counts) + 100)
+    allow_files(4 * max(counts) + 1000)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engine_port, port = free_port(), free_port()
         engine = [sys.executable, "-m", "benchmarks.engine", "--port", str(engine_port)]
         log = directory / "engine.log"
         stack.enter_context(running(engine, core=cores[-1], log=log, port=engine_port, ready="/health"))
-        start = CANDIDATES["ours"].start(port, engine_port, directory)
+        start = CANDIDATES["ours"].start(port, Site(engine_port, Setup(streams=max(counts)), directory))
         log = directory / "ours.log"
         pid = stack.enter_context(
             running(start.command, core=cores[0], log=log, port=port, ready="/readyz", env=start.env)

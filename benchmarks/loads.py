@@ -1,9 +1,10 @@
-"""The loads: how many requests over how many connections, JSON or streams."""
+"""The loads: how many requests over how many connections, JSON or streams, and on what setup."""
 
 from dataclasses import dataclass, replace
 
 from benchmarks import wire
 from benchmarks.client import Client, Exchange
+from benchmarks.setup import ONE_OF_EACH, Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,11 @@ class Load:
     """Seconds between two events of a stream: slow enough that they arrive one by one."""
     slices: int = 4
     """How often it is run in a round, the candidates taking turns: a machine's speed changes from second to second."""
+    prompt: int = 0
+    """Bytes of text in a request, when it is to be a long one."""
+    embeddings: bool = False
+    """Ask for embeddings: the answer is a megabyte."""
+    setup: Setup = ONE_OF_EACH
 
     def scaled(self, share: float) -> "Load":
         """A share of the work. Streams keep their pace, so there must be fewer of them at a time."""
@@ -30,8 +36,18 @@ class Load:
 
     async def run(self, client: Client) -> tuple[float, list[Exchange]]:
         # Ten times what the slowest router we know needs: only a hang gets there.
-        patience = 60 + 10 * self.count * (self.tokens * self.interval if self.tokens else 0.02)
-        return await client.run(wire.request(client.port, self.tokens, self.interval), self.count, patience)
+        turns = self.count / self.connections
+        patience = 60 + 10 * (turns * self.tokens * self.interval if self.tokens else self.count * 0.02)
+        return await client.run(self.request(client.port), self.count, patience)
+
+    def request(self, port: int) -> bytes:
+        if self.embeddings:
+            return wire.embeddings_request(port)
+        return wire.request(port, self.tokens, self.interval, self.prompt)
+
+    def check(self, answer: bytes) -> wire.Checked:
+        """Raises BadAnswer."""
+        return wire.check_embeddings(answer) if self.embeddings else wire.check(answer, self.tokens)
 
 
 LOADS = {
@@ -42,6 +58,12 @@ LOADS = {
         Load("streams", connections=100, count=100, tokens=100),
         Load("streams-16", connections=16, count=32, tokens=100),
         Load("streams-200", connections=200, count=200, tokens=100),
+        Load("slow-2000", connections=2000, count=2000, tokens=4, interval=3.0, slices=1, setup=Setup(streams=2000)),
+        Load("prompt-100k", connections=16, count=1_000, prompt=100_000),
+        Load("prompt-1m", connections=4, count=200, prompt=1_000_000),
+        Load("embeddings-1m", connections=4, count=100, embeddings=True),
+        Load("models-10000", connections=16, count=5_000, setup=Setup(models=10_000)),
+        Load("backends-256", connections=16, count=5_000, setup=Setup(backends=256)),
         Load("open", connections=500, count=500, tokens=8, interval=1.0, slices=1),
     )
 }

@@ -12,11 +12,12 @@ from pathlib import Path
 import uvloop
 
 from benchmarks import cpu, wire
-from benchmarks.candidates import Candidate
+from benchmarks.candidates import Candidate, Site
 from benchmarks.client import Client, examine
 from benchmarks.loads import Load
 from benchmarks.processes import free_port, running
 from benchmarks.report import Sample, quantile
+from benchmarks.setup import ONE_OF_EACH, Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,10 @@ class Bench:
     tries: int
 
     @contextmanager
-    def router(self, candidate: Candidate) -> Iterator[tuple[int, int]]:
+    def router(self, candidate: Candidate, setup: Setup = ONE_OF_EACH) -> Iterator[tuple[int, int]]:
         """The pid and the port of a fresh process of this candidate."""
         port = free_port()
-        start = candidate.start(port, self.engine_port, self.directory)
+        start = candidate.start(port, Site(self.engine_port, setup, self.directory))
         log = self.directory / f"{candidate.name}.log"
         with running(
             start.command, core=self.cores[0], log=log, port=port, ready=candidate.ready, env=start.env
@@ -109,7 +110,7 @@ class Bench:
             open_streams = await halfway
         finally:
             client.close()
-        result = examine(exchanges, load.tokens, seconds)
+        result = examine(exchanges, load.check, seconds)
         units = result.events if load.tokens else result.requests
         held = result.delays if load.tokens else result.latencies
         user, system = (b - a for a, b in zip(before.ticks, after.ticks, strict=True))
