@@ -23,22 +23,26 @@ class Load:
     """Bytes of text in a request, when it is to be a long one."""
     embeddings: bool = False
     """Ask for embeddings: the answer is a megabyte."""
+    rate: float = 0.0
+    """Requests per second, sent when they fall due (open loop); 0: as fast as the answers come (closed loop)."""
     setup: Setup = ONE_OF_EACH
 
     def scaled(self, share: float) -> "Load":
         """A share of the work. Streams keep their pace, so there must be fewer of them at a time."""
         connections = max(1, round(self.connections * share)) if self.tokens else self.connections
-        return replace(self, connections=connections, count=max(connections, round(self.count * share)))
+        count = max(connections, round(self.count * share))
+        return replace(self, connections=connections, count=count, rate=self.rate * share)
 
     def warm_up(self) -> "Load":
         count = self.connections if self.tokens else max(self.connections, self.count // 10)
-        return replace(self, count=count, tokens=min(self.tokens, 20), interval=0.010)
+        return replace(self, count=count, tokens=min(self.tokens, 20), interval=0.010, rate=0.0)
 
     async def run(self, client: Client) -> tuple[float, list[Exchange]]:
         # Ten times what the slowest router we know needs: only a hang gets there.
         turns = self.count / self.connections
         patience = 60 + 10 * (turns * self.tokens * self.interval if self.tokens else self.count * 0.02)
-        return await client.run(self.request(client.port), self.count, patience)
+        patience += self.count / self.rate if self.rate else 0
+        return await client.run(self.request(client.port), self.count, patience, self.rate)
 
     def request(self, port: int) -> bytes:
         if self.embeddings:
@@ -58,6 +62,8 @@ LOADS = {
         Load("streams", connections=100, count=100, tokens=100),
         Load("streams-16", connections=16, count=32, tokens=100),
         Load("streams-200", connections=200, count=200, tokens=100),
+        Load("rate-1000", connections=32, count=2_000, rate=1_000),
+        Load("rate-streams", connections=64, count=200, tokens=10, rate=100),
         Load("slow-2000", connections=2000, count=2000, tokens=4, interval=3.0, slices=1, setup=Setup(streams=2000)),
         Load("prompt-100k", connections=16, count=1_000, prompt=100_000),
         Load("prompt-1m", connections=4, count=200, prompt=1_000_000),

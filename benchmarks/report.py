@@ -24,7 +24,11 @@ class Sample:
     clean: bool
     """The noise was within the limit."""
     per_second: float
+    open_loop: bool
+    """Requests came at a fixed rate, so that latencies can be compared."""
     first_byte_p50: float
+    """From a request to the first byte of its answer, which in a stream is the first token."""
+    first_byte_p99: float
     held_p50: float
     """JSON: from request to answer. Streams: from the engine's write of an event to the client's read."""
     held_p99: float
@@ -79,6 +83,17 @@ def ratio(samples: Sequence[Sample], load: str, candidate: str, other: str) -> f
     return median(pairs) if pairs else median(mine.values()) / median(theirs.values())
 
 
+def added(samples: Sequence[Sample], load: str, candidate: str, field: str) -> float | None:
+    """Seconds that a latency is above that without a router: the median difference within a slice."""
+    mine, direct = (
+        {(s.round, s.slice): getattr(s, field) for s in _usable(samples, load, name)} for name in (candidate, "direct")
+    )
+    if not mine or not direct:
+        return None
+    pairs = [mine[at] - direct[at] for at in mine.keys() & direct.keys()]
+    return median(pairs) if pairs else median(mine.values()) - median(direct.values())
+
+
 def _usable(samples: Sequence[Sample], load: str, candidate: str) -> list[Sample]:
     """The clean samples; all of them, when the machine was never quiet."""
     mine = [s for s in samples if s.load == load and s.candidate == candidate]
@@ -102,7 +117,24 @@ def _load_lines(samples: Sequence[Sample]) -> list[str]:
         f"{samples[0].load}: CPU per {unit}",
         f"{'':20}{'us':>8}{'(min - max)':>18}{'/nginx':>8}{'/vllm':>7}{'clean':>8}{headings}  bytes",
         *(_row(samples, name) for name in dict.fromkeys(s.candidate for s in samples)),
+        *_latency_lines(samples),
     ]
+
+
+def _latency_lines(samples: Sequence[Sample]) -> list[str]:
+    """What each candidate adds to the latencies of no router, at the same fixed rate."""
+    if not samples[0].open_loop or all(s.candidate != "direct" for s in samples):
+        return []
+    kinds = [("first token" if samples[0].streamed else "first byte", "first_byte")]
+    kinds += [("an event" if samples[0].streamed else "the answer", "held")]
+    lines = ["", f"{samples[0].load}: ms later than without a router, at the same rate"]
+    for name in dict.fromkeys(s.candidate for s in samples if s.candidate != "direct"):
+        cells = []
+        for kind, field, share in [(*kind, share) for kind in kinds for share in ("p50", "p99")]:
+            value = added(samples, samples[0].load, name, f"{field}_{share}")
+            cells.append(f"{kind} {share} {'-' if value is None else f'{value * 1e3:+.2f}'}")
+        lines.append(f"{name:20}{'   '.join(cells)}")
+    return lines
 
 
 def _row(samples: Sequence[Sample], name: str) -> str:
