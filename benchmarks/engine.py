@@ -17,26 +17,22 @@ from benchmarks import wire
 from benchmarks.setup import loopback
 
 
-def _response(status: bytes, content_type: bytes, body: bytes) -> bytes:
+def response(status: bytes, content_type: bytes, body: bytes) -> bytes:
     head = b"HTTP/1.1 %b\r\ndate: Fri, 21 Nov 2025 02:00:00 GMT\r\nserver: uvicorn\r\n" % status
     return head + b"content-length: %d\r\ncontent-type: %b\r\n\r\n%b" % (len(body), content_type, body)
 
 
-_JSON = _response(b"200 OK", b"application/json", wire.ANSWER)
-_EMBEDDINGS = _response(b"200 OK", b"application/json", wire.EMBEDDINGS)
+_JSON = response(b"200 OK", b"application/json", wire.ANSWER)
+_EMBEDDINGS = response(b"200 OK", b"application/json", wire.EMBEDDINGS)
 _EMBEDDINGS_START = b"post " + wire.EMBEDDINGS_PATH.encode()
 # Whoever asks with more than this wants no stream: to search a megabyte for it would cost more than all the rest.
 _LONG = 64 * 1024
-_PAGES = {
-    b"/health": _response(b"200 OK", b"text/plain", b""),
-    b"/v1/models": _response(b"200 OK", b"application/json", wire.MODELS),
+PAGES = {
+    b"/health": response(b"200 OK", b"text/plain", b""),
+    b"/v1/models": response(b"200 OK", b"application/json", wire.MODELS),
 }
-_NOT_FOUND = _response(b"404 Not Found", b"application/json", b'{"detail":"Not Found"}')
-_LENGTH_REQUIRED = _response(b"411 Length Required", b"application/json", b'{"detail":"send Content-Length"}')
-_STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\ndate: Fri, 21 Nov 2025 02:00:00 GMT\r\nserver: uvicorn\r\n"
-    b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-)
+NOT_FOUND = response(b"404 Not Found", b"application/json", b'{"detail":"Not Found"}')
+_LENGTH_REQUIRED = response(b"411 Length Required", b"application/json", b'{"detail":"send Content-Length"}')
 
 
 class EngineProtocol(asyncio.Protocol):
@@ -77,7 +73,7 @@ class EngineProtocol(asyncio.Protocol):
 
     def _answer(self, head: bytes, body: bytes) -> None:
         if head.startswith(b"get "):
-            self.write(_PAGES.get(head.split(b" ", 2)[1].split(b"?")[0], _NOT_FOUND))
+            self.write(PAGES.get(page_of(head), NOT_FOUND))
         elif b"\r\ntransfer-encoding:" in head:
             self.write(_LENGTH_REQUIRED)
             self.transport.close()
@@ -88,7 +84,7 @@ class EngineProtocol(asyncio.Protocol):
             # One router renames the first on the way.
             self.left = int(call.get("max_tokens") or call["max_completion_tokens"])
             self.interval = call["seed"] / 1000
-            self.write(_STREAM_HEAD + wire.frame(wire.FIRST_EVENT))
+            self.write(wire.STREAM_HEAD + wire.frame(wire.FIRST_EVENT))
             # Streams that start together must not tick together, or the router would get them in bursts.
             self.loop.call_later(self.interval * random.uniform(0.5, 1.5), self._tick)
         else:
@@ -106,6 +102,11 @@ class EngineProtocol(asyncio.Protocol):
         self.left = 0
         self.write(wire.STREAM_END)
         self._answer_all()
+
+
+def page_of(head: bytes) -> bytes:
+    """The path of a GET."""
+    return head.split(b" ", 2)[1].split(b"?")[0]
 
 
 def _content_length(head: bytes) -> int:

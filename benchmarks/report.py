@@ -91,7 +91,8 @@ def added(samples: Sequence[Sample], load: str, candidate: str, field: str) -> f
     if not mine or not direct:
         return None
     pairs = [mine[at] - direct[at] for at in mine.keys() & direct.keys()]
-    return median(pairs) if pairs else median(mine.values()) - median(direct.values())
+    difference: float = median(pairs) if pairs else median(mine.values()) - median(direct.values())
+    return difference
 
 
 def _usable(samples: Sequence[Sample], load: str, candidate: str) -> list[Sample]:

@@ -58,14 +58,17 @@ def frame(event: bytes) -> bytes:
 
 def _embeddings() -> bytes:
     """One vector of a megabyte of text: as many digits as an engine sends, in no pattern that repeats soon."""
-    vector = [round(math.sin(n * n), 17) for n in range(47_500)]
+    vector = [round(math.sin(n * n), 17) for n in range(51_000)]
     data = [{"index": 0, "object": "embedding", "embedding": vector}]
+    usage = {"prompt_tokens": 27, "total_tokens": 27, "completion_tokens": 0, "prompt_tokens_details": None}
     head = {"id": _ID.replace("chatcmpl", "embd"), "object": "list", "created": 1763690000, "model": MODEL}
-    return _dump({**head, "data": data, "usage": {"prompt_tokens": 27, "total_tokens": 27, "completion_tokens": 0}})
+    return _dump({**head, "data": data, "usage": usage})
 
 
 ANSWER = _answer()
 EMBEDDINGS = _embeddings()
+# Both end like this, and nothing within them does.
+JSON_END = ANSWER[-20:]
 MODELS = _dump(
     {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 1763690000, "owned_by": "vllm"}]}
 )
@@ -78,7 +81,10 @@ _USAGE_EVENT = _event(
     {**_chunk({}), "choices": [], "usage": {"prompt_tokens": 27, "total_tokens": 227, "completion_tokens": 200}}
 )
 STREAM_END = frame(_LAST_EVENT) + frame(_USAGE_EVENT) + frame(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-EXTRA_EVENTS = 3  # the first one, the one with finish_reason, the one with usage
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ndate: Fri, 21 Nov 2025 02:00:00 GMT\r\nserver: uvicorn\r\n"
+    b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
 STAMP = re.compile(rb'"content": ?" (\d{%d})"' % _STAMP_WIDTH)
 
 
