@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
@@ -17,6 +16,7 @@ import httpx
 import orjson
 
 from tests.fakes import FakeEngine
+from tests.ports import free_port
 
 
 class Command:
@@ -87,12 +87,6 @@ def catalogue_of(tmp_path: Path, *engines: FakeEngine, **entry: Any) -> Path:
     backends = [{"url": engine.url} for engine in engines]
     path.write_bytes(orjson.dumps({"models": [{"name": "m", "backends": backends, **entry}]}))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def ready(client: httpx.AsyncClient, path: str = "/v1/models") -> None:

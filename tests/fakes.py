@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import httpx
 import orjson
 
+from tests.ports import free_port
+
 
 class Received(NamedTuple):
     """A request as an engine got it; header names as sent."""
@@ -83,7 +85,7 @@ class FakeEngine:
         self.connections = 0
         self.open = 0
         self.busy = 0
-        self.port = port
+        self.port = port or free_port()
         self._stopped = False
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,7 +93,6 @@ class FakeEngine:
     async def __aenter__(self) -> "FakeEngine":
         self._stopped = False
         self._server = await asyncio.start_server(self._accept, self.host, self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -21,6 +21,7 @@ from registry_stub.app import create_app
 from registry_stub.store import Store
 from tests.conftest import Served, serving
 from tests.fakes import COMPLETION, FakeEngine, in_background, until
+from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -102,9 +103,7 @@ async def test_a_registry_that_goes_away_is_not_missed(
 
 
 async def test_a_registry_that_never_came_leaves_the_static_catalogue(start_engine: Start, start_router: Start) -> None:
-    with listen("127.0.0.1", 0, "PORT") as closed:
-        url = "http://127.0.0.1:{1}".format(*closed.getsockname())
-
+    url = f"http://127.0.0.1:{free_port()}"
     served = await start_router(await start_engine(), registry_url=url, registry_refresh=60)
 
     assert await source(served) == "static"

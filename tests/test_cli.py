@@ -20,6 +20,7 @@ import inference_api
 from inference_api.cli import main
 from inference_api.demo import run as demo_run
 from inference_api.settings import PREFIX, Settings
+from tests.ports import free_port
 
 CATALOGUE = """
 models:
@@ -302,12 +303,6 @@ def test_serve_does_not_start_when_the_port_of_the_probes_is_in_use(
         assert main(["serve", "--port", str(free_port())]) == 2
 
     assert "INFERENCE_API_OPS_PORT=" in capsys.readouterr().err
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 # demo

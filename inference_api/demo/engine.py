@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app,
         host=given.host,
         port=given.port,
-        log_level="warning",
+        log_config=None,
+        access_log=False,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_STOP_AFTER,
     )

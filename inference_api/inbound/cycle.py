@@ -6,12 +6,12 @@ Both suspend only on a plain future, so that they can be stepped by hand (`depar
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.types import Message, Scope
 
+from inference_api.errors import RouterError
 from inference_api.models import RawHeaders
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 _NO_SCOPE: Scope = {}
 
 
+class Refused(NamedTuple):
+    """What the server answered in the middle of a request, because the rest of it could not be taken."""
+
+    error: RouterError
+    request_id: str
+    size: int
+
+
 class Memo:
     """What is known of a request head; the requests that repeat it byte for byte share one."""
 
@@ -54,9 +62,10 @@ class Cycle:
     """Fed by its Protocol, run by a task of its own."""
 
     __slots__ = (
-        "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_on_departure", "_protocol", "_size",
-        "_waiter",
-        "disconnected", "keep_alive", "memo", "more_body", "response_complete", "response_started", "scope", "task",
+        "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_protocol", "_size",
+        "_waiter", "_watched",
+        "disconnected", "gone", "keep_alive", "memo", "more_body", "refusal", "response_complete", "response_started",
+        "scope", "task",
     )  # fmt: skip
 
     def __init__(
@@ -69,13 +78,16 @@ class Cycle:
         self.task: asyncio.Task[None] | None = None
         # Request
         self.disconnected = False
+        self.refusal: Refused | None = None
         self.more_body = True
         self._expects_continue = expects_continue
         self._body: deque[bytes] = deque()
         self._size = 0
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
-        self._on_departure: Callable[[], None] | None = None
+        # Somebody works on it who is to be cancelled when the client leaves; `gone`: and has been.
+        self._watched = False
+        self.gone = False
         scope["extensions"] = {CYCLE: self}
         # Response
         self.response_started = False
@@ -102,8 +114,8 @@ class Cycle:
     def disconnect(self) -> None:
         self.disconnected = True
         self._wake()
-        if self._on_departure is not None:
-            self._on_departure()
+        if self._watched:
+            self._cancel()
 
     def _wake(self) -> None:
         self._news = True
@@ -155,15 +167,26 @@ class Cycle:
             self._send_body(body, more_body)
         return True
 
-    def watch(self, on_departure: Callable[[], None] | None) -> None:
-        """Call this when the client leaves, at once if it has; None: no longer."""
-        self._on_departure = on_departure
-        if on_departure is None:
-            return
+    def __enter__(self) -> "Cycle":
+        """As a Departure: while entered, the task is cancelled when the client leaves, at once if it has."""
+        self._watched = True
         if self.disconnected:
-            on_departure()
+            self._cancel()
         # Nobody may be reading the body any more, and a pause would hide the end of the connection.
         self._protocol.resume_reading()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._watched = False
+
+    def close(self) -> None:
+        """A client that leaves from now on is none of this request's business."""
+        self._watched = False
+
+    def _cancel(self) -> None:
+        if self.task is not None:
+            self.gone = True
+            self.task.cancel()
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """The application has returned. If it was cancelled, the server stops, and has waited as long as it may."""

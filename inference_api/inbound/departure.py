@@ -1,6 +1,6 @@
 """Notices a client that leaves while its request is worked on, without a task of its own.
 
-Our own server calls back (`Cycle.watch`). Any other tells of it only through `receive`, which suspends
+Our own server knows at once: its Cycle is a Departure. Any other tells of it only through `receive`, which suspends
 until there is something to tell; so `receive` is stepped by hand, once to where it suspends, and again when what it
 waits for has come. Either is cheaper than a task that watches (docs/adr/0002). Stepping relies on `receive` waiting for
 a plain future, as uvicorn's does.
@@ -13,27 +13,20 @@ from typing import Any
 
 from starlette.types import Receive
 
-from inference_api.inbound.cycle import Cycle
-
 
 class Departure:
     """While entered, cancels the task it was entered in when the client leaves; `gone` then says why."""
 
-    __slots__ = ("_cycle", "_receive", "_receiving", "_task", "_waits_for", "gone")
+    __slots__ = ("_receive", "_receiving", "_task", "_waits_for", "gone")
 
-    def __init__(self, receive: Receive, cycle: Cycle | None = None) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._cycle = cycle
         self._task: asyncio.Task[Any] | None = None
         self._receiving: Coroutine[Any, Any, Any] | None = None
         self._waits_for: asyncio.Future[Any] | None = None
         self.gone = False
 
     def __enter__(self) -> "Departure":
-        if self._cycle is not None:
-            self._task = self._cycle.task
-            self._cycle.watch(self._left)
-            return self
         self._task = asyncio.current_task()
         self._receiving = self._receive()  # type: ignore[assignment]
         self._step(None)
@@ -47,9 +40,6 @@ class Departure:
     def close(self) -> None:
         """Stop watching; a client that leaves from now on is none of this request's business."""
         self._task = None
-        if self._cycle is not None:
-            self._cycle.watch(None)
-            return
         receiving, self._receiving = self._receiving, None
         if self._waits_for is not None:
             self._waits_for.remove_done_callback(self._step)

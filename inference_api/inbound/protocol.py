@@ -23,7 +23,7 @@ from starlette.types import Scope
 from uvicorn.server import ServerState
 
 from inference_api.errors import BadRequest, HeadersTooLarge, Overloaded, RequestTimeout, RouterError, render
-from inference_api.inbound.cycle import STATUS_LINES, Cycle, Memo
+from inference_api.inbound.cycle import STATUS_LINES, Cycle, Memo, Refused
 from inference_api.inbound.gate import refusal
 
 # gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
@@ -432,7 +432,8 @@ class Protocol(asyncio.Protocol):
         if cycle is None:
             self._on_refusal(error, request_id, len(body))
         else:
-            # The application counts it, as a request that did not come to its end.
+            # The application counts it; to it the request ends here.
+            cycle.refusal = Refused(error, request_id, len(body))
             cycle.disconnect()
             if cycle.response_started:
                 self.cut()

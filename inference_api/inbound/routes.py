@@ -73,7 +73,7 @@ class Inference:
         gate = self._gate
         seen = gate.observer.begin(self.route.label)
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
-        departure = Departure(receive, cycle)
+        departure: Departure | Cycle = Departure(receive) if cycle is None else cycle
         relay: Relay | None = None
         taps: Sequence[Tap] = (seen,)
         outcome = Outcome.INTERNAL_ERROR
@@ -99,7 +99,7 @@ class Inference:
         except RouterError as error:
             outcome = await refuse(error, seen, send)
         except ClientGone:
-            outcome = Outcome.CLIENT_GONE
+            outcome = _left(cycle, seen)
         except asyncio.CancelledError:
             outcome = Outcome.CLIENT_GONE if relay is None else relay.outcome
             if not departure.gone:
@@ -165,6 +165,15 @@ class Surface:
 def normal_path(path: str) -> str:
     """Without doubled or trailing slashes: base_urls often end in one, and a redirect would lose the body."""
     return "/" + "/".join(part for part in path.split("/") if part)
+
+
+def _left(cycle: Cycle | None, seen: Observation) -> Outcome:
+    """The outcome of a request that did not come to its end: the client left, or the server had to refuse the rest."""
+    if cycle is None or cycle.refusal is None:
+        return Outcome.CLIENT_GONE
+    error, seen.request_id, size = cycle.refusal
+    seen.refused(error, error.status, size)
+    return error.outcome
 
 
 async def refuse(error: RouterError, seen: Observation, send: ASGISend) -> Outcome:

@@ -43,6 +43,7 @@ _OWN_FILES = 48
 
 def run_server(router: Router, settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had."""
+    raise_file_limit()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.port, "PORT")))
         if settings.ops_port is not None:
@@ -112,6 +113,14 @@ def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lamb
         backlog=_BACKLOG,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
     )
+
+
+def raise_file_limit() -> None:
+    """The soft limit is often 1024, from a time when more could break `select`; nothing here uses that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Where there is no permission for the hard one, the soft one will do.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connection_limit(max_in_flight: int) -> int:

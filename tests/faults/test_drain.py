@@ -12,7 +12,7 @@ import httpx
 import orjson
 import pytest
 
-from tests.command import closed, command, free_port, log_of, ready
+from tests.command import closed, command, log_of, ready
 from tests.fakes import (
     CHAT,
     DONE,
@@ -33,6 +33,7 @@ from tests.fakes import (
     until,
 )
 from tests.faults.lab import URL, flooding
+from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]

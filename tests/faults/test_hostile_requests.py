@@ -193,20 +193,23 @@ async def test_t69_a_head_that_is_too_large_is_refused(what: str, lab: Lab) -> N
 
 async def test_t69_many_small_chunks_are_cheap(lab: Lab) -> None:
     served = await lab.router(engine := await lab.engine())
-    body = orjson.dumps({**CHAT, "x": "y" * 1_000_000})
-    framed = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + LAST_CHUNK
     head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 
-    async with raw_client(served.port) as client:
-        began = time.process_time()
-        await client.send(head % URL.encode() + framed)
-        answer = await read_answer(client.reader)
-        spent = time.process_time() - began
+    async def cost(size: int) -> float:
+        """Seconds of CPU, the client's part included."""
+        body = orjson.dumps({**CHAT, "x": "y" * size})
+        framed = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + LAST_CHUNK
+        async with raw_client(served.port) as client:
+            began = time.process_time()
+            await client.send(head % URL.encode() + framed)
+            answer = await read_answer(client.reader)
+            spent = time.process_time() - began
+        assert answer.status == 200
+        assert engine.requests[-1].body == body
+        return spent
 
-    assert answer.status == 200
-    assert engine.requests[0].body == body
-    # 0.3 s, the client's part included; what would be quadratic takes minutes.
-    assert spent < 3
+    # Ten times the chunks for ten times the time; what is quadratic takes a hundred times.
+    assert await cost(1_000_000) < 40 * await cost(100_000)
 
 
 EARLY = {
@@ -268,8 +271,8 @@ async def test_t71_json_that_is_made_to_hurt_is_refused_and_quickly(lab: Lab) ->
         answers[name] = answer.status
         assert set(orjson.loads(answer.body)["error"]) == {"message", "type", "param", "code"}
         assert len(answer.body) < 500
-        # The policy says 50 ms; a machine may be slow, recursion and squares are slower.
-        assert time.process_time() - began < 0.5, name
+        # The policy says 50 ms; a machine may be slow and coverage dear, recursion and squares are slower.
+        assert time.process_time() - began < 2, name
 
     assert answers == {name: status for name, (_, status) in BOMBS.items()}
     assert engine.requests == []

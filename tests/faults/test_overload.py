@@ -14,9 +14,10 @@ import orjson
 import pytest
 
 from inference_api.inbound.server import connection_limit
-from tests.command import Command, command, free_port, log_of, ready
+from tests.command import Command, command, log_of, ready
 from tests.fakes import CHAT, STREAM, Answer, Line, Received, answer, event, post, raw_client, read_answer, sse, until
 from tests.faults.lab import URL, Lab, outcomes
+from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]

@@ -494,3 +494,29 @@ async def test_nothing_is_in_flight_when_all_is_over(served: Served, engine: Fak
 
     await until(lambda: idle(served))
     assert [line["outcome"] for line in served.lines] == ["ok", "upstream_5xx", "reset", "client_gone", "client_gone"]
+
+
+@pytest.mark.parametrize(
+    ("rest", "settings", "status"),
+    [(b"5\r\nhel", {"body_timeout": 0.1}, 408), (b"5\r\nhello!\r\n", {}, 400), (b"zz\r\n", {}, 400)],
+    ids=["slow", "wrong size", "no size"],
+)
+async def test_a_body_that_cannot_be_taken_is_logged_as_it_was_answered(
+    rest: bytes, settings: dict[str, Any], status: int, start_engine: Start, start_router: Start
+) -> None:
+    engine = await start_engine()
+    served = await start_router(engine, **settings)
+
+    async with raw_client(served.port) as client:
+        await client.send(CHUNKED + b"1\r\n{\r\n")
+        await asyncio.sleep(0.05)  # the request is under way
+        await client.send(rest)
+        answer = await read_answer(client.reader)
+    await until(lambda: served.lines)
+
+    assert (answer.status, answer.headers["connection"]) == (status, "close")
+    line = served.lines[0]
+    assert (line["status"], line["outcome"], line["bytes"]) == (status, "refused", len(answer.body))
+    assert line["request_id"] == answer.headers["x-request-id"] == orjson.loads(answer.body)["request_id"]
+    assert engine.requests == []
+    assert idle(served)

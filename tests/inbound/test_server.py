@@ -1,6 +1,7 @@
 """The process: how it starts, what it logs, and how it stops. The command itself, on ports of its own."""
 
 import asyncio
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -15,10 +16,10 @@ import pytest
 
 from inference_api.app import Router
 from inference_api.inbound.pages import create_pages
-from inference_api.inbound.server import Server, listen, server_config
+from inference_api.inbound.server import Server, listen, raise_file_limit, server_config
 from inference_api.observe.log import Fields
 from inference_api.settings import Settings, SettingsError
-from tests.command import catalogue_of, closed, command, free_port, log_of, ready
+from tests.command import catalogue_of, closed, command, log_of, ready
 from tests.fakes import (
     CHAT,
     DONE,
@@ -36,6 +37,7 @@ from tests.fakes import (
     sse,
     until,
 )
+from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -220,3 +222,13 @@ async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine:
     assert [probe.status_code for probe in probes] == [200, 200, 200]
     assert 'inference_api_requests_total{code="200",model_name="m",route="chat_completions"' in probes[2].text
     assert [page.status_code for page in (*others, *on_main)] == [404] * 5
+
+
+def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

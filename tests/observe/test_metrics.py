@@ -1,6 +1,8 @@
 """What /metrics says after real requests: every family, its labels, and the right numbers in them."""
 
 import asyncio
+import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -654,6 +656,31 @@ def test_a_scrape_on_another_thread_survives_new_series() -> None:
     sys.setswitchinterval(interval)
 
     assert failures == []
+
+
+def test_a_scrape_survives_what_a_garbage_collection_lets_happen() -> None:
+    """A thread switch in the middle of reading a series, made certain."""
+    metrics = metrics_of()
+    numbers = itertools.count()
+
+    def another(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            metrics.request("n", "chat_completions", next(numbers), False, 0.1)
+
+    # More than Python has tuples of two to hand without allocating any.
+    for code in range(3000):
+        metrics.request("m", "chat_completions", code, False, 0.1)
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(another)
+    gc.set_threshold(1)
+    try:
+        seen = Scrape(metrics.collect())
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(another)
+
+    assert seen("requests_total", model_name="m") == 3000
+    assert next(numbers) > 100
 
 
 def test_a_label_cannot_break_a_line() -> None:

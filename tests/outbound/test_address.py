@@ -1,9 +1,7 @@
 """A connection to an address that was looked up before, under the name it was looked up for."""
 
 import asyncio
-import shutil
 import ssl
-import subprocess
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -69,26 +67,6 @@ async def test_two_addresses_of_a_name_have_connections_of_their_own(start_engin
 # TLS
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key and its self-signed certificate for the name one.test, in one file."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-days", "2", "-subj", "/CN=replica", "-addext", "subjectAltName=DNS:one.test"),
-            *("-keyout", "key.pem", "-out", "cert.pem"),
-        ],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
-    (folder / "both.pem").write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
-    return folder / "both.pem"
-
-
 @asynccontextmanager
 async def secure_engine(certificate: Path, names: list[str | None]) -> Any:
     """An engine behind TLS; `names` are the server names that clients asked for."""
@@ -96,8 +74,7 @@ async def secure_engine(certificate: Path, names: list[str | None]) -> Any:
     tls.load_cert_chain(certificate)
     tls.sni_callback = lambda _, name, __: names.append(name)
     engine = FakeEngine()
-    engine._server = await asyncio.start_server(engine._accept, "127.0.0.1", 0, ssl=tls)
-    engine.port = engine._server.sockets[0].getsockname()[1]
+    engine._server = await asyncio.start_server(engine._accept, "127.0.0.1", engine.port, ssl=tls)
     try:
         yield engine
     finally:

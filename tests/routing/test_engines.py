@@ -1,8 +1,8 @@
 """Asking engines for their context length: those that tell, those that do not, and those not to be listened to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -14,7 +14,7 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.engines import EngineFacts
-from tests.fakes import Line, Received, Script, ScriptedServer, hang, json_response, raw, until
+from tests.fakes import Line, Received, Script, hang, json_response, raw, until
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -22,26 +22,6 @@ Start = Callable[..., Any]
 
 def cards(*cards: tuple[str, Any]) -> Script:
     return raw(json_response({"data": [{"id": name, "max_model_len": length} for name, length in cards]}))
-
-
-@pytest.fixture
-async def transport() -> AsyncIterator[Transport]:
-    transport = Transport()
-    yield transport
-    await transport.aclose()
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[Start]:
-    """`await start(script)` -> a server on a free port that answers every request so."""
-    async with AsyncExitStack() as stack:
-
-        async def start(script: Script) -> ScriptedServer:
-            server = ScriptedServer(script)
-            await stack.enter_async_context(server)
-            return server
-
-        yield start
 
 
 def fleet_of(*urls: str, **entry: Any) -> Fleet:

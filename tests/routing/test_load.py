@@ -1,8 +1,7 @@
 """Asking replicas for their load: what engines say, what counts of it, and everything that must not."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -17,7 +16,7 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import Policy, make_policy
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.load import Gauges, LoadSignal, Reading
-from tests.fakes import Line, Received, Script, ScriptedServer, chunk, hang, json_response, raw, until
+from tests.fakes import Line, Received, Script, chunk, hang, json_response, raw, until
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -129,26 +128,6 @@ def test_any_bytes_are_a_reading_or_refused(data: bytes) -> None:
 
 
 # Asking
-
-
-@pytest.fixture
-async def transport() -> AsyncIterator[Transport]:
-    transport = Transport()
-    yield transport
-    await transport.aclose()
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[Start]:
-    """`await start(script)` -> a server on a free port that answers every request so."""
-    async with AsyncExitStack() as stack:
-
-        async def start(script: Script) -> ScriptedServer:
-            server = ScriptedServer(script)
-            await stack.enter_async_context(server)
-            return server
-
-        yield start
 
 
 def page(running: float, waiting: float) -> Script:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -14,31 +14,11 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.prober import Prober
-from tests.fakes import Line, Received, Script, ScriptedServer, hang, json_response, raw, until
+from tests.fakes import Line, Received, hang, json_response, raw, until
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
 HEALTHY = raw(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
-
-
-@pytest.fixture
-async def transport() -> AsyncIterator[Transport]:
-    transport = Transport()
-    yield transport
-    await transport.aclose()
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[Start]:
-    """`await start(script)` -> a server on a free port that answers every request so."""
-    async with AsyncExitStack() as stack:
-
-        async def start(script: Script) -> ScriptedServer:
-            server = ScriptedServer(script)
-            await stack.enter_async_context(server)
-            return server
-
-        yield start
 
 
 class Round:
