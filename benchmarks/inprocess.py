@@ -57,6 +57,9 @@ class Ends(asyncio.Transport):
     def writelines(self, list_of_data: Iterable[Any]) -> None:
         self.on_write(b"".join(list_of_data))
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def is_closing(self) -> bool:
         return self.closing
 
@@ -69,10 +72,10 @@ class Ends(asyncio.Transport):
     def resume_reading(self) -> None: ...
 
 
-class Loop(uvloop.Loop):  # type: ignore[misc]
+class Loop(uvloop.Loop):
     """Every connection that the router makes leads to an engine of ours."""
 
-    async def create_connection(self, factory: Any, *_: Any, **__: Any) -> Any:
+    async def create_connection(self, factory: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
         protocol = factory()
         transport = Ends(Engine(self, protocol).asked)
         protocol.connection_made(transport)
