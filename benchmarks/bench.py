@@ -98,7 +98,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--load-core", type=int, default=cores[-1])
     parser.add_argument("--noise", type=float, default=0.1, help="share of a core others may use during a sample")
     parser.add_argument("--tries", type=int, default=3, help="how often to try for a sample without more noise")
-    parser.add_argument("--check", action="store_true", help="hold `ours` to its CPU budgets in process; 1 if missed")
+    parser.add_argument(
+        "--check", action="store_true", help="count the instructions of `ours`, compare, measure nothing"
+    )
+    parser.add_argument(
+        "--update-baseline", action="store_true", help="with --check: take what was counted as the baseline"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the candidates' logs there")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="say where `ours` spends its time, measure nothing")
@@ -108,7 +113,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     if options.check:
-        return check.main()
+        return check.main(options.update_baseline)
     if options.router_core == options.load_core:
         print("one core only: router, engine and client disturb each other's caches", file=sys.stderr)
     os.sched_setaffinity(0, {options.load_core})

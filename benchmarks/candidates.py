@@ -193,11 +193,13 @@ def _start_ours(port: int, site: Site) -> Start:
 
 def write_catalogue(site: Site) -> Path:
     """A catalogue of ours; the model that is asked for is in the middle."""
-    others = [{"name": f"org/model-{number}", "engine": "vllm"} for number in range(site.setup.models - 1)]
-    asked = {"name": wire.MODEL, "engine": "vllm", "backends": [{"url": url} for url in site.urls]}
-    middle = len(others) // 2
-    file = site.directory / f"catalogue-{site.setup.models}-{site.setup.backends}.json"
-    file.write_text(json.dumps({"models": [*others[:middle], asked, *others[middle:]]}))
+    backends = [{"url": url} for url in site.urls]
+    served = {wire.MODEL, *site.setup.asked_names()}
+    names = site.setup.other_names()
+    names.insert(len(names) // 2, wire.MODEL)
+    models = [{"name": name, "engine": "vllm", **({"backends": backends} if name in served else {})} for name in names]
+    file = site.directory / f"catalogue-{site.setup.models}-{site.setup.backends}-{site.setup.asked}.json"
+    file.write_text(json.dumps({"models": models}))
     return file
 
 

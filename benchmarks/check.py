@@ -1,70 +1,203 @@
-"""Is the router as cheap as it was? Its CPU in process, in units of a fixed piece of Python that is timed beside it.
+"""Is the router as cheap as it was? The instructions of its request path in process, held to those in `baseline.json`.
 
-scripts/bench --check
+scripts/bench --check                     # 1 if anything takes 10 % more than the baseline says
+scripts/bench --check --update-baseline   # after a change that is meant to cost more, or that made it cheaper
 
-No second is compared with one of another day or machine. A case and the yardstick take turns, and of each the cheapest
-turn counts: what neighbours do only ever adds. A budget is what was measured when it was set, plus `HEADROOM`.
+Valgrind counts the instructions of a process, which no neighbour and no clock can change: two runs differ by less than
+one per cent. The routers are started once, under valgrind; each case then runs in a fork of them, and what the fork
+of no case counts is taken off. A fixed piece of Python is counted too: it tells a dearer interpreter from a dearer
+router.
 """
 
 import asyncio
 import gc
-import time
-from collections.abc import Callable, Sequence
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 from benchmarks import wire
 from benchmarks.inprocess import STREAM_EVENTS, Client, Loop, running
 from benchmarks.setup import Setup, allow_files
 
-HEADROOM = 1.25
-GROWTH = 1.15
-_TURNS = 25
-# Seconds of CPU in one turn, about: short enough to find a quiet moment, long enough for the clock.
-_TURN = 0.02
+BASELINE = Path(__file__).with_name("baseline.json")
+HEADROOM = 1.10
+# What ten thousand of something may cost a request over one of them.
+GROWTH = 1.05
+# Seconds; ten times what it takes.
+_PATIENCE = 300
+_NOTHING, _YARDSTICK = "nothing", "yardstick"
+_YARDSTICKS = 200
+_BASE = Setup(backends=2)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request, how many units of work it holds, and what one of them may cost, in yardsticks."""
+    """A request, how often it is sent, how many units of work one holds, and on which setup."""
 
     name: str
-    unit: str
     request: bytes
     end: bytes
     check: Callable[[bytes], wire.Checked]
-    usual: float
-    """Measured with Python 3.11 on an AMD EPYC when it was set; to set it anew, take what `--check` prints."""
+    count: int
     units: int = 1
-
-    @property
-    def budget(self) -> float:
-        return self.usual * HEADROOM
+    setup: Setup = _BASE
 
 
 def _whole(answer: bytes) -> wire.Checked:
     return wire.check(answer, 0)
 
 
-CASES = (
-    Case("json", "request", wire.request(0), wire.JSON_END, _whole, 1.0),
-    Case(
-        "stream",
-        "event",
-        wire.request(0, STREAM_EVENTS),
-        wire.STREAM_END[-5:],
-        lambda answer: wire.check(answer, STREAM_EVENTS),
-        1.0,
-        STREAM_EVENTS,
-    ),
-    Case("prompt-100k", "request", wire.request(0, prompt=100_000), wire.JSON_END, _whole, 1.0),
-    Case("embeddings-1m", "request", wire.embeddings_request(0), wire.JSON_END, wire.check_embeddings, 1.0),
-)
+def _stream(answer: bytes) -> wire.Checked:
+    return wire.check(answer, STREAM_EVENTS)
+
+
+def _json(name: str, setup: Setup = _BASE, prompt: int = 0, count: int = 300) -> Case:
+    return Case(name, wire.request(0, prompt=prompt), wire.JSON_END, _whole, count, setup=setup)
+
+
+PLAIN = _json("JSON request")
 # What a JSON request must not pay for.
-GROWTHS = (
-    ("10,000 models, over 3", Setup(models=3), Setup(models=10_000)),
-    ("256 backends, over 2", Setup(backends=2), Setup(backends=256)),
-    ("1,000 silent streams, over none", Setup(), Setup(streams=1000)),
+GROWN = (
+    _json("JSON request, 10,000 models", Setup(models=10_000)),
+    _json("JSON request, 256 backends", Setup(backends=256)),
+    _json("JSON request, 1,000 open streams", Setup(streams=1000)),
+    _json("JSON request, 300 models with series", Setup(models=300, asked=300)),
 )
+CASES = (
+    PLAIN,
+    Case("event of a stream", wire.request(0, STREAM_EVENTS), wire.STREAM_END[-5:], _stream, 10, STREAM_EVENTS),
+    _json("JSON request of 100 KB", prompt=100_000, count=50),
+    Case("embeddings of 1 MB", wire.embeddings_request(0), wire.JSON_END, wire.check_embeddings, 10),
+    *GROWN,
+)
+
+
+def main(update: bool = False) -> int:
+    """One line per case; 1 if one costs too much."""
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        print("skipped: there is no valgrind to count instructions with (apt-get install valgrind)")
+        return 0
+    counts = _count(valgrind)
+    if update:
+        BASELINE.write_text(json.dumps({"made with": _versions(), "instructions": counts}, indent=1) + "\n")
+        print(f"{BASELINE} is now what was counted")
+    baseline = json.loads(BASELINE.read_text())
+    lines, missed = verdicts(counts, baseline["instructions"])
+    if baseline["made with"] != _versions():
+        lines.append(f"note: the baseline was made with {baseline['made with']}, this is {_versions()}")
+    print("\n".join(lines))
+    return 1 if missed else 0
+
+
+def verdicts(counts: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[list[str], int]:
+    """What to print, and how many limits are missed."""
+    lines, missed = [], 0
+    # An interpreter that takes more instructions for the same Python takes them for the router's too.
+    machine = counts[_YARDSTICK] / baseline[_YARDSTICK]
+    for case in CASES:
+        value = counts[case.name] / (baseline[case.name] * machine)
+        missed += value > HEADROOM
+        lines.append(_line(case.name, counts[case.name], value, HEADROOM, "of the baseline"))
+    for case in GROWN:
+        value = counts[case.name] / counts[PLAIN.name]
+        missed += value > GROWTH
+        lines.append(_line(case.name, counts[case.name], value, GROWTH, f"of a plain {PLAIN.name}"))
+    return lines, missed
+
+
+def _line(name: str, count: float, value: float, limit: float, what: str) -> str:
+    verdict = "met" if value <= limit else "MISSED"
+    return f"{name:38}{count:12,.0f} instructions, {value:6.1%} {what}, at most {limit:.0%}: {verdict}"
+
+
+def _versions() -> dict[str, str]:
+    python = {"python": sys.version.split()[0], "machine": os.uname().machine}
+    return python | {name: version(name) for name in ("httptools", "orjson", "pydantic", "uvloop")}
+
+
+def _count(valgrind: str) -> dict[str, float]:
+    """Instructions of one unit of each case."""
+    with tempfile.TemporaryDirectory() as directory:
+        tool = ["-q", "--tool=cachegrind", "--cache-sim=no", f"--cachegrind-out-file={directory}/%p"]
+        command = [valgrind, *tool, f"--log-file={directory}/log", sys.executable, "-m", "benchmarks.check"]
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=_PATIENCE, check=True)
+        forks: dict[str, tuple[int, int]] = json.loads(done.stdout)
+        counted = {name: _instructions(Path(directory, str(pid))) for name, (pid, _) in forks.items()}
+    nothing = counted.pop(_NOTHING)
+    return {name: round((total - nothing) / forks[name][1], 1) for name, total in counted.items()}
+
+
+def _instructions(file: Path) -> int:
+    return int(file.read_text().rpartition("summary:")[2])
+
+
+# What runs under valgrind
+
+
+def _run_forks() -> None:
+    allow_files(4000)
+    setups = list(dict.fromkeys(case.setup for case in CASES))
+    with running(*setups) as (loop, clients):
+        by_setup = dict(zip(setups, clients, strict=True))
+        loop.run_until_complete(_prepare(by_setup))
+        for case in CASES:
+            _try(loop, by_setup[case.setup], case)
+        # As the server does before it serves: what is there to stay is not looked at again.
+        gc.collect()
+        gc.freeze()
+        forks = {_NOTHING: (_fork(lambda: None), 1), _YARDSTICK: (_fork(_yardsticks), _YARDSTICKS)}
+        for case in CASES:
+            forks[case.name] = (_fork(_work(loop, by_setup[case.setup], case)), case.count * case.units)
+        print(json.dumps(forks), flush=True)
+        # To stop all these routers properly takes longer than to count, under valgrind.
+        os._exit(0)
+
+
+async def _prepare(clients: Mapping[Setup, Client]) -> None:
+    for setup, client in clients.items():
+        await client.hold(setup.streams)
+        for name in setup.asked_names():
+            await client.run(wire.request(0, model=name), 1, wire.JSON_END)
+    # The first questions to the engines are asked and answered.
+    for _ in range(1000):
+        await asyncio.sleep(0)
+
+
+def _try(loop: Loop, client: Client, case: Case) -> None:
+    """Short cuts are learnt, byte code is specialised, each backend is connected; and the answer is right."""
+    loop.run_until_complete(client.run(case.request, 20 + 6 * case.setup.backends, case.end))
+    if not case.check(client.answer).exact:
+        raise wire.BadAnswer(f"the answer to {case.name} is not the engine's")
+
+
+def _work(loop: Loop, client: Client, case: Case) -> Callable[[], Any]:
+    return lambda: loop.run_until_complete(client.run(case.request, case.count, case.end))
+
+
+def _fork(work: Callable[[], Any]) -> int:
+    """The pid of a process that did this work, and ended."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise RuntimeError(f"a fork ended with {status}")
+    return pid
 
 
 class _Record:
@@ -73,6 +206,11 @@ class _Record:
     def __init__(self, fields: dict[bytes, bytes], size: int) -> None:
         self.fields = fields
         self.size = size
+
+
+def _yardsticks() -> None:
+    for _ in range(_YARDSTICKS):
+        yardstick()
 
 
 def yardstick(rounds: int = 50) -> int:
@@ -87,97 +225,5 @@ def yardstick(rounds: int = 50) -> int:
     return len(b"".join([record.fields[b"content-length"] for record in kept]))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def cheapest(works: Sequence[Callable[[], object]], turns: int = _TURNS) -> list[float]:
-    """The least CPU seconds of each, which take turns: what a busy machine does to one it does to all."""
-    least = [float("inf")] * len(works)
-    for turn in range(turns):
-        for at in range(len(works)):
-            # Another one first each time: after a pause a core is slower, or faster.
-            number = (at + turn) % len(works)
-            least[number] = min(least[number], seconds(works[number]))
-    return least
-
-
-def _times(loop: Loop, client: Client, case: Case) -> tuple[Callable[[], None], int]:
-    """Work of about a turn, once the answer is known to be right and the short cuts are learnt; and its requests."""
-
-    def run(count: int) -> None:
-        loop.run_until_complete(client.run(case.request, count, case.end))
-
-    run(20)
-    checked = case.check(client.answer)
-    if not checked.exact:
-        raise wire.BadAnswer(f"the answer to {case.name} is not the engine's")
-    count = max(1, round(_TURN / (seconds(lambda: run(10)) / 10)))
-    return lambda: run(count), count
-
-
-def _standard(count: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(count):
-            yardstick()
-
-    return run
-
-
-def costs(loop: Loop, client: Client, cases: Sequence[Case] = CASES, turns: int = _TURNS) -> list[float]:
-    """CPU of one unit of each case, in yardsticks."""
-    works = [_times(loop, client, case) for case in cases]
-    standards = max(1, round(_TURN / min(seconds(yardstick) for _ in range(10))))
-    _settle()
-    standard, *least = cheapest([_standard(standards), *(work for work, _ in works)], turns)
-    return [
-        cost / (count * case.units) / (standard / standards)
-        for case, cost, (_, count) in zip(cases, least, works, strict=True)
-    ]
-
-
-def growth(few: Setup, many: Setup, turns: int = _TURNS) -> float:
-    """CPU of a JSON request with many of something, over that with few: both routers in this process, in turns."""
-    with running(few, many) as (loop, clients):
-        loop.run_until_complete(_hold(clients, (few, many)))
-        works = [_times(loop, client, CASES[0]) for client in clients]
-        _settle()
-        least = cheapest([work for work, _ in works], turns)
-        small, large = (cost / count for cost, (_, count) in zip(least, works, strict=True))
-        return large / small
-
-
-async def _hold(clients: Sequence[Client], setups: Sequence[Setup]) -> None:
-    for client, setup in zip(clients, setups, strict=True):
-        await client.hold(setup.streams)
-    # The first questions to the engines are asked and answered.
-    await asyncio.sleep(0.2)
-
-
-def _settle() -> None:
-    """As the server does before it serves: what is there to stay is not looked at again."""
-    gc.collect()
-    gc.freeze()
-
-
-def main() -> int:
-    """One line per budget; 1 if one is missed."""
-    allow_files(4000)
-    missed = 0
-    with running(Setup(backends=2)) as (loop, (client,)):
-        for case, cost in zip(CASES, costs(loop, client), strict=True):
-            missed += cost > case.budget
-            what = f"{case.name}: CPU of one {case.unit}"
-            print(f"{what:48}{cost:8.3f} yardsticks, at most {case.budget:.3f}: {_verdict(cost, case.budget)}")
-    for name, few, many in GROWTHS:
-        value = growth(few, many)
-        missed += value > GROWTH
-        print(f"{f'json: {name}':48}{value:8.3f} times the CPU,   at most {GROWTH:.3f}: {_verdict(value, GROWTH)}")
-    return 1 if missed else 0
-
-
-def _verdict(value: float, limit: float) -> str:
-    return "met" if value <= limit else "MISSED"
+if __name__ == "__main__":
+    _run_forks()

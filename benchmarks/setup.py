@@ -11,14 +11,24 @@ class Setup:
     """What a candidate is started with."""
 
     models: int = 1
-    """Names in the catalogue; only the one that is asked for has backends."""
+    """Names in the catalogue; only the one that the load asks for has backends, and those that were `asked`."""
     backends: int = 1
     """Of that model; all of them are the one engine, which listens on as many addresses."""
     streams: int = 0
     """How many requests are open at once, if that is beyond what routers take by default."""
+    asked: int = 1
+    """Models that were asked for before the load, so that the metrics have series of each."""
 
     def origins(self, port: int) -> list[str]:
         return [f"{host}:{port}" for host in loopback(self.backends)]
+
+    def other_names(self) -> list[str]:
+        """Of the models besides the one that the load asks for."""
+        return [f"org/model-{number}" for number in range(self.models - 1)]
+
+    def asked_names(self) -> list[str]:
+        """Of those among them that are to be asked."""
+        return self.other_names()[: self.asked - 1]
 
 
 ONE_OF_EACH = Setup()

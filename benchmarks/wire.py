@@ -96,7 +96,7 @@ def stamped_frame(now: int) -> bytes:
 # What the client asks.
 
 
-def request(port: int, tokens: int = 0, interval: float = 0.0, prompt: int = 0) -> bytes:
+def request(port: int, tokens: int = 0, interval: float = 0.0, prompt: int = 0, model: str = MODEL) -> bytes:
     """A chat request as the OpenAI SDK sends it; with `tokens`, for a stream of that many stamped events.
 
     `prompt`: bytes of text to ask with; 0 for a short question.
@@ -105,7 +105,7 @@ def request(port: int, tokens: int = 0, interval: float = 0.0, prompt: int = 0) 
     """
     text = (_PROMPT + "\n") * (prompt // len(_PROMPT)) if prompt else _PROMPT
     body: dict[str, object] = {
-        "model": MODEL,
+        "model": model,
         "messages": [{"role": "system", "content": "You are terse."}, {"role": "user", "content": text}],
         "temperature": 0.7,
         "max_tokens": tokens or 64,
