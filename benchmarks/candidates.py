@@ -161,6 +161,35 @@ def _rust_options(port: int, site: Site, policy: str) -> list[str]:
     return [*options, "--policy", policy, "--prometheus-port", str(free_port())]
 
 
+_LITELLM = """\
+model_list:
+{models}litellm_settings:
+  telemetry: false
+"""
+_LITELLM_MODEL = """\
+- model_name: {name}
+  litellm_params: {{model: hosted_vllm/{name}, api_base: "{url}/v1", api_key: none}}
+"""
+
+
+def _start_litellm(port: int, site: Site) -> Start:
+    config = site.directory / f"litellm-{site.setup.label}.yaml"
+    models = "".join(_LITELLM_MODEL.format(name=wire.MODEL, url=url) for url in site.urls)
+    config.write_text(_LITELLM.format(models=models))
+    command = [
+        str(venv("litellm") / "bin/litellm"),
+        "--config",
+        str(config),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    # Its price list comes with it, or it would ask the Internet for a newer one; nobody else checks keys.
+    wishes = ("LITELLM_LOCAL_MODEL_COST_MAP", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY")
+    return Start(command, dict.fromkeys(wishes, "true"))
+
+
 def _start_plain(port: int, site: Site) -> Start:
     server = [str(venv("starlette-httpx") / "bin/uvicorn"), "--app-dir", str(Path(__file__).parent), "plain:app"]
     options = ["--port", str(port), "--no-access-log"]
@@ -198,7 +227,7 @@ def write_catalogue(site: Site) -> Path:
     names = site.setup.other_names()
     names.insert(len(names) // 2, wire.MODEL)
     models = [{"name": name, "engine": "vllm", **({"backends": backends} if name in served else {})} for name in names]
-    file = site.directory / f"catalogue-{site.setup.models}-{site.setup.backends}-{site.setup.asked}.json"
+    file = site.directory / f"catalogue-{site.setup.label}.json"
     file.write_text(json.dumps({"models": models}))
     return file
 
@@ -222,6 +251,10 @@ CANDIDATES = {
         Candidate("vllm-router-default", _VLLM_ROUTER, _start_vllm_router("cache_aware"), "/readiness"),
         Candidate(
             "sglang-router", from_pypi("sglang-router", "sglang-router==0.3.2"), _start_sglang_router, "/readiness"
+        ),
+        # The newest whose requirements PyPI could fulfil; one worker, as by default.
+        Candidate(
+            "litellm", from_pypi("litellm", "litellm[proxy]==1.106.2"), _start_litellm, "/health/liveliness", 0.01
         ),
         Candidate("starlette-httpx", _PLAIN, _start_plain, "/health", 0.1, many_backends=False),
         Candidate("ours", _install_ours, _start_ours, "/readyz", many_models=True),

@@ -16,7 +16,7 @@ class Load:
     count: int
     tokens: int = 0
     interval: float = 0.010
-    """Seconds between two events of a stream: slow enough that they arrive one by one."""
+    """Seconds between two events of a stream: slow enough that they arrive one by one. 0: as fast as they are taken."""
     slices: int = 4
     """How often it is run in a round, the candidates taking turns: a machine's speed changes from second to second."""
     prompt: int = 0
@@ -62,6 +62,7 @@ LOADS = {
         Load("streams", connections=100, count=100, tokens=100),
         Load("streams-16", connections=16, count=32, tokens=100),
         Load("streams-200", connections=200, count=200, tokens=100),
+        Load("flood", connections=64, count=192, tokens=500, interval=0.0),
         Load("rate-1000", connections=32, count=2_000, rate=1_000),
         Load("rate-streams", connections=64, count=200, tokens=10, rate=100),
         Load("slow-2000", connections=2000, count=2000, tokens=4, interval=3.0, slices=1, setup=Setup(streams=2000)),
@@ -70,6 +71,5 @@ LOADS = {
         Load("embeddings-1m", connections=4, count=100, embeddings=True),
         Load("models-10000", connections=16, count=5_000, setup=Setup(models=10_000)),
         Load("backends-256", connections=16, count=5_000, setup=Setup(backends=256)),
-        Load("open", connections=500, count=500, tokens=8, interval=1.0, slices=1),
     )
 }

@@ -16,7 +16,7 @@ from benchmarks.candidates import Candidate, Site
 from benchmarks.client import Client, examine
 from benchmarks.loads import Load
 from benchmarks.processes import free_port, running
-from benchmarks.report import Sample, quantile
+from benchmarks.samples import Sample, quantile
 from benchmarks.setup import ONE_OF_EACH, Setup
 
 
@@ -49,7 +49,7 @@ class Bench:
         """The pid and the port of a fresh process of this candidate."""
         port = free_port()
         start = candidate.start(port, Site(self.engine_port, setup, self.directory))
-        log = self.directory / f"{candidate.name}.log"
+        log = self.directory / f"{candidate.name}-{setup.label}.log"
         with running(
             start.command, core=self.cores[0], log=log, port=port, ready=candidate.ready, env=start.env
         ) as pid:

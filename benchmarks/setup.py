@@ -19,6 +19,11 @@ class Setup:
     asked: int = 1
     """Models that were asked for before the load, so that the metrics have series of each."""
 
+    @property
+    def label(self) -> str:
+        """For file names."""
+        return f"{self.models}-{self.backends}-{self.streams}-{self.asked}"
+
     def origins(self, port: int) -> list[str]:
         return [f"{host}:{port}" for host in loopback(self.backends)]
 

@@ -1,5 +1,6 @@
 """The bytes of the benchmark: what the client asks, what the engine answers, and the check that one fits the other."""
 
+import gzip
 import json
 import math
 import re
@@ -178,7 +179,11 @@ def check_embeddings(raw: bytes) -> Checked:
 
 def _body(raw: bytes) -> bytes:
     head, _, body = raw.partition(b"\r\n\r\n")
-    return _dechunk(body) if b"\r\ntransfer-encoding: chunked" in head.lower() else body
+    head = head.lower()
+    if b"\r\ntransfer-encoding: chunked" in head:
+        body = _dechunk(body)
+    # No engine does this, but one router does.
+    return gzip.decompress(body) if b"\r\ncontent-encoding: gzip" in head else body
 
 
 def _check_json(body: bytes) -> Checked:
