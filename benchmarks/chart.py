@@ -61,7 +61,7 @@ def _page(
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" height="{total}"'
-            f' font-family="sans-serif" font-size="12" fill="{_INK}">',
+            f' font-family="DejaVu Sans, sans-serif" font-size="12" fill="{_INK}">',
             f'<rect width="{width}" height="{total}" fill="#fff"/>',
             _text(_GAP, 30, title, size=16),
             *body,

@@ -174,7 +174,7 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
     loop = Loop()
     asyncio.set_event_loop(loop)
     stops: list[Callable[[], Awaitable[None]]] = []
-    level = logging.root.manager.disable
+    level, handlers = (logging.root.level, logging.root.manager.disable), logging.root.handlers[:]
     logging.disable()
     try:
         with tempfile.TemporaryDirectory() as directory, Path(os.devnull).open("w") as nowhere:
@@ -195,7 +195,9 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
             loop.run_until_complete(stop())
         loop.close()
         asyncio.set_event_loop(None)
-        logging.disable(level)
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level[0])
+        logging.disable(level[1])
 
 
 async def _start(loop: Loop, config: uvicorn.Config) -> tuple[Client, Callable[[], Awaitable[None]]]:
