@@ -34,6 +34,7 @@ STREAM_EVENTS = 100
 # How much one read of a socket brings at most, as uvloop does it.
 _READ = 256 * 1024
 _NEVER = 1e6
+_LONG = 3600.0
 _SLOWER = 10_000
 _JSON = response(b"200 OK", b"application/json", wire.ANSWER)
 _EVENT = wire.stamped_frame(0)
@@ -183,6 +184,8 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
                 settings = Settings(
                     catalogue=write_catalogue(Site(9, setup, Path(directory))),
                     max_in_flight=setup.streams + 1000,
+                    # Under valgrind a second is short, and a connection that came of age would be made again.
+                    upstream_keepalive=_LONG,
                 )
                 router = Router(settings, access_log=configure_logging("info", "json", nowhere))
                 config = server_config(router.app, settings, router.refused)

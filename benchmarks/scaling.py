@@ -15,7 +15,7 @@ from benchmarks import wire
 from benchmarks.candidates import CANDIDATES
 from benchmarks.chart import Panel, Point
 from benchmarks.client import Client
-from benchmarks.loads import LOADS, Load
+from benchmarks.loads import LOADS
 from benchmarks.measure import Bench
 from benchmarks.samples import Sample, points, ratio
 from benchmarks.setup import Setup
@@ -47,17 +47,18 @@ def run(bench: Bench, rounds: int, share: float = 1.0) -> list[Sample]:
     """Samples whose `load` is the sweep's name, and whose `candidate` is the size."""
     samples = []
     for number, sweep in ((number, sweep) for number in range(rounds) for sweep in SWEEPS):
-        load = replace(LOADS["json"].scaled(share), name=sweep.name)
+        load = LOADS["json"].scaled(share)
         with ExitStack() as stack:
             routers = []
             for size in sweep.sizes:
-                pid, port = stack.enter_context(bench.router(CANDIDATES["ours"], sweep.setup(size)))
-                _prepare(stack, port, sweep.setup(size))
-                routers.append((str(size), pid, port))
+                setup = sweep.setup(size)
+                pid, port = stack.enter_context(bench.router(CANDIDATES["ours"], setup))
+                _prepare(stack, port, setup)
+                routers.append((str(size), pid, port, replace(load, name=sweep.name, setup=setup)))
             for part in range(load.slices):
                 turn = (number + part) % len(routers)
-                for name, pid, port in routers[turn:] + routers[:turn]:
-                    sample = bench.measure(name, pid, port, load)
+                for router in routers[turn:] + routers[:turn]:
+                    sample = bench.measure(*router)
                     sample.round, sample.slice = number, part
                     samples.append(sample)
                     print(f"round {number + 1}/{rounds}.{part + 1}  {sample}", file=sys.stderr)
@@ -65,22 +66,21 @@ def run(bench: Bench, rounds: int, share: float = 1.0) -> list[Sample]:
 
 
 def _prepare(stack: ExitStack, port: int, setup: Setup) -> None:
-    """Streams are open, models have been asked, and there is a connection to each backend."""
+    """Streams are open, and models have been asked."""
     for _ in range(setup.streams):
         stream = stack.enter_context(closing(socket.create_connection(("127.0.0.1", port))))
         stream.sendall(wire.request(port, tokens=2, interval=_SILENCE))
         if not stream.recv(65536).startswith(b"HTTP/1.1 200 "):
             raise wire.BadAnswer("a stream was refused")
-    uvloop.run(_ask(port, setup, LOADS["json"]))
+    uvloop.run(_ask(port, setup.asked_names()))
 
 
-async def _ask(port: int, setup: Setup, load: Load) -> None:
+async def _ask(port: int, names: Sequence[str]) -> None:
     client = Client(port)
     try:
         await client.connect(1)
-        for name in setup.asked_names():
+        for name in names:
             await client.run(wire.request(port, model=name), 1, _PATIENCE)
-        await client.run(load.request(port), 6 * setup.backends, _PATIENCE)
     finally:
         client.close()
 
