@@ -120,10 +120,10 @@ def medians(samples: Sequence[Sample], load: str, name: str) -> dict[str, Any]:
 
 
 def _limit(router: float, load: float) -> str:
-    """What set the pace: the router's core, the core of engine and client, or neither."""
-    if router >= _ROUTER_FULL:
-        return "router"
-    return "load" if load >= _LOAD_FULL else "-"
+    """What set the pace: the core of engine and client, the router's, or neither. In doubt it was not the router."""
+    if load >= _LOAD_FULL:
+        return "load"
+    return "router" if router >= _ROUTER_FULL else "-"
 
 
 def all_medians(samples: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def test_a_missed_budget_is_said() -> None:
 
 def test_medians_say_what_set_the_pace() -> None:
     full, idle, bound = sample("ours", 0, 1.0), sample("nginx", 0, 1.0), sample("direct", 0, 1.0)
-    full.router_busy, bound.load_busy = 0.97, 0.99
+    full.router_busy, bound.router_busy, bound.load_busy = 0.97, 0.97, 0.99
 
     assert [row["limit"] for row in all_medians([full, idle, bound])] == ["router", "-", "load"]
 
