@@ -1,10 +1,12 @@
-"""A closed-loop client on raw sockets: each keep-alive connection sends its next request when it has its answer.
+"""A client on raw sockets. Closed loop: each keep-alive connection sends its next request when it has its answer. Open
+loop: requests fall due at a fixed rate, and one that finds no connection free is late, which counts.
 
 While the load runs it only stores what it reads; everything is taken apart and checked afterwards.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -20,6 +22,7 @@ class Exchange:
     """One request and the reads that made up its answer, with their times in nanoseconds."""
 
     sent: int
+    """When it was sent; in an open loop, when it was due and would have been with a connection free."""
     reads: list[tuple[int, bytes]] = field(default_factory=list)
 
 
@@ -53,9 +56,9 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
-    def send(self, request: bytes) -> None:
+    def send(self, request: bytes, due: int) -> None:
         self.wanted, self.received, self.tail = _UNKNOWN, 0, b""
-        self.exchange = Exchange(time.monotonic_ns())
+        self.exchange = Exchange(due)
         self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
@@ -115,6 +118,10 @@ class Client:
         self.expected = 0
         self.exchanges: list[Exchange] = []
         self.finished: asyncio.Future[None] | None = None
+        # Of an open loop: requests per second, and what waits for the other
+        self.rate = 0.0
+        self.free: list[_Connection] = []
+        self.overdue: deque[int] = deque()
 
     async def connect(self, count: int) -> None:
         loop = asyncio.get_running_loop()
@@ -127,15 +134,23 @@ class Client:
         for connection in self.connections:
             connection.transport.close()
 
-    async def run(self, request: bytes, count: int, patience: float) -> tuple[float, list[Exchange]]:
-        """Send `request` so many times and read the answers: the seconds it took, and what was read."""
+    async def run(self, request: bytes, count: int, patience: float, rate: float = 0.0) -> tuple[float, list[Exchange]]:
+        """Send `request` so many times and read the answers: the seconds it took, and what was read.
+
+        `rate`: requests per second, whatever the router does; 0 for a closed loop.
+        """
         self.request = request
         self.to_send = self.expected = count
         self.exchanges = []
         self.finished = asyncio.get_running_loop().create_future()
+        self.rate = rate
         start = time.monotonic()
-        for connection in self.connections:
-            self._send_next(connection)
+        if rate:
+            self.free = self.connections[::-1]
+            self._send_due(start)
+        else:
+            for connection in self.connections:
+                self._send_next(connection)
         try:
             async with asyncio.timeout(patience):
                 await self.finished
@@ -146,11 +161,28 @@ class Client:
     def _send_next(self, connection: _Connection) -> None:
         if self.to_send:
             self.to_send -= 1
-            connection.send(self.request)
+            connection.send(self.request, time.monotonic_ns())
+
+    def _send_due(self, start: float) -> None:
+        """Whatever fell due since the last look. A timer of ours that is late is not the router's delay."""
+        due = min(self.expected, int((time.monotonic() - start) * self.rate) + 1) - (self.expected - self.to_send)
+        self.to_send -= due
+        for _ in range(due):
+            if self.free:
+                self.free.pop().send(self.request, time.monotonic_ns())
+            else:
+                self.overdue.append(time.monotonic_ns())
+        if self.to_send:
+            asyncio.get_running_loop().call_later(1 / self.rate, self._send_due, start)
 
     def answered(self, connection: _Connection, exchange: Exchange) -> None:
         self.exchanges.append(exchange)
-        self._send_next(connection)
+        if not self.rate:
+            self._send_next(connection)
+        elif self.overdue:
+            connection.send(self.request, self.overdue.popleft())
+        else:
+            self.free.append(connection)
         if len(self.exchanges) == self.expected:
             self._finish(lambda finished: finished.set_result(None))
 
@@ -162,11 +194,11 @@ class Client:
             how(self.finished)
 
 
-def examine(exchanges: list[Exchange], tokens: int, seconds: float) -> Result:
+def examine(exchanges: list[Exchange], check: Callable[[bytes], wire.Checked], seconds: float) -> Result:
     """Check every answer to the last byte, then measure. Raises BadAnswer."""
     events, exact = 0, True
     for exchange in exchanges:
-        checked = wire.check(b"".join(data for _, data in exchange.reads), tokens)
+        checked = check(b"".join(data for _, data in exchange.reads))
         events += checked.events
         exact = exact and checked.exact
     stamped = [(at, stamps) for e in exchanges for at, data in e.reads if (stamps := wire.STAMP.findall(data))]

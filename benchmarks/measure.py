@@ -12,11 +12,12 @@ from pathlib import Path
 import uvloop
 
 from benchmarks import cpu, wire
-from benchmarks.candidates import Candidate
+from benchmarks.candidates import Candidate, Site
 from benchmarks.client import Client, examine
 from benchmarks.loads import Load
 from benchmarks.processes import free_port, running
-from benchmarks.report import Sample, quantile
+from benchmarks.samples import Sample, quantile
+from benchmarks.setup import ONE_OF_EACH, Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,11 @@ class Bench:
     tries: int
 
     @contextmanager
-    def router(self, candidate: Candidate) -> Iterator[tuple[int, int]]:
+    def router(self, candidate: Candidate, setup: Setup = ONE_OF_EACH) -> Iterator[tuple[int, int]]:
         """The pid and the port of a fresh process of this candidate."""
         port = free_port()
-        start = candidate.start(port, self.engine_port, self.directory)
-        log = self.directory / f"{candidate.name}.log"
+        start = candidate.start(port, Site(self.engine_port, setup, self.directory))
+        log = self.directory / f"{candidate.name}-{setup.label}.log"
         with running(
             start.command, core=self.cores[0], log=log, port=port, ready=candidate.ready, env=start.env
         ) as pid:
@@ -109,7 +110,7 @@ class Bench:
             open_streams = await halfway
         finally:
             client.close()
-        result = examine(exchanges, load.tokens, seconds)
+        result = examine(exchanges, load.check, seconds)
         units = result.events if load.tokens else result.requests
         held = result.delays if load.tokens else result.latencies
         user, system = (b - a for a, b in zip(before.ticks, after.ticks, strict=True))
@@ -128,7 +129,9 @@ class Bench:
             noise=max(0.0, others / passed),
             clean=others <= self.noise * passed,
             per_second=units / seconds,
+            open_loop=load.rate > 0,
             first_byte_p50=quantile(result.first_bytes, 0.5),
+            first_byte_p99=quantile(result.first_bytes, 0.99),
             held_p50=quantile(held, 0.5),
             held_p99=quantile(held, 0.99),
             events_per_read=len(result.delays) / max(1, result.reads_with_events),

@@ -25,4 +25,5 @@ async def forward(request: Request) -> Response:
     return Response(await answer.aread(), answer.status_code, media_type=content_type)
 
 
-app = Starlette(routes=[Route("/health", forward), Route("/v1/chat/completions", forward, methods=["POST"])])
+_PATHS = ("/v1/chat/completions", "/v1/embeddings")
+app = Starlette(routes=[Route("/health", forward), *(Route(path, forward, methods=["POST"]) for path in _PATHS)])

@@ -14,8 +14,9 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.candidates import Candidate, NotInstalled, from_pypi, venv
+from benchmarks.setup import Setup
 
-RouterContext = Callable[[Candidate], AbstractContextManager[tuple[int, int]]]
+RouterContext = Callable[[Candidate, Setup], AbstractContextManager[tuple[int, int]]]
 Run = Callable[[int], Awaitable[object]]
 """Runs a load once against the router on this port."""
 
@@ -24,7 +25,7 @@ _TOP = 40
 _PY_SPY = from_pypi("py-spy", "py-spy==0.4.3")
 
 
-def profile(router: RouterContext, ours: Candidate, loads: Sequence[tuple[str, Run]], directory: Path) -> int:
+def profile(router: RouterContext, ours: Candidate, loads: Sequence[tuple[str, Setup, Run]], directory: Path) -> int:
     """Each load once per tool, each time on a fresh process; the tables go to stdout and to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -33,11 +34,11 @@ def profile(router: RouterContext, ours: Candidate, loads: Sequence[tuple[str, R
     except NotInstalled as exc:
         print(f"cannot profile: {exc}", file=sys.stderr)
         return 1
-    for name, run in loads:
-        with router(ours) as (pid, port):
+    for name, setup, run in loads:
+        with router(ours, setup) as (pid, port):
             _python(pid, port, run, directory / name)
         if shutil.which("perf"):
-            with router(ours) as (pid, port):
+            with router(ours, setup) as (pid, port):
                 _native(pid, port, run, directory / name)
     return 0
 

@@ -1,55 +1,26 @@
-"""From samples to a table: medians over the clean slices, and ratios within each."""
+"""What is printed and drawn of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 
-
-@dataclass(slots=True)
-class Sample:
-    """One candidate under one load, once. Times in seconds, unless the name says otherwise."""
-
-    candidate: str
-    load: str
-    streamed: bool
-    units: int
-    cpu_us: float
-    """Of the router, per unit: a request, or an event of a stream."""
-    kernel_share: float
-    router_busy: float
-    load_busy: float
-    """Of the core that engine and client share: near 1, they set the pace, not the router."""
-    noise: float
-    """The share of a core that others used meanwhile, on the busier of the two."""
-    clean: bool
-    """The noise was within the limit."""
-    per_second: float
-    first_byte_p50: float
-    held_p50: float
-    """JSON: from request to answer. Streams: from the engine's write of an event to the client's read."""
-    held_p99: float
-    events_per_read: float
-    exact: bool
-    open_kb: float
-    """Growth of the router's memory per connection, from before they came to the middle of the load."""
-    yardstick_ms: float = 0.0
-    """CPU time of a fixed loop on the router's core, just before: how fast the machine was."""
-    idle_mb: float = 0.0
-    round: int = 0
-    slice: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.load:12} {self.candidate:20} {self.cpu_us:8.1f} us CPU {self.per_second:8.0f}/s"
-            f"  noise {self.noise:4.0%}  yardstick {self.yardstick_ms:.1f} ms"
-        )
-
+from benchmarks.chart import Panel, Point
+from benchmarks.samples import LATENCIES, OTHERS, Sample, added, differences, medians, points, ratio, routers, usable
 
 # What we promise: (load, the other one, our median ratio to it, at most).
-BUDGETS = (("json", "vllm-router", 0.9), ("streams", "vllm-router", 0.9), ("streams", "nginx", 1.5))
+BUDGETS = (
+    ("json", "vllm-router", 0.9),
+    ("streams", "vllm-router", 0.9),
+    ("streams", "nginx", 1.5),
+    ("json", "starlette-httpx", 1 / 20),
+    ("json", "litellm", 1 / 100),
+)
+# (field of a sample, milliseconds over direct at 1,000 requests/s)
+LATENCY_BUDGETS_MS = (("held_p50", 0.3), ("held_p99", 2.0))
 IDLE_BUDGET_MB = 60
 OPEN_BUDGET_KB = 30
-
+OPEN_LOAD = "slow-2000"
+# Closed loops that fill a router, and what they count
+SATURATED = {"json": "requests", "flood": "events"}
 # heading, width, field, factor, format
 _COLUMNS = (
     ("kernel", 8, "kernel_share", 1, ".0%"),
@@ -63,26 +34,6 @@ _COLUMNS = (
     ("idle MB", 9, "idle_mb", 1, ".1f"),
     ("KB/conn", 9, "open_kb", 1, ".1f"),
 )
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
-
-
-def ratio(samples: Sequence[Sample], load: str, candidate: str, other: str) -> float | None:
-    """The median of candidate / other over the slices where both are clean: measured within seconds of each other."""
-    mine, theirs = ({(s.round, s.slice): s.cpu_us for s in _usable(samples, load, name)} for name in (candidate, other))
-    if not any(mine.values()) or not any(theirs.values()):
-        return None
-    pairs = [mine[at] / theirs[at] for at in mine.keys() & theirs.keys()]
-    return median(pairs) if pairs else median(mine.values()) / median(theirs.values())
-
-
-def _usable(samples: Sequence[Sample], load: str, candidate: str) -> list[Sample]:
-    """The clean samples; all of them, when the machine was never quiet."""
-    mine = [s for s in samples if s.load == load and s.candidate == candidate]
-    return [s for s in mine if s.clean] or mine
 
 
 def table(samples: Sequence[Sample], versions: dict[str, str], machine: dict[str, str]) -> str:
@@ -100,36 +51,58 @@ def _load_lines(samples: Sequence[Sample]) -> list[str]:
     headings = "".join(f"{heading:>{width}}" for heading, width, *_ in _COLUMNS)
     return [
         f"{samples[0].load}: CPU per {unit}",
-        f"{'':20}{'us':>8}{'(min - max)':>18}{'/nginx':>8}{'/vllm':>7}{'clean':>8}{headings}  bytes",
+        f"{'':20}{'us':>8}{'(min - max)':>18}{'/nginx':>8}{'/vllm':>7}{'clean':>8}{headings}{'limit':>8}  bytes",
         *(_row(samples, name) for name in dict.fromkeys(s.candidate for s in samples)),
+        *_latency_lines(samples),
     ]
 
 
+def _latency_lines(samples: Sequence[Sample]) -> list[str]:
+    """What each candidate adds to the latencies of no router, at the same fixed rate."""
+    load, streamed = samples[0].load, samples[0].streamed
+    if not samples[0].open_loop or all(s.candidate != "direct" for s in samples):
+        return []
+    lines = ["", f"{load}: ms later than without a router, at the same rate"]
+    for name in routers(samples, load):
+        cells = []
+        for field in LATENCIES:
+            value = added(samples, load, name, field)
+            cells.append(f"{_said(field, streamed)} {'-' if value is None else f'{value * 1e3:+.2f}'}")
+        lines.append(f"{name:20}{'   '.join(cells)}")
+    return lines
+
+
+def _said(field: str, streamed: bool) -> str:
+    kind, _, share = field.rpartition("_")
+    names = ("first token", "an event") if streamed else ("first byte", "the answer")
+    return f"{names[kind == 'held']} {share}"
+
+
 def _row(samples: Sequence[Sample], name: str) -> str:
-    load = samples[0].load
-    mine, total = _usable(samples, load, name), sum(s.candidate == name for s in samples)
-    clean = f"{sum(s.clean for s in mine)}/{total}"
-    costs = [s.cpu_us for s in mine]
-    span = f"({min(costs):.1f} - {max(costs):.1f})"
-    ratios = [ratio(samples, load, name, other) for other in ("nginx", "vllm-router")]
-    to_nginx, to_vllm = ("-" if value is None else f"{value:.2f}" for value in ratios)
-    cells = "".join(
-        f"{format(median(getattr(s, field) for s in mine) * factor, how):>{width}}"
-        for _, width, field, factor, how in _COLUMNS
+    row = medians(samples, samples[0].load, name)
+    span = f"({row['cpu_us_min']:.1f} - {row['cpu_us_max']:.1f})"
+    to_nginx, to_vllm = ("-" if row["ratio"][other] is None else f"{row['ratio'][other]:.2f}" for other in OTHERS)
+    cells = "".join(f"{format(row[field] * factor, how):>{width}}" for _, width, field, factor, how in _COLUMNS)
+    exact = "same" if row["exact"] else "CHANGED"
+    clean = f"{row['clean']}/{row['samples']}"
+    return (
+        f"{name:20}{row['cpu_us']:8.1f}{span:>18}{to_nginx:>8}{to_vllm:>7}{clean:>8}{cells}{row['limit']:>8}  {exact}"
     )
-    exact = "same" if all(s.exact for s in mine) else "CHANGED"
-    return f"{name:20}{median(costs):8.1f}{span:>18}{to_nginx:>8}{to_vllm:>7}{clean:>8}{cells}  {exact}"
 
 
 def _budget_lines(samples: Sequence[Sample]) -> list[str]:
     lines = []
     for load, other, limit in BUDGETS:
         if value := ratio(samples, load, "ours", other):
-            lines.append(f"budget {load}: ours / {other} {value:.2f}, at most {limit}: {_verdict(value, limit)}")
+            lines.append(f"budget {load}: ours / {other} {value:.3f}, at most {limit}: {_verdict(value, limit)}")
+    for field, most in LATENCY_BUDGETS_MS:
+        if (later := added(samples, "rate-1000", "ours", field)) is not None:
+            what = f"budget rate-1000: ours {later * 1e3:+.2f} ms to {_said(field, streamed=False)}"
+            lines.append(f"{what}, at most {most}: {_verdict(later * 1e3, most)}")
     if idle := [s.idle_mb for s in samples if s.candidate == "ours"]:
         verdict = _verdict(median(idle), IDLE_BUDGET_MB)
         lines.append(f"budget memory: ours idle {median(idle):.1f} MB, at most {IDLE_BUDGET_MB}: {verdict}")
-    if held := [s.open_kb for s in _usable(samples, "open", "ours")]:
+    if held := [s.open_kb for s in usable(samples, OPEN_LOAD, "ours")]:
         verdict = _verdict(median(held), OPEN_BUDGET_KB)
         lines.append(f"budget memory: ours {median(held):.1f} KB per open stream, at most {OPEN_BUDGET_KB}: {verdict}")
     return lines
@@ -137,3 +110,34 @@ def _budget_lines(samples: Sequence[Sample]) -> list[str]:
 
 def _verdict(value: float, limit: float) -> str:
     return "met" if value <= limit else "MISSED"
+
+
+def panels(samples: Sequence[Sample]) -> list[Panel]:
+    """The charts of a run: the cost of each load, what a fixed rate shows, saturation, memory."""
+    loads = dict.fromkeys((s.load, s.streamed, s.open_loop) for s in samples)
+    out = []
+    for load, streamed, _ in loads:
+        unit = "event" if streamed else "request"
+        out.append(_panel(samples, load, "cpu_us", f"{load}: CPU per {unit}", f"us per {unit}"))
+    for load, streamed, open_loop in loads:
+        # A JSON answer comes in one piece: its first byte is its last.
+        for field in (LATENCIES if streamed else LATENCIES[2:]) if open_loop else ():
+            title = f"{load}: {_said(field, streamed)}"
+            out.append(Panel(title, "ms later than without a router", _later(samples, load, field)))
+    for load in (load for load, *_ in loads if load in SATURATED):
+        title, unit = f"{load}: at saturation", f"{SATURATED[load]} per second, one core"
+        out.append(_panel(samples, load, "per_second", title, unit, "direct"))
+    if any(load == OPEN_LOAD for load, *_ in loads):
+        out.append(_panel(samples, OPEN_LOAD, "open_kb", "memory per open stream", f"KB, under {OPEN_LOAD}"))
+    out.append(_panel(samples, samples[0].load, "idle_mb", "memory when idle", "MB"))
+    return [panel for panel in out if panel.points]
+
+
+def _panel(samples: Sequence[Sample], load: str, field: str, title: str, unit: str, *more: str) -> Panel:
+    return Panel(title, unit, points(samples, load, [*more, *routers(samples, load)], field))
+
+
+def _later(samples: Sequence[Sample], load: str, field: str) -> list[Point]:
+    found = {name: differences(samples, load, name, field) for name in routers(samples, load)}
+    ms = {name: [value * 1e3 for value in values] for name, values in found.items() if values}
+    return [Point(name, median(values), min(values), max(values)) for name, values in ms.items()]

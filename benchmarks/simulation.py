@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from benchmarks.queues import Case, Event, Result, simulate
-from benchmarks.report import quantile
+from benchmarks.samples import quantile
 from inference_api.routing.catalogue import PolicyName
 
 # Those of a Case that every cell of a run has in common.

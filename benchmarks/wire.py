@@ -1,10 +1,13 @@
 """The bytes of the benchmark: what the client asks, what the engine answers, and the check that one fits the other."""
 
+import gzip
 import json
+import math
 import re
 from dataclasses import dataclass
 
 MODEL = "llama-3-8b"
+EMBEDDINGS_PATH = "/v1/embeddings"
 
 _ID = "chatcmpl-9f86d081884c7d659a2feaa0c55ad015"
 _PROMPT = "Explain in one sentence why the sky is blue and why it turns red in the evening."
@@ -54,7 +57,19 @@ def frame(event: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event)
 
 
+def _embeddings() -> bytes:
+    """One vector of a megabyte of text: as many digits as an engine sends, in no pattern that repeats soon."""
+    vector = [round(math.sin(n * n), 17) for n in range(51_000)]
+    data = [{"index": 0, "object": "embedding", "embedding": vector}]
+    usage = {"prompt_tokens": 27, "total_tokens": 27, "completion_tokens": 0, "prompt_tokens_details": None}
+    head = {"id": _ID.replace("chatcmpl", "embd"), "object": "list", "created": 1763690000, "model": MODEL}
+    return _dump({**head, "data": data, "usage": usage})
+
+
 ANSWER = _answer()
+EMBEDDINGS = _embeddings()
+# Both end like this, and nothing within them does.
+JSON_END = ANSWER[-20:]
 MODELS = _dump(
     {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 1763690000, "owned_by": "vllm"}]}
 )
@@ -67,7 +82,10 @@ _USAGE_EVENT = _event(
     {**_chunk({}), "choices": [], "usage": {"prompt_tokens": 27, "total_tokens": 227, "completion_tokens": 200}}
 )
 STREAM_END = frame(_LAST_EVENT) + frame(_USAGE_EVENT) + frame(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-EXTRA_EVENTS = 3  # the first one, the one with finish_reason, the one with usage
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ndate: Fri, 21 Nov 2025 02:00:00 GMT\r\nserver: uvicorn\r\n"
+    b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
 STAMP = re.compile(rb'"content": ?" (\d{%d})"' % _STAMP_WIDTH)
 
 
@@ -79,23 +97,34 @@ def stamped_frame(now: int) -> bytes:
 # What the client asks.
 
 
-def request(port: int, tokens: int = 0, interval: float = 0.0) -> bytes:
+def request(port: int, tokens: int = 0, interval: float = 0.0, prompt: int = 0, model: str = MODEL) -> bytes:
     """A chat request as the OpenAI SDK sends it; with `tokens`, for a stream of that many stamped events.
+
+    `prompt`: bytes of text to ask with; 0 for a short question.
 
     `seed` tells the engine the milliseconds between two events: a field that every router knows and passes.
     """
+    text = (_PROMPT + "\n") * (prompt // len(_PROMPT)) if prompt else _PROMPT
     body: dict[str, object] = {
-        "model": MODEL,
-        "messages": [{"role": "system", "content": "You are terse."}, {"role": "user", "content": _PROMPT}],
+        "model": model,
+        "messages": [{"role": "system", "content": "You are terse."}, {"role": "user", "content": text}],
         "temperature": 0.7,
         "max_tokens": tokens or 64,
         "seed": round(interval * 1000),
     }
     if tokens:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    content = _dump(body)
+    return _post(port, "/v1/chat/completions", _dump(body))
+
+
+def embeddings_request(port: int) -> bytes:
+    """A short question with a long answer."""
+    return _post(port, EMBEDDINGS_PATH, _dump({"model": MODEL, "input": _PROMPT, "encoding_format": "float"}))
+
+
+def _post(port: int, path: str, content: bytes) -> bytes:
     head = (
-        "POST /v1/chat/completions HTTP/1.1",
+        f"POST {path} HTTP/1.1",
         f"Host: 127.0.0.1:{port}",
         "Accept-Encoding: gzip, deflate",
         "Connection: keep-alive",
@@ -130,10 +159,31 @@ class Checked:
 
 def check(raw: bytes, tokens: int) -> Checked:
     """Read a whole response, head and all. Raises BadAnswer."""
-    head, _, body = raw.partition(b"\r\n\r\n")
-    if b"\r\ntransfer-encoding: chunked" in head.lower():
-        body = _dechunk(body)
+    body = _body(raw)
     return _check_stream(body, tokens) if tokens else _check_json(body)
+
+
+def check_embeddings(raw: bytes) -> Checked:
+    """The same for an answer with embeddings. Raises BadAnswer."""
+    body = _body(raw)
+    if body == EMBEDDINGS:
+        return Checked(0, True)
+    try:
+        vector = json.loads(body)["data"][0]["embedding"]
+    except (ValueError, LookupError, TypeError):
+        raise BadAnswer(f"these are no embeddings: {body[:300]!r}") from None
+    if vector != json.loads(EMBEDDINGS)["data"][0]["embedding"]:
+        raise BadAnswer("the embeddings are not the engine's")
+    return Checked(0, False)
+
+
+def _body(raw: bytes) -> bytes:
+    head, _, body = raw.partition(b"\r\n\r\n")
+    head = head.lower()
+    if b"\r\ntransfer-encoding: chunked" in head:
+        body = _dechunk(body)
+    # No engine does this, but one router does.
+    return gzip.decompress(body) if b"\r\ncontent-encoding: gzip" in head else body
 
 
 def _check_json(body: bytes) -> Checked:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import simulation
 from benchmarks.queues import Case, Event, Server, Sessions, Simulation, simulate
-from benchmarks.report import quantile
+from benchmarks.samples import quantile
 from inference_api.routing.catalogue import PolicyName
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
