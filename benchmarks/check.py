@@ -33,6 +33,7 @@ HEADROOM = 1.10
 GROWTH = 1.05
 # Seconds; ten times what it takes.
 _PATIENCE = 300
+_INSIDE = "BENCHMARKS_UNDER_VALGRIND"
 _NOTHING, _YARDSTICK = "nothing", "yardstick"
 _YARDSTICKS = 200
 _BASE = Setup(backends=2)
@@ -126,15 +127,25 @@ def _versions() -> dict[str, str]:
 
 def _count(valgrind: str) -> dict[str, float]:
     """Instructions of one unit of each case."""
+    counted, units = under_valgrind(valgrind, "benchmarks.check")
+    nothing = counted.pop(_NOTHING)
+    return {name: round((total - nothing) / units[name], 1) for name, total in counted.items()}
+
+
+def under_valgrind(valgrind: str, module: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Run a module that prints {name: (pid of a fork, units)}: instructions by name, and units by name."""
     with tempfile.TemporaryDirectory() as directory:
         tool = ["-q", "--tool=cachegrind", "--cache-sim=no", f"--cachegrind-out-file={directory}/%p"]
-        command = [valgrind, *tool, f"--log-file={directory}/log", sys.executable, "-m", "benchmarks.check"]
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        command = [valgrind, *tool, f"--log-file={directory}/log", sys.executable, "-m", module]
+        environment = {**os.environ, _INSIDE: "1", "PYTHONHASHSEED": "0"}
         done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=_PATIENCE, check=True)
         forks: dict[str, tuple[int, int]] = json.loads(done.stdout)
         counted = {name: _instructions(Path(directory, str(pid))) for name, (pid, _) in forks.items()}
-    nothing = counted.pop(_NOTHING)
-    return {name: round((total - nothing) / forks[name][1], 1) for name, total in counted.items()}
+    return counted, {name: units for name, (_, units) in forks.items()}
+
+
+def is_under_valgrind() -> bool:
+    return _INSIDE in os.environ
 
 
 def _instructions(file: Path) -> int:
@@ -151,13 +162,13 @@ def _run_forks() -> None:
         by_setup = dict(zip(setups, clients, strict=True))
         loop.run_until_complete(_prepare(by_setup))
         for case in CASES:
-            _try(loop, by_setup[case.setup], case)
+            try_case(loop, by_setup[case.setup], case)
         # As the server does before it serves: what is there to stay is not looked at again.
         gc.collect()
         gc.freeze()
-        forks = {_NOTHING: (_fork(lambda: None), 1), _YARDSTICK: (_fork(_yardsticks), _YARDSTICKS)}
+        forks = {_NOTHING: (fork(lambda: None), 1), _YARDSTICK: (fork(_yardsticks), _YARDSTICKS)}
         for case in CASES:
-            forks[case.name] = (_fork(_work(loop, by_setup[case.setup], case)), case.count * case.units)
+            forks[case.name] = (fork(_work(loop, by_setup[case.setup], case)), case.count * case.units)
         print(json.dumps(forks), flush=True)
         # To stop all these routers properly takes longer than to count, under valgrind.
         os._exit(0)
@@ -173,7 +184,7 @@ async def _prepare(clients: Mapping[Setup, Client]) -> None:
         await asyncio.sleep(0)
 
 
-def _try(loop: Loop, client: Client, case: Case) -> None:
+def try_case(loop: Loop, client: Client, case: Case) -> None:
     """Short cuts are learnt, byte code is specialised, each backend is connected; and the answer is right."""
     loop.run_until_complete(client.run(case.request, 20 + 6 * case.setup.backends, case.end))
     if not case.check(client.answer).exact:
@@ -184,7 +195,7 @@ def _work(loop: Loop, client: Client, case: Case) -> Callable[[], Any]:
     return lambda: loop.run_until_complete(client.run(case.request, case.count, case.end))
 
 
-def _fork(work: Callable[[], Any]) -> int:
+def fork(work: Callable[[], Any]) -> int:
     """The pid of a process that did this work, and ended."""
     pid = os.fork()
     if not pid:

@@ -123,6 +123,7 @@ def configure_logging(level: str, log_format: str | None, stream: TextIO | None 
 
 
 _second = ("", -1)
+_MILLISECONDS = [f".{number:03d}Z" for number in range(1000)]
 
 
 def _timestamp(now: float) -> str:
@@ -130,4 +131,4 @@ def _timestamp(now: float) -> str:
     whole = int(now)
     if _second[1] != whole:
         _second = (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)), whole)
-    return f"{_second[0]}.{int((now - whole) * 1000):03d}Z"
+    return _second[0] + _MILLISECONDS[int((now - whole) * 1000)]
