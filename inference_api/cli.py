@@ -11,6 +11,7 @@ from inference_api.app import Router
 from inference_api.inbound.server import run_server
 from inference_api.observe.log import configure_logging
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
+from inference_api.routing.cluster import Cluster, ClusterError, in_cluster
 from inference_api.settings import PREFIX, Settings, SettingsError, load_settings
 
 _ABOUT = """\
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     access_log = configure_logging(settings.log_level, settings.log_format)
-    router = Router(settings, tokens=os.environ, access_log=access_log)
+    router = Router(settings, tokens=os.environ, access_log=access_log, cluster=_cluster(settings))
     run_server(router, settings)
     logging.getLogger(__name__).info("stopped")
     return 0
@@ -126,6 +127,15 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         if value is not None:
             environ[PREFIX + name.upper()] = str(value)
     return load_settings(environ)
+
+
+def _cluster(settings: Settings) -> Cluster | None:
+    if settings.discovery == "dns":
+        return None
+    try:
+        return in_cluster(os.environ)
+    except ClusterError as exc:
+        raise SettingsError(f"{PREFIX}DISCOVERY={settings.discovery}: {exc}") from None
 
 
 def _shown(default: object) -> str:
