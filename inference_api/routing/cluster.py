@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import httpx
 import orjson
 
-from inference_api.routing.slices import SERVICE_LABEL
+from inference_api.routing.slices import SERVICE_LABEL, is_label
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -71,6 +71,8 @@ def in_cluster(environ: Mapping[str, str], account: Path = ACCOUNT) -> Cluster:
             f"the pod has no service account token ({exc.strerror}: {exc.filename}); "
             "set automountServiceAccountToken, or use `dns`"
         ) from None
+    if not is_label(namespace):
+        raise ClusterError(f"{account / 'namespace'} does not hold the name of a namespace")
     url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
     return Cluster(url, namespace, account / "token", account / "ca.crt")
 
@@ -193,7 +195,7 @@ class Api:
 class Lines:
     """Whole lines out of bytes as they come; of one that has not ended no more than `limit` bytes are kept."""
 
-    def __init__(self, limit: int = _MAX_LINE) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._rest = bytearray()
 
@@ -211,7 +213,7 @@ class Lines:
 
 
 async def _follow(response: httpx.Response, take: Callable[[list[Event]], None]) -> None:
-    lines = Lines()
+    lines = Lines(_MAX_LINE)
     async for data in response.aiter_raw():
         if complete := lines.feed(data):
             take([read_event(line) for line in complete])

@@ -18,6 +18,11 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
+def is_label(text: str) -> bool:
+    """Whether it can be the name of a Service or of a namespace."""
+    return _LABEL.fullmatch(text) is not None
+
+
 class Service(NamedTuple):
     """A Service by its place in the cluster."""
 
@@ -36,7 +41,7 @@ def service_of(host: str, namespace: str) -> Service | None:
     """
     absolute = host.endswith(".")
     labels = host.removesuffix(".").split(".")
-    if host == "localhost" or not all(map(_LABEL.fullmatch, labels)):
+    if host == "localhost" or not all(map(is_label, labels)):
         return None
     if len(labels) > 2:
         return Service(labels[1], labels[0]) if labels[2] == "svc" else None
