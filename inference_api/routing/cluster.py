@@ -109,7 +109,8 @@ class Api:
                 while True:
                     more = {"continue": token} if token else {}
                     page = await self._page(namespace, {**_selector(names), "limit": str(_PAGE), **more})
-                    items, version, token = _read_page(page)
+                    # A thousand endpoints take some milliseconds to read: not on the event loop.
+                    items, version, token = await asyncio.to_thread(_read_page, page)
                     found += items
                     if not token:
                         return found, version

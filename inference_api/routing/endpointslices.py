@@ -244,7 +244,7 @@ class _Watch:
         """One list, and watches until it is time for the next. Raises ApiError."""
         async with Api(self._cluster) as api:
             documents, self._at = await api.slices(self.namespace, self.names)
-            self._replace(documents)
+            self._replace(await asyncio.to_thread(lambda: [_read(document) for document in documents]))
             self.tried.set()
             until = self._rhythm.now() + self._rhythm.round()
             short = 0
@@ -261,11 +261,11 @@ class _Watch:
                 if short:
                     await asyncio.sleep(min(self._rhythm.pause(short), max(0.0, until - self._rhythm.now())))
 
-    def _replace(self, documents: Iterable[object]) -> None:
+    def _replace(self, listed: Iterable[tuple[str, Slice | None]]) -> None:
         kept, self.slices = self.slices or {}, {}
         seen: set[str] = set()
-        for document in documents:
-            name, found = self._read(document)
+        for name, found in listed:
+            self._remark(name, found)
             seen.add(name)
             # One that cannot be read stays what it was, if that is known.
             found = found or kept.get(name)
@@ -290,7 +290,8 @@ class _Watch:
     def _change(self, event: Event) -> set[str]:
         """The Services that it changed."""
         assert self.slices is not None
-        name, found = self._read(event.document)
+        name, found = _read(event.document)
+        self._remark(name, found)
         before = self.slices.get(name)
         if event.kind == "DELETED" or (found is not None and found.service not in self.names):
             self.slices.pop(name, None)
@@ -299,18 +300,14 @@ class _Watch:
             self.slices[name] = found
         return {one.service for one in (before, found) if one is not None}
 
-    def _read(self, document: object) -> tuple[str, Slice | None]:
-        try:
-            name, found = read_slice(document)
-        except ValueError:
-            self._failures["garbage"] += 1
-            name = _name_of(document)
-            if name not in self._unreadable:
-                self._unreadable.add(name)
-                logger.warning("an EndpointSlice of the namespace %r makes no sense: %.100r", self.namespace, name)
-            return name, None
-        self._unreadable.discard(name)
-        return name, found
+    def _remark(self, name: str, found: Slice | None) -> None:
+        if found is not None:
+            self._unreadable.discard(name)
+            return
+        self._failures["garbage"] += 1
+        if name not in self._unreadable:
+            self._unreadable.add(name)
+            logger.warning("an EndpointSlice of the namespace %r makes no sense: %.100r", self.namespace, name)
 
     def _failed(self, error: ApiError) -> None:
         self._failures[error.reason] += 1
@@ -321,7 +318,10 @@ class _Watch:
             logger.warning(text, self.namespace, error, extra={"fields": fields})
 
 
-def _name_of(document: object) -> str:
-    """The name in what is no EndpointSlice, if it has one."""
-    metadata = document.get("metadata") if isinstance(document, dict) else None
-    return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
+def _read(document: object) -> tuple[str, Slice | None]:
+    """A slice by its name; None: it is none, and goes by the name in it, if there is one."""
+    try:
+        return read_slice(document)
+    except ValueError:
+        metadata = document.get("metadata") if isinstance(document, dict) else None
+        return str(metadata.get("name", "")) if isinstance(metadata, dict) else "", None

@@ -342,6 +342,7 @@ WATCH_FAULTS: dict[str, tuple[str, Script]] = {
     "says garbage": ("garbage", raw(WATCH_HEAD, chunk(b"<html>\n"))),
     "says no event": ("garbage", raw(WATCH_HEAD, chunk(b"[]\n{}\n"))),
     "has no version": ("garbage", raw(WATCH_HEAD, chunk(event("ADDED", document("x", "llama", "10.6.6.6"))))),
+    "has an odd version": ("garbage", raw(WATCH_HEAD, chunk(event("BOOKMARK", {"metadata": {"resourceVersion": 7}})))),
     "breaks off in a line": (
         "closed",
         raw(WATCH_HEAD, chunk(event("ADDED", document("x", "llama", "10.6.6.6"))[:-30]), close=True),
@@ -400,8 +401,12 @@ async def test_a_server_that_is_not_there_at_the_start_holds_nothing_up_for_long
     api.put(document("s", "llama", "10.0.0.1"))
     fleet = fleet_of(m=[backend("llama")])
     monkeypatch.setattr("inference_api.routing.endpointslices._COLD_START", 0.05)
-    async with watching(fleet, api, rand=lambda: 0.01):
-        assert labels(fleet) == []
+    async with watching(fleet, api, rand=lambda: 0.01) as (found, _):
+        # Not yet known is not the same as none, whatever the catalogue does meanwhile.
+        tell(fleet, m=[backend("llama"), backend("llama", 9000)])
+        found.wake()
+        await asyncio.sleep(0)
+        assert (labels(fleet), fleet.addresses) == ([], {})
         await until(lambda: labels(fleet) == ["10.0.0.1:8000"])
 
 
