@@ -27,7 +27,9 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import load_catalogue
+from inference_api.routing.cluster import Cluster
 from inference_api.routing.discovery import Discovery, Resolve, resolve
+from inference_api.routing.endpointslices import EndpointSlices, watched_in
 from inference_api.routing.engines import EngineFacts
 from inference_api.routing.health import Health
 from inference_api.routing.load import LoadSignal
@@ -48,6 +50,7 @@ Run = Callable[[], Coroutine[Any, Any, None]]
 class Router:
     """The router's parts, joined. `app` serves requests; `ops` serves probes and metrics on a port of their own.
 
+    With a `cluster`, its API tells which pods a Service has, and DNS only what the other names mean.
     Raises CatalogueError when the static catalogue cannot be read.
     """
 
@@ -60,6 +63,7 @@ class Router:
         transport: httpx.AsyncBaseTransport | None = None,
         registry_client: httpx.AsyncClient | None = None,
         resolve: Resolve = resolve,
+        cluster: Cluster | None = None,
         rand: random.Random | None = None,
         tracing: "Tracing | None" = None,
     ) -> None:
@@ -73,7 +77,14 @@ class Router:
         self._own_transport = transport or Transport(keepalive=_OWN_KEEPALIVE)
         reported = settings.load_signal_interval > 0
         self.fleet = Fleet(lambda name: make_policy(name, rand.random, reported))
-        self.discovery = Discovery(self.fleet, resolve, settings.discovery_interval, rand.random, self._forget_backends)
+        watched = watched_in(cluster) if cluster else lambda host: False
+        every = settings.discovery_interval
+        self.discovery = Discovery(self.fleet, resolve, every, rand.random, self._forget_backends, watched)
+        self._finders: list[Discovery | EndpointSlices] = [self.discovery]
+        if cluster:
+            failures = self.discovery.failures
+            slices = EndpointSlices(self.fleet, cluster, failures, rand=rand.random, on_leave=self._forget_backends)
+            self._finders.append(slices)
         self._client = registry_client or _registry_client(settings)
         self.registry = Registry(
             self.fleet,
@@ -124,7 +135,8 @@ class Router:
         """What the lifespan keeps running; the optional ones last."""
         engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
         prober = self._make_prober(settings, rand)
-        run = [self.registry.run, self.discovery.run, engines.run, self.health.run, prober.run]
+        run = [self.registry.run, *(finder.run for finder in self._finders)]
+        run += [engines.run, self.health.run, prober.run]
         if settings.load_signal_interval:
             failed = functools.partial(self.metrics.probe_failed, kind="metrics")
             every = settings.load_signal_interval
@@ -134,7 +146,7 @@ class Router:
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         await self.registry.start()
-        await self.discovery.start()
+        await asyncio.gather(*(finder.start() for finder in self._finders))
         tasks = [asyncio.create_task(run()) for run in self._background]
         self.probes.state = "ready"
         try:
@@ -182,7 +194,8 @@ class Router:
     def _catalogue_changed(self) -> None:
         self.metrics.forget_models()
         self._forget_backends()
-        self.discovery.wake()
+        for finder in self._finders:
+            finder.wake()
 
     def _forget_backends(self) -> None:
         """Of replicas that left the catalogue, connections are closed as they become idle, and series are dropped."""

@@ -12,6 +12,7 @@ from inference_api.app import Router
 from inference_api.inbound.server import run_server
 from inference_api.observe.log import configure_logging
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
+from inference_api.routing.cluster import Cluster, ClusterError, in_cluster
 from inference_api.settings import PREFIX, Settings, SettingsError, load_settings, wants_traces
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     access_log = configure_logging(settings.log_level, settings.log_format)
-    tracing = _tracing()
+    cluster, tracing = _cluster(settings), _tracing()
     try:
-        run_server(Router(settings, tokens=os.environ, access_log=access_log, tracing=tracing), settings)
+        router = Router(settings, tokens=os.environ, access_log=access_log, cluster=cluster, tracing=tracing)
+        run_server(router, settings)
     finally:
         if tracing is not None:
             tracing.close()
@@ -136,6 +138,15 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         if value is not None:
             environ[PREFIX + name.upper()] = str(value)
     return load_settings(environ)
+
+
+def _cluster(settings: Settings) -> Cluster | None:
+    if settings.discovery == "dns":
+        return None
+    try:
+        return in_cluster(os.environ)
+    except ClusterError as exc:
+        raise SettingsError(f"{PREFIX}DISCOVERY={settings.discovery}: {exc}") from None
 
 
 def _tracing() -> "Tracing | None":

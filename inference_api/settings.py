@@ -39,6 +39,10 @@ class Settings(BaseSettings):
     catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
     registry_url: str | None = Field(default=None, description="base URL of the model registry")
     registry_refresh: Seconds = Field(default=15, description="seconds between two looks at the registry")
+    discovery: Literal["dns", "endpointslices"] = Field(
+        default="dns",
+        description="how `discovery: dns` finds the pods of a Service: dns, or endpointslices by the cluster's API",
+    )
     discovery_interval: Seconds = Field(
         default=5, description="seconds between two look-ups of host names with `discovery: dns`"
     )

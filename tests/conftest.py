@@ -15,6 +15,7 @@ from inference_api.app import Router
 from inference_api.inbound.server import Server, listen, server_config
 from inference_api.observe.log import Fields
 from inference_api.routing import discovery
+from inference_api.routing.cluster import Cluster
 from inference_api.settings import Settings
 from tests.fakes import FakeEngine, Script, in_background, until
 
@@ -78,8 +79,8 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """`await start_router(engine, ..., key=value)` -> a Served router whose model `m` has these engines' URLs.
 
     `models=[...]` gives the whole catalogue instead; `entry={...}` adds to the model `m`; `resolve` stands in for DNS;
-    `tokens` are the credentials that the environment would have; `tracing` is there if spans are wanted; other
-    keywords are settings.
+    `cluster` tells of Services; `tokens` are the credentials that the environment would have; `tracing` is there if
+    spans are wanted; other keywords are settings.
     """
     async with AsyncExitStack() as stack:
 
@@ -89,6 +90,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             entry: dict[str, Any] | None = None,
             transport: httpx.AsyncBaseTransport | None = None,
             resolve: discovery.Resolve = discovery.resolve,
+            cluster: Cluster | None = None,
             tokens: dict[str, str] | None = None,
             tracing: "Tracing | None" = None,
             **settings: Any,
@@ -99,14 +101,8 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
             chosen = Settings(catalogue=path, **settings)
-            router = Router(
-                chosen,
-                tokens=tokens,
-                access_log=lines.append,
-                transport=transport,
-                resolve=resolve,
-                tracing=tracing,
-            )
+            more: dict[str, Any] = {"transport": transport, "resolve": resolve, "cluster": cluster, "tracing": tracing}
+            router = Router(chosen, tokens=tokens, access_log=lines.append, **more)
             url = await stack.enter_async_context(serving(router, chosen))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
             return Served(router, url, client, lines)

@@ -5,7 +5,7 @@ import socket
 import struct
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import httpx
 import orjson
@@ -90,7 +90,7 @@ class FakeEngine:
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> "FakeEngine":
+    async def __aenter__(self) -> Self:
         self._stopped = False
         self._server = await asyncio.start_server(self._accept, self.host, self.port)
         return self

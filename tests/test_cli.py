@@ -335,3 +335,15 @@ def test_the_package_can_be_run_as_a_module(
 
     assert caught.value.code == 0
     assert "valid" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_logging")
+def test_serve_watches_a_cluster_only_in_one(
+    catalogue: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv(f"{PREFIX}DISCOVERY", "endpointslices")
+
+    assert main(["serve", "--catalogue", str(catalogue)]) == 2
+    told = capsys.readouterr().err
+    assert f"{PREFIX}DISCOVERY=endpointslices: KUBERNETES_SERVICE_HOST is not set" in told

@@ -64,7 +64,7 @@ def test_every_route_is_told(path: str) -> None:
 def test_every_link_and_script_exists() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    for script in set(re.findall(r"scripts/\w+", README)):
+    for script in set(re.findall(r"scripts/[\w-]+", README)):
         assert (ROOT / script).exists(), script
 
 

@@ -16,6 +16,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "catalogue": ("/etc/c.yaml", Path("/etc/c.yaml")),
     "registry_url": ("https://registry:8081/", "https://registry:8081"),
     "registry_refresh": ("0.5", 0.5),
+    "discovery": ("endpointslices", "endpointslices"),
     "discovery_interval": ("2.5", 2.5),
     "load_signal_interval": ("5", 5.0),
     "connect_timeout": ("1", 1.0),

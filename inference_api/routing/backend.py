@@ -196,7 +196,8 @@ class Fleet:
         self.models: dict[str, Model] = {}
         # name or alias -> Model; the one look-up that a request makes.
         self.by_name: dict[str, Model] = {}
-        # host name -> addresses, of the backends with `discovery: dns`; see `discovery`.
+        # Of the backends with `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of replicas, see
+        # `endpointslices`. A host name is no URL.
         self.addresses: dict[str, Sequence[str]] = {}
         # Grows with every change that a list of the models would show.
         self.version = 0
@@ -219,13 +220,13 @@ class Fleet:
         known.adopt(entry, backends, policy)
         return known
 
-    def resolve(self, host: str, addresses: Sequence[str], models: Iterable[str]) -> None:
-        """The host name has these addresses now; `models` are those that use it."""
+    def resolve(self, name: str, addresses: Sequence[str], models: Iterable[str]) -> None:
+        """The host name, or URL, has these addresses now; `models` are those that use it."""
         # What the first look finds is not new, only found late.
-        joining = host in self.addresses
-        self.addresses[host] = addresses
-        for name in models:
-            if (model := self.models.get(name)) is not None:
+        joining = name in self.addresses
+        self.addresses[name] = addresses
+        for user in models:
+            if (model := self.models.get(user)) is not None:
                 model.adopt(model.entry, self._backends(model.entry, model, joining), model.policy)
 
     def _backends(self, entry: CatalogueEntry, known: Model | None, joining: bool = True) -> tuple[Backend, ...]:

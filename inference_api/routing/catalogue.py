@@ -182,22 +182,26 @@ class Replica(NamedTuple):
 
 
 def replicas(entries: Iterable[BackendEntry], addresses: Mapping[str, Sequence[str]]) -> list[Replica]:
-    """The replicas of these entries; `addresses` has those of each host name that is to be looked up, if known.
+    """The replicas of these entries; `addresses` has what is known of those that are to be found.
 
+    By host name what it was looked up to, or by URL the URLs of its replicas, where an entry's Service is watched.
     What two names lead to is one replica, so that none gets two shares, or has two series of one label.
     """
     entries = tuple(entries)
     found = [Replica(entry.url, entry.weight) for entry in entries if entry.discovery == "static"]
     taken = {replica.url.partition("://")[2] for replica in found}
     for entry in entries:
-        known = addresses.get(entry.host, ()) if entry.discovery == "dns" else ()
-        for address in known:
-            url = f"{entry.url}#{address}"
+        for url in _found(entry, addresses) if entry.discovery == "dns" else ():
             place = place_of(url)
             if place not in taken:
                 taken.add(place)
                 found.append(Replica(url, entry.weight))
     return found[:MAX_BACKENDS]
+
+
+def _found(entry: BackendEntry, addresses: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    watched = addresses.get(entry.url)
+    return [f"{entry.url}#{address}" for address in addresses.get(entry.host, ())] if watched is None else watched
 
 
 def place_of(url: str) -> str:

@@ -38,6 +38,7 @@ class Discovery:
     """Keeps the addresses of a Fleet at what DNS says. `every`: seconds between two looks, +-20 %; `rand` gives [0, 1).
 
     `on_leave` is called after addresses have gone. `failures` counts look-ups by why they were of no use.
+    Names that are `watched` are not looked up: somebody else knows them better.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Discovery:
         every: float = 5.0,
         rand: Callable[[], float] = random.random,
         on_leave: Callable[[], None] = lambda: None,
+        watched: Callable[[str], bool] = lambda host: False,
     ) -> None:
         # Configuration
         self._fleet = fleet
         self._resolve = resolve
+        self._watched = watched
         self._every = every
         self._rand = rand
         self._on_leave = on_leave
@@ -119,10 +122,11 @@ class Discovery:
         hosts: defaultdict[str, list[str]] = defaultdict(list)
         for model in self._fleet.models.values():
             for host in dict.fromkeys(entry.host for entry in model.entry.backends if entry.discovery == "dns"):
-                hosts[host].append(model.name)
+                if not self._watched(host):
+                    hosts[host].append(model.name)
+        for host in self._hosts.keys() - hosts.keys():
+            self._fleet.addresses.pop(host, None)
         self._hosts = dict(hosts)
-        for host in self._fleet.addresses.keys() - hosts.keys():
-            del self._fleet.addresses[host]
         self._failing &= hosts.keys()
         self._refused = {host: refused for host, refused in self._refused.items() if host in hosts}
 

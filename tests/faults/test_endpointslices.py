@@ -1,0 +1,138 @@
+"""Replicas that come, go and drain as a cluster's API says, on real sockets: nothing is lost, or sent too late."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Served
+from tests.fakes import (
+    DONE,
+    LAST_CHUNK,
+    SSE_HEAD,
+    STREAM,
+    FakeEngine,
+    Line,
+    Received,
+    Script,
+    answer,
+    chunk,
+    event,
+    until,
+)
+from tests.routing.kube import FakeApi, document, endpoint
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+Pods = Callable[..., Awaitable[list[FakeEngine]]]
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[FakeApi]:
+    async with FakeApi(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def pods() -> AsyncIterator[Pods]:
+    """`await pods(n, script)` -> engines on 127.0.0.2, 127.0.0.3 ... and one port."""
+    async with AsyncExitStack() as stack:
+
+        async def start(count: int, script: Script = answer) -> list[FakeEngine]:
+            first = await stack.enter_async_context(FakeEngine(script, "127.0.0.2"))
+            others = [FakeEngine(script, f"127.0.0.{number + 2}", first.port) for number in range(1, count)]
+            return [first, *[await stack.enter_async_context(other) for other in others]]
+
+        yield start
+
+
+def put(api: FakeApi, *engines: FakeEngine, terminating: tuple[FakeEngine, ...] = ()) -> None:
+    found = [endpoint(engine.host, engine.host) for engine in engines if engine not in terminating]
+    going = [endpoint(one.host, one.host, ready=False, serving=True, terminating=True) for one in terminating]
+    api.put(document("llama-1", "llama", *found, *going, ports=[("http", engines[0].port)]))
+
+
+async def serve(start_router: Start, api: FakeApi, **more: Any) -> Served:
+    # The Service's port is 80; what its pods listen at is for the API to say.
+    entry = {"url": "http://llama.models.svc", "discovery": "dns"}
+    served: Served = await start_router(models=[{"name": "m", "backends": [entry]}], cluster=api.cluster, **more)
+    return served
+
+
+def labels(served: Served) -> list[str]:
+    return [backend.label for backend in served.router.fleet.models["m"].backends]
+
+
+async def test_t54_a_pod_that_drains_ends_its_streams_and_gets_no_new_requests(
+    api: FakeApi, pods: Pods, start_router: Start
+) -> None:
+    opened = asyncio.Event()
+
+    async def script(request: Received, line: Line) -> None:
+        if b'"stream":true' not in request.body:
+            await answer(request, line)
+            return
+        await line.send(SSE_HEAD, chunk(event("one")))
+        await opened.wait()
+        await line.send(chunk(event("two") + DONE) + LAST_CHUNK)
+
+    engines = await pods(2, script)
+    going, stays = engines
+    put(api, going)
+    served = await serve(start_router, api)
+    async with served.client.stream("POST", "/v1/chat/completions", json=STREAM) as stream:
+        put(api, *engines, terminating=(going,))
+        await until(lambda: labels(served) == [f"{stays.host}:{stays.port}"])
+        for _ in range(5):
+            assert (await served.chat()).status_code == 200
+        opened.set()
+        body = await stream.aread()
+
+    assert body.endswith(DONE)
+    assert (len(going.requests), len(stays.requests)) == (1, 5)
+    backend = f"{going.host}:{going.port}"
+    assert await served.metric("inference_api_backend_up", backend=f"{stays.host}:{stays.port}") == 1
+    assert await served.metric("inference_api_backend_up", backend=backend) == 0
+    await until(lambda: going.open == 0)
+
+
+async def test_t54_while_the_api_is_away_what_was_known_serves(api: FakeApi, pods: Pods, start_router: Start) -> None:
+    engines = await pods(2)
+    put(api, *engines)
+    served = await serve(start_router, api)
+    await api.stop()
+    await until(lambda: served.router.discovery.failures["connect"])
+
+    assert len(labels(served)) == 2
+    for _ in range(5):
+        assert (await served.chat()).status_code == 200
+    assert await served.metric("inference_api_discovery_failures_total", reason="connect") >= 1
+    assert (await served.client.get("/readyz")).status_code == 200
+
+
+async def test_t54_a_service_that_the_registry_adds_is_watched_at_once(
+    api: FakeApi, pods: Pods, start_router: Start
+) -> None:
+    engines = await pods(1)
+    put(api, *engines)
+    served = await serve(start_router, api)
+    entry = {"url": "http://llama:80", "discovery": "dns"}
+    fleet, catalogue = served.router.fleet, served.router.fleet.models["m"].entry
+    other = catalogue.model_validate({"name": "n", "backends": [entry]})
+    fleet.update({"m": catalogue, "n": other})
+    served.router._catalogue_changed()
+
+    await until(lambda: fleet.models["n"].backends)
+    assert (await served.chat(model="n")).status_code == 200
+
+
+async def test_t57_an_address_that_no_backend_may_have_is_not_connected_to(api: FakeApi, start_router: Start) -> None:
+    """Whoever may write EndpointSlices must not aim the router at the cloud's metadata."""
+    api.put(document("s", "llama", "169.254.169.254", ports=[("http", 80)]))
+    served = await serve(start_router, api)
+
+    assert labels(served) == []
+    assert (await served.chat()).status_code == 503
