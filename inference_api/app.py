@@ -17,6 +17,7 @@ from inference_api.errors import RouterError
 from inference_api.inbound.pages import Models, Observed, Probes, create_pages
 from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Load, Surface
 from inference_api.models import Outcome
+from inference_api.observe.lag import LoopLag
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
@@ -95,7 +96,10 @@ class Router:
             on_change=self._catalogue_changed,
         )
         self.metrics = Metrics(
-            lambda: list(self.fleet.models.values()), self.registry.status, lambda: self.discovery.failures
+            lambda: list(self.fleet.models.values()),
+            self.registry.status,
+            lambda: self.discovery.failures,
+            lambda: self.probes.state == "draining",
         )
         self.health = _health(self.fleet, self.transport, settings, rand)
         self._observer = Observer(self.metrics, access_log)
@@ -135,8 +139,9 @@ class Router:
         """What the lifespan keeps running; the optional ones last."""
         engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
         prober = self._make_prober(settings, rand)
+        lag = LoopLag(self.metrics.loop_lag.observe)
         run = [self.registry.run, *(finder.run for finder in self._finders)]
-        run += [engines.run, self.health.run, prober.run]
+        run += [engines.run, self.health.run, prober.run, lag.run]
         if settings.load_signal_interval:
             failed = functools.partial(self.metrics.probe_failed, kind="metrics")
             every = settings.load_signal_interval

@@ -10,6 +10,7 @@ from functools import partial
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -17,6 +18,7 @@ from starlette.routing import Route
 from registry_stub import conditional
 from registry_stub.database import StoreError
 from registry_stub.errors import Refused, render
+from registry_stub.metrics import Counted, Metrics
 from registry_stub.store import Document, NameTaken, Store, Stored
 from registry_stub.wire import preconditions, read_entry
 
@@ -25,7 +27,7 @@ log = logging.getLogger("registry_stub")
 
 def create_app(store: Store, token: str | None = None, clock: Callable[[], float] = time.time) -> Starlette:
     """The registry over an open store; with a token, PUT and DELETE need it as a bearer token."""
-    surface = _Surface(store, token, clock)
+    surface, metrics = _Surface(store, token, clock), Metrics(lambda: len(store.snapshot.models))
     app = Starlette(
         routes=[
             Route("/models", surface.listing),
@@ -33,7 +35,9 @@ def create_app(store: Store, token: str | None = None, clock: Callable[[], float
             # One route for all methods: the Allow header of a 405 must name them all.
             Route("/models/{name:path}", surface.model, methods=["GET", "PUT", "DELETE"]),
             Route("/healthz", _healthz),
+            Route("/metrics", metrics.page),
         ],
+        middleware=[Middleware(Counted, metrics)],
         exception_handlers=dict.fromkeys((Refused, HTTPException, StoreError, ClientDisconnect, Exception), _failed),
     )
     app.router.redirect_slashes = False
@@ -135,7 +139,7 @@ def _translate(request: Request, error: Exception) -> Refused:
             message = f"{request.method[:32]} is not allowed on {path!r}; use {allow}."
             return Refused(405, "method_not_allowed", message, headers={"Allow": allow})
         case HTTPException():
-            message = f"The URL {path!r} is unknown. The registry answers on /models, /models/{{name}} and /healthz."
+            message = f"The URL {path!r} is unknown. The registry answers on /models and /models/{{name}}."
             return Refused(404, "unknown_url", message)
         case ClientDisconnect():
             # Nobody reads it; but a client that leaves in the middle of its body is not a crash to be logged as one.

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     description = "Store the catalogue of models in a SQLite file and serve it over HTTP: GET /models, "
-    description += "GET, PUT and DELETE /models/{name}, GET /healthz."
+    description += "GET, PUT and DELETE /models/{name}, GET /healthz, GET /metrics."
     serve = commands.add_parser(
         "serve", help="serve the catalogue over HTTP", description=description, epilog=_EXAMPLES, formatter_class=raw
     )

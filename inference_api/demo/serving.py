@@ -3,12 +3,12 @@
 import asyncio
 import base64
 import struct
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from inference_api import __version__
 from inference_api.demo import toy
@@ -26,6 +26,7 @@ from inference_api.demo.schema import (
     texts,
 )
 from inference_api.demo.shapes import Chat, Completion, Shape, Work
+from inference_api.demo.telemetry import Record, Telemetry
 
 _DIMENSIONS = 64
 
@@ -33,7 +34,7 @@ _Asked = TypeVar("_Asked", bound=ModelRequest)
 
 
 class Engine:
-    """One toy model, and how many requests it is working on."""
+    """One toy model, and what it tells of its work."""
 
     def __init__(
         self,
@@ -54,15 +55,7 @@ class Engine:
         self._sleep = sleep
         self._new_id = new_id
         # shared
-        self._running = 0
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
+        self._telemetry = Telemetry(model, max_model_len)
 
     # Generation
 
@@ -73,24 +66,24 @@ class Engine:
         return await self._generate(request, await self._read(request, CompletionRequest), Completion())
 
     async def _generate(self, request: Request, asked: ChatRequest | CompletionRequest, shape: Shape) -> Response:
-        work = self._work(request, asked, shape)
+        work, record = self._work(request, asked, shape)
         if asked.stream:
-            return EventStream(work.events(asked.include_usage), self._counted)
-        await self._finish(work, request)
+            return EventStream(work.events(asked.include_usage), partial(self._telemetry.running, record))
+        await self._finish(work, record, request)
         return JSON(work.document())
 
-    async def _finish(self, work: Work, request: Request) -> None:
+    async def _finish(self, work: Work, record: Record, request: Request) -> None:
         """Wait until the work is done or the client is gone; in the second case nobody reads the answer."""
         # The body has been read: all that can still be received is that the client left.
         tasks = asyncio.ensure_future(work.finish()), asyncio.ensure_future(request.receive())
-        with self._counted():
+        with self._telemetry.running(record):
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in tasks:
                     task.cancel()
 
-    def _work(self, request: Request, asked: ChatRequest | CompletionRequest, shape: Shape) -> Work:
+    def _work(self, request: Request, asked: ChatRequest | CompletionRequest, shape: Shape) -> tuple[Work, Record]:
         prompts = asked.prompts
         limit = self._limit(asked, max(prompt.length for prompt in prompts))
         generations = [
@@ -98,15 +91,18 @@ class Engine:
             for said in asked.said
             for _ in range(asked.n or 1)
         ]
-        return Work(
+        prompt_tokens = sum(prompt.length for prompt in prompts)
+        record = Record(self._telemetry, prompt_tokens, generations)
+        work = Work(
             shape=shape,
             id=f"{shape.prefix}-{self._request_id(request)}",
             created=int(self._clock()),
             model=self._model,
-            prompt_tokens=sum(prompt.length for prompt in prompts),
+            prompt_tokens=prompt_tokens,
             generations=generations,
-            tick=self._tick,
+            tick=partial(self._tick, record),
         )
+        return work, record
 
     def _limit(self, asked: ChatRequest | CompletionRequest, prompt_tokens: int) -> int:
         room = self._max_model_len - prompt_tokens
@@ -123,8 +119,9 @@ class Engine:
             raise bad_request(message, "input_text")
         return asked.limit or room
 
-    async def _tick(self) -> None:
+    async def _tick(self, record: Record) -> None:
         await self._sleep(self._interval)
+        record.step()
 
     # Everything else
 
@@ -170,11 +167,7 @@ class Engine:
         return JSON({"version": f"{__version__}+toy"})
 
     async def metrics(self, request: Request) -> Response:
-        # Nothing ever waits: a toy has no batch that could be full.
-        gauges = {"vllm:num_requests_running": self._running, "vllm:num_requests_waiting": 0}
-        labels = f'{{engine="0",model_name="{self._model}"}}'
-        lines = [f"# TYPE {name} gauge\n{name}{labels} {value:.1f}\n" for name, value in gauges.items()]
-        return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._telemetry.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _read(self, request: Request, kind: type[_Asked]) -> _Asked:
         asked = parse(kind, await request.body(), request.headers.get("content-type", ""))

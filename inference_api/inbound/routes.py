@@ -87,7 +87,7 @@ class Inference:
             call = wire.read_call(self.route, inbound, body, scope["query_string"], seen.request_id)
             seen.stream = call.stream
             model = gate.resolve(call.model)
-            self._admit(model)
+            self._admit(model, seen)
             seen.resolved(model)
             with departure:
                 reply = await gate.send(call, model)
@@ -127,12 +127,16 @@ class Inference:
         inbound: Inbound = memo.inbound
         return inbound
 
-    def _admit(self, model: Model) -> None:
+    def _admit(self, model: Model, seen: Observation) -> None:
         limit = model.entry.max_in_flight
         if self._load.in_flight > self._gate.max_in_flight:
-            raise Overloaded("The router has as many requests in flight as it takes.", retry_after=1)
-        if limit is not None and model.in_flight >= limit:
-            raise Overloaded(f"The model {model.name!r} has as many requests in flight as it takes.", retry_after=1)
+            full = "The router"
+        elif limit is not None and model.in_flight >= limit:
+            full = f"The model {model.name!r}"
+        else:
+            return
+        seen.model_name = model.name
+        raise Overloaded(f"{full} has as many requests in flight as it takes.", retry_after=1)
 
 
 class Load:

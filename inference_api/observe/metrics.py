@@ -27,6 +27,8 @@ DURATION_BUCKETS = (
     0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68, 655.36,
 )  # fmt: skip
 OVERHEAD_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+# Tokens: OpenTelemetry's powers of four, up to the longest context there is.
+TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 _ABORTS = {
     Outcome.CLIENT_GONE: "client_disconnect",
@@ -36,6 +38,20 @@ _ABORTS = {
     Outcome.IDLE_TIMEOUT: "idle_timeout",
     Outcome.TOTAL_TIMEOUT: "deadline",
 }
+
+# The error codes with which the router turns a request away, whatever the request itself is like.
+_REJECTIONS = {
+    "overloaded": "overload",
+    "no_backend_available": "no_backend",
+    "model_not_found": "unknown_model",
+    "request_too_large": "too_large",
+    "headers_too_large": "too_large",
+    "uri_too_long": "too_large",
+    "shutting_down": "draining",
+}
+# Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first of them.
+_OF_A_MODEL = ("overload", "no_backend")
+_OF_NO_MODEL = ("overload", "unknown_model", "too_large")
 
 
 class Histogram:
@@ -73,7 +89,7 @@ class _Requests:
 class Metrics(Collector):
     """Every number the router exports. The others are asked at scrape time for what they know.
 
-    `discovery`: look-ups that were of no use, by reason.
+    `discovery`: look-ups that were of no use, by reason. `draining`: whether the process has been asked to stop.
     """
 
     def __init__(
@@ -81,20 +97,24 @@ class Metrics(Collector):
         fleet: Callable[[], Iterable[Model]],
         registry: Callable[[], RegistryStatus],
         discovery: Callable[[], Mapping[str, int]] = dict,
+        draining: Callable[[], bool] = bool,
     ) -> None:
         self._fleet = fleet
         self._registry = registry
         self._discovery = discovery
+        self._draining = draining
         self._requests: dict[tuple[str, str, int, bool], _Requests] = {}
         self._durations: dict[tuple[str, str, bool, str], Histogram] = defaultdict(lambda: Histogram(DURATION_BUCKETS))
         self._first_token: dict[tuple[str, str], Histogram] = defaultdict(lambda: Histogram(TTFT_BUCKETS))
         self._per_token: dict[tuple[str, str], Histogram] = defaultdict(lambda: Histogram(TPOT_BUCKETS))
         self._overhead: dict[str, Histogram] = defaultdict(lambda: Histogram(OVERHEAD_BUCKETS))
-        self._tokens: dict[tuple[str, str], int] = defaultdict(int)
+        self._tokens: dict[tuple[str, str], Histogram] = defaultdict(lambda: Histogram(TOKEN_BUCKETS))
+        self._rejected: dict[tuple[str, str], int] = defaultdict(int)
         self._aborts: dict[tuple[str, str], int] = defaultdict(int)
         self._attempts: dict[tuple[str, str, str], int] = defaultdict(int)
         self._retries: dict[tuple[str, str], int] = defaultdict(int)
         self._probe_failures: dict[tuple[str, str, str], int] = defaultdict(int)
+        self.loop_lag = Histogram(OVERHEAD_BUCKETS)
 
     # Written on the request path
 
@@ -117,7 +137,13 @@ class Metrics(Collector):
         self._per_token[model, route].observe(seconds)
 
     def tokens(self, model: str, kind: str, count: int) -> None:
-        self._tokens[model, kind] += count
+        self._tokens[model, kind].observe(count)
+
+    def refused(self, model: str, code: str) -> None:
+        """The router answered with an error of its own; not every one of them rejects a request."""
+        reason = _REJECTIONS.get(code)
+        if reason is not None:
+            self._rejected[model, reason] += 1
 
     def stream_ended(self, model: str, outcome: Outcome) -> None:
         reason = _ABORTS.get(outcome)
@@ -141,7 +167,7 @@ class Metrics(Collector):
         models = {"unknown", *(model.name for model in self._fleet())}
         by_model: tuple[dict[Any, Any], ...] = (
             self._requests, self._durations, self._first_token, self._per_token, self._tokens, self._aborts,
-            self._retries,
+            self._retries, self._rejected,
         )  # fmt: skip
         for series in by_model:
             for key in [key for key in series if key[0] not in models]:
@@ -163,6 +189,7 @@ class Metrics(Collector):
         yield from self._backend_families()
         yield from self._load_families()
         yield from self._registry_families()
+        yield from self._process_families()
 
     def _request_families(self) -> Iterator[Metric]:
         requests = _counter("requests", "Requests answered, or given up.", "model_name", "route", "code", "stream")
@@ -182,6 +209,14 @@ class Metrics(Collector):
         for served in self._fleet():
             in_flight.add_metric([served.name], served.in_flight)
         yield in_flight
+        rejected = _counter("rejected_requests", "Requests turned away, by why.", "model_name", "reason")
+        for labels, count in (self._no_rejections() | dict(self._rejected)).items():
+            rejected.add_metric(labels, count)
+        yield rejected
+
+    def _no_rejections(self) -> dict[tuple[str, str], int]:
+        models = [(model.name, reason) for model in self._fleet() for reason in _OF_A_MODEL]
+        return dict.fromkeys([*models, *(("unknown", reason) for reason in _OF_NO_MODEL)], 0)
 
     def _token_families(self) -> Iterator[Metric]:
         first = _histogram("time_to_first_token", "Seconds to the first byte of a streamed answer.", *_BY_ROUTE)
@@ -193,9 +228,13 @@ class Metrics(Collector):
             _add(per_token, labels, histogram)
         yield per_token
         tokens = _counter("tokens", "Tokens by `usage`; output_estimate counts streamed events.", "model_name", "type")
-        for labels, count in _copy(self._tokens):
-            tokens.add_metric(labels, count)
-        yield tokens
+        per_request = HistogramMetricFamily(
+            "inference_api_request_tokens", "Tokens of one request.", labels=("model_name", "type")
+        )
+        for labels, histogram in _copy(self._tokens):
+            tokens.add_metric(labels, histogram.sum)
+            _add(per_request, labels, histogram)
+        yield from (tokens, per_request)
         aborts = _counter("stream_aborts", "Streams that ended before they were complete.", "model_name", "reason")
         for labels, count in _copy(self._aborts):
             aborts.add_metric(labels, count)
@@ -266,6 +305,14 @@ class Metrics(Collector):
         for reason, count in _copy(self._discovery()):
             lookups.add_metric([reason], count)
         yield lookups
+
+    def _process_families(self) -> Iterator[Metric]:
+        draining = _gauge("draining", "1: the process has been asked to stop, and ends what it has in flight.")
+        draining.add_metric([], self._draining())
+        yield draining
+        lag = _histogram("event_loop_lag", "Seconds by which the event loop was late for a timer.")
+        _add(lag, [], self.loop_lag)
+        yield lag
         build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "python_version")
         build.add_metric([__version__, platform.python_version()], 1)
         yield build

@@ -80,6 +80,7 @@ class Observation:
     def refused(self, error: RouterError, status: int, size: int) -> None:
         """The router itself answers, with an error of `size` bytes."""
         self.status, self.code, self.body_bytes = status, error.code, size
+        self._observer.metrics.refused(self.model_name, error.code)
         if error.attempts:
             self.attempts, self.backend = error.attempts, error.backend
 

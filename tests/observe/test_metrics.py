@@ -26,6 +26,7 @@ from inference_api.models import Outcome
 from inference_api.observe.metrics import (
     DURATION_BUCKETS,
     OVERHEAD_BUCKETS,
+    TOKEN_BUCKETS,
     TPOT_BUCKETS,
     TTFT_BUCKETS,
     Histogram,
@@ -100,6 +101,8 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("histogram", {"model_name", "route"}, TTFT_BUCKETS),
     "time_per_output_token_seconds": ("histogram", {"model_name", "route"}, TPOT_BUCKETS),
     "tokens": ("counter", {"model_name", "type"}, ()),
+    "request_tokens": ("histogram", {"model_name", "type"}, TOKEN_BUCKETS),
+    "rejected_requests": ("counter", {"model_name", "reason"}, ()),
     "stream_aborts": ("counter", {"model_name", "reason"}, ()),
     "upstream_attempts": ("counter", {"model_name", "backend", "outcome"}, ()),
     "retries": ("counter", {"model_name", "reason"}, ()),
@@ -116,6 +119,8 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "registry_models": ("gauge", {"source"}, ()),
     "registry_last_success_timestamp_seconds": ("gauge", set(), ()),
     "registry_sync_failures": ("counter", {"reason"}, ()),
+    "draining": ("gauge", set(), ()),
+    "event_loop_lag_seconds": ("histogram", set(), OVERHEAD_BUCKETS),
     "build_info": ("gauge", {"version", "python_version"}, ()),
 }
 
@@ -203,6 +208,7 @@ def test_the_buckets_reach_from_the_fastest_to_the_slowest() -> None:
         (TPOT_BUCKETS, 0.01, 10),
         (DURATION_BUCKETS, 0.01, 655.36),
         (OVERHEAD_BUCKETS, 0.0001, 0.5),
+        (TOKEN_BUCKETS, 1, 262144),
     ]:
         assert (buckets[0], buckets[-1]) == (first, last)
         assert list(buckets) == sorted(set(buckets))
@@ -291,6 +297,23 @@ async def test_without_usage_streamed_events_are_an_estimate(start_engine: Start
     assert seen.values("tokens_total", "type") == {"output_estimate": 4}
     assert seen("time_to_first_token_seconds_count") == 1
     assert seen("time_per_output_token_seconds_count") == 0
+
+
+async def test_the_tokens_of_each_request_are_known(start_engine: Start, start_router: Start) -> None:
+    sizes = iter([4, 5])
+
+    async def script(request: Received, line: Line) -> None:
+        await line.send(json_response({"usage": {"prompt_tokens": 1, "completion_tokens": next(sizes)}}))
+
+    served = await start_router(await start_engine(script))
+    for _ in range(2):
+        await served.chat()
+    await settle(served, 2)
+    seen = await scrape(served)
+
+    assert seen("request_tokens_count", type="output") == seen("request_tokens_bucket", type="input", le="1.0") == 2
+    assert seen("request_tokens_sum", type="output") == seen("tokens_total", type="output") == 9
+    assert [seen("request_tokens_bucket", type="output", le=le) for le in ("1.0", "4.0", "16.0")] == [0, 1, 2]
 
 
 RESPONSES_USAGE = {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 1}, "output_tokens": 11}
@@ -402,6 +425,59 @@ async def test_errors_are_counted_by_their_status(start_engine: Start, start_rou
     assert seen("request_duration_seconds_count", code_class="5xx") == 1
     assert seen.values("upstream_attempts_total", "outcome") == {"upstream_4xx": 2, "upstream_5xx": 1}
     assert seen("overhead_seconds_count") == 3
+
+
+async def test_what_the_router_turns_away_is_counted_by_why(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(hang)
+    models = [{"name": "full", "backends": [{"url": engine.url}], "max_in_flight": 1}, {"name": "bare"}]
+    served = await start_router(models=models, max_body_bytes=1000)
+    before = await scrape(served)
+    async with raw_client(served.port) as client:
+        await client.send(post("/v1/chat/completions", CHAT | {"model": "full"}))
+        await until(lambda: engine.busy)
+        for model in ("full", "full", "bare", "nope"):
+            await served.chat(model=model)
+    await served.chat(user="x" * 1000)
+    await served.client.post("/v1/chat/completions", json={"model": "full"})
+    await settle(served, 7)
+    seen = await scrape(served)
+
+    counted = {
+        (s.labels["model_name"], s.labels["reason"]): s.value
+        for s in seen.samples
+        if s.name == P + "rejected_requests_total"
+    }
+    assert before("rejected_requests_total") == 0
+    assert set(before.values("rejected_requests_total", "model_name")) == {"full", "bare", "unknown"}
+    assert counted == {
+        ("full", "overload"): 2,
+        ("full", "no_backend"): 0,
+        ("bare", "overload"): 0,
+        ("bare", "no_backend"): 1,
+        ("unknown", "overload"): 0,
+        ("unknown", "unknown_model"): 1,
+        ("unknown", "too_large"): 1,
+    }
+    assert seen("requests_total", model_name="full", code="503") == 2
+
+
+async def test_a_router_that_was_asked_to_stop_says_so(start_router: Start) -> None:
+    served = await start_router()
+    before = await scrape(served)
+    served.router.drain()
+
+    assert (before("draining"), (await scrape(served))("draining")) == (0, 1)
+
+
+async def test_a_busy_event_loop_is_seen(start_router: Start) -> None:
+    served = await start_router()
+    await until(lambda: sum(served.router.metrics.loop_lag.counts))
+    before = served.router.metrics.loop_lag.sum
+    time.sleep(0.6)  # noqa: ASYNC251
+    await until(lambda: served.router.metrics.loop_lag.sum > before + 0.3)
+    seen = await scrape(served)
+
+    assert seen("event_loop_lag_seconds_count") > seen("event_loop_lag_seconds_bucket", le="0.1")
 
 
 async def test_probes_are_not_requests(start_router: Start) -> None:

@@ -1,0 +1,80 @@
+"""What the registry tells Prometheus; it has a few requests a second, so prometheus-client's own counters will do."""
+
+import platform
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inference_api import __version__
+
+_METHODS = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+_ROUTES = {"/models": "models", "/models/": "models", "/healthz": "healthz", "/metrics": "metrics"}
+
+
+class Metrics:
+    """`models()`: how many there are. `clock`: monotonic seconds."""
+
+    def __init__(self, models: Callable[[], float], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self.requests = Counter(
+            "model_registry_http_requests", "Requests answered.", ["method", "route", "code"], registry=self._registry
+        )
+        self.durations = Histogram(
+            "model_registry_http_request_duration_seconds",
+            "Seconds from the request to the end of the answer.",
+            ["method", "route"],
+            registry=self._registry,
+        )
+        Gauge("model_registry_models", "Models in the registry.", registry=self._registry).set_function(models)
+        build = Gauge(
+            "model_registry_build_info",
+            "Always 1; the labels say what runs.",
+            ["version", "python_version"],
+            registry=self._registry,
+        )
+        build.labels(__version__, platform.python_version()).set(1)
+
+    async def page(self, request: Request) -> Response:
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoder(self._registry), headers={"content-type": content_type})
+
+
+class Counted:
+    """ASGI layer: counts and times every request, by labels that a client cannot make more of."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        metrics, began = self._metrics, self._metrics.clock()
+        # What ends without an answer has one made for it outside of this layer.
+        status = 500
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted_send)
+        finally:
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            route = _route(scope["path"])
+            metrics.requests.labels(method, route, str(status)).inc()
+            metrics.durations.labels(method, route).observe(metrics.clock() - began)
+
+
+def _route(path: str) -> str:
+    return _ROUTES.get(path) or ("model" if path.startswith("/models/") else "other")

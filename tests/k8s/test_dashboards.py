@@ -1,0 +1,106 @@
+"""The dashboards are sound, and what they, the rules and the runbook name is exported by somebody."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from inference_api.demo.telemetry import Telemetry
+from tests.k8s import chart_files
+from tests.k8s.chart_files import ROOT, TGI, metrics, panels, sample_names
+
+DASHBOARDS = chart_files.dashboards()
+RULES = chart_files.rules()
+every_dashboard = pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
+Start = Callable[..., Any]
+
+
+def test_there_are_two() -> None:
+    assert set(DASHBOARDS) == {"router", "engines"}
+    assert len({dashboard["uid"] for dashboard in DASHBOARDS.values()}) == 2
+
+
+@every_dashboard
+def test_a_dashboard_works_with_any_data_source(dashboard: dict[str, Any]) -> None:
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    sources = [part["datasource"] for panel in panels(dashboard) for part in (panel, *panel["targets"])]
+
+    assert list(variables) == ["datasource", "cluster", "namespace", "model_name"]
+    assert variables["datasource"]["query"] == "prometheus"
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
+    # A Prometheus of one cluster has no such label: all of them must include none.
+    assert {variables[name]["allValue"] for name in ("cluster", "namespace", "model_name")} == {".*"}
+
+
+@every_dashboard
+def test_every_panel_has_a_title_of_its_own_and_a_unit(dashboard: dict[str, Any]) -> None:
+    titles = Counter(panel["title"] for panel in dashboard["panels"])
+    ids = Counter(panel["id"] for panel in dashboard["panels"])
+
+    assert set(titles.values()) == set(ids.values()) == {1}
+    assert all(panel["fieldConfig"]["defaults"]["unit"] for panel in panels(dashboard))
+    assert all(
+        len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0
+        for panel in panels(dashboard)
+    )
+    assert dashboard["schemaVersion"] >= 39
+
+
+@every_dashboard
+def test_no_panel_covers_another(dashboard: dict[str, Any]) -> None:
+    def apart(one: dict[str, int], other: dict[str, int]) -> bool:
+        across = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        return across or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+
+    places = [panel["gridPos"] for panel in dashboard["panels"]]
+    assert all(apart(one, other) for one, other in combinations(places, 2))
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+
+
+@pytest.mark.parametrize(("where", "expression"), list(chart_files.panel_expressions()))
+def test_an_expression_obeys_the_variables(where: str, expression: str) -> None:
+    for selector in chart_files.selectors(expression):
+        if not selector.startswith("process_"):
+            assert 'cluster=~"$cluster", namespace=~"$namespace"' in selector, where
+    assert set(re.findall(r"\[(.*?)\]", expression)) <= {"$__rate_interval"}
+    assert expression.count("(") == expression.count(")")
+
+
+def test_the_metrics_of_an_expression_are_found() -> None:
+    expression = (
+        'sum by (le, a) (rate(x_bucket{l="}or y{", m!="z"}[5m])) / on (job) group_left () b:c > bool 0.1 or time()'
+    )
+
+    assert metrics(expression) == {"x_bucket", "b:c"}
+    assert chart_files.selectors(expression) == ['x_bucket{l="}or y{", m!="z"}', "b:c{}"]
+
+
+@pytest.mark.anyio
+async def test_what_is_asked_for_is_exported(start_router: Start) -> None:
+    served = await start_router()
+    page = (await served.client.get("/metrics")).text
+    exported = sample_names(page) | sample_names(Telemetry("m", 10).page().decode()) | sample_names(TGI)
+    exported |= chart_files.recorded(RULES)
+    expressions = [*chart_files.panel_expressions(), *((str(rule), rule["expr"]) for rule in RULES)]
+    for where, expression in expressions:
+        assert metrics(expression), where
+        assert metrics(expression) <= exported, where
+
+    named = re.findall(r"`?\b((?:inference_api|tgi)_[a-z_]+|vllm:[a-z_]+)", (ROOT / "k8s/runbook.md").read_text())
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
+    assert set(named) <= exported | families
+
+
+@pytest.mark.anyio
+async def test_every_metric_of_the_router_is_shown_or_watched(start_router: Start) -> None:
+    """What nobody looks at would cost for nothing."""
+    page = (await (await start_router()).client.get("/metrics")).text
+    exported = {name for name in sample_names(page) if name.startswith("inference_api_")}
+    used = set().union(*(metrics(expression) for _, expression in chart_files.panel_expressions()))
+    used |= set().union(*(metrics(rule["expr"]) for rule in RULES))
+    histograms = {re.sub("_(bucket|sum|count)$", "", name) for name in used}
+
+    assert {name for name in exported - used if re.sub("_(bucket|sum|count)$", "", name) not in histograms} == set()

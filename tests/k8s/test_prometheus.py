@@ -1,0 +1,266 @@
+"""A real Prometheus scrapes a running router and engines: every panel and variable has data, every alert can speak."""
+
+import asyncio
+import math
+import re
+import shutil
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+import yaml
+
+from inference_api.demo.engine import create_engine
+from inference_api.settings import Settings
+from tests.conftest import serving
+from tests.fakes import Line, Received, ScriptedServer, event, json_response, raw, sse
+from tests.k8s import chart_files
+from tests.ports import free_port
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+VARIABLES = {"$__rate_interval": "10s", "$cluster": "here", "$namespace": "models", "$model_name": ".*"}
+
+
+def placed(expression: str) -> str:
+    """As Grafana sends it."""
+    for name, value in VARIABLES.items():
+        expression = expression.replace(name, value)
+    return expression
+
+
+# What is scraped
+
+
+@pytest.fixture
+async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dict[str, list[str]]]:
+    """The addresses to scrape, by job: all that can go wrong with a request does, again and again."""
+    async with AsyncExitStack() as stack:
+        served: Any = SimpleNamespace(app=create_engine("m", tokens_per_second=500))
+        engines = [await stack.enter_async_context(serving(served, Settings())) for _ in range(2)]
+        tgi = await stack.enter_async_context(ScriptedServer(growing()))
+        breaking = await start_engine(either(sse(event(), then=Line.reset), raw(json_response({}, "500 No"))))
+        models = [
+            # A dead replica beside two live ones.
+            {"name": "m", "backends": [{"url": url} for url in (*engines, f"http://127.0.0.1:{free_port()}")]},
+            {"name": "breaking", "backends": [{"url": breaking.url}]},
+            {"name": "gone", "backends": [{"url": "http://gone.test", "discovery": "dns"}]},
+        ]
+        models[0]["policy"] = "round_robin"
+        registry = await stack.enter_async_context(ScriptedServer(every_other({"models": models})))
+        router = await start_router(
+            models=models,
+            resolve=nobody,
+            registry_url=registry.url,
+            registry_refresh=0.5,
+            discovery_interval=0.5,
+            health_interval=0.5,
+            load_signal_interval=0.5,
+        )
+        async with repeated(lambda: requests_of_every_kind(router)):
+            yield {"router": [router.url], "engines": engines, "tgi": [tgi.url]}
+
+
+async def requests_of_every_kind(router: Any) -> None:
+    await router.chat()
+    await router.chat(stream=True, stream_options={"include_usage": True})
+    for model in ("gone", "nobody's"):
+        await router.chat(model=model)
+    await router.chat(model="breaking")
+    with pytest.raises(httpx.RemoteProtocolError):
+        await router.chat(model="breaking", stream=True)
+
+
+def growing() -> Any:
+    """TGI, which has had more requests each time it is asked."""
+    scrapes = iter(range(1, 1000))
+
+    async def script(request: Received, line: Line) -> None:
+        number = next(scrapes)
+        page = re.sub(r" ([\d.]+)$", lambda found: f" {float(found[1]) * number}", chart_files.TGI, flags=re.MULTILINE)
+        head = "HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\ncontent-length: "
+        await line.send(f"{head}{len(page)}\r\n\r\n{page}".encode())
+
+    return script
+
+
+def either(stream: Any, whole: Any) -> Any:
+    async def script(request: Received, line: Line) -> None:
+        await (stream if orjson.loads(request.body)["stream"] else whole)(request, line)
+
+    return script
+
+
+def every_other(document: Any) -> Any:
+    """A registry that answers, and then does not."""
+    answers = iter(range(10_000))
+
+    async def script(request: Received, line: Line) -> None:
+        await line.send(json_response(document, "503 No" if next(answers) % 2 else "200 OK"))
+
+    return script
+
+
+async def nobody(host: str) -> list[str]:
+    raise OSError("no such host")
+
+
+@asynccontextmanager
+async def repeated(work: Callable[[], Any]) -> AsyncIterator[None]:
+    """Do it again and again, beside the body."""
+    done = False
+
+    async def run() -> None:
+        while not done:
+            await work()
+            await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        done = True
+        async with asyncio.timeout(10):
+            await task
+
+
+# Who scrapes it
+
+
+class Prometheus:
+    """The HTTP API of a running Prometheus."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def ask(self, path: str, **parameters: str) -> Any:
+        response = await self._client.get(f"/api/v1/{path}", params=parameters)
+        answer = response.json()
+        assert answer["status"] == "success", (parameters, answer)
+        return answer["data"]
+
+    async def has(self, expression: str) -> bool:
+        """Whether there is a number in the answer."""
+        result = (await self.ask("query", query=expression))["result"]
+        return any(not math.isnan(float(series["value"][1])) for series in result)
+
+    async def rules(self) -> list[Any]:
+        return [rule for group in (await self.ask("rules"))["groups"] for rule in group["rules"]]
+
+    async def offers(self, variable: str) -> bool:
+        """Whether a variable of a dashboard has values; `variable`: label_values(selector, label)."""
+        found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable)
+        assert found is not None, variable
+        return bool(await self.ask(f"label/{found[2]}/values", **{"match[]": found[1]}))
+
+
+@pytest.fixture
+def binary() -> str:
+    path = shutil.which("prometheus")
+    if path is None:
+        pytest.skip("prometheus is not on PATH (Debian: apt-get install prometheus)")
+    return path
+
+
+@pytest.fixture
+async def prometheus(binary: str, targets: dict[str, list[str]], tmp_path: Path) -> AsyncIterator[Prometheus]:
+    config, port = tmp_path / "prometheus.yml", free_port()
+    labels = {"cluster": "here", "namespace": "models"}
+    jobs = {name: [url.removeprefix("http://") for url in urls] for name, urls in targets.items()}
+    document = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(path) for path in chart_files.RULES],
+        "scrape_configs": [
+            {"job_name": job, "static_configs": [{"targets": addresses, "labels": labels}]}
+            for job, addresses in jobs.items()
+        ],
+    }
+    config.write_text(yaml.safe_dump(document))
+    with (tmp_path / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            binary,
+            f"--config.file={config}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
+            await answers(client, process, tmp_path / "log")
+            yield Prometheus(client)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+async def answers(client: httpx.AsyncClient, process: asyncio.subprocess.Process, log: Path) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            assert process.returncode is None, told(log)
+            with suppress(httpx.TransportError):
+                if (await client.get("/-/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.1)
+
+
+def told(log: Path) -> str:
+    return log.read_text()
+
+
+Look = Callable[[], Coroutine[Any, Any, set[str]]]
+
+
+async def left(missing: Look) -> set[str]:
+    """What is missing still after 20 s: rates have data from the second scrape after the first event on."""
+    rest = await missing()
+    for _ in range(40):
+        if not rest:
+            break
+        await asyncio.sleep(0.5)
+        rest = await missing()
+    return rest
+
+
+# They wait for some minutes before they fire, but what goes wrong here they notice at once.
+NOTICED = {
+    "InferenceRouterModelHasNoBackend",
+    "InferenceRouterBackendDown",
+    "InferenceRouterRejecting",
+    "InferenceRouterUpstreamErrors",
+    "InferenceRouterErrorBudgetBurnFast",
+}
+NOT_NOTICED = {"InferenceRouterDown", "EngineAdmissionStalled", "EngineQueueGrowing", "EnginePreemptions"}
+
+
+async def test_every_panel_has_data_and_every_alert_can_speak(prometheus: Prometheus) -> None:
+    asked = {where: placed(expression) for where, expression in chart_files.panel_expressions()}
+    for rule in chart_files.rules():
+        # Of an alert that is silent only the series can be seen that it looks at.
+        name = rule.get("alert") or rule["record"]
+        shown = [rule["record"]] if "record" in rule else []
+        asked |= {f"{name}: {selector}": selector for selector in [*shown, *chart_files.selectors(rule["expr"])]}
+
+    async def without_data() -> set[str]:
+        for where, expression in list(asked.items()):
+            if await prometheus.has(expression):
+                del asked[where]
+        return set(asked)
+
+    async def silent() -> set[str]:
+        return NOTICED - {rule["name"] for rule in await prometheus.rules() if rule.get("state") == "pending"}
+
+    assert await left(without_data) == set()
+    assert await left(silent) == set()
+    rules = await prometheus.rules()
+    assert {rule["name"]: rule.get("lastError") for rule in rules if rule["health"] != "ok"} == {}
+    assert {rule["name"] for rule in rules if rule.get("state") in ("pending", "firing")} & NOT_NOTICED == set()
+    for dashboard in chart_files.dashboards().values():
+        for variable in dashboard["templating"]["list"][1:]:
+            assert await prometheus.offers(placed(variable["query"]["query"])), variable["name"]
