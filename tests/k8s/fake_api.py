@@ -99,7 +99,6 @@ class FakeApi:
         return self._store(path, body, 201)
 
     def patch(self, path: str, patch: Json) -> tuple[int, Json]:
-        """Merged with maps only: good enough to see that an upgrade goes through."""
         return self._store(path, _merged(self.objects[path], patch), 200)
 
     def delete(self, path: str) -> tuple[int, Json]:
@@ -160,11 +159,31 @@ def _status(code: int, reason: str, message: str) -> tuple[int, Json]:
     return code, {**status, "code": code, "reason": reason, "message": message}
 
 
-def _merged(old: Any, new: Any) -> Any:
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return new
-    merged = {key: _merged(old.get(key), value) for key, value in new.items() if value is not None}
-    return {key: value for key, value in old.items() if key not in new} | merged
+def _merged(old: Any, patch: Any) -> Any:
+    """A strategic merge patch, applied: lists are merged where the patch says what order they are to have."""
+    if not isinstance(old, dict) or not isinstance(patch, dict):
+        return patch
+    merged = dict(old)
+    for key, value in patch.items():
+        if key.startswith("$"):
+            continue
+        order = patch.get(f"$setElementOrder/{key}")
+        if value is None:
+            merged.pop(key, None)
+        elif order and isinstance(order[0], dict):
+            merged[key] = _merged_list(old.get(key, []), value, order)
+        else:
+            merged[key] = _merged(old.get(key), value)
+    return merged
+
+
+def _merged_list(old: list[Json], patch: list[Json], order: list[Json]) -> list[Json]:
+    # The order names elements by what they are merged by: containers by `name`, mounts by `mountPath`.
+    (by,) = order[0]
+    elements = {element[by]: element for element in old}
+    for element in patch:
+        elements[element[by]] = _merged(elements.get(element[by]), element)
+    return [elements[element[by]] for element in order]
 
 
 def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:

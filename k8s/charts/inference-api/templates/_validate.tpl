@@ -47,11 +47,18 @@
 {{- $wrong = append $wrong (printf "models.%s and models.%s would have the same Service, %s; rename one" . $name $slug) -}}
 {{- end -}}
 {{- $_ := set $slugs $slug $name -}}
-{{- if eq (default "vllm" $model.engine) "openai" -}}
-{{- $wrong = append $wrong (printf "models.%s.deploy: the chart runs vllm and tgi, not the engine openai; remove deploy, and give backends" $name) -}}
-{{- end -}}
 {{- if and $cache.enabled (gt (int $model.deploy.replicas) 1) (has "ReadWriteOnce" $cache.accessModes) (not $model.deploy.existingClaim) -}}
 {{- $wrong = append $wrong (printf "models.%s.deploy.replicas is %d, and a cache that is ReadWriteOnce is on one node: set engines.cache.accessModes to [ReadWriteMany], or engines.cache.enabled to false" $name (int $model.deploy.replicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $model := .Values.models -}}
+{{- if and $.Values.engines.enabled (eq ($model.engine | default "vllm") "openai") $model.deploy -}}
+{{- $wrong = append $wrong (printf "models.%s.deploy: the chart runs vllm and tgi, not the engine openai; set deploy to null, and give backends" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $place, $image := dict "image" .Values.image "engines.images.vllm" .Values.engines.images.vllm "engines.images.tgi" .Values.engines.images.tgi -}}
+{{- if and (eq $image.tag "latest") (not $image.digest) -}}
+{{- $wrong = append $wrong (printf "%s.tag is latest, which is another image tomorrow: name a release, or a digest" $place) -}}
 {{- end -}}
 {{- end -}}
 {{- if $wrong -}}
