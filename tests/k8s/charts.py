@@ -1,4 +1,4 @@
-"""The chart as real Helm installs it, for every values file there is: done once, for all tests and all their processes."""
+"""The chart as real Helm installs it, for every values file there is: once, for all tests and their processes."""
 
 import fcntl
 import hashlib
@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from inference_api.routing.catalogue import Catalogue, parse_catalogue
+from inference_api.settings import PREFIX, Settings, load_settings
+
 Json = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
@@ -25,11 +28,15 @@ VALUES = {path.stem.removesuffix("-values"): path for path in sorted((CHART / "c
 CLUSTERS = {path.stem: path for path in sorted((ROOT / "k8s" / "clusters").glob("*.yaml"))}
 # Each install on both ends of the range of releases; a cluster's overlay on the newest.
 INSTALLS = [f"{name} on {release}" for name in VALUES for release in (OLDEST, NEWEST)] + [*CLUSTERS]
+every_install = pytest.mark.parametrize("name", INSTALLS)
+WORKLOADS = ("Deployment", "StatefulSet")
 
 _HOME = Path(os.environ.get("HELM_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "inference-api-helm"))
 HOME = _HOME.expanduser()
 _INSTALLED = next((HOME / "venv").glob("complete-*"), None)
-needs_helm = pytest.mark.skipif(_INSTALLED is None, reason="no Helm here: scripts/helm-tools installs it, with Python 3.12")
+needs_helm = pytest.mark.skipif(
+    _INSTALLED is None, reason="no Helm here: scripts/helm-tools installs it, with Python 3.12"
+)
 
 # What is refused: the values, and what the one line must say.
 REFUSED: dict[str, tuple[Json, str]] = {
@@ -78,7 +85,10 @@ REFUSED: dict[str, tuple[Json, str]] = {
         {"router": {"discovery": {"mode": "endpointslices"}, "rbac": {"create": False}}},
         "router.discovery.mode endpointslices needs the right to watch them",
     ),
-    "an Ingress without hosts": ({"router": {"ingress": {"enabled": True}}}, "router.ingress needs router.ingress.hosts"),
+    "an Ingress without hosts": (
+        {"router": {"ingress": {"enabled": True}}},
+        "router.ingress needs router.ingress.hosts",
+    ),
     "a route without a Gateway": (
         {"router": {"httpRoute": {"enabled": True}}},
         "router.httpRoute needs router.httpRoute.parentRefs",
@@ -127,11 +137,43 @@ class Installed(NamedTuple):
     def pods(self) -> Iterator[tuple[str, Json, Json]]:
         """Name, metadata and spec of every pod there would be, the helm tests included."""
         for document in [*self.objects, *self.hooks]:
-            if document["kind"] in ("Deployment", "StatefulSet"):
+            if document["kind"] in WORKLOADS:
                 template = document["spec"]["template"]
                 yield document["metadata"]["name"], template["metadata"], template["spec"]
             if document["kind"] == "Pod":
                 yield document["metadata"]["name"], document["metadata"], document["spec"]
+
+
+def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    return selector.items() <= labels.items()
+
+
+def templates(found: Installed) -> list[Json]:
+    return [o["spec"]["template"] for o in found.objects if o["kind"] in WORKLOADS]
+
+
+def router_pod(found: Installed) -> Json:
+    pod: Json = found.one("Deployment", "router")["spec"]["template"]["spec"]
+    return pod
+
+
+def environ(found: Installed) -> dict[str, str]:
+    """The router's settings, as its process would find them."""
+    given = {e["name"]: e["value"] for e in router_pod(found)["containers"][0]["env"] if e["name"].startswith(PREFIX)}
+    assert given
+    return given
+
+
+def settings(found: Installed) -> Settings:
+    given = environ(found)
+    if "discovery" not in Settings.model_fields:
+        given.pop(f"{PREFIX}DISCOVERY", None)
+    return load_settings(given)
+
+
+def catalogue(found: Installed) -> Catalogue:
+    (data,) = [o["data"] for o in found.of("ConfigMap") if o["metadata"]["name"].endswith("-catalogue")]
+    return parse_catalogue(yaml.safe_load(data["catalogue.yaml"]))
 
 
 def component_of(document: Json) -> str:
@@ -191,7 +233,11 @@ def _jobs(with_files: Path) -> dict[str, Json]:
             "chart": str(with_files),
             "values": {
                 "monitoring": {
-                    "prometheusRule": {"enabled": True, "disabled": ["Unwanted"], "repositoryUrl": "https://example.com/r/"},
+                    "prometheusRule": {
+                        "enabled": True,
+                        "disabled": ["Unwanted"],
+                        "repositoryUrl": "https://example.com/r/",
+                    },
                     "dashboards": {"enabled": True},
                 }
             },
@@ -211,6 +257,7 @@ def _run() -> dict[str, Json]:
             [HOME / "venv" / "bin" / "python", "-m", "tests.k8s.helm"],
             input=json.dumps(_jobs(copy)),
             env={"PATH": os.environ["PATH"], "HOME": folder, "HELM_DRIVER": "memory"},
+            check=False,
             cwd=ROOT,
             text=True,
             capture_output=True,

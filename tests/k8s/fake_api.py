@@ -84,7 +84,11 @@ class FakeApi:
         if path == "/api":
             return 200, {"kind": "APIVersions", "versions": ["v1"]}
         if path == "/apis":
-            return 200, {"kind": "APIGroupList", "apiVersion": "v1", "groups": [_group(v) for v in self.kinds if "/" in v]}
+            return 200, {
+                "kind": "APIGroupList",
+                "apiVersion": "v1",
+                "groups": [_group(v) for v in self.kinds if "/" in v],
+            }
         version = path.removeprefix("/apis/").removeprefix("/api/")
         if version in self.kinds:
             return 200, _resources(version, self.kinds[version])

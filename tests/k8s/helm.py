@@ -1,7 +1,7 @@
 """Real Helm, for the tests of the chart: jobs as JSON on stdin, what came of them as JSON on stdout.
 
-Runs as `python -m tests.k8s.helm` in the environment of scripts/helm-tools, which has Helm (helm-sdkpy) and needs a newer
-Python than the project. HELM_DRIVER=memory must be in its environment: releases are kept in the process.
+Runs as `python -m tests.k8s.helm` in the environment of scripts/helm-tools, which has Helm (helm-sdkpy) and needs a
+newer Python than the project. HELM_DRIVER=memory must be in its environment: releases are kept in the process.
 """
 
 import asyncio
