@@ -93,6 +93,10 @@ REFUSED: dict[str, tuple[Json, str]] = {
         {"router": {"httpRoute": {"enabled": True}}},
         "router.httpRoute needs router.httpRoute.parentRefs",
     ),
+    "traces to nowhere": (
+        {"monitoring": {"otel": {"enabled": True}}},
+        "monitoring.otel needs monitoring.otel.endpoint",
+    ),
     "replicas on a volume of one node": (
         {"engines": {"enabled": True}, "models": {"gpt2": {"deploy": {"replicas": 2}}}},
         "models.gpt2.deploy.replicas is 2, and a cache that is ReadWriteOnce is on one node",

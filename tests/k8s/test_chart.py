@@ -1,4 +1,4 @@
-"""Helm takes the chart: every values file installs, upgrades and goes again, and what cannot be is refused in a line."""
+"""Helm takes the chart: every values file installs and upgrades, and what cannot be is refused in one line."""
 
 import json
 from typing import Any

@@ -154,7 +154,7 @@ async def test_the_registrys_probes_are_answered(tmp_path: Path) -> None:
 
 
 def test_models_of_the_values_arrive_again_where_the_registry_forgets() -> None:
-    """Without a volume it is filled at each start, so new models are a reason to start it; with one it is left alone."""
+    """Without a volume it is filled at each start, so new models are a reason to; with one it is left alone."""
 
     def checksum(name: str) -> bool:
         metadata = installed(name).one("StatefulSet")["spec"]["template"]["metadata"]

@@ -39,6 +39,9 @@
 {{- if and $router.httpRoute.enabled (not $router.httpRoute.parentRefs) -}}
 {{- $wrong = append $wrong "router.httpRoute needs router.httpRoute.parentRefs, the Gateways that it attaches to" -}}
 {{- end -}}
+{{- if and .Values.monitoring.otel.enabled (not .Values.monitoring.otel.endpoint) -}}
+{{- $wrong = append $wrong "monitoring.otel needs monitoring.otel.endpoint, the URL of a collector" -}}
+{{- end -}}
 {{- $slugs := dict -}}
 {{- $cache := .Values.engines.cache -}}
 {{- range $name, $model := include "inference-api.deployed" . | fromJson -}}
