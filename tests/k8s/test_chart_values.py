@@ -9,12 +9,12 @@ import yaml
 
 from inference_api.routing.catalogue import BackendEntry, CatalogueEntry, Hardware, Timeouts
 from inference_api.settings import Settings
-from tests.k8s.charts import CHART, ROOT
+from tests.k8s.charts import CHART, CLUSTERS, ROOT
 
 TEXT = (CHART / "values.yaml").read_text()
 VALUES: dict[str, Any] = yaml.safe_load(TEXT)
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
-ENTRY = SCHEMA["$defs"]["model"]["properties"]
+ENTRY = SCHEMA["definitions"]["model"]["properties"]
 
 # Those that the chart sets itself, from values of their own or from what it knows.
 OWN = {
@@ -34,7 +34,7 @@ def node(path: tuple[str, ...]) -> dict[str, Any]:
     """The schema of a value."""
     found = SCHEMA
     for key in path:
-        found = SCHEMA["$defs"][found["$ref"].rpartition("/")[2]] if "$ref" in found else found
+        found = SCHEMA["definitions"][found["$ref"].rpartition("/")[2]] if "$ref" in found else found
         if "properties" not in found:
             # A map or an object of Kubernetes: its keys are not the chart's.
             return found
@@ -106,3 +106,21 @@ def test_the_example_models_are_those_that_the_app_brings() -> None:
     told = {model.pop("name"): {key: value for key, value in model.items() if key != "backends"} for model in packaged}
 
     assert {name: {k: v for k, v in model.items() if k != "deploy"} for name, model in VALUES["models"].items()} == told
+
+
+def test_the_readme_tells_of_every_cluster_and_links_to_what_exists() -> None:
+    readme = (ROOT / "k8s" / "README.md").read_text()
+    links = set(re.findall(r"\]\((?!http)([^)#]+)\)", readme))
+
+    assert {f"clusters/{path.name}" for path in CLUSTERS.values()} <= links
+    # The runbook comes with the alerts.
+    assert [link for link in links - {"runbook.md"} if not (ROOT / "k8s" / link).exists()] == []
+
+
+def test_the_readme_has_the_sum_right() -> None:
+    drain = VALUES["router"]["drain"]
+    readme = (ROOT / "k8s" / "README.md").read_text()
+
+    (shown,) = re.findall(r"^ +(\d+) += +(\d+) +\+ +(\d+) +\+ +(\d+)$", readme, re.MULTILINE)
+
+    assert [*map(int, shown)] == [sum(drain.values()), *drain.values()]
