@@ -1,9 +1,12 @@
 """The app's own word on what the chart gives it: settings, catalogue, probes, and the registry's arguments."""
 
 import asyncio
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,8 +19,20 @@ from inference_api.settings import Settings
 from registry_stub.app import create_app
 from registry_stub.cli import _parser
 from registry_stub.store import Store
+from tests.command import ready
 from tests.fakes import FakeEngine
-from tests.k8s.charts import catalogue, environ, every_install, installed, needs_helm, router_pod, settings, values_of
+from tests.k8s.charts import (
+    ROOT,
+    catalogue,
+    environ,
+    every_install,
+    installed,
+    needs_helm,
+    router_pod,
+    settings,
+    values_of,
+)
+from tests.ports import free_port
 
 pytestmark = [needs_helm, pytest.mark.timeout(300), pytest.mark.anyio]
 
@@ -162,6 +177,59 @@ def test_models_of_the_values_arrive_again_where_the_registry_forgets() -> None:
 
     assert checksum("endpointslices on 1.37")
     assert not checksum("default on 1.37")
+
+
+# All of it
+
+
+@asynccontextmanager
+async def started(module: str, args: list[str], variables: dict[str, str]) -> AsyncIterator[None]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module, *args), env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | variables
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        # SIGTERM is no way to die for either of them.
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+
+
+async def test_what_is_installed_works_and_outlives_its_registry(tmp_path: Path) -> None:
+    """The commands, arguments, variables and files of the default install, but for the places of this machine."""
+    found = installed("default on 1.37")
+    (registry,) = found.one("StatefulSet")["spec"]["template"]["spec"]["containers"]
+    port, ops, registry_port = free_port(), free_port(), free_port()
+    (tmp_path / "catalogue.yaml").write_text(found.one("ConfigMap")["data"]["catalogue.yaml"])
+    text = " ".join(registry["args"]).replace("/etc/inference-api", str(tmp_path)).replace("/data", str(tmp_path))
+    arguments = re.sub("--port=[0-9]+", f"--port={registry_port}", text).split()
+    here = {"CATALOGUE": tmp_path / "catalogue.yaml", "PORT": port, "OPS_PORT": ops, "DRAIN_DELAY": 0}
+    here |= {"REGISTRY_URL": f"http://127.0.0.1:{registry_port}", "REGISTRY_REFRESH": 0.1}
+    variables = environ(found) | {f"INFERENCE_API_{name}": str(value) for name, value in here.items()}
+
+    async with httpx.AsyncClient(timeout=10, trust_env=False) as client, AsyncExitStack() as stack:
+        readyz = f"http://127.0.0.1:{ops}/readyz"
+
+        async def source() -> str:
+            answer = await client.get(readyz)
+            assert answer.status_code == 200
+            told: str = answer.json()["catalogue"]
+            return told
+
+        async with started("registry_stub", arguments, {"REGISTRY_STUB_TOKEN": "t"}):
+            await ready(client, f"http://127.0.0.1:{registry_port}/healthz")
+            await stack.enter_async_context(started("inference_api", ["serve"], variables))
+            await ready(client, readyz)
+            assert await source() == "registry"
+            listed = (await client.get(f"http://127.0.0.1:{port}/v1/models")).json()["data"]
+            assert {model["id"] for model in listed} >= {"llama-3-8b", "mistral-7b", "gpt2"}
+            refused = await client.delete(f"http://127.0.0.1:{registry_port}/models/gpt2")
+            assert refused.status_code == 401
+        async with asyncio.timeout(20):
+            while True:
+                if await source() == "stale":
+                    break
+                await asyncio.sleep(0.05)
 
 
 # helm test
