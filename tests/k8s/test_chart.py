@@ -122,14 +122,21 @@ def test_dashboards_come_from_plain_files() -> None:
 
 def test_every_rule_and_dashboard_of_the_chart_is_installed() -> None:
     found = installed("full on 1.37")
-    rules, dashboards = (sorted((CHART / "files").glob(pattern)) for pattern in ("rules/*.yaml", "dashboards/*.json"))
+    files = {path.name: path.read_text() for path in (CHART / "files").glob("*/*.*")}
 
-    told = [group for rule in found.of("PrometheusRule") for group in rule["spec"]["groups"]]
-    assert told == [group for path in rules for group in yaml.safe_load(path.read_text())["groups"]]
-    shown = [o["data"] for o in found.of("ConfigMap") if "dashboard" in o["metadata"]["name"]]
-    assert [json.loads(data[path.name]) for data, path in zip(shown, dashboards, strict=True)] == [
-        json.loads(path.read_text()) for path in dashboards
-    ]
+    told = {group["name"]: group for rule in found.of("PrometheusRule") for group in rule["spec"]["groups"]}
+    maps = [o["data"] for o in found.of("ConfigMap") if "dashboard" in o["metadata"]["name"]]
+    shown = {name: text for data in maps for name, text in data.items()}
+
+    assert told == {
+        group["name"]: group
+        for name, text in files.items()
+        if name.endswith(".yaml")
+        for group in yaml.safe_load(text)["groups"]
+    }
+    assert {name: json.loads(text) for name, text in shown.items()} == {
+        name: json.loads(text) for name, text in files.items() if name.endswith(".json")
+    }
 
 
 def test_the_notes_say_where_it_is_and_when_a_pod_is_gone() -> None:
