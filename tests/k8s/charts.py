@@ -105,6 +105,10 @@ REFUSED: dict[str, tuple[Json, str]] = {
         {"engines": {"enabled": True}, "models": {"gpt2": {"engine": "openai"}}},
         "models.gpt2.deploy: the chart runs vllm and tgi, not the engine openai",
     ),
+    "a Service that begins with a digit": (
+        {"engines": {"enabled": True}, "models": {"3b": {"deploy": {"model": "some/3b"}}}},
+        'models.3b.deploy: its Service would be named "3b", and such names begin with a letter',
+    ),
     "two models with one Service": (
         {"engines": {"enabled": True}, "models": {"GPT2": {"deploy": {"model": "openai-community/gpt2"}}}},
         "models.GPT2 and models.gpt2 would have the same Service, gpt2",

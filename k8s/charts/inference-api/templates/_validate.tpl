@@ -50,6 +50,9 @@
 {{- $wrong = append $wrong (printf "models.%s and models.%s would have the same Service, %s; rename one" . $name $slug) -}}
 {{- end -}}
 {{- $_ := set $slugs $slug $name -}}
+{{- if not (regexMatch "^[a-z]" $slug) -}}
+{{- $wrong = append $wrong (printf "models.%s.deploy: its Service would be named %q, and such names begin with a letter; rename the model, and make this name an alias" $name $slug) -}}
+{{- end -}}
 {{- if and $cache.enabled (gt (int $model.deploy.replicas) 1) (has "ReadWriteOnce" $cache.accessModes) (not $model.deploy.existingClaim) -}}
 {{- $wrong = append $wrong (printf "models.%s.deploy.replicas is %d, and a cache that is ReadWriteOnce is on one node: set engines.cache.accessModes to [ReadWriteMany], or engines.cache.enabled to false" $name (int $model.deploy.replicas)) -}}
 {{- end -}}
