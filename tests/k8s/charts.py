@@ -34,9 +34,6 @@ WORKLOADS = ("Deployment", "StatefulSet")
 _HOME = Path(os.environ.get("HELM_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "inference-api-helm"))
 HOME = _HOME.expanduser()
 _INSTALLED = next((HOME / "venv").glob("complete-*"), None)
-needs_helm = pytest.mark.skipif(
-    _INSTALLED is None, reason="no Helm here: scripts/helm-tools installs it, with Python 3.12"
-)
 
 # What is refused: the values, and what the one line must say.
 REFUSED: dict[str, tuple[Json, str]] = {
@@ -123,6 +120,12 @@ RULE = {
 }
 RULES = {"groups": [{"name": "first", "rules": [RULE, RULE | {"alert": "Unwanted"}]}, {"name": "second", "rules": []}]}
 DASHBOARD = '{"title": "{{model_name}} $__rate_interval", "panels": []}'
+
+
+def require_helm() -> None:
+    """Skip the module that calls this where there is no Helm."""
+    if _INSTALLED is None:
+        pytest.skip("no Helm here: scripts/helm-tools installs it, with Python 3.12", allow_module_level=True)
 
 
 class Installed(NamedTuple):

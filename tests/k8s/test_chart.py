@@ -10,7 +10,8 @@ from inference_api import __version__
 from tests.k8s import charts
 from tests.k8s.charts import CHART, CLUSTERS, DASHBOARD, INSTALLS, NAMESPACE, REFUSED, RULE, VALUES, installed, outcome
 
-pytestmark = [charts.needs_helm, pytest.mark.timeout(300)]
+charts.require_helm()
+pytestmark = pytest.mark.timeout(300)
 
 KINDS = ["Deployment", "StatefulSet", "Service", "ServiceAccount", "ConfigMap", "PodDisruptionBudget", "NetworkPolicy"]
 

@@ -27,14 +27,15 @@ from tests.k8s.charts import (
     environ,
     every_install,
     installed,
-    needs_helm,
+    require_helm,
     router_pod,
     settings,
     values_of,
 )
 from tests.ports import free_port
 
-pytestmark = [needs_helm, pytest.mark.timeout(300), pytest.mark.anyio]
+require_helm()
+pytestmark = [pytest.mark.timeout(300), pytest.mark.anyio]
 
 
 @every_install

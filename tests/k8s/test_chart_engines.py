@@ -4,9 +4,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.k8s.charts import NAMESPACE, Installed, Json, catalogue, every_install, installed, needs_helm
+from tests.k8s.charts import NAMESPACE, Installed, Json, catalogue, every_install, installed, require_helm
 
-pytestmark = [needs_helm, pytest.mark.timeout(300)]
+require_helm()
+pytestmark = pytest.mark.timeout(300)
 
 
 def engines(found: Installed) -> dict[str, Json]:

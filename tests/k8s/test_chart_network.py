@@ -13,14 +13,15 @@ from tests.k8s.charts import (
     every_install,
     installed,
     matches,
-    needs_helm,
+    require_helm,
     router_pod,
     settings,
     templates,
     values_of,
 )
 
-pytestmark = [needs_helm, pytest.mark.timeout(300)]
+require_helm()
+pytestmark = pytest.mark.timeout(300)
 
 
 @every_install

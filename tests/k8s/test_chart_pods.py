@@ -4,9 +4,10 @@ import pytest
 
 from inference_api.app import Router
 from inference_api.settings import Settings
-from tests.k8s.charts import NAMESPACE, every_install, installed, needs_helm, values_of
+from tests.k8s.charts import NAMESPACE, every_install, installed, require_helm, values_of
 
-pytestmark = [needs_helm, pytest.mark.timeout(300)]
+require_helm()
+pytestmark = pytest.mark.timeout(300)
 
 # What the values files name and somebody else makes.
 OTHERS = {"ServiceAccount": {"default"}, "ConfigMap": {"ca"}, "PersistentVolumeClaim": {"weights"}}
