@@ -1,0 +1,64 @@
+{{/* Whether the router's pods get a token of their service account. */}}
+{{- define "inference-api.automount" -}}
+{{- $wanted := .Values.router.serviceAccount.automount -}}
+{{- if kindIs "bool" $wanted }}{{ $wanted }}{{ else if include "inference-api.watchesSlices" . }}true{{ else }}false{{ end -}}
+{{- end -}}
+
+{{/* The router's environment. INFERENCE_API_* are exactly the app's settings; tests/k8s holds them to it. */}}
+{{- define "inference-api.routerEnv" -}}
+{{- $router := .Values.router -}}
+{{- $settings := dict
+  "HOST" $router.host
+  "PORT" $router.ports.http
+  "OPS_PORT" $router.ports.ops
+  "CATALOGUE" "/etc/inference-api/catalogue.yaml"
+  "LOG_LEVEL" $router.logLevel
+  "LOG_FORMAT" "json"
+  "CONNECT_TIMEOUT" $router.timeouts.connect
+  "FIRST_BYTE_TIMEOUT" $router.timeouts.firstByte
+  "IDLE_TIMEOUT" $router.timeouts.idle
+  "TOTAL_TIMEOUT" $router.timeouts.total
+  "STREAM_TIMEOUT" $router.timeouts.stream
+  "DRAIN_DELAY" $router.drain.delaySeconds
+  "DRAIN_TIMEOUT" $router.drain.timeoutSeconds
+  "MAX_IN_FLIGHT" $router.limits.maxInFlight
+  "MAX_BODY_BYTES" $router.limits.maxBodyBytes
+  "DISCOVERY_INTERVAL" $router.discovery.intervalSeconds
+  "REGISTRY_REFRESH" $router.registry.refreshSeconds
+-}}
+{{- with include "inference-api.registryUrl" . }}{{ $_ := set $settings "REGISTRY_URL" . }}{{ end -}}
+{{- if include "inference-api.watchesSlices" . }}{{ $_ := set $settings "DISCOVERY" $router.discovery.mode }}{{ end -}}
+{{- range $name, $value := $router.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
+{{- range $name, $value := $settings }}
+- name: INFERENCE_API_{{ $name }}
+  value: {{ include "inference-api.scalar" $value | quote }}
+{{- end }}
+{{- range $name, $source := $router.backendTokens }}
+- name: {{ $name }}
+  valueFrom: {secretKeyRef: {name: {{ $source.secret }}, key: {{ $source.key }}}}
+{{- end }}
+{{- with .Values.monitoring.otel }}
+{{- if .enabled }}
+- name: K8S_POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+- name: K8S_NODE_NAME
+  valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+- name: OTEL_SERVICE_NAME
+  value: {{ include "inference-api.fullname" $ }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ .endpoint | quote }}
+- name: OTEL_EXPORTER_OTLP_PROTOCOL
+  value: http/protobuf
+- name: OTEL_TRACES_SAMPLER
+  value: {{ .sampler }}
+- name: OTEL_TRACES_SAMPLER_ARG
+  value: {{ .samplerArg | quote }}
+- name: OTEL_RESOURCE_ATTRIBUTES
+  value: k8s.namespace.name={{ $.Release.Namespace }},k8s.pod.name=$(K8S_POD_NAME),k8s.node.name=$(K8S_NODE_NAME)
+    {{- with $.Values.clusterName }},k8s.cluster.name={{ . }}{{ end }}
+{{- end }}
+{{- end }}
+{{- with $router.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,73 @@
+{{/* What a schema cannot say: values that do not go together. One line each, all at once. */}}
+{{- define "inference-api.validate" -}}
+{{- $wrong := list -}}
+{{- $router := .Values.router -}}
+{{- if and $router.autoscaling.enabled $router.keda.enabled -}}
+{{- $wrong = append $wrong "router.autoscaling.enabled and router.keda.enabled exclude each other: both would set the number of replicas; turn one off" -}}
+{{- end -}}
+{{- range $name := list "autoscaling" "keda" -}}
+{{- $scaler := index $router $name -}}
+{{- if and $scaler.enabled (gt (int $scaler.minReplicas) (int $scaler.maxReplicas)) -}}
+{{- $wrong = append $wrong (printf "router.%s.minReplicas (%d) is more than router.%s.maxReplicas (%d)" $name (int $scaler.minReplicas) $name (int $scaler.maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $router.autoscaling.enabled (not (dig "requests" "cpu" "" $router.resources)) -}}
+{{- $wrong = append $wrong "router.autoscaling needs router.resources.requests.cpu: its target is a share of that" -}}
+{{- end -}}
+{{- if and $router.keda.enabled (not $router.keda.serverAddress) -}}
+{{- $wrong = append $wrong "router.keda needs router.keda.serverAddress, the URL of Prometheus" -}}
+{{- end -}}
+{{- if and (not (kindIs "invalid" $router.podDisruptionBudget.minAvailable)) (not (kindIs "invalid" $router.podDisruptionBudget.maxUnavailable)) -}}
+{{- $wrong = append $wrong "router.podDisruptionBudget takes minAvailable or maxUnavailable, not both; set the other one to null" -}}
+{{- end -}}
+{{- $longest := include "inference-api.longestRequest" . | int -}}
+{{- if lt (floor $router.drain.timeoutSeconds | int) $longest -}}
+{{- $wrong = append $wrong (printf "router.drain.timeoutSeconds (%v) is shorter than the longest request (%d s, of router.timeouts.stream, router.timeouts.total and models.*.timeouts.total): a rollout would cut streams; raise it, or lower those" $router.drain.timeoutSeconds $longest) -}}
+{{- end -}}
+{{- if and .Values.registry.enabled $router.registry.url -}}
+{{- $wrong = append $wrong "router.registry.url is set, so nobody would use the chart's own registry; set registry.enabled to false, or leave the url empty" -}}
+{{- end -}}
+{{- if and (not .Values.models) (not (include "inference-api.registryUrl" .)) -}}
+{{- $wrong = append $wrong "there is nothing to serve: give models, or router.registry.url, or set registry.enabled to true" -}}
+{{- end -}}
+{{- if and (include "inference-api.watchesSlices" .) (not $router.rbac.create) (or $router.serviceAccount.create (not $router.serviceAccount.name)) -}}
+{{- $wrong = append $wrong "router.discovery.mode endpointslices needs the right to watch them: set router.rbac.create to true, or name a service account that has it" -}}
+{{- end -}}
+{{- if and $router.ingress.enabled (not $router.ingress.hosts) -}}
+{{- $wrong = append $wrong "router.ingress needs router.ingress.hosts" -}}
+{{- end -}}
+{{- if and $router.httpRoute.enabled (not $router.httpRoute.parentRefs) -}}
+{{- $wrong = append $wrong "router.httpRoute needs router.httpRoute.parentRefs, the Gateways that it attaches to" -}}
+{{- end -}}
+{{- if and .Values.monitoring.otel.enabled (not .Values.monitoring.otel.endpoint) -}}
+{{- $wrong = append $wrong "monitoring.otel needs monitoring.otel.endpoint, the URL of a collector" -}}
+{{- end -}}
+{{- $slugs := dict -}}
+{{- $cache := .Values.engines.cache -}}
+{{- range $name, $model := include "inference-api.deployed" . | fromJson -}}
+{{- $slug := include "inference-api.slug" $name -}}
+{{- with get $slugs $slug -}}
+{{- $wrong = append $wrong (printf "models.%s and models.%s would have the same Service, %s; rename one" . $name $slug) -}}
+{{- end -}}
+{{- $_ := set $slugs $slug $name -}}
+{{- if not (regexMatch "^[a-z]" $slug) -}}
+{{- $wrong = append $wrong (printf "models.%s.deploy: its Service would be named %q, and such names begin with a letter; rename the model, and make this name an alias" $name $slug) -}}
+{{- end -}}
+{{- if and $cache.enabled (gt (int $model.deploy.replicas) 1) (has "ReadWriteOnce" $cache.accessModes) (not $model.deploy.existingClaim) -}}
+{{- $wrong = append $wrong (printf "models.%s.deploy.replicas is %d, and a cache that is ReadWriteOnce is on one node: set engines.cache.accessModes to [ReadWriteMany], or engines.cache.enabled to false" $name (int $model.deploy.replicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $model := .Values.models -}}
+{{- if and $.Values.engines.enabled (eq ($model.engine | default "vllm") "openai") $model.deploy -}}
+{{- $wrong = append $wrong (printf "models.%s.deploy: the chart runs vllm and tgi, not the engine openai; set deploy to null, and give backends" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $place, $image := dict "image" .Values.image "engines.images.vllm" .Values.engines.images.vllm "engines.images.tgi" .Values.engines.images.tgi -}}
+{{- if and (eq $image.tag "latest") (not $image.digest) -}}
+{{- $wrong = append $wrong (printf "%s.tag is latest, which is another image tomorrow: name a release, or a digest" $place) -}}
+{{- end -}}
+{{- end -}}
+{{- if $wrong -}}
+{{- fail (printf "\n%s" (join "\n" $wrong)) -}}
+{{- end -}}
+{{- end -}}

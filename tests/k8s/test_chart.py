@@ -1,0 +1,178 @@
+"""Helm takes the chart: every values file installs and upgrades, and what cannot be is refused in one line."""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from inference_api import __version__
+from tests.k8s import charts
+from tests.k8s.charts import CHART, CLUSTERS, DASHBOARD, INSTALLS, NAMESPACE, REFUSED, RULE, VALUES, installed, outcome
+
+charts.require_helm()
+pytestmark = pytest.mark.timeout(300)
+
+KINDS = ["Deployment", "StatefulSet", "Service", "ServiceAccount", "ConfigMap", "PodDisruptionBudget", "NetworkPolicy"]
+
+
+def names(kind: str, name: str) -> set[str]:
+    return {document["metadata"]["name"] for document in installed(name).of(kind)}
+
+
+@pytest.mark.parametrize("name", INSTALLS)
+def test_it_installs(name: str) -> None:
+    """Each object is what the strict schema of the release says, the pods of `helm test` too."""
+    found = installed(name)
+
+    assert found.of("Deployment", "router")
+    assert len({(o["kind"], o["metadata"]["name"], o["metadata"]["namespace"]) for o in found.objects}) == len(
+        found.objects
+    )
+
+
+def test_there_is_a_values_file_for_each_thing_that_can_be_on() -> None:
+    """What no file turns on would never be tried."""
+    assert set(VALUES) == {"default", "minimal", "full", "keda", "endpointslices", "engines", "openshift"}
+    assert len(CLUSTERS) == 3
+    kinds = {document["kind"] for name in INSTALLS for document in installed(name).objects}
+    optional = "HorizontalPodAutoscaler ScaledObject Ingress HTTPRoute Role RoleBinding ServiceMonitor PodMonitor"
+    assert kinds >= {*KINDS, *optional.split(), "PersistentVolumeClaim"}
+
+
+def test_one_install_is_a_router_with_a_registry_and_a_static_fallback() -> None:
+    found = installed("default on 1.37")
+
+    assert {document["kind"] for document in found.objects} == set(KINDS)
+    assert found.one("StatefulSet")["spec"]["volumeClaimTemplates"]
+    catalogue = yaml.safe_load(found.one("ConfigMap")["data"]["catalogue.yaml"])
+    assert [model["name"] for model in catalogue["models"]] == ["gpt2", "llama-3-8b", "mistral-7b"]
+
+
+def test_with_engines_it_is_all_there_is_to_install() -> None:
+    models = {"llama-3-8b", "mistral-7b", "gpt2"}
+
+    assert names("Deployment", "openshift on 1.37") == models | {"inference-api"}
+    assert names("Service", "gke-europe") > models
+    assert names("PersistentVolumeClaim", "gke-europe") == {f"{model}-cache" for model in models}
+
+
+def test_a_cluster_without_the_operators_takes_what_is_on_by_default() -> None:
+    assert installed("without custom kinds").of("Deployment")
+
+
+def test_an_old_cluster_is_told_apart() -> None:
+    assert "requires kubeVersion: >=1.29.0-0" in outcome("an old cluster").error
+
+
+def test_an_upgrade_changes_what_it_should_and_no_more() -> None:
+    before, after = (
+        {(o["kind"], o["metadata"]["name"]): o for o in objects}
+        for objects in (installed("upgrade").objects, installed("upgrade").upgraded)
+    )
+
+    changed = {place for place in before if before[place].get("spec") != after[place].get("spec")}
+    assert changed == {("Deployment", "inference-api")}
+    assert after["Deployment", "inference-api"]["spec"]["replicas"] == 3
+
+
+def test_what_took_long_to_download_outlives_the_release() -> None:
+    left = installed("removal").left
+
+    assert {(o["kind"], o["metadata"]["name"]) for o in left} == {
+        ("PersistentVolumeClaim", f"{model}-cache") for model in ("llama-3-8b", "mistral-7b", "gpt2")
+    }
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_values_that_cannot_be_are_refused_in_one_line(name: str) -> None:
+    values, told = REFUSED[name]
+    header = "values don't meet the specifications of the schema", "inference-api:", "execution error at"
+
+    lines = outcome(name).error.removeprefix("install failed: ").strip().splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith(header)]
+
+    assert values
+    assert len(lines) == 1, lines
+    assert told in lines[0]
+
+
+def test_helm_lint_has_no_warning() -> None:
+    """1 is information: an icon is recommended."""
+    assert all(message["Severity"] <= 1 for message in charts.results()["lint"]["lint"]["Messages"] or ())
+
+
+def test_rules_come_from_plain_files() -> None:
+    """Their templates are Prometheus' own; an alert that is not wanted is left out, and so is a group without any."""
+    (rule,) = installed("with files").of("PrometheusRule")
+
+    link = "https://example.com/r/k8s/runbook.md#some"
+    expected: dict[str, Any] = RULE | {
+        "annotations": {"summary": "{{ $value }} of {{ $labels.pod }}", "runbook_url": link}
+    }
+    assert rule["spec"] == {"groups": [{"name": "first", "rules": [expected]}]}
+
+
+def test_dashboards_come_from_plain_files() -> None:
+    found = installed("with files")
+
+    (dashboard,) = [o for o in found.of("ConfigMap") if o["metadata"]["name"] == "inference-api-dashboard-some"]
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert dashboard["data"] == {"some.json": DASHBOARD}
+
+
+def test_every_rule_and_dashboard_of_the_chart_is_installed() -> None:
+    found = installed("full on 1.37")
+    files = {path.name: path.read_text() for path in (CHART / "files").glob("*/*.*")}
+
+    told = {group["name"]: group for rule in found.of("PrometheusRule") for group in rule["spec"]["groups"]}
+    maps = [o["data"] for o in found.of("ConfigMap") if "dashboard" in o["metadata"]["name"]]
+    shown = {name: text for data in maps for name, text in data.items()}
+
+    assert told == {
+        group["name"]: group
+        for name, text in files.items()
+        if name.endswith(".yaml")
+        for group in yaml.safe_load(text)["groups"]
+    }
+    assert {name: json.loads(text) for name, text in shown.items()} == {
+        name: json.loads(text) for name, text in files.items() if name.endswith(".json")
+    }
+
+
+def test_the_notes_say_where_it_is_and_when_a_pod_is_gone() -> None:
+    notes = installed("default on 1.37").notes
+
+    assert f"http://inference-api.{NAMESPACE}.svc/v1" in notes
+    assert "kubectl --namespace inference get pod inference-api-registry-0 -o jsonpath='{.metadata.uid}'" in notes
+    assert "is gone after 600 s at the latest" in notes
+
+
+def test_the_notes_can_be_pasted_where_the_token_is_in_a_secret() -> None:
+    notes = installed("full on 1.37").notes
+
+    assert """get secret registry -o go-template='{{index .data "key" | base64decode}}')""" in notes
+
+
+def test_what_a_release_does_not_know_is_left_out() -> None:
+    """trafficDistribution came with 1.30."""
+    old, new = (installed(f"full on {release}").one("Service", "registry")["spec"] for release in ("1.29", "1.37"))
+    assert old == new
+    found = [installed(f"full on {release}").of("Service", "router") for release in ("1.29", "1.37")]
+
+    assert [any("trafficDistribution" in service["spec"] for service in services) for services in found] == [
+        False,
+        True,
+    ]
+
+
+def test_the_chart_has_the_version_of_the_app() -> None:
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == __version__
+
+
+@pytest.mark.parametrize("name", INSTALLS)
+def test_the_default_namespace_is_nowhere_assumed(name: str) -> None:
+    """All is where the release is, but for the Roles in the namespaces of the backends."""
+    elsewhere = {o["kind"] for o in installed(name).objects if o["metadata"]["namespace"] != NAMESPACE}
+
+    assert elsewhere <= {"Role", "RoleBinding"}

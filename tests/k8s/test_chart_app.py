@@ -1,0 +1,253 @@
+"""The app's own word on what the chart gives it: settings, catalogue, probes, and the registry's arguments."""
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from inference_api.app import Router
+from inference_api.settings import Settings
+from registry_stub.app import create_app
+from registry_stub.cli import _parser
+from registry_stub.store import Store
+from tests.command import ready
+from tests.fakes import FakeEngine
+from tests.k8s.charts import (
+    ROOT,
+    catalogue,
+    environ,
+    every_install,
+    installed,
+    require_helm,
+    router_pod,
+    settings,
+    values_of,
+)
+from tests.ports import free_port
+
+require_helm()
+pytestmark = [pytest.mark.timeout(300), pytest.mark.anyio]
+
+
+@every_install
+def test_the_router_accepts_its_environment(name: str) -> None:
+    found = installed(name)
+    read = settings(found)
+
+    ports = {port["name"]: port["containerPort"] for port in router_pod(found)["containers"][0]["ports"]}
+    assert ports == {"http": read.port, "ops": read.ops_port}
+    assert read.host == "0.0.0.0"
+
+
+def test_each_value_arrives() -> None:
+    """Numbers as people write them, lists as the settings want them."""
+    read = settings(installed("full on 1.37"))
+
+    assert (read.stream_timeout, read.drain_delay, read.drain_timeout) == (3600, 20, 3600)
+    assert (read.max_body_bytes, read.breaker_failures, read.retry_budget) == (33554432, 3, 0.5)
+    assert read.retry_on_status == {429, 503}
+    assert read.forward_headers == {"x-vllm-priority"}
+    assert settings(installed("keda on 1.37")).registry_refresh == 2.5
+    assert environ(installed("endpointslices on 1.37"))["INFERENCE_API_DISCOVERY"] == "endpointslices"
+    assert "INFERENCE_API_DISCOVERY" not in environ(installed("default on 1.37"))
+
+
+@every_install
+def test_the_grace_period_is_the_sum_and_no_stream_is_longer_than_the_drain(name: str) -> None:
+    found = installed(name)
+    read, grace = settings(found), router_pod(found)["terminationGracePeriodSeconds"]
+
+    assert grace - read.drain_delay - read.drain_timeout == 15
+    longest = [entry.timeouts.total or 0 for entry in catalogue(found).values()]
+    assert read.drain_timeout >= max(read.stream_timeout, read.total_timeout, *longest, 0)
+
+
+@every_install
+async def test_probes_ask_for_paths_that_the_app_has(name: str) -> None:
+    found = installed(name)
+    container = router_pod(found)["containers"][0]
+    probes = {key: container[f"{key}Probe"]["httpGet"] for key in ("startup", "readiness", "liveness")}
+    assert {probe["port"] for probe in probes.values()} == {"ops"}
+    assert probes["liveness"]["path"] != probes["readiness"]["path"] == probes["startup"]["path"]
+
+    router = Router(Settings())
+    router.probes.state = "ready"
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(router.ops), base_url="http://pod") as client:
+        for probe in probes.values():
+            assert (await client.get(probe["path"])).status_code == 200
+        router.drain()
+        assert (await client.get(probes["readiness"]["path"])).status_code == 503
+        assert (await client.get(probes["liveness"]["path"])).status_code == 200
+
+
+@every_install
+def test_the_catalogue_is_accepted_as_a_whole(name: str) -> None:
+    found = installed(name)
+    read = catalogue(found)
+    mounts = {mount["mountPath"]: mount["name"] for mount in router_pod(found)["containers"][0]["volumeMounts"]}
+
+    assert read.problems == []
+    assert str(settings(found).catalogue) == "/etc/inference-api/catalogue.yaml"
+    assert mounts["/etc/inference-api"] == "catalogue"
+    assert all(entry.backends for entry in read.values())
+
+
+@every_install
+def test_tokens_that_the_catalogue_names_are_in_the_environment(name: str) -> None:
+    found = installed(name)
+    variables = {variable["name"] for variable in router_pod(found)["containers"][0]["env"]}
+
+    for entry in catalogue(found).values():
+        wanted = getattr(entry.credentials, "env", None)
+        assert wanted is None or wanted in variables
+
+
+@every_install
+def test_secrets_are_only_referred_to(name: str) -> None:
+    found = installed(name)
+
+    assert not found.of("Secret")
+    for _, _, spec in found.pods():
+        for variable in (variable for container in spec["containers"] for variable in container.get("env", ())):
+            if variable["name"].endswith(("TOKEN", "KEY", "PASSWORD")):
+                assert "value" not in variable
+
+
+# The registry
+
+
+@every_install
+def test_the_router_finds_the_registry(name: str) -> None:
+    found = installed(name)
+    url = settings(found).registry_url
+    if not found.of("StatefulSet", "registry"):
+        assert url == {"keda": "https://registry.example.com/models-api"}.get(
+            name.partition(" ")[0], values_of(name)["router"].get("registry", {}).get("url")
+        )
+        return
+    service = found.one("Service", "registry")
+    assert url is not None
+    assert urlsplit(url).hostname == service["metadata"]["name"]
+    assert urlsplit(url).port == service["spec"]["ports"][0]["port"]
+
+
+@every_install
+def test_the_registry_accepts_its_arguments(name: str) -> None:
+    found = installed(name)
+    if not found.of("StatefulSet", "registry"):
+        assert values_of(name)["registry"] == {"enabled": False}
+        return
+    workload = found.one("StatefulSet", "registry")
+    (container,) = workload["spec"]["template"]["spec"]["containers"]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+
+    read = _parser().parse_args(container["args"])
+
+    assert container["command"] == ["registry-stub"]
+    assert workload["spec"]["replicas"] == 1
+    assert read.port == container["ports"][0]["containerPort"]
+    assert not mounts[str(read.database.parent)].get("readOnly")
+    assert mounts[str(read.catalogue.parent)]["name"] == "catalogue"
+    assert "REGISTRY_STUB_TOKEN" in {variable["name"] for variable in container["env"]}
+
+
+async def test_the_registrys_probes_are_answered(tmp_path: Path) -> None:
+    (container,) = installed("default on 1.37").one("StatefulSet")["spec"]["template"]["spec"]["containers"]
+    with Store(tmp_path / "registry.sqlite3") as store:
+        transport = httpx.ASGITransport(create_app(store))
+        async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
+            for key in ("startup", "readiness", "liveness"):
+                assert (await client.get(container[f"{key}Probe"]["httpGet"]["path"])).status_code == 200
+
+
+def test_models_of_the_values_arrive_again_where_the_registry_forgets() -> None:
+    """Without a volume it is filled at each start, so new models are a reason to; with one it is left alone."""
+
+    def checksum(name: str) -> bool:
+        metadata = installed(name).one("StatefulSet")["spec"]["template"]["metadata"]
+        return "checksum/catalogue" in metadata.get("annotations", {})
+
+    assert checksum("endpointslices on 1.37")
+    assert not checksum("default on 1.37")
+
+
+# All of it
+
+
+@asynccontextmanager
+async def started(module: str, args: list[str], variables: dict[str, str]) -> AsyncIterator[None]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module, *args), env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | variables
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        # SIGTERM is no way to die for either of them.
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+
+
+async def test_what_is_installed_works_and_outlives_its_registry(tmp_path: Path) -> None:
+    """The commands, arguments, variables and files of the default install, but for the places of this machine."""
+    found = installed("default on 1.37")
+    (registry,) = found.one("StatefulSet")["spec"]["template"]["spec"]["containers"]
+    port, ops, registry_port = free_port(), free_port(), free_port()
+    (tmp_path / "catalogue.yaml").write_text(found.one("ConfigMap")["data"]["catalogue.yaml"])
+    text = " ".join(registry["args"]).replace("/etc/inference-api", str(tmp_path)).replace("/data", str(tmp_path))
+    arguments = re.sub("--port=[0-9]+", f"--port={registry_port}", text).split()
+    here = {"CATALOGUE": tmp_path / "catalogue.yaml", "PORT": port, "OPS_PORT": ops, "DRAIN_DELAY": 0}
+    here |= {"REGISTRY_URL": f"http://127.0.0.1:{registry_port}", "REGISTRY_REFRESH": 0.1}
+    variables = environ(found) | {f"INFERENCE_API_{name}": str(value) for name, value in here.items()}
+
+    async with httpx.AsyncClient(timeout=10, trust_env=False) as client, AsyncExitStack() as stack:
+        readyz = f"http://127.0.0.1:{ops}/readyz"
+
+        async def source() -> str:
+            answer = await client.get(readyz)
+            assert answer.status_code == 200
+            told: str = answer.json()["catalogue"]
+            return told
+
+        async with started("registry_stub", arguments, {"REGISTRY_STUB_TOKEN": "t"}):
+            await ready(client, f"http://127.0.0.1:{registry_port}/healthz")
+            await stack.enter_async_context(started("inference_api", ["serve"], variables))
+            await ready(client, readyz)
+            assert await source() == "registry"
+            listed = (await client.get(f"http://127.0.0.1:{port}/v1/models")).json()["data"]
+            assert {model["id"] for model in listed} >= {"llama-3-8b", "mistral-7b", "gpt2"}
+            refused = await client.delete(f"http://127.0.0.1:{registry_port}/models/gpt2")
+            assert refused.status_code == 401
+        async with asyncio.timeout(20):
+            while True:
+                if await source() == "stale":
+                    break
+                await asyncio.sleep(0.05)
+
+
+# helm test
+
+
+async def test_helm_test_passes_where_the_router_answers(start_router: Callable[..., Any]) -> None:
+    (hook,) = [h for h in installed("default on 1.37").hooks if h["metadata"]["name"].endswith("router")]
+    served = await start_router(FakeEngine())
+    (container,) = hook["spec"]["containers"]
+    python, dash_c, program = container["command"]
+    url, key = container["args"]
+    assert (python, dash_c, urlsplit(url).hostname) == ("python", "-c", "inference-api")
+
+    async def run(base: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, base + urlsplit(url).path, key]
+        return await asyncio.to_thread(subprocess.run, command, text=True, capture_output=True, timeout=30)
+
+    passed, failed = await run(served.url), await run("http://127.0.0.1:1")
+    assert (passed.returncode, passed.stdout) == (0, f"1 models at {served.url}/v1/models\n")
+    assert failed.returncode == 1

@@ -1,0 +1,85 @@
+"""The engines that the chart runs: backends of their models, with their GPUs, and as patient as the routers."""
+
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.k8s.charts import NAMESPACE, Installed, Json, catalogue, every_install, installed, require_helm
+
+require_helm()
+pytestmark = pytest.mark.timeout(300)
+
+
+def engines(found: Installed) -> dict[str, Json]:
+    return {o["metadata"]["name"]: o["spec"]["template"]["spec"] for o in found.of("Deployment", "engine")}
+
+
+@every_install
+def test_each_engine_is_a_backend_of_its_model(name: str) -> None:
+    """By the headless Service's name and port, under the model name that the router sends."""
+    found = installed(name)
+    services = {o["metadata"]["name"]: o["spec"] for o in found.of("Service", "engine")}
+    models = catalogue(found)
+
+    assert services.keys() == engines(found).keys()
+    for deployment in found.of("Deployment", "engine"):
+        entry = models[deployment["spec"]["template"]["metadata"]["annotations"]["inference-api/model"]]
+        (backend,) = entry.backends
+        service = services[deployment["metadata"]["name"]]
+        assert backend.discovery == "dns"
+        assert backend.host == f"{deployment['metadata']['name']}.{NAMESPACE}.svc"
+        assert urlsplit(backend.url).port == service["ports"][0]["port"]
+        assert service["clusterIP"] == "None"
+        assert service["ipFamilyPolicy"] == "SingleStack"
+        args = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+        if entry.engine == "vllm":
+            assert f"--served-model-name={entry.served_model_name or entry.name}" in args
+
+
+@every_install
+def test_engines_have_their_gpus_as_a_limit_and_a_request(name: str) -> None:
+    for engine in engines(installed(name)).values():
+        resources = engine["containers"][0]["resources"]
+        assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] >= 1
+        assert any(toleration["key"] for toleration in engine["tolerations"])
+
+
+def test_engines_are_split_over_their_gpus() -> None:
+    found = engines(installed("engines on 1.37"))
+
+    assert found.keys() == {"llama-3-8b", "mistral-7b", "meta-llama-llama-3-1-70b"}
+    assert "--tensor-parallel-size=4" in found["meta-llama-llama-3-1-70b"]["containers"][0]["args"]
+    assert "--num-shard=2" in found["mistral-7b"]["containers"][0]["args"]
+    assert not any("parallel" in argument for argument in found["llama-3-8b"]["containers"][0]["args"])
+    assert found["mistral-7b"]["nodeSelector"] == {"pool": "gpu", "gpu": "l4"}
+
+
+@every_install
+def test_engines_are_asked_what_the_router_asks_them(name: str) -> None:
+    for engine in engines(installed(name)).values():
+        (container,) = engine["containers"]
+        probes = [container[f"{key}Probe"] for key in ("startup", "readiness", "liveness")]
+        assert {probe["httpGet"]["path"] for probe in probes} == {"/health"}
+        # Twenty minutes at least: what is loaded may have to be downloaded first.
+        assert probes[0]["periodSeconds"] * probes[0]["failureThreshold"] >= 1200
+
+
+@every_install
+def test_engines_end_as_slowly_as_routers(name: str) -> None:
+    for engine in engines(installed(name)).values():
+        (container,) = engine["containers"]
+        (_, delay) = container["lifecycle"]["preStop"]["exec"]["command"]
+        told = [a for a in container["args"] if a.startswith("--shutdown-timeout=")]
+        drain = int(told[0].partition("=")[2]) if told else 570
+        assert engine["terminationGracePeriodSeconds"] == int(delay) + drain + 15
+        assert (container["command"] == ["vllm", "serve"]) == bool(told)
+
+
+@every_install
+def test_caches_are_claimed_once_and_kept(name: str) -> None:
+    found = installed(name)
+
+    for claim in found.of("PersistentVolumeClaim"):
+        assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    for deployment in found.of("Deployment", "engine"):
+        assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}

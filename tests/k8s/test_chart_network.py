@@ -1,0 +1,174 @@
+"""Selectors, ports and rights: what is to meet does, and nothing else may."""
+
+import json
+
+import pytest
+
+from tests.k8s.charts import (
+    INSTALLS,
+    NAMESPACE,
+    WORKLOADS,
+    catalogue,
+    component_of,
+    every_install,
+    installed,
+    matches,
+    require_helm,
+    router_pod,
+    settings,
+    templates,
+    values_of,
+)
+
+require_helm()
+pytestmark = pytest.mark.timeout(300)
+
+
+@every_install
+def test_workloads_select_their_own_pods_and_no_others(name: str) -> None:
+    found = installed(name)
+
+    for workload in (o for o in found.objects if o["kind"] in WORKLOADS):
+        selector = workload["spec"]["selector"]["matchLabels"]
+        selected = [template for template in templates(found) if matches(selector, template["metadata"]["labels"])]
+        assert selected == [workload["spec"]["template"]], workload["metadata"]["name"]
+        assert not any(matches(selector, hook["metadata"]["labels"]) for hook in found.hooks)
+
+
+def test_selectors_do_not_change_with_the_values() -> None:
+    """They are immutable: an upgrade that changed one would fail."""
+    selectors = {
+        json.dumps(installed(n).one("Deployment", "router")["spec"]["selector"], sort_keys=True) for n in INSTALLS
+    }
+
+    assert len(selectors) == 1
+
+
+@every_install
+def test_services_lead_to_ports_of_one_workload(name: str) -> None:
+    found = installed(name)
+
+    for service in found.of("Service"):
+        (template,) = [t for t in templates(found) if matches(service["spec"]["selector"], t["metadata"]["labels"])]
+        open_ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= open_ports, service["metadata"]["name"]
+
+
+@every_install
+def test_budgets_and_network_policies_select_pods_and_their_ports(name: str) -> None:
+    found = installed(name)
+
+    for document in [*found.of("PodDisruptionBudget"), *found.of("NetworkPolicy")]:
+        spec = document["spec"]
+        selector = (spec.get("podSelector") or spec["selector"])["matchLabels"]
+        selected = [t for t in templates(found) if matches(selector, t["metadata"]["labels"])]
+        assert selected, document["metadata"]["name"]
+        for rule in spec.get("ingress", ()):
+            for template in selected:
+                open_ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+                assert {port["port"] for port in rule["ports"]} <= open_ports
+
+
+@every_install
+def test_a_policys_peers_in_the_release_exist_and_have_the_port(name: str) -> None:
+    found = installed(name)
+    pods = [(meta["labels"], spec) for _, meta, spec in found.pods()]
+
+    for policy in found.of("NetworkPolicy"):
+        for rule in [*policy["spec"].get("ingress", ()), *policy["spec"].get("egress", ())]:
+            for peer in [*rule.get("from", ()), *rule.get("to", ())]:
+                if "podSelector" not in peer:
+                    continue
+                peers = [spec for labels, spec in pods if matches(peer["podSelector"]["matchLabels"], labels)]
+                assert peers, policy["metadata"]["name"]
+                if "to" in rule:
+                    ports = {port["name"] for port in peers[0]["containers"][0]["ports"]}
+                    assert {port["port"] for port in rule["ports"]} <= ports
+
+
+@every_install
+def test_metrics_and_the_registry_are_not_for_everybody(name: str) -> None:
+    found = installed(name)
+
+    for policy in found.of("NetworkPolicy"):
+        for rule in policy["spec"]["ingress"]:
+            if component_of(policy) != "router" or rule["ports"][0]["port"] == "ops":
+                assert rule["from"], policy["metadata"]["name"]
+    for service in found.of("Service", "router"):
+        if service["spec"].get("type", "ClusterIP") != "ClusterIP":
+            assert [port["name"] for port in service["spec"]["ports"]] == ["http"]
+
+
+@every_install
+def test_what_stands_in_front_leads_to_the_client_port(name: str) -> None:
+    found = installed(name)
+    ports = {o["metadata"]["name"]: {p["name"]: p["port"] for p in o["spec"]["ports"]} for o in found.of("Service")}
+
+    for ingress in found.of("Ingress"):
+        for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
+            target = path["backend"]["service"]
+            assert target["port"] == {"name": "http"}
+            assert "http" in ports[target["name"]]
+    for route in found.of("HTTPRoute"):
+        (rule,) = route["spec"]["rules"]
+        (target,) = rule["backendRefs"]
+        assert ports[target["name"]]["http"] == target["port"]
+        longest = max(settings(found).stream_timeout, settings(found).total_timeout)
+        assert int(rule["timeouts"]["request"].removesuffix("s")) > longest
+
+
+@every_install
+def test_monitors_find_what_they_scrape(name: str) -> None:
+    found = installed(name)
+
+    for monitor in found.of("ServiceMonitor"):
+        (endpoint,) = monitor["spec"]["endpoints"]
+        selector = monitor["spec"]["selector"]["matchLabels"]
+        (service,) = [o for o in found.of("Service") if matches(selector, o["metadata"]["labels"])]
+        assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+        assert monitor["spec"]["jobLabel"] in service["metadata"]["labels"]
+        # A router that drains, or cannot start, is what one wants to see.
+        assert service["spec"].get("publishNotReadyAddresses", False) == (component_of(monitor) == "router")
+    for monitor in found.of("PodMonitor"):
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        selector = monitor["spec"]["selector"]["matchLabels"]
+        if monitor["spec"]["namespaceSelector"]["matchNames"] != [NAMESPACE]:
+            continue
+        engines = [t for t in templates(found) if matches(selector, t["metadata"]["labels"])]
+        assert engines
+        for engine in engines:
+            assert engine["metadata"]["labels"]["app.kubernetes.io/component"] == "engine"
+            assert monitor["spec"]["jobLabel"] in engine["metadata"]["labels"]
+            assert endpoint["port"] in {port["name"] for port in engine["spec"]["containers"][0]["ports"]}
+
+
+# Rights
+
+
+@every_install
+def test_rights_are_only_those_to_watch_endpointslices(name: str) -> None:
+    found = installed(name)
+    discovery = values_of(name).get("router", {}).get("discovery", {})
+    namespaces = {NAMESPACE, *discovery.get("namespaces", ())} if discovery.get("mode") == "endpointslices" else set()
+
+    assert {role["metadata"]["namespace"] for role in found.of("Role")} == namespaces
+    assert {binding["metadata"]["namespace"] for binding in found.of("RoleBinding")} == namespaces
+    for role in found.of("Role"):
+        (rule,) = role["rules"]
+        verbs = ["get", "list", "watch"]
+        assert rule == {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": verbs}
+    for binding in found.of("RoleBinding"):
+        (subject,) = binding["subjects"]
+        assert subject["namespace"] == NAMESPACE
+        assert subject["name"] == router_pod(found)["serviceAccountName"]
+        assert binding["roleRef"]["name"] in {role["metadata"]["name"] for role in found.of("Role")}
+
+
+@every_install
+def test_backends_in_other_namespaces_are_within_the_rights(name: str) -> None:
+    found = installed(name)
+    if not found.of("Role"):
+        return
+    places = {backend.host.split(".")[1] for model in catalogue(found).values() for backend in model.backends}
+
+    assert places <= {role["metadata"]["namespace"] for role in found.of("Role")}

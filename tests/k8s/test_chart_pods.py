@@ -1,0 +1,128 @@
+"""The pods that the chart makes: restricted, pinned, bounded, with all they mount; and how many there are."""
+
+import pytest
+
+from inference_api.app import Router
+from inference_api.settings import Settings
+from tests.k8s.charts import NAMESPACE, every_install, installed, require_helm, values_of
+
+require_helm()
+pytestmark = pytest.mark.timeout(300)
+
+# What the values files name and somebody else makes.
+OTHERS = {"ServiceAccount": {"default"}, "ConfigMap": {"ca"}, "PersistentVolumeClaim": {"weights"}}
+
+
+@every_install
+def test_pods_keep_to_the_restricted_standard(name: str) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/, and a read-only root file system."""
+    for pod, _, spec in installed(name).pods():
+        assert spec["securityContext"]["runAsNonRoot"] is True, pod
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, pod
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), pod
+        for container in spec["containers"]:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False, pod
+            assert context["readOnlyRootFilesystem"] is True, pod
+            assert context["capabilities"] == {"drop": ["ALL"]}, pod
+            assert not any("hostPort" in port for port in container.get("ports", ())), pod
+        allowed = {"name", "configMap", "emptyDir", "persistentVolumeClaim"}
+        assert all(volume.keys() <= allowed for volume in spec.get("volumes", ())), pod
+
+
+@every_install
+def test_pods_run_as_the_images_user_unless_the_cluster_gives_one(name: str) -> None:
+    for pod, _, spec in installed(name).pods():
+        given = {spec["securityContext"].get(key) for key in ("runAsUser", "runAsGroup", "fsGroup")}
+        assert given == ({None} if "openshift" in name else {10001}), pod
+
+
+@every_install
+def test_pods_get_a_token_only_to_watch_the_api(name: str) -> None:
+    watches = values_of(name).get("router", {}).get("discovery", {}).get("mode") == "endpointslices"
+    found = installed(name)
+
+    tokens = [meta for _, meta, spec in found.pods() if spec["automountServiceAccountToken"]]
+
+    assert [meta["labels"]["app.kubernetes.io/component"] for meta in tokens] == (["router"] if watches else [])
+    assert all(account["automountServiceAccountToken"] is False for account in found.of("ServiceAccount"))
+
+
+@every_install
+def test_pods_do_not_take_services_for_settings(name: str) -> None:
+    assert all(spec["enableServiceLinks"] is False for _, _, spec in installed(name).pods())
+
+
+@every_install
+def test_containers_say_what_they_need(name: str) -> None:
+    """Memory is bounded; CPU is not, since being throttled delays every stream."""
+    for pod, _, spec in installed(name).pods():
+        for container in spec["containers"]:
+            resources = container["resources"]
+            assert {"cpu", "memory"} <= resources["requests"].keys(), pod
+            assert "memory" in resources["limits"], pod
+            assert "cpu" not in resources["limits"], pod
+
+
+@every_install
+def test_images_are_pinned(name: str) -> None:
+    for pod, _, spec in installed(name).pods():
+        for container in spec["containers"]:
+            place, _, digest = container["image"].partition("@")
+            tag = place.rpartition("/")[2].partition(":")[2]
+            assert digest or tag, pod
+            assert tag != "latest", pod
+
+
+@every_install
+def test_whatever_a_pod_mounts_is_there(name: str) -> None:
+    found = installed(name)
+    made = {kind: {o["metadata"]["name"] for o in found.of(kind)} | others for kind, others in OTHERS.items()}
+    claimed = {
+        c["metadata"]["name"] for o in found.of("StatefulSet") for c in o["spec"].get("volumeClaimTemplates", ())
+    }
+
+    for pod, _, spec in found.pods():
+        volumes = {volume["name"]: volume for volume in spec.get("volumes", ())}
+        mounts = {mount["name"] for container in spec["containers"] for mount in container.get("volumeMounts", ())}
+        assert mounts == volumes.keys() | (claimed & mounts), pod
+        assert spec.get("serviceAccountName", "default") in made["ServiceAccount"], pod
+        for volume in volumes.values():
+            assert volume.get("configMap", {"name": "ca"})["name"] in made["ConfigMap"], pod
+            claim = volume.get("persistentVolumeClaim", {"claimName": "weights"})["claimName"]
+            assert claim in made["PersistentVolumeClaim"], pod
+
+
+@every_install
+def test_rollouts_never_take_a_router_away_first(name: str) -> None:
+    spec = installed(name).one("Deployment", "router")["spec"]
+
+    assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": "25%"}
+    assert spec["progressDeadlineSeconds"] > spec["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+# Scaling
+
+
+@every_install
+def test_only_one_decides_on_the_number_of_routers(name: str) -> None:
+    found = installed(name)
+    deployment = found.one("Deployment", "router")
+    scalers = [*found.of("HorizontalPodAutoscaler"), *found.of("ScaledObject")]
+
+    assert ("replicas" in deployment["spec"]) == (not scalers)
+    assert len(scalers) <= 1
+    for scaler in scalers:
+        target = scaler["spec"]["scaleTargetRef"]
+        assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
+
+
+def test_they_scale_by_a_metric_that_the_router_has() -> None:
+    router = Router(Settings())
+    known = {family.name for family in router.metrics.collect()}
+    (_, in_flight) = installed("full on 1.37").one("HorizontalPodAutoscaler")["spec"]["metrics"]
+    (trigger, _) = installed("keda on 1.37").one("ScaledObject")["spec"]["triggers"]
+
+    assert in_flight["pods"]["metric"]["name"] in known
+    query = trigger["metadata"]["query"]
+    assert query == f'sum(inference_api_requests_in_flight{{namespace="{NAMESPACE}"}})'

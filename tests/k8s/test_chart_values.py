@@ -1,0 +1,126 @@
+"""Values and their schema: every value says what it is for, every key is known, every setting of the app can be set."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from inference_api.routing.catalogue import BackendEntry, CatalogueEntry, Hardware, Timeouts
+from inference_api.settings import Settings
+from tests.k8s.charts import CHART, CLUSTERS, ROOT
+
+TEXT = (CHART / "values.yaml").read_text()
+VALUES: dict[str, Any] = yaml.safe_load(TEXT)
+SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
+ENTRY = SCHEMA["definitions"]["model"]["properties"]
+
+# Those that the chart sets itself, from values of their own or from what it knows.
+OWN = {
+    *("host", "port", "ops_port", "catalogue", "log_level", "log_format", "drain_delay", "drain_timeout"),
+    *("connect_timeout", "first_byte_timeout", "idle_timeout", "total_timeout", "stream_timeout"),
+    *("max_in_flight", "max_body_bytes", "discovery", "discovery_interval", "registry_url", "registry_refresh"),
+}
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if isinstance(value, dict) and value and path[:1] != ("models",):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, (*path, key))]
+    return [path]
+
+
+def node(path: tuple[str, ...]) -> dict[str, Any]:
+    """The schema of a value."""
+    found = SCHEMA
+    for key in path:
+        found = SCHEMA["definitions"][found["$ref"].rpartition("/")[2]] if "$ref" in found else found
+        if "properties" not in found:
+            # A map or an object of Kubernetes: its keys are not the chart's.
+            return found
+        found = found["properties"][key]
+    return found
+
+
+def objects(schema: Any, place: str = "") -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and "properties" in schema:
+            found.append((place, schema))
+        for key, inner in schema.items():
+            found += objects(inner, f"{place}/{key}")
+    return found
+
+
+def depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def test_every_value_is_told_what_it_is_for() -> None:
+    """By a comment of its own, or by that of what it is part of; a heading needs none, what is in it does."""
+    told: list[tuple[int, bool]] = []
+    above = ""
+    for number, line in enumerate(TEXT.splitlines(), 1):
+        if re.match(r" *[A-Za-z0-9-]+:", line):
+            told = [outer for outer in told if outer[0] < depth(line)]
+            documented = above.strip().startswith("#") or any(whole for _, whole in told)
+            assert documented or line.endswith(":"), f"line {number}: {line}"
+            told.append((depth(line), above.strip().startswith("# --")))
+        # Of a comment of several lines the first one counts.
+        if not (line.strip().startswith("#") and above.strip().startswith("#")):
+            above = line
+
+
+@pytest.mark.parametrize("path", leaves(VALUES), ids=".".join)
+def test_the_schema_knows_every_value(path: tuple[str, ...]) -> None:
+    assert node(path)
+
+
+def test_the_schema_is_strict() -> None:
+    """A key that is mistyped is refused; only under `global` a parent chart may have more."""
+    open_objects = [place for place, schema in objects(SCHEMA) if schema.get("additionalProperties") is not False]
+
+    assert open_objects == ["/properties/global"]
+
+
+def test_every_setting_of_the_app_can_be_set() -> None:
+    """A new setting is added to `router.settings` in values.schema.json, or gets a value of its own."""
+    free = {name.lower() for name in SCHEMA["properties"]["router"]["properties"]["settings"]["properties"]}
+
+    assert free - set(Settings.model_fields) == set()
+    assert set(Settings.model_fields) - free - OWN == set()
+    assert not free & OWN
+
+
+def test_a_model_has_the_keys_of_a_catalogue_entry() -> None:
+    assert ENTRY.keys() - {"deploy"} == CatalogueEntry.model_fields.keys() - {"name"}
+    assert ENTRY["backends"]["items"]["properties"].keys() == BackendEntry.model_fields.keys()
+    assert ENTRY["hardware"]["properties"].keys() == Hardware.model_fields.keys()
+    assert ENTRY["timeouts"]["properties"].keys() == Timeouts.model_fields.keys()
+
+
+def test_the_example_models_are_those_that_the_app_brings() -> None:
+    """But for the backends, which depend on the namespace, and what engines.enabled runs."""
+    packaged = yaml.safe_load((ROOT / "inference_api" / "catalogue.yaml").read_text())["models"]
+
+    told = {model.pop("name"): {key: value for key, value in model.items() if key != "backends"} for model in packaged}
+
+    assert {name: {k: v for k, v in model.items() if k != "deploy"} for name, model in VALUES["models"].items()} == told
+
+
+def test_the_readme_tells_of_every_cluster_and_links_to_what_exists() -> None:
+    readme = (ROOT / "k8s" / "README.md").read_text()
+    links = set(re.findall(r"\]\((?!http)([^)#]+)\)", readme))
+
+    assert {f"clusters/{path.name}" for path in CLUSTERS.values()} <= links
+    # The runbook comes with the alerts.
+    assert [link for link in links - {"runbook.md"} if not (ROOT / "k8s" / link).exists()] == []
+
+
+def test_the_readme_has_the_sum_right() -> None:
+    drain = VALUES["router"]["drain"]
+    readme = (ROOT / "k8s" / "README.md").read_text()
+
+    (shown,) = re.findall(r"^ +(\d+) += +(\d+) +\+ +(\d+) +\+ +(\d+)$", readme, re.MULTILINE)
+
+    assert [*map(int, shown)] == [sum(drain.values()), *drain.values()]
