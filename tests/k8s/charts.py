@@ -176,10 +176,7 @@ def environ(found: Installed) -> dict[str, str]:
 
 
 def settings(found: Installed) -> Settings:
-    given = environ(found)
-    if "discovery" not in Settings.model_fields:
-        given.pop(f"{PREFIX}DISCOVERY", None)
-    return load_settings(given)
+    return load_settings(environ(found))
 
 
 def catalogue(found: Installed) -> Catalogue:
