@@ -35,8 +35,8 @@ class Load:
 
     def warm_up(self) -> "Load":
         # A router closes connections to backends within seconds, so each slice begins without any.
-        connect = max(self.connections, 6 * self.setup.backends if self.setup.backends > 1 else 0)
-        count = self.connections if self.tokens else max(connect, self.count // 10)
+        connect = min(self.count, 6 * self.setup.backends) if self.setup.backends > 1 else 0
+        count = self.connections if self.tokens else max(self.connections, self.count // 10, connect)
         return replace(self, count=count, tokens=min(self.tokens, 20), interval=0.010, rate=0.0)
 
     async def run(self, client: Client) -> tuple[float, list[Exchange]]:

@@ -51,7 +51,7 @@ def _load_lines(samples: Sequence[Sample]) -> list[str]:
     headings = "".join(f"{heading:>{width}}" for heading, width, *_ in _COLUMNS)
     return [
         f"{samples[0].load}: CPU per {unit}",
-        f"{'':20}{'us':>8}{'(min - max)':>18}{'/nginx':>8}{'/vllm':>7}{'clean':>8}{headings}{'limit':>8}  bytes",
+        f"{'':20}{'us':>8}{'(min - max)':>22}{'/nginx':>8}{'/vllm':>7}{'clean':>8}{headings}{'limit':>8}  bytes",
         *(_row(samples, name) for name in dict.fromkeys(s.candidate for s in samples)),
         *_latency_lines(samples),
     ]
@@ -86,7 +86,7 @@ def _row(samples: Sequence[Sample], name: str) -> str:
     exact = "same" if row["exact"] else "CHANGED"
     clean = f"{row['clean']}/{row['samples']}"
     return (
-        f"{name:20}{row['cpu_us']:8.1f}{span:>18}{to_nginx:>8}{to_vllm:>7}{clean:>8}{cells}{row['limit']:>8}  {exact}"
+        f"{name:20}{row['cpu_us']:8.1f}{span:>22}{to_nginx:>8}{to_vllm:>7}{clean:>8}{cells}{row['limit']:>8}  {exact}"
     )
 
 
