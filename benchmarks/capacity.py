@@ -128,7 +128,7 @@ LARGE = Plan(100_000, 20)
 
 def measured_table(measured: Measured = MEASURED) -> str:
     bench = "`scripts/bench --candidates nginx,vllm-router,ours`"
-    streams = "`python -m benchmarks.idle_streams`, at 2,000 streams"
+    streams = "`scripts/bench --loads slow-2000`, at 2,000 streams"
     connections = "`python -m benchmarks.connections`"
     rows = (
         ("CPU of a JSON request, connections kept", f"{measured.json_us:g} us", bench),

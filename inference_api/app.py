@@ -83,9 +83,7 @@ class Router:
         self.discovery = Discovery(self.fleet, resolve, every, rand.random, self._forget_backends, watched)
         self._finders: list[Discovery | EndpointSlices] = [self.discovery]
         if cluster:
-            failures = self.discovery.failures
-            slices = EndpointSlices(self.fleet, cluster, failures, rand=rand.random, on_leave=self._forget_backends)
-            self._finders.append(slices)
+            self._finders.append(self._watch(cluster, rand))
         self._client = registry_client or _registry_client(settings)
         self.registry = Registry(
             self.fleet,
@@ -95,12 +93,7 @@ class Router:
             rand=rand.random,
             on_change=self._catalogue_changed,
         )
-        self.metrics = Metrics(
-            lambda: list(self.fleet.models.values()),
-            self.registry.status,
-            lambda: self.discovery.failures,
-            lambda: self.probes.state == "draining",
-        )
+        self.metrics = self._make_metrics()
         self.health = _health(self.fleet, self.transport, settings, rand)
         self._observer = Observer(self.metrics, access_log)
         self._tracing = tracing
@@ -111,6 +104,18 @@ class Router:
         gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
         self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
         self.ops: ASGIApp = create_pages(self.probes.routes())
+
+    def _watch(self, cluster: Cluster, rand: random.Random) -> EndpointSlices:
+        failures = self.discovery.failures
+        return EndpointSlices(self.fleet, cluster, failures, rand=rand.random, on_leave=self._forget_backends)
+
+    def _make_metrics(self) -> Metrics:
+        return Metrics(
+            lambda: list(self.fleet.models.values()),
+            self.registry.status,
+            lambda: self.discovery.failures,
+            lambda: self.probes.state == "draining",
+        )
 
     def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:
         return Gate(

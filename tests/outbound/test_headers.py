@@ -149,11 +149,12 @@ def test_the_first_of_a_repeated_header_is_the_one_that_is_read() -> None:
 
 
 def test_what_the_router_reads_is_there() -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"2"), (b"content-encoding", b"gzip")]
+    kind = b"Application/JSON; charset=utf-8"
+    headers = [(b"content-type", kind), (b"content-length", b"2"), (b"content-encoding", b"gzip")]
 
     inbound = read([*headers, (b"x-session-id", b"s1")])
 
-    assert inbound[1:4] == (b"application/json", b"2", b"gzip")
+    assert inbound[1:5] == (kind, b"application/json", b"2", b"gzip")
     assert inbound.session_id == b"s1"
     assert read([]) == Inbound("", b"", b"", None, None, None, None, [], b"")
 
