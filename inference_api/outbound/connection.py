@@ -319,7 +319,7 @@ class Connection(asyncio.Protocol):
         if self._direct:
             # Engines write an event as one chunk; it goes to the client as it is, without a parser in between.
             at, sizes = _SIZE_LINES.get(len(data), _NO_SIZE)
-            if at and data.startswith(sizes) and data.endswith(b"\r\n"):
+            if at and data[:at] in sizes and data[-2:] == b"\r\n":
                 stream.sink.data_received(data[at:-2], False, data)  # type: ignore[union-attr]
                 return
         fresh = not self._received

@@ -1,5 +1,6 @@
 """Following server-sent events: however the bytes are cut, the same is seen."""
 
+import re
 import tracemalloc
 from itertools import pairwise
 from typing import Any
@@ -62,6 +63,18 @@ def test_random_cuts_change_nothing(stream: bytes, cuts: list[int]) -> None:
 @given(streams())
 def test_byte_by_byte_changes_nothing(stream: bytes) -> None:
     assert seen(stream, list(range(len(stream)))) == seen(stream, [])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    streams(), st.sampled_from([b"", b"data: {\rdata: [DONE]\r\r\n\n", b"data: {}\revent: error\n\n", b"data: {\n\n\n"])
+)
+def test_event_by_event_changes_nothing(stream: bytes, odd: bytes) -> None:
+    """As it mostly comes: each event in a read of its own, and one of a single line is not looked at twice."""
+    stream = odd + stream
+    ends = [match.end() for match in re.finditer(rb"\r\n\r\n|\n\n|\r\r", stream)]
+
+    assert seen(stream, ends) == seen(stream, list(range(len(stream))))
 
 
 @pytest.mark.parametrize("end", ENDS)
