@@ -27,6 +27,8 @@ class Outcome(StrEnum):
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     TOTAL_TIMEOUT = "total_timeout"
+    # The router stopped, and the stream had had all the time there was.
+    DRAIN_TIMEOUT = "drain_timeout"
     TRUNCATED = "truncated"
     ERROR_EVENT = "error_event"
     SHED = "shed"

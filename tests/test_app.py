@@ -108,7 +108,7 @@ async def test_a_registry_that_never_came_leaves_the_static_catalogue(start_engi
 
     assert await source(served) == "static"
     assert (await served.chat()).status_code == 200
-    assert await served.metric("inference_api_registry_sync_failures_total", reason="connect") == 1
+    assert await served.metric("inference_api_registry_sync_failures_total", reason="connect") >= 1
 
 
 async def test_backends_that_leave_the_catalogue_lose_their_idle_connections(

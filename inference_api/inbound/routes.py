@@ -105,7 +105,7 @@ class Inference:
                 if relay is None or not relay.started:
                     outcome = await refuse(ShuttingDown(), seen, send)
                 else:
-                    await relay.interrupt(send)
+                    outcome = await relay.interrupt(send)
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
         except Exception:

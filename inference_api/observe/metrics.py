@@ -37,6 +37,7 @@ _ABORTS = {
     Outcome.TRUNCATED: "truncated",
     Outcome.IDLE_TIMEOUT: "idle_timeout",
     Outcome.TOTAL_TIMEOUT: "deadline",
+    Outcome.DRAIN_TIMEOUT: "shutdown",
 }
 
 # The error codes with which the router turns a request away, whatever the request itself is like.

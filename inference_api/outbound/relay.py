@@ -105,12 +105,16 @@ class Relay:
                 await reply.aclose(self.outcome)
         return self.outcome
 
-    async def interrupt(self, send: Send) -> None:
+    async def interrupt(self, send: Send) -> Outcome:
         """The router stops, and this stream has had all the time there is: say so, if an event can be put here."""
+        if self.outcome is Outcome.CLIENT_GONE:
+            # Nobody left, and no backend is to blame.
+            self.outcome = Outcome.DRAIN_TIMEOUT
         if self._events is not None and self._events.at_boundary and not self._events.ended:
             text = "The router is shutting down before the stream is complete."
             event = error_event("router_shutting_down", text)
             await send({"type": "http.response.body", "body": event, "more_body": True})
+        return self.outcome
 
     @property
     def status(self) -> int:

@@ -249,13 +249,13 @@ async def test_t27_a_replica_that_swallows_connections(start_engine: Start, star
 async def test_t37_attempts_share_one_deadline(start_router: Start) -> None:
     with full_listener() as one, full_listener() as two:
         served = await start_router(
-            models=at(one, two, timeouts={"total": 0.6}), connect_timeout=0.4, total_timeout=0.6, **UNCHECKED
+            models=at(one, two, timeouts={"total": 2.0}), connect_timeout=1.2, total_timeout=2.0, **UNCHECKED
         )
         async with quiet(served):
             response = await served.chat()
 
     assert (response.status_code, response.headers["x-should-retry"]) == (504, "false")
-    # The second attempt had 0.4 s of its own, and 0.2 s of the deadline's: with 0.4 it would have failed to connect.
+    # The second attempt had 1.2 s of its own, and 0.8 s of the deadline's: with 1.2 it would have failed to connect.
     assert (served.lines[0]["attempts"], served.lines[0]["outcome"]) == (2, "total_timeout")
 
 

@@ -111,6 +111,7 @@ async def test_t83_a_stream_longer_than_the_deadline_is_told_and_the_process_end
     assert code == 0
     await until(lambda: engine.busy == 0)
     assert log_of(out)[-1]["event"] == "stopped"
+    assert [line["outcome"] for line in log_of(out) if line.get("stream")] == ["drain_timeout"]
 
 
 async def test_t83_a_request_longer_than_the_deadline_is_told_to_come_back(tmp_path: Path, start_engine: Start) -> None:

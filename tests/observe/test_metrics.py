@@ -781,6 +781,7 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
         "truncated": 1,
         "idle_timeout": 1,
         "deadline": 1,
+        "shutdown": 1,
     }
 
 
