@@ -24,6 +24,8 @@ CYCLE = "inference_api.cycle"
 
 # As in uvicorn: beyond this the body waits in the kernel until the application asks for more.
 _HIGH_WATER = 64 * 1024
+# From here on joining head and body would copy more than a second buffer costs.
+_JOIN = 16 * 1024
 
 
 def _status_line(status: int) -> bytes:
@@ -155,7 +157,11 @@ class Cycle:
             return False
         if not self.disconnected:
             end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
-            protocol.write(b"%b%b%b%b%b" % (STATUS_LINES[status], protocol.default_lines(), lines, end, body))
+            head = b"%b%b%b%b" % (STATUS_LINES[status], protocol.default_lines(), lines, end)
+            if len(body) < _JOIN:
+                protocol.write(head + body)
+            else:
+                protocol.transport.writelines([head, body])
             self.response_started = True
             self._complete()
         return True

@@ -105,7 +105,8 @@ class ResponseStream(httpx.AsyncByteStream):
     """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
 
     __slots__ = (
-        "_waiter", "complete", "connection", "error", "head", "headers", "known", "pieces", "sink", "size", "status",
+        "_waiter", "_wanted", "complete", "connection", "error", "head", "headers", "known", "pieces", "sink", "size",
+        "status",
     )  # fmt: skip
 
     def __init__(self, connection: "Connection") -> None:
@@ -122,6 +123,8 @@ class ResponseStream(httpx.AsyncByteStream):
         self.error: httpx.TransportError | None = None
         self.sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
+        # Whoever waits for more wants more than this, unless the body ends before.
+        self._wanted = 0
 
     # Called by the connection
 
@@ -132,9 +135,10 @@ class ResponseStream(httpx.AsyncByteStream):
             if data or self.complete:
                 self.sink.data_received(data, self.complete)
             return
-        if self.size > HIGH_WATER and not self.complete:
-            self.connection.pause(self)
-        self._wake()
+        if self.complete or self.size > self._wanted:
+            if self.size > HIGH_WATER and not self.complete:
+                self.connection.pause(self)
+            self._wake()
 
     def fail(self, error: httpx.TransportError) -> None:
         self.error = error
@@ -176,8 +180,11 @@ class ResponseStream(httpx.AsyncByteStream):
 
         Raises httpx.TransportError when it breaks off.
         """
+        # No wake-up, and no pause, for each of the reads that it takes.
+        self._wanted = limit
         while not self.complete and self.size <= limit:
             await self._arrival()
+        self._wanted = 0
         return self.take(), self.complete
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
