@@ -14,8 +14,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
+from inference_api.inbound.admission import Load
 from inference_api.inbound.pages import Models, Observed, Probes, create_pages
-from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Load, Surface
+from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Surface
 from inference_api.models import Outcome
 from inference_api.observe.lag import LoopLag
 from inference_api.observe.log import Fields
@@ -99,7 +100,7 @@ class Router:
         self._tracing = tracing
         inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
-        self.load = Load()
+        self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
         self.probes = Probes(self.registry, _collectors(self.metrics))
         gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
         self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
@@ -125,7 +126,6 @@ class Router:
             read_headers=RequestHeaders(frozenset(name.encode() for name in settings.forward_headers)),
             mint_id=mint_id,
             max_body=settings.max_body_bytes,
-            max_in_flight=settings.max_in_flight,
             write_stall=settings.write_stall_timeout,
         )
 

@@ -170,4 +170,4 @@ def _shown(default: object) -> str:
         return "unset"
     if isinstance(default, frozenset):
         return ",".join(map(str, sorted(default))) or "none"
-    return os.path.basename(default) if isinstance(default, os.PathLike) else str(default)
+    return f"packaged {os.path.basename(default)}" if isinstance(default, os.PathLike) else str(default)

@@ -2,12 +2,13 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from inference_api.outbound.headers import NEVER_FORWARDED
@@ -16,6 +17,9 @@ PREFIX = "INFERENCE_API_"
 # Those that ask for traces; of both the first one holds.
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.yaml")
+
+# A URL may hold one, and what is wrong with it is shown.
+_PASSWORD = re.compile(r"(//|^)[^/]*@")
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -31,7 +35,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    host: str = Field(default="127.0.0.1", description="listen address")
+    host: str = Field(default="127.0.0.1", min_length=1, description="listen address")
     port: Port = Field(default=8000, description="listen port")
     ops_port: Port | None = Field(
         default=None, description="/healthz /readyz /metrics on a port and thread of their own"
@@ -62,6 +66,9 @@ class Settings(BaseSettings):
         default=3, description="seconds an idle backend connection is kept; vLLM closes at 5"
     )
     max_body_bytes: Count = Field(default=32 * 1024 * 1024, description="largest request body")
+    max_buffered_bytes: Count = Field(
+        default=256 * 1024 * 1024, description="bytes of bodies in memory, of those that do not come with their head"
+    )
     max_in_flight: Count = Field(default=1000, description="requests in the process at once; more get 503")
     max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(default=2, description="attempts per request")
     retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -77,7 +84,9 @@ class Settings(BaseSettings):
     breaker_cooldown: Seconds = Field(default=60, description="seconds an open circuit waits for its probe")
     health_interval: Seconds = Field(default=10, description="seconds between two health probes of a backend")
     health_timeout: Seconds = Field(default=5, description="seconds for a health probe")
-    drain_delay: Annotated[float, Field(ge=0)] = Field(default=0, description="seconds to keep accepting after SIGTERM")
+    drain_delay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0, description="seconds to keep accepting after SIGTERM"
+    )
     drain_timeout: Seconds = Field(default=570, description="seconds to wait for streams after that")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level to log")
     log_format: Literal["json", "console"] | None = Field(
@@ -115,7 +124,24 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be an http:// or https:// URL")
+        if parts.query or parts.fragment:
+            raise ValueError("must be a base URL, without ? and #")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("its port must be a number from 0 to 65535") from None
         return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.ops_port == self.port:
+            raise ValueError(f"{PREFIX}OPS_PORT='{self.port}': that is {PREFIX}PORT already; set it to another port")
+        if self.max_buffered_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"{PREFIX}MAX_BUFFERED_BYTES='{self.max_buffered_bytes}': one body of {PREFIX}MAX_BODY_BYTES="
+                f"{self.max_body_bytes} would not fit; set it to a multiple of that"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -138,9 +164,12 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         settings = Settings(**values)  # type: ignore[arg-type]
     except ValidationError as exc:
         for error in exc.errors(include_url=False, include_context=False, include_input=False):
-            variable = PREFIX + str(error["loc"][0]).upper()
             reason = error["msg"].removeprefix("Value error, ")
-            problems.append(f"{variable}={values[str(error['loc'][0])][:80]!r}: {reason}")
+            if error["loc"]:
+                name = str(error["loc"][0])
+                shown = _PASSWORD.sub(r"\1***@", values[name])[:80]
+                reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
+            problems.append(reason)
         raise SettingsError("\n".join(problems)) from None
     if problems:
         raise SettingsError("\n".join(problems))

@@ -30,6 +30,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "keepalive_timeout": ("9", 9.0),
     "upstream_keepalive": ("1.5", 1.5),
     "max_body_bytes": ("1024", 1024),
+    "max_buffered_bytes": ("100000000", 100_000_000),
     "max_in_flight": ("10", 10),
     "max_attempts": ("3", 3),
     "retry_budget": ("0", 0.0),
@@ -117,6 +118,14 @@ def test_a_variable_that_resembles_nothing_points_at_the_list() -> None:
         ("idle_timeout", "2s", "valid number"),
         ("max_attempts", "4", "less than or equal to 3"),
         ("max_body_bytes", "0", "greater than or equal to 1"),
+        ("max_buffered_bytes", "33554431", "INFERENCE_API_MAX_BODY_BYTES=33554432 would not fit"),
+        ("ops_port", "8000", "that is INFERENCE_API_PORT already"),
+        ("host", "", "at least 1 character"),
+        ("drain_delay", "inf", "finite"),
+        ("forward_headers", "accept-encoding", "never forwarded"),
+        ("registry_url", "http://h:notaport", "its port must be a number"),
+        ("registry_url", "http://h:99999", "its port must be a number"),
+        ("registry_url", "http://h/?x=1", "without ? and #"),
         ("retry_budget", "1.1", "less than or equal to 1"),
         ("drain_delay", "-1", "greater than or equal to 0"),
         ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
@@ -143,6 +152,17 @@ def test_an_invalid_value_is_named_with_the_reason(name: str, value: str, reason
     assert message.startswith(f"INFERENCE_API_{name.upper()}={value!r}: ")
     assert reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "url", ["postgres://user:secret@h/x", "user:secret@h", "http://user:secret@h:x", "//u:secret@"]
+)
+def test_a_password_in_a_url_is_not_shown(url: str) -> None:
+    message = refusal(registry_url=url)
+
+    assert message.startswith("INFERENCE_API_REGISTRY_URL=")
+    assert "***@" in message
+    assert "secret" not in message
 
 
 def test_a_value_in_a_message_is_cut() -> None:

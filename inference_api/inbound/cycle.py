@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 # The name of the ASGI extension that is the Cycle itself: what it offers beside `receive` and `send` is below.
 CYCLE = "inference_api.cycle"
 
-# As in uvicorn: beyond this the body waits in the kernel until the application asks for more.
-_HIGH_WATER = 64 * 1024
 # From here on joining head and body would copy more than a second buffer costs.
 _JOIN = 16 * 1024
 
@@ -64,10 +62,10 @@ class Cycle:
     """Fed by its Protocol, run by a task of its own."""
 
     __slots__ = (
-        "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_protocol", "_size",
+        "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_protocol",
         "_waiter", "_watched",
         "disconnected", "frames", "gone", "keep_alive", "memo", "more_body", "refusal",
-        "response_complete", "response_started", "scope", "task",
+        "response_complete", "response_started", "scope", "task", "unread",
     )  # fmt: skip
 
     def __init__(
@@ -84,7 +82,7 @@ class Cycle:
         self.more_body = True
         self._expects_continue = expects_continue
         self._body: deque[bytes] = deque()
-        self._size = 0
+        self.unread = 0
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
         # Somebody works on it who is to be cancelled when the client leaves; `gone`: and has been.
@@ -106,9 +104,7 @@ class Cycle:
         if self.response_complete:
             return
         self._body.append(data)
-        self._size += len(data)
-        if self._size > _HIGH_WATER:
-            self._protocol.pause_reading()
+        self.unread += len(data)
         self._wake()
 
     def end_of_body(self) -> None:
@@ -139,7 +135,7 @@ class Cycle:
 
     def whole_body(self, limit: int) -> bytes | None:
         """The body if it is here already and has at most `limit` bytes, or None: then it is to be received."""
-        if self.more_body or self.disconnected or self._size > limit:
+        if self.more_body or self.disconnected or self.unread > limit:
             return None
         self._news = False
         pieces = self._body
@@ -205,7 +201,8 @@ class Cycle:
         self.scope = _NO_SCOPE
         if not self.response_complete and not self.disconnected:
             # Never a clean end: the client must see that the answer is not whole.
-            self._protocol.cut()
+            to_the_end = self.response_started and not self._chunked and self._left is None
+            self._protocol.cut(to_the_end)
 
     # ASGI
 
@@ -223,7 +220,7 @@ class Cycle:
         pieces = self._body
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
-        self._size = 0
+        self.unread = 0
         return {"type": "http.request", "body": body, "more_body": self.more_body}
 
     async def send(self, message: Message) -> None:
@@ -247,7 +244,8 @@ class Cycle:
         values = dict(headers)
         length = values.get(b"content-length")
         has_close = values.get(b"connection") == b"close"
-        if has_close:
+        if has_close or self.more_body:
+            # Nothing that comes after a body that nobody read can be told from it.
             self.keep_alive = False
         if length is not None:
             # RFC 9110 8.6: of a 304 it is the length that a 200 would have had.

@@ -29,26 +29,35 @@ from inference_api.inbound.gate import refusal
 # gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
 _MAX_HEADERS = 100
 _MAX_HEAD = 32 * 1024
-# Pipelined requests that may wait. As long as there are fewer, the connection is read, and its end is noticed.
-_MAX_WAITING = 8
+# Pipelined requests that may wait, and how much of bodies may come before their requests have their turn. Reading goes
+# on while they wait, so that the end of the connection is noticed; what is beyond is not answered.
+_MAX_WAITING = 100
+_MAX_UNREAD = 64 * 1024
 # Of a chunked body: bytes that are neither content nor the 16 that a chunk may take; Go's server allows as many.
 _MAX_OVERHEAD = 16 * 1024
 _CHUNK_OVERHEAD = 16
 # A client that is still sending a body nobody wants gets this long to read why.
 _LINGER = 2.0
+# Bytes that a client must take within `write_stall` to count as one that reads.
+_LEAST_READ = 4096
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]{1,12})\r\n", re.IGNORECASE)
 
 
 class Deadlines(NamedTuple):
-    """Seconds for a client to send a request head, to send a body, and to be idle between requests."""
+    """Seconds for a client to send a request head, to send a body, to be idle between requests, and not to read."""
 
     header: float = 10.0
     body: float = 60.0
     keepalive: float = 75.0
+    write_stall: float = 60.0
 
 
 # error, request id, size of the answer's body
 OnRefusal = Callable[[RouterError, str, int], None]
+
+
+class _Enough(Exception):
+    """Raised in a parser callback: nothing that follows is answered."""
 
 
 class _Refusal(Exception):
@@ -152,13 +161,10 @@ class Protocol(asyncio.Protocol):
         # Request being read
         self._parser = httptools.HttpRequestParser(self)
         self._reading: Cycle | None = None
-        self._head_open = False
-        self._head_size = 0
+        self._head_open, self._head_size = False, 0
         # Of a body that takes more than one read: what came beyond its content
         self._overhead = 0
-        self._upgrading = False
-        self._replaying = False
-        self._replayed_whole = False
+        self._upgrading = self._replaying = self._replayed_whole = False
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._known: _KnownHead | None = None
@@ -169,6 +175,9 @@ class Protocol(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._idle_since = 0.0
+        self._stall_timer: asyncio.TimerHandle | None = None
+        # Bytes in the client's buffer when that was set
+        self._unwritten = 0
 
     # asyncio.Protocol
 
@@ -188,8 +197,9 @@ class Protocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        between = self._reading is None and not self._head_size
-        if between and self._known is not None and (body_at := self._known.body_at(data)):
+        # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
+        between = self._reading is None and not self._head_open and not self._head_size
+        if between and self._known is not None and (body_at := self._known.body_at(data)) and self._has_place():
             self._begin(self._known, data[body_at:])
             return
         if self._head_open or self._reading is None:
@@ -200,9 +210,12 @@ class Protocol(asyncio.Protocol):
             self._feed(data)
         except httptools.HttpParserError as exc:
             cause = exc.__context__
-            self._refuse(cause.error if isinstance(cause, _Refusal) else BadRequest(f"Not valid HTTP/1.1: {exc}."))
+            if isinstance(cause, _Enough):
+                self._take_no_more()
+            else:
+                self._refuse(cause.error if isinstance(cause, _Refusal) else BadRequest(f"Not valid HTTP/1.1: {exc}."))
             return
-        if self._parsed == self._learn_at:
+        if self._parsed >= self._learn_at:
             self._learn(data if between else b"")
         if self._head_open:
             if self._head_size > 2 * _MAX_HEAD:
@@ -210,10 +223,28 @@ class Protocol(asyncio.Protocol):
             elif self._timer is None:
                 self._timer = self.loop.call_later(self._deadlines.header, self._late)
         elif self._reading is not None:
-            if self._overhead > _MAX_OVERHEAD:
-                self._refuse(BadRequest("The body has chunk extensions or trailers that are too large."))
-            elif self._timer is None:
-                self._timer = self.loop.call_later(self._deadlines.body, self._late)
+            self._wait_for_more(self._reading)
+
+    def _has_place(self) -> bool:
+        """Whether one more request may wait, if it has to."""
+        if self._running is None or not self._waiting:
+            return True
+        return len(self._waiting) < _MAX_WAITING and sum([one.unread for one in self._waiting]) <= _MAX_UNREAD
+
+    def _wait_for_more(self, cycle: Cycle) -> None:
+        """The body of a request takes more than one read."""
+        if self._overhead > _MAX_OVERHEAD:
+            self._refuse(BadRequest("The body has chunk extensions or trailers that are too large."))
+            return
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._deadlines.body, self._late)
+        if cycle.unread > _MAX_UNREAD:
+            if cycle is self._running:
+                # It waits in the kernel until the application asks for more.
+                self.pause_reading()
+            else:
+                self._waiting.pop()
+                self._take_no_more()
 
     def _learn(self, data: bytes) -> None:
         self._learn_at *= 2
@@ -228,17 +259,21 @@ class Protocol(asyncio.Protocol):
     def pause_writing(self) -> None:
         if self.drained is None:
             self.drained = self.loop.create_future()
+            self._watch_stall()
         if self._running is not None:
             self._running.frames = None
 
     def resume_writing(self) -> None:
+        if self._stall_timer is not None and not self.transport.is_closing():
+            self._stall_timer.cancel()
+            self._stall_timer = None
         drained, self.drained = self.drained, None
         if drained is not None and not drained.done():
             drained.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state.connections.discard(cast(Any, self))
-        for timer in (self._timer, self._idle_timer):
+        for timer in (self._timer, self._idle_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
         for cycle in (self._running, self._reading, *self._waiting):
@@ -323,10 +358,13 @@ class Protocol(asyncio.Protocol):
             "server": self._server,
             "state": {},
         }
+        if not self._has_place():
+            raise _Enough
         self._upgrading = parser.should_upgrade()
+        expects_continue = version == "1.1" and dict(headers).get(b"expect", b"").lower() == b"100-continue"
         keep_alive = version == "1.1" and (parser.should_keep_alive() or self._upgrading) and not self._state.draining
         self._parsed += 1
-        cycle = self._reading = Cycle(self, scope, keep_alive, (b"expect", b"100-continue") in headers)
+        cycle = self._reading = Cycle(self, scope, keep_alive, expects_continue)
         self._queue(cycle)
 
     def _begin(self, known: _KnownHead, body: bytes) -> None:
@@ -341,8 +379,16 @@ class Protocol(asyncio.Protocol):
             self._start(cycle)
         else:
             self._waiting.append(cycle)
-            if len(self._waiting) >= _MAX_WAITING:
-                self.pause_reading()
+
+    def _take_no_more(self) -> None:
+        """No further request is read. What was sent behind the last answer is to be sent again, as ever when a server
+        closes (RFC 9112, 9.3.2)."""
+        self._deaf = True
+        self._reading = None
+        self._cancel_timer()
+        last = self._waiting[-1] if self._waiting else self._running
+        assert last is not None
+        last.keep_alive = False
 
     def on_chunk_header(self) -> None:
         self._overhead -= _CHUNK_OVERHEAD
@@ -382,7 +428,7 @@ class Protocol(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._read_paused and len(self._waiting) < _MAX_WAITING:
+        if self._read_paused:
             self._read_paused = False
             self.transport.resume_reading()
 
@@ -406,22 +452,43 @@ class Protocol(asyncio.Protocol):
     def forget(self, task: "asyncio.Task[None]") -> None:
         self._state.tasks.discard(task)
 
-    def cut(self) -> None:
-        """Close without completing the response."""
-        if self.drained is not None:
-            # What is buffered will not be read; with RST the kernel does not go on offering it.
-            sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
+    def cut(self, to_the_end: bool = False) -> None:
+        """Close without completing the response; `to_the_end`: that of the connection would be taken for its end."""
+        if self.drained is not None or to_the_end:
+            self._reset()
         else:
-            self.transport.close()
+            self._hang_up()
+
+    def _reset(self) -> None:
+        # What is buffered will not be read; with RST the kernel does not go on offering it.
+        sock = self.transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _hang_up(self) -> None:
+        """Close, once the client has read what it is to read; if it does."""
+        self.transport.close()
+        if self._stall_timer is None and self.transport.get_write_buffer_size():
+            self._watch_stall()
+
+    def _watch_stall(self) -> None:
+        self._unwritten = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(self._deadlines.write_stall, self._stalled)
+
+    def _stalled(self) -> None:
+        self._stall_timer = None
+        if self._running is None and self._unwritten - self.transport.get_write_buffer_size() >= _LEAST_READ:
+            # Slow, but nothing waits for it.
+            self._watch_stall()
+        else:
+            self._reset()
 
     # Called by the server
 
     def shutdown(self) -> None:
         """Close when idle, else after the response under way."""
         if self._running is None:
-            self.transport.close()
+            self._hang_up()
         else:
             self._running.keep_alive = False
 
@@ -460,7 +527,7 @@ class Protocol(asyncio.Protocol):
 
     def _close(self, unread: bool) -> None:
         if not unread or not self.transport.can_write_eof():
-            self.transport.close()
+            self._hang_up()
             return
         # To close with bytes unread would reset the connection, and the answer might never be seen.
         self._deaf = True
@@ -481,7 +548,7 @@ class Protocol(asyncio.Protocol):
         if self._head_open or self._reading is not None:
             self._refuse(RequestTimeout("The request did not arrive in time."))
         elif self._running is None:
-            self.transport.close()
+            self._hang_up()
 
     def _idle(self) -> None:
         self._idle_timer = None
@@ -491,7 +558,7 @@ class Protocol(asyncio.Protocol):
         if left > 0.001:
             self._idle_timer = self.loop.call_later(left, self._idle)
         else:
-            self.transport.close()
+            self._hang_up()
 
     def __repr__(self) -> str:
         return f"<Protocol for {self._client}: {'idle' if self._running is None else 'busy'}>"

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Receive, Scope
 from starlette.types import Send as ASGISend
 
-from inference_api.errors import ClientGone, InternalError, Overloaded, RouterError, ShuttingDown, TooLarge, render
+from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
 from inference_api.inbound import wire
+from inference_api.inbound.admission import Load, overloaded
 from inference_api.inbound.cycle import CYCLE, Cycle, Memo
 from inference_api.inbound.departure import Departure
 from inference_api.models import Outcome, RawHeaders, Route, Send, Tap
@@ -57,14 +58,13 @@ class Gate(NamedTuple):
     # The optional features' taps of one request, made anew for each
     taps: Callable[[], Sequence[Tap]] = tuple
     max_body: int = 32 * 1024 * 1024
-    max_in_flight: int = 1000
     write_stall: float = 60.0
 
 
 class Inference:
     """POST on an inference route, from the request head to the end of the answer."""
 
-    def __init__(self, route: Route, gate: Gate, load: "Load") -> None:
+    def __init__(self, route: Route, gate: Gate, load: Load) -> None:
         self.route = route
         self._gate = gate
         self._load = load
@@ -77,18 +77,21 @@ class Inference:
         relay: Relay | None = None
         taps: Sequence[Tap] = ()
         outcome = Outcome.INTERNAL_ERROR
-        self._load.in_flight += 1
+        load = self._load
+        taken = held = 0
         try:
             inbound = self._read_headers(scope["headers"], None if cycle is None else cycle.memo)
             seen.request_id = inbound.request_id or gate.mint_id()
             body = None if cycle is None else cycle.whole_body(gate.max_body)
             if body is None:
-                body = await wire.read_body(receive, inbound, gate.max_body)
+                body = await wire.read_body(receive, inbound, gate.max_body, load)
+                held = len(body)
+            taken = 1
+            load.in_flight += 1
             call = wire.read_call(self.route, inbound, body, scope["query_string"], seen.request_id)
             seen.stream = call.stream
             model = gate.resolve(call.model)
             self._admit(model, seen)
-            seen.resolved(model)
             with departure:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
@@ -102,10 +105,7 @@ class Inference:
         except asyncio.CancelledError:
             outcome = Outcome.CLIENT_GONE if relay is None else relay.outcome
             if not departure.gone:
-                if relay is None or not relay.started:
-                    outcome = await refuse(ShuttingDown(), seen, send)
-                else:
-                    outcome = await relay.interrupt(send)
+                outcome = await _shut_down(relay, seen, send)
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
         except Exception:
@@ -113,7 +113,8 @@ class Inference:
             if relay is None or not relay.started:
                 outcome = await refuse(InternalError(), seen, send)
         finally:
-            self._load.in_flight -= 1
+            load.in_flight -= taken
+            load.buffered -= held
             seen.finished(relay)
             seen.end(outcome)
             for tap in taps:
@@ -129,23 +130,16 @@ class Inference:
 
     def _admit(self, model: Model, seen: Observation) -> None:
         limit = model.entry.max_in_flight
-        if self._load.in_flight > self._gate.max_in_flight:
+        load = self._load
+        if load.in_flight > load.max_in_flight:
             full = "The router"
         elif limit is not None and model.in_flight >= limit:
             full = f"The model {model.name!r}"
         else:
+            seen.resolved(model)
             return
         seen.model_name = model.name
-        raise Overloaded(f"{full} has as many requests in flight as it takes.", retry_after=1)
-
-
-class Load:
-    """How many inference requests the process has in flight."""
-
-    __slots__ = ("in_flight",)
-
-    def __init__(self) -> None:
-        self.in_flight = 0
+        raise overloaded(full)
 
 
 class Surface:
@@ -180,11 +174,17 @@ def _left(cycle: Cycle | None, seen: Observation) -> Outcome:
     return error.outcome
 
 
+async def _shut_down(relay: Relay | None, seen: Observation, send: ASGISend) -> Outcome:
+    """The router stops, and this request has had all the time there is."""
+    if relay is None or not relay.started:
+        return await refuse(ShuttingDown(), seen, send)
+    return await relay.interrupt(send)
+
+
 async def refuse(error: RouterError, seen: Observation, send: ASGISend) -> Outcome:
     """Answer with an error of the router's own."""
     status, headers, body = render(error, seen.request_id)
     if isinstance(error, TooLarge):
-        # The rest of the body is still to come; nothing after it on this connection could be told from it.
         headers.append((b"connection", b"close"))
     seen.refused(error, status, len(body))
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -37,6 +37,8 @@ class Router(Protocol):
 
 # As many connections as may wait while the loop is busy with a burst.
 _BACKLOG = 2048
+# Seconds for requests to say that they are over, when nobody wants to wait.
+_FORCED = 1.0
 # Log, sockets that listen, two event loops, the registry, the probes' clients, a scrape: about 25.
 _OWN_FILES = 48
 
@@ -72,16 +74,27 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_stop()
+        # Who asks a second time does not want to wait, for whatever it is.
+        self.force_exit = self.server_state.draining
         self.server_state.draining = True
-        if self._delay and not self.force_exit and not self.should_exit:
-            delay, self._delay = self._delay, 0.0
-            asyncio.get_running_loop().call_later(delay, self._stop)
-            return
-        self.force_exit = self.should_exit
-        self._stop()
+        if self._delay and not self.force_exit:
+            asyncio.get_running_loop().call_later(self._delay, self._stop)
+        else:
+            self._stop()
 
     def _stop(self) -> None:
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            # uvicorn leaves requests and lifespan to the end of the loop, where they fail in any order.
+            tasks = list(self.server_state.tasks)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=_FORCED)
+            await self.lifespan.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -97,7 +110,9 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lambda *_: None) -> uvicorn.Config:
-    deadlines = Deadlines(settings.header_timeout, settings.body_timeout, settings.keepalive_timeout)
+    deadlines = Deadlines(
+        settings.header_timeout, settings.body_timeout, settings.keepalive_timeout, settings.write_stall_timeout
+    )
     return uvicorn.Config(
         app,
         http=cast(Any, protocol_factory(deadlines, on_refusal, connection_limit(settings.max_in_flight))),

@@ -16,6 +16,7 @@ from inference_api.errors import (
     TooLarge,
     UnsupportedMediaType,
 )
+from inference_api.inbound.admission import Load
 from inference_api.models import Call, Route
 from inference_api.outbound.headers import Inbound
 from inference_api.outbound.rewrite import form_field
@@ -98,25 +99,32 @@ def parse_form(body: bytes, content_type: bytes) -> Fields:
     return {"model": name, "stream": stream is not None and body[slice(*stream)].lower() in (b"true", b"1")}
 
 
-async def read_body(receive: Receive, inbound: Inbound, limit: int) -> bytes:
-    """The request body. Raises TooLarge, before reading if its length says so, and ClientGone if it breaks off."""
+async def read_body(receive: Receive, inbound: Inbound, limit: int, load: Load) -> bytes:
+    """The request body, whose bytes are the load's from now on.
+
+    Raises TooLarge, before reading if its length says so, Overloaded, and ClientGone if it breaks off; of these bodies
+    nothing is left with the load.
+    """
     if inbound.content_length is not None and int(inbound.content_length) > limit:
         raise TooLarge(limit)
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if message["type"] == "http.request" and not message.get("more_body", False) and len(body) <= limit:
-        return body
-    parts, size = [body], len(body)
-    if size > limit:
-        raise TooLarge(limit)
-    while message.get("more_body", False):
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise TooLarge(limit)
-    if message["type"] == "http.disconnect":
-        raise ClientGone
+    load.check()
+    parts: list[bytes] = []
+    size, more = 0, True
+    try:
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            load.buffer(len(part))
+            if size > limit:
+                raise TooLarge(limit)
+            more = message.get("more_body", False)
+    except BaseException:
+        load.buffered -= size
+        raise
     return b"".join(parts)
 
 

@@ -29,8 +29,10 @@ HOP_BY_HOP = frozenset(
 )
 # The router's own to say (date, server, x-request-id, CORS), or a leak from one client to another (cookies).
 _NOT_RETURNED = HOP_BY_HOP | {b"set-cookie", b"server", b"date", b"alt-svc", b"x-request-id"}
-# May never be forwarded, even when FORWARD_HEADERS asks: framing and routing are the router's.
-NEVER_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"cookie", b"authorization", b"x-request-id"}
+# May never be forwarded, even when FORWARD_HEADERS asks: framing, coding and routing are the router's.
+NEVER_FORWARDED = HOP_BY_HOP | {
+    b"host", b"content-length", b"expect", b"accept-encoding", b"cookie", b"authorization", b"x-request-id",
+}  # fmt: skip
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 # The values of Connection that name no header.

@@ -73,6 +73,11 @@ class Pump:
         assert self._outcome is not None
         return self._outcome
 
+    @property
+    def stalled(self) -> bool:
+        """A piece was on its way, to a client that does not read: it may have been lost."""
+        return self._stalled is not None
+
     async def write(self, data: bytes) -> None:
         """Write without ending. Raises TimeoutError when the client does not read."""
         async with asyncio.timeout(self._write_stall):

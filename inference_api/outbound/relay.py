@@ -110,7 +110,8 @@ class Relay:
         if self.outcome is Outcome.CLIENT_GONE:
             # Nobody left, and no backend is to blame.
             self.outcome = Outcome.DRAIN_TIMEOUT
-        if self._events is not None and self._events.at_boundary and not self._events.ended:
+        stalled = self._pumping is not None and self._pumping.stalled
+        if self._events is not None and self._events.at_boundary and not self._events.ended and not stalled:
             text = "The router is shutting down before the stream is complete."
             event = error_event("router_shutting_down", text)
             await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -333,7 +333,8 @@ def load_catalogue(path: Path) -> Catalogue:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        raise CatalogueError(f"catalogue {str(path)!r} cannot be read: {reason}") from None
+        fix = "INFERENCE_API_CATALOGUE or --catalogue must name a file that can"
+        raise CatalogueError(f"catalogue {str(path)!r} cannot be read: {reason}; {fix}") from None
     try:
         document = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as exc:

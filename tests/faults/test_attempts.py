@@ -277,6 +277,7 @@ async def test_t37_no_attempt_starts_after_the_deadline(start_engine: Start, sta
 
 async def test_t28_replicas_that_close_idle_connections_just_then(start_router: Start) -> None:
     keepalive, clients, rounds = 0.1, 60, 20
+    stale = 0.0
 
     async def client(number: int) -> list[int]:
         rand = random.Random(number)
@@ -290,12 +291,17 @@ async def test_t28_replicas_that_close_idle_connections_just_then(start_router: 
 
     with impatient(keepalive) as engine:
         served = await start_router(engine, upstream_keepalive=10)
-        async with quiet(served):
-            statuses = await asyncio.gather(*(client(number) for number in range(clients)))
+        # Who is first is a matter of microseconds: on a busy machine it may take more than one go.
+        for _ in range(5):
+            engine.executed.clear()
+            async with quiet(served):
+                statuses = await asyncio.gather(*(client(number) for number in range(clients)))
 
-        assert statuses == [[200] * rounds] * clients
-        assert len({request.body for request in engine.executed}) == len(engine.executed) == clients * rounds
-    assert await served.metric("inference_api_retries_total", reason="stale") > 0
+            assert statuses == [[200] * rounds] * clients
+            assert len({request.body for request in engine.executed}) == len(engine.executed) == clients * rounds
+            if stale := await served.metric("inference_api_retries_total", reason="stale"):
+                break
+    assert stale > 0
 
 
 async def test_t29_a_connection_is_given_up_before_the_replica_closes_it(start_router: Start) -> None:

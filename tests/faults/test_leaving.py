@@ -135,7 +135,7 @@ async def test_t11_leaving_while_it_sends_reaches_no_engine(lab: Lab) -> None:
 
     async with raw_client(served.port) as client:
         await client.send(post(URL, {**CHAT, "x": "y" * 10_000})[:-1])
-        await until(lambda: served.router.load.in_flight == 1)
+        await until(lambda: served.router.load.buffered)
 
     await until(lambda: outcomes(served) == ["client_gone"], SOON)
     assert engine.requests == []

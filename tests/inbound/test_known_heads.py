@@ -1,5 +1,6 @@
 """A head that a connection has seen before is not parsed again: nobody must be able to tell."""
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -133,6 +134,26 @@ async def test_requests_in_any_pieces_are_answered_in_their_order(served: Served
             await client.send(*(data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)))
             answers = [await read_answer(client.reader) for _ in texts]
             assert [orjson.loads(answer.body)["user"] for answer in answers] == texts
+
+
+@pytest.mark.parametrize(
+    "begun", [b"POST /evil HTTP/1.1\r\nX-Ignored: ", b"POST /evil HTTP/1.1\r\n", b"POST /evil", b"P"]
+)
+async def test_what_a_read_ended_within_is_gone_on_with(begun: bytes, served: Served, engine: FakeEngine) -> None:
+    async def answers(client: Line) -> list[int]:
+        """Of a request with the beginning of another one behind it, and of what then looks like a known one."""
+        first = await talk(client, request("known") + begun)
+        await asyncio.sleep(0.05)
+        return [first.status, (await talk(client, request("known"))).status]
+
+    async with raw_client(served.port) as client:
+        by_parser = await answers(client)
+    async with knowing(served) as client:
+        engine.requests.clear()
+        assert await answers(client) == by_parser
+
+    assert by_parser[1] in (400, 404, 405)
+    assert len(engine.requests) == 1
 
 
 async def test_a_client_that_leaves_is_noticed(served: Served, engine: FakeEngine) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
@@ -11,7 +12,8 @@ import openai
 import orjson
 import pytest
 
-from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Load
+from inference_api.inbound.admission import Load
+from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Reply
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
@@ -261,6 +263,57 @@ async def test_more_requests_than_the_process_takes_are_refused_at_once(
     assert served.lines[0]["outcome"] == "shed"
 
 
+async def test_clients_that_are_slow_to_send_keep_nobody_out(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(), max_in_flight=1)
+    request = post(URL, CHAT)
+
+    async with AsyncExitStack() as stack:
+        slow = [await stack.enter_async_context(raw_client(served.port)) for _ in range(5)]
+        for client in slow:
+            await client.send(request[:-1])
+        await until(lambda: served.router.load.buffered == 5 * (len(orjson.dumps(CHAT)) - 1))
+        assert (await served.chat()).status_code == 200
+        for client in slow:
+            await client.send(request[-1:])
+            assert (await read_answer(client.reader)).status == 200
+
+    assert served.router.load.buffered == 0
+
+
+async def test_where_there_is_no_place_a_body_is_not_waited_for(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(hang)
+    served = await start_router(engine, max_in_flight=1)
+
+    async with raw_client(served.port) as client, raw_client(served.port) as late:
+        await client.send(post(URL, CHAT))
+        await until(lambda: engine.requests)
+        await late.send(post(URL, CHAT)[:-1])
+        refused = await read_answer(late.reader)
+        assert await late.reader.read(-1) == b""
+
+    assert (refused.status, refused.headers["connection"], refused.headers["retry-after"]) == (503, "close", "1")
+    assert orjson.loads(refused.body)["error"]["code"] == "overloaded"
+
+
+async def test_bodies_have_so_much_memory_and_no_more(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(), max_body_bytes=100_000, max_buffered_bytes=150_000)
+    unfinished = post(URL, CHAT | {"user": "x" * 90_000})[:-1]
+
+    async with raw_client(served.port) as first, raw_client(served.port) as second:
+        await first.send(unfinished)
+        await until(lambda: served.router.load.buffered > 90_000)
+        await second.send(unfinished)
+        refused = await read_answer(second.reader)
+        # What comes with its head has a place of its own.
+        assert (await served.chat()).status_code == 200
+        await first.send(b"}")
+        assert (await read_answer(first.reader)).status == 200
+
+    assert (refused.status, refused.headers["connection"], refused.headers["retry-after"]) == (503, "close", "1")
+    assert orjson.loads(refused.body)["error"]["code"] == "overloaded"
+    await until(lambda: served.router.load.buffered == 0)
+
+
 async def test_more_requests_than_a_model_takes_are_refused_at_once(start_engine: Start, start_router: Start) -> None:
     engine, other = await start_engine(hang), await start_engine()
     models = [
@@ -490,9 +543,9 @@ async def test_nothing_is_in_flight_when_all_is_over(served: Served, engine: Fak
         await until(lambda: served.router.load.in_flight == 1)
     async with raw_client(served.port) as client:
         await client.send(post(URL, CHAT)[:-5])
-        await until(lambda: served.router.load.in_flight > 0)
+        await until(lambda: served.router.load.buffered > 0)
 
-    await until(lambda: idle(served))
+    await until(lambda: idle(served) and len(served.lines) == 5)
     assert [line["outcome"] for line in served.lines] == ["ok", "upstream_5xx", "reset", "client_gone", "client_gone"]
 
 

@@ -11,10 +11,12 @@ from inference_api.errors import (
     ClientGone,
     InvalidJSON,
     InvalidRequest,
+    Overloaded,
     RouterError,
     TooLarge,
     UnsupportedMediaType,
 )
+from inference_api.inbound.admission import Load
 from inference_api.inbound.routes import INFERENCE_ROUTES
 from inference_api.inbound.wire import model_card, model_list, read_body, read_call
 from inference_api.models import Call, RawHeaders
@@ -345,14 +347,22 @@ def test_an_upload_must_be_a_form(content_type: str) -> None:
 # Bodies
 
 
-async def body_of(*messages: Message, limit: int = 10, length: int | None = None) -> bytes:
+async def body_of(*messages: Message, limit: int = 10, length: int | None = None, load: Load | None = None) -> bytes:
     told = iter(messages)
+    load = load or Load()
+    before = load.buffered
 
     async def receive() -> Message:
         return next(told)
 
     headers = [] if length is None else [(b"content-length", b"%d" % length)]
-    return await read_body(receive, inbound(headers), limit)
+    try:
+        body = await read_body(receive, inbound(headers), limit, load)
+    except BaseException:
+        assert load.buffered == before
+        raise
+    assert load.buffered == before + len(body)
+    return body
 
 
 def part(body: bytes, more: bool = True) -> Message:
@@ -391,6 +401,15 @@ async def test_a_body_without_a_length_is_counted(messages: tuple[Message, ...])
 async def test_a_client_that_leaves_while_it_sends_is_gone(before: tuple[Message, ...]) -> None:
     with pytest.raises(ClientGone):
         await body_of(*before, {"type": "http.disconnect"})
+
+
+@pytest.mark.anyio
+async def test_bodies_beyond_what_is_to_be_in_memory_are_refused() -> None:
+    load = Load(max_buffered=15)
+    assert await body_of(part(b"x" * 10, more=False), load=load) == b"x" * 10
+    with pytest.raises(Overloaded, match="bytes of request bodies"):
+        await body_of(part(b"xxx"), part(b"xxx", more=False), load=load)
+    assert await body_of(part(b"x" * 5, more=False), load=load) == b"x" * 5
 
 
 # Models

@@ -12,7 +12,8 @@ import orjson
 import pytest
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
-from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Load
+from inference_api.inbound.admission import Load
+from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Outcome, RawHeaders, Reply
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
