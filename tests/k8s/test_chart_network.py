@@ -1,6 +1,6 @@
 """Selectors, ports and rights: what is to meet does, and nothing else may."""
 
-import json
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -35,13 +35,35 @@ def test_workloads_select_their_own_pods_and_no_others(name: str) -> None:
         assert not any(matches(selector, hook["metadata"]["labels"]) for hook in found.hooks)
 
 
-def test_selectors_do_not_change_with_the_values() -> None:
-    """They are immutable: an upgrade that changed one would fail."""
-    selectors = {
-        json.dumps(installed(n).one("Deployment", "router")["spec"]["selector"], sort_keys=True) for n in INSTALLS
+def selectors(name: str) -> dict[str, dict[str, str]]:
+    """Those of the workloads, which are immutable: an upgrade that changed one would fail."""
+    workloads = [o for o in installed(name).objects if o["kind"] in WORKLOADS]
+    # An engine has its own name in it, and that of another model is another engine.
+    names = {"engine": "inference-api/service"}
+    return {
+        o["spec"]["selector"]["matchLabels"].get(names.get(component_of(o), ""), component_of(o)): o["spec"][
+            "selector"
+        ]["matchLabels"]
+        for o in workloads
     }
 
-    assert len(selectors) == 1
+
+def test_selectors_do_not_change_with_the_values() -> None:
+    known: dict[str, dict[str, str]] = {}
+    for name in [*INSTALLS, "labels"]:
+        for workload, selector in selectors(name).items():
+            assert known.setdefault(workload, selector) == selector, (name, workload)
+
+    assert known.keys() >= {"router", "registry", "gpt2", "llama-3-8b", "mistral-7b"}
+
+
+def test_selectors_change_with_the_chart_s_name_alone() -> None:
+    named = selectors("another name")
+
+    assert {selector.pop("app.kubernetes.io/name") for selector in named.values()} == {"gateway"}
+    before = selectors("labels")
+    assert {selector.pop("app.kubernetes.io/name") for selector in before.values()} == {"inference-api"}
+    assert named == before
 
 
 @every_install
@@ -84,6 +106,47 @@ def test_a_policys_peers_in_the_release_exist_and_have_the_port(name: str) -> No
                 if "to" in rule:
                     ports = {port["name"] for port in peers[0]["containers"][0]["ports"]}
                     assert {port["port"] for port in rule["ports"]} <= ports
+
+
+@every_install
+def test_the_router_may_connect_to_what_it_is_told_to(name: str) -> None:
+    found = installed(name)
+    policies = [
+        policy["spec"] for policy in found.of("NetworkPolicy", "router") if "Egress" in policy["spec"]["policyTypes"]
+    ]
+    variables = {v["name"]: v.get("value", "") for v in router_pod(found)["containers"][0]["env"]}
+    urls = {variables.get(name, "") for name in ("INFERENCE_API_REGISTRY_URL", "OTEL_EXPORTER_OTLP_ENDPOINT")} - {""}
+    urls |= {backend.url for model in catalogue(found).values() for backend in model.backends}
+    pods = {meta["labels"]["app.kubernetes.io/component"]: spec for _, meta, spec in found.pods()}
+
+    for spec in policies:
+        allowed: set[int] = set()
+        for rule in spec["egress"]:
+            for port in rule.get("ports", ()):
+                if isinstance(port["port"], str):
+                    (peer,) = [
+                        pods[to["podSelector"]["matchLabels"]["app.kubernetes.io/component"]] for to in rule["to"]
+                    ]
+                    (number,) = [
+                        p["containerPort"] for p in peer["containers"][0]["ports"] if p["name"] == port["port"]
+                    ]
+                    allowed.add(number)
+                else:
+                    assert "to" not in rule
+                    allowed.add(port["port"])
+        for url in urls:
+            parts = urlsplit(url)
+            assert (parts.port or {"http": 80, "https": 443}[parts.scheme]) in allowed, url
+
+
+def test_there_is_an_egress_policy_with_each_kind_of_url() -> None:
+    """What the test above would not see if no values file had it: registry, collector, backends, the API server."""
+    policies = [o["spec"].get("egress", ()) for n in INSTALLS for o in installed(n).of("NetworkPolicy", "router")]
+    ports = [{port["port"] for rule in rules for port in rule.get("ports", ())} for rules in policies]
+
+    assert {53, 5353, 443} in ports
+    assert {53, 5353, "http", 8000, 443, 4318} in ports
+    assert {53, 5353, "http", 8000, 443, 6443} in ports
 
 
 @every_install
