@@ -39,6 +39,9 @@ KINDS = {
 CUSTOM_KINDS = {
     "gateway.networking.k8s.io/v1": {"HTTPRoute": "httproutes"},
     "keda.sh/v1alpha1": {"ScaledObject": "scaledobjects"},
+    # Google's, for its Gateway and its managed Prometheus.
+    "networking.gke.io/v1": {"HealthCheckPolicy": "healthcheckpolicies", "GCPBackendPolicy": "gcpbackendpolicies"},
+    "monitoring.googleapis.com/v1": {"PodMonitoring": "podmonitorings", "Rules": "rules"},
     "monitoring.coreos.com/v1": {
         "ServiceMonitor": "servicemonitors",
         "PodMonitor": "podmonitors",

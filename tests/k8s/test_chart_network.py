@@ -4,6 +4,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.k8s import chart_files
 from tests.k8s.charts import (
     INSTALLS,
     NAMESPACE,
@@ -203,6 +204,78 @@ def test_monitors_find_what_they_scrape(name: str) -> None:
             assert engine["metadata"]["labels"]["app.kubernetes.io/component"] == "engine"
             assert monitor["spec"]["jobLabel"] in engine["metadata"]["labels"]
             assert endpoint["port"] in {port["name"] for port in engine["spec"]["containers"][0]["ports"]}
+
+
+# Clusters of their own kind
+
+
+def test_googles_load_balancer_asks_what_the_router_answers() -> None:
+    """By itself it asks for /, which is a 404, and gives up after 30 s."""
+    found = installed("gke-europe")
+    health, backend = found.one("HealthCheckPolicy")["spec"], found.one("GCPBackendPolicy")["spec"]
+    (container,) = router_pod(found)["containers"]
+    read = settings(found)
+
+    for policy in (health, backend):
+        target = policy["targetRef"]
+        assert (target["kind"], target["name"]) == ("Service", found.one("HTTPRoute")["metadata"]["name"])
+    asked = health["default"]["config"]["httpHealthCheck"]
+    assert {"port": asked["port"], "path": asked["requestPath"]} == {
+        "port": read.ops_port,
+        "path": container["readinessProbe"]["httpGet"]["path"],
+    }
+    assert backend["default"]["timeoutSec"] > read.stream_timeout
+    assert backend["default"]["connectionDraining"]["drainingTimeoutSec"] >= read.drain_timeout
+    # It learns that a pod is not ready before that stops to accept.
+    assert health["default"]["checkIntervalSec"] * health["default"]["unhealthyThreshold"] < read.drain_delay
+
+
+def test_googles_health_checks_are_let_in() -> None:
+    rules = [
+        rule for policy in installed("gke-europe").of("NetworkPolicy", "router") for rule in policy["spec"]["ingress"]
+    ]
+    peers = [peer for rule in rules if rule["ports"][0]["port"] == "ops" for peer in rule["from"]]
+
+    assert {peer["ipBlock"]["cidr"] for peer in peers if "ipBlock" in peer} == {"130.211.0.0/22", "35.191.0.0/16"}
+
+
+def test_googles_prometheus_reads_kinds_of_its_own() -> None:
+    found = installed("gke-europe")
+    pods = [(meta["labels"], spec) for _, meta, spec in found.pods()]
+    scraped = set()
+
+    for monitoring in found.of("PodMonitoring"):
+        (endpoint,) = monitoring["spec"]["endpoints"]
+        selector = monitoring["spec"]["selector"]["matchLabels"]
+        for labels, spec in pods:
+            if matches(selector, labels):
+                scraped.add(labels["app.kubernetes.io/component"])
+                assert endpoint["port"] in {port["name"] for port in spec["containers"][0]["ports"]}
+    assert scraped == {"router", "registry", "engine"}
+    assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule"} & {o["kind"] for o in found.objects}
+    told = [rule for rules in found.of("Rules") for group in rules["spec"]["groups"] for rule in group["rules"]]
+    assert {rule.get("record") or rule["alert"]: rule for rule in told} == {
+        rule.get("record") or rule["alert"]: rule for rule in chart_files.rules()
+    }
+    peers = [
+        peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for policy in found.of("NetworkPolicy")
+        for rule in policy["spec"]["ingress"]
+        for peer in rule.get("from", ())
+        if "namespaceSelector" in peer
+    ]
+    assert peers == ["gmp-system"] * 3
+
+
+@every_install
+def test_a_bundle_of_certificates_that_is_named_is_mounted(name: str) -> None:
+    (container,) = router_pod(installed(name))["containers"]
+    named = {v["value"] for v in container["env"] if v["name"] == "SSL_CERT_FILE"}
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+
+    assert {path.rpartition("/")[0] for path in named} <= mounts
+    if ".internal" in (settings(installed(name)).registry_url or ""):
+        assert named, "a private CA that nobody would trust"
 
 
 # Rights
