@@ -56,6 +56,7 @@ def test_each_value_arrives() -> None:
     assert (read.max_body_bytes, read.breaker_failures, read.retry_budget) == (33554432, 3, 0.5)
     assert read.retry_on_status == {429, 503}
     assert read.forward_headers == {"x-vllm-priority"}
+    assert environ(installed("full on 1.37"))["INFERENCE_API_MAX_BUFFERED_BYTES"] == "268435456"
     assert settings(installed("keda on 1.37")).registry_refresh == 2.5
     assert environ(installed("endpointslices on 1.37"))["INFERENCE_API_DISCOVERY"] == "endpointslices"
     assert "INFERENCE_API_DISCOVERY" not in environ(installed("default on 1.37"))

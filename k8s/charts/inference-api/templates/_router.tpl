@@ -48,6 +48,7 @@ labels to select them by: a NetworkPolicy knows no host names.
   "DRAIN_TIMEOUT" $router.drain.timeoutSeconds
   "MAX_IN_FLIGHT" $router.limits.maxInFlight
   "MAX_BODY_BYTES" $router.limits.maxBodyBytes
+  "MAX_BUFFERED_BYTES" $router.limits.maxBufferedBytes
   "DISCOVERY_INTERVAL" $router.discovery.intervalSeconds
   "REGISTRY_REFRESH" $router.registry.refreshSeconds
 -}}
