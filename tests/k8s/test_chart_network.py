@@ -11,6 +11,7 @@ from tests.k8s.charts import (
     WORKLOADS,
     catalogue,
     component_of,
+    environ,
     every_install,
     installed,
     matches,
@@ -38,15 +39,12 @@ def test_workloads_select_their_own_pods_and_no_others(name: str) -> None:
 
 def selectors(name: str) -> dict[str, dict[str, str]]:
     """Those of the workloads, which are immutable: an upgrade that changed one would fail."""
-    workloads = [o for o in installed(name).objects if o["kind"] in WORKLOADS]
-    # An engine has its own name in it, and that of another model is another engine.
-    names = {"engine": "inference-api/service"}
-    return {
-        o["spec"]["selector"]["matchLabels"].get(names.get(component_of(o), ""), component_of(o)): o["spec"][
-            "selector"
-        ]["matchLabels"]
-        for o in workloads
-    }
+    found: dict[str, dict[str, str]] = {}
+    for workload in (o for o in installed(name).objects if o["kind"] in WORKLOADS):
+        selector = dict(workload["spec"]["selector"]["matchLabels"])
+        # There may be several engines, each of a model.
+        found[selector.get("inference-api/service", component_of(workload))] = selector
+    return found
 
 
 def test_selectors_do_not_change_with_the_values() -> None:
@@ -58,7 +56,7 @@ def test_selectors_do_not_change_with_the_values() -> None:
     assert known.keys() >= {"router", "registry", "gpt2", "llama-3-8b", "mistral-7b"}
 
 
-def test_selectors_change_with_the_chart_s_name_alone() -> None:
+def test_selectors_change_with_name_override_alone() -> None:
     named = selectors("another name")
 
     assert {selector.pop("app.kubernetes.io/name") for selector in named.values()} == {"gateway"}
@@ -274,7 +272,7 @@ def test_a_bundle_of_certificates_that_is_named_is_mounted(name: str) -> None:
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
 
     assert {path.rpartition("/")[0] for path in named} <= mounts
-    if ".internal" in (settings(installed(name)).registry_url or ""):
+    if ".internal" in environ(installed(name)).get("INFERENCE_API_REGISTRY_URL", ""):
         assert named, "a private CA that nobody would trust"
 
 

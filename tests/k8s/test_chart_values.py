@@ -126,7 +126,7 @@ def test_the_readme_tells_of_every_cluster_and_links_to_what_exists() -> None:
 
 
 def test_the_memory_is_enough_for_what_a_router_may_hold() -> None:
-    """The sum in values.yaml, of what docs/capacity.md has measured; a pod that needs more is killed, all streams with it."""
+    """The sum in values.yaml, of what docs/capacity.md has measured: a pod that needs more is killed."""
     router = VALUES["router"]
     capacity = (ROOT / "docs" / "capacity.md").read_text()
     idle, stream = (

@@ -34,16 +34,6 @@ def test_every_stage_begins_with_the_one_base_that_a_release_names_by_digest() -
     assert re.fullmatch(r"PYTHON_IMAGE=python:3\.\d+-slim(@sha256:[0-9a-f]{64})?", default)
 
 
-def test_what_is_installed_is_locked_by_hash_and_compiled_nowhere() -> None:
-    installs = [part for run in of("RUN") for part in re.split(r"&&", run) if "pip install" in part]
-
-    assert installs
-    for part in installs:
-        assert {"--require-hashes", "--only-binary"} <= set(shlex.split(part)) or "/dist/*.whl" in part, part
-    assert not of("ADD")
-    assert not any(tool in run for run in of("RUN") for tool in ("curl", "wget", "apt-get"))
-
-
 def test_it_runs_as_nobody_in_particular_and_stops_by_sigterm() -> None:
     """By number, which is what runAsNonRoot can check."""
     (user,) = of("USER")

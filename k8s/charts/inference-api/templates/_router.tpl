@@ -11,7 +11,7 @@
 {{- end -}}
 
 {{/*
-The ports of what values tell the router to connect to, as a JSON list, but for the pods of the chart itself, which have
+The ports of what values tell the router to connect to, as JSON {ports}, but for the pods of the chart itself, which have
 labels to select them by: a NetworkPolicy knows no host names.
 */}}
 {{- define "inference-api.egressPorts" -}}
@@ -26,7 +26,7 @@ labels to select them by: a NetworkPolicy knows no host names.
 {{- $ports := list -}}
 {{- range $urls }}{{ $ports = append $ports (include "inference-api.portOf" . | int) }}{{ end -}}
 {{- if include "inference-api.watchesSlices" . }}{{ $ports = concat $ports (list 443 6443) }}{{ end -}}
-{{- uniq $ports | toJson -}}
+{{- dict "ports" (uniq $ports) | toJson -}}
 {{- end -}}
 
 {{/* The router's environment. INFERENCE_API_* are exactly the app's settings; tests/k8s holds them to it. */}}
