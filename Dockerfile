@@ -30,11 +30,11 @@ CMD ["serve"]
 # Last: they differ from build to build, and nothing above has to be made anew for that. Where the source is to be read, and who
 # answers for the image, is known to who builds it.
 ARG PYTHON_IMAGE
+ARG SOURCE=unknown
+ARG VENDOR=unknown
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG CREATED=1970-01-01T00:00:00Z
-ARG SOURCE=unknown
-ARG VENDOR=unknown
 LABEL org.opencontainers.image.title="inference-api" \
       org.opencontainers.image.description="A thin OpenAI-compatible inference router in front of vLLM and TGI pods" \
       org.opencontainers.image.licenses="Apache-2.0" \
