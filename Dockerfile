@@ -27,8 +27,11 @@ EXPOSE 8000 9090
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["inference-api"]
 CMD ["serve"]
-# Last: they differ from build to build, and nothing above has to be made anew for that.
+# Last: they differ from build to build, and nothing above has to be made anew for that. Where the source is to be read, and who
+# answers for the image, is known to who builds it.
 ARG PYTHON_IMAGE
+ARG SOURCE=unknown
+ARG VENDOR=unknown
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG CREATED=1970-01-01T00:00:00Z
@@ -38,4 +41,9 @@ LABEL org.opencontainers.image.title="inference-api" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.url="${SOURCE}" \
+      org.opencontainers.image.documentation="${SOURCE}" \
+      org.opencontainers.image.vendor="${VENDOR}" \
+      org.opencontainers.image.authors="${VENDOR}" \
       org.opencontainers.image.base.name="${PYTHON_IMAGE}"

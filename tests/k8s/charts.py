@@ -106,6 +106,72 @@ REFUSED: dict[str, tuple[Json, str]] = {
         {"engines": {"enabled": True}, "models": {"3b": {"deploy": {"model": "some/3b"}}}},
         'models.3b.deploy: its Service would be named "3b", and such names begin with a letter',
     ),
+    "all pods always there": (
+        {"router": {"podDisruptionBudget": {"minAvailable": 2, "maxUnavailable": None}}},
+        "router.podDisruptionBudget.minAvailable (2) is all of the 2 pods that there may be: no node could ever be",
+    ),
+    "all pods always there, in percent": (
+        {"router": {"podDisruptionBudget": {"minAvailable": "100%", "maxUnavailable": None}}},
+        "router.podDisruptionBudget.minAvailable (100%) is all of the 2 pods that there may be",
+    ),
+    "all pods always there, rounded up": (
+        {"router": {"replicaCount": 1, "podDisruptionBudget": {"minAvailable": "50%", "maxUnavailable": None}}},
+        "router.podDisruptionBudget.minAvailable (50%) is all of the 1 pods that there may be",
+    ),
+    "as many pods always there as a scaler may leave": (
+        {
+            "router": {
+                "replicaCount": 9,
+                "autoscaling": {"enabled": True, "minReplicas": 3},
+                "podDisruptionBudget": {"minAvailable": 3, "maxUnavailable": None},
+            }
+        },
+        "router.podDisruptionBudget.minAvailable (3) is all of the 3 pods that there may be",
+    ),
+    "one port for two things": (
+        {"router": {"ports": {"ops": 8000}}},
+        "router.ports.http and router.ports.ops are both 8000",
+    ),
+    "a setting past the chart": (
+        {"router": {"extraEnv": [{"name": "INFERENCE_API_DRAIN_TIMEOUT", "value": "9999"}]}},
+        "router.extraEnv sets INFERENCE_API_DRAIN_TIMEOUT, which would go past the value that the chart computes with",
+    ),
+    "a label of the chart's own": (
+        {"commonLabels": {"app.kubernetes.io/name": "mine"}},
+        "at '/commonLabels",
+    ),
+    "a watch without a token": (
+        {"router": {"discovery": {"mode": "endpointslices"}, "serviceAccount": {"automount": False}}},
+        "router.discovery.mode endpointslices needs the token of its service account",
+    ),
+    "a watch in a namespace without the right to it": (
+        {
+            "router": {"discovery": {"mode": "endpointslices", "namespaces": ["others"]}},
+            "models": {
+                "gpt2": {"backends": [{"url": "http://gpt2.models.svc.cluster.local:8000", "discovery": "dns"}]}
+            },
+        },
+        "models.gpt2: http://gpt2.models.svc.cluster.local:8000 is in the namespace models, where the router may not",
+    ),
+    "a watch in a namespace without the right to it, for short": (
+        {
+            "router": {"discovery": {"mode": "endpointslices"}},
+            "models": {"gpt2": {"backends": [{"url": "http://gpt2.models", "discovery": "dns"}]}},
+        },
+        "models.gpt2: http://gpt2.models is in the namespace models",
+    ),
+    "an engine that nobody would ask": (
+        {"engines": {"enabled": True}, "models": {"gpt2": {"backends": [{"url": "http://gpt2.example.com"}]}}},
+        "models.gpt2 has backends and deploy, so nobody would ask the engine that the chart runs",
+    ),
+    "a model with the name of the release": (
+        {"models": {"Inference_API": {}}},
+        "models.Inference_API: its Service would be named inference-api, as one of the release itself",
+    ),
+    "a model with the name of the registry": (
+        {"fullnameOverride": "models", "models": {"models-registry": {"engine": "tgi"}}},
+        "models.models-registry: its Service would be named models-registry, as one of the release itself",
+    ),
     "two models with one Service": (
         {"engines": {"enabled": True}, "models": {"GPT2": {"deploy": {"model": "openai-community/gpt2"}}}},
         "models.GPT2 and models.gpt2 would have the same Service, gpt2",
@@ -119,6 +185,11 @@ RULE = {
     "annotations": {"summary": "{{ $value }} of {{ $labels.pod }}", "runbook_url": "k8s/runbook.md#some"},
 }
 RULES = {"groups": [{"name": "first", "rules": [RULE, RULE | {"alert": "Unwanted"}]}, {"name": "second", "rules": []}]}
+EVERYTHING = {
+    name: {"enabled": True} for name in ("serviceMonitor", "enginePodMonitor", "prometheusRule", "dashboards")
+}
+# Names that selectors have.
+LABELS = {"app.kubernetes.io/name": "mine", "app.kubernetes.io/instance": "mine", "app.kubernetes.io/component": "mine"}
 DASHBOARD = '{"title": "{{model_name}} $__rate_interval", "panels": []}'
 
 
@@ -232,8 +303,34 @@ def _jobs(with_files: Path) -> dict[str, Json]:
         jobs[name] = {"chart": chart, "values": values, "kubernetes": NEWEST}
     default = {"chart": chart, "values": {}, "kubernetes": NEWEST}
     more = {"router": {"replicaCount": 3, "logLevel": "debug"}}
+    five = {"router": {"replicaCount": 5}}
+    keda = {"enabled": True, "serverAddress": "http://prometheus"}
+    scraped = {"serviceMonitor": {"enabled": True}}
+    near = {"router": {"service": {"trafficDistribution": "PreferSameNode"}}}
+    unchecked = with_files.with_name("unchecked")
     return jobs | {
         "upgrade": {**default, "upgrade": more},
+        "an HPA from now on": {**default, "values": five, "upgrade": {"router": {"autoscaling": {"enabled": True}}}},
+        "KEDA from now on": {**default, "values": five, "upgrade": {"router": {"keda": keda}}},
+        "KEDA with its own series": {**default, "values": {"router": {"keda": keda}, "monitoring": scraped}},
+        "near on 1.33": {**default, "values": near, "kubernetes": "1.33"},
+        "near on 1.34": {**default, "values": near, "kubernetes": "1.34"},
+        "no pod may go": {**default, "values": {"router": {"podDisruptionBudget": {"maxUnavailable": 0}}}},
+        "a long name": {
+            **default,
+            "values": {"fullnameOverride": "n" * 63, "engines": {"enabled": True}, "monitoring": EVERYTHING},
+        },
+        "another name": {**default, "values": {"nameOverride": "gateway", "engines": {"enabled": True}}},
+        "labels": {
+            **default,
+            "values": {
+                "commonLabels": {"team": "inference"},
+                "router": {"podLabels": LABELS},
+                "registry": {"podLabels": LABELS},
+                "engines": {"enabled": True, "podLabels": LABELS},
+            },
+        },
+        "labels that break selectors": {**default, "chart": str(unchecked), "values": {"commonLabels": LABELS}},
         "removal": {**default, "values": {"engines": {"enabled": True}}, "upgrade": {"engines": {"enabled": True}}},
         "without custom kinds": {**default, "custom": False},
         "an old cluster": {**default, "kubernetes": "1.28"},
@@ -261,6 +358,8 @@ def _run() -> dict[str, Json]:
         for path, text in {"rules/some.yaml": yaml.safe_dump(RULES), "dashboards/some.json": DASHBOARD}.items():
             (copy / "files" / path).parent.mkdir(parents=True)
             (copy / "files" / path).write_text(text)
+        # Without what keeps it from being told what cannot be.
+        shutil.copytree(copy, copy.with_name("unchecked"), ignore=shutil.ignore_patterns("values.schema.json"))
         done = subprocess.run(
             [HOME / "venv" / "bin" / "python", "-m", "tests.k8s.helm"],
             input=json.dumps(_jobs(copy)),

@@ -39,6 +39,9 @@ KINDS = {
 CUSTOM_KINDS = {
     "gateway.networking.k8s.io/v1": {"HTTPRoute": "httproutes"},
     "keda.sh/v1alpha1": {"ScaledObject": "scaledobjects"},
+    # Google's, for its Gateway and its managed Prometheus.
+    "networking.gke.io/v1": {"HealthCheckPolicy": "healthcheckpolicies", "GCPBackendPolicy": "gcpbackendpolicies"},
+    "monitoring.googleapis.com/v1": {"PodMonitoring": "podmonitorings", "Rules": "rules"},
     "monitoring.coreos.com/v1": {
         "ServiceMonitor": "servicemonitors",
         "PodMonitor": "podmonitors",
@@ -114,7 +117,7 @@ class FakeApi:
         found = _OBJECT.match(path)
         if not found or found[3] != body["metadata"].get("namespace", found[3]):
             return _status(400, "BadRequest", f"{path} is not where this object belongs")
-        if problem := schema_problem(body, self.release):
+        if problem := schema_problem(body, self.release) or selector_problem(body):
             return _status(422, "Invalid", problem)
         body.setdefault("metadata", {}).setdefault("namespace", found[3])
         self.objects[path] = body
@@ -129,6 +132,16 @@ def schema_problem(body: Json, release: str) -> str | None:
     if error is None:
         return None
     return f"{body['kind']} {body['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}"
+
+
+def selector_problem(body: Json) -> str | None:
+    """What a real API server has against a workload that does not select its own pods; None: nothing."""
+    if body["apiVersion"] != "apps/v1":
+        return None
+    selector, labels = body["spec"]["selector"]["matchLabels"], body["spec"]["template"]["metadata"]["labels"]
+    if selector.items() <= labels.items():
+        return None
+    return f"{body['kind']} {body['metadata']['name']}: `selector` does not match template `labels`"
 
 
 @cache

@@ -166,6 +166,27 @@ def test_what_a_release_does_not_know_is_left_out() -> None:
     ]
 
 
+def test_a_wish_that_a_release_would_refuse_is_left_out() -> None:
+    """PreferSameNode and PreferSameZone came with 1.34; before they would fail the whole install."""
+    services = [installed(f"near on {release}").of("Service", "router") for release in ("1.33", "1.34")]
+    told = [{service["spec"].get("trafficDistribution") for service in pair} for pair in services]
+
+    assert told == [{None}, {None, "PreferSameNode"}]
+
+
+@pytest.mark.parametrize("name", ["a long name", "default on 1.37"])
+def test_names_are_short_enough_for_what_is_made_of_them(name: str) -> None:
+    """The label controller-revision-hash is a StatefulSet's name, a dash and ten characters; a label has 63 at most."""
+    found = installed(name)
+
+    assert max(len(o["metadata"]["name"]) for o in found.objects) <= 63
+    assert len(found.one("StatefulSet")["metadata"]["name"]) + 11 <= 63
+
+
+def test_a_workload_that_does_not_select_its_pods_would_be_noticed() -> None:
+    assert "`selector` does not match template `labels`" in outcome("labels that break selectors").error
+
+
 def test_the_chart_has_the_version_of_the_app() -> None:
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == __version__
 

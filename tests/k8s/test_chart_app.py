@@ -56,6 +56,7 @@ def test_each_value_arrives() -> None:
     assert (read.max_body_bytes, read.breaker_failures, read.retry_budget) == (33554432, 3, 0.5)
     assert read.retry_on_status == {429, 503}
     assert read.forward_headers == {"x-vllm-priority"}
+    assert environ(installed("full on 1.37"))["INFERENCE_API_MAX_BUFFERED_BYTES"] == "268435456"
     assert settings(installed("keda on 1.37")).registry_refresh == 2.5
     assert environ(installed("endpointslices on 1.37"))["INFERENCE_API_DISCOVERY"] == "endpointslices"
     assert "INFERENCE_API_DISCOVERY" not in environ(installed("default on 1.37"))
@@ -241,13 +242,32 @@ async def test_helm_test_passes_where_the_router_answers(start_router: Callable[
     served = await start_router(FakeEngine())
     (container,) = hook["spec"]["containers"]
     python, dash_c, program = container["command"]
-    url, key = container["args"]
+    url, key, probe = container["args"]
     assert (python, dash_c, urlsplit(url).hostname) == ("python", "-c", "inference-api")
+    assert urlsplit(probe).hostname == "inference-api-ops"
 
     async def run(base: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, base + urlsplit(url).path, key]
+        command = [sys.executable, "-c", program, base + urlsplit(url).path, key, base + urlsplit(probe).path]
         return await asyncio.to_thread(subprocess.run, command, text=True, capture_output=True, timeout=30)
 
     passed, failed = await run(served.url), await run("http://127.0.0.1:1")
-    assert (passed.returncode, passed.stdout) == (0, f"1 models at {served.url}/v1/models\n")
+    assert passed.returncode == 0
+    assert passed.stdout == f"200 at {served.url}/readyz\n1 models at {served.url}/v1/models\n"
     assert failed.returncode == 1
+
+    empty = await run((await start_router(models=[])).url)
+    assert empty.returncode == 1
+    assert "0 models at" in empty.stdout
+    served.router.probes.state = "draining"
+    assert (await run(served.url)).returncode == 1
+
+
+@pytest.mark.parametrize("name", ["default on 1.37", "keda on 1.37", "endpointslices on 1.37"])
+def test_helm_test_asks_services_that_there_are(name: str) -> None:
+    found = installed(name)
+    services = {o["metadata"]["name"]: [p["port"] for p in o["spec"]["ports"]] for o in found.of("Service")}
+
+    for hook in found.hooks:
+        url, _, probe = hook["spec"]["containers"][0]["args"]
+        for place in (urlsplit(url), urlsplit(probe)):
+            assert place.port in services[place.hostname or ""]

@@ -55,6 +55,16 @@ def test_engines_are_split_over_their_gpus() -> None:
 
 
 @every_install
+def test_tgi_is_a_release_that_its_user_can_run(name: str) -> None:
+    """From 3.1 on its libpython is where only root may read: huggingface/text-generation-inference#3082, open."""
+    for engine in engines(installed(name)).values():
+        (container,) = engine["containers"]
+        if container["command"] == ["text-generation-launcher"]:
+            assert engine["securityContext"]["runAsNonRoot"]
+            assert container["image"].endswith(":3.0.1")
+
+
+@every_install
 def test_engines_are_asked_what_the_router_asks_them(name: str) -> None:
     for engine in engines(installed(name)).values():
         (container,) = engine["containers"]

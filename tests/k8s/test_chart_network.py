@@ -1,15 +1,17 @@
 """Selectors, ports and rights: what is to meet does, and nothing else may."""
 
-import json
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.k8s import chart_files
 from tests.k8s.charts import (
     INSTALLS,
     NAMESPACE,
     WORKLOADS,
     catalogue,
     component_of,
+    environ,
     every_install,
     installed,
     matches,
@@ -35,13 +37,32 @@ def test_workloads_select_their_own_pods_and_no_others(name: str) -> None:
         assert not any(matches(selector, hook["metadata"]["labels"]) for hook in found.hooks)
 
 
-def test_selectors_do_not_change_with_the_values() -> None:
-    """They are immutable: an upgrade that changed one would fail."""
-    selectors = {
-        json.dumps(installed(n).one("Deployment", "router")["spec"]["selector"], sort_keys=True) for n in INSTALLS
-    }
+def selectors(name: str) -> dict[str, dict[str, str]]:
+    """Those of the workloads, which are immutable: an upgrade that changed one would fail."""
+    found: dict[str, dict[str, str]] = {}
+    for workload in (o for o in installed(name).objects if o["kind"] in WORKLOADS):
+        selector = dict(workload["spec"]["selector"]["matchLabels"])
+        # There may be several engines, each of a model.
+        found[selector.get("inference-api/service", component_of(workload))] = selector
+    return found
 
-    assert len(selectors) == 1
+
+def test_selectors_do_not_change_with_the_values() -> None:
+    known: dict[str, dict[str, str]] = {}
+    for name in [*INSTALLS, "labels"]:
+        for workload, selector in selectors(name).items():
+            assert known.setdefault(workload, selector) == selector, (name, workload)
+
+    assert known.keys() >= {"router", "registry", "gpt2", "llama-3-8b", "mistral-7b"}
+
+
+def test_selectors_change_with_name_override_alone() -> None:
+    named = selectors("another name")
+
+    assert {selector.pop("app.kubernetes.io/name") for selector in named.values()} == {"gateway"}
+    before = selectors("labels")
+    assert {selector.pop("app.kubernetes.io/name") for selector in before.values()} == {"inference-api"}
+    assert named == before
 
 
 @every_install
@@ -84,6 +105,47 @@ def test_a_policys_peers_in_the_release_exist_and_have_the_port(name: str) -> No
                 if "to" in rule:
                     ports = {port["name"] for port in peers[0]["containers"][0]["ports"]}
                     assert {port["port"] for port in rule["ports"]} <= ports
+
+
+@every_install
+def test_the_router_may_connect_to_what_it_is_told_to(name: str) -> None:
+    found = installed(name)
+    policies = [
+        policy["spec"] for policy in found.of("NetworkPolicy", "router") if "Egress" in policy["spec"]["policyTypes"]
+    ]
+    variables = {v["name"]: v.get("value", "") for v in router_pod(found)["containers"][0]["env"]}
+    urls = {variables.get(name, "") for name in ("INFERENCE_API_REGISTRY_URL", "OTEL_EXPORTER_OTLP_ENDPOINT")} - {""}
+    urls |= {backend.url for model in catalogue(found).values() for backend in model.backends}
+    pods = {meta["labels"]["app.kubernetes.io/component"]: spec for _, meta, spec in found.pods()}
+
+    for spec in policies:
+        allowed: set[int] = set()
+        for rule in spec["egress"]:
+            for port in rule.get("ports", ()):
+                if isinstance(port["port"], str):
+                    (peer,) = [
+                        pods[to["podSelector"]["matchLabels"]["app.kubernetes.io/component"]] for to in rule["to"]
+                    ]
+                    (number,) = [
+                        p["containerPort"] for p in peer["containers"][0]["ports"] if p["name"] == port["port"]
+                    ]
+                    allowed.add(number)
+                else:
+                    assert "to" not in rule
+                    allowed.add(port["port"])
+        for url in urls:
+            parts = urlsplit(url)
+            assert (parts.port or {"http": 80, "https": 443}[parts.scheme]) in allowed, url
+
+
+def test_there_is_an_egress_policy_with_each_kind_of_url() -> None:
+    """What the test above would not see if no values file had it: registry, collector, backends, the API server."""
+    policies = [o["spec"].get("egress", ()) for n in INSTALLS for o in installed(n).of("NetworkPolicy", "router")]
+    ports = [{port["port"] for rule in rules for port in rule.get("ports", ())} for rules in policies]
+
+    assert {53, 5353, 443} in ports
+    assert {53, 5353, "http", 8000, 443, 4318} in ports
+    assert {53, 5353, "http", 8000, 443, 6443} in ports
 
 
 @every_install
@@ -140,6 +202,78 @@ def test_monitors_find_what_they_scrape(name: str) -> None:
             assert engine["metadata"]["labels"]["app.kubernetes.io/component"] == "engine"
             assert monitor["spec"]["jobLabel"] in engine["metadata"]["labels"]
             assert endpoint["port"] in {port["name"] for port in engine["spec"]["containers"][0]["ports"]}
+
+
+# Clusters of their own kind
+
+
+def test_googles_load_balancer_asks_what_the_router_answers() -> None:
+    """By itself it asks for /, which is a 404, and gives up after 30 s."""
+    found = installed("gke-europe")
+    health, backend = found.one("HealthCheckPolicy")["spec"], found.one("GCPBackendPolicy")["spec"]
+    (container,) = router_pod(found)["containers"]
+    read = settings(found)
+
+    for policy in (health, backend):
+        target = policy["targetRef"]
+        assert (target["kind"], target["name"]) == ("Service", found.one("HTTPRoute")["metadata"]["name"])
+    asked = health["default"]["config"]["httpHealthCheck"]
+    assert {"port": asked["port"], "path": asked["requestPath"]} == {
+        "port": read.ops_port,
+        "path": container["readinessProbe"]["httpGet"]["path"],
+    }
+    assert backend["default"]["timeoutSec"] > read.stream_timeout
+    assert backend["default"]["connectionDraining"]["drainingTimeoutSec"] >= read.drain_timeout
+    # It learns that a pod is not ready before that stops to accept.
+    assert health["default"]["checkIntervalSec"] * health["default"]["unhealthyThreshold"] < read.drain_delay
+
+
+def test_googles_health_checks_are_let_in() -> None:
+    rules = [
+        rule for policy in installed("gke-europe").of("NetworkPolicy", "router") for rule in policy["spec"]["ingress"]
+    ]
+    peers = [peer for rule in rules if rule["ports"][0]["port"] == "ops" for peer in rule["from"]]
+
+    assert {peer["ipBlock"]["cidr"] for peer in peers if "ipBlock" in peer} == {"130.211.0.0/22", "35.191.0.0/16"}
+
+
+def test_googles_prometheus_reads_kinds_of_its_own() -> None:
+    found = installed("gke-europe")
+    pods = [(meta["labels"], spec) for _, meta, spec in found.pods()]
+    scraped = set()
+
+    for monitoring in found.of("PodMonitoring"):
+        (endpoint,) = monitoring["spec"]["endpoints"]
+        selector = monitoring["spec"]["selector"]["matchLabels"]
+        for labels, spec in pods:
+            if matches(selector, labels):
+                scraped.add(labels["app.kubernetes.io/component"])
+                assert endpoint["port"] in {port["name"] for port in spec["containers"][0]["ports"]}
+    assert scraped == {"router", "registry", "engine"}
+    assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule"} & {o["kind"] for o in found.objects}
+    told = [rule for rules in found.of("Rules") for group in rules["spec"]["groups"] for rule in group["rules"]]
+    assert {rule.get("record") or rule["alert"]: rule for rule in told} == {
+        rule.get("record") or rule["alert"]: rule for rule in chart_files.rules()
+    }
+    peers = [
+        peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for policy in found.of("NetworkPolicy")
+        for rule in policy["spec"]["ingress"]
+        for peer in rule.get("from", ())
+        if "namespaceSelector" in peer
+    ]
+    assert peers == ["gmp-system"] * 3
+
+
+@every_install
+def test_a_bundle_of_certificates_that_is_named_is_mounted(name: str) -> None:
+    (container,) = router_pod(installed(name))["containers"]
+    named = {v["value"] for v in container["env"] if v["name"] == "SSL_CERT_FILE"}
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+
+    assert {path.rpartition("/")[0] for path in named} <= mounts
+    if ".internal" in environ(installed(name)).get("INFERENCE_API_REGISTRY_URL", ""):
+        assert named, "a private CA that nobody would trust"
 
 
 # Rights

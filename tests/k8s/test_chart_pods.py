@@ -117,6 +117,21 @@ def test_only_one_decides_on_the_number_of_routers(name: str) -> None:
         assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
 
 
+@pytest.mark.parametrize("name", ["an HPA from now on", "KEDA from now on"])
+def test_turning_a_scaler_on_takes_no_pod_away(name: str) -> None:
+    """`replicas` that an upgrade removes are 1 until the scaler acts, and a drain under load in the meantime."""
+    (deployment,) = [
+        o for o in installed(name).upgraded if o["metadata"]["name"] == "inference-api" and o["kind"] == "Deployment"
+    ]
+
+    assert deployment["spec"]["replicas"] == 5
+
+
+def test_a_budget_of_none_is_none() -> None:
+    assert installed("no pod may go").one("PodDisruptionBudget")["spec"]["maxUnavailable"] == 0
+    assert installed("default on 1.37").one("PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
 def test_they_scale_by_a_metric_that_the_router_has() -> None:
     router = Router(Settings())
     known = {family.name for family in router.metrics.collect()}
@@ -126,3 +141,14 @@ def test_they_scale_by_a_metric_that_the_router_has() -> None:
     assert in_flight["pods"]["metric"]["name"] in known
     query = trigger["metadata"]["query"]
     assert query == f'sum(inference_api_requests_in_flight{{namespace="{NAMESPACE}"}})'
+
+
+def test_keda_counts_the_requests_of_its_own_release() -> None:
+    """By the label that the ServiceMonitor's targets have, where there is one."""
+    found = installed("KEDA with its own series")
+    (trigger,) = found.one("ScaledObject")["spec"]["triggers"]
+    (scraped,) = [
+        o["metadata"]["name"] for o in found.of("Service") if "inference-api/scrape" in o["metadata"]["labels"]
+    ]
+
+    assert f'{{namespace="{NAMESPACE}", service="{scraped}"}}' in trigger["metadata"]["query"]

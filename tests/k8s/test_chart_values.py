@@ -20,7 +20,15 @@ ENTRY = SCHEMA["definitions"]["model"]["properties"]
 OWN = {
     *("host", "port", "ops_port", "catalogue", "log_level", "log_format", "drain_delay", "drain_timeout"),
     *("connect_timeout", "first_byte_timeout", "idle_timeout", "total_timeout", "stream_timeout"),
-    *("max_in_flight", "max_body_bytes", "discovery", "discovery_interval", "registry_url", "registry_refresh"),
+    *(
+        "max_in_flight",
+        "max_body_bytes",
+        "max_buffered_bytes",
+        "discovery",
+        "discovery_interval",
+        "registry_url",
+        "registry_refresh",
+    ),
 }
 
 
@@ -115,6 +123,25 @@ def test_the_readme_tells_of_every_cluster_and_links_to_what_exists() -> None:
     assert {f"clusters/{path.name}" for path in CLUSTERS.values()} <= links
     # The runbook comes with the alerts.
     assert [link for link in links - {"runbook.md"} if not (ROOT / "k8s" / link).exists()] == []
+
+
+def test_the_memory_is_enough_for_what_a_router_may_hold() -> None:
+    """The sum in values.yaml, of what docs/capacity.md has measured: a pod that needs more is killed."""
+    router = VALUES["router"]
+    capacity = (ROOT / "docs" / "capacity.md").read_text()
+    idle, stream = (
+        int(re.findall(rf"^\| {what} \| (\d+) {unit} ", capacity, re.MULTILINE)[0])
+        for what, unit in ((r"memory \(RSS\), idle", "MB"), ("memory of an open stream", "KB"))
+    )
+    limits = router["limits"]
+    needed = idle * 10**6 + stream * 10**3 * limits["maxInFlight"] + limits["maxBufferedBytes"]
+    given = int(router["resources"]["limits"]["memory"].removesuffix("Mi")) * 2**20
+
+    assert router["resources"]["requests"]["memory"] == router["resources"]["limits"]["memory"]
+    assert f"{idle} MB + {limits['maxInFlight']} x {stream} KB" in TEXT
+    assert f"= {needed / 10**6:.0f} MB of {given / 10**6:.0f} MB" in TEXT
+    assert needed * 1.5 < given
+    assert limits["maxBodyBytes"] < limits["maxBufferedBytes"]
 
 
 def test_the_readme_has_the_sum_right() -> None:

@@ -63,10 +63,30 @@ def test_no_panel_covers_another(dashboard: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("where", "expression"), list(chart_files.panel_expressions()))
 def test_an_expression_obeys_the_variables(where: str, expression: str) -> None:
     for selector in chart_files.selectors(expression):
-        if not selector.startswith("process_"):
-            assert 'cluster=~"$cluster", namespace=~"$namespace"' in selector, where
+        # Those of the process too: other programs have metrics of the same names, in every namespace there is.
+        assert 'cluster=~"$cluster", namespace=~"$namespace"' in selector, where
+        if where.startswith("engines"):
+            assert 'model_name=~"$model_name"' in selector, where
     assert set(re.findall(r"\[(.*?)\]", expression)) <= {"$__rate_interval"}
     assert expression.count("(") == expression.count(")")
+
+
+def test_a_panel_needs_no_rules() -> None:
+    """Dashboards may be on where monitoring.prometheusRule is not."""
+    recorded = chart_files.recorded(RULES)
+
+    assert [where for where, expression in chart_files.panel_expressions() if metrics(expression) & recorded] == []
+
+
+def test_replicas_of_the_same_name_in_two_clusters_are_two_lines() -> None:
+    (table,) = [panel for panel in panels(DASHBOARDS["router"]) if panel["type"] == "table"]
+
+    assert all("by (cluster, namespace, model_name, backend)" in target["expr"] for target in table["targets"])
+
+
+def test_the_engines_to_choose_from_are_both_kinds() -> None:
+    for variable in DASHBOARDS["engines"]["templating"]["list"][1:]:
+        assert '{__name__=~"vllm:num_requests_running|tgi_queue_size"' in variable["query"]["query"], variable["name"]
 
 
 def test_the_metrics_of_an_expression_are_found() -> None:

@@ -236,7 +236,13 @@ NOTICED = {
     "InferenceRouterUpstreamErrors",
     "InferenceRouterErrorBudgetBurnFast",
 }
-NOT_NOTICED = {"InferenceRouterDown", "EngineAdmissionStalled", "EngineQueueGrowing", "EnginePreemptions"}
+NOT_NOTICED = {
+    "InferenceRouterDown",
+    "InferenceRouterEventLoopStuck",
+    "EngineAdmissionStalled",
+    "EngineQueueGrowing",
+    "EnginePreemptions",
+}
 
 
 async def test_every_panel_has_data_and_every_alert_can_speak(prometheus: Prometheus) -> None:

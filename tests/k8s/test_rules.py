@@ -60,7 +60,7 @@ def test_an_alert_says_what_it_should(name: str) -> None:
     assert alert["labels"]["severity"] in ("critical", "warning")
     assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}
     assert alert["annotations"]["summary"].endswith(".")
-    assert re.fullmatch(r"\d+m", alert["for"])
+    assert re.fullmatch(r"\d+m|30s", alert["for"])
     assert alert["annotations"]["runbook_url"] == f"k8s/runbook.md#{name.lower()}"
 
 

@@ -1,15 +1,19 @@
-{{/* Names: the router has the release's own, so that clients say http://inference-api/v1. Cut so that suffixes fit into 63. */}}
+{{/* Names: the router has the release's own, so that clients say http://inference-api/v1. */}}
 {{- define "inference-api.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/*
+Cut at 43: with `-registry` it is the name of a StatefulSet, and its pods have a label of that name, a dash and ten more
+characters. A label has 63 at most; a pod that would have a longer one is never made (kubernetes/kubernetes#64023).
+*/}}
 {{- define "inference-api.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 45 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 43 | trimSuffix "-" -}}
 {{- else if contains (include "inference-api.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 45 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 43 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "inference-api.name" .) | trunc 45 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "inference-api.name" .) | trunc 43 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -17,7 +21,10 @@
 {{- printf "%s-registry" (include "inference-api.fullname" .) -}}
 {{- end -}}
 
-{{/* Labels; dict root, component. Selectors are immutable: nothing in them can be changed by values alone. */}}
+{{/*
+Labels; dict root, component. Selectors are immutable, so of all values only nameOverride is in them: it is for a first
+install, and an upgrade that changes it fails. commonLabels come later, and the schema keeps these names out of them.
+*/}}
 {{- define "inference-api.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "inference-api.name" .root }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}

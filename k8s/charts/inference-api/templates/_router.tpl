@@ -4,6 +4,31 @@
 {{- if kindIs "bool" $wanted }}{{ $wanted }}{{ else if include "inference-api.watchesSlices" . }}true{{ else }}false{{ end -}}
 {{- end -}}
 
+{{/* The port of a URL, its scheme's where it gives none. */}}
+{{- define "inference-api.portOf" -}}
+{{- $url := urlParse . -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "https" | ternary "443" "80") -}}
+{{- end -}}
+
+{{/*
+The ports of what values tell the router to connect to, as JSON {ports}, but for the pods of the chart itself, which have
+labels to select them by: a NetworkPolicy knows no host names.
+*/}}
+{{- define "inference-api.egressPorts" -}}
+{{- $root := . -}}
+{{- $urls := list -}}
+{{- if not .Values.registry.enabled }}{{ with .Values.router.registry.url }}{{ $urls = append $urls . }}{{ end }}{{ end -}}
+{{- with .Values.monitoring.otel }}{{ if .enabled }}{{ $urls = append $urls .endpoint }}{{ end }}{{ end -}}
+{{- $deployed := include "inference-api.deployed" . | fromJson -}}
+{{- range (include "inference-api.catalogue" . | fromYaml).models -}}
+{{- if not (hasKey $deployed .name) }}{{ range .backends }}{{ $urls = append $urls .url }}{{ end }}{{ end -}}
+{{- end -}}
+{{- $ports := list -}}
+{{- range $urls }}{{ $ports = append $ports (include "inference-api.portOf" . | int) }}{{ end -}}
+{{- if include "inference-api.watchesSlices" . }}{{ $ports = concat $ports (list 443 6443) }}{{ end -}}
+{{- dict "ports" (uniq $ports) | toJson -}}
+{{- end -}}
+
 {{/* The router's environment. INFERENCE_API_* are exactly the app's settings; tests/k8s holds them to it. */}}
 {{- define "inference-api.routerEnv" -}}
 {{- $router := .Values.router -}}
@@ -23,6 +48,7 @@
   "DRAIN_TIMEOUT" $router.drain.timeoutSeconds
   "MAX_IN_FLIGHT" $router.limits.maxInFlight
   "MAX_BODY_BYTES" $router.limits.maxBodyBytes
+  "MAX_BUFFERED_BYTES" $router.limits.maxBufferedBytes
   "DISCOVERY_INTERVAL" $router.discovery.intervalSeconds
   "REGISTRY_REFRESH" $router.registry.refreshSeconds
 -}}

@@ -20,6 +20,25 @@
 {{- if and (not (kindIs "invalid" $router.podDisruptionBudget.minAvailable)) (not (kindIs "invalid" $router.podDisruptionBudget.maxUnavailable)) -}}
 {{- $wrong = append $wrong "router.podDisruptionBudget takes minAvailable or maxUnavailable, not both; set the other one to null" -}}
 {{- end -}}
+{{- $budget := $router.podDisruptionBudget -}}
+{{- $pods := int $router.replicaCount -}}
+{{- range list $router.autoscaling $router.keda }}{{ if .enabled }}{{ $pods = int .minReplicas }}{{ end }}{{ end -}}
+{{- $least := int $budget.minAvailable -}}
+{{- if kindIs "string" $budget.minAvailable -}}
+{{- /* Rounded up, as Kubernetes does. */}}
+{{- $least = div (add 99 (mul $pods (trimSuffix "%" $budget.minAvailable | int))) 100 | int -}}
+{{- end -}}
+{{- if and $budget.enabled $least (ge $least $pods) -}}
+{{- $wrong = append $wrong (printf "router.podDisruptionBudget.minAvailable (%v) is all of the %d pods that there may be: no node could ever be drained; lower it, or set maxUnavailable instead" $budget.minAvailable $pods) -}}
+{{- end -}}
+{{- if eq (int $router.ports.http) (int $router.ports.ops) -}}
+{{- $wrong = append $wrong (printf "router.ports.http and router.ports.ops are both %d: probes and metrics need a port of their own" (int $router.ports.http)) -}}
+{{- end -}}
+{{- range $router.extraEnv -}}
+{{- if hasPrefix "INFERENCE_API_" (upper (.name | default "")) -}}
+{{- $wrong = append $wrong (printf "router.extraEnv sets %s, which would go past the value that the chart computes with: use router.settings, or the value of its own" .name) -}}
+{{- end -}}
+{{- end -}}
 {{- $longest := include "inference-api.longestRequest" . | int -}}
 {{- if lt (floor $router.drain.timeoutSeconds | int) $longest -}}
 {{- $wrong = append $wrong (printf "router.drain.timeoutSeconds (%v) is shorter than the longest request (%d s, of router.timeouts.stream, router.timeouts.total and models.*.timeouts.total): a rollout would cut streams; raise it, or lower those" $router.drain.timeoutSeconds $longest) -}}
@@ -32,6 +51,21 @@
 {{- end -}}
 {{- if and (include "inference-api.watchesSlices" .) (not $router.rbac.create) (or $router.serviceAccount.create (not $router.serviceAccount.name)) -}}
 {{- $wrong = append $wrong "router.discovery.mode endpointslices needs the right to watch them: set router.rbac.create to true, or name a service account that has it" -}}
+{{- end -}}
+{{- if and (include "inference-api.watchesSlices" .) (eq (include "inference-api.automount" .) "false") -}}
+{{- $wrong = append $wrong "router.discovery.mode endpointslices needs the token of its service account: leave router.serviceAccount.automount null" -}}
+{{- end -}}
+{{- if and (include "inference-api.watchesSlices" .) $router.rbac.create -}}
+{{- $namespaces := prepend $router.discovery.namespaces .Release.Namespace -}}
+{{- range $name, $model := .Values.models }}{{ range $model.backends -}}
+{{- /* As the router reads it: service.namespace, or service.namespace.svc with or without the cluster's domain. */}}
+{{- $labels := splitList "." (urlParse .url).hostname -}}
+{{- $namespace := index (append $labels "") 1 -}}
+{{- $watched := and (eq (.discovery | default "static") "dns") (or (eq (len $labels) 2) (eq (index (concat $labels (list "" "")) 2) "svc")) -}}
+{{- if and $watched (not (has $namespace $namespaces)) -}}
+{{- $wrong = append $wrong (printf "models.%s: %s is in the namespace %s, where the router may not watch EndpointSlices; add it to router.discovery.namespaces" $name .url $namespace) -}}
+{{- end -}}
+{{- end }}{{ end -}}
 {{- end -}}
 {{- if and $router.ingress.enabled (not $router.ingress.hosts) -}}
 {{- $wrong = append $wrong "router.ingress needs router.ingress.hosts" -}}
@@ -50,6 +84,9 @@
 {{- $wrong = append $wrong (printf "models.%s and models.%s would have the same Service, %s; rename one" . $name $slug) -}}
 {{- end -}}
 {{- $_ := set $slugs $slug $name -}}
+{{- if $model.backends -}}
+{{- $wrong = append $wrong (printf "models.%s has backends and deploy, so nobody would ask the engine that the chart runs; take one of them away" $name) -}}
+{{- end -}}
 {{- if not (regexMatch "^[a-z]" $slug) -}}
 {{- $wrong = append $wrong (printf "models.%s.deploy: its Service would be named %q, and such names begin with a letter; rename the model, and make this name an alias" $name $slug) -}}
 {{- end -}}
@@ -57,7 +94,12 @@
 {{- $wrong = append $wrong (printf "models.%s.deploy.replicas is %d, and a cache that is ReadWriteOnce is on one node: set engines.cache.accessModes to [ReadWriteMany], or engines.cache.enabled to false" $name (int $model.deploy.replicas)) -}}
 {{- end -}}
 {{- end -}}
+{{- $fullname := include "inference-api.fullname" . -}}
+{{- $own := list $fullname (printf "%s-ops" $fullname) (include "inference-api.registry.fullname" .) -}}
 {{- range $name, $model := .Values.models -}}
+{{- if and (not $model.backends) (has (include "inference-api.slug" $name) $own) -}}
+{{- $wrong = append $wrong (printf "models.%s: its Service would be named %s, as one of the release itself; rename the model, or set fullnameOverride" $name (include "inference-api.slug" $name)) -}}
+{{- end -}}
 {{- if and $.Values.engines.enabled (eq ($model.engine | default "vllm") "openai") $model.deploy -}}
 {{- $wrong = append $wrong (printf "models.%s.deploy: the chart runs vllm and tgi, not the engine openai; set deploy to null, and give backends" $name) -}}
 {{- end -}}
