@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -42,14 +43,17 @@ async def test_t81_five_times_the_load_costs_the_excess_and_nothing_else(tmp_pat
     ):
         await ready(router.client)
         answers: list[Answer] = []
+        refusals: list[float] = []
         end = time.monotonic() + SECONDS
 
         async def user() -> None:
             async with raw_client(router.port) as client:
                 while time.monotonic() < end:
+                    began = time.monotonic()
                     await client.send(ASK)
                     answers.append(await read_answer(client.reader))
                     if answers[-1].status == 503:
+                        refusals.append(time.monotonic() - began)
                         await asyncio.sleep(EACH)
 
         users = [asyncio.create_task(user()) for _ in range(5 * SLOTS)]
@@ -69,8 +73,11 @@ async def test_t81_five_times_the_load_costs_the_excess_and_nothing_else(tmp_pat
     # There is room for 100; this machine may have other things to do.
     assert len(answers) - len(refused) > SECONDS / EACH * SLOTS / 4
     assert len(refused) > SLOTS
-    # The policy says 100 ms for all of them; what the machine adds to most is not the router's.
-    assert min(probes) < 0.1
+    # The policy says 100 ms for each probe and 50 for each refusal: most are in time, and few so late as a machine is
+    # that has other things to do.
+    assert median(probes) < 0.1
+    assert sorted(probes)[len(probes) * 9 // 10] < 1
+    assert median(refusals) < 0.05
     assert [reply.status_code for reply in afterwards] == [200] * 3
 
 
