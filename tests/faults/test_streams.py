@@ -211,7 +211,7 @@ async def test_t07_a_large_body_that_is_cut_is_short(lab: Lab) -> None:
 
 async def test_t17_silence_between_events_is_told_and_cut(lab: Lab) -> None:
     engine = await lab.engine(sse(*FIVE[:3], then=Line.gone))
-    served = await lab.router(engine, entry={"timeouts": {"idle": 0.3}})
+    served = await lab.router(engine, entry={"timeouts": {"idle": 0.8}})
 
     assert told(await broken_stream(served)) == (b"".join(FIVE[:3]), "upstream_idle_timeout")
     assert outcomes(served) == ["idle_timeout"]
@@ -221,13 +221,13 @@ async def test_t17_silence_between_events_is_told_and_cut(lab: Lab) -> None:
 async def test_t17_any_byte_is_a_sign_of_life(sign: bytes, lab: Lab) -> None:
     async def script(request: Received, line: Line) -> None:
         await line.send(SSE_HEAD)
-        # Altogether twice as long as may pass without one.
+        # Altogether longer than may pass without one.
         for _ in range(8):
             await line.send(chunk(sign))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.25)
         await line.send(chunk(b"\n\n" + DONE) + LAST_CHUNK)
 
-    served = await lab.router(script, entry={"timeouts": {"idle": 0.8}})
+    served = await lab.router(script, entry={"timeouts": {"idle": 1.5}})
 
     response = await served.chat(stream=True)
 
@@ -235,7 +235,7 @@ async def test_t17_any_byte_is_a_sign_of_life(sign: bytes, lab: Lab) -> None:
 
 
 async def test_t18_a_head_alone_goes_out_at_once_and_the_silence_is_told(lab: Lab) -> None:
-    served = await lab.router(sse(then=Line.gone), entry={"timeouts": {"idle": 0.3, "first_byte": 0.1}})
+    served = await lab.router(sse(then=Line.gone), entry={"timeouts": {"idle": 1.0, "first_byte": 0.8}})
 
     async with raw_client(served.port) as client:
         await client.send(post(URL, STREAM))
@@ -254,7 +254,7 @@ async def test_t18_silence_from_the_beginning_is_a_504_and_not_repeated(body: di
         await line.gone()
 
     engines = [await lab.engine(script) for _ in range(2)]
-    served = await lab.router(*engines, entry={"timeouts": {"first_byte": 0.2}})
+    served = await lab.router(*engines, entry={"timeouts": {"first_byte": 0.8}})
 
     response = await served.client.post(URL, json=body)
 
