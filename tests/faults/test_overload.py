@@ -66,7 +66,9 @@ async def test_t81_five_times_the_load_costs_the_excess_and_nothing_else(tmp_pat
             await asyncio.sleep(0.05)
         await asyncio.gather(*users)
         afterwards = [await router.client.post(URL, json=CHAT) for _ in range(3)]
+        code, _, err = await router.stop()
 
+    assert (code, err) == (0, "")
     refused = [reply for reply in answers if reply.status != 200]
     assert {(reply.status, orjson.loads(reply.body)["error"]["code"]) for reply in refused} == {(503, "overloaded")}
     assert {reply.headers["retry-after"] for reply in refused} == {"1"}
