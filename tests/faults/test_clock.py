@@ -110,7 +110,7 @@ async def test_t61_a_jump_makes_neither_the_catalogue_nor_the_load_old(
             await line.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
 
     async with ScriptedServer(script) as server:
-        served = await start_router(registry_url=server.url, registry_refresh=0.2, load_signal_interval=0.2)
+        served = await start_router(registry_url=server.url, registry_refresh=1, load_signal_interval=1)
         [backend] = served.router.fleet.models["m"].backends
         await until(lambda: backend.reported == 3)
         real = time.time
