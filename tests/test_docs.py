@@ -14,6 +14,9 @@ from inference_api.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted(
+    path for pattern in ("*.md", "docs/**/*.md", "k8s/**/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern)
+)
 
 
 def test_every_setting_is_told_and_no_other() -> None:
@@ -66,6 +69,11 @@ def test_every_link_and_script_exists() -> None:
         assert (ROOT / target).exists(), target
     for script in set(re.findall(r"scripts/[\w-]+", README)):
         assert (ROOT / script).exists(), script
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_left_to_be_filled_in(path: Path) -> None:
+    assert re.findall(r"@@|\b(?:TODO|TBD|FIXME|XXX)\b", path.read_text()) == []
 
 
 def test_every_module_of_the_picture_exists() -> None:

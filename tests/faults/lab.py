@@ -33,21 +33,21 @@ ERROR_EVENT = b"event: error\ndata: "
 class Lab:
     """Starts engines and routers, and knows what has to be quiet in the end."""
 
-    def __init__(self, start_engine: Callable[..., Any], start_router: Callable[..., Any]) -> None:
+    def __init__(
+        self, start_engine: Callable[..., Any], start_router: Callable[..., Any], quiescence: Quiescence
+    ) -> None:
         self._start_engine = start_engine
         self._start_router = start_router
-        self.quiescence = Quiescence()
+        self.quiescence = quiescence
 
     async def engine(self, script: Script | None = None) -> FakeEngine:
         engine: FakeEngine = await self._start_engine(script)
-        self.quiescence.engines.append(engine)
         return engine
 
     async def router(self, *engines: FakeEngine | Script, **settings: Any) -> Served:
         """A router of these engines; a script stands for an engine that follows it."""
         started = [e if isinstance(e, FakeEngine) else await self.engine(e) for e in engines]
         served: Served = await self._start_router(*started, **settings)
-        self.quiescence.routers.append(served)
         if started:
             # It asks its engines once for what only they know.
             await until(lambda: served.router.fleet.models["m"].max_model_len is not None)

@@ -137,7 +137,7 @@ async def test_t19_the_total_time_of_an_answer(start_engine: Start, start_router
                 await asyncio.sleep(0.01)
 
     engine = await start_engine()
-    served = await start_router(engine, total_timeout=0.3)
+    served = await start_router(engine, total_timeout=0.8)
     async with quiet(served):
         for script in (hang, dribble):
             engine.script = script
@@ -157,7 +157,7 @@ async def test_t19_the_total_time_of_a_stream(start_engine: Start, start_router:
                 await line.send(chunk(event()))
                 await asyncio.sleep(0.01)
 
-    served = await start_router(await start_engine(endless), stream_timeout=0.3)
+    served = await start_router(await start_engine(endless), stream_timeout=0.8)
     async with quiet(served), raw_client(served.port) as client:
         await client.send(post(URL, STREAM))
         received = await client.reader.read(-1)
@@ -233,7 +233,7 @@ async def test_t26_all_replicas_refuse_connections(start_engine: Start, start_ro
 async def test_t27_a_replica_that_swallows_connections(start_engine: Start, start_router: Start) -> None:
     engine = await start_engine()
     with full_listener() as hole:
-        served = await start_router(models=at(engine.url, hole, policy="round_robin"), connect_timeout=0.3, **UNCHECKED)
+        served = await start_router(models=at(engine.url, hole, policy="round_robin"), connect_timeout=0.8, **UNCHECKED)
         async with quiet(served):
             took = []
             for number in range(4):
@@ -241,7 +241,7 @@ async def test_t27_a_replica_that_swallows_connections(start_engine: Start, star
                 assert (await served.client.post(URL, json=numbered(number))).status_code == 200
                 took.append(time.monotonic() - began)
 
-    assert sum(seconds > 0.29 for seconds in took) >= 2
+    assert sum(seconds > 0.79 for seconds in took) >= 2
     assert len(engine.requests) == 4
     assert await served.metric("inference_api_retries_total", reason="connect") == 2
 
@@ -263,7 +263,7 @@ async def test_t37_no_attempt_starts_after_the_deadline(start_engine: Start, sta
     engine = await start_engine()
     with full_listener() as hole:
         served = await start_router(
-            models=at(engine.url, hole, policy="round_robin"), connect_timeout=0.4, total_timeout=0.2, **UNCHECKED
+            models=at(engine.url, hole, policy="round_robin"), connect_timeout=30, total_timeout=1, **UNCHECKED
         )
         async with quiet(served):
             answers = [await served.chat() for _ in range(2)]

@@ -68,7 +68,7 @@ async def test_t61_a_jump_ends_no_stream_and_no_wait_and_makes_no_time_negative(
         await line.send(chunk(event("two") + DONE) + LAST_CHUNK)
 
     engine = await start_engine(script)
-    served = await start_router(engine, first_byte_timeout=0.5, idle_timeout=5, keepalive_timeout=60, header_timeout=5)
+    served = await start_router(engine, first_byte_timeout=1.2, idle_timeout=5, keepalive_timeout=60, header_timeout=5)
     real = time.time
     async with served.client.stream("POST", "/v1/chat/completions", json=STREAM) as response:
         body = response.aiter_raw()
@@ -82,7 +82,7 @@ async def test_t61_a_jump_ends_no_stream_and_no_wait_and_makes_no_time_negative(
     began = time.monotonic()
     refused = await served.chat()
     assert refused.status_code == 504
-    assert 0.4 < time.monotonic() - began < 10
+    assert 1.1 < time.monotonic() - began < 10
     assert int(refused.headers.get("retry-after", "1")) >= 1
     assert (await served.client.get("/readyz")).status_code == 200
 
@@ -110,7 +110,7 @@ async def test_t61_a_jump_makes_neither_the_catalogue_nor_the_load_old(
             await line.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
 
     async with ScriptedServer(script) as server:
-        served = await start_router(registry_url=server.url, registry_refresh=0.2, load_signal_interval=0.2)
+        served = await start_router(registry_url=server.url, registry_refresh=1, load_signal_interval=1)
         [backend] = served.router.fleet.models["m"].backends
         await until(lambda: backend.reported == 3)
         real = time.time

@@ -331,7 +331,8 @@ async def test_t60_a_replica_that_is_removed_and_added_again_mid_stream_is_not_t
 ) -> None:
     gate, records = Gate(), Records()
     engines = await cluster(2, gate)
-    served = await serve(start_router, engines, records)
+    # The connections of its first life are of no use to its second, and are closed by their age.
+    served = await serve(start_router, engines, records, upstream_keepalive=0.2)
     asking = [asyncio.create_task(served.chat(stream=True)) for _ in range(4)]
     await until(lambda: sum(len(engine.requests) for engine in engines) == 4)
     await change(served, records, engines[1])

@@ -40,11 +40,11 @@ Start = Callable[..., Any]
 
 
 async def slow_stream(request: Received, line: Line) -> None:
-    """A second and a half of events; anything else is answered at once."""
+    """Three seconds of events; anything else is answered at once."""
     if b'"stream":true' not in request.body:
         return await answer(request, line)
     await line.send(SSE_HEAD)
-    for _ in range(15):
+    for _ in range(30):
         await line.send(chunk(event()))
         await asyncio.sleep(0.1)
     await line.send(chunk(DONE) + LAST_CHUNK)
@@ -60,7 +60,7 @@ async def draining(ops: httpx.AsyncClient) -> None:
 async def test_t83_a_restart_fails_no_request_and_cuts_no_stream(tmp_path: Path, start_engine: Start) -> None:
     ops_port = free_port()
     engine = await start_engine(slow_stream)
-    async with command(tmp_path, engine, ops_port=ops_port, drain_delay=0.8) as router, AsyncExitStack() as stack:
+    async with command(tmp_path, engine, ops_port=ops_port, drain_delay=2) as router, AsyncExitStack() as stack:
         ops = httpx.AsyncClient(base_url=f"http://127.0.0.1:{ops_port}", timeout=5, trust_env=False)
         await stack.enter_async_context(ops)
         await ready(router.client)
@@ -81,7 +81,7 @@ async def test_t83_a_restart_fails_no_request_and_cuts_no_stream(tmp_path: Path,
         whole = [await stream for stream in streams]
         code, out, err = await router.stop()
 
-    assert {reply.content for reply in whole} == {event() * 15 + DONE}
+    assert {reply.content for reply in whole} == {event() * 30 + DONE}
     assert (code, err) == (0, "")
     assert {line["outcome"] for line in log_of(out) if line["event"] == "request"} == {"ok"}
 
@@ -169,6 +169,27 @@ async def test_t83_a_second_signal_does_not_wait(tmp_path: Path, start_engine: S
     assert not rest.endswith(LAST_CHUNK)
     # The policy says two seconds, of a machine with nothing else to do.
     assert took < 4
+
+
+async def test_t83_a_second_signal_ends_the_delay_too(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine(sse(event(), then=Line.gone))
+    async with command(tmp_path, engine, drain_delay=60, drain_timeout=60) as router:
+        await ready(router.client)
+        async with raw_client(router.port) as client:
+            await client.send(post(URL, STREAM))
+            await client.reader.readuntil(b"data: ")
+            router.tell(signal.SIGTERM)
+            await draining(router.client)
+            assert router.process.returncode is None
+
+            router.tell(signal.SIGTERM)
+            rest = await asyncio.wait_for(client.reader.read(-1), 8)
+            code, out, _ = await router.stop(patience=8)
+
+    assert (code, log_of(out)[-1]["event"]) == (0, "stopped")
+    assert [line for line in log_of(out) if line["level"] == "error"] == []
+    assert b'"code":"router_shutting_down"' in rest
+    assert not rest.endswith(LAST_CHUNK)
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM, signal.SIGINT]])

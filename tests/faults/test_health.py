@@ -305,8 +305,8 @@ async def test_t52_an_only_replica_is_tried_once_a_second_and_is_back_at_once(
     back = loop.time()
     await eventually(status, 200)
 
-    # A second until the next probe, one more that is allowed, and one for a busy machine.
-    assert loop.time() - back < 3
+    # A second until the next probe, one more that is allowed, and three for a busy machine.
+    assert loop.time() - back < 5
     assert {(await served.chat()).status_code for _ in range(20)} == {200}
 
 
@@ -356,9 +356,9 @@ async def test_what_the_router_asks_for_itself_is_no_sign_of_life(start_engine: 
 
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A minute of silence is over within half a second."""
+    """A minute of silence is over within a second, which is more than a busy machine stands still."""
     monkeypatch.setattr(health_module, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(health_module, "_STUCK_AFTER", 0.4)
+    monkeypatch.setattr(health_module, "_STUCK_AFTER", 1.0)
 
 
 @pytest.mark.usefixtures("_soon")

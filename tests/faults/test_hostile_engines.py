@@ -123,7 +123,7 @@ async def test_t73_an_engine_that_drips_its_head_runs_out_of_time(drip: bytes, l
             await line.send(drip)
             await asyncio.sleep(0.05)
 
-    served = await lab.router(script, entry={"timeouts": {"first_byte": 0.4}})
+    served = await lab.router(script, entry={"timeouts": {"first_byte": 0.8}})
 
     response = await served.chat()
 

@@ -249,7 +249,8 @@ async def test_t78_the_log_is_one_json_object_per_line(tmp_path: Path, start_eng
                 model = given.decode("latin-1") + '\n{"event":"forged"}\r'
                 await client.send(post(URL, orjson.dumps({**CHAT, "model": model[:256]}), more))
                 await client.reader.read(-1)
-        _, out, _ = await router.stop()
+        code, out, err = await router.stop()
 
+    assert (code, err) == (0, "")
     assert {line["event"] for line in log_of(out)} == {"serving", "request", "stopped"}
     assert out.isascii()

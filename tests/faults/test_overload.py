@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -42,14 +43,17 @@ async def test_t81_five_times_the_load_costs_the_excess_and_nothing_else(tmp_pat
     ):
         await ready(router.client)
         answers: list[Answer] = []
+        refusals: list[float] = []
         end = time.monotonic() + SECONDS
 
         async def user() -> None:
             async with raw_client(router.port) as client:
                 while time.monotonic() < end:
+                    began = time.monotonic()
                     await client.send(ASK)
                     answers.append(await read_answer(client.reader))
                     if answers[-1].status == 503:
+                        refusals.append(time.monotonic() - began)
                         await asyncio.sleep(EACH)
 
         users = [asyncio.create_task(user()) for _ in range(5 * SLOTS)]
@@ -62,15 +66,20 @@ async def test_t81_five_times_the_load_costs_the_excess_and_nothing_else(tmp_pat
             await asyncio.sleep(0.05)
         await asyncio.gather(*users)
         afterwards = [await router.client.post(URL, json=CHAT) for _ in range(3)]
+        code, _, err = await router.stop()
 
+    assert (code, err) == (0, "")
     refused = [reply for reply in answers if reply.status != 200]
     assert {(reply.status, orjson.loads(reply.body)["error"]["code"]) for reply in refused} == {(503, "overloaded")}
     assert {reply.headers["retry-after"] for reply in refused} == {"1"}
     # There is room for 100; this machine may have other things to do.
     assert len(answers) - len(refused) > SECONDS / EACH * SLOTS / 4
     assert len(refused) > SLOTS
-    # The policy says 100 ms for all of them; what the machine adds to most is not the router's.
-    assert min(probes) < 0.1
+    # The policy says 100 ms for each probe and 50 for each refusal: most are in time, and few so late as a machine is
+    # that has other things to do.
+    assert median(probes) < 0.1
+    assert sorted(probes)[len(probes) * 9 // 10] < 1
+    assert median(refusals) < 0.05
     assert [reply.status_code for reply in afterwards] == [200] * 3
 
 
@@ -145,6 +154,9 @@ async def test_t82_a_router_without_files_is_overloaded_and_its_replica_not_to_b
     served = await lab.router(engine := await lab.engine(), upstream_keepalive=0.05)
     await served.client.get("/healthz")
     await until(lambda: engine.open == 0)
+    # The files of those connections are closed a turn of the loop later; a connection would find one of them.
+    for _ in range(10):
+        await asyncio.sleep(0.01)
 
     with no_files_left():
         refused = await served.chat()

@@ -86,13 +86,13 @@ async def test_t15_a_reader_that_goes_on_in_time_gets_everything(lab: Lab) -> No
     async def script(request: Received, line: Line) -> None:
         await line.send(SSE_HEAD, *map(chunk, events), chunk(DONE) + LAST_CHUNK)
 
-    served = await lab.router(script, write_stall_timeout=5, entry={"timeouts": {"idle": 0.2}})
+    served = await lab.router(script, write_stall_timeout=5, entry={"timeouts": {"idle": 1.0}})
 
     async with raw_client(served.port, receive_buffer=2**16) as client:
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await client.send(post(URL, STREAM))
         # The pause is the client's; that the engine is silent meanwhile is not the engine's fault.
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.5)
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         received = b""
         while not received.endswith(LAST_CHUNK):

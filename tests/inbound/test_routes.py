@@ -372,7 +372,7 @@ async def test_every_error_has_all_keys_and_names_no_host(start_engine: Start, s
     engine, down = await start_engine(misbehave), await start_engine()
     await down.stop()
     models = [
-        {"name": "m", "backends": [{"url": engine.url}], "timeouts": {"first_byte": 0.05}},
+        {"name": "m", "backends": [{"url": engine.url}], "timeouts": {"first_byte": 0.8}},
         {"name": "down", "backends": [{"url": down.url}]},
     ]
     served = await start_router(models=models)
@@ -551,7 +551,7 @@ async def test_nothing_is_in_flight_when_all_is_over(served: Served, engine: Fak
 
 @pytest.mark.parametrize(
     ("rest", "settings", "status"),
-    [(b"5\r\nhel", {"body_timeout": 0.1}, 408), (b"5\r\nhello!\r\n", {}, 400), (b"zz\r\n", {}, 400)],
+    [(b"5\r\nhel", {"body_timeout": 0.8}, 408), (b"5\r\nhello!\r\n", {}, 400), (b"zz\r\n", {}, 400)],
     ids=["slow", "wrong size", "no size"],
 )
 async def test_a_body_that_cannot_be_taken_is_logged_as_it_was_answered(

@@ -81,7 +81,9 @@ async def test_readiness_ends_with_the_signal_not_with_the_last_stream(tmp_path:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ops_port}", trust_env=False) as ops:
             assert (await ops.get("/readyz")).status_code == 200
             async with router.client.stream("POST", URL, json=STREAM) as response:
-                await anext(response.aiter_raw())
+                # Kept: a generator that nobody holds is closed, and the client leaves.
+                body = response.aiter_raw()
+                await anext(body)
                 router.tell(signal.SIGTERM)
                 await closed(router.port)
                 during = await ops.get("/readyz")
@@ -142,7 +144,7 @@ async def test_requests_are_taken_until_the_delay_is_over(tmp_path: Path, start_
     settings = Settings(catalogue=catalogue_of(tmp_path, await start_engine()))
     router = Router(settings)
 
-    async with in_process(router, settings, delay=0.3, on_stop=router.drain) as (server, port):
+    async with in_process(router, settings, delay=2, on_stop=router.drain) as (server, port):
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
             server.handle_exit(signal.SIGTERM, None)
             probe, answer = await client.get("/readyz"), await client.post(URL, json=CHAT)

@@ -90,7 +90,7 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
     engine = await start_engine(scripted)
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": engine.url, "OTEL_TRACES_SAMPLER": "always_off"} if traced else {}
     settings: dict[str, Any] = {
-        "first_byte_timeout": 0.3,
+        "first_byte_timeout": 0.8,
         "log_level": "debug",
         "registry_url": f"http://127.0.0.1:{free_port()}",
     }

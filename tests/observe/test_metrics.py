@@ -265,7 +265,7 @@ async def test_streams_are_timed_by_their_tokens(start_engine: Start, start_rout
 
     async def slowly(request: Received, line: Line) -> None:
         await asyncio.sleep(0.03)
-        await sse(*events, then=lambda line: asyncio.sleep(0.1))(request, line)
+        await sse(*events, then=lambda line: asyncio.sleep(0.8))(request, line)
         await line.send(LAST_CHUNK)
 
     served = await start_router(await start_engine(slowly))
@@ -561,7 +561,7 @@ async def test_a_stream_that_breaks_is_an_abort(start_engine: Start, start_route
         "truncated": sse(event(), then=lambda line: line.send(LAST_CHUNK)),
         "idle_timeout": sse(event(), then=Line.gone),
     }
-    served = await served_by(start_engine, start_router, broken, idle_timeout=0.1, first_byte_timeout=0.1)
+    served = await served_by(start_engine, start_router, broken, idle_timeout=0.8, first_byte_timeout=0.8)
     for model in broken:
         async with raw_client(served.port) as client:
             await client.send(post("/v1/chat/completions", STREAM | {"model": model}))
@@ -585,7 +585,7 @@ async def test_attempts_are_counted_by_how_they_ended(start_engine: Start, start
         "upstream_4xx": raw(json_response({}, "404 Not Found")),
         "upstream_5xx": raw(json_response({}, "500 Internal Server Error")),
     }
-    served = await served_by(start_engine, start_router, scripts, first_byte_timeout=0.2)
+    served = await served_by(start_engine, start_router, scripts, first_byte_timeout=0.8)
     statuses = {outcome: (await served.chat(model=outcome)).status_code for outcome in scripts}
     await settle(served, len(scripts))
     seen = await scrape(served)

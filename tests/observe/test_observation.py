@@ -288,7 +288,7 @@ ACTS: dict[bytes, Script] = {
 
 
 async def test_however_a_request_ends_it_is_accounted_for_once(start_engine: Start, start_router: Start) -> None:
-    served = await start_router(await start_engine(script), first_byte_timeout=0.3, max_body_bytes=1000)
+    served = await start_router(await start_engine(script), first_byte_timeout=0.8, max_body_bytes=1000)
     sent = 0
     for document in [
         CHAT,

@@ -353,7 +353,7 @@ async def test_the_spans_end_however_the_request_ends(
 ) -> None:
     engine = await start_engine(scripted)
     models = [
-        {"name": "m", "backends": [{"url": engine.url}], "timeouts": {"first_byte": 0.3, "idle": 0.3}},
+        {"name": "m", "backends": [{"url": engine.url}], "timeouts": {"first_byte": 0.8, "idle": 0.8}},
         {"name": "none", "backends": []},
         {"name": "gone", "backends": [{"url": f"http://127.0.0.1:{free_port()}"}]},
         {"name": "full", "backends": [{"url": engine.url}], "max_in_flight": 1},

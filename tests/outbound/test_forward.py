@@ -1193,7 +1193,7 @@ async def test_a_dead_replica_costs_nobody_anything(start_engine: Start, transpo
 
 async def test_a_model_that_hangs_is_a_504_that_must_not_be_repeated(start_engine: Start, start_router: Start) -> None:
     engines = [await start_engine(hang) for _ in range(2)]
-    served = await start_router(*engines, entry={"timeouts": {"first_byte": 0.1}})
+    served = await start_router(*engines, entry={"timeouts": {"first_byte": 0.8}})
 
     response = await served.chat()
 

@@ -132,7 +132,7 @@ async def dripping(request: Received, line: Line) -> None:
 async def test_an_engine_that_does_not_answer_is_left_and_the_next_one_asked(
     start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, script: Script
 ) -> None:
-    monkeypatch.setattr(engines_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(engines_module, "_PATIENCE", 0.8)
     bad, good = await start(script), await start(cards(("m", 4096)))
 
     assert await learned(fleet_of(bad.url, good.url), transport) == 4096

@@ -243,7 +243,7 @@ SILENT: dict[str, Script] = {
 async def test_a_replica_that_does_not_tell_counts_as_without_the_signal(
     start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr(load_module, "_PATIENCE", 0.3)
+    monkeypatch.setattr(load_module, "_PATIENCE", 0.8)
     bad, good = await start(SILENT[fault]), await start(page(4, 0))
     asking = Asking(transport, bad.url, good.url)
 
@@ -291,7 +291,7 @@ async def test_replicas_that_hang_delay_only_each_other(
 ) -> None:
     monkeypatch.setattr(load_module, "_AT_ONCE", 2)
     hanging, good = [await start(hang) for _ in range(4)], await start(page(4, 0))
-    asking = Asking(transport, *(server.url for server in hanging), good.url, every=0.3)
+    asking = Asking(transport, *(server.url for server in hanging), good.url, every=1)
 
     # The first look ends with its interval; after it those that hang are known.
     await asking.look()

@@ -220,7 +220,7 @@ async def test_no_request_waits_for_the_registry(start_engine: Start, start_rout
     look.cancel()
 
 
-@pytest.mark.parametrize(("rand", "least", "most"), [(0.0, 0.08, 0.12), (0.999, 0.1198, 0.16)])
+@pytest.mark.parametrize(("rand", "least", "most"), [(0.0, 0.32, 0.48), (0.999, 0.4795, 0.64)])
 async def test_routers_do_not_look_in_step(
     connect: Start, start_server: Start, rand: float, least: float, most: float
 ) -> None:
@@ -230,7 +230,7 @@ async def test_routers_do_not_look_in_step(
         looks.append(asyncio.get_running_loop().time())
         await line.send(json_response(listing("a")))
 
-    client = connect((await start_server(script)).url, refresh=0.1, rand=lambda: rand)
+    client = connect((await start_server(script)).url, refresh=0.4, rand=lambda: rand)
     task = asyncio.create_task(client.registry.run())
     await until(lambda: len(looks) == 4)
     task.cancel()
@@ -434,7 +434,7 @@ async def test_a_registry_that_fails_on_the_wire_leaves_the_last_good_catalogue(
 ) -> None:
     reason, script = WIRE[fault]
     monkeypatch.setattr(registry_module, "_MAX_BYTES", 1 << 20)
-    monkeypatch.setattr(registry_module, "_PATIENCE", 0.3, raising=False)
+    monkeypatch.setattr(registry_module, "_PATIENCE", 0.8, raising=False)
     good = raw(json_response(listing("a")))
 
     async def turn(request: Received, line: Line) -> None:
@@ -442,7 +442,7 @@ async def test_a_registry_that_fails_on_the_wire_leaves_the_last_good_catalogue(
 
     server = await start_server(turn)
 
-    await assert_kept(connect(server.url, timeout=0.3), reason)
+    await assert_kept(connect(server.url, timeout=0.8), reason)
 
 
 async def test_a_registry_that_is_down_leaves_the_last_good_catalogue_until_it_is_back(
