@@ -102,7 +102,8 @@ class Inference:
             outcome = await refuse(error, seen, send)
         except ClientGone:
             outcome = _left(cycle, seen)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as exc:
+            seen.interrupted(exc)
             outcome = Outcome.CLIENT_GONE if relay is None else relay.outcome
             if not departure.gone:
                 outcome = await _shut_down(relay, seen, send)

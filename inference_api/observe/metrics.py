@@ -35,9 +35,11 @@ _ABORTS = {
     Outcome.RESET: "upstream_reset",
     Outcome.PROTOCOL_ERROR: "upstream_reset",
     Outcome.TRUNCATED: "truncated",
+    Outcome.ERROR_EVENT: "error_event",
     Outcome.IDLE_TIMEOUT: "idle_timeout",
     Outcome.TOTAL_TIMEOUT: "deadline",
     Outcome.DRAIN_TIMEOUT: "shutdown",
+    Outcome.INTERNAL_ERROR: "internal_error",
 }
 
 # The error codes with which the router turns a request away, whatever the request itself is like.
@@ -147,6 +149,7 @@ class Metrics(Collector):
             self._rejected[model, reason] += 1
 
     def stream_ended(self, model: str, outcome: Outcome) -> None:
+        """The answer's head said that all was well; of a JSON answer too, if it was too large to be held."""
         reason = _ABORTS.get(outcome)
         if reason is not None:
             self._aborts[model, reason] += 1
@@ -236,7 +239,7 @@ class Metrics(Collector):
             tokens.add_metric(labels, histogram.sum)
             _add(per_request, labels, histogram)
         yield from (tokens, per_request)
-        aborts = _counter("stream_aborts", "Streams that ended before they were complete.", "model_name", "reason")
+        aborts = _counter("stream_aborts", "Answers that broke after a good head.", "model_name", "reason")
         for labels, count in _copy(self._aborts):
             aborts.add_metric(labels, count)
         yield aborts

@@ -77,6 +77,10 @@ class Observation:
         self.backend = reply.backend.label
         self.attempts = reply.attempts
 
+    def interrupted(self, exc: BaseException) -> None:
+        """It ended with this before there was an answer; what `forward` noted of an attempt under way is in it."""
+        self.backend, self.attempts = getattr(exc, "attempt", (self.backend, self.attempts))
+
     def refused(self, error: RouterError, status: int, size: int) -> None:
         """The router itself answers, with an error of `size` bytes."""
         self.status, self.code, self.body_bytes = status, error.code, size
@@ -108,14 +112,17 @@ class Observation:
             self._model.in_flight -= 1
             self._model = None
         took = self._observer.clock() - self._began
-        # 499 is nginx's word for a client that did not wait; the client itself never sees it.
-        status = 499 if outcome is Outcome.CLIENT_GONE else self.status
-        metrics = self._observer.metrics
+        metrics, status = self._observer.metrics, self.status
+        if outcome is not Outcome.OK:
+            if 0 < status < 300:
+                metrics.stream_ended(self.model_name, outcome)
+            if outcome is Outcome.CLIENT_GONE:
+                # nginx's word for a client that did not wait; the client itself never sees it.
+                status = 499
         metrics.request(self.model_name, self.route, status, self.stream, took)
         first = self._first - self._began if self._first and self.stream else None
         if first is not None and self.status < 300:
             metrics.first_token(self.model_name, self.route, first)
-            metrics.stream_ended(self.model_name, outcome)
         tokens = self._count_tokens(took, first)
         if self._observer.access_log is not None:
             self._observer.access_log(self._line(outcome, status, took, first, tokens))

@@ -779,9 +779,11 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
         "client_disconnect": 1,
         "upstream_reset": 2,
         "truncated": 1,
+        "error_event": 1,
         "idle_timeout": 1,
         "deadline": 1,
         "shutdown": 1,
+        "internal_error": 1,
     }
 
 
