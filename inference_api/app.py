@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
 from inference_api.inbound.admission import Load
-from inference_api.inbound.pages import Models, Observed, Probes, create_pages
+from inference_api.inbound.pages import Models, Named, Observed, Probes, create_pages
 from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Surface
 from inference_api.models import Outcome
 from inference_api.observe.lag import LoopLag
@@ -104,7 +104,7 @@ class Router:
         self.probes = Probes(self.registry, _collectors(self.metrics))
         gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
         self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
-        self.ops: ASGIApp = create_pages(self.probes.routes())
+        self.ops: ASGIApp = Named(create_pages(self.probes.routes()), mint_id)
 
     def _watch(self, cluster: Cluster, rand: random.Random) -> EndpointSlices:
         failures = self.discovery.failures
@@ -138,7 +138,7 @@ class Router:
         pages += Models(self.fleet, self.registry.resolve).routes()
         if probes:
             pages += self.probes.routes()
-        return Surface(inference, Observed(create_pages(pages, self._lifespan), self._observer, mint_id))
+        return Surface(inference, Named(Observed(create_pages(pages, self._lifespan), self._observer), mint_id))
 
     def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
         """What the lifespan keeps running; the optional ones last."""

@@ -24,6 +24,10 @@ from inference_api.routing.registry import Registry
 
 logger = logging.getLogger(__name__)
 
+# Keys of the ASGI scope.
+_ID = "inference_api.request_id"
+_SEEN = "inference_api.observation"
+
 
 class Models:
     """GET /v1/models and /v1/models/{id}. The list is rendered once per change of the fleet."""
@@ -76,12 +80,11 @@ class Probes:
         ]
 
 
-class Observed:
-    """ASGI layer of these routes: a request id on every answer, and a count and a line for all but the probes."""
+class Named:
+    """ASGI layer of these routes, and of those on OPS_PORT: a request id on every answer."""
 
-    def __init__(self, app: ASGIApp, observer: Observer, mint_id: Callable[[], str]) -> None:
+    def __init__(self, app: ASGIApp, mint_id: Callable[[], str]) -> None:
         self._app = app
-        self._observer = observer
         self._read_headers = RequestHeaders()
         self._mint_id = mint_id
 
@@ -89,16 +92,37 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        request_id = self._read_headers(scope["headers"]).request_id or self._mint_id()
+        scope[_ID] = request_id
+
+        async def named_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                others = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                message["headers"] = [*others, (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, named_send)
+
+
+class Observed:
+    """ASGI layer inside of Named: a count and a line for all but the probes."""
+
+    def __init__(self, app: ASGIApp, observer: Observer) -> None:
+        self._app = app
+        self._observer = observer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         path = scope["path"]
         seen = self._observer.begin("models" if path.startswith("/v1/models") else "other")
-        seen.request_id = self._read_headers(scope["headers"]).request_id or self._mint_id()
-        scope["inference_api.request_id"] = seen.request_id
+        seen.request_id = scope[_ID]
+        scope[_SEEN] = seen
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.start(message["status"], [])
-                named = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message["headers"] = [*named, (b"x-request-id", seen.request_id.encode())]
             else:
                 seen.chunk(message.get("body", b""))
             await send(message)
@@ -138,7 +162,9 @@ async def _unexpected(request: Request, exc: Exception) -> Response:
 
 
 def _error(request: Request, error: RouterError) -> Response:
-    status, headers, body = render(error, request.scope.get("inference_api.request_id", ""))
+    if (seen := request.scope.get(_SEEN)) is not None:
+        seen.rejected(error)
+    status, headers, body = render(error, request.scope.get(_ID, ""))
     response = Response(body, status)
     response.raw_headers = headers
     return response

@@ -205,7 +205,7 @@ class Metrics(Collector):
         for (model, route, stream, code_class), histogram in _copy(self._durations):
             _add(durations, [model, route, _flag(stream), code_class], histogram)
         yield durations
-        overhead = _histogram("overhead", "Seconds the router takes before its first attempt.", "route")
+        overhead = _histogram("overhead", "Seconds from the whole request to its first attempt.", "route")
         for route, histogram in _copy(self._overhead):
             _add(overhead, [route], histogram)
         yield overhead

@@ -224,6 +224,23 @@ async def test_everything_else_is_counted_and_logged(served: Served) -> None:
     assert "SECRET" not in str(served.lines)
 
 
+async def test_an_error_of_a_page_says_which_in_log_and_metrics(served: Served) -> None:
+    before = await served.metric("inference_api_rejected_requests_total", reason="unknown_model")
+
+    await served.client.get("/nope")
+    await served.client.get("/v1/models/nope")
+    await served.client.delete("/v1/models")
+    await served.client.get("/v1/models")
+
+    assert [(line["status"], line.get("code"), line["bytes"] > 0) for line in served.lines] == [
+        (404, "unknown_url", True),
+        (404, "model_not_found", True),
+        (405, "method_not_allowed", True),
+        (200, None, True),
+    ]
+    assert await served.metric("inference_api_rejected_requests_total", reason="unknown_model") == before + 1
+
+
 async def get_text(served: Served, target: str) -> str:
     async with raw_client(served.port) as client:
         await client.send(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
