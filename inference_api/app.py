@@ -95,13 +95,14 @@ class Router:
             on_change=self._catalogue_changed,
         )
         self.metrics = self._make_metrics()
+        self._lag = LoopLag(self.metrics.loop_lag.observe)
         self.health = _health(self.fleet, self.transport, settings, rand)
         self._observer = Observer(self.metrics, access_log)
         self._tracing = tracing
         inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
         self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
-        self.probes = Probes(self.registry, _collectors(self.metrics))
+        self.probes = Probes(self.registry, _collectors(self.metrics), self._lag.silence)
         gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
         self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
         self.ops: ASGIApp = Named(create_pages(self.probes.routes()), mint_id)
@@ -116,6 +117,7 @@ class Router:
             self.registry.status,
             lambda: self.discovery.failures,
             lambda: self.probes.state == "draining",
+            lambda: self._lag.silence(),  # noqa: PLW0108 - it is made only after these, for it writes to them
         )
 
     def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:
@@ -144,9 +146,8 @@ class Router:
         """What the lifespan keeps running; the optional ones last."""
         engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
         prober = self._make_prober(settings, rand)
-        lag = LoopLag(self.metrics.loop_lag.observe)
         run = [self.registry.run, *(finder.run for finder in self._finders)]
-        run += [engines.run, self.health.run, prober.run, lag.run]
+        run += [engines.run, self.health.run, prober.run, self._lag.run]
         if settings.load_signal_interval:
             failed = functools.partial(self.metrics.probe_failed, kind="metrics")
             every = settings.load_signal_interval

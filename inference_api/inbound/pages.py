@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # Keys of the ASGI scope.
 _ID = "inference_api.request_id"
 _SEEN = "inference_api.observation"
+# Seconds without a turn of the event loop: after the first nobody is to send requests here, after the second it is not
+# believed to recover, and is to be restarted.
+_LATE, _HUNG = 5.0, 30.0
 
 
 class Models:
@@ -53,20 +56,33 @@ class Models:
 
 
 class Probes:
-    """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers."""
+    """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers.
 
-    def __init__(self, registry: Registry, collectors: CollectorRegistry) -> None:
+    `silence`: seconds since the event loop that takes requests came by, None while it need not; on OPS_PORT it is
+    another loop that answers, and would say that all is well.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        collectors: CollectorRegistry,
+        silence: Callable[[], float | None] = lambda: None,
+    ) -> None:
         self._registry = registry
         self._collectors = collectors
+        self._silence = silence
         self.state = "starting"
 
     async def healthz(self, request: Request) -> Response:
+        if (self._silence() or 0.0) > _HUNG:
+            return JSONResponse({"status": "hung"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
         status = self._registry.status()
-        body = {"status": self.state, "catalogue": status.source, "models": status.models}
-        return JSONResponse(body, 200 if self.state == "ready" else 503)
+        state = "hung" if (self._silence() or 0.0) > _LATE else self.state
+        body = {"status": state, "catalogue": status.source, "models": status.models}
+        return JSONResponse(body, 200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:
         encoder, content_type = choose_encoder(request.headers.get("accept", ""))

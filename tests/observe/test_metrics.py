@@ -121,6 +121,7 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "registry_sync_failures": ("counter", {"reason"}, ()),
     "draining": ("gauge", set(), ()),
     "event_loop_lag_seconds": ("histogram", set(), OVERHEAD_BUCKETS),
+    "event_loop_last_tick_timestamp_seconds": ("gauge", set(), ()),
     "build_info": ("gauge", {"version", "python_version"}, ()),
 }
 
@@ -478,6 +479,22 @@ async def test_a_busy_event_loop_is_seen(start_router: Start) -> None:
     seen = await scrape(served)
 
     assert seen("event_loop_lag_seconds_count") > seen("event_loop_lag_seconds_bucket", le="0.1")
+
+
+async def test_the_last_tick_is_told_while_the_loop_is_there_to_tick(start_router: Start) -> None:
+    served = await start_router()
+    seen = await scrape(served)
+
+    assert time.time() - 5 < seen("event_loop_last_tick_timestamp_seconds") <= time.time()
+    assert Scrape(metrics_of().collect()).values("event_loop_last_tick_timestamp_seconds", "") == {}
+
+
+def test_a_tick_is_as_old_as_the_silence_whatever_the_time_of_day() -> None:
+    metrics = Metrics(
+        lambda: [], lambda: RegistryStatus("static", 0, 0.0, {}), silence=lambda: 40.0, clock=lambda: 1000.0
+    )
+
+    assert Scrape(metrics.collect())("event_loop_last_tick_timestamp_seconds") == 960
 
 
 async def test_probes_are_not_requests(start_router: Start) -> None:
