@@ -56,6 +56,11 @@ _REJECTIONS = {
 # Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first of them.
 _OF_A_MODEL = ("overload", "no_backend")
 _OF_NO_MODEL = ("overload", "unknown_model", "too_large")
+# So are these, and why a stream was aborted: of each model, route and kind of request that has been seen, and of chat
+# from the start, for the first burst of a new pod may well be of errors. In a catalogue of more models than this most
+# are never asked for here, and their zeros would be most of what is scraped: there each has to be seen first.
+_FAULTS = (502, 503, 504)
+_FEW_MODELS = 100
 
 
 class Histogram:
@@ -203,8 +208,9 @@ class Metrics(Collector):
 
     def _request_families(self) -> Iterator[Metric]:
         requests = _counter("requests", "Requests answered, or given up.", "model_name", "route", "code", "stream")
-        for (model, route, code, stream), cell in _copy(self._requests):
-            requests.add_metric([model, route, str(code), _flag(stream)], cell.count)
+        counts = {key: cell.count for key, cell in _copy(self._requests)}
+        for (model, route, code, stream), count in (self._no_faults() | counts).items():
+            requests.add_metric([model, route, str(code), _flag(stream)], count)
         yield requests
         text = "Seconds from the request head to the end of the answer."
         durations = _histogram("request_duration", text, "model_name", "route", "stream", "code_class")
@@ -223,6 +229,21 @@ class Metrics(Collector):
         for labels, count in (self._no_rejections() | dict(self._rejected)).items():
             rejected.add_metric(labels, count)
         yield rejected
+
+    def _asked_for(self) -> set[tuple[str, str, bool]]:
+        """The (model, route, stream) for which there is to be a 0 where nothing has gone wrong."""
+        found = {(model, route, stream) for (model, route, _, stream), _ in _copy(self._requests) if model != "unknown"}
+        models = [model.name for model in self._fleet()]
+        if len(models) <= _FEW_MODELS:
+            found.update((name, "chat_completions", stream) for name in models for stream in (False, True))
+        return found
+
+    def _no_faults(self) -> dict[tuple[str, str, int, bool], int]:
+        return {(model, route, code, stream): 0 for model, route, stream in self._asked_for() for code in _FAULTS}
+
+    def _no_aborts(self) -> dict[tuple[str, str], int]:
+        models = {model for model, _, _ in self._asked_for()}
+        return {(model, reason): 0 for model in models for reason in _ABORTS.values()}
 
     def _no_rejections(self) -> dict[tuple[str, str], int]:
         models = [(model.name, reason) for model in self._fleet() for reason in _OF_A_MODEL]
@@ -246,7 +267,7 @@ class Metrics(Collector):
             _add(per_request, labels, histogram)
         yield from (tokens, per_request)
         aborts = _counter("stream_aborts", "Answers that broke after a good head.", "model_name", "reason")
-        for labels, count in _copy(self._aborts):
+        for labels, count in (self._no_aborts() | dict(self._aborts)).items():
             aborts.add_metric(labels, count)
         yield aborts
 
