@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 import random
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -232,8 +233,11 @@ def _collectors(metrics: Metrics) -> CollectorRegistry:
 def _registry_client(settings: Settings) -> httpx.AsyncClient | None:
     if settings.registry_url is None:
         return None
-    # No proxies, netrc or certificates from the environment: where the catalogue comes from is a setting.
-    return httpx.AsyncClient(base_url=settings.registry_url, timeout=5.0, trust_env=False, follow_redirects=False)
+    # No proxies or netrc from the environment: where the catalogue comes from is a setting. Whom to trust is the
+    # machine's to say, SSL_CERT_FILE included, as it is with the backends; httpx alone would take its own list.
+    trusted = ssl.create_default_context()
+    url = settings.registry_url
+    return httpx.AsyncClient(base_url=url, timeout=5.0, trust_env=False, verify=trusted, follow_redirects=False)
 
 
 def _health(fleet: Fleet, transport: httpx.AsyncBaseTransport, settings: Settings, rand: random.Random) -> Health:
