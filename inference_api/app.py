@@ -69,6 +69,7 @@ class Router:
         cluster: Cluster | None = None,
         rand: random.Random | None = None,
         tracing: "Tracing | None" = None,
+        revision: str = "",
     ) -> None:
         rand = rand or random.Random()
 
@@ -87,15 +88,8 @@ class Router:
         if cluster:
             self._finders.append(self._watch(cluster, rand))
         self._client = registry_client or _registry_client(settings)
-        self.registry = Registry(
-            self.fleet,
-            load_catalogue(settings.catalogue),
-            self._client,
-            settings.registry_refresh,
-            rand=rand.random,
-            on_change=self._catalogue_changed,
-        )
-        self.metrics = self._make_metrics()
+        self.registry = self._make_registry(settings, rand)
+        self.metrics = self._make_metrics(revision)
         self._lag = LoopLag(self.metrics.loop_lag.observe)
         self.health = _health(self.fleet, self.transport, settings, rand)
         self._observer = Observer(self.metrics, access_log)
@@ -112,13 +106,24 @@ class Router:
         failures = self.discovery.failures
         return EndpointSlices(self.fleet, cluster, failures, rand=rand.random, on_leave=self._forget_backends)
 
-    def _make_metrics(self) -> Metrics:
+    def _make_registry(self, settings: Settings, rand: random.Random) -> Registry:
+        return Registry(
+            self.fleet,
+            load_catalogue(settings.catalogue),
+            self._client,
+            settings.registry_refresh,
+            rand=rand.random,
+            on_change=self._catalogue_changed,
+        )
+
+    def _make_metrics(self, revision: str) -> Metrics:
         return Metrics(
             lambda: list(self.fleet.models.values()),
             self.registry.status,
             lambda: self.discovery.failures,
             lambda: self.probes.state == "draining",
             lambda: self._lag.silence(),  # noqa: PLW0108 - it is made only after these, for it writes to them
+            revision,
         )
 
     def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:

@@ -99,7 +99,8 @@ class Metrics(Collector):
     """Every number the router exports. The others are asked at scrape time for what they know.
 
     `discovery`: look-ups that were of no use, by reason. `draining`: whether the process has been asked to stop.
-    `silence`: seconds since the event loop last came by, None if it need not. `clock`: Unix seconds.
+    `silence`: seconds since the event loop last came by, None if it need not. `revision`: of the source that was built.
+    `clock`: Unix seconds.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Metrics(Collector):
         discovery: Callable[[], Mapping[str, int]] = dict,
         draining: Callable[[], bool] = bool,
         silence: Callable[[], float | None] = lambda: None,
+        revision: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._fleet = fleet
@@ -116,6 +118,7 @@ class Metrics(Collector):
         self._discovery = discovery
         self._draining = draining
         self._silence = silence
+        self._revision = revision
         self._clock = clock
         self._requests: dict[tuple[str, str, int, bool], _Requests] = {}
         self._durations: dict[tuple[str, str, bool, str], Histogram] = defaultdict(lambda: Histogram(DURATION_BUCKETS))
@@ -349,8 +352,8 @@ class Metrics(Collector):
         if (silence := self._silence()) is not None:
             ticked.add_metric([], self._clock() - silence)
         yield ticked
-        build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "python_version")
-        build.add_metric([__version__, platform.python_version()], 1)
+        build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "revision", "python_version")
+        build.add_metric([__version__, self._revision, platform.python_version()], 1)
         yield build
 
 

@@ -208,7 +208,8 @@ def test_a_server_in_a_thread_leaves_the_signals_of_the_process_alone() -> None:
 async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine: Start) -> None:
     ops_port = free_port()
 
-    async with command(tmp_path, await start_engine(), ops_port=ops_port) as router:
+    revision = {"IMAGE_REVISION": "0a1b2c"}
+    async with command(tmp_path, await start_engine(), environ=revision, ops_port=ops_port) as router:
         await ready(router.client)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ops_port}", trust_env=False) as ops:
             answer = await router.client.post(URL, json=CHAT)
@@ -222,6 +223,7 @@ async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine:
     assert (answer.status_code, code, err) == (200, 0, "")
     assert [probe.status_code for probe in probes] == [200, 200, 200]
     assert 'inference_api_requests_total{code="200",model_name="m",route="chat_completions"' in probes[2].text
+    assert ',revision="0a1b2c",' in probes[2].text
     assert [page.status_code for page in (*others, *on_main)] == [404] * 5
     # It is the same server as on the main port.
     for page in (*probes, *others):
