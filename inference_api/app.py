@@ -84,9 +84,8 @@ class Router:
         watched = watched_in(cluster) if cluster else lambda host: False
         every = settings.discovery_interval
         self.discovery = Discovery(self.fleet, resolve, every, rand.random, self._forget_backends, watched)
-        self._finders: list[Discovery | EndpointSlices] = [self.discovery]
-        if cluster:
-            self._finders.append(self._watch(cluster, rand))
+        self._slices = self._watch(cluster, rand) if cluster else None
+        self._finders = [finder for finder in (self.discovery, self._slices) if finder]
         self._client = registry_client or _registry_client(settings)
         self.registry = self._make_registry(settings, rand)
         self.metrics = self._make_metrics(revision)
@@ -164,8 +163,7 @@ class Router:
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         await self.registry.start()
         await asyncio.gather(*(finder.start() for finder in self._finders))
-        tasks = [asyncio.create_task(run()) for run in self._background]
-        self.probes.state = "ready"
+        tasks = [asyncio.create_task(run()) for run in (self._open, *self._background)]
         try:
             yield
         finally:
@@ -177,6 +175,13 @@ class Router:
             await self._own_transport.aclose()
             if self._client is not None:
                 await self._client.aclose()
+
+    async def _open(self) -> None:
+        """Ready, once it is known where to send requests; what comes before that is answered all the same."""
+        if self._slices:
+            await self._slices.known()
+        if self.probes.state == "starting":
+            self.probes.state = "ready"
 
     def drain(self) -> None:
         """The process has been asked to stop: no new traffic, please; what comes is still answered."""
