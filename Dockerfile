@@ -33,8 +33,10 @@ ARG PYTHON_IMAGE
 ARG SOURCE=unknown
 ARG VENDOR=unknown
 ARG VERSION=0.1.0
-ARG REVISION=unknown
+ARG REVISION=""
 ARG CREATED=1970-01-01T00:00:00Z
+# `revision` of inference_api_build_info
+ENV IMAGE_REVISION="${REVISION}"
 LABEL org.opencontainers.image.title="inference-api" \
       org.opencontainers.image.description="A thin OpenAI-compatible inference router in front of vLLM and TGI pods" \
       org.opencontainers.image.licenses="Apache-2.0" \

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 import random
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
 from inference_api.inbound.admission import Load
-from inference_api.inbound.pages import Models, Observed, Probes, create_pages
+from inference_api.inbound.pages import Models, Named, Observed, Probes, create_pages
 from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Surface
 from inference_api.models import Outcome
 from inference_api.observe.lag import LoopLag
@@ -68,6 +69,7 @@ class Router:
         cluster: Cluster | None = None,
         rand: random.Random | None = None,
         tracing: "Tracing | None" = None,
+        revision: str = "",
     ) -> None:
         rand = rand or random.Random()
 
@@ -82,11 +84,29 @@ class Router:
         watched = watched_in(cluster) if cluster else lambda host: False
         every = settings.discovery_interval
         self.discovery = Discovery(self.fleet, resolve, every, rand.random, self._forget_backends, watched)
-        self._finders: list[Discovery | EndpointSlices] = [self.discovery]
-        if cluster:
-            self._finders.append(self._watch(cluster, rand))
+        self._slices = self._watch(cluster, rand) if cluster else None
+        self._finders = [finder for finder in (self.discovery, self._slices) if finder]
         self._client = registry_client or _registry_client(settings)
-        self.registry = Registry(
+        self.registry = self._make_registry(settings, rand)
+        self.metrics = self._make_metrics(revision)
+        self._lag = LoopLag(self.metrics.loop_lag.observe)
+        self.health = _health(self.fleet, self.transport, settings, rand)
+        self._observer = Observer(self.metrics, access_log)
+        self._tracing = tracing
+        inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
+        self._background = self._beside_requests(settings, rand)
+        self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
+        self.probes = Probes(self.registry, _collectors(self.metrics), self._lag.silence)
+        gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
+        self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
+        self.ops: ASGIApp = Named(create_pages(self.probes.routes()), mint_id)
+
+    def _watch(self, cluster: Cluster, rand: random.Random) -> EndpointSlices:
+        failures = self.discovery.failures
+        return EndpointSlices(self.fleet, cluster, failures, rand=rand.random, on_leave=self._forget_backends)
+
+    def _make_registry(self, settings: Settings, rand: random.Random) -> Registry:
+        return Registry(
             self.fleet,
             load_catalogue(settings.catalogue),
             self._client,
@@ -94,28 +114,15 @@ class Router:
             rand=rand.random,
             on_change=self._catalogue_changed,
         )
-        self.metrics = self._make_metrics()
-        self.health = _health(self.fleet, self.transport, settings, rand)
-        self._observer = Observer(self.metrics, access_log)
-        self._tracing = tracing
-        inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
-        self._background = self._beside_requests(settings, rand)
-        self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
-        self.probes = Probes(self.registry, _collectors(self.metrics))
-        gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
-        self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
-        self.ops: ASGIApp = create_pages(self.probes.routes())
 
-    def _watch(self, cluster: Cluster, rand: random.Random) -> EndpointSlices:
-        failures = self.discovery.failures
-        return EndpointSlices(self.fleet, cluster, failures, rand=rand.random, on_leave=self._forget_backends)
-
-    def _make_metrics(self) -> Metrics:
+    def _make_metrics(self, revision: str) -> Metrics:
         return Metrics(
             lambda: list(self.fleet.models.values()),
             self.registry.status,
             lambda: self.discovery.failures,
             lambda: self.probes.state == "draining",
+            lambda: self._lag.silence(),  # noqa: PLW0108 - it is made only after these, for it writes to them
+            revision,
         )
 
     def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:
@@ -138,15 +145,14 @@ class Router:
         pages += Models(self.fleet, self.registry.resolve).routes()
         if probes:
             pages += self.probes.routes()
-        return Surface(inference, Observed(create_pages(pages, self._lifespan), self._observer, mint_id))
+        return Surface(inference, Named(Observed(create_pages(pages, self._lifespan), self._observer), mint_id))
 
     def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
         """What the lifespan keeps running; the optional ones last."""
         engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
         prober = self._make_prober(settings, rand)
-        lag = LoopLag(self.metrics.loop_lag.observe)
         run = [self.registry.run, *(finder.run for finder in self._finders)]
-        run += [engines.run, self.health.run, prober.run, lag.run]
+        run += [engines.run, self.health.run, prober.run, self._lag.run]
         if settings.load_signal_interval:
             failed = functools.partial(self.metrics.probe_failed, kind="metrics")
             every = settings.load_signal_interval
@@ -157,8 +163,7 @@ class Router:
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         await self.registry.start()
         await asyncio.gather(*(finder.start() for finder in self._finders))
-        tasks = [asyncio.create_task(run()) for run in self._background]
-        self.probes.state = "ready"
+        tasks = [asyncio.create_task(run()) for run in (self._open, *self._background)]
         try:
             yield
         finally:
@@ -170,6 +175,13 @@ class Router:
             await self._own_transport.aclose()
             if self._client is not None:
                 await self._client.aclose()
+
+    async def _open(self) -> None:
+        """Ready, once it is known where to send requests; what comes before that is answered all the same."""
+        if self._slices:
+            await self._slices.known()
+        if self.probes.state == "starting":
+            self.probes.state = "ready"
 
     def drain(self) -> None:
         """The process has been asked to stop: no new traffic, please; what comes is still answered."""
@@ -231,8 +243,11 @@ def _collectors(metrics: Metrics) -> CollectorRegistry:
 def _registry_client(settings: Settings) -> httpx.AsyncClient | None:
     if settings.registry_url is None:
         return None
-    # No proxies, netrc or certificates from the environment: where the catalogue comes from is a setting.
-    return httpx.AsyncClient(base_url=settings.registry_url, timeout=5.0, trust_env=False, follow_redirects=False)
+    # No proxies or netrc from the environment: where the catalogue comes from is a setting. Whom to trust is the
+    # machine's to say, SSL_CERT_FILE included, as it is with the backends; httpx alone would take its own list.
+    trusted = ssl.create_default_context()
+    url = settings.registry_url
+    return httpx.AsyncClient(base_url=url, timeout=5.0, trust_env=False, verify=trusted, follow_redirects=False)
 
 
 def _health(fleet: Fleet, transport: httpx.AsyncBaseTransport, settings: Settings, rand: random.Random) -> Health:

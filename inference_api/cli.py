@@ -49,8 +49,12 @@ def serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     access_log = configure_logging(settings.log_level, settings.log_format)
     cluster, tracing = _cluster(settings), _tracing()
+    # Set by the Dockerfile, and no setting: nobody is to have an opinion of what was built.
+    built = os.environ.get("IMAGE_REVISION", "")
     try:
-        router = Router(settings, tokens=os.environ, access_log=access_log, cluster=cluster, tracing=tracing)
+        router = Router(
+            settings, tokens=os.environ, access_log=access_log, cluster=cluster, tracing=tracing, revision=built
+        )
         run_server(router, settings)
     finally:
         if tracing is not None:

@@ -2,6 +2,9 @@
 
 import asyncio
 import random
+import shutil
+import ssl
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +23,16 @@ from inference_api.settings import Settings
 from registry_stub.app import create_app
 from registry_stub.store import Store
 from tests.conftest import Served, serving
-from tests.fakes import COMPLETION, FakeEngine, in_background, until
+from tests.fakes import (
+    COMPLETION,
+    FakeEngine,
+    Line,
+    Received,
+    ScriptedServer,
+    in_background,
+    json_response,
+    until,
+)
 from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
@@ -109,6 +121,33 @@ async def test_a_registry_that_never_came_leaves_the_static_catalogue(start_engi
     assert await source(served) == "static"
     assert (await served.chat()).status_code == 200
     assert await served.metric("inference_api_registry_sync_failures_total", reason="connect") >= 1
+
+
+async def test_a_registry_may_have_a_certificate_of_a_ca_of_ones_own(
+    start_engine: Start, start_router: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=registry", "-addext", "subjectAltName=IP:127.0.0.1"]
+    await asyncio.to_thread(
+        subprocess.run, [*command, "-keyout", "key", "-out", "crt"], cwd=tmp_path, check=True, capture_output=True
+    )
+
+    async def script(request: Received, line: Line) -> None:
+        await line.send(json_response({"models": [{"name": "theirs"}]}))
+
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(tmp_path / "crt", tmp_path / "key")
+    behind = ScriptedServer(script)
+    async with behind, await asyncio.start_server(behind._accept, "127.0.0.1", 0, ssl=tls) as server:
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        stranger = await start_router(registry_url=url, registry_refresh=60)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "crt"))
+        friend = await start_router(registry_url=url, registry_refresh=60)
+
+    assert (await source(stranger), await source(friend)) == ("static", "registry")
+    assert list(friend.router.fleet.models) == ["theirs"]
 
 
 async def test_backends_that_leave_the_catalogue_lose_their_idle_connections(

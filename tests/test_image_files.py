@@ -31,6 +31,16 @@ def test_the_version_is_that_of_the_package() -> None:
     assert f"ARG VERSION={inference_api.__version__}\n" in DOCKERFILE
 
 
+def test_the_process_is_told_the_revision() -> None:
+    stage = DOCKERFILE.rpartition("\nFROM ")[2]
+
+    assert 'ARG REVISION=""\n' in stage
+    assert 'ENV IMAGE_REVISION="${REVISION}"\n' in stage
+    assert stage.index("ARG REVISION") < stage.index("ENV IMAGE_REVISION")
+    # The name that the command reads.
+    assert '"IMAGE_REVISION"' in (ROOT / "inference_api/cli.py").read_text()
+
+
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-build.lock"])
 def test_everything_is_pinned_by_hash(lock: str) -> None:
     text = (ROOT / lock).read_text()

@@ -24,6 +24,13 @@ from inference_api.routing.registry import Registry
 
 logger = logging.getLogger(__name__)
 
+# Keys of the ASGI scope.
+_ID = "inference_api.request_id"
+_SEEN = "inference_api.observation"
+# Seconds without a turn of the event loop: after the first nobody is to send requests here, after the second it is not
+# believed to recover, and is to be restarted.
+_LATE, _HUNG = 5.0, 30.0
+
 
 class Models:
     """GET /v1/models and /v1/models/{id}. The list is rendered once per change of the fleet."""
@@ -49,20 +56,33 @@ class Models:
 
 
 class Probes:
-    """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers."""
+    """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers.
 
-    def __init__(self, registry: Registry, collectors: CollectorRegistry) -> None:
+    `silence`: seconds since the event loop that takes requests came by, None while it need not; on OPS_PORT it is
+    another loop that answers, and would say that all is well.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        collectors: CollectorRegistry,
+        silence: Callable[[], float | None] = lambda: None,
+    ) -> None:
         self._registry = registry
         self._collectors = collectors
+        self._silence = silence
         self.state = "starting"
 
     async def healthz(self, request: Request) -> Response:
+        if (self._silence() or 0.0) > _HUNG:
+            return JSONResponse({"status": "hung"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
         status = self._registry.status()
-        body = {"status": self.state, "catalogue": status.source, "models": status.models}
-        return JSONResponse(body, 200 if self.state == "ready" else 503)
+        state = "hung" if (self._silence() or 0.0) > _LATE else self.state
+        body = {"status": state, "catalogue": status.source, "models": status.models}
+        return JSONResponse(body, 200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:
         encoder, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -76,12 +96,11 @@ class Probes:
         ]
 
 
-class Observed:
-    """ASGI layer of these routes: a request id on every answer, and a count and a line for all but the probes."""
+class Named:
+    """ASGI layer of these routes, and of those on OPS_PORT: a request id on every answer."""
 
-    def __init__(self, app: ASGIApp, observer: Observer, mint_id: Callable[[], str]) -> None:
+    def __init__(self, app: ASGIApp, mint_id: Callable[[], str]) -> None:
         self._app = app
-        self._observer = observer
         self._read_headers = RequestHeaders()
         self._mint_id = mint_id
 
@@ -89,16 +108,37 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        request_id = self._read_headers(scope["headers"]).request_id or self._mint_id()
+        scope[_ID] = request_id
+
+        async def named_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                others = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                message["headers"] = [*others, (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, named_send)
+
+
+class Observed:
+    """ASGI layer inside of Named: a count and a line for all but the probes."""
+
+    def __init__(self, app: ASGIApp, observer: Observer) -> None:
+        self._app = app
+        self._observer = observer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         path = scope["path"]
         seen = self._observer.begin("models" if path.startswith("/v1/models") else "other")
-        seen.request_id = self._read_headers(scope["headers"]).request_id or self._mint_id()
-        scope["inference_api.request_id"] = seen.request_id
+        seen.request_id = scope[_ID]
+        scope[_SEEN] = seen
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.start(message["status"], [])
-                named = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message["headers"] = [*named, (b"x-request-id", seen.request_id.encode())]
             else:
                 seen.chunk(message.get("body", b""))
             await send(message)
@@ -138,7 +178,9 @@ async def _unexpected(request: Request, exc: Exception) -> Response:
 
 
 def _error(request: Request, error: RouterError) -> Response:
-    status, headers, body = render(error, request.scope.get("inference_api.request_id", ""))
+    if (seen := request.scope.get(_SEEN)) is not None:
+        seen.rejected(error)
+    status, headers, body = render(error, request.scope.get(_ID, ""))
     response = Response(body, status)
     response.raw_headers = headers
     return response

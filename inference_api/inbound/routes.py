@@ -70,14 +70,13 @@ class Inference:
         self._load = load
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
-        gate = self._gate
+        gate, load = self._gate, self._load
         seen = gate.observer.begin(self.route.label)
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
         departure: Departure | Cycle = Departure(receive) if cycle is None else cycle
         relay: Relay | None = None
         taps: Sequence[Tap] = ()
         outcome = Outcome.INTERNAL_ERROR
-        load = self._load
         taken = held = 0
         try:
             inbound = self._read_headers(scope["headers"], None if cycle is None else cycle.memo)
@@ -86,6 +85,7 @@ class Inference:
             if body is None:
                 body = await wire.read_body(receive, inbound, gate.max_body, load)
                 held = len(body)
+                seen.received()
             taken = 1
             load.in_flight += 1
             call = wire.read_call(self.route, inbound, body, scope["query_string"], seen.request_id)
@@ -102,8 +102,8 @@ class Inference:
             outcome = await refuse(error, seen, send)
         except ClientGone:
             outcome = _left(cycle, seen)
-        except asyncio.CancelledError:
-            outcome = Outcome.CLIENT_GONE if relay is None else relay.outcome
+        except asyncio.CancelledError as exc:
+            outcome = seen.interrupted(exc, relay)
             if not departure.gone:
                 outcome = await _shut_down(relay, seen, send)
                 raise

@@ -1,4 +1,4 @@
-"""How late the event loop is: what explains slow answers when it is the router that is busy."""
+"""How late the event loop is: what explains slow answers when the router is busy, and tells that it hangs."""
 
 import asyncio
 import time
@@ -19,11 +19,22 @@ class LoopLag:
         self._observe = observe
         self._every = every
         self._clock = clock
+        # When the loop last came by; None while nobody expects it to.
+        self._ticked: float | None = None
+
+    def silence(self) -> float | None:
+        """Seconds since the loop last came by; None: it is not there yet, or no more. To be called from any thread."""
+        ticked = self._ticked
+        return None if ticked is None else self._clock() - ticked
 
     async def run(self) -> None:
         """Observe until cancelled."""
-        while True:
-            due = self._clock() + self._every
-            await asyncio.sleep(self._every)
-            # uvloop counts in whole milliseconds, and may be early by a part of one.
-            self._observe(max(0.0, self._clock() - due))
+        try:
+            while True:
+                self._ticked = self._clock()
+                due = self._ticked + self._every
+                await asyncio.sleep(self._every)
+                # uvloop counts in whole milliseconds, and may be early by a part of one.
+                self._observe(max(0.0, self._clock() - due))
+        finally:
+            self._ticked = None

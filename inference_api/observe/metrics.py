@@ -5,6 +5,7 @@ A labelled prometheus_client child costs 0.9 us to count and 2.5 us to observe; 
 """
 
 import platform
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
@@ -35,9 +36,11 @@ _ABORTS = {
     Outcome.RESET: "upstream_reset",
     Outcome.PROTOCOL_ERROR: "upstream_reset",
     Outcome.TRUNCATED: "truncated",
+    Outcome.ERROR_EVENT: "error_event",
     Outcome.IDLE_TIMEOUT: "idle_timeout",
     Outcome.TOTAL_TIMEOUT: "deadline",
     Outcome.DRAIN_TIMEOUT: "shutdown",
+    Outcome.INTERNAL_ERROR: "internal_error",
 }
 
 # The error codes with which the router turns a request away, whatever the request itself is like.
@@ -53,6 +56,11 @@ _REJECTIONS = {
 # Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first of them.
 _OF_A_MODEL = ("overload", "no_backend")
 _OF_NO_MODEL = ("overload", "unknown_model", "too_large")
+# So are these, and why a stream was aborted: of each model, route and kind of request that has been seen, and of chat
+# from the start, for the first burst of a new pod may well be of errors. In a catalogue of more models than this most
+# are never asked for here, and their zeros would be most of what is scraped: there each has to be seen first.
+_FAULTS = (502, 503, 504)
+_FEW_MODELS = 100
 
 
 class Histogram:
@@ -91,6 +99,8 @@ class Metrics(Collector):
     """Every number the router exports. The others are asked at scrape time for what they know.
 
     `discovery`: look-ups that were of no use, by reason. `draining`: whether the process has been asked to stop.
+    `silence`: seconds since the event loop last came by, None if it need not. `revision`: of the source that was built.
+    `clock`: Unix seconds.
     """
 
     def __init__(
@@ -99,11 +109,17 @@ class Metrics(Collector):
         registry: Callable[[], RegistryStatus],
         discovery: Callable[[], Mapping[str, int]] = dict,
         draining: Callable[[], bool] = bool,
+        silence: Callable[[], float | None] = lambda: None,
+        revision: str = "",
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._fleet = fleet
         self._registry = registry
         self._discovery = discovery
         self._draining = draining
+        self._silence = silence
+        self._revision = revision
+        self._clock = clock
         self._requests: dict[tuple[str, str, int, bool], _Requests] = {}
         self._durations: dict[tuple[str, str, bool, str], Histogram] = defaultdict(lambda: Histogram(DURATION_BUCKETS))
         self._first_token: dict[tuple[str, str], Histogram] = defaultdict(lambda: Histogram(TTFT_BUCKETS))
@@ -147,6 +163,7 @@ class Metrics(Collector):
             self._rejected[model, reason] += 1
 
     def stream_ended(self, model: str, outcome: Outcome) -> None:
+        """The answer's head said that all was well; of a JSON answer too, if it was too large to be held."""
         reason = _ABORTS.get(outcome)
         if reason is not None:
             self._aborts[model, reason] += 1
@@ -194,15 +211,16 @@ class Metrics(Collector):
 
     def _request_families(self) -> Iterator[Metric]:
         requests = _counter("requests", "Requests answered, or given up.", "model_name", "route", "code", "stream")
-        for (model, route, code, stream), cell in _copy(self._requests):
-            requests.add_metric([model, route, str(code), _flag(stream)], cell.count)
+        counts = {key: cell.count for key, cell in _copy(self._requests)}
+        for (model, route, code, stream), count in (self._no_faults() | counts).items():
+            requests.add_metric([model, route, str(code), _flag(stream)], count)
         yield requests
         text = "Seconds from the request head to the end of the answer."
         durations = _histogram("request_duration", text, "model_name", "route", "stream", "code_class")
         for (model, route, stream, code_class), histogram in _copy(self._durations):
             _add(durations, [model, route, _flag(stream), code_class], histogram)
         yield durations
-        overhead = _histogram("overhead", "Seconds the router takes before its first attempt.", "route")
+        overhead = _histogram("overhead", "Seconds from the whole request to its first attempt.", "route")
         for route, histogram in _copy(self._overhead):
             _add(overhead, [route], histogram)
         yield overhead
@@ -214,6 +232,21 @@ class Metrics(Collector):
         for labels, count in (self._no_rejections() | dict(self._rejected)).items():
             rejected.add_metric(labels, count)
         yield rejected
+
+    def _asked_for(self) -> set[tuple[str, str, bool]]:
+        """The (model, route, stream) for which there is to be a 0 where nothing has gone wrong."""
+        found = {(model, route, stream) for (model, route, _, stream), _ in _copy(self._requests) if model != "unknown"}
+        models = [model.name for model in self._fleet()]
+        if len(models) <= _FEW_MODELS:
+            found.update((name, "chat_completions", stream) for name in models for stream in (False, True))
+        return found
+
+    def _no_faults(self) -> dict[tuple[str, str, int, bool], int]:
+        return {(model, route, code, stream): 0 for model, route, stream in self._asked_for() for code in _FAULTS}
+
+    def _no_aborts(self) -> dict[tuple[str, str], int]:
+        models = {model for model, _, _ in self._asked_for()}
+        return {(model, reason): 0 for model in models for reason in _ABORTS.values()}
 
     def _no_rejections(self) -> dict[tuple[str, str], int]:
         models = [(model.name, reason) for model in self._fleet() for reason in _OF_A_MODEL]
@@ -236,8 +269,8 @@ class Metrics(Collector):
             tokens.add_metric(labels, histogram.sum)
             _add(per_request, labels, histogram)
         yield from (tokens, per_request)
-        aborts = _counter("stream_aborts", "Streams that ended before they were complete.", "model_name", "reason")
-        for labels, count in _copy(self._aborts):
+        aborts = _counter("stream_aborts", "Answers that broke after a good head.", "model_name", "reason")
+        for labels, count in (self._no_aborts() | dict(self._aborts)).items():
             aborts.add_metric(labels, count)
         yield aborts
 
@@ -314,8 +347,13 @@ class Metrics(Collector):
         lag = _histogram("event_loop_lag", "Seconds by which the event loop was late for a timer.")
         _add(lag, [], self.loop_lag)
         yield lag
-        build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "python_version")
-        build.add_metric([__version__, platform.python_version()], 1)
+        ticked = _gauge("event_loop_last_tick_timestamp_seconds", "When the event loop last came by, in Unix seconds.")
+        # From a clock that nobody sets, so that a step of the other one is no hang.
+        if (silence := self._silence()) is not None:
+            ticked.add_metric([], self._clock() - silence)
+        yield ticked
+        build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "revision", "python_version")
+        build.add_metric([__version__, self._revision, platform.python_version()], 1)
         yield build
 
 

@@ -1,5 +1,6 @@
 """What is noted about one request from its head to the end of its answer: the tap that feeds metrics and access log."""
 
+import asyncio
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -34,6 +35,7 @@ class Observation:
         "_first",
         "_model",
         "_observer",
+        "_received",
         "attempts",
         "backend",
         "body_bytes",
@@ -49,7 +51,7 @@ class Observation:
 
     def __init__(self, observer: Observer, route: str) -> None:
         self._observer = observer
-        self._began = observer.clock()
+        self._began = self._received = observer.clock()
         self._first = 0.0
         self._model: Model | None = None
         self.route = route
@@ -65,24 +67,40 @@ class Observation:
         self.events = 0
         self.usage: dict[str, Any] | None = None
 
+    def received(self) -> None:
+        """The rest of the body took its time to come; that time is not the router's."""
+        self._received = self._observer.clock()
+
     def resolved(self, model: Model) -> None:
         """The request is now one of this model's."""
         self._model = model
         self.model_name = model.name
         model.in_flight += 1
-        self._observer.metrics.overhead(self.route, self._observer.clock() - self._began)
+        self._observer.metrics.overhead(self.route, self._observer.clock() - self._received)
 
     def answered(self, reply: Reply) -> None:
         """A backend has answered; what follows is its body."""
         self.backend = reply.backend.label
         self.attempts = reply.attempts
 
+    def interrupted(self, exc: asyncio.CancelledError, relay: Relay | None) -> Outcome:
+        """Somebody does not want it any more. `exc` has what `forward` noted of an attempt that was under way."""
+        if relay is not None:
+            return relay.outcome
+        self.backend, self.attempts = getattr(exc, "attempt", (None, 0))
+        return Outcome.CLIENT_GONE
+
     def refused(self, error: RouterError, status: int, size: int) -> None:
         """The router itself answers, with an error of `size` bytes."""
-        self.status, self.code, self.body_bytes = status, error.code, size
-        self._observer.metrics.refused(self.model_name, error.code)
+        self.status, self.body_bytes = status, size
+        self.rejected(error)
         if error.attempts:
             self.attempts, self.backend = error.attempts, error.backend
+
+    def rejected(self, error: RouterError) -> None:
+        """Why the router itself answers as it does; the answer is still to be seen."""
+        self.code = error.code
+        self._observer.metrics.refused(self.model_name, error.code)
 
     def finished(self, relay: Relay | None) -> None:
         """Take from the relay what was passed on; nothing if the router itself had to answer."""
@@ -108,14 +126,17 @@ class Observation:
             self._model.in_flight -= 1
             self._model = None
         took = self._observer.clock() - self._began
-        # 499 is nginx's word for a client that did not wait; the client itself never sees it.
-        status = 499 if outcome is Outcome.CLIENT_GONE else self.status
-        metrics = self._observer.metrics
+        metrics, status = self._observer.metrics, self.status
+        if outcome is not Outcome.OK:
+            if 0 < status < 300:
+                metrics.stream_ended(self.model_name, outcome)
+            if outcome is Outcome.CLIENT_GONE:
+                # nginx's word for a client that did not wait; the client itself never sees it.
+                status = 499
         metrics.request(self.model_name, self.route, status, self.stream, took)
         first = self._first - self._began if self._first and self.stream else None
         if first is not None and self.status < 300:
             metrics.first_token(self.model_name, self.route, first)
-            metrics.stream_ended(self.model_name, outcome)
         tokens = self._count_tokens(took, first)
         if self._observer.access_log is not None:
             self._observer.access_log(self._line(outcome, status, took, first, tokens))

@@ -162,7 +162,10 @@ class Forward:
         self._resting = Resting()
 
     async def __call__(self, call: Call, model: Model) -> Reply:
-        """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it."""
+        """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it.
+
+        A CancelledError has as `attempt` which backend was tried last, and how many attempts there were.
+        """
         common = self._common(call, model)
         backend = self._awake(model, common.key) if self._resting else model.choose(common.key)
         if backend is None:
@@ -188,7 +191,7 @@ class Forward:
             if refusal is not None:
                 return self._give_up(model, past, refusal)
             if delay:
-                await _back_off(delay, failure)
+                await _back_off(delay, past)
             leave = self._leave(model, common.key, past)
             if isinstance(leave, Refusal):
                 return self._give_up(model, past, leave)
@@ -244,6 +247,7 @@ class Forward:
                 status, stream = response.status_code, _body_of(response)
                 headers = [(name.lower(), value) for name, value in response.headers.raw]
         except BaseException as exc:
+            exc.attempt = backend.label, number  # type: ignore[attr-defined]
             ended(backend, outcome_of(exc))
             raise
         self._on_answer(backend, status)
@@ -442,10 +446,12 @@ def _others(model: Model, past: list[Failure], resting: Collection[Backend] = ()
     return any(backend not in tried and backend not in resting for backend in model.available)
 
 
-async def _back_off(delay: float, failure: Failure) -> None:
+async def _back_off(delay: float, past: list[Failure]) -> None:
     try:
         await asyncio.sleep(delay)
-    except BaseException:
+    except BaseException as exc:
+        failure = past[-1]
+        exc.attempt = failure.backend.label, len(past)  # type: ignore[attr-defined]
         if failure.reply is not None:
             await failure.reply.aclose(failure.outcome)
         raise

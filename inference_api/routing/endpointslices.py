@@ -20,6 +20,10 @@ from inference_api.routing.slices import Located, Service, Slice, locate, read_s
 logger = logging.getLogger(__name__)
 
 _COLD_START = 5.0
+# Seconds after which a router need not know of all Services to be ready: with the above and the registry's start well
+# within the minute that the chart's startup probe gives it.
+_PATIENCE = 30.0
+_LOOK = 0.1
 # Seconds to the next round after failures in a row: any time up to 1, 2, 4 ... 30.
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
 # What happens while everything is in order: a server ends watches, and remembers only so much.
@@ -109,6 +113,27 @@ class EndpointSlices:
             for watch in self._watches.values():
                 watch.stop()
             await asyncio.gather(*(watch.task for watch in self._watches.values()), return_exceptions=True)
+
+    async def known(self) -> None:
+        """Returns once there has been a list of every namespace; after 30 s, once there is one of any, or any replica.
+
+        A new router that may not list (no Role, no way to the API server) would otherwise be ready with nobody to send
+        to, and a rollout would replace with its like all those that do know. One namespace alone is no reason to wait
+        for ever: the catalogue may name one that nobody has, and the others are to be served.
+        """
+        until = self._rhythm.now() + _PATIENCE
+        told = False
+        while missing := [watch.namespace for watch in self._watches.values() if watch.slices is None]:
+            if self._rhythm.now() >= until:
+                if len(missing) < len(self._watches) or any(model.backends for model in self._fleet.models.values()):
+                    logger.warning("ready, though the Services of %r have never been listed", missing)
+                    return
+                if not told:
+                    told = True
+                    logger.error(
+                        "not ready: the Services of %r have never been listed, nor is a replica known", missing
+                    )
+            await asyncio.sleep(_LOOK)
 
     def wake(self) -> None:
         """The catalogue may name other Services."""

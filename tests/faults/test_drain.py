@@ -123,10 +123,14 @@ async def test_t83_a_request_longer_than_the_deadline_is_told_to_come_back(tmp_p
             await until(lambda: engine.busy)
             router.tell(signal.SIGTERM)
             reply = await asyncio.wait_for(read_answer(client.reader), 8)
-        code, _, _ = await router.stop()
+        code, out, _ = await router.stop()
 
     assert (reply.status, reply.headers["connection"], reply.headers["retry-after"]) == (503, "close", "1")
     assert (orjson.loads(reply.body)["error"]["code"], code) == ("shutting_down", 0)
+    # It was with an engine: which one that was is what its operator asks first.
+    [line] = [line for line in log_of(out) if line["event"] == "request" and line["route"] == "chat_completions"]
+    assert (line["code"], line["attempts"]) == ("shutting_down", 1)
+    assert line["backend"] == engine.url.removeprefix("http://")
 
 
 async def test_t83_a_reader_that_stalls_does_not_hold_the_process(tmp_path: Path, start_engine: Start) -> None:

@@ -21,9 +21,10 @@ from tests.fakes import (
     answer,
     chunk,
     event,
+    json_response,
     until,
 )
-from tests.routing.kube import FakeApi, document, endpoint
+from tests.routing.kube import LABEL, FakeApi, document, endpoint, status
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -111,6 +112,76 @@ async def test_t54_while_the_api_is_away_what_was_known_serves(api: FakeApi, pod
         assert (await served.chat()).status_code == 200
     assert await served.metric("inference_api_discovery_failures_total", reason="connect") >= 1
     assert (await served.client.get("/readyz")).status_code == 200
+
+
+async def forbidden(request: Received, line: Line) -> None:
+    await line.send(json_response(status(403, "endpointslices is forbidden"), "403 Forbidden"))
+
+
+async def readiness(served: Served) -> tuple[int, str]:
+    answer = await served.client.get("/readyz")
+    return answer.status_code, answer.json()["status"]
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_api.routing.endpointslices._FIRST_BACKOFF", 0.02)
+    monkeypatch.setattr("inference_api.routing.endpointslices._LONGEST_BACKOFF", 0.02)
+    monkeypatch.setattr("inference_api.routing.endpointslices._PATIENCE", 0.2)
+
+
+async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(
+    api: FakeApi, pods: Pods, start_router: Start, hurry: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    [engine] = await pods(1)
+    put(api, engine)
+    api.on_list.extend([forbidden] * 10_000)
+    served = await serve(start_router, api)
+
+    assert await readiness(served) == (503, "starting")
+    await until(lambda: "not ready: the Services of ['models'] have never been listed" in caplog.text)
+    assert await readiness(served) == (503, "starting")
+    api.on_list.clear()
+    await until(lambda: served.router.probes.state == "ready")
+
+    assert await readiness(served) == (200, "ready")
+    assert labels(served) == [f"{engine.host}:{engine.port}"]
+
+
+async def test_t54_one_namespace_that_may_not_be_listed_does_not_hold_up_the_others_for_ever(
+    api: FakeApi, pods: Pods, start_router: Start, hurry: None
+) -> None:
+    [engine] = await pods(1)
+    put(api, engine)
+
+    async def script(request: Received, line: Line) -> None:
+        if "/namespaces/secret/" in request.target:
+            await forbidden(request, line)
+        else:
+            await api._list("models", {"limit": "500", "labelSelector": LABEL}, line)
+
+    api.on_list.extend([script] * 10_000)
+    hosts = {"m": "llama.models.svc", "other": "llama.secret.svc"}
+    models = [{"name": m, "backends": [{"url": f"http://{host}", "discovery": "dns"}]} for m, host in hosts.items()]
+    served = await start_router(models=models, cluster=api.cluster)
+
+    assert await readiness(served) == (503, "starting")
+    assert (await served.chat()).status_code == 200
+    await until(lambda: served.router.probes.state == "ready")
+    assert await readiness(served) == (200, "ready")
+
+
+async def test_t54_a_router_that_is_told_to_stop_before_it_was_ready_does_not_become_so(
+    api: FakeApi, start_router: Start, hurry: None
+) -> None:
+    api.on_list.extend([forbidden] * 10_000)
+    served = await serve(start_router, api)
+    served.router.drain()
+    api.on_list.clear()
+    await until(lambda: api.lists)
+    await asyncio.sleep(0.3)
+
+    assert await readiness(served) == (503, "draining")
 
 
 async def test_t54_a_service_that_the_registry_adds_is_watched_at_once(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Served
 from tests.fakes import (
     CHAT,
     SSE_HEAD,
@@ -75,6 +76,14 @@ async def test_t09_leaving_before_the_first_token_ends_the_generation(script: An
         await left(lab)
 
     await until(lambda: outcomes(served) == ["client_gone"])
+    assert tried(served) == [(1, engine.url.removeprefix("http://"))]
+    # Of a stream that had begun; without a byte of its body, too.
+    begun = script is not hang
+    assert await served.metric("inference_api_stream_aborts_total", reason="client_disconnect") == begun
+
+
+def tried(served: Served) -> list[tuple[int, str]]:
+    return [(line["attempts"], line["backend"]) for line in served.lines]
 
 
 async def half_an_answer(request: Received, line: Line) -> None:
@@ -95,6 +104,7 @@ async def test_t10_leaving_a_request_that_is_no_stream_ends_it(script: Any, leav
         await left(lab)
 
     await until(lambda: outcomes(served) == ["client_gone"])
+    assert tried(served) == [(1, engine.url.removeprefix("http://"))]
 
 
 @pytest.fixture
@@ -159,6 +169,8 @@ async def test_t12_leaving_on_the_way_to_the_second_replica_is_the_end_of_it(bla
 
     await until(lambda: outcomes(served) == ["client_gone"] * 2, SOON)
     assert len(engine.requests) == asked > 0
+    assert {line["backend"] for line in served.lines} == {hole.label}
+    assert max(line["attempts"] for line in served.lines) == 2
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM])

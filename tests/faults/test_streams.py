@@ -178,6 +178,7 @@ async def test_t06_an_error_event_before_done_passes_and_is_no_success(code: int
     assert outcomes(served) == ["error_event"] * 6
     # As for a status 500: what one request does to an engine must not put it out for all.
     assert served.router.fleet.models["m"].backends[0].failures == 0
+    assert await served.metric("inference_api_stream_aborts_total", reason="error_event") == 6
 
 
 @pytest.mark.parametrize("end", [Line.reset, Line.close])
@@ -207,6 +208,9 @@ async def test_t07_a_large_body_that_is_cut_is_short(lab: Lab) -> None:
     length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
     assert len(body) == length - 100
     assert outcomes(served) == ["reset"]
+    # Its head said 200, and so does its line; this is what tells that it broke.
+    assert await served.metric("inference_api_requests_total", code="200") == 1
+    assert await served.metric("inference_api_stream_aborts_total", reason="upstream_reset") == 1
 
 
 # T17 to T19: engines that fall silent
@@ -249,6 +253,9 @@ async def test_t18_a_head_alone_goes_out_at_once_and_the_silence_is_told(lab: La
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b'"code":"upstream_idle_timeout"' in rest
     assert outcomes(served) == ["idle_timeout"]
+    # It had no byte of a body, and no time to a first token; it is a broken stream all the same.
+    assert await served.metric("inference_api_stream_aborts_total", model_name="m", reason="idle_timeout") == 1
+    assert await served.metric("inference_api_time_to_first_token_seconds_count") == 0
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM])

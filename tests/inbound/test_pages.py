@@ -1,20 +1,28 @@
 """The routes that the router answers itself: the model list, the probes, the metrics."""
 
+import asyncio
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from starlette.requests import Request
 from starlette.routing import Route
 
 from inference_api.app import Router
-from inference_api.inbound.pages import create_pages
+from inference_api.inbound.pages import Probes, create_pages
+from inference_api.inbound.server import listen, ops_thread
+from inference_api.routing.backend import Fleet
+from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.registry import Registry
 from inference_api.settings import Settings
 from tests.conftest import Served, serving
 from tests.fakes import FakeEngine, post, raw_client, read_answer, until
@@ -178,6 +186,62 @@ async def test_readiness_begins_and_ends_with_the_server(tmp_path: Path) -> None
     assert during.json() == {"status": "ready", "catalogue": "static", "models": 2}
 
 
+@pytest.mark.parametrize(
+    ("silence", "ready", "healthy"),
+    [(None, 200, 200), (0.3, 200, 200), (5.1, 503, 200), (29.0, 503, 200), (31.0, 503, 503)],
+)
+async def test_a_loop_that_does_not_come_by_is_not_ready_and_then_not_healthy(
+    silence: float | None, ready: int, healthy: int
+) -> None:
+    probes = Probes(
+        Registry(Fleet(make_policy), parse_catalogue({"models": []}), None, 15), CollectorRegistry(), lambda: silence
+    )
+    probes.state = "ready"
+
+    transport = httpx.ASGITransport(create_pages(probes.routes()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://ops") as client:
+        told = [await client.get(path) for path in ("/readyz", "/healthz")]
+
+    assert [answer.status_code for answer in told] == [ready, healthy]
+    assert [answer.json()["status"] for answer in told if answer.status_code == 503] == ["hung"] * (
+        (ready, healthy).count(503)
+    )
+
+
+async def test_a_router_that_hangs_says_so_on_the_port_of_the_probes(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_api.inbound.pages._LATE", 0.8)
+    monkeypatch.setattr("inference_api.inbound.pages._HUNG", 1.0)
+    served = await start_router()
+
+    def ask() -> tuple[list[int], float]:
+        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", trust_env=False) as ops:
+            codes = [ops.get(path).status_code for path in ("/readyz", "/healthz")]
+            (ticked,) = (
+                family.samples[0].value
+                for family in parse_text(ops.get("/metrics").text)
+                if family.name == "inference_api_event_loop_last_tick_timestamp_seconds"
+            )
+        return codes, time.time() - ticked
+
+    def later() -> tuple[list[int], float]:
+        time.sleep(1.3)
+        return ask()
+
+    with listen("127.0.0.1", 0, "OPS_PORT") as listener, ops_thread(served.router.ops, listener):
+        before = await asyncio.to_thread(ask)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(later)
+            # Nothing else happens on this loop, which is the router's: it hangs.
+            during = asked.result(10)
+        await until(lambda: (served.router._lag.silence() or 0.0) < 0.5)
+        after = await asyncio.to_thread(ask)
+
+    assert [codes for codes, _ in (before, during, after)] == [[200, 200], [503, 503], [200, 200]]
+    assert before[1] < 1.0 < during[1]
+
+
 async def test_a_router_is_ready_with_a_catalogue_of_no_models(start_router: Start) -> None:
     served = await start_router(models=[])
 
@@ -222,6 +286,23 @@ async def test_everything_else_is_counted_and_logged(served: Served) -> None:
     ]
     assert served.lines[0]["request_id"] == "abc"
     assert "SECRET" not in str(served.lines)
+
+
+async def test_an_error_of_a_page_says_which_in_log_and_metrics(served: Served) -> None:
+    before = await served.metric("inference_api_rejected_requests_total", reason="unknown_model")
+
+    await served.client.get("/nope")
+    await served.client.get("/v1/models/nope")
+    await served.client.delete("/v1/models")
+    await served.client.get("/v1/models")
+
+    assert [(line["status"], line.get("code"), line["bytes"] > 0) for line in served.lines] == [
+        (404, "unknown_url", True),
+        (404, "model_not_found", True),
+        (405, "method_not_allowed", True),
+        (200, None, True),
+    ]
+    assert await served.metric("inference_api_rejected_requests_total", reason="unknown_model") == before + 1
 
 
 async def get_text(served: Served, target: str) -> str:

@@ -16,7 +16,8 @@ import pytest
 
 from inference_api.app import Router
 from inference_api.inbound.pages import create_pages
-from inference_api.inbound.server import Server, listen, raise_file_limit, server_config
+from inference_api.inbound.protocol import Deadlines
+from inference_api.inbound.server import Server, listen, ops_thread, raise_file_limit, server_config
 from inference_api.observe.log import Fields
 from inference_api.settings import Settings, SettingsError
 from tests.command import catalogue_of, closed, command, log_of, ready
@@ -209,7 +210,8 @@ def test_a_server_in_a_thread_leaves_the_signals_of_the_process_alone() -> None:
 async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine: Start) -> None:
     ops_port = free_port()
 
-    async with command(tmp_path, await start_engine(), ops_port=ops_port) as router:
+    revision = {"IMAGE_REVISION": "0a1b2c"}
+    async with command(tmp_path, await start_engine(), environ=revision, ops_port=ops_port) as router:
         await ready(router.client)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ops_port}", trust_env=False) as ops:
             answer = await router.client.post(URL, json=CHAT)
@@ -223,7 +225,42 @@ async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine:
     assert (answer.status_code, code, err) == (200, 0, "")
     assert [probe.status_code for probe in probes] == [200, 200, 200]
     assert 'inference_api_requests_total{code="200",model_name="m",route="chat_completions"' in probes[2].text
+    assert ',revision="0a1b2c",' in probes[2].text
     assert [page.status_code for page in (*others, *on_main)] == [404] * 5
+    # It is the same server as on the main port.
+    for page in (*probes, *others):
+        assert (len(page.headers["x-request-id"]), "server" in page.headers) == (32, False), page.url
+    assert [page.json()["request_id"] for page in others] == [page.headers["x-request-id"] for page in others]
+
+
+async def test_the_port_of_the_probes_has_deadlines_and_ids_of_its_own(tmp_path: Path, start_engine: Start) -> None:
+    settings = Settings(catalogue=catalogue_of(tmp_path, await start_engine()))
+    lines: list[Fields] = []
+    router = Router(settings, access_log=lines.append)
+
+    with listen("127.0.0.1", 0, "OPS_PORT") as listener, ops_thread(router.ops, listener, Deadlines(header=0.2)):
+        port = listener.getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as ops:
+            named = await ops.get("/healthz", headers={"x-request-id": "mine"})
+            wrong = [await ops.post("/healthz"), await ops.get("/nope")]
+        async with raw_client(port) as slow, raw_client(port) as mute, raw_client(port) as odd:
+            await slow.send(b"GET /healthz HTTP/1.1\r\nhost:")
+            await odd.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+            async with asyncio.timeout(5):
+                late, refused = await read_answer(slow.reader), await read_answer(odd.reader)
+                assert await mute.reader.read(-1) == b""
+
+    assert (named.status_code, named.headers["x-request-id"]) == (200, "mine")
+    assert [(page.status_code, page.json()["error"]["code"]) for page in wrong] == [
+        (405, "method_not_allowed"),
+        (404, "unknown_url"),
+    ]
+    for page in wrong:
+        assert page.json()["request_id"] == page.headers["x-request-id"] != ""
+    assert (late.status, refused.status) == (408, 400)
+    assert "server" not in late.headers
+    # Its thread touches neither log nor metrics.
+    assert lines == []
 
 
 def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one() -> None:

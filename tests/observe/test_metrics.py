@@ -52,6 +52,7 @@ from tests.fakes import (
     post,
     raw,
     raw_client,
+    read_answer,
     sse,
     until,
 )
@@ -75,6 +76,11 @@ class Scrape:
 
     def values(self, name: str, label: str) -> dict[str, float]:
         return {s.labels[label]: s.value for s in self.samples if s.name == P + name}
+
+    def counted(self, name: str, label: str) -> dict[str, float]:
+        """Those that are not 0, by a label."""
+        found = [s for s in self.samples if s.name == P + name and s.value]
+        return {s.labels[label]: s.value for s in found}
 
     @property
     def series(self) -> int:
@@ -121,7 +127,8 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "registry_sync_failures": ("counter", {"reason"}, ()),
     "draining": ("gauge", set(), ()),
     "event_loop_lag_seconds": ("histogram", set(), OVERHEAD_BUCKETS),
-    "build_info": ("gauge", {"version", "python_version"}, ()),
+    "event_loop_last_tick_timestamp_seconds": ("gauge", set(), ()),
+    "build_info": ("gauge", {"version", "revision", "python_version"}, ()),
 }
 
 
@@ -408,7 +415,7 @@ async def test_errors_are_counted_by_their_status(start_engine: Start, start_rou
     by = {
         (s.labels["model_name"], s.labels["route"], s.labels["code"]): s.value
         for s in seen.samples
-        if s.name == P + "requests_total"
+        if s.name == P + "requests_total" and s.value
     }
     assert by == {
         ("m", "chat_completions", "400"): 1,
@@ -461,6 +468,47 @@ async def test_what_the_router_turns_away_is_counted_by_why(start_engine: Start,
     assert seen("requests_total", model_name="full", code="503") == 2
 
 
+async def test_faults_are_shown_as_none_before_the_first(start_engine: Start, start_router: Start) -> None:
+    models = [{"name": "m", "backends": [{"url": (await start_engine()).url}]}, {"name": "other"}]
+    served = await start_router(models=models)
+    before = await scrape(served)
+    await served.client.post("/v1/completions", json={"model": "m", "prompt": "x"})
+    await settle(served, 1)
+    seen = await scrape(served)
+
+    def zeros(seen: Scrape, name: str, label: str) -> set[tuple[str, str, str]]:
+        found = [s.labels for s in seen.samples if s.name == P + name and s.value == 0]
+        return {(labels["model_name"], labels.get("route", ""), labels[label]) for labels in found}
+
+    chat = {(model, "chat_completions", code) for model in ("m", "other") for code in ("502", "503", "504")}
+    assert zeros(before, "requests_total", "code") == chat
+    assert zeros(seen, "requests_total", "code") == chat | {
+        ("m", "completions", code) for code in ("502", "503", "504")
+    }
+    assert {name for name, _, reason in zeros(before, "stream_aborts_total", "reason") if reason == "truncated"} == {
+        "m",
+        "other",
+    }
+    # One that happened is the one that is shown.
+    await served.chat(model="other")
+    await settle(served, 2)
+    found = [s.value for s in (await scrape(served)).samples if s.labels.get("code") == "503" and s.value]
+    assert found == [1]
+
+
+def test_of_many_models_only_those_that_were_asked_for_show_that_nothing_went_wrong() -> None:
+    fleet = Fleet(make_policy)
+    fleet.update(parse_catalogue({"models": [{"name": f"model-{number}"} for number in range(1000)]}))
+    metrics = Metrics(fleet.models.values, lambda: RegistryStatus("static", 0, 0.0, {}))
+    none = Scrape(metrics.collect())
+    metrics.request("model-7", "chat_completions", 200, True, 1.0)
+    seen = Scrape(metrics.collect())
+
+    assert none.values("requests_total", "code") == none.values("stream_aborts_total", "reason") == {}
+    assert seen.values("requests_total", "code") == {"200": 1, "502": 0, "503": 0, "504": 0}
+    assert set(seen.values("stream_aborts_total", "model_name")) == {"model-7"}
+
+
 async def test_a_router_that_was_asked_to_stop_says_so(start_router: Start) -> None:
     served = await start_router()
     before = await scrape(served)
@@ -478,6 +526,22 @@ async def test_a_busy_event_loop_is_seen(start_router: Start) -> None:
     seen = await scrape(served)
 
     assert seen("event_loop_lag_seconds_count") > seen("event_loop_lag_seconds_bucket", le="0.1")
+
+
+async def test_the_last_tick_is_told_while_the_loop_is_there_to_tick(start_router: Start) -> None:
+    served = await start_router()
+    seen = await scrape(served)
+
+    assert time.time() - 5 < seen("event_loop_last_tick_timestamp_seconds") <= time.time()
+    assert Scrape(metrics_of().collect()).values("event_loop_last_tick_timestamp_seconds", "") == {}
+
+
+def test_a_tick_is_as_old_as_the_silence_whatever_the_time_of_day() -> None:
+    metrics = Metrics(
+        lambda: [], lambda: RegistryStatus("static", 0, 0.0, {}), silence=lambda: 40.0, clock=lambda: 1000.0
+    )
+
+    assert Scrape(metrics.collect())("event_loop_last_tick_timestamp_seconds") == 960
 
 
 async def test_probes_are_not_requests(start_router: Start) -> None:
@@ -502,9 +566,9 @@ async def test_clients_cannot_make_series(start_engine: Start, start_router: Sta
 
     async def send(start: int, count: int) -> Scrape:
         async with raw_client(served.port) as client:
-            last = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
-            await client.send(b"".join(requests(start, count)) + last)
-            assert (await client.reader.read(-1)).count(b"HTTP/1.1 404 ") == 3 * count + 1
+            for request in requests(start, count):
+                await client.send(request)
+                assert (await read_answer(client.reader)).status == 404
         return await scrape(served)
 
     before = await send(0, 1)
@@ -512,7 +576,7 @@ async def test_clients_cannot_make_series(start_engine: Start, start_router: Sta
 
     assert after.series == before.series
     assert after("requests_total", model_name="unknown", route="chat_completions", code="404") == 201
-    assert set(after.values("requests_total", "model_name")) == {"unknown"}
+    assert set(after.counted("requests_total", "model_name")) == {"unknown"}
 
 
 async def test_what_is_in_flight_is_shown_and_falls_to_nothing(start_engine: Start, start_router: Start) -> None:
@@ -531,7 +595,7 @@ async def test_what_is_in_flight_is_shown_and_falls_to_nothing(start_engine: Sta
 
     assert seen("requests_in_flight") == seen("backend_in_flight") == 0
     # A client that did not wait: 499, and nothing the backend is to blame for.
-    assert seen.values("requests_total", "code") == {"499": 1}
+    assert seen.counted("requests_total", "code") == {"499": 1}
     assert seen("requests_total", code="499") == 2
     assert seen("request_duration_seconds_count", code_class="4xx") == 2
     assert seen.values("upstream_attempts_total", "outcome") == {"client_gone": 2}
@@ -543,7 +607,7 @@ async def test_a_client_that_leaves_mid_stream_is_an_abort(start_engine: Start, 
     seen = await scrape(served)
 
     assert seen("requests_total", code="499", stream="true") == 1
-    assert seen.values("stream_aborts_total", "reason") == {"client_disconnect": 1}
+    assert seen.counted("stream_aborts_total", "reason") == {"client_disconnect": 1}
     assert seen("upstream_attempts_total", outcome="client_gone") == 1
     assert seen("requests_in_flight") == seen("backend_in_flight") == 0
 
@@ -779,9 +843,11 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
         "client_disconnect": 1,
         "upstream_reset": 2,
         "truncated": 1,
+        "error_event": 1,
         "idle_timeout": 1,
         "deadline": 1,
         "shutdown": 1,
+        "internal_error": 1,
     }
 
 

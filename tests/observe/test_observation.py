@@ -1,5 +1,6 @@
 """The account of one request: its access line, field by field, and that there is exactly one, however it ends."""
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,35 @@ def test_the_times_of_a_stream_are_measured_from_the_request_head(bench: Bench) 
     # Four tokens came after the first, in two seconds.
     assert bench.value("time_per_output_token_seconds_sum") == pytest.approx(0.5)
     assert bench.value("request_duration_seconds_sum") == pytest.approx(2.5)
+
+
+def test_the_time_of_an_upload_is_not_the_routers(bench: Bench) -> None:
+    seen = bench.begin()
+    bench.now += 7
+    seen.received()
+    bench.now += 0.002
+    seen.resolved(bench.model)
+    bench.answered(seen)
+    seen.end(Outcome.OK)
+
+    assert bench.value("overhead_seconds_sum") == pytest.approx(0.002)
+    # The client waited for all of it.
+    assert bench.lines[0]["latency_ms"] == pytest.approx(7002, abs=0.1)
+
+
+async def test_a_body_that_comes_slowly_is_no_overhead(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine())
+    request = post("/v1/chat/completions", CHAT)
+
+    async with raw_client(served.port) as client:
+        await client.send(request[:-5])
+        await asyncio.sleep(0.6)
+        await client.send(request[-5:])
+        await client.reader.readuntil(b"\r\n\r\n")
+    await until(lambda: served.lines)
+
+    assert served.lines[0]["latency_ms"] >= 500
+    assert 0 < await served.metric("inference_api_overhead_seconds_sum") < 0.5
 
 
 def test_a_json_answer_has_no_time_to_first_token(bench: Bench) -> None:
