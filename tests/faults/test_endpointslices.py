@@ -128,6 +128,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inference_api.routing.endpointslices._FIRST_BACKOFF", 0.02)
     monkeypatch.setattr("inference_api.routing.endpointslices._LONGEST_BACKOFF", 0.02)
     monkeypatch.setattr("inference_api.routing.endpointslices._PATIENCE", 0.2)
+    monkeypatch.setattr("inference_api.routing.endpointslices._LOOK", 0.002)
 
 
 async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(
