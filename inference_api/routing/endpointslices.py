@@ -130,7 +130,7 @@ class EndpointSlices:
                     return
                 if not told:
                     told = True
-                    logger.error(
+                    logger.warning(
                         "not ready: the Services of %r have never been listed, nor is a replica known", missing
                     )
             await asyncio.sleep(_LOOK)

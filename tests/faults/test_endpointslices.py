@@ -24,6 +24,7 @@ from tests.fakes import (
     json_response,
     until,
 )
+from tests.faults.quiescence import Quiescence
 from tests.routing.kube import LABEL, FakeApi, document, endpoint, status
 
 pytestmark = pytest.mark.anyio
@@ -132,7 +133,12 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(
-    api: FakeApi, pods: Pods, start_router: Start, hurry: None, caplog: pytest.LogCaptureFixture
+    api: FakeApi,
+    pods: Pods,
+    start_router: Start,
+    hurry: None,
+    quiescence: Quiescence,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     [engine] = await pods(1)
     put(api, engine)
@@ -143,7 +149,9 @@ async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(
     await until(lambda: "not ready: the Services of ['models'] have never been listed" in caplog.text)
     assert await readiness(served) == (503, "starting")
     api.on_list.clear()
-    await until(lambda: served.router.probes.state == "ready")
+    await until(lambda: served.router.probes.state == "ready" and api.watches)
+    # What stays is the watch.
+    quiescence.begin()
 
     assert await readiness(served) == (200, "ready")
     assert labels(served) == [f"{engine.host}:{engine.port}"]
@@ -173,14 +181,15 @@ async def test_t54_one_namespace_that_may_not_be_listed_does_not_hold_up_the_oth
 
 
 async def test_t54_a_router_that_is_told_to_stop_before_it_was_ready_does_not_become_so(
-    api: FakeApi, start_router: Start, hurry: None
+    api: FakeApi, start_router: Start, hurry: None, quiescence: Quiescence
 ) -> None:
     api.on_list.extend([forbidden] * 10_000)
     served = await serve(start_router, api)
     served.router.drain()
     api.on_list.clear()
-    await until(lambda: api.lists)
+    await until(lambda: api.watches)
     await asyncio.sleep(0.3)
+    quiescence.begin()
 
     assert await readiness(served) == (503, "draining")
 
