@@ -150,7 +150,8 @@ async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(
     assert await readiness(served) == (503, "starting")
     api.on_list.clear()
     await until(lambda: served.router.probes.state == "ready" and api.watches)
-    # What stays is the watch.
+    # What stays is the watch, once it has begun on both sides.
+    await asyncio.sleep(0.2)
     quiescence.begin()
 
     assert await readiness(served) == (200, "ready")
