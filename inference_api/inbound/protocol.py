@@ -36,7 +36,7 @@ _MAX_UNREAD = 64 * 1024
 # Of a chunked body: bytes that are neither content nor the 16 that a chunk may take; Go's server allows as many.
 _MAX_OVERHEAD = 16 * 1024
 _CHUNK_OVERHEAD = 16
-# A client that is still sending a body nobody wants gets this long to read why.
+# A client that is still sending a body nobody wants gets this long to read why, after the last byte of either side.
 _LINGER = 2.0
 # Bytes that a client must take within `write_stall` to count as one that reads.
 _LEAST_READ = 4096
@@ -178,6 +178,8 @@ class Protocol(asyncio.Protocol):
         self._stall_timer: asyncio.TimerHandle | None = None
         # Bytes in the client's buffer when that was set
         self._unwritten = 0
+        # After the last answer: whether anything came lately, and until when it matters
+        self._heard, self._linger_until = False, 0.0
 
     # asyncio.Protocol
 
@@ -196,6 +198,7 @@ class Protocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
+            self._heard = True
             return
         # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
         between = self._reading is None and not self._head_open and not self._head_size
@@ -254,6 +257,7 @@ class Protocol(asyncio.Protocol):
 
     def eof_received(self) -> None:
         # A client that closes its half has left, as for every engine behind us.
+        self._hang_up()
         return None
 
     def pause_writing(self) -> None:
@@ -416,6 +420,14 @@ class Protocol(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 
+    async def writable(self, drained: asyncio.Future[None]) -> None:
+        """Until the client has read enough to be written to; one that does not, within `write_stall`, is cut off."""
+        timer = self.loop.call_later(self._deadlines.write_stall, self._reset)
+        try:
+            await asyncio.shield(drained)
+        finally:
+            timer.cancel()
+
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         return self._state.default_headers
 
@@ -477,8 +489,8 @@ class Protocol(asyncio.Protocol):
 
     def _stalled(self) -> None:
         self._stall_timer = None
-        if self._running is None and self._unwritten - self.transport.get_write_buffer_size() >= _LEAST_READ:
-            # Slow, but nothing waits for it.
+        if self._unwritten - self.transport.get_write_buffer_size() >= _LEAST_READ:
+            # Slow, but it reads. What waits for it has a deadline of its own.
             self._watch_stall()
         else:
             self._reset()
@@ -487,10 +499,12 @@ class Protocol(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """Close when idle, else after the response under way."""
-        if self._running is None:
-            self._hang_up()
-        else:
+        if self._running is not None:
             self._running.keep_alive = False
+        elif self._deaf:
+            self._linger_until = self.loop.time()
+        else:
+            self._hang_up()
 
     # Ends
 
@@ -503,11 +517,12 @@ class Protocol(asyncio.Protocol):
     def _refuse(self, error: RouterError) -> None:
         """Answer what the application will never see, and close: what follows cannot be told from it."""
         self._deaf = True
-        self._waiting.clear()
         self._cancel_timer()
-        cycle = self._running
+        if self._waiting and self._waiting[-1] is self._reading:
+            self._waiting.pop()
+        cycle = self._waiting[-1] if self._waiting else self._running
         if cycle is not None and cycle is not self._reading:
-            # What is wrong came after a sound request; that one keeps its answer.
+            # What is wrong came after sound requests; they keep their answers.
             cycle.keep_alive = False
             return
         request_id = uuid.uuid4().hex
@@ -532,11 +547,24 @@ class Protocol(asyncio.Protocol):
         # To close with bytes unread would reset the connection, and the answer might never be seen.
         self._deaf = True
         self.transport.write_eof()
-        if self._read_paused:
-            self._read_paused = False
-            self.transport.resume_reading()
+        self.resume_reading()
         self._cancel_timer()
-        self._timer = self.loop.call_later(_LINGER, self.transport.abort)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._heard = False
+        self._linger_until = self.loop.time() + self._deadlines.body
+        self._timer = self.loop.call_later(_LINGER, self._lingered)
+
+    def _lingered(self) -> None:
+        self._timer = None
+        unwritten = self.transport.get_write_buffer_size()
+        if unwritten and self._stall_timer is None:
+            self._watch_stall()
+        if unwritten or (self._heard and self.loop.time() < self._linger_until):
+            self._heard = False
+            self._timer = self.loop.call_later(_LINGER, self._lingered)
+        else:
+            self.transport.abort()
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:

@@ -411,7 +411,7 @@ async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(
     start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("inference_api.inbound.protocol._LINGER", 0.2)
-    served = await start_router(max_body_bytes=10)
+    served = await start_router(max_body_bytes=10, body_timeout=1)
 
     async with raw_client(served.port) as client:
         await client.send(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999999\r\n\r\n")
@@ -421,6 +421,72 @@ async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(
             await flooding
 
     assert reply.status == 413
+
+
+async def test_a_slow_upload_is_let_finish_though_it_was_answered(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_api.inbound.protocol._LINGER", 1.0)
+    served = await start_router(max_body_bytes=10, keepalive_timeout=0.5)
+
+    # By a client that reads only when it has sent all, as many do.
+    async with raw_client(served.port) as client:
+        await client.send(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 2000\r\n\r\n")
+        for _ in range(20):
+            await client.send(b"x" * 100)
+            await asyncio.sleep(0.1)
+        reply = await read_answer(client.reader)
+
+    assert (reply.status, reply.headers["connection"]) == (413, "close")
+
+
+@pytest.mark.parametrize("behind", [b"garbage\r\n\r\n", post(URL, {**CHAT, "user": "x" * 500_000})[:300_000]])
+async def test_what_follows_answers_that_are_read_slowly_does_not_cost_them(
+    behind: bytes, start_engine: Start, start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_api.inbound.protocol._LINGER", 0.3)
+    served = await start_router(await start_engine(raw(LARGE)))
+
+    async with raw_client(served.port, receive_buffer=4096) as client:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.send(post(URL, CHAT) * 6)
+        await client.send(behind)
+        await asyncio.sleep(1.5)
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        answers = [await read_answer(client.reader) for _ in range(6)]
+
+    assert [len(answer.body) for answer in answers] == [len(LARGE.partition(b"\r\n\r\n")[2])] * 6
+
+
+async def test_a_client_that_reads_is_not_cut_while_another_request_of_its_runs(
+    start_engine: Start, start_router: Start
+) -> None:
+    async def script(request: Received, line: Line) -> None:
+        if b"last" in request.body:
+            await asyncio.sleep(3)
+        await line.send(LARGE)
+
+    served = await start_router(await start_engine(script), write_stall_timeout=1)
+    read = b""
+
+    async with raw_client(served.port, receive_buffer=4096) as client:
+        await client.send(post(URL, CHAT) * 4 + post(URL, {**CHAT, "user": "last"}))
+        while read.count(b"HTTP/1.1 200 OK") < 5 or not read.endswith(LARGE[-100:]):
+            piece = await client.reader.read(2**16)
+            assert piece, len(read)
+            read += piece
+            await asyncio.sleep(0.06)
+
+
+async def test_who_half_closes_and_does_not_read_is_let_go(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(raw(LARGE)), write_stall_timeout=0.5, keepalive_timeout=0.5)
+
+    async with raw_client(served.port, receive_buffer=4096) as client:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.send(post(URL, CHAT) * 4)
+        await until(lambda: len(served.lines) >= 2)
+        client.writer.write_eof()
+        await until(lambda: connections_of(served) == 0 and served.router.load.in_flight == 0)
 
 
 async def flood(line: Line) -> None:
