@@ -226,7 +226,7 @@ class Cycle:
     async def send(self, message: Message) -> None:
         protocol = self._protocol
         if protocol.drained is not None and not self.disconnected:
-            await protocol.writable(protocol.drained)
+            await asyncio.shield(protocol.drained)
         if self.disconnected:
             return
         if self.response_started:

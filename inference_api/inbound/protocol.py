@@ -7,10 +7,13 @@ connections and tasks that are put into `server_state`, and calls `shutdown` on 
 """
 
 import asyncio
+import fcntl
 import math
 import re
 import socket
 import struct
+import sys
+import termios
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -38,8 +41,8 @@ _MAX_OVERHEAD = 16 * 1024
 _CHUNK_OVERHEAD = 16
 # A client that is still sending a body nobody wants gets this long to read why, after the last byte of either side.
 _LINGER = 2.0
-# Bytes that a client must take within `write_stall` to count as one that reads.
-_LEAST_READ = 4096
+# Bytes that a client must take within `write_stall` to count as one that reads, unless that is all there is.
+_LEAST_READ = 64 * 1024
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]{1,12})\r\n", re.IGNORECASE)
 
 
@@ -176,7 +179,7 @@ class Protocol(asyncio.Protocol):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._idle_since = 0.0
         self._stall_timer: asyncio.TimerHandle | None = None
-        # Bytes in the client's buffer when that was set
+        # Bytes that the client had not taken when that was set
         self._unwritten = 0
         # After the last answer: whether anything came lately, and until when it matters
         self._heard, self._linger_until = False, 0.0
@@ -420,14 +423,6 @@ class Protocol(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 
-    async def writable(self, drained: asyncio.Future[None]) -> None:
-        """Until the client has read enough to be written to; one that does not, within `write_stall`, is cut off."""
-        timer = self.loop.call_later(self._deadlines.write_stall, self._reset)
-        try:
-            await asyncio.shield(drained)
-        finally:
-            timer.cancel()
-
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         return self._state.default_headers
 
@@ -483,14 +478,21 @@ class Protocol(asyncio.Protocol):
         if self._stall_timer is None and self.transport.get_write_buffer_size():
             self._watch_stall()
 
+    def _unread(self) -> int:
+        """Bytes that the client has not taken: ours, and the kernel's, which takes and gives in large pieces."""
+        try:
+            kernel = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        except (OSError, ValueError):
+            kernel = bytes(4)
+        return self.transport.get_write_buffer_size() + int.from_bytes(kernel, sys.byteorder)
+
     def _watch_stall(self) -> None:
-        self._unwritten = self.transport.get_write_buffer_size()
+        self._unwritten = self._unread()
         self._stall_timer = self.loop.call_later(self._deadlines.write_stall, self._stalled)
 
     def _stalled(self) -> None:
         self._stall_timer = None
-        if self._unwritten - self.transport.get_write_buffer_size() >= _LEAST_READ:
-            # Slow, but it reads. What waits for it has a deadline of its own.
+        if self._unwritten - self._unread() >= min(_LEAST_READ, self._unwritten):
             self._watch_stall()
         else:
             self._reset()
