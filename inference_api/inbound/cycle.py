@@ -5,7 +5,6 @@ Both suspend only on a plain future, so that they can be stepped by hand (`depar
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,7 +80,7 @@ class Cycle:
         self.refusal: Refused | None = None
         self.more_body = True
         self._expects_continue = expects_continue
-        self._body: deque[bytes] = deque()
+        self._body: list[bytes] = []
         self.unread = 0
         self._news = False
         self._waiter: asyncio.Future[None] | None = None

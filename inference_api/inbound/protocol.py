@@ -15,7 +15,6 @@ import struct
 import sys
 import termios
 import uuid
-from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
@@ -133,6 +132,14 @@ class _KnownHead(Memo):
 class Protocol(asyncio.Protocol):
     """One client connection. Requests on it are answered in their order, one at a time."""
 
+    __slots__ = (
+        "_app", "_client", "_deadlines", "_deaf", "_head_open", "_head_size", "_headers", "_heard", "_idle_since",
+        "_idle_timer", "_known", "_learn_at", "_linger_until", "_max_connections", "_on_refusal", "_overhead",
+        "_parsed", "_parser", "_read_paused", "_reading", "_replayed_whole", "_replaying", "_running", "_server",
+        "_stall_timer", "_state", "_timer", "_unwritten", "_upgrading", "_url", "_waiting", "drained", "loop",
+        "transport",
+    )  # fmt: skip
+
     def __init__(
         self,
         deadlines: Deadlines,
@@ -160,7 +167,7 @@ class Protocol(asyncio.Protocol):
         # Set while the client's buffer is full: done when it has drained
         self.drained: asyncio.Future[None] | None = None
         self._running: Cycle | None = None
-        self._waiting: deque[Cycle] = deque()
+        self._waiting: list[Cycle] = []
         # Request being read
         self._parser = httptools.HttpRequestParser(self)
         self._reading: Cycle | None = None
@@ -449,7 +456,7 @@ class Protocol(asyncio.Protocol):
             self._close(unread=cycle.more_body or self._deaf)
             return
         if self._waiting:
-            self._start(self._waiting.popleft())
+            self._start(self._waiting.pop(0))
         else:
             self._idle_since = self.loop.time()
             if self._idle_timer is None:

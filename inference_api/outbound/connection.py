@@ -222,6 +222,12 @@ class Connection(asyncio.Protocol):
     has come since.
     """
 
+    __slots__ = (
+        "_between_chunks", "_deadline", "_direct", "_due", "_first_byte", "_framed", "_head_done", "_headers",
+        "_idle", "_keep_alive", "_last_read", "_paused", "_poisoned", "_received", "_reused", "_timer", "closed",
+        "home", "idle_since", "loop", "parser", "stream", "transport", "used",
+    )  # fmt: skip
+
     def __init__(self, home: Home, loop: asyncio.AbstractEventLoop) -> None:
         # Connection
         self.home = home

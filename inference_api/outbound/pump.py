@@ -7,7 +7,6 @@ through: back-pressure with at most one read in memory. (docs/adr/0002 has the m
 """
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from time import perf_counter
 from typing import Any
@@ -23,6 +22,11 @@ from inference_api.outbound.forward import outcome_of
 
 class Pump:
     """A Sink that writes to an ASGI `send`. `events` is given for a stream of server-sent events."""
+
+    __slots__ = (
+        "_backlog", "_before_end", "_clock", "_direct", "_events", "_failure", "_outcome", "_send", "_stalled",
+        "_status", "_stream", "_taps", "_turn", "_write_stall", "first_at", "size",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class Pump:
         self._outcome: Outcome | None = None
         self._failure: Exception | None = None
         self._stalled: _Suspended | None = None
-        self._backlog: deque[tuple[bytes, bool]] = deque()
+        self._backlog: list[tuple[bytes, bool]] = []
         self._turn: asyncio.Future[None] | None = None
         self._stream: ResponseStream | None = None
 
@@ -144,7 +148,7 @@ class Pump:
             await stalled
         while self._backlog:
             async with asyncio.timeout(self._write_stall):
-                data, complete = self._backlog.popleft()
+                data, complete = self._backlog.pop(0)
                 more = self._follow(data, complete)
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self._stalled = None

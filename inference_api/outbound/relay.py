@@ -45,6 +45,11 @@ class Relay:
     up. `before_end` is called just before the last byte goes out: from then on a client that leaves has not left early.
     """
 
+    __slots__ = (
+        "_before_end", "_call", "_clock", "_direct", "_events", "_first_at", "_pumping", "_reply", "_size", "_taps",
+        "_usage", "_write_stall", "outcome", "started",
+    )  # fmt: skip
+
     def __init__(
         self,
         reply: Reply,
