@@ -96,7 +96,7 @@ async def test_a_client_that_leaves_closes_the_engines_connection(
         await until(lambda: engine.requests)
         assert served.router.load.in_flight == 1
 
-    await until(lambda: engine.busy == 0, seconds=1)
+    await until(lambda: engine.busy == 0)
     await until(lambda: served.lines)
     assert served.lines[0]["outcome"] == "client_gone"
     assert served.lines[0]["status"] == 499
@@ -113,7 +113,7 @@ async def test_a_client_that_leaves_mid_stream_closes_the_engines_connection(
         await client.send(post("/v1/chat/completions", STREAM))
         await client.reader.readuntil(b"data: ")
 
-    await until(lambda: engine.busy == 0, seconds=1)
+    await until(lambda: engine.busy == 0)
     await until(lambda: served.lines)
     assert served.lines[0]["outcome"] == "client_gone"
     assert await served.metric("inference_api_stream_aborts_total", reason="client_disconnect") == 1

@@ -13,7 +13,7 @@ from tests.conftest import Served
 from tests.fakes import FakeEngine, until
 
 # From the end of the last request to silence; it takes milliseconds, unless the machine has other things to do.
-SECONDS = 5.0
+SECONDS = 15.0
 
 
 class Quiescence:
@@ -31,7 +31,7 @@ class Quiescence:
         self._tasks = asyncio.all_tasks()
 
     async def check(self, complaints: list[logging.LogRecord]) -> None:
-        """Fails with what is left, if there is anything left after 5 s."""
+        """Fails with what is left, if there is anything left in the end."""
         try:
             await until(lambda: not any(self._in_flight().values()), SECONDS)
             for served in self.routers:

@@ -369,7 +369,7 @@ async def test_an_idle_connection_that_speaks_is_closed(
     engine: FakeEngine = await start_engine(script)
     await ask(transport, engine)
     # Long before it is too old to be kept.
-    await until(lambda: "0 active, 0 idle" in repr(transport), seconds=2)
+    await until(lambda: "0 active, 0 idle" in repr(transport))
 
     assert await ask(transport, engine) == (200, BODY)
     assert engine.connections == 2

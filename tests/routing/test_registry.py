@@ -276,7 +276,7 @@ async def test_a_failure_nobody_thought_of_does_not_end_the_loop(connect: Start,
     client = connect(refresh=0.01)
     task = asyncio.create_task(client.registry.run())
     try:
-        await until(lambda: client.names == ["a"], seconds=1)
+        await until(lambda: client.names == ["a"])
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError, RuntimeError):
