@@ -40,15 +40,27 @@ def start(directory: Path, *options: str) -> Running:
     # A variable of the router that is none: the demo must not hand it on.
     environment = {**os.environ, "TMPDIR": str(directory), "INFERENCE_API_NONSENSE": "1"}
     command = [sys.executable, "-m", "inference_api", "demo", "--port", "0", "--tokens-per-second", "400", *options]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
     printed = ""
-    for line in process.stdout:
-        printed += line
-        if "Ctrl-C ends it." in line:
-            return Running(process, printed.split()[4].rstrip("."), printed)
+    # Between the choice of a free port and its use another test may take it.
+    for _ in range(3):
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "Ctrl-C ends it." in line:
+                return Running(process, printed.split()[4].rstrip("."), printed)
+        process.stdout.close()
+        process.wait(30)
+        if "Address already in use" not in printed:
+            break
     raise AssertionError(printed)
 
 
