@@ -173,11 +173,12 @@ class Relay:
         length = head.length if status in (204, 304) else b"%d" % len(body)
         direct = self._direct
         if direct is not None and length is not None and not self._taps:
-            self.started = True
-            self._before_end()
             request_id = self._call.request_id.encode()
             lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
             if direct.respond(status, lines, body):
+                self.started = True
+                # Nobody could leave in between: all of it was one turn of the event loop.
+                self._before_end()
                 return Outcome.of_status(status)
         await self._start(send, head.headers, length)
         for tap in self._taps:

@@ -1,13 +1,14 @@
 """Every test here ends with the question whether all is quiet again, asked by the fixtures that start things."""
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
 from tests.conftest import Served
-from tests.fakes import FakeEngine, Script
-from tests.faults.lab import Lab
+from tests.fakes import FakeEngine, Script, answer
+from tests.faults.lab import Lab, Pods
 from tests.faults.quiescence import Quiescence
 
 
@@ -47,6 +48,19 @@ async def start_router(
 
     yield start
     await quiescence.check(caplog.get_records("call"))
+
+
+@pytest.fixture
+async def pods() -> AsyncIterator[Pods]:
+    """`await pods(n, script)` -> engines on 127.0.0.2, 127.0.0.3 ... and one port, as pods have them."""
+    async with AsyncExitStack() as stack:
+
+        async def start(count: int, script: Script = answer) -> list[FakeEngine]:
+            first = await stack.enter_async_context(FakeEngine(script, "127.0.0.2"))
+            others = [FakeEngine(script, f"127.0.0.{number + 2}", first.port) for number in range(1, count)]
+            return [first, *[await stack.enter_async_context(other) for other in others]]
+
+        yield start
 
 
 @pytest.fixture

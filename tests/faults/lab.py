@@ -23,6 +23,8 @@ from tests.fakes import (
 )
 from tests.faults.quiescence import Quiescence
 
+Pods = Callable[..., Awaitable[list[FakeEngine]]]
+
 URL = "/v1/chat/completions"
 # An event stream whose end is the end of the connection.
 UNFRAMED_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"

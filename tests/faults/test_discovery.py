@@ -2,8 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -19,7 +19,6 @@ from tests.fakes import (
     FakeEngine,
     Line,
     Received,
-    Script,
     ScriptedServer,
     answer,
     chunk,
@@ -29,10 +28,10 @@ from tests.fakes import (
     raw,
     until,
 )
+from tests.faults.lab import Pods
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
-Cluster = Callable[..., Awaitable[list[FakeEngine]]]
 
 
 class Records:
@@ -46,19 +45,6 @@ class Records:
         if self.down:
             raise OSError("the name server is down")
         return self.addresses
-
-
-@pytest.fixture
-async def cluster() -> AsyncIterator[Cluster]:
-    """`await cluster(n, script)` -> engines on 127.0.0.2, 127.0.0.3 ... and one port, as pods have them."""
-    async with AsyncExitStack() as stack:
-
-        async def start(count: int, script: Script = answer) -> list[FakeEngine]:
-            first = await stack.enter_async_context(FakeEngine(script, "127.0.0.2"))
-            others = [FakeEngine(script, f"127.0.0.{number + 2}", first.port) for number in range(1, count)]
-            return [first, *[await stack.enter_async_context(other) for other in others]]
-
-        yield start
 
 
 async def serve(start_router: Start, engines: list[FakeEngine], records: Records, **more: Any) -> Served:
@@ -101,8 +87,8 @@ async def read_to(body: AsyncIterator[bytes], mark: bytes) -> bytes:
     return seen
 
 
-async def test_t54_a_record_that_is_removed_is_not_used_any_more(cluster: Cluster, start_router: Start) -> None:
-    engines, records = await cluster(3), Records()
+async def test_t54_a_record_that_is_removed_is_not_used_any_more(pods: Pods, start_router: Start) -> None:
+    engines, records = await pods(3), Records()
     served = await serve(start_router, engines, records, entry={"policy": "round_robin"})
     for _ in range(6):
         assert (await served.chat()).status_code == 200
@@ -122,16 +108,16 @@ async def test_t54_a_record_that_is_removed_is_not_used_any_more(cluster: Cluste
     assert {request.header("host") for engine in engines for request in engine.requests} == {f"pods.test:{gone.port}"}
 
 
-async def test_t54_it_is_found_without_a_request_within_an_interval(cluster: Cluster, start_router: Start) -> None:
-    engines, records = await cluster(2), Records()
+async def test_t54_it_is_found_without_a_request_within_an_interval(pods: Pods, start_router: Start) -> None:
+    engines, records = await pods(2), Records()
     served = await serve(start_router, engines, records, discovery_interval=0.05)
     records.addresses = [engines[1].host]
 
     await until(lambda: labels(served) == [f"127.0.0.3:{engines[1].port}"])
 
 
-async def test_t54_a_name_that_the_registry_adds_is_looked_up_at_once(cluster: Cluster, start_router: Start) -> None:
-    engines, records = await cluster(2), Records()
+async def test_t54_a_name_that_the_registry_adds_is_looked_up_at_once(pods: Pods, start_router: Start) -> None:
+    engines, records = await pods(2), Records()
     records.addresses = [engine.host for engine in engines]
     backend = {"url": f"http://pods.test:{engines[0].port}", "discovery": "dns"}
     async with ScriptedServer(answer) as registry:
@@ -145,9 +131,9 @@ async def test_t54_a_name_that_the_registry_adds_is_looked_up_at_once(cluster: C
         assert (await served.chat()).status_code == 200
 
 
-async def test_t54_a_name_server_that_is_down_hides_nothing_for_ever(cluster: Cluster, start_router: Start) -> None:
+async def test_t54_a_name_server_that_is_down_hides_nothing_for_ever(pods: Pods, start_router: Start) -> None:
     """What left while nobody could tell is gone with the first answer after that."""
-    engines, records = await cluster(2), Records()
+    engines, records = await pods(2), Records()
     served = await serve(start_router, engines, records)
     records.down = True
     for _ in range(3):
@@ -167,9 +153,9 @@ async def test_t54_a_name_server_that_is_down_hides_nothing_for_ever(cluster: Cl
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "::ffff:169.254.169.254", "fd00:ec2::254", "0.0.0.0"])
 async def test_t57_a_name_that_is_bound_to_a_forbidden_address_later_leads_nowhere(
-    cluster: Cluster, start_router: Start, address: str, caplog: pytest.LogCaptureFixture
+    pods: Pods, start_router: Start, address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    [engine], records = await cluster(1), Records()
+    [engine], records = await pods(1), Records()
     served = await serve(start_router, [engine], records)
     records.addresses = [address]
     await served.router.discovery.look()
@@ -183,9 +169,9 @@ async def test_t57_a_name_that_is_bound_to_a_forbidden_address_later_leads_nowhe
     assert address not in repr(served.router.transport)
 
 
-async def test_t57_the_connection_goes_to_the_address_that_was_checked(cluster: Cluster, start_router: Start) -> None:
+async def test_t57_the_connection_goes_to_the_address_that_was_checked(pods: Pods, start_router: Start) -> None:
     """Only one look-up is ever made: there is no second one to which a name server could say something else."""
-    [engine], asked = await cluster(1), []
+    [engine], asked = await pods(1), []
 
     async def rebinding(host: str) -> list[str]:
         asked.append(host)
@@ -209,7 +195,7 @@ async def close_after(request: Received, line: Line) -> None:
     line.close()
 
 
-async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(cluster: Cluster, start_router: Start) -> None:
+async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(pods: Pods, start_router: Start) -> None:
     """Requests that end well, fail, hang and are left, while the records change all the time: every count ends at 0."""
     rand = random.Random(58)
 
@@ -228,7 +214,7 @@ async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(cluster: C
         else:
             await hang(request, line)
 
-    engines, records = await cluster(4, moody), Records()
+    engines, records = await pods(4, moody), Records()
     served = await serve(
         start_router, engines, records, first_byte_timeout=0.3, idle_timeout=0.3, upstream_keepalive=0.2
     )
@@ -267,10 +253,10 @@ async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(cluster: C
 
 @pytest.mark.parametrize("policy", ["two_choices", "least_in_flight", "round_robin"])
 async def test_t59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly(
-    cluster: Cluster, start_router: Start, policy: str
+    pods: Pods, start_router: Start, policy: str
 ) -> None:
     gate, records = Gate(), Records()
-    engines = await cluster(2, gate)
+    engines = await pods(2, gate)
     served = await serve(start_router, engines, records, entry={"policy": policy})
     asking = [asyncio.create_task(served.chat(stream=True)) for _ in range(8)]
     await until(lambda: sum(len(engine.requests) for engine in engines) == 8)
@@ -280,8 +266,8 @@ async def test_t59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly
     assert [len(engine.requests) for engine in engines] == [4, 4]
 
 
-async def test_t59_a_key_whose_home_is_dead_is_answered_by_another(cluster: Cluster, start_router: Start) -> None:
-    engines, records = await cluster(3), Records()
+async def test_t59_a_key_whose_home_is_dead_is_answered_by_another(pods: Pods, start_router: Start) -> None:
+    engines, records = await pods(3), Records()
     served = await serve(start_router, engines, records, entry={"policy": "prefix_affinity"})
     for _ in range(3):
         await served.chat()
@@ -297,10 +283,10 @@ async def test_t59_a_key_whose_home_is_dead_is_answered_by_another(cluster: Clus
 
 
 async def test_t60_an_address_that_moves_takes_new_requests_and_keeps_old_streams(
-    cluster: Cluster, start_router: Start
+    pods: Pods, start_router: Start
 ) -> None:
     gate, records = Gate(), Records()
-    old, new = await cluster(2)
+    old, new = await pods(2)
     old.script = gate
     records.addresses = [old.host]
     served = await serve(start_router, [old, new], records, discovery_interval=0.05, upstream_keepalive=0.2)
@@ -327,10 +313,10 @@ async def test_t60_an_address_that_moves_takes_new_requests_and_keeps_old_stream
 
 
 async def test_t60_a_replica_that_is_removed_and_added_again_mid_stream_is_not_taken_for_idle(
-    cluster: Cluster, start_router: Start
+    pods: Pods, start_router: Start
 ) -> None:
     gate, records = Gate(), Records()
-    engines = await cluster(2, gate)
+    engines = await pods(2, gate)
     # The connections of its first life are of no use to its second, and are closed by their age.
     served = await serve(start_router, engines, records, upstream_keepalive=0.2)
     asking = [asyncio.create_task(served.chat(stream=True)) for _ in range(4)]

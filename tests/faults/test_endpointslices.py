@@ -1,8 +1,7 @@
 """Replicas that come, go and drain as a cluster's API says, on real sockets: nothing is lost, or sent too late."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,24 @@ from tests.fakes import (
     FakeEngine,
     Line,
     Received,
-    Script,
     answer,
     chunk,
     event,
     json_response,
     until,
 )
+from tests.faults.lab import Pods
 from tests.faults.quiescence import Quiescence
 from tests.routing.kube import LABEL, FakeApi, document, endpoint, status
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
-Pods = Callable[..., Awaitable[list[FakeEngine]]]
 
 
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[FakeApi]:
     async with FakeApi(tmp_path) as server:
         yield server
-
-
-@pytest.fixture
-async def pods() -> AsyncIterator[Pods]:
-    """`await pods(n, script)` -> engines on 127.0.0.2, 127.0.0.3 ... and one port."""
-    async with AsyncExitStack() as stack:
-
-        async def start(count: int, script: Script = answer) -> list[FakeEngine]:
-            first = await stack.enter_async_context(FakeEngine(script, "127.0.0.2"))
-            others = [FakeEngine(script, f"127.0.0.{number + 2}", first.port) for number in range(1, count)]
-            return [first, *[await stack.enter_async_context(other) for other in others]]
-
-        yield start
 
 
 def put(api: FakeApi, *engines: FakeEngine, terminating: tuple[FakeEngine, ...] = ()) -> None:

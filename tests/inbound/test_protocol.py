@@ -814,6 +814,27 @@ async def test_a_client_that_reads_no_answer_holds_nothing(
     await until(lambda: engine.busy == 0)
 
 
+async def test_who_leaves_before_an_answer_could_be_written_did_not_get_it(
+    start_engine: Start, start_router: Start
+) -> None:
+    served = await start_router(await start_engine(raw(LARGE)))
+
+    async with raw_client(served.port, receive_buffer=4096) as client:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.send(post(URL, CHAT) * 12)
+        # One answer is there, and waits for those before it to be read.
+        await until(lambda: served.lines)
+        before = 0
+        while before != len(served.lines) or served.router.load.in_flight != 1:
+            before = len(served.lines)
+            await asyncio.sleep(0.3)
+        client.reset()
+        await until(lambda: served.router.load.in_flight == 0)
+
+    assert len(served.lines) == before + 1 < 12
+    assert (served.lines[-1]["outcome"], served.lines[-1]["status"]) == ("client_gone", 499)
+
+
 async def test_a_client_that_reads_slowly_gets_all(start_engine: Start, start_router: Start) -> None:
     served = await start_router(await start_engine(raw(LARGE)), write_stall_timeout=0.5, keepalive_timeout=0.5)
     read = b""
