@@ -123,7 +123,6 @@ class ResponseStream(httpx.AsyncByteStream):
         self.error: httpx.TransportError | None = None
         self.sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
-        # Whoever waits for more wants more than this, unless the body ends before.
         self._wanted = 0
 
     # Called by the connection
@@ -180,11 +179,9 @@ class ResponseStream(httpx.AsyncByteStream):
 
         Raises httpx.TransportError when it breaks off.
         """
-        # No wake-up, and no pause, for each of the reads that it takes.
-        self._wanted = limit
         while not self.complete and self.size <= limit:
-            await self._arrival()
-        self._wanted = 0
+            # No wake-up, and no pause, for each of the reads that it takes.
+            await self._arrival(limit)
         return self.take(), self.complete
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -202,9 +199,11 @@ class ResponseStream(httpx.AsyncByteStream):
         """Done with it. If the response had not ended, its connection is closed: the engine stops generating."""
         self.connection.abandon(self)
 
-    async def _arrival(self) -> None:
+    async def _arrival(self, wanted: int = 0) -> None:
+        """Until more than so many bytes are here, or the body is complete."""
         if self.error is not None:
             raise self.error
+        self._wanted = wanted
         self.resume()
         self._waiter = self.connection.loop.create_future()
         await self._waiter

@@ -173,6 +173,25 @@ async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 # Start
 
 
+async def test_small_answers_are_sent_at_once_on_any_loop() -> None:
+    """asyncio looks at the listener's protocol; uvloop does not need to be told."""
+    nodelay: list[int] = []
+
+    def look(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nodelay.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(look, sock=listen("127.0.0.1", 0, "PORT")) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+
+    await asyncio.to_thread(asyncio.run, main())
+    assert nodelay == [1]
+
+
 def test_the_variable_of_the_other_port_is_named_for_it() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,

@@ -618,6 +618,20 @@ async def test_a_stream_that_the_router_interrupts_is_told_so_if_it_can_be(
     assert not client.complete
 
 
+async def test_after_a_piece_that_may_be_lost_nothing_is_told(
+    pushing: Desk, start_engine: Start, transport: Transport
+) -> None:
+    engine = await start_engine(raw(SSE_HEAD + chunk(event())))
+    response = await transport.handle_async_request(request_for(engine))
+    client = Client(hangs_at=2)
+    relay = relay_of(pushing.reply(200, response.headers.raw, response.stream))  # type: ignore[arg-type]
+    await _cancelled(relay, client, lambda: relay.streamed_events == 1)
+    client.hangs_at = -1
+
+    assert await relay.interrupt(client) is Outcome.DRAIN_TIMEOUT
+    assert client.body == b""
+
+
 async def test_the_end_is_announced_before_the_last_byte(desk: Desk) -> None:
     for parts, kind in (((event(), DONE), SSE), ((ANSWER,), JSON), ((LARGE,), JSON)):
         client = Client()
