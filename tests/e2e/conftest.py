@@ -25,6 +25,9 @@ ENGINE_ENVIRON = {
     # The engines share what cores there are; without this each would pin its threads to all of them.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    # No worker process of its own for each engine: the two would wait for each other by spinning, and on two virtual
+    # cores that was seen to keep everything else, the tests too, from running for up to 5 s.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # vLLM compiles some sampling steps even when eager; that needs a C++ compiler, and seconds at the first request.
     "TORCHDYNAMO_DISABLE": "1",
 }
@@ -76,7 +79,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
             by_model[name] = started[-count:]
         for engine in started:
             engine.wait_until_ready("/health", seconds=480)
-            engine.favour()
         yield by_model
 
 

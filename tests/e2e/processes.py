@@ -57,14 +57,6 @@ class Process:
 
         assert until(ready, seconds, pause=0.1), f"{self.name} was not ready after {seconds} s:\n{self.tail()}"
 
-    def favour(self) -> None:
-        """Put the processes that the server started behind it, and behind the tests: vLLM's wait by spinning."""
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                pid, group = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[2])
-                if group == self._child.pid != pid:
-                    os.setpriority(os.PRIO_PROCESS, pid, 10)
-
     @property
     def alive(self) -> bool:
         return self._child.poll() is None
