@@ -64,7 +64,8 @@ class Rhythm:
 class EndpointSlices:
     """Keeps the replicas of a Fleet at what EndpointSlices say. `relist`: seconds between two lists, +-20 %.
 
-    `failures` counts by why something was of no use; `rand` gives [0, 1). `on_leave` is called when replicas have gone.
+    `failures` counts by why something was of no use; `rand` gives [0, 1), `now` seconds. `on_leave` is called when
+    replicas have gone.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class EndpointSlices:
         failures: Counter[str],
         relist: float = 120.0,
         rand: Callable[[], float] = random.random,
+        now: Callable[[], float] = time.monotonic,
         on_leave: Callable[[], None] = lambda: None,
     ) -> None:
         # Configuration
         self._fleet = fleet
         self._cluster = cluster
         self._failures = failures
-        self._rhythm = Rhythm(relist, rand, time.monotonic)
+        self._rhythm = Rhythm(relist, rand, now)
         self._on_leave = on_leave
         # Shared: the Services in use, as of a version of the fleet, and one watch for each of their namespaces
         self._users: dict[Service, _Users] = {}

@@ -19,12 +19,11 @@ from tests.fakes import (
     answer,
     chunk,
     event,
-    json_response,
     until,
 )
 from tests.faults.lab import Pods
 from tests.faults.quiescence import Quiescence
-from tests.routing.kube import LABEL, FakeApi, document, endpoint, status
+from tests.routing.kube import FakeApi, document, endpoint
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -100,10 +99,6 @@ async def test_t54_while_the_api_is_away_what_was_known_serves(api: FakeApi, pod
     assert (await served.client.get("/readyz")).status_code == 200
 
 
-async def forbidden(request: Received, line: Line) -> None:
-    await line.send(json_response(status(403, "endpointslices is forbidden"), "403 Forbidden"))
-
-
 async def readiness(served: Served) -> tuple[int, str]:
     answer = await served.client.get("/readyz")
     return answer.status_code, answer.json()["status"]
@@ -127,13 +122,13 @@ async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(
 ) -> None:
     [engine] = await pods(1)
     put(api, engine)
-    api.on_list.extend([forbidden] * 10_000)
+    api.forbidden.add("models")
     served = await serve(start_router, api)
 
     assert await readiness(served) == (503, "starting")
     await until(lambda: "not ready: the Services of ['models'] have never been listed" in caplog.text)
     assert await readiness(served) == (503, "starting")
-    api.on_list.clear()
+    api.forbidden.clear()
     await until(lambda: served.router.probes.state == "ready" and api.watches)
     # What stays is the watch, once it has begun on both sides.
     await asyncio.sleep(0.2)
@@ -149,13 +144,7 @@ async def test_t54_one_namespace_that_may_not_be_listed_does_not_hold_up_the_oth
     [engine] = await pods(1)
     put(api, engine)
 
-    async def script(request: Received, line: Line) -> None:
-        if "/namespaces/secret/" in request.target:
-            await forbidden(request, line)
-        else:
-            await api._list("models", {"limit": "500", "labelSelector": LABEL}, line)
-
-    api.on_list.extend([script] * 10_000)
+    api.forbidden.add("secret")
     hosts = {"m": "llama.models.svc", "other": "llama.secret.svc"}
     models = [{"name": m, "backends": [{"url": f"http://{host}", "discovery": "dns"}]} for m, host in hosts.items()]
     served = await start_router(models=models, cluster=api.cluster)
@@ -169,10 +158,10 @@ async def test_t54_one_namespace_that_may_not_be_listed_does_not_hold_up_the_oth
 async def test_t54_a_router_that_is_told_to_stop_before_it_was_ready_does_not_become_so(
     api: FakeApi, start_router: Start, hurry: None, quiescence: Quiescence
 ) -> None:
-    api.on_list.extend([forbidden] * 10_000)
+    api.forbidden.add("models")
     served = await serve(start_router, api)
     served.router.drain()
-    api.on_list.clear()
+    api.forbidden.clear()
     await until(lambda: api.watches)
     await asyncio.sleep(0.3)
     quiescence.begin()

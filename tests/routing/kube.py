@@ -60,13 +60,14 @@ class FakeApi(ScriptedServer):
     """Lists and watches of what `slices` holds; `put` and `remove` change that.
 
     `on_list` and `on_watch` are scripts for the next requests of their kind, in place of a sound answer. `lost`: so
-    many of the next changes are never told to a watch. `token`: what it lets in. `lists`, `watches`: how many it
-    answered.
+    many of the next changes are never told to a watch. `token`: what it lets in; `forbidden`: namespaces that nobody
+    may see. `lists`, `watches`: how many it answered.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(self._serve)
         self.token = "secret-of-the-pod"
+        self.forbidden: set[str] = set()
         self.slices: dict[tuple[str, str], dict[str, Any]] = {}
         self.on_list: deque[Script] = deque()
         self.on_watch: deque[Script] = deque()
@@ -129,6 +130,9 @@ class FakeApi(ScriptedServer):
             return
         namespace = parts.path.split("/")[5]
         assert parts.path == f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
+        if namespace in self.forbidden:
+            await line.send(json_response(status(403, "endpointslices is forbidden"), "403 Forbidden"))
+            return
         scripts = self.on_watch if "watch" in query else self.on_list
         if scripts:
             await scripts.popleft()(request, line)

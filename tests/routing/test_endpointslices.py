@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,8 +18,8 @@ from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.discovery import Discovery
-from inference_api.routing.endpointslices import EndpointSlices, watched_in
-from tests.fakes import Line, Received, Script, chunk, hang, json_response, raw, until
+from inference_api.routing.endpointslices import EndpointSlices, Rhythm, watched_in
+from tests.fakes import LAST_CHUNK, Line, Received, Script, chunk, hang, json_response, raw, until
 from tests.routing.kube import WATCH_HEAD, FakeApi, document, endpoint, event, status
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +51,15 @@ def tell(fleet: Fleet, **models: list[dict[str, Any]]) -> None:
 
 def labels(fleet: Fleet, model: str = "m") -> list[str]:
     return [backend.label for backend in fleet.models[model].backends]
+
+
+def said(caplog: pytest.LogCaptureFixture, text: str) -> int:
+    return sum(text in message for message in caplog.messages)
+
+
+# Answers of a server that cannot, and of one that has ended a watch
+BROKEN = raw(json_response(status(500, "etcd is away"), "500 Internal Server Error"))
+ENDED = raw(WATCH_HEAD, LAST_CHUNK)
 
 
 @asynccontextmanager
@@ -121,6 +131,15 @@ async def test_a_service_without_a_pod_has_none(api: FakeApi, caplog: pytest.Log
     assert [record.levelname for record in caplog.records if "other addresses" in record.message] == ["WARNING"]
 
 
+async def test_a_list_that_says_the_same_is_no_news(api: FakeApi, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "inference_api")
+    api.put(document("s", "llama", "10.0.0.1"))
+    async with watching(fleet_of(m=[backend("llama")]), api, relist=0.05):
+        await until(lambda: api.lists > 3)
+
+    assert said(caplog, "other addresses") == 1
+
+
 async def test_each_url_of_a_service_gets_its_own_port(api: FakeApi) -> None:
     ports = [("http", 8000), ("metrics", 9090)]
     api.put(document("s", "llama", "10.0.0.1", ports=ports))
@@ -148,6 +167,15 @@ async def test_namespaces_are_watched_one_by_one_and_names_of_no_service_are_lef
         assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"]
 
     assert (api.lists, api.watches) == (2, 2)
+
+
+async def test_nobody_is_asked_about_a_backend_that_is_not_to_be_discovered(api: FakeApi) -> None:
+    api.put(document("s", "llama", "10.0.0.1"))
+    fleet = fleet_of(m=[{"url": "http://llama:8000"}])
+    async with watching(fleet, api):
+        assert labels(fleet) == ["llama:8000"]
+
+    assert not api.requests
 
 
 async def test_a_new_catalogue_is_followed_at_once(api: FakeApi) -> None:
@@ -178,10 +206,10 @@ async def test_a_new_catalogue_is_followed_at_once(api: FakeApi) -> None:
 
 
 async def test_more_services_than_a_selector_should_name_are_picked_here(
-    api: FakeApi, monkeypatch: pytest.MonkeyPatch
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cluster_module, "_MAX_NAMES", 2)
-    for name in ("a", "b", "c", "stranger"):
+    for name in ("a", "b", "c", "stranger", "unknown"):
         api.put(document(f"{name}-1", name, f"10.0.0.{ord(name[0])}"))
     fleet = fleet_of(m=[backend("a"), backend("b"), backend("c")])
     async with watching(fleet, api):
@@ -192,6 +220,12 @@ async def test_more_services_than_a_selector_should_name_are_picked_here(
         await until(lambda: len(labels(fleet)) == 2)
         api.put(document("stranger-1", "a", "10.0.1.3"))
         await until(lambda: len(labels(fleet)) == 3)
+        await api.stop()
+        await until(lambda: said(caplog, "cannot be watched"))
+
+    # Of what others have, nothing is kept: in a large cluster that is nearly all.
+    [fields] = [record.fields for record in caplog.records if "cannot be watched" in record.message]  # type: ignore[attr-defined]
+    assert fields == {"serving": 3}
 
 
 async def test_a_list_comes_in_pages(api: FakeApi) -> None:
@@ -218,6 +252,129 @@ async def test_addresses_and_ports_of_no_use_are_told_once(api: FakeApi, caplog:
     assert failures == {"port": 1}
     assert sum("are refused, first '169.254.169.254'" in message for message in caplog.messages) == 1
     assert sum("which port" in message for message in caplog.messages) == 1
+
+
+async def test_what_is_wrong_is_told_again_when_it_is_something_else(
+    api: FakeApi, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.put(document("s", "llama", "10.0.0.1", "169.254.169.254"))
+    fleet = fleet_of(m=[backend("llama")])
+    async with watching(fleet, api) as (found, _):
+        api.put(document("s", "llama", "10.0.0.2", "169.254.0.1"))
+        await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
+        # Or when the catalogue had done without the Service.
+        for host in ("other", "llama"):
+            tell(fleet, m=[backend(host)])
+            found.wake()
+            await until(lambda host=host: set(fleet.addresses) == {f"http://{host}:8000"})  # type: ignore[misc]
+
+    refused = [message.rpartition(" ")[2] for message in caplog.messages if "are refused" in message]
+    assert refused == ["'169.254.169.254'", "'169.254.0.1'", "'169.254.0.1'"]
+
+
+# When it does what again
+
+
+def test_routers_that_started_together_do_not_go_on_listing_together() -> None:
+    rounds = [Rhythm(120, lambda rand=rand: rand, time.monotonic).round() for rand in (0.0, 0.5, 1.0)]  # type: ignore[misc]
+    assert rounds == pytest.approx([96, 120, 144])
+
+
+@pytest.mark.parametrize(
+    ("relist", "longest"), [(120, [1, 2, 4, 8, 16, 30, 30]), (3, [1, 2, 3, 3]), (0.5, [0.5, 0.5])], ids=str
+)
+def test_pauses_double_up_to_a_limit_and_are_any_part_of_that(relist: float, longest: list[float]) -> None:
+    for rand in (0.0, 0.25, 1.0):
+        rhythm = Rhythm(relist, lambda rand=rand: rand, time.monotonic)  # type: ignore[misc]
+        assert [rhythm.pause(failed) for failed in range(1, len(longest) + 1)] == [rand * one for one in longest]
+        assert rhythm.pause(100_000) == rand * longest[-1]
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After how many failures in a row each pause would have been; none is made."""
+    counts: list[int] = []
+
+    def pause(rhythm: Rhythm, failed_in_a_row: int) -> float:
+        counts.append(failed_in_a_row)
+        return 0.0
+
+    monkeypatch.setattr(Rhythm, "pause", pause)
+    return counts
+
+
+class Clock:
+    """`now`, and scripts that first let it go on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def after(self, seconds: float, script: Script) -> Script:
+        async def later(request: Received, line: Line) -> None:
+            self.now += seconds
+            await script(request, line)
+
+        return later
+
+
+async def test_a_failure_after_a_long_time_is_none_of_several_in_a_row(api: FakeApi, pauses: list[int]) -> None:
+    api.put(document("s", "llama", "10.0.0.1"))
+    clock = Clock()
+    api.on_list.extend([BROKEN] * 3)
+    api.on_watch.extend([clock.after(29, BROKEN), clock.after(31, BROKEN)])
+    async with watching(fleet_of(m=[backend("llama")]), api, now=lambda: clock.now):
+        await until(lambda: api.watches == 1)
+
+    assert pauses == [1, 2, 3, 4, 1]
+
+
+async def test_a_watch_that_lasted_is_gone_on_with_at_once(api: FakeApi, pauses: list[int]) -> None:
+    api.put(document("s", "llama", "10.0.0.1"))
+    clock = Clock()
+    api.on_watch.extend([ENDED, ENDED, clock.after(2, ENDED), ENDED])
+    async with watching(fleet_of(m=[backend("llama")]), api, now=lambda: clock.now):
+        await until(lambda: api.watches == 1)
+
+    assert pauses == [1, 2, 1]
+
+
+# When the router may be ready
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_api.routing.endpointslices._PATIENCE", 0.1)
+    monkeypatch.setattr("inference_api.routing.endpointslices._LOOK", 0.002)
+
+
+@pytest.mark.parametrize(
+    "backends",
+    [[backend("llama.secret"), {"url": "http://plain:1"}], [backend("llama.secret"), backend("llama.models")]],
+    ids=["a replica that needs no list", "a namespace that was listed, though it has nobody"],
+)
+async def test_what_can_be_served_is_not_held_up_for_ever(
+    backends: list[dict[str, Any]], api: FakeApi, hurry: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.forbidden.add("secret")
+    async with watching(fleet_of(m=backends), api, rand=lambda: 0.01) as (found, _):
+        await asyncio.wait_for(found.known(), 15)
+
+    assert said(caplog, "ready, though the Services of ['secret'] have never been listed") == 1
+
+
+async def test_with_nobody_to_send_to_it_waits_and_says_so_once(
+    api: FakeApi, hurry: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.forbidden.add("models")
+    async with watching(fleet_of(m=[backend("llama")]), api, rand=lambda: 0.01) as (found, _):
+        known = asyncio.create_task(found.known())
+        await until(lambda: said(caplog, "not ready: the Services of ['models']"))
+        await asyncio.sleep(0.1)
+        assert not known.done()
+        assert said(caplog, "not ready") == 1
+
+        api.forbidden.clear()
+        await asyncio.wait_for(known, 15)
 
 
 # How it keeps up
@@ -321,7 +478,7 @@ async def silent_watch(request: Received, line: Line) -> None:
 LIST_FAULTS: dict[str, tuple[str, Script]] = {
     "hangs": ("timeout", hang),
     "hangs up": ("connect", cut),
-    "is broken": ("status", raw(json_response(status(500, "etcd is away"), "500 Internal Server Error"))),
+    "is broken": ("status", BROKEN),
     "forbids it": ("status", raw(json_response(status(403, "forbidden"), "403 Forbidden"))),
     "forgets its place": ("gone", raw(json_response(status(410), "410 Gone"))),
     "says nothing": ("garbage", raw(json_response({}))),
@@ -334,7 +491,7 @@ LIST_FAULTS: dict[str, tuple[str, Script]] = {
 WATCH_FAULTS: dict[str, tuple[str, Script]] = {
     "hangs": ("timeout", hang),
     "hangs up": ("connect", cut),
-    "is broken": ("status", raw(json_response(status(500), "500 Internal Server Error"))),
+    "is broken": ("status", BROKEN),
     "forbids it": ("status", raw(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 2\r\n\r\nno")),
     "forgets": ("gone", raw(json_response(status(410), "410 Gone"))),
     "ends with a fault": ("status", raw(WATCH_HEAD, chunk(event("ERROR", status(500))))),
@@ -426,6 +583,22 @@ async def test_a_server_that_is_away_and_comes_back_is_followed_again(api: FakeA
             await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
 
 
+async def test_each_time_that_it_cannot_be_watched_and_can_again_is_told(
+    api: FakeApi, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "inference_api")
+    api.put(document("s", "llama", "10.0.0.1"))
+    fleet = fleet_of(m=[backend("llama")])
+    async with watching(fleet, api, relist=0.1):
+        for number in (1, 2):
+            api.on_list.extend([BROKEN] * 2)
+            await until(lambda number=number: said(caplog, "are watched again") == number)  # type: ignore[misc]
+        api.put(document("s", "llama", "10.0.0.2"))
+        await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
+
+    assert (said(caplog, "cannot be watched"), said(caplog, "are watched again")) == (2, 2)
+
+
 async def test_a_slice_that_makes_no_sense_stays_what_it_was_and_spoils_no_other(
     api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -449,10 +622,21 @@ async def test_a_slice_that_makes_no_sense_stays_what_it_was_and_spoils_no_other
     assert sum("makes no sense: 's'" in message for message in caplog.messages) == 1
 
 
+async def test_a_slice_that_makes_no_sense_again_after_it_was_gone_is_news(
+    api: FakeApi, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with watching(fleet_of(m=[backend("llama")]), api, relist=0.05):
+        for number in (1, 2):
+            api.put(document("s", "llama") | {"endpoints": [{"addresses": "10.0.0.7"}]})
+            await until(lambda number=number: said(caplog, "makes no sense: 's'") == number)  # type: ignore[misc]
+            api.remove("s")
+            lists = api.lists
+            await until(lambda lists=lists: api.lists > lists + 1)  # type: ignore[misc]
+
+
 async def test_a_server_that_ends_every_watch_at_once_is_not_pestered(api: FakeApi) -> None:
     api.put(document("s", "llama", "10.0.0.1"))
-    ended = raw(WATCH_HEAD, b"0\r\n\r\n")
-    api.on_watch.extend([ended] * 1000)
+    api.on_watch.extend([ENDED] * 1000)
     fleet = fleet_of(m=[backend("llama")])
     async with watching(fleet, api, rand=lambda: 0.5):
         await until(lambda: len(api.requests) == 3)
