@@ -1,5 +1,6 @@
 """The chart as real Helm installs it, for every values file there is: once, for all tests and their processes."""
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -28,6 +29,18 @@ VALUES = {path.stem.removesuffix("-values"): path for path in sorted((CHART / "c
 CLUSTERS = {path.stem: path for path in sorted((ROOT / "k8s" / "clusters").glob("*.yaml"))}
 # Each install on both ends of the range of releases; a cluster's overlay on the newest.
 INSTALLS = [f"{name} on {release}" for name in VALUES for release in (OLDEST, NEWEST)] + [*CLUSTERS]
+# Of marked-values.yaml, what cannot be together.
+MARKED: Json = yaml.safe_load(Path(__file__).with_name("marked-values.yaml").read_text())
+_OWN_REGISTRY: Json = {"router.registry.url": ""}
+MARKED_INSTALLS: dict[str, Json] = {
+    "marks": {**_OWN_REGISTRY, "router.autoscaling.enabled": False},
+    "marks with an HPA": _OWN_REGISTRY,
+    "marks with KEDA": {
+        "router.autoscaling.enabled": False,
+        "router.keda.enabled": True,
+        "registry.enabled": False,
+    },
+}
 every_install = pytest.mark.parametrize("name", INSTALLS)
 WORKLOADS = ("Deployment", "StatefulSet")
 
@@ -299,6 +312,8 @@ def _jobs(with_files: Path) -> dict[str, Json]:
     for name in INSTALLS:
         release = name.partition(" on ")[2] or NEWEST
         jobs[name] = {"chart": chart, "values": values_of(name), "kubernetes": release}
+    for name, changes in MARKED_INSTALLS.items():
+        jobs[name] = {"chart": chart, "values": _changed(MARKED, changes), "kubernetes": NEWEST}
     for name, (values, _) in REFUSED.items():
         jobs[name] = {"chart": chart, "values": values, "kubernetes": NEWEST}
     default = {"chart": chart, "values": {}, "kubernetes": NEWEST}
@@ -351,18 +366,32 @@ def _jobs(with_files: Path) -> dict[str, Json]:
     }
 
 
+def _changed(values: Json, changes: Json) -> Json:
+    """Values with some of them, by their path with dots, replaced."""
+    values = copy.deepcopy(values)
+    for path, value in changes.items():
+        *outer, last = path.split(".")
+        inner = values
+        for key in outer:
+            inner = inner[key]
+        inner[last] = value
+    return values
+
+
 def _run() -> dict[str, Json]:
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "inference-api"
-        shutil.copytree(CHART, copy, ignore=shutil.ignore_patterns("files"))
+        with_files = Path(folder) / "inference-api"
+        shutil.copytree(CHART, with_files, ignore=shutil.ignore_patterns("files"))
         for path, text in {"rules/some.yaml": yaml.safe_dump(RULES), "dashboards/some.json": DASHBOARD}.items():
-            (copy / "files" / path).parent.mkdir(parents=True)
-            (copy / "files" / path).write_text(text)
+            (with_files / "files" / path).parent.mkdir(parents=True)
+            (with_files / "files" / path).write_text(text)
         # Without what keeps it from being told what cannot be.
-        shutil.copytree(copy, copy.with_name("unchecked"), ignore=shutil.ignore_patterns("values.schema.json"))
+        shutil.copytree(
+            with_files, with_files.with_name("unchecked"), ignore=shutil.ignore_patterns("values.schema.json")
+        )
         done = subprocess.run(
             [HOME / "venv" / "bin" / "python", "-m", "tests.k8s.helm"],
-            input=json.dumps(_jobs(copy)),
+            input=json.dumps(_jobs(with_files)),
             env={"PATH": os.environ["PATH"], "HOME": folder, "HELM_DRIVER": "memory"},
             check=False,
             cwd=ROOT,
@@ -379,7 +408,7 @@ def _key() -> str:
     """Of all that the results depend on."""
     assert _INSTALLED is not None
     digest = hashlib.sha256(_INSTALLED.name.encode())
-    runner = [Path(__file__), Path(__file__).with_name("helm.py"), Path(__file__).with_name("fake_api.py")]
+    runner = [Path(__file__).with_name(name) for name in ("charts.py", "helm.py", "fake_api.py", "marked-values.yaml")]
     for path in sorted([*CHART.rglob("*"), *CLUSTERS.values(), *runner]):
         if path.is_file():
             digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())

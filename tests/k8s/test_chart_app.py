@@ -22,6 +22,8 @@ from registry_stub.store import Store
 from tests.command import ready
 from tests.fakes import FakeEngine
 from tests.k8s.charts import (
+    MARKED,
+    NAMESPACE,
     ROOT,
     catalogue,
     environ,
@@ -60,6 +62,52 @@ def test_each_value_arrives() -> None:
     assert settings(installed("keda on 1.37")).registry_refresh == 2.5
     assert environ(installed("endpointslices on 1.37"))["INFERENCE_API_DISCOVERY"] == "endpointslices"
     assert "INFERENCE_API_DISCOVERY" not in environ(installed("default on 1.37"))
+
+
+def test_each_value_arrives_where_it_is_meant_to() -> None:
+    router = MARKED["router"]
+    timeouts, drain, limits = router["timeouts"], router["drain"], router["limits"]
+
+    read = settings(installed("marks"))
+
+    assert (read.host, read.port, read.ops_port) == (router["host"], *router["ports"].values())
+    assert (read.log_level, read.breaker_failures) == (router["logLevel"], router["settings"]["BREAKER_FAILURES"])
+    assert (read.connect_timeout, read.first_byte_timeout) == (timeouts["connect"], timeouts["firstByte"])
+    assert (read.idle_timeout, read.total_timeout) == (timeouts["idle"], timeouts["total"])
+    assert (read.stream_timeout, read.discovery) == (timeouts["stream"], router["discovery"]["mode"])
+    assert (read.drain_delay, read.drain_timeout) == (drain["delaySeconds"], drain["timeoutSeconds"])
+    assert (read.max_in_flight, read.max_body_bytes) == (limits["maxInFlight"], limits["maxBodyBytes"])
+    assert (read.max_buffered_bytes, read.discovery_interval) == (
+        limits["maxBufferedBytes"],
+        router["discovery"]["intervalSeconds"],
+    )
+    assert read.registry_refresh == router["registry"]["refreshSeconds"]
+
+
+def test_traces_go_by_the_protocol_that_the_router_speaks_and_say_whose_they_are() -> None:
+    found = installed("marks")
+    otel = MARKED["monitoring"]["otel"]
+    variables = router_pod(found)["containers"][0]["env"]
+    given = {
+        one["name"]: one.get("value") or one["valueFrom"]["fieldRef"]["fieldPath"]
+        for one in variables
+        if "secretKeyRef" not in one.get("valueFrom", {})
+    }
+
+    assert {name: value for name, value in given.items() if name.startswith(("OTEL_", "K8S_"))} == {
+        "K8S_POD_NAME": "metadata.name",
+        "K8S_NODE_NAME": "spec.nodeName",
+        "OTEL_SERVICE_NAME": MARKED["fullnameOverride"],
+        "OTEL_EXPORTER_OTLP_ENDPOINT": otel["endpoint"],
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_TRACES_SAMPLER": otel["sampler"],
+        "OTEL_TRACES_SAMPLER_ARG": otel["samplerArg"],
+        "OTEL_RESOURCE_ATTRIBUTES": f"k8s.namespace.name={NAMESPACE},k8s.pod.name=$(K8S_POD_NAME),"
+        f"k8s.node.name=$(K8S_NODE_NAME),k8s.cluster.name={MARKED['clusterName']}",
+    }
+    names = [one["name"] for one in variables]
+    # A name is only put in where it was given before.
+    assert max(names.index("K8S_POD_NAME"), names.index("K8S_NODE_NAME")) < names.index("OTEL_RESOURCE_ATTRIBUTES")
 
 
 @every_install
@@ -159,6 +207,15 @@ def test_the_registry_accepts_its_arguments(name: str) -> None:
     assert not mounts[str(read.database.parent)].get("readOnly")
     assert mounts[str(read.catalogue.parent)]["name"] == "catalogue"
     assert "REGISTRY_STUB_TOKEN" in {variable["name"] for variable in container["env"]}
+
+
+def test_the_registrys_values_arrive() -> None:
+    """The address of a cluster that has IPv6 only, too: it is full of colons."""
+    (container,) = installed("marks").one("StatefulSet")["spec"]["template"]["spec"]["containers"]
+    read = _parser().parse_args(container["args"])
+
+    assert (read.host, read.port) == (MARKED["router"]["host"], MARKED["registry"]["service"]["port"])
+    assert read.log_level == MARKED["registry"]["logLevel"]
 
 
 async def test_the_registrys_probes_are_answered(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_budgets_and_network_policies_select_pods_and_their_ports(name: str) -> 
         selector = (spec.get("podSelector") or spec["selector"])["matchLabels"]
         selected = [t for t in templates(found) if matches(selector, t["metadata"]["labels"])]
         assert selected, document["metadata"]["name"]
+        if document["kind"] == "PodDisruptionBudget":
+            assert spec["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
         for rule in spec.get("ingress", ()):
             for template in selected:
                 open_ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
@@ -185,6 +187,7 @@ def test_monitors_find_what_they_scrape(name: str) -> None:
 
     for monitor in found.of("ServiceMonitor"):
         (endpoint,) = monitor["spec"]["endpoints"]
+        assert endpoint["honorLabels"] is False
         selector = monitor["spec"]["selector"]["matchLabels"]
         (service,) = [o for o in found.of("Service") if matches(selector, o["metadata"]["labels"])]
         assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
@@ -193,6 +196,8 @@ def test_monitors_find_what_they_scrape(name: str) -> None:
         assert service["spec"].get("publishNotReadyAddresses", False) == (component_of(monitor) == "router")
     for monitor in found.of("PodMonitor"):
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        # vLLM's own model_name stays.
+        assert endpoint["honorLabels"] is True
         selector = monitor["spec"]["selector"]["matchLabels"]
         if monitor["spec"]["namespaceSelector"]["matchNames"] != [NAMESPACE]:
             continue

@@ -4,7 +4,7 @@ import pytest
 
 from inference_api.app import Router
 from inference_api.settings import Settings
-from tests.k8s.charts import NAMESPACE, every_install, installed, require_helm, values_of
+from tests.k8s.charts import MARKED, NAMESPACE, every_install, installed, require_helm, values_of
 
 require_helm()
 pytestmark = pytest.mark.timeout(300)
@@ -74,6 +74,17 @@ def test_images_are_pinned(name: str) -> None:
             assert tag != "latest", pod
 
 
+def test_images_are_pulled_as_they_are_to_be() -> None:
+    policies = {
+        (container["image"].partition("@")[0].rpartition("/")[2].partition(":")[0], container["imagePullPolicy"])
+        for _, _, spec in installed("marks").pods()
+        for container in spec["containers"]
+    }
+
+    images = [MARKED["image"], *MARKED["engines"]["images"].values()]
+    assert policies == {(image["repository"], image["pullPolicy"]) for image in images}
+
+
 @every_install
 def test_whatever_a_pod_mounts_is_there(name: str) -> None:
     found = installed(name)
@@ -82,15 +93,18 @@ def test_whatever_a_pod_mounts_is_there(name: str) -> None:
         c["metadata"]["name"] for o in found.of("StatefulSet") for c in o["spec"].get("volumeClaimTemplates", ())
     }
 
-    for pod, _, spec in found.pods():
+    for pod, meta, spec in found.pods():
         volumes = {volume["name"]: volume for volume in spec.get("volumes", ())}
         mounts = {mount["name"] for container in spec["containers"] for mount in container.get("volumeMounts", ())}
         assert mounts == volumes.keys() | (claimed & mounts), pod
         assert spec.get("serviceAccountName", "default") in made["ServiceAccount"], pod
+        assert ("serviceAccountName" in spec) == (meta["labels"]["app.kubernetes.io/component"] != "test"), pod
         for volume in volumes.values():
             assert volume.get("configMap", {"name": "ca"})["name"] in made["ConfigMap"], pod
             claim = volume.get("persistentVolumeClaim", {"claimName": "weights"})["claimName"]
             assert claim in made["PersistentVolumeClaim"], pod
+            # One that says nothing but its name would be an empty directory.
+            assert len(volume) == 2, pod
 
 
 @every_install
@@ -98,6 +112,8 @@ def test_rollouts_never_take_a_router_away_first(name: str) -> None:
     spec = installed(name).one("Deployment", "router")["spec"]
 
     assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": "25%"}
+    # A pod that ends at once after its start ends the rollout, not the release before it.
+    assert spec["minReadySeconds"] >= 5
     assert spec["progressDeadlineSeconds"] > spec["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
@@ -115,6 +131,9 @@ def test_only_one_decides_on_the_number_of_routers(name: str) -> None:
     for scaler in scalers:
         target = scaler["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
+    for scaler in found.of("ScaledObject"):
+        fallback = scaler["spec"]["fallback"]
+        assert (fallback["replicas"], fallback["behavior"]) == (2, "currentReplicasIfHigher")
 
 
 @pytest.mark.parametrize("name", ["an HPA from now on", "KEDA from now on"])
