@@ -54,6 +54,13 @@ def test_engines_are_split_over_their_gpus() -> None:
     assert found["mistral-7b"]["nodeSelector"] == {"pool": "gpu", "gpu": "l4"}
 
 
+def test_engines_listen_where_the_cluster_has_addresses() -> None:
+    """In one that has IPv6 only, nobody would reach 0.0.0.0."""
+    for name, host in {"engines on 1.37": "0.0.0.0", "marks": "::"}.items():
+        arguments = {a for engine in engines(installed(name)).values() for a in engine["containers"][0]["args"]}
+        assert {a for a in arguments if a.startswith("--host")} == {f"--host={host}", f"--hostname={host}"}
+
+
 @every_install
 def test_tgi_is_a_release_that_its_user_can_run(name: str) -> None:
     """From 3.1 on its libpython is where only root may read: huggingface/text-generation-inference#3082, open."""

@@ -9,15 +9,15 @@ inference-api/service: {{ .slug }}
 inference-api/service: {{ .slug }}
 {{- end -}}
 
-{{/* What each engine is started with; dict name, model, engines. */}}
+{{/* What each engine is started with; dict name, model, engines, host. */}}
 {{- define "inference-api.vllmCommand" -}}
 {{- $gpus := int (.model.deploy.gpus | default 1) -}}
 command: [vllm, serve]
 args:
   - {{ required (printf "models.%s.deploy.model: what the engine loads" .name) .model.deploy.model | quote }}
-  - --host=0.0.0.0
+  - {{ printf "--host=%s" .host | quote }}
   - --port={{ int .engines.port }}
-  - --served-model-name={{ .model.served_model_name | default .name }}
+  - {{ printf "--served-model-name=%s" (.model.served_model_name | default .name) | quote }}
   - --download-dir=/cache/huggingface/hub
   - --shutdown-timeout={{ int .engines.drain.timeoutSeconds }}
   {{- if gt $gpus 1 }}
@@ -32,8 +32,8 @@ args:
 {{- $gpus := int (.model.deploy.gpus | default 1) -}}
 command: [text-generation-launcher]
 args:
-  - --model-id={{ required (printf "models.%s.deploy.model: what the engine loads" .name) .model.deploy.model }}
-  - --hostname=0.0.0.0
+  - {{ required (printf "models.%s.deploy.model: what the engine loads" .name) .model.deploy.model | printf "--model-id=%s" | quote }}
+  - {{ printf "--hostname=%s" .host | quote }}
   - --port={{ int .engines.port }}
   - --huggingface-hub-cache=/cache/huggingface/hub
   {{- if gt $gpus 1 }}

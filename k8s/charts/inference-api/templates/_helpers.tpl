@@ -26,8 +26,8 @@ Labels; dict root, component. Selectors are immutable, so of all values only nam
 install, and an upgrade that changes it fails. commonLabels come later, and the schema keeps these names out of them.
 */}}
 {{- define "inference-api.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "inference-api.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "inference-api.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -182,6 +182,6 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 {{- with .priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}

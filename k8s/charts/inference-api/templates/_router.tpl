@@ -61,7 +61,7 @@ labels to select them by: a NetworkPolicy knows no host names.
 {{- end }}
 {{- range $name, $source := $router.backendTokens }}
 - name: {{ $name }}
-  valueFrom: {secretKeyRef: {name: {{ $source.secret }}, key: {{ $source.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ $source.secret | quote }}, key: {{ $source.key | quote }}}}
 {{- end }}
 {{- with .Values.monitoring.otel }}
 {{- if .enabled }}
@@ -76,7 +76,7 @@ labels to select them by: a NetworkPolicy knows no host names.
 - name: OTEL_EXPORTER_OTLP_PROTOCOL
   value: http/protobuf
 - name: OTEL_TRACES_SAMPLER
-  value: {{ .sampler }}
+  value: {{ .sampler | quote }}
 - name: OTEL_TRACES_SAMPLER_ARG
   value: {{ .samplerArg | quote }}
 - name: OTEL_RESOURCE_ATTRIBUTES
