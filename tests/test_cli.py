@@ -240,12 +240,12 @@ def test_a_catalogue_without_models_is_a_table_without_rows(
 # serve
 
 
-def watch(number: int, ports: list[int], seen: list[int]) -> None:
+def watch(number: int, host: str, ports: list[int], seen: list[int]) -> None:
     """Wait for the router in this process, look at its ports, and send the signal; if it never comes, send none."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
-            seen[:] = [httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code for port in ports]
+            seen[:] = [httpx.get(f"http://{host}:{port}/readyz", trust_env=False).status_code for port in ports]
         except httpx.TransportError:
             time.sleep(0.02)
         else:
@@ -253,10 +253,13 @@ def watch(number: int, ports: list[int], seen: list[int]) -> None:
             return
 
 
-@pytest.mark.parametrize(("number", "answers"), [(signal.SIGTERM, [404, 200]), (signal.SIGINT, [200])])
+@pytest.mark.parametrize(
+    ("number", "host", "answers"), [(signal.SIGTERM, "127.0.0.1", [404, 200]), (signal.SIGINT, "[::1]", [200])]
+)
 @pytest.mark.usefixtures("_logging")
 def test_serve_serves_until_the_signal(
     number: int,
+    host: str,
     answers: list[int],
     catalogue: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -267,16 +270,16 @@ def test_serve_serves_until_the_signal(
         monkeypatch.setenv("INFERENCE_API_OPS_PORT", str(ports[1]))
     handler = signal.getsignal(number)
     seen: list[int] = []
-    watcher = threading.Thread(target=watch, args=(number, ports, seen))
+    watcher = threading.Thread(target=watch, args=(number, host, ports, seen))
 
     watcher.start()
-    code = main(["serve", "--port", str(ports[0]), "--catalogue", str(catalogue)])
+    code = main(["serve", "--host", host.strip("[]"), "--port", str(ports[0]), "--catalogue", str(catalogue)])
     watcher.join()
 
     assert (code, seen) == (0, answers)
     lines = [orjson.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines if line["event"] != "request"] == ["serving", "stopped"]
-    assert lines[0]["address"] == f"127.0.0.1:{ports[0]}"
+    assert lines[0]["address"] == f"{host}:{ports[0]}"
     assert signal.getsignal(number) == handler
 
 

@@ -52,7 +52,7 @@ def run_server(router: Router, settings: Settings) -> None:
             ops_listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.ops_port, "OPS_PORT")))
             stack.enter_context(ops_thread(router.ops, ops_listener, _deadlines(settings)))
         server = Server(server_config(router.app, settings, router.refused), settings.drain_delay, router.drain)
-        logger.info("serving", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
+        logger.info("serving", extra={"fields": {"address": _authority(*listener.getsockname()[:2])}})
         # What is there now stays for good: the collector need not look at it again, request after request.
         gc.collect()
         gc.freeze()
@@ -157,6 +157,11 @@ def connection_limit(max_in_flight: int) -> int:
     return free - min(max_in_flight, free // 2)
 
 
+def _authority(host: str, port: int) -> str:
+    """Host and port as a URL has them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def listen(host: str, port: int, variable: str) -> socket.socket:
     """A bound socket. Raises SettingsError naming the variable and what to do."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -171,7 +176,7 @@ def listen(host: str, port: int, variable: str) -> socket.socket:
         name, value, fix = PREFIX + variable, str(port), "a free port"
         if exc.errno not in (errno.EADDRINUSE, errno.EACCES):
             name, value, fix = PREFIX + "HOST", host, "an address of this machine"
-        message = f"{name}={value}: cannot listen on {host}:{port} ({reason}); set {name} to {fix}"
+        message = f"{name}={value}: cannot listen on {_authority(host, port)} ({reason}); set {name} to {fix}"
         raise SettingsError(message) from None
     listener.listen(_BACKLOG)
     listener.setblocking(False)
