@@ -247,6 +247,19 @@ def test_after_a_very_large_event_everything_is_seen_again(end: bytes, step: int
 
 
 @pytest.mark.parametrize("end", ENDS)
+def test_after_a_very_large_event_others_may_come_in_pieces(end: bytes) -> None:
+    rest = event(usage=USAGE) + b"event: error\n\n" + DONE
+    tracker = EventTracker(MARKS)
+    tracker.feed(b'data: "' + b"x" * (2 * 2**20))
+    tracker.feed(b'"' + end)
+    for start in range(0, len(rest), 7):
+        tracker.feed(rest[start : start + 7])
+
+    assert (tracker.ended, tracker.failed, tracker.events) == (True, True, 4)
+    assert tracker.usage() == USAGE
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_the_end_of_a_very_large_event_may_come_alone_or_in_two(end: bytes) -> None:
     for cut in range(len(end)):
         tracker = EventTracker(MARKS)

@@ -658,6 +658,18 @@ async def test_a_request_that_two_replicas_died_of_meets_no_third() -> None:
     await reply.aclose(Outcome.OK)
 
 
+async def test_a_request_that_kills_may_be_repeated_where_it_reached_nobody() -> None:
+    desk, model = Desk(SILENT, SILENT, REFUSED, 200, attempts=3), model_of(*REPLICAS)
+    with pytest.raises(UpstreamReset):
+        await desk.forward(call_to(), model)
+
+    reply = await desk.forward(call_to(), model)
+
+    assert reply.status == 200
+    assert desk.retries == ["reset", "poison", "connect"]
+    await reply.aclose(Outcome.OK)
+
+
 async def test_a_first_death_may_look_like_a_stale_connection() -> None:
     desk, model = Desk(STALE, SILENT, STALE), model_of(*REPLICAS)
 

@@ -203,6 +203,15 @@ def test_two_choices_draws_by_weight() -> None:
     assert 4000 - seen[replicas[2]] == pytest.approx(4000 / 28, rel=0.25)
 
 
+def test_two_choices_draws_the_second_by_weight_too() -> None:
+    light, other, full = replicas = replicas_of(1, 1, 6)
+    full.in_flight = 1000
+    chooser = policy("two_choices")
+    seen = Counter(chooser.choose(replicas, "") for _ in range(4000))
+    assert seen[full] == 0
+    assert seen[light] == pytest.approx(seen[other], rel=0.15)
+
+
 def test_two_choices_are_distinct_even_where_rounding_says_otherwise() -> None:
     """1000.003 - 1000 is a little more than 0.003, so that the second draw falls on the first replica again."""
     light, heavy = replicas = replicas_of(0.003, 1000)

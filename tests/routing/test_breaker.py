@@ -56,6 +56,14 @@ def test_a_good_answer_begins_the_count_anew() -> None:
         assert circuit.failures == 0
 
 
+def test_what_was_nobodys_attempt_changes_no_open_circuit() -> None:
+    circuit = opened()
+
+    assert not BREAKER.succeeded(circuit, None)
+    assert not BREAKER.failed(circuit, 30.0, None)
+    assert (circuit.opened, due(circuit)) == (0.0, COOLDOWN)
+
+
 def test_a_closed_circuit_has_no_probe_and_is_never_due() -> None:
     circuit = closed()
 

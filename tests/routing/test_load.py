@@ -94,6 +94,7 @@ def test_it_does_not_matter_how_the_bytes_arrive(cuts: list[int]) -> None:
         "<html>",
         "vllm:num_requests_running 1\n",
         "vllm:num_requests_running 1\nvllm:num_requests_waiting\n",
+        'vllm:num_requests_running 1\nvllm:num_requests_waiting{a="b"}\n',
         "vllm:num_requests_running 1\nvllm:num_requests_waiting NaN\n",
         "vllm:num_requests_running 1\nvllm:num_requests_waiting -1\n",
         "vllm:num_requests_running 1\nvllm:num_requests_waiting +Inf\n",
@@ -103,13 +104,30 @@ def test_it_does_not_matter_how_the_bytes_arrive(cuts: list[int]) -> None:
         "x\n" * 3_000_000,
     ],
     ids=[
-        *("empty", "html", "half of it", "no value", "not a number", "negative", "infinite", "cut", "a word"),
+        *(
+            "empty",
+            "html",
+            "half of it",
+            "no value",
+            "no value of a label",
+            "not a number",
+            "negative",
+            "infinite",
+            "cut",
+            "a word",
+        ),
         *("a long line", "a long page"),
     ],
 )
 def test_what_does_not_tell_the_load_is_refused(page: str) -> None:
     with pytest.raises(ValueError, match=r"load|not the metrics|could not convert"):
         read(page.encode())
+
+
+@pytest.mark.parametrize("page", [b"x" * 70_000, b"x\n" * 3_000_000], ids=["a line", "a page"])
+def test_what_is_too_long_is_refused_before_it_ends(page: bytes) -> None:
+    with pytest.raises(ValueError, match="not the metrics"):
+        Gauges().feed(page)
 
 
 def test_a_cache_that_is_more_than_full_is_not_shown() -> None:
@@ -251,6 +269,8 @@ async def test_a_replica_that_does_not_tell_counts_as_without_the_signal(
     assert asking.failed == [asking.backends[0]]
     assert (asking.backends[0].reading, asking.backends[0].scraped) == (None, 0.0)
     assert bad.connections == 1
+    if fault == "never ends":
+        await until(lambda: bad.open == 0)
 
 
 async def test_what_is_old_is_dropped(start: Start, transport: Transport) -> None:
@@ -284,6 +304,30 @@ async def test_a_replica_that_comes_back_brings_nothing_old(start: Start, transp
 
     assert asking.fleet.models["m"].backends == (backend,)
     assert (backend.reported, backend.reading) == (0, None)
+
+
+async def test_a_replica_that_tells_again_is_not_put_last(
+    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "_AT_ONCE", 1)
+    asked: list[str] = []
+
+    def noting(name: str, script: Script) -> Script:
+        async def note(request: Received, line: Line) -> None:
+            asked.append(name)
+            await script(request, line)
+
+        return note
+
+    hung, other = await start(noting("hung", hang)), await start(noting("other", raw(close=True)))
+    asking = Asking(transport, hung.url, other.url, every=1)
+    await asking.look()
+    other.script = noting("other", page(4, 0))
+    await asking.look()
+    asked.clear()
+
+    assert await asking.look() == [0, 4]
+    assert asked == ["other", "hung"]
 
 
 async def test_replicas_that_hang_delay_only_each_other(
@@ -346,6 +390,12 @@ def test_what_others_have_put_there_counts_where_it_is_asked_for(name: Any) -> N
 def test_it_counts_by_weight(name: Any) -> None:
     assert shares(name, replicas_of((4, 1, 5), (1, 2, 0)), reported=True)[1] == 0
     assert shares(name, replicas_of((1, 1, 5), (4, 2, 0)), reported=True)[0] == 0
+
+
+def test_of_two_choices_it_is_the_one_that_would_be_less_loaded_with_the_request() -> None:
+    """2 / 1 and 7 / 4, though it has 1 / 1 and 6 / 4 now; 1 / 1 and 1 / 4."""
+    assert shares("two_choices", replicas_of((1, 1, 0), (4, 6, 0)), reported=True) == [0, 300]
+    assert shares("two_choices", replicas_of((1, 0, 0), (4, 0, 0)), reported=True) == [0, 300]
 
 
 @pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
