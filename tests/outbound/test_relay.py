@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -18,6 +19,7 @@ from inference_api.models import Call, Outcome, RawHeaders, Reply
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.outbound.connection import IdleTimeout, Malformed, ResponseStream, TotalTimeout
+from inference_api.outbound.events import EventTracker
 from inference_api.outbound.forward import Forward, Limits
 from inference_api.outbound.headers import RequestHeaders
 from inference_api.outbound.pump import Pump
@@ -222,6 +224,21 @@ async def test_a_stream_that_breaks_inside_an_event_is_only_left_open(begun: byt
 
     assert outcome is Outcome.RESET
     assert client.body == event() + begun
+    assert not client.complete
+
+
+@pytest.mark.parametrize(
+    ("label", "last"), [("chat_completions", DONE), ("responses", b"event: response.completed\ndata: {}\n\n")]
+)
+async def test_a_stream_that_breaks_after_its_last_event_is_left_open_with_nothing_added(
+    label: str, last: bytes, desk: Desk
+) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), last, breaks=True), label)(client)
+
+    assert (outcome, desk.ended) == (Outcome.RESET, [Outcome.RESET])
+    assert client.body == event() + last
     assert not client.complete
 
 
@@ -618,6 +635,20 @@ async def test_a_stream_that_the_router_interrupts_is_told_so_if_it_can_be(
     assert not client.complete
 
 
+async def test_an_answer_of_another_kind_that_the_router_interrupts_is_only_left_open(
+    pushing: Desk, start_engine: Start, transport: Transport
+) -> None:
+    engine = await start_engine(raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (2 * len(LARGE)), LARGE))
+    response = await transport.handle_async_request(request_for(engine))
+    client = Client()
+    relay = relay_of(pushing.reply(200, [(b"content-type", b"audio/wav")], response.stream))  # type: ignore[arg-type]
+    await _cancelled(relay, client, lambda: client.body == LARGE)
+
+    assert await relay.interrupt(client) is Outcome.DRAIN_TIMEOUT
+    assert client.body == LARGE
+    assert not client.complete
+
+
 async def test_after_a_piece_that_may_be_lost_nothing_is_told(
     pushing: Desk, start_engine: Start, transport: Transport
 ) -> None:
@@ -679,6 +710,17 @@ async def test_taps_see_what_the_client_gets(kind: bytes, parts: tuple[bytes, ..
     assert taps[0].seen[0] == (200, kind)
     assert b"".join(data for data in taps[0].seen if isinstance(data, bytes)) == client.body
     assert taps[1].seen == taps[0].seen
+
+
+async def test_a_piece_that_goes_on_as_it_came_is_seen_as_any_other() -> None:
+    witness, written, tracker = Witness(), list[bytes](), EventTracker()
+    direct: Any = SimpleNamespace(frames=written.append)
+    pump = Pump(Client(), (witness,), tracker, 200, 5.0, direct=direct)
+
+    pump.data_received(event(), False, chunk(event()))
+
+    assert (written, witness.seen) == ([chunk(event())], [event()])
+    assert (pump.size, tracker.events) == (len(event()), 1)
 
 
 @pytest.mark.parametrize("script", [raw(json_response(COMPLETION)), raw(SSE_HEAD + chunk(DONE) + LAST_CHUNK)])

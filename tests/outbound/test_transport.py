@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.outbound.connection import Closed, Disconnected, ResponseStream, TotalTimeout
-from inference_api.outbound.transport import Transport
+from inference_api.outbound.connection import Closed, Connection, Disconnected, ResponseStream, TotalTimeout
+from inference_api.outbound.transport import Pool, Transport
 from tests.fakes import (
     COMPLETION,
     LAST_CHUNK,
@@ -458,6 +458,21 @@ async def test_closing_ends_everything(start_engine: Start, transport: Transport
 
 
 # Connecting
+
+
+@pytest.mark.parametrize(
+    ("url", "port"), [("http://127.0.0.9", 80), ("https://127.0.0.9", 443), ("https://127.0.0.9:80", 80)]
+)
+async def test_a_url_without_a_port_means_that_of_its_scheme(
+    url: str, port: int, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect(pool: Pool, seconds: float | None) -> Connection:
+        raise httpx.ConnectError(f"{pool.host} {pool.port}")
+
+    monkeypatch.setattr(Pool, "connect", connect)
+
+    with pytest.raises(httpx.ConnectError, match=f"^127.0.0.9 {port}$"):
+        await transport.handle_async_request(httpx.Request("GET", url))
 
 
 async def test_a_refused_connection(start_engine: Start, transport: Transport) -> None:
