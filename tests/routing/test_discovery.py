@@ -291,6 +291,7 @@ async def test_a_thousand_addresses_are_told_in_milliseconds() -> None:
 NO_USE: dict[str, tuple[str, Iterable[str] | Exception]] = {
     "no such name": ("error", socket.gaierror(socket.EAI_NONAME, "Name or service not known")),
     "a bad name": ("error", UnicodeError("label too long")),
+    "an error without a word": ("error", OSError()),
     "no address": ("empty", []),
     "only refused ones": ("empty", ["169.254.169.254", "fe80::1%eth0", "::ffff:169.254.169.254"]),
     "no addresses at all": ("empty", ["localhost", ""]),
@@ -312,11 +313,29 @@ async def test_an_answer_of_no_use_leaves_the_last_good_addresses(fault: str, ca
     assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.9:8000"]
     assert discovery.failures == {reason: 3}
     # Once it is known there is no news in it.
-    assert sum("cannot be looked up" in message for message in caplog.messages) == 1
+    (told,) = (message for message in caplog.messages if "cannot be looked up" in message)
+    assert not told.endswith(": ")
+    assert "the host 'a' can be looked up again" not in caplog.messages
     names.say("a", ["10.0.0.1", "10.0.0.2"])
-    await discovery.look()
+    for _ in range(2):
+        await discovery.look()
     assert len(labels(fleet)) == 3
-    assert "the host 'a' can be looked up again" in caplog.messages
+    assert caplog.messages.count("the host 'a' can be looked up again") == 1
+    names.say("a", answer)
+    await discovery.look()
+    assert caplog.messages.count(told) == 2
+
+
+async def test_a_name_that_comes_back_and_still_cannot_be_looked_up_is_told_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fleet = fleet_of(dns("a"))
+    discovery = Discovery(fleet, Names(a=[], b=["10.0.0.1"]))
+    for host in ("a", "b", "a"):
+        tell(fleet, m=[dns(host)])
+        await discovery.look()
+
+    assert sum("the host 'a' cannot be looked up" in message for message in caplog.messages) == 2
 
 
 async def test_refused_addresses_are_refused_alone_and_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -371,6 +371,15 @@ async def assert_kept(client: Client, reason: str | None = None) -> None:
     assert reason is None or status.failures == {reason: 1}
 
 
+async def test_an_unchanged_that_was_not_asked_for_is_no_answer(connect: Start, httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_response(status_code=304)
+    client = connect()
+    await client.registry.refresh()
+
+    assert client.registry.status()[::3] == ("static", {"status": 1})
+    assert client.names == ["s"]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_bad_answer_leaves_the_last_good_catalogue(connect: Start, httpx_mock: HTTPXMock, fault: str) -> None:
     reason, response = FAULTS[fault]
@@ -464,8 +473,12 @@ async def test_a_registry_that_is_down_leaves_the_last_good_catalogue_until_it_i
     await client.registry.refresh()
     assert client.registry.source == "registry"
     assert "the registry answers" in caplog.messages
-    # Once it is known to be down there is no news in that.
-    assert sum("cannot be used" in message for message in caplog.messages) < 4
+    # Once it is known to be down there is no news in that; when it is down again there is.
+    told = sum("cannot be used" in message for message in caplog.messages)
+    assert told < 4
+    await server.stop()
+    await client.registry.refresh()
+    assert sum("cannot be used" in message for message in caplog.messages) == told + 1
 
 
 async def test_a_catalogue_counts_as_live_for_two_and_a_half_looks(connect: Start, httpx_mock: HTTPXMock) -> None:
