@@ -746,3 +746,14 @@ async def test_a_name_that_leads_to_a_forbidden_address_gets_no_request(start_en
     assert set(asked) <= {"127.0.0.1", "::1"}
     assert asked
     assert engine.requests == []
+
+
+async def test_a_connection_that_ended_before_it_was_looked_at_leads_nowhere() -> None:
+    """The system does not know its other side any more: that is an end, and not a forbidden address."""
+    home: Any = SimpleNamespace()
+    connection = Connection(home, asyncio.get_running_loop())
+    assert connection.reaches(lambda _: False)
+
+    ended: Any = SimpleNamespace(get_extra_info=lambda _: None)
+    connection.connection_made(ended)
+    assert connection.reaches(lambda _: False)
