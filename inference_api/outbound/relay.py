@@ -198,7 +198,7 @@ class Relay:
         pump = self._pump(send, events)
         # An empty first piece: the head goes out now, and not with the first event.
         outcome = await pump.run(self._reply.stream, b"")
-        # After its last event the client has all there is, and an error would take it away again.
+        # After the last event nothing is missing but the end of the body, which the cut tells.
         if outcome in _BREAKS and events.at_boundary and not events.ended:
             with suppress(TimeoutError):
                 await pump.write(error_event(*_BREAKS[outcome]))

@@ -1,4 +1,7 @@
-"""No value is without effect: each has a mark of its own in marked-values.yaml, and that is in what Helm installs."""
+"""No value is without effect: each has a mark of its own in marked-values.yaml, and that is in what Helm installs.
+
+A word of a fixed list, say Always, may be there for another reason: where such values go is asked for one by one.
+"""
 
 import json
 from functools import cache
@@ -19,6 +22,9 @@ UNMARKED = {
     *("image.registry", "engines.images.vllm.registry", "engines.images.tgi.registry"),
     "monitoring.prometheusRule.disabled",
 }
+
+
+COMPONENTS = (("Deployment", "router"), ("StatefulSet", "registry"), ("Deployment", "engine"))
 
 
 @cache
@@ -49,3 +55,19 @@ def test_its_mark_is_in_what_is_installed(path: tuple[str, ...]) -> None:
     marks = [str(scalar) for scalar in scalars(at(MARKED, path)) if not isinstance(scalar, bool | None)]
 
     assert [mark for mark in marks if mark not in everything()] == []
+
+
+def test_words_of_fixed_lists_are_where_they_are_meant_to_be() -> None:
+    found, router, engines = installed("marks"), MARKED["router"], MARKED["engines"]
+    (service,) = [o for o in found.of("Service", "router") if o["spec"].get("clusterIP") != "None"]
+    claims = found.of("PersistentVolumeClaim", "engine")
+    pods = {component: found.of(kind, component)[0] for kind, component in COMPONENTS}
+    contexts = {name: pod["spec"]["template"]["spec"]["securityContext"] for name, pod in pods.items()}
+
+    assert service["spec"]["type"] == router["service"]["type"]
+    spread = pods["router"]["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert {one["whenUnsatisfiable"] for one in spread} == {router["topologySpread"]["whenUnsatisfiable"]}
+    assert claims
+    assert all(claim["spec"]["accessModes"] == engines["cache"]["accessModes"] for claim in claims)
+    assert contexts["router"] == contexts["registry"] == router["podSecurityContext"]
+    assert contexts["engine"] == engines["podSecurityContext"]
