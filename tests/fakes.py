@@ -72,16 +72,18 @@ Script = Callable[[Received, Line], Awaitable[None]]
 class FakeEngine:
     """A raw HTTP/1.1 server, by default on a free port of 127.0.0.1.
 
-    `script` answers every POST, GET /v1/models is answered here.
+    `script` answers every POST, `page` every GET; that is a list of models by default.
 
-    `requests` are the POSTs it got, `connections` how many it accepted, `open` how many are open now,
+    `requests` are the POSTs it got, `asked` the targets of the GETs, `connections` how many it accepted, `open` how many are open now,
     `busy` how many POSTs it is answering.
     """
 
     def __init__(self, script: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.script: Script = script or answer
+        self.page: Script = raw(json_response(MODELS))
         self.host = host
         self.requests: list[Received] = []
+        self.asked: list[str] = []
         self.connections = 0
         self.open = 0
         self.busy = 0
@@ -125,7 +127,8 @@ class FakeEngine:
             while not writer.is_closing():
                 request = await read_request(reader, line.number)
                 if request.method == "GET":
-                    await line.send(json_response(MODELS))
+                    self.asked.append(request.target)
+                    await self.page(request, line)
                     continue
                 self.requests.append(request)
                 self.busy += 1

@@ -53,6 +53,21 @@ async def test_a_stream_comes_back_byte_for_byte(start_engine: Start, start_rout
     assert response.headers["cache-control"] == "no-cache"
 
 
+@pytest.mark.parametrize(("written", "base"), [("/v1", ""), ("/v1/", ""), ("/gateway/v1", "/gateway")])
+@pytest.mark.parametrize("discovery", ["static", "dns"])
+async def test_a_backend_url_may_end_in_the_v1_of_the_routes(
+    start_engine: Start, start_router: Start, written: str, base: str, discovery: str
+) -> None:
+    engine = await start_engine()
+    url = f"http://localhost:{engine.port}{written}" if discovery == "dns" else engine.url + written
+    backend = {"url": url, "discovery": discovery}
+    served = await start_router(models=[{"name": "m", "backends": [backend]}], health_interval=0.05)
+
+    assert (await served.chat()).status_code == 200
+    assert [request.target for request in engine.requests] == [f"{base}/v1/chat/completions"]
+    await until(lambda: {f"{base}/health", f"{base}/v1/models"} <= {*engine.asked})
+
+
 async def test_the_body_reaches_the_engine_byte_for_byte(start_engine: Start, start_router: Start) -> None:
     served = await start_router(engine := await start_engine())
     body = (

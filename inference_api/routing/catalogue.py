@@ -65,7 +65,7 @@ class _Entry(BaseModel):
 
 
 def check_backend_url(url: str) -> str:
-    """Return `url` without a trailing slash, or raise ValueError with a sentence that says why it is refused.
+    """Return the base of `url`, which routes are added to, or raise ValueError with a sentence that says why not.
 
     A registry is not trusted to aim the router at anything: only http(s), no credentials in the URL, and no
     link-local, metadata, multicast or unspecified address, in any spelling the resolver would accept.
@@ -92,7 +92,19 @@ def check_backend_url(url: str) -> str:
         raise ValueError(f"backend url {shown!r} must not have '.', '..' or '%' in its path")
     if host.rstrip(".") in _METADATA_HOSTS or _is_forbidden_address(host):
         raise ValueError(f"backend url {shown!r} points at a link-local, metadata or unusable address")
-    return url.rstrip("/")
+    return _base(url)
+
+
+def _base(url: str) -> str:
+    """Without the slashes, and the /v1 of the clients' base URLs, at its end: every route is added with its own /v1.
+
+    All there are: what a registry has read once is read again by a router.
+    """
+    scheme, _, rest = url.partition("://")
+    host, *path = rest.split("/")
+    while path and path[-1] in ("", "v1"):
+        path.pop()
+    return f"{scheme}://{'/'.join((host, *path))}"
 
 
 # A thousand addresses are asked about every few seconds, and are nearly all the same ones.

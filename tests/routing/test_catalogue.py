@@ -301,9 +301,28 @@ def test_however_wrong_an_entry_is_the_log_line_about_it_is_short(entry: dict[st
         "http://under_score:65535",
     ],
 )
-def test_an_ordinary_backend_url_is_kept_but_for_a_trailing_slash(url: str) -> None:
+def test_an_ordinary_backend_url_is_kept_but_for_slashes_and_v1_at_its_end(url: str) -> None:
     assert check_backend_url(url) == url
-    assert check_backend_url(url + "/") == url
+    for end in ("/", "//", "/v1", "/v1/", "//v1", "/v1/v1"):
+        assert check_backend_url(url + end) == url
+
+
+@pytest.mark.parametrize(
+    "url", ["http://v1", "http://api.v1:80", "http://a/v1beta", "http://a/v1/b", "http://a/xv1", "http://a/V1"]
+)
+def test_only_a_v1_of_the_path_and_at_its_end_is_taken_off(url: str) -> None:
+    assert check_backend_url(url) == url
+
+
+def test_a_backend_with_and_without_v1_is_the_same_backend() -> None:
+    entry = {"name": "m", "backends": [{"url": "http://a/x/v1"}]}
+    [known] = parse_catalogue({"models": [entry]}).values()
+
+    assert [backend.url for backend in known.backends] == ["http://a/x"]
+    # What a registry stored and gives away is read once more.
+    [again] = parse_catalogue({"models": [known.model_dump(mode="json")]}).values()
+    assert again == known
+    assert "the same backend url is listed twice" in problem(backends=[{"url": "http://a"}, {"url": "http://a/v1"}])
 
 
 LINK_LOCAL = [
