@@ -96,7 +96,8 @@ class Router:
         inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
         self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
-        self.probes = Probes(self.registry, _collectors(self.metrics), self._lag.silence)
+        required = settings.registry_required == "on"
+        self.probes = Probes(self.registry, _collectors(self.metrics), self._lag.silence, required)
         gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
         self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
         self.ops: ASGIApp = Named(create_pages(self.probes.routes()), mint_id)

@@ -8,7 +8,7 @@ RouterError
 |   +-- UpstreamReset 502
 |   +-- UpstreamProtocolError 502
 |   +-- UpstreamTimeout 504
-+-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- ShuttingDown
++-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- RegistryUnavailable   +-- ShuttingDown
 
 ClientGone                    not an answer: nobody is there to read one
 """
@@ -161,6 +161,20 @@ class NoBackend(_Unavailable):
         super().__init__(f"No backend of the model {printable(model)!r} can take a request now.", retry_after)
         if final:
             self.headers.append(NOT_AGAIN)
+
+
+class RegistryUnavailable(_Unavailable):
+    """Not a 404, which clients take for final: the registry may know the name."""
+
+    code, outcome = "registry_unavailable", Outcome.NO_BACKEND
+
+    def __init__(self, name: str) -> None:
+        message = (
+            f"It is not known yet whether the model {printable(name)!r} exists: the model registry has not answered "
+            "since this router started. GET /v1/models lists what is served meanwhile."
+        )
+        super().__init__(message)
+        self.param = "model"
 
 
 class Overloaded(_Unavailable):

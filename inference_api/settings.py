@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
     registry_url: str | None = Field(default=None, description="base URL of the model registry")
     registry_refresh: Seconds = Field(default=15, description="seconds between two looks at the registry")
+    registry_required: Literal["off", "on"] = Field(
+        default="off", description="on: not ready before the registry has answered, whatever the static catalogue"
+    )
     discovery: Literal["dns", "endpointslices"] = Field(
         default="dns",
         description="how `discovery: dns` finds the pods of a Service: dns, or endpointslices by the cluster's API",

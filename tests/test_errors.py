@@ -49,6 +49,7 @@ TABLE = {
     "UpstreamTimeout": (504, "upstream_timeout"),
     "NoBackend": (503, "no_backend_available"),
     "Overloaded": (503, "overloaded"),
+    "RegistryUnavailable": (503, "registry_unavailable"),
     "ShuttingDown": (503, "shutting_down"),
 }
 

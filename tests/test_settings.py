@@ -17,6 +17,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "registry_url": ("https://registry:8081/", "https://registry:8081"),
     "registry_refresh": ("0.5", 0.5),
     "discovery": ("endpointslices", "endpointslices"),
+    "registry_required": ("on", "on"),
     "discovery_interval": ("2.5", 2.5),
     "load_signal_interval": ("5", 5.0),
     "connect_timeout": ("1", 1.0),

@@ -59,7 +59,8 @@ class Probes:
     """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers.
 
     `silence`: seconds since the event loop that takes requests came by, None while it need not; on OPS_PORT it is
-    another loop that answers, and would say that all is well.
+    another loop that answers, and would say that all is well. `registry_required`: not ready before the registry has
+    given a catalogue; else not before there is any model to serve.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Probes:
         registry: Registry,
         collectors: CollectorRegistry,
         silence: Callable[[], float | None] = lambda: None,
+        registry_required: bool = False,
     ) -> None:
         self._registry = registry
+        self._registry_required = registry_required
         self._collectors = collectors
         self._silence = silence
         self.state = "starting"
@@ -81,6 +84,8 @@ class Probes:
     async def readyz(self, request: Request) -> Response:
         status = self._registry.status()
         state = "hung" if (self._silence() or 0.0) > _LATE else self.state
+        if state == "ready" and self._registry.awaited and (self._registry_required or not status.models):
+            state = "registry_unavailable"
         body = {"status": state, "catalogue": status.source, "models": status.models}
         return JSONResponse(body, 200 if state == "ready" else 503)
 

@@ -48,6 +48,7 @@ _REJECTIONS = {
     "overloaded": "overload",
     "no_backend_available": "no_backend",
     "model_not_found": "unknown_model",
+    "registry_unavailable": "registry_unavailable",
     "request_too_large": "too_large",
     "headers_too_large": "too_large",
     "uri_too_long": "too_large",

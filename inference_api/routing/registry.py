@@ -3,6 +3,7 @@
     registry answers      its catalogue is served                               source "registry"
     it stops answering    its last good catalogue is served, however old        source "stale"
     it never answered     the static catalogue is served                        source "static"
+                          a name that is not in it may exist: 503, not 404
 
 A request only looks a name up in memory. It never waits for the registry; the start of the process does, 5 s at most.
 """
@@ -19,7 +20,7 @@ import httpx
 import orjson
 from cachetools import TTLCache
 
-from inference_api.errors import ModelNotFound
+from inference_api.errors import ModelNotFound, RegistryUnavailable
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
 
@@ -87,11 +88,18 @@ class Registry:
         self._take(static, "static catalogue")
 
     def resolve(self, name: str) -> Model:
-        """The Model of a name or alias. Raises ModelNotFound."""
+        """The Model of a name or alias. Raises ModelNotFound, or RegistryUnavailable if that is not known yet."""
         model = self._fleet.by_name.get(name)
         if model is None:
+            if self.awaited:
+                raise RegistryUnavailable(name)
             raise ModelNotFound(name, list(self._fleet.models)[:11])
         return model
+
+    @property
+    def awaited(self) -> bool:
+        """There is a registry, and it has not given a catalogue yet."""
+        return self._client is not None and self._last_good is None
 
     @property
     def source(self) -> str:

@@ -165,6 +165,45 @@ async def test_t55_a_cold_start_is_not_ready_before_the_registry_has_been_tried(
             assert await starting == (200, "static", 200)
 
 
+@pytest.mark.parametrize(
+    ("models", "required", "ready"), [(["m"], "off", 200), (["m"], "on", 503), ([], "off", 503), ([], "on", 503)]
+)
+async def test_t55_a_name_is_denied_only_after_the_registry_has_answered(
+    models: list[str], required: str, ready: int, start_engine: Start, start_router: Start, registry: Start
+) -> None:
+    """404 is final for a client; and a pod that cannot serve what the older ones do must not take their place."""
+    engine, away = await start_engine(), True
+
+    async def script(request: Received, line: Line) -> None:
+        if away:
+            line.close()
+        else:
+            await line.send(json_response({"models": [{"name": "other"}]}))
+
+    server = await registry(script)
+    static = [{"name": name, "aliases": ["alias"], "backends": [{"url": engine.url}]} for name in models]
+    served = await start_router(
+        models=static, registry_url=server.url, registry_refresh=0.05, registry_required=required
+    )
+
+    answer = await served.chat(model="nope")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "registry_unavailable")
+    assert (answer.json()["error"]["param"], answer.headers["retry-after"]) == ("model", "5")
+    assert "nope" in answer.json()["error"]["message"]
+    assert (await served.client.get("/v1/models/nope")).status_code == 503
+    assert [(await served.chat(model=name)).status_code for name in models + ["alias"] * len(models)] == [200] * (
+        2 * len(models)
+    )
+    assert [card["id"] for card in (await served.client.get("/v1/models")).json()["data"]] == models
+    probe = await served.client.get("/readyz")
+    assert (probe.status_code, probe.json()["status"]) == (ready, "ready" if ready == 200 else "registry_unavailable")
+
+    away = False
+    await until(lambda: not served.router.registry.awaited)
+    assert (await served.chat(model="nope")).json()["error"]["code"] == "model_not_found"
+    assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "registry", "models": 1}
+
+
 async def started(router: Router, settings: Settings, probe: httpx.AsyncClient) -> tuple[int, str, int]:
     """Readiness, the catalogue, and what a request gets, once the router takes requests."""
     async with serving(router, settings) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
