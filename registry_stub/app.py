@@ -1,4 +1,4 @@
-"""The HTTP surface of the registry: reads are open, writes are conditional and may need a token."""
+"""The HTTP surface of the registry: reads are open, writes are conditional and may need a token, or may be closed."""
 
 import hashlib
 import hmac
@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry_stub import conditional
 from registry_stub.database import StoreError
@@ -25,18 +26,35 @@ from registry_stub.wire import preconditions, read_entry
 log = logging.getLogger("registry_stub")
 
 
-def create_app(store: Store, token: str | None = None, clock: Callable[[], float] = time.time) -> Starlette:
-    """The registry over an open store; with a token, PUT and DELETE need it as a bearer token."""
-    surface, metrics = _Surface(store, token, clock), Metrics(lambda: len(store.snapshot.models))
+def create_app(
+    store: Store,
+    token: str | None = None,
+    clock: Callable[[], float] = time.time,
+    *,
+    read_only: bool = False,
+    ops_port: int | None = None,
+) -> ASGIApp:
+    """The registry over an open store; with a token, PUT and DELETE need it as a bearer token.
+
+    `read_only`: PUT and DELETE are refused. With `ops_port` metrics are on that port alone, and on it nothing else is
+    but /healthz: who may read metrics need not reach the port that takes writes.
+    """
+    surface, metrics = _Surface(store, token, clock, read_only), Metrics(lambda: len(store.snapshot.models))
+    models = [
+        Route("/models", surface.listing),
+        Route("/models/", surface.listing),
+        # One route for all methods: the Allow header of a 405 must name them all.
+        Route("/models/{name:path}", surface.model, methods=["GET", "PUT", "DELETE"]),
+    ]
+    health, page = Route("/healthz", _healthz), Route("/metrics", metrics.page)
+    if ops_port is None:
+        return _served([*models, health, page], metrics)
+    return _ByPort(ops_port, _served([health, page], metrics), _served([*models, health], metrics))
+
+
+def _served(routes: list[Route], metrics: Metrics) -> Starlette:
     app = Starlette(
-        routes=[
-            Route("/models", surface.listing),
-            Route("/models/", surface.listing),
-            # One route for all methods: the Allow header of a 405 must name them all.
-            Route("/models/{name:path}", surface.model, methods=["GET", "PUT", "DELETE"]),
-            Route("/healthz", _healthz),
-            Route("/metrics", metrics.page),
-        ],
+        routes=routes,
         middleware=[Middleware(Counted, metrics)],
         exception_handlers=dict.fromkeys((Refused, HTTPException, StoreError, ClientDisconnect, Exception), _failed),
     )
@@ -44,9 +62,23 @@ def create_app(store: Store, token: str | None = None, clock: Callable[[], float
     return app
 
 
+class _ByPort:
+    """ASGI: by the port that the connection came in on, which is no word of the client's."""
+
+    def __init__(self, ops_port: int, ops: ASGIApp, main: ASGIApp) -> None:
+        self._ops_port = ops_port
+        self._ops = ops
+        self._main = main
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._ops if scope["server"][1] == self._ops_port else self._main
+        await app(scope, receive, send)
+
+
 class _Surface:
-    def __init__(self, store: Store, token: str | None, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, token: str | None, clock: Callable[[], float], read_only: bool) -> None:
         self._store = store
+        self._read_only = read_only
         self._token_digest = None if token is None else hashlib.sha256(token.encode(errors="surrogateescape")).digest()
         self._clock = clock
 
@@ -91,6 +123,9 @@ class _Surface:
         return Response(status_code=204)
 
     def _authorize(self, request: Request) -> None:
+        if self._read_only:
+            message = "This registry takes no changes: it was started without a token. Its operator can set one."
+            raise Refused(403, "read_only", message)
         if self._token_digest is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")

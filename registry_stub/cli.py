@@ -1,15 +1,18 @@
 """The command line: opens the store, seeds it, binds the port, and serves until it is told to stop."""
 
 import argparse
+import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from inference_api import __version__
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add = serve.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=_port, default=8081, help="port to listen on; 0 picks a free one (default: %(default)s)")
+    add("--ops-port", type=_port, metavar="PORT", help=_OPS_PORT_HELP)
     add("--database", type=Path, default=Path("registry.sqlite3"), metavar="FILE", help=_DATABASE_HELP)
     add("--catalogue", type=Path, metavar="FILE", help="YAML or JSON catalogue to fill an empty database from")
     add("--token-env", metavar="NAME", help=_TOKEN_HELP)
@@ -74,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 _DATABASE_HELP = "SQLite file, made if missing; one process per file (default: %(default)s)"
 _TOKEN_HELP = (
     "environment variable with the bearer token that PUT and DELETE need "
-    f"(default: {TOKEN_VARIABLE}; if that is unset, writes are open)"
+    f"(default: {TOKEN_VARIABLE}; if that is unset, writes are open to this machine, and refused beyond it)"
 )
+_OPS_PORT_HELP = "serve /metrics, and /healthz too, on a port of its own, where no model can be changed"
 
 
 def _port(text: str) -> int:
@@ -92,26 +97,36 @@ def _serve(arguments: argparse.Namespace) -> int:
             _print_refused(f"database {str(arguments.database)!r}", problem)
         if arguments.catalogue:
             _seed(store, arguments.catalogue)
-        with _listen(arguments.host, arguments.port) as listener:
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    create_app(store, token),
-                    log_config=None,
-                    access_log=False,
-                    server_header=False,
-                    lifespan="off",
-                    ws="none",
-                    # Longer than the routers' refresh interval, so that they keep their connection.
-                    timeout_keep_alive=75,
-                    timeout_graceful_shutdown=10,
-                )
-            )
+        with ExitStack() as stack:
+            listener = stack.enter_context(_listen("--port", arguments.host, arguments.port))
+            listeners, ops_port = [listener], None
+            if arguments.ops_port is not None:
+                listeners.append(stack.enter_context(_listen("--ops-port", arguments.host, arguments.ops_port)))
+                ops_port = listeners[1].getsockname()[1]
+            read_only = token is None and not _is_loopback(listener)
+            server = _server(create_app(store, token, read_only=read_only, ops_port=ops_port))
             # uvicorn raises the signal again once it is done, and what that would do by default is not exit code 0.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, server.handle_exit)
-            _announce(listener, arguments.database, store, token)
-            server.run(sockets=[listener])
+            _announce(listeners, arguments.database, store, read_only)
+            server.run(sockets=listeners)
     return 0
+
+
+def _server(app: ASGIApp) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            # Longer than the routers' refresh interval, so that they keep their connection.
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=10,
+        )
+    )
 
 
 def _token(variable: str | None) -> str | None:
@@ -122,7 +137,7 @@ def _token(variable: str | None) -> str | None:
     # strip: a secret made from a file often ends in a newline, which no header can carry.
     token = (value or "").strip()
     if not token:
-        fix = "set it to the token" if variable else "set it to a token, or unset it to leave writes open"
+        fix = "set it to the token" if variable else "set it to a token, or unset it to go without"
         raise _Stop(f"the environment variable {name} is {'empty' if value is not None else 'not set'}; {fix}")
     return token
 
@@ -142,7 +157,7 @@ def _print_refused(source: str, problem: str) -> None:
     print(f"registry-stub: {source}: refused {' '.join(problem.split())}", file=sys.stderr)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(option: str, host: str, port: int) -> socket.socket:
     try:
         # Looked up first: it knows the family of the address, and bind() leaks a socket over a malformed name.
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -150,12 +165,21 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as exc:
         # Without the "(while attempting to bind on address ...)" that Python adds.
         reason = (getattr(exc, "strerror", None) or "that is no host name").partition(" (")[0]
-        raise _Stop(f"cannot listen on {host!r} port {port}: {reason}; choose another --host or --port") from None
+        raise _Stop(f"cannot listen on {host!r} port {port}: {reason}; choose another --host or {option}") from None
 
 
-def _announce(listener: socket.socket, database: Path, store: Store, token: str | None) -> None:
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _announce(listeners: list[socket.socket], database: Path, store: Store, read_only: bool) -> None:
+    url, *ops = map(_url, listeners)
+    metrics = f", metrics on {ops[0]}" if ops else ""
+    log.info("listening on %s, database %s, %d models%s", url, database, len(store.snapshot.models), metrics)
+    if read_only:
+        log.info("%s has no token, so it takes no changes; set %s to allow them with it", url, TOKEN_VARIABLE)
+
+
+def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    log.info("listening on %s, database %s, %d models", url, database, len(store.snapshot.models))
-    if token is None and host not in ("127.0.0.1", "::1"):
-        log.warning("anyone who reaches %s can change the models; set %s to require a token", url, TOKEN_VARIABLE)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

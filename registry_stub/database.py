@@ -1,12 +1,15 @@
 """The database file: taken for one process, checked before it is touched, opened so that a commit is on the disk."""
 
 import fcntl
+import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+log = logging.getLogger("registry_stub")
 
 # Written into the file's header, so that another program's database is recognised and left alone. ASCII "mreg".
 _APPLICATION_ID = 0x6D726567
@@ -14,6 +17,9 @@ _SCHEMA_VERSION = 1
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS models (position INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, entry TEXT NOT NULL)"
 )
+
+# A write-ahead log needs an index in memory that is shared through a file, which network file systems do not offer.
+_NO_SHARED_MEMORY = ("SQLITE_IOERR_SHM", "SQLITE_CANTOPEN", "SQLITE_PROTOCOL")
 
 
 class StoreError(Exception):
@@ -28,11 +34,7 @@ class Database:
         with ExitStack() as stack:
             stack.enter_context(_lock(path))
             with self._explained():
-                # Autocommit: each statement is a transaction of its own.
-                connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
-                self._connection = stack.enter_context(closing(connection))
-                self._check_owner()
-                self._prepare()
+                self._connection = stack.enter_context(closing(self._open(busy_timeout)))
             self.close = stack.pop_all().close
 
     def read(self, statement: str) -> list[tuple[str, str]]:
@@ -45,27 +47,48 @@ class Database:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany(statement, rows)
 
-    def _check_owner(self) -> None:
+    def _open(self, busy_timeout: float) -> sqlite3.Connection:
+        """With a write-ahead log where the file system can have one, which is decided anew at each start."""
+        try:
+            return self._connect(busy_timeout, _write_ahead_log)
+        except sqlite3.OperationalError as exc:
+            if not exc.sqlite_errorname.startswith(_NO_SHARED_MEMORY):
+                raise
+            connection = self._connect(busy_timeout, _rollback_journal)
+            log.info(
+                "database %s: its file system shares no memory (%s), so a rollback journal takes the place of the "
+                "write-ahead log",
+                self._path,
+                exc.sqlite_errorname,
+            )
+            return connection
+
+    def _connect(self, busy_timeout: float, set_journal: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+        with ExitStack() as stack:
+            # Autocommit: each statement is a transaction of its own.
+            connection = sqlite3.connect(
+                self._path, timeout=busy_timeout, isolation_level=None, check_same_thread=False
+            )
+            stack.callback(connection.close)
+            if set_journal is _rollback_journal:
+                # Who has the file alone reads a write-ahead log that is there already without shared memory.
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._check_owner(connection)
+            set_journal(connection)
+            _prepare(connection)
+            stack.pop_all()
+        return connection
+
+    def _check_owner(self, connection: sqlite3.Connection) -> None:
         """An empty file or one of ours; not another program's and not a later release's."""
-        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (application,) = self._connection.execute("PRAGMA application_id").fetchone()
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
         name = str(self._path)
         if tables and application != _APPLICATION_ID:
             raise StoreError(f"database {name!r} belongs to another program; give --database another file")
         if version > _SCHEMA_VERSION:
             raise StoreError(f"database {name!r} was written by a newer release of the registry; run that release")
-
-    def _prepare(self) -> None:
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        # FULL: a commit is on the disk before the client hears of it, so a power cut loses nothing.
-        self._connection.execute("PRAGMA synchronous = FULL")
-        with self._connection:
-            # Written at every start, so that a read-only file is found out now and not by the first PUT.
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute(_SCHEMA)
-            self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            self._connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -76,6 +99,28 @@ class Database:
                 f"database {str(self._path)!r} failed: {exc}; check that it is a registry database, "
                 "that its disk has free space and that this user can write to it"
             ) from exc
+
+
+def _write_ahead_log(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+
+
+def _rollback_journal(connection: sqlite3.Connection) -> None:
+    # Not DELETE: what is truncated is on the disk by FULL below, what is deleted is not.
+    connection.execute("PRAGMA journal_mode = TRUNCATE")
+    # From here on others may read the file again, for a backup.
+    connection.execute("PRAGMA locking_mode = NORMAL")
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    # FULL: a commit is on the disk before the client hears of it, so a power cut loses nothing.
+    connection.execute("PRAGMA synchronous = FULL")
+    with connection:
+        # Written at every start, so that a read-only file is found out now and not by the first PUT.
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(_SCHEMA)
+        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
 
 def _lock(path: Path) -> BinaryIO:

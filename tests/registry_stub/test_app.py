@@ -13,7 +13,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
-from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.catalogue import CatalogueEntry, parse_catalogue
 from registry_stub.app import create_app
 from registry_stub.store import Store
 
@@ -227,3 +227,11 @@ def test_ten_thousand_models_come_in_one_answer_and_cost_nothing_when_known(clie
     assert len(json.loads(listing.content)["models"]) == 10_000
     again = client.get("/models", headers={"If-None-Match": listing.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_registry_that_takes_no_changes_says_so(mount: Mount, store: Store) -> None:
+    store.seed([CatalogueEntry(name="a")], now=1)
+    client = mount(create_app(store, read_only=True))
+    for refused in (put(client, "a", version="2"), put(client, "b"), client.delete("/models/a")):
+        assert code(refused) == (403, "read_only")
+    assert [model["name"] for model in client.get("/models").json()["models"]] == ["a"]

@@ -2,6 +2,7 @@ import logging
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,7 +146,7 @@ def test_a_token_can_have_a_variable_of_its_own(start: Start) -> None:
     [
         (None, ["--token-env", "MY_TOKEN"], "MY_TOKEN is not set; set it to the token"),
         (" \n", ["--token-env", "MY_TOKEN"], "MY_TOKEN is empty; set it to the token"),
-        ("", [], "REGISTRY_STUB_TOKEN is empty; set it to a token, or unset it to leave writes open"),
+        ("", [], "REGISTRY_STUB_TOKEN is empty; set it to a token, or unset it to go without"),
     ],
 )
 def test_a_missing_token_does_not_leave_writes_open(
@@ -214,7 +215,17 @@ def test_help_shows_every_option_and_examples(
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("registry_stub", run_name="__main__")
     output = capsys.readouterr().out
-    for word in ("--host", "--port", "--database", "--catalogue", "--token-env", "--log-level", "8081", "curl -X PUT"):
+    for word in (
+        "--host",
+        "--port",
+        "--ops-port",
+        "--database",
+        "--catalogue",
+        "--token-env",
+        "--log-level",
+        "8081",
+        "curl -X PUT",
+    ):
         assert word in output
 
 
@@ -256,20 +267,82 @@ def test_what_was_seeded_is_served_again_and_the_catalogue_not_read(
     for seeded in (False, True):
         assert running(caplog, *options) == (0, ["llama-3-8b", "gpt2"])
         assert ("is not read" in caplog.text) == seeded
-        assert "can change the models" not in caplog.text
         caplog.clear()
 
 
-@pytest.mark.usefixtures("signals")
-@pytest.mark.parametrize("token", [None, "s3cret"])
-def test_open_writes_on_a_public_address_are_warned_about(
-    database: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, token: str | None
+@pytest.mark.parametrize(
+    ("host", "token", "status"),
+    [("0.0.0.0", None, 403), ("0.0.0.0", "s3cret", 401), ("127.0.0.1", None, 201), ("localhost", None, 201)],
+)
+def test_without_a_token_only_this_machine_may_change_models(
+    start: Start, host: str, token: str | None, status: int
 ) -> None:
-    monkeypatch.delenv("REGISTRY_STUB_TOKEN", raising=False)
-    if token:
-        monkeypatch.setenv("REGISTRY_STUB_TOKEN", token)
-    assert running(caplog, "--database", str(database), "--host", "0.0.0.0") == (0, [])
-    assert ("can change the models; set REGISTRY_STUB_TOKEN" in caplog.text) == (token is None)
+    """Who can write can send a model's prompts, and the tokens of its backends, anywhere."""
+    process = start("--host", host, **({"REGISTRY_STUB_TOKEN": token} if token else {}))
+    url = process.url.replace("0.0.0.0", "127.0.0.1")
+    assert httpx.put(f"{url}/models/a", json={"name": "a"}).status_code == status
+    process.stop()
+    assert ("takes no changes; set REGISTRY_STUB_TOKEN" in process.log) == (status == 403)
+
+
+def test_metrics_can_have_a_port_of_their_own(start: Start) -> None:
+    """Who reads metrics need not reach the port that models are changed on."""
+    process = start("--ops-port", "0")
+    found = re.search(r"metrics on (http://\S+)", process.log)
+    assert found
+    main, ops = process.url, found[1]
+    paths = ("/metrics", "/healthz", "/models")
+
+    assert [httpx.get(main + path).status_code for path in paths] == [404, 200, 200]
+    assert [httpx.get(ops + path).status_code for path in paths] == [200, 200, 404]
+    assert httpx.put(f"{ops}/models/a", json={"name": "a"}).status_code == 404
+    assert 'route="models"' in httpx.get(f"{ops}/metrics").text
+    # The port is that of the connection, whatever the client says of it.
+    lie = {"Host": ops.removeprefix("http://")}
+    assert httpx.get(f"{main}/metrics", headers=lie).status_code == 404
+    assert process.stop() == 0
+
+
+def test_one_port_for_both_is_refused(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refusal(capsys, "--database", str(database), "--ops-port", port)
+    assert f"port {port}: Address already in use; choose another --host or --ops-port" in line
+
+
+# As a network file system would: a preloaded mmap refuses to share the index of the write-ahead log.
+_REFUSING = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static void *mapped(const char *symbol, void *at, size_t n, int prot, int flags, int fd, off_t from) {
+    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, symbol);
+    char link[64], name[512];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t size = fd >= 0 && (flags & MAP_SHARED) ? readlink(link, name, sizeof name) : 0;
+    if (size > 4 && !memcmp(name + size - 4, "-shm", 4)) { errno = ENODEV; return MAP_FAILED; }
+    return real(at, n, prot, flags, fd, from);
+}
+void *mmap(void *at, size_t n, int prot, int flags, int fd, off_t from) { return mapped("mmap", at, n, prot, flags, fd, from); }
+void *mmap64(void *at, size_t n, int prot, int flags, int fd, off_t from) { return mapped("mmap64", at, n, prot, flags, fd, from); }
+"""  # noqa: E501
+
+
+def test_it_serves_and_keeps_models_on_a_file_system_that_shares_no_memory(start: Start, tmp_path: Path) -> None:
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("there is no C compiler here, to make a file system that shares no memory")
+    (source, library) = (tmp_path / "refusing.c", tmp_path / "refusing.so")
+    source.write_text(_REFUSING)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    first = start(LD_PRELOAD=str(library))
+    assert "shares no memory (SQLITE_IOERR_SHMMAP)" in first.log
+    assert httpx.put(f"{first.url}/models/a", json={"name": "a"}).status_code == 201
+    first.stop(signal.SIGKILL)
+    assert names(start(LD_PRELOAD=str(library)).url) == ["a"]
 
 
 def has_ipv6() -> bool:

@@ -1,3 +1,5 @@
+import logging
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -80,3 +82,42 @@ def test_a_write_that_another_program_blocks_fails_with_a_reason(database: Path)
             opened.write(INSERT, ("a", "{}"))
         other.rollback()
         opened.write(INSERT, ("a", "{}"))
+
+
+# Without shared memory
+
+
+def no_shared_memory(database: Path) -> None:
+    """The index of a write-ahead log can be made here by nobody, as on a network file system."""
+    database.with_name(f"{database.name}-shm").symlink_to("/nowhere/at-all")
+
+
+def test_a_volume_without_shared_memory_gets_a_rollback_journal(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    no_shared_memory(database)
+    with closing(Database(database, 5)) as opened:
+        opened.write(INSERT, ("a", "{}"))
+        assert str(opened.read("PRAGMA journal_mode")) == "[('truncate',)]"
+        assert str(opened.read("PRAGMA synchronous")) == "[(2,)]"
+        with closing(sqlite3.connect(database)) as backup:
+            assert backup.execute("SELECT name FROM models").fetchall() == [("a",)]
+    assert [record.message for record in caplog.records if "shares no memory" in record.message] == [caplog.messages[0]]
+
+
+def test_a_write_ahead_log_that_is_moved_to_such_a_volume_loses_nothing(tmp_path: Path, database: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / database.name
+    with closing(Database(database, 5)) as opened:
+        opened.write(INSERT, ("a", "{}"))
+        # What was not yet written back, as after a kill.
+        for name in (database.name, f"{database.name}-wal"):
+            shutil.copy(database.with_name(name), moved.with_name(name))
+    no_shared_memory(moved)
+    with closing(Database(moved, 5)) as opened:
+        assert opened.read("SELECT name, entry FROM models") == [("a", "{}")]
+    moved.with_name(f"{moved.name}-shm").unlink()
+    with closing(Database(moved, 5)) as opened:
+        assert str(opened.read("PRAGMA journal_mode")) == "[('wal',)]"
+        assert opened.read("SELECT name, entry FROM models") == [("a", "{}")]
