@@ -111,6 +111,8 @@ class Cycle:
         self._wake()
 
     def disconnect(self) -> None:
+        if self.disconnected:
+            return
         self.disconnected = True
         self.frames = None
         self._wake()
@@ -206,7 +208,8 @@ class Cycle:
     # ASGI
 
     async def receive(self) -> Message:
-        if self._expects_continue and not self.response_started:
+        # Behind the server's own refusal nothing may be written, an interim answer neither.
+        if self._expects_continue and not (self.response_started or self.disconnected):
             self._expects_continue = False
             self._protocol.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if not (self._news or self.disconnected or self.response_complete):
