@@ -66,7 +66,7 @@ def choosing_us(fleet: Fleet, busy: int = 2) -> float:
     random = Random(1).random
     model = next(iter(fleet.models.values()))
     for backend in model.backends:
-        backend.in_flight = int(random() * (busy + 1))
+        backend.in_flight = backend.origin.in_flight = int(random() * (busy + 1))
     keys = [f"key-{number}" for number in range(_CHOICES)]
     began = process_time()
     for key in keys:

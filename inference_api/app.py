@@ -36,6 +36,7 @@ from inference_api.routing.endpointslices import EndpointSlices, watched_in
 from inference_api.routing.engines import EngineFacts
 from inference_api.routing.health import Health
 from inference_api.routing.load import LoadSignal
+from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
 from inference_api.settings import Settings
@@ -209,10 +210,10 @@ class Router:
         self.metrics.attempt(backend, outcome)
         self.health.ended(backend, outcome)
 
-    def _checked(self, backend: Backend, passed: bool) -> None:
+    def _checked(self, origin: Origin, passed: bool) -> None:
         if not passed:
-            self.metrics.probe_failed(backend, "health")
-        self.health.checked(backend, passed)
+            self.metrics.probe_failed(origin, "health")
+        self.health.checked(origin, passed)
 
     def _catalogue_changed(self) -> None:
         self.metrics.forget_models()

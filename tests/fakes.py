@@ -74,8 +74,8 @@ class FakeEngine:
 
     `script` answers every POST, `page` every GET; that is a list of models by default.
 
-    `requests` are the POSTs it got, `asked` the targets of the GETs, `connections` how many it accepted, `open` how many are open now,
-    `busy` how many POSTs it is answering.
+    `requests` are the POSTs it got, `asked` the targets of the GETs, `connections` how many it accepted, `open` how
+    many are open now, `busy` how many POSTs it is answering.
     """
 
     def __init__(self, script: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:

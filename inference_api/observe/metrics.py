@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from inference_api import __version__
 from inference_api.models import Outcome
 from inference_api.routing.backend import Backend, Model
+from inference_api.routing.origin import Origin
 from inference_api.routing.registry import RegistryStatus
 
 # Seconds. OpenTelemetry's bucket boundaries for GenAI servers, with vLLM's and longer ones added.
@@ -178,8 +179,9 @@ class Metrics(Collector):
 
     # Written beside it
 
-    def probe_failed(self, backend: Backend, kind: str) -> None:
-        self._probe_failures[backend.model, backend.label, kind] += 1
+    def probe_failed(self, origin: Origin, kind: str) -> None:
+        for backend in origin.backends:
+            self._probe_failures[backend.model, backend.label, kind] += 1
 
     def forget_models(self) -> None:
         """Drop the series of models that have left the catalogue."""
@@ -299,8 +301,8 @@ class Metrics(Collector):
             for backend in model.backends:
                 place = (model.name, backend.label)
                 in_flight.add_metric(place, backend.in_flight)
-                up.add_metric(place, backend.up)
-                circuit.add_metric(place, backend.opened is not None)
+                up.add_metric(place, backend.origin.up)
+                circuit.add_metric(place, backend.origin.opened is not None)
                 failures.add_metric([*place, "health"], self._probe_failures.get((*place, "health"), 0))
                 if (scrapes := self._probe_failures.get((*place, "metrics"))) is not None:
                     failures.add_metric([*place, "metrics"], scrapes)
@@ -314,9 +316,9 @@ class Metrics(Collector):
         scraped = _gauge("backend_last_scrape_timestamp_seconds", text, *_BY_BACKEND)
         for backend in [backend for model in self._fleet() for backend in model.backends]:
             labels = [backend.model, backend.label]
-            if backend.scraped:
-                scraped.add_metric(labels, backend.scraped)
-            if (reading := backend.reading) is not None:
+            if backend.origin.scraped:
+                scraped.add_metric(labels, backend.origin.scraped)
+            if (reading := backend.origin.reading) is not None:
                 running.add_metric(labels, reading.running)
                 waiting.add_metric(labels, reading.waiting)
                 if reading.kv_cache is not None:

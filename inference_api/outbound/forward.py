@@ -170,7 +170,7 @@ class Forward:
         backend = self._awake(model, common.key) if self._resting else model.choose(common.key)
         if backend is None:
             raise NoBackend(model.name)
-        failures = backend.failures
+        failures = backend.origin.failures
         try:
             reply = await self._attempt(call, common, backend, 1, self._ended, False)
         except httpx.TransportError as exc:
@@ -196,7 +196,7 @@ class Forward:
             if isinstance(leave, Refusal):
                 return self._give_up(model, past, leave)
             backend, permit = leave
-            failures = backend.failures
+            failures = backend.origin.failures
             try:
                 if failure.reply is not None:
                     await failure.reply.aclose(failure.outcome)
@@ -235,6 +235,7 @@ class Forward:
         transport = self._transport
         stream: httpx.AsyncByteStream
         backend.in_flight += 1
+        backend.origin.in_flight += 1
         try:
             if isinstance(transport, Transport):
                 head = request_head("POST", target, lines)
@@ -269,6 +270,7 @@ class Forward:
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1
+        backend.origin.in_flight -= 1
         self._on_attempt(backend, outcome)
 
     # Only after a failure
@@ -329,7 +331,7 @@ class Forward:
         tried = [failure.backend for failure in past]
         only = failure.reason is Reason.STATUS
         # Replicas often die together; one that has been failing is not what this request needs now.
-        failing = [backend for backend in model.backends if backend.failures]
+        failing = [backend for backend in model.backends if backend.origin.failures]
         backend = self._awake(model, key, [*tried, *failing], only=True) or self._awake(model, key, tried, only)
         if backend is None and failure.reason is Reason.STALE:
             backend = failure.backend

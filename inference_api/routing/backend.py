@@ -1,110 +1,46 @@
 """What lives behind a catalogue entry: a Backend is one replica with its live state, a Model is the set of them."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
-
-import httpx
+from typing import Protocol
 
 from inference_api.routing.balance import Policy
-from inference_api.routing.breaker import Owner, due
-from inference_api.routing.catalogue import CatalogueEntry, PolicyName, place_of, replicas
-
-if TYPE_CHECKING:
-    from inference_api.routing.load import Reading
+from inference_api.routing.breaker import due
+from inference_api.routing.catalogue import CatalogueEntry, PolicyName, replicas
+from inference_api.routing.origin import Origin
 
 # What a replica that is new, or back, gets of its weight at first.
 FIRST_SHARE = 0.1
 
 
 class Backend:
-    """One replica of a model. `in_flight` is exact on every path: balancing, admission and drain stand on it.
+    """One replica of a model: an address that may serve other models too, and this model's part of it.
 
-    `url` is what it is known by; where its host name was looked up, the address follows after a `#`.
+    `in_flight` is exact on every path: admission and drain stand on it; balancing goes by `origin.in_flight`.
     """
 
-    __slots__ = (
-        "_addresses",
-        "base_path",
-        "cooldown",
-        "crowded",
-        "failures",
-        "full_weight",
-        "healthy",
-        "host",
-        "in_flight",
-        "label",
-        "model",
-        "opened",
-        "passed",
-        "probe",
-        "probed",
-        "reading",
-        "refused",
-        "reported",
-        "scraped",
-        "share",
-        "streak",
-        "stuck",
-        "url",
-        "weight",
-    )  # fmt: skip
+    __slots__ = ("address", "full_weight", "host", "in_flight", "label", "model", "origin", "share", "url", "weight")
 
-    def __init__(self, model: str, url: str, weight: float = 1.0) -> None:
-        parts = urlsplit(url)
+    def __init__(self, model: str, url: str, weight: float = 1.0, origin: Origin | None = None) -> None:
         # Identity
         self.model = model
+        self.origin = origin or Origin(url)
         self.url = url
-        # The path too: two replicas may share a host behind a gateway. The address: a name may have many.
-        self.label = place_of(url)
-        self.host = parts.netloc.encode("ascii")
-        self.base_path = parts.path
-        self._addresses: dict[str, tuple[httpx.URL, bytes]] = {}
+        self.label = self.origin.label
+        self.host = self.origin.host
+        self.address = self.origin.address
         # Load: its weight is the share that it gets of its full weight
         self.in_flight = 0
         self.weight = self.full_weight = weight
         self.share = 1.0
-        # Circuit, as the breaker keeps it; `refused`: it opened because no connection could be made
-        self.failures = 0
-        self.opened: float | None = None
-        self.cooldown = 0.0
-        self.probe: Owner | None = None
-        self.probed = 0.0
-        self.refused = False
-        # Health checks: passes in a row, or failures if negative, and when it last passed one
-        self.healthy = True
-        self.streak = 0
-        self.passed = 0.0
-        # Watchdog: since when it has had several requests in flight, and since when it is known to be stuck
-        self.crowded: float | None = None
-        self.stuck: float | None = None
-
-        # What it says of itself, if it is asked: see `load`
-        self.reported = 0.0
-        self.reading: Reading | None = None
-        self.scraped = 0.0
-
-    @property
-    def up(self) -> bool:
-        """It passes its health checks, and is not stuck."""
-        return self.healthy and self.stuck is None
 
     @property
     def usable(self) -> bool:
-        return self.opened is None and self.up
+        return self.origin.usable
 
     def weigh(self, share: float) -> None:
         """Give it a share of its full weight; a policy sees that with the next tuple it is handed."""
         self.share = share
         self.weight = self.full_weight * share
-
-    def address(self, path: str) -> tuple[httpx.URL, bytes]:
-        """URL and request target of a route on this replica; parsing a URL costs more than forwarding a request."""
-        address = self._addresses.get(path)
-        if address is None:
-            base, target = self.url.partition("#")[0], self.base_path + path
-            address = self._addresses[path] = httpx.URL(base + path), target.encode("ascii")
-        return address
 
     def __repr__(self) -> str:
         return f"<Backend {self.label} of {self.model}: {self.in_flight} in flight>"
@@ -175,7 +111,9 @@ class Model:
         """
         backends = self.backends
         usable = [backend for backend in backends if backend.usable]
-        self.open = tuple(sorted((backend for backend in backends if backend.opened is not None), key=due))
+        self.open = tuple(
+            sorted((one for one in backends if one.origin.opened is not None), key=lambda one: due(one.origin))
+        )
         self.panic = 1 < len(backends) > 2 * len(usable)
         if self.panic or len(backends) == 1:
             usable = list(backends)
@@ -199,12 +137,18 @@ class Fleet:
         # Of the backends with `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of replicas, see
         # `endpointslices`. A host name is no URL.
         self.addresses: dict[str, Sequence[str]] = {}
+        # URL -> Origin, of all replicas, and of those that left and have not yet ended what they have in flight.
+        self.origins: dict[str, Origin] = {}
+        self._vacant: set[Origin] = set()
         # Grows with every change that a list of the models would show.
         self.version = 0
 
     def update(self, catalogue: Mapping[str, CatalogueEntry]) -> None:
         """Make the fleet what the catalogue says. Replicas that left finish what they have in flight."""
         models = {entry.name: self._model(entry) for entry in catalogue.values()}
+        for gone in self.models.keys() - models.keys():
+            self._move(self.models[gone].backends, ())
+        self._forget_vacant()
         self.by_name = {alias: models[entry.name] for entry in catalogue.values() for alias in entry.aliases} | models
         self.models = models
         self.version += 1
@@ -216,7 +160,9 @@ class Fleet:
         backends = self._backends(entry, known)
         policy = self._make_policy(entry.policy)
         if known is None:
+            self._move((), backends)
             return Model(entry, backends, policy)
+        self._move(known.backends, backends)
         known.adopt(entry, backends, policy)
         return known
 
@@ -227,21 +173,48 @@ class Fleet:
         self.addresses[name] = addresses
         for user in models:
             if (model := self.models.get(user)) is not None:
-                model.adopt(model.entry, self._backends(model.entry, model, joining), model.policy)
+                backends = self._backends(model.entry, model, joining)
+                self._move(model.backends, backends)
+                model.adopt(model.entry, backends, model.policy)
+        self._forget_vacant()
 
     def _backends(self, entry: CatalogueEntry, known: Model | None, joining: bool = True) -> tuple[Backend, ...]:
         by_url = {} if known is None else {backend.url: backend for backend in (*known.leaving, *known.backends)}
         backends = []
         for url, weight in replicas(entry.backends, self.addresses):
-            backend = by_url.get(url)
-            if backend is None:
-                backend = Backend(entry.name, url)
+            backend, origin = by_url.get(url), self._origin(url)
+            if backend is None or backend.origin is not origin:
+                backend = Backend(entry.name, url, origin=origin)
                 # Beside replicas that are warm a new one starts slowly.
                 backend.share = 0.0 if joining and known and known.backends else 1.0
             backend.full_weight = weight
             backend.weigh(max(backend.share, first_share(entry.policy)))
             backends.append(backend)
         return tuple(backends)
+
+    def _origin(self, url: str) -> Origin:
+        origin = self.origins.get(url)
+        if origin is None:
+            origin = self.origins[url] = Origin(url)
+        return origin
+
+    def _move(self, before: Sequence[Backend], after: Sequence[Backend]) -> None:
+        """Tell the origins of a model's replicas which of these they serve now."""
+        if before == after:
+            return
+        for backend in set(before).difference(after):
+            del backend.origin.backends[backend]
+            if not backend.origin.backends:
+                self._vacant.add(backend.origin)
+        for backend in after:
+            backend.origin.backends[backend] = None
+
+    def _forget_vacant(self) -> None:
+        """Drop the origins that serve no model any more; not before what they have in flight has ended."""
+        for origin in [origin for origin in self._vacant if origin.backends or not origin.in_flight]:
+            self._vacant.discard(origin)
+            if not origin.backends:
+                self.origins.pop(origin.url, None)
 
 
 def first_share(policy: PolicyName) -> float:

@@ -24,6 +24,15 @@ _POINTS = 128
 _COUNTED = 32
 
 
+class Load(Protocol):
+    """What an address has to do, for all of its models: this router's attempts, and what it reports of others'."""
+
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def reported(self) -> float: ...
+
+
 class Replica(Protocol):
     """What a policy sees of a backend."""
 
@@ -32,14 +41,12 @@ class Replica(Protocol):
     @property
     def weight(self) -> float: ...
     @property
-    def in_flight(self) -> int: ...
-    @property
-    def reported(self) -> float: ...
+    def origin(self) -> Load: ...
 
 
 R = TypeVar("R", bound=Replica)
 Random = Callable[[], float]
-_in_flight = attrgetter("in_flight")
+_in_flight = attrgetter("origin.in_flight")
 
 
 class Policy(Protocol[R]):
@@ -102,14 +109,14 @@ class LeastInFlight(Generic[R]):
         return equals[_draw(_ends(equals), self._random())]
 
     def _loads(self, replicas: Sequence[R]) -> list[float]:
-        return [replica.in_flight / replica.weight for replica in replicas]
+        return [replica.origin.in_flight / replica.weight for replica in replicas]
 
 
 class LeastReported(LeastInFlight[R]):
     """The same, with what the replicas report of others' requests."""
 
     def _loads(self, replicas: Sequence[R]) -> list[float]:
-        return [(replica.in_flight + replica.reported) / replica.weight for replica in replicas]
+        return [(replica.origin.in_flight + replica.origin.reported) / replica.weight for replica in replicas]
 
 
 class TwoChoices(Generic[R]):
@@ -135,7 +142,7 @@ class TwoChoices(Generic[R]):
         i = int(self._random() * n)
         j = int(self._random() * (n - 1))
         first, second = replicas[i], replicas[j + (j >= i)]
-        return first if first.in_flight <= second.in_flight else second
+        return first if first.origin.in_flight <= second.origin.in_flight else second
 
     def _learn(self, replicas: Sequence[R]) -> list[float] | None:
         return None if _alike(replicas) else _ends(replicas)
@@ -154,7 +161,7 @@ class TwoChoices(Generic[R]):
 
     def _is_lighter(self, first: R, second: R) -> bool:
         # (in_flight + 1) / weight: how loaded each would be with this request.
-        return (first.in_flight + 1) * second.weight <= (second.in_flight + 1) * first.weight
+        return (first.origin.in_flight + 1) * second.weight <= (second.origin.in_flight + 1) * first.weight
 
 
 class TwoReported(TwoChoices[R]):
@@ -164,7 +171,7 @@ class TwoReported(TwoChoices[R]):
         return _ends(replicas)
 
     def _is_lighter(self, first: R, second: R) -> bool:
-        load, other = first.in_flight + first.reported, second.in_flight + second.reported
+        load, other = first.origin.in_flight + first.origin.reported, second.origin.in_flight + second.origin.reported
         return (load + 1) * second.weight <= (other + 1) * first.weight
 
 
@@ -198,14 +205,14 @@ class PrefixAffinity(Generic[R]):
         owners = self._owners
         after = bisect(self._points, int.from_bytes(digest, "big"))
         home = owners[after - len(owners)]
-        if not tried and not home.in_flight:
+        if not tried and not home.origin.in_flight:
             return home
         slack = _BOUND * (self._count() + 1)
         # Once around: the negative indices are the ring from the key to its end. At least a fifth of it has room.
         for i in range(after - len(owners), after):
             owner = owners[i]
             # in_flight < ceil(slack * weight / total weight), exact for whole weights.
-            if owner.in_flight * self._weight < slack * owner.weight and owner not in tried:
+            if owner.origin.in_flight * self._weight < slack * owner.weight and owner not in tried:
                 return owner
         # Only those already tried have room.
         return self._keyless.choose(replicas, key, tried)

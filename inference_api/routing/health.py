@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from inference_api.models import Outcome
 from inference_api.routing.backend import Backend, Fleet, Model, first_share
 from inference_api.routing.breaker import Breaker, Owner, due
+from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -86,40 +87,40 @@ class Health:
 
     def answered(self, backend: Backend, status: int) -> None:
         """The head of an answer has come."""
-        if status >= 500 or backend.failures:
-            self._answered(backend, status)
+        if status >= 500 or backend.origin.failures:
+            self._answered(backend.origin, status)
 
     def ended(self, backend: Backend, outcome: Outcome) -> None:
         """An attempt is over, whether it had an answer or not."""
-        if outcome is not _OK or backend.failures:
-            self._ended(backend, outcome)
+        if outcome is not _OK or backend.origin.failures:
+            self._ended(backend.origin, outcome)
 
-    def _answered(self, backend: Backend, status: int) -> None:
+    def _answered(self, origin: Origin, status: int) -> None:
         if status in _BAD_STATUS:
-            self._failed(backend, refused=False)
-        elif status < 500 and backend.opened is not None and self._breaker.succeeded(backend, self._owner()):
-            self._closed(backend)
+            self._failed(origin, refused=False)
+        elif status < 500 and origin.opened is not None and self._breaker.succeeded(origin, self._owner()):
+            self._closed(origin)
 
-    def _ended(self, backend: Backend, outcome: Outcome) -> None:
+    def _ended(self, origin: Origin, outcome: Outcome) -> None:
         owner = self._owner()
         if outcome in _BAD:
-            self._failed(backend, refused=outcome is Outcome.CONNECT_FAILED)
-        elif outcome in _GOOD and self._breaker.succeeded(backend, owner):
-            self._closed(backend)
-        self._breaker.released(backend, owner)
+            self._failed(origin, refused=outcome is Outcome.CONNECT_FAILED)
+        elif outcome in _GOOD and self._breaker.succeeded(origin, owner):
+            self._closed(origin)
+        self._breaker.released(origin, owner)
 
-    def _failed(self, backend: Backend, refused: bool) -> None:
-        was_closed = backend.opened is None
-        if not self._breaker.failed(backend, self._clock(), self._owner()):
+    def _failed(self, origin: Origin, refused: bool) -> None:
+        was_closed = origin.opened is None
+        if not self._breaker.failed(origin, self._clock(), self._owner()):
             return
-        backend.refused = refused
-        self._refresh(backend)
+        origin.refused = refused
+        self._refresh(origin)
         if was_closed:
-            _tell(logging.WARNING, "the circuit of a backend is open", backend, failures=backend.failures)
+            _tell(logging.WARNING, "the circuit of a backend is open", origin, failures=origin.failures)
 
-    def _closed(self, backend: Backend) -> None:
-        self._come_back(backend)
-        _tell(logging.INFO, "the circuit of a backend is closed again", backend)
+    def _closed(self, origin: Origin) -> None:
+        self._come_back(origin)
+        _tell(logging.INFO, "the circuit of a backend is closed again", origin)
 
     # Choosing, while a circuit is not closed: Guard
 
@@ -134,9 +135,10 @@ class Health:
 
     def _probe(self, model: Model, tried: Collection[Backend], now: float) -> Backend | None:
         for backend in model.open:
-            if now < due(backend):
+            origin = backend.origin
+            if now < due(origin):
                 break
-            if backend.up and backend not in tried and self._breaker.take(backend, now, self._owner()):
+            if origin.up and backend not in tried and self._breaker.take(origin, now, self._owner()):
                 return backend
         return None
 
@@ -144,29 +146,32 @@ class Health:
         """It is kept from requests only while it refuses connections, so that they fail fast."""
         if sole in tried:
             return None
-        if sole.opened is None or self._breaker.take(sole, now, self._owner(), _SOLE_COOLDOWN) or not sole.refused:
+        origin = sole.origin
+        if origin.opened is None or self._breaker.take(origin, now, self._owner(), _SOLE_COOLDOWN):
+            return sole
+        if not origin.refused:
             return sole
         # A probe that is out for longer than connecting may take has its connection.
-        connected = sole.probe is not None and now - sole.probed > (model.entry.timeouts.connect or self._connect)
+        connected = origin.probe is not None and now - origin.probed > (model.entry.timeouts.connect or self._connect)
         return sole if connected else None
 
     # Health checks
 
-    def checked(self, backend: Backend, passed: bool) -> None:
+    def checked(self, origin: Origin, passed: bool) -> None:
         """A health check has passed or failed."""
         if passed:
-            backend.passed = self._clock()
-            backend.streak = max(backend.streak, 0) + 1
+            origin.passed = self._clock()
+            origin.streak = max(origin.streak, 0) + 1
         else:
-            backend.streak = min(backend.streak, 0) - 1
-        if backend.healthy and backend.streak <= -_OUT_AFTER:
-            backend.healthy = False
-            self._refresh(backend)
-            _tell(logging.WARNING, "a backend fails its health checks", backend)
-        elif not backend.healthy and backend.streak >= _IN_AFTER:
-            backend.healthy = True
-            self._come_back(backend)
-            _tell(logging.INFO, "a backend passes its health checks again", backend)
+            origin.streak = min(origin.streak, 0) - 1
+        if origin.healthy and origin.streak <= -_OUT_AFTER:
+            origin.healthy = False
+            self._refresh(origin)
+            _tell(logging.WARNING, "a backend fails its health checks", origin)
+        elif not origin.healthy and origin.streak >= _IN_AFTER:
+            origin.healthy = True
+            self._come_back(origin)
+            _tell(logging.INFO, "a backend passes its health checks again", origin)
 
     # Once a second
 
@@ -184,60 +189,76 @@ class Health:
         now = self._clock()
         grown = 0.0 if self._looked is None else (now - self._looked) / _SLOW_START
         self._looked = now
+        for origin in list(self._fleet.origins.values()):
+            self._watch(origin, now)
         for model in self._fleet.models.values():
-            reweighed = False
-            silence = _STUCK_AFTER * max(1.0, (model.entry.timeouts.first_byte or self._first_byte) / _USUAL_FIRST_BYTE)
-            for backend in model.backends:
-                self._watch(backend, now, silence)
-                if backend.share < 1.0:
-                    backend.weigh(min(1.0, backend.share + grown))
-                    reweighed = True
-            if reweighed:
+            growing = [backend for backend in model.backends if backend.share < 1.0]
+            for backend in growing:
+                backend.weigh(min(1.0, backend.share + grown))
+            if growing:
                 model.refresh(reweighed=True)
 
-    def _watch(self, backend: Backend, now: float, silence: float) -> None:
-        if backend.in_flight < _CROWD:
-            backend.crowded = None
-        elif backend.crowded is None:
-            backend.crowded = now
-        if backend.stuck is not None:
-            self._watch_stuck(backend, backend.stuck, now)
-        elif backend.crowded is not None and now - max(backend.crowded, self._heard(backend.url)) >= silence:
-            backend.stuck = now
-            self._refresh(backend)
-            _tell(logging.WARNING, "a backend is stuck", backend, in_flight=backend.in_flight)
+    def _watch(self, origin: Origin, now: float) -> None:
+        if origin.in_flight < _CROWD:
+            origin.crowded = None
+        elif origin.crowded is None:
+            origin.crowded = now
+        if origin.stuck is not None:
+            self._watch_stuck(origin, origin.stuck, now)
+        elif origin.crowded is not None and self._is_silent(origin, max(origin.crowded, self._heard(origin.url)), now):
+            origin.stuck = now
+            self._refresh(origin)
+            _tell(logging.WARNING, "a backend is stuck", origin, in_flight=origin.in_flight)
 
-    def _watch_stuck(self, backend: Backend, since: float, now: float) -> None:
-        heard = self._heard(backend.url) > since
+    def _is_silent(self, origin: Origin, since: float, now: float) -> bool:
+        """Whether it has been so for longer than any of its models may take to begin an answer."""
+        if now - since < _STUCK_AFTER:
+            return False
+        return now - since >= max((self._patience(model) for model in self._models(origin)), default=_STUCK_AFTER)
+
+    def _patience(self, model: Model) -> float:
+        return _STUCK_AFTER * max(1.0, (model.entry.timeouts.first_byte or self._first_byte) / _USUAL_FIRST_BYTE)
+
+    def _watch_stuck(self, origin: Origin, since: float, now: float) -> None:
+        heard = self._heard(origin.url) > since
         if not heard:
-            if backend.crowded is not None or backend.passed <= since:
+            if origin.crowded is not None or origin.passed <= since:
                 return
             # Those that waited have given up. It may be well again; one request finds out.
-            self._breaker.suspect(backend, now)
-        backend.stuck = None
-        self._come_back(backend)
-        _tell(logging.INFO, "a backend is no longer stuck", backend, heard=heard)
+            self._breaker.suspect(origin, now)
+        origin.stuck = None
+        self._come_back(origin)
+        _tell(logging.INFO, "a backend is no longer stuck", origin, heard=heard)
 
     # What follows
 
-    def _come_back(self, backend: Backend) -> None:
+    def _models(self, origin: Origin) -> list[Model]:
+        models = [self._fleet.models.get(backend.model) for backend in origin.backends]
+        return [model for model in models if model is not None]
+
+    def _come_back(self, origin: Origin) -> None:
         """One reason less to be out; if it was the last one, it starts slowly."""
-        model = self._fleet.models.get(backend.model)
-        if model is not None and backend.usable:
-            backend.weigh(first_share(model.entry.policy))
-        self._refresh(backend, reweighed=backend.usable)
+        reweighed = origin.usable
+        for backend in origin.backends if reweighed else ():
+            model = self._fleet.models.get(backend.model)
+            if model is not None:
+                backend.weigh(first_share(model.entry.policy))
+        self._refresh(origin, reweighed)
 
-    def _refresh(self, backend: Backend, reweighed: bool = False) -> None:
-        model = self._fleet.models.get(backend.model)
-        if model is None:
-            return
-        was_panic = model.panic
-        model.refresh(reweighed)
-        model.guard = self if model.open else None
-        if model.panic and not was_panic:
-            fields = {"model": model.name, "backends": len(model.backends)}
-            logger.warning("more than half of a model's backends are out; all are used", extra={"fields": fields})
+    def _refresh(self, origin: Origin, reweighed: bool = False) -> None:
+        for model in self._models(origin):
+            was_panic = model.panic
+            model.refresh(reweighed)
+            model.guard = self if model.open else None
+            if model.panic and not was_panic:
+                fields = {"model": model.name, "backends": len(model.backends)}
+                logger.warning("more than half of a model's backends are out; all are used", extra={"fields": fields})
 
 
-def _tell(level: int, text: str, backend: Backend, **fields: object) -> None:
-    logger.log(level, text, extra={"fields": {"model": backend.model, "backend": backend.label, **fields}})
+def _tell(level: int, text: str, origin: Origin, **fields: object) -> None:
+    """Once for an address, whatever the number of its models; the first one is named."""
+    models = [backend.model for backend in origin.backends]
+    if len(models) > 1:
+        fields = {"models": len(models), **fields}
+    named = {"model": models[0], "backend": origin.label} if models else {"backend": origin.label}
+    logger.log(level, text, extra={"fields": {**named, **fields}})

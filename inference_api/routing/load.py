@@ -9,14 +9,14 @@ import asyncio
 import logging
 import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
 import httpx
 
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Fleet
+from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class LoadSignal:
         fleet: Fleet,
         transport: httpx.AsyncBaseTransport,
         every: float,
-        on_failure: Callable[[Backend], None] = lambda backend: None,
+        on_failure: Callable[[Origin], None] = lambda origin: None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         rand: Callable[[], float] = random.random,
@@ -80,49 +80,47 @@ class LoadSignal:
 
     async def look(self) -> None:
         """Ask every replica once, a few at a time, for at most one interval; then drop what is old."""
-        replicas: defaultdict[str, list[Backend]] = defaultdict(list)
-        for model in self._fleet.models.values():
-            # The API of "openai" is all that is known of it.
-            for backend in model.backends if model.entry.engine != "openai" else ():
-                replicas[backend.url].append(backend)
+        origins = self._origins()
         # Those that were silent come last, so that they can delay only each other.
-        asked = iter(sorted(replicas, key=self._silent.__contains__))
+        asked = iter(sorted(origins, key=lambda origin: origin.url in self._silent))
 
         async def worker() -> None:
-            for url in asked:
-                await self._ask(url, replicas[url])
+            for origin in asked:
+                await self._ask(origin)
 
         with suppress(TimeoutError):
             async with asyncio.timeout(self._every), asyncio.TaskGroup() as group:
-                for _ in range(min(_AT_ONCE, len(replicas))):
+                for _ in range(min(_AT_ONCE, len(origins))):
                     group.create_task(worker())
-        self._drop_old(replicas)
+        self._drop_old(origins)
 
-    async def _ask(self, url: str, backends: list[Backend]) -> None:
-        # One engine may serve several models; each of them sees the others' requests as somebody else's.
-        own = [backend.in_flight for backend in backends]
+    def _origins(self) -> list[Origin]:
+        """Each address once, whatever the number of its models. The API of "openai" is all that is known of it."""
+        models = [model for model in self._fleet.models.values() if model.entry.engine != "openai"]
+        return list(dict.fromkeys(backend.origin for model in models for backend in model.backends))
+
+    async def _ask(self, origin: Origin) -> None:
+        before = origin.in_flight
         try:
             # Below the interval, or a look would end before it knows who is silent.
             async with asyncio.timeout(min(_PATIENCE, self._every / 2)):
-                reading = await self._scrape(backends[0])
+                reading = await self._scrape(origin)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
-            self._silent.add(url)
-            for backend in backends:
-                self._on_failure(backend)
+            self._silent.add(origin.url)
+            self._on_failure(origin)
             return
-        self._silent.discard(url)
-        self._told[url] = self._clock()
-        for backend, before in zip(backends, own, strict=True):
-            # Some of the own have come or gone since: rather too little is laid to others than too much.
-            others = reading.running + reading.waiting - max(before, backend.in_flight)
-            backend.reported = max(0.0, others)
-            backend.reading = reading
-            backend.scraped = self._wall()
+        self._silent.discard(origin.url)
+        self._told[origin.url] = self._clock()
+        # Some of the own have come or gone since: rather too little is laid to others than too much.
+        others = reading.running + reading.waiting - max(before, origin.in_flight)
+        origin.reported = max(0.0, others)
+        origin.reading = reading
+        origin.scraped = self._wall()
 
-    async def _scrape(self, backend: Backend) -> Reading:
-        url, _ = backend.address("/metrics")
+    async def _scrape(self, origin: Origin) -> Reading:
+        url, _ = origin.address("/metrics")
         headers = {"accept": "text/plain", "accept-encoding": "identity"}
-        extensions = {"timeout": {"connect": _PATIENCE}, "origin": backend.url}
+        extensions = {"timeout": {"connect": _PATIENCE}, "origin": origin.url}
         request = httpx.Request("GET", url, headers=headers, extensions=extensions)
         response = await self._transport.handle_async_request(request)
         stream = response.stream
@@ -137,14 +135,14 @@ class LoadSignal:
             await stream.aclose()
         return gauges.reading()
 
-    def _drop_old(self, replicas: Mapping[str, list[Backend]]) -> None:
-        self._silent &= replicas.keys()
-        self._told = {url: told for url, told in self._told.items() if url in replicas}
+    def _drop_old(self, origins: Collection[Origin]) -> None:
+        urls = {origin.url for origin in origins}
+        self._silent &= urls
+        self._told = {url: told for url, told in self._told.items() if url in urls}
         oldest = self._clock() - _STALE_AFTER * self._every
-        for url, backends in replicas.items():
-            if self._told.get(url, oldest - 1) < oldest:
-                for backend in backends:
-                    backend.reported, backend.reading = 0.0, None
+        for origin in origins:
+            if self._told.get(origin.url, oldest - 1) < oldest:
+                origin.reported, origin.reading = 0.0, None
 
 
 # What the engines call it; vLLM has one series of each per engine core, and older ones have the GPU's cache.

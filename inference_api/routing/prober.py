@@ -1,4 +1,4 @@
-"""Asks every replica for its /health, again and again, beside the traffic and never in its way."""
+"""Asks every address for its /health, again and again, beside the traffic and never in its way."""
 
 import asyncio
 import logging
@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import httpx
 
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Fleet
+from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
 
-# How often it looks for replicas that are new.
+# How often it looks for addresses that are new.
 _ENROL_EVERY = 1.0
 # A thousand replicas, every tenth of them hung, take about 50 at a time.
 _AT_ONCE = 128
@@ -20,7 +21,9 @@ _HEADERS = {"connection": "close", "user-agent": "inference-api"}
 
 
 class Prober:
-    """Reports to `on_check` whether a replica passes: it answers in time, with a status below 500.
+    """Reports to `on_check` whether an address passes: it answers in time, with a status below 500.
+
+    It is asked once, whatever the number of its models.
 
     That is a pass for engines without a /health, too. A timeout while bytes of other answers come from the replica
     (`heard(url)`: when the last one did, in loop time) is no verdict: it is busy. `every`: seconds between two checks,
@@ -31,7 +34,7 @@ class Prober:
         self,
         fleet: Fleet,
         transport: httpx.AsyncBaseTransport,
-        on_check: Callable[[Backend, bool], None],
+        on_check: Callable[[Origin, bool], None],
         heard: Callable[[str], float],
         every: float = 10.0,
         patience: float = 5.0,
@@ -45,47 +48,46 @@ class Prober:
         self._every = every
         self._patience = patience
         self._rand = rand
-        # Shared: the replicas that are in the catalogue, and those that have a task here
-        self._served: set[Backend] = set()
-        self._watched: set[Backend] = set()
+        # Those that have a task here
+        self._watched: set[Origin] = set()
         self._slots = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
-        """Check until cancelled; replicas that come are found within a second, those that left are let go."""
+        """Check until cancelled; addresses that come are found within a second, those that left are let go."""
         async with asyncio.TaskGroup() as group:
             while True:
-                self._served = {backend for model in self._fleet.models.values() for backend in model.backends}
-                for backend in self._served - self._watched:
-                    self._watched.add(backend)
-                    group.create_task(self._watch(backend))
+                for origin in self._fleet.origins.values():
+                    if origin.backends and origin not in self._watched:
+                        self._watched.add(origin)
+                        group.create_task(self._watch(origin))
                 await asyncio.sleep(_ENROL_EVERY)
 
-    async def _watch(self, backend: Backend) -> None:
+    async def _watch(self, origin: Origin) -> None:
         # Spread over one interval: a thousand at once would be a burst.
         await asyncio.sleep(self._every * self._rand())
-        while backend in self._served:
+        while origin.backends:
             try:
                 async with self._slots:
-                    passed = await self.check(backend)
+                    passed = await self.check(origin)
                 if passed is not None:
-                    self._on_check(backend, passed)
+                    self._on_check(origin, passed)
             except Exception:
-                # The boundary of a background task: one odd replica must not end the checks of the others.
-                logger.exception("a health check could not be made", extra={"fields": {"backend": backend.label}})
+                # The boundary of a background task: one odd engine must not end the checks of the others.
+                logger.exception("a health check could not be made", extra={"fields": {"backend": origin.label}})
             await asyncio.sleep(self._every * (0.8 + 0.4 * self._rand()))
-        self._watched.discard(backend)
+        self._watched.discard(origin)
 
-    async def check(self, backend: Backend) -> bool | None:
+    async def check(self, origin: Origin) -> bool | None:
         """One health check; None: no verdict."""
         began = asyncio.get_running_loop().time()
         try:
-            url, target = backend.address("/health")
-            extensions = {"origin": backend.url, "target": target, "fresh": True}
+            url, target = origin.address("/health")
+            extensions = {"origin": origin.url, "target": target, "fresh": True}
             async with asyncio.timeout(self._patience):
                 request = httpx.Request("GET", url, headers=_HEADERS, extensions=extensions)
                 response = await self._transport.handle_async_request(request)
         except TimeoutError:
-            return None if self._heard(backend.url) >= began else False
+            return None if self._heard(origin.url) >= began else False
         except (httpx.HTTPError, httpx.InvalidURL):
             return False
         assert isinstance(response.stream, httpx.AsyncByteStream)
@@ -93,4 +95,4 @@ class Prober:
         return response.status_code < 500
 
     def __repr__(self) -> str:
-        return f"<Prober of {len(self._watched)} backends>"
+        return f"<Prober of {len(self._watched)} addresses>"

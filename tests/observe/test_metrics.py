@@ -146,7 +146,7 @@ async def everything(start_engine: Start, start_router: Start) -> AsyncIterator[
             load_signal_interval=1,
         )
         await requests_once(served)
-        await until(lambda: served.router.fleet.models["m"].backends[0].reading)
+        await until(lambda: served.router.fleet.models["m"].backends[0].origin.reading)
         yield served
 
 
@@ -851,6 +851,18 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
     }
 
 
+def test_a_failed_check_of_an_address_counts_for_each_of_its_models() -> None:
+    fleet = Fleet(make_policy)
+    metrics = Metrics(lambda: list(fleet.models.values()), lambda: RegistryStatus("static", 0, 0.0, {}))
+    models = [{"name": name, "backends": [{"url": "http://a"}]} for name in ("m", "n")]
+    fleet.update(parse_catalogue({"models": models}))
+
+    metrics.probe_failed(fleet.origins["http://a"], "health")
+
+    scrape = Scrape(metrics.collect())
+    assert [scrape("backend_probe_failures_total", model_name=name, kind="health") for name in ("m", "n")] == [1, 1]
+
+
 def test_failed_checks_are_forgotten_with_the_replica() -> None:
     fleet = Fleet(make_policy)
     metrics = Metrics(lambda: list(fleet.models.values()), lambda: RegistryStatus("static", 0, 0.0, {}))
@@ -861,7 +873,7 @@ def test_failed_checks_are_forgotten_with_the_replica() -> None:
         metrics.forget_backends()
         return fleet.models["m"].backends[-1]
 
-    metrics.probe_failed(take(listed), "health")
+    metrics.probe_failed(take(listed).origin, "health")
     assert Scrape(metrics.collect())("backend_probe_failures_total", backend="b", kind="health") == 1
     take(listed)
     assert Scrape(metrics.collect())("backend_probe_failures_total") == 1

@@ -484,7 +484,7 @@ def alternately(*results: Exception | int, times: int) -> list[Exception | int]:
 def weaken(model: Model) -> None:
     """Its replicas have been failing already."""
     for backend in model.backends:
-        backend.failures = 1
+        backend.origin.failures = 1
 
 
 def not_again(reply: Reply) -> bool:
@@ -558,7 +558,7 @@ async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(polic
     for good in range(6):
         desk, model = Desk(REFUSED, REFUSED, 200), model_of(*urls, policy=policy)
         for number, backend in enumerate(model.backends):
-            backend.failures = int(number != good)
+            backend.origin.failures = int(number != good)
 
         with suppress(NoBackend):
             await finish(await desk.forward(call_to(), model))
@@ -569,7 +569,7 @@ async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(polic
 async def test_only_what_a_replica_in_good_standing_failed_is_repeated_freely() -> None:
     desk, model = Desk(STALE, STALE, 200, attempts=3), model_of(*REPLICAS)
     model.policy = FirstChoice()
-    model.backends[1].failures = model.backends[2].failures = 1
+    model.backends[1].origin.failures = model.backends[2].origin.failures = 1
 
     reply = await desk.forward(call_to(), model)
 

@@ -74,7 +74,7 @@ class FakeApi(ScriptedServer):
         self.lost = 0
         self.lists = 0
         self.watches = 0
-        self.page = 500
+        self.page_size = 500
         self._version = 1
         self._memory: list[Change] = []
         self._forgotten = 0
@@ -145,7 +145,7 @@ class FakeApi(ScriptedServer):
         self.lists += 1
         found = [one for (at, _), one in sorted(self.slices.items()) if at == namespace and _selected(one, query)]
         begin = int(query.get("continue", "0"))
-        end = begin + min(self.page, int(query["limit"]))
+        end = begin + min(self.page_size, int(query["limit"]))
         metadata = {"resourceVersion": str(self._version)} | ({"continue": str(end)} if end < len(found) else {})
         await line.send(json_response({"metadata": metadata, "items": found[begin:end] or None}))
 

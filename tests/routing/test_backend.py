@@ -76,11 +76,65 @@ def test_a_replica_that_left_ends_what_it_has_and_gets_no_more(fleet: Fleet) -> 
     assert gone.in_flight == 0
 
 
-def test_the_same_url_under_two_models_is_two_backends(fleet: Fleet) -> None:
+def test_the_same_url_under_two_models_is_two_backends_of_one_origin(fleet: Fleet) -> None:
+    update(fleet, entry("a", "b"), entry("a", name="n"))
+    one, two = fleet.models["m"].backends[0], fleet.models["n"].backends[0]
+
+    assert one is not two
+    assert [model.backends[0].model for model in fleet.models.values()] == ["m", "n"]
+    assert one.origin is two.origin
+    assert list(one.origin.backends) == [one, two]
+    assert set(fleet.origins) == {"http://a", "http://b"}
+
+
+@pytest.mark.parametrize("policy", ["two_choices", "least_in_flight"])
+def test_what_one_model_has_at_an_address_counts_in_the_choices_of_the_others(fleet: Fleet, policy: str) -> None:
+    update(fleet, entry("a", "b", policy=policy), entry("a", name="n"))
+    fleet.models["n"].backends[0].origin.in_flight = 1
+
+    assert {fleet.models["m"].choose("") for _ in range(50)} == {fleet.models["m"].backends[1]}
+
+
+def test_an_origin_lasts_as_long_as_it_serves_a_model_or_has_something_in_flight(fleet: Fleet) -> None:
+    update(fleet, entry("a"), entry("a", name="n"))
+    origin = fleet.origins["http://a"]
+    update(fleet, entry("b"), entry("a", name="n"))
+    assert fleet.origins["http://a"] is origin
+    assert [backend.model for backend in origin.backends] == ["n"]
+
+    origin.in_flight = 1
+    update(fleet, entry("b"))
+    assert fleet.origins["http://a"] is origin
+    update(fleet, entry("b"), entry("a", name="n"))
+    assert fleet.models["n"].backends[0].origin is origin
+    update(fleet, entry("b"))
+    origin.in_flight = 0
+    update(fleet, entry("b"))
+
+    assert set(fleet.origins) == {"http://b"}
+
+
+def test_an_origin_that_moves_from_one_model_to_another_is_the_same(fleet: Fleet) -> None:
+    update(fleet, entry("a", "b"), entry("c", name="n"))
+    origin = fleet.origins["http://a"]
+
+    update(fleet, entry("b"), entry("c", "a", name="n"))
+
+    assert fleet.models["n"].backends[1].origin is origin
+    assert list(origin.backends) == [fleet.models["n"].backends[1]]
+
+
+def test_a_backend_that_comes_back_shares_its_origin_with_those_that_came_meanwhile(fleet: Fleet) -> None:
+    update(fleet, entry("a"), entry("b", name="n"))
+    left = fleet.models["m"].backends[0]
+    left.in_flight = left.origin.in_flight = 1
+    update(fleet, entry("b"), entry("b", name="n"))
+    left.in_flight = left.origin.in_flight = 0
+    update(fleet, entry("b"), entry("a", name="n"))
+
     update(fleet, entry("a"), entry("a", name="n"))
 
-    assert fleet.models["m"].backends[0] is not fleet.models["n"].backends[0]
-    assert [model.backends[0].model for model in fleet.models.values()] == ["m", "n"]
+    assert fleet.models["m"].backends[0].origin is fleet.models["n"].backends[0].origin is fleet.origins["http://a"]
 
 
 def test_a_model_that_is_gone_is_unknown_and_comes_back_new(fleet: Fleet) -> None:
@@ -131,7 +185,7 @@ def test_a_model_chooses_by_its_policy_what_has_not_been_tried(fleet: Fleet) -> 
     assert {model.choose(""), model.choose("")} == {a, b}
     assert model.choose("", [a]) is b
     assert model.choose("", [a, b]) is None
-    assert a.failures == 0
+    assert a.origin.failures == 0
 
 
 def test_each_model_has_a_policy_of_its_own(fleet: Fleet) -> None:
@@ -203,7 +257,7 @@ def test_a_model_without_replicas_can_be_named(fleet: Fleet) -> None:
 def test_a_backend_knows_its_host_header_and_base_path(url: str, host: bytes, base_path: str) -> None:
     backend = Backend("m", url)
 
-    assert (backend.host, backend.base_path) == (host, base_path)
+    assert (backend.host, backend.origin.base_path) == (host, base_path)
     assert backend.address("/v1/models") == (httpx.URL(url + "/v1/models"), f"{base_path}/v1/models".encode())
     assert backend.address("/v1/models") is backend.address("/v1/models")
 

@@ -31,7 +31,7 @@ def replicas_of(*weights: float) -> tuple[Backend, ...]:
 def loaded(load: Loads) -> tuple[Backend, ...]:
     replicas = replicas_of(*(weight for weight, _ in load))
     for replica, (_, in_flight) in zip(replicas, load, strict=True):
-        replica.in_flight = in_flight
+        replica.origin.in_flight = in_flight
     return replicas
 
 
@@ -44,8 +44,8 @@ def pile(chooser: Policy[Backend], replicas: Sequence[Backend], requests: int) -
     for number in range(requests):
         chosen = chooser.choose(replicas, f"key-{number}")
         assert chosen is not None
-        chosen.in_flight += 1
-    return [replica.in_flight for replica in replicas]
+        chosen.origin.in_flight += 1
+    return [replica.origin.in_flight for replica in replicas]
 
 
 # The contract
@@ -97,7 +97,7 @@ def test_a_new_set_takes_effect_at_once(name: PolicyName) -> None:
     fewer = replicas[2:]
     assert {chooser.choose(fewer, f"key-{n}") for n in range(50)} <= set(fewer)
     for replica in replicas:
-        replica.in_flight = 0
+        replica.origin.in_flight = 0
     assert {chooser.choose(replicas, f"key-{n}") for n in range(50)} & set(replicas[:2])
 
 
@@ -205,7 +205,7 @@ def test_two_choices_draws_by_weight() -> None:
 
 def test_two_choices_draws_the_second_by_weight_too() -> None:
     light, other, full = replicas = replicas_of(1, 1, 6)
-    full.in_flight = 1000
+    full.origin.in_flight = 1000
     chooser = policy("two_choices")
     seen = Counter(chooser.choose(replicas, "") for _ in range(4000))
     assert seen[full] == 0
@@ -215,7 +215,7 @@ def test_two_choices_draws_the_second_by_weight_too() -> None:
 def test_two_choices_are_distinct_even_where_rounding_says_otherwise() -> None:
     """1000.003 - 1000 is a little more than 0.003, so that the second draw falls on the first replica again."""
     light, heavy = replicas = replicas_of(0.003, 1000)
-    heavy.in_flight = 10**7
+    heavy.origin.in_flight = 10**7
     draws = iter([0.5, 1 - 2**-53])
     chooser: Policy[Backend] = make_policy("two_choices", lambda: next(draws))
     assert chooser.choose(replicas, "") is light
@@ -229,8 +229,8 @@ def test_prefix_affinity_spreads_requests_without_a_key() -> None:
     for _ in range(8):
         chosen = chooser.choose(replicas, "")
         assert chosen is not None
-        chosen.in_flight += 1
-    assert [replica.in_flight for replica in replicas] == [4, 4]
+        chosen.origin.in_flight += 1
+    assert [replica.origin.in_flight for replica in replicas] == [4, 4]
 
 
 def test_prefix_affinity_gives_a_retry_the_next_on_the_ring() -> None:
@@ -238,7 +238,7 @@ def test_prefix_affinity_gives_a_retry_the_next_on_the_ring() -> None:
     home = chooser.choose(replicas, "key")
     assert home is not None
     second = chooser.choose(replicas, "key", [home])
-    home.in_flight = 2
+    home.origin.in_flight = 2
     assert chooser.choose(replicas, "key") is second, "a full home spills to where a retry goes"
     without = tuple(replica for replica in replicas if replica is not home)
     assert chooser.choose(without, "key") is second, "and so does a home that left"

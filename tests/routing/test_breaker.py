@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from inference_api.routing.backend import Backend
 from inference_api.routing.breaker import Breaker, due
+from inference_api.routing.origin import Origin
 
 COOLDOWN = 60.0
 # With rand() = 0.5 there is no jitter.
@@ -25,11 +25,11 @@ class Request:
         return self.over
 
 
-def closed() -> Backend:
-    return Backend("m", "http://a")
+def closed() -> Origin:
+    return Origin("http://a")
 
 
-def opened(now: float = 0.0) -> Backend:
+def opened(now: float = 0.0) -> Origin:
     circuit = closed()
     for _ in range(5):
         BREAKER.failed(circuit, now, Request())
@@ -167,7 +167,7 @@ def test_a_probe_that_nobody_reports_of_ends_with_its_request() -> None:
 
 
 @pytest.mark.parametrize("circuit", [closed(), opened()])
-def test_a_suspect_is_half_open_at_once_and_not_in_good_standing(circuit: Backend) -> None:
+def test_a_suspect_is_half_open_at_once_and_not_in_good_standing(circuit: Origin) -> None:
     BREAKER.suspect(circuit, 1000.0)
 
     assert circuit.failures > 0

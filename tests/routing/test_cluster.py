@@ -102,7 +102,7 @@ def test_an_event_is_what_happened_to_whom_and_when() -> None:
 async def test_a_list_that_is_too_long_is_not_kept(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         api.put(document(f"s-{number}", "llama", "10.0.0.1"))
-    api.page = 1
+    api.page_size = 1
     monkeypatch.setattr(cluster_module, "_MAX_SLICES", 2)
     async with Api(api.cluster) as client:
         with pytest.raises(ApiError, match="more than 2 slices"):

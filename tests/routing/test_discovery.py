@@ -210,7 +210,7 @@ async def test_a_replica_that_comes_back_still_has_what_it_had_in_flight() -> No
     await discovery.look()
     model = fleet.models["m"]
     busy, idle = model.backends
-    busy.in_flight = 2
+    busy.in_flight = busy.origin.in_flight = 2
     for answer in (["10.0.0.3"], ["10.0.0.4"], ["10.0.0.1", "10.0.0.2"]):
         names.say("a", answer)
         await discovery.look()

@@ -231,7 +231,7 @@ async def test_more_services_than_a_selector_should_name_are_picked_here(
 async def test_a_list_comes_in_pages(api: FakeApi) -> None:
     for number in range(7):
         api.put(document(f"s-{number}", "llama", f"10.0.0.{number + 1}"))
-    api.page = 3
+    api.page_size = 3
     fleet = fleet_of(m=[backend("llama")])
     async with watching(fleet, api):
         assert len(labels(fleet)) == 7

@@ -92,7 +92,7 @@ class Ward:
 
     def check(self, backend: Backend, *results: bool) -> None:
         for passed in results:
-            self.health.checked(backend, passed)
+            self.health.checked(backend.origin, passed)
 
     def look(self, seconds: float = 1.0, times: int = 1) -> None:
         for _ in range(times):
@@ -109,7 +109,7 @@ def test_a_replica_whose_attempts_fail_gets_no_more(outcome: Outcome) -> None:
     a, b, c = ward.backends
     for _ in range(4):
         ward.attempt(a, outcome)
-    assert (a.failures, ward.available) == (4, "abc")
+    assert (a.origin.failures, ward.available) == (4, "abc")
 
     ward.attempt(a, outcome)
 
@@ -124,7 +124,7 @@ def test_a_gateways_errors_count_once_each(status: int) -> None:
 
     for number in range(1, 6):
         ward.attempt(a, Outcome.UPSTREAM_5XX, status)
-        assert a.failures == number
+        assert a.origin.failures == number
     assert ward.available == "b"
 
 
@@ -136,7 +136,7 @@ def test_other_statuses_do_not_count(status: int) -> None:
     for _ in range(1000):
         ward.attempt(a, Outcome.of_status(status), status)
 
-    assert (a.failures, ward.available) == (0, "ab")
+    assert (a.origin.failures, ward.available) == (0, "ab")
 
 
 @pytest.mark.parametrize("outcome", NEITHER)
@@ -147,7 +147,7 @@ def test_what_says_nothing_of_a_replica_neither_counts_nor_clears(outcome: Outco
         ward.attempt(a, Outcome.RESET)
     for _ in range(1000):
         ward.attempt(a, outcome)
-    assert (a.failures, ward.available) == (4, "ab")
+    assert (a.origin.failures, ward.available) == (4, "ab")
 
     ward.attempt(a, Outcome.RESET)
 
@@ -160,11 +160,11 @@ def test_a_good_answer_clears_and_one_that_breaks_off_does_not(outcome: Outcome,
     a, _ = ward.backends
     for _ in range(4):
         ward.attempt(a, Outcome.TRUNCATED, 200)
-    assert a.failures == 4
+    assert a.origin.failures == 4
 
     ward.attempt(a, outcome, status)
 
-    assert a.failures == 0
+    assert a.origin.failures == 0
 
 
 def test_operators_are_told_once_of_each_change(caplog: pytest.LogCaptureFixture) -> None:
@@ -186,6 +186,76 @@ def test_operators_are_told_once_of_each_change(caplog: pytest.LogCaptureFixture
         ("INFO", "the circuit of a backend is closed again"),
     ]
     assert vars(caplog.records[0])["fields"] == {"model": "m", "backend": "a", "failures": 5}
+
+
+# One address of several models
+
+
+def adapters(*names: str) -> Ward:
+    """Each of these models has the replicas a and b."""
+    ward = Ward()
+    entry = {"backends": [{"url": "http://a"}, {"url": "http://b"}]}
+    ward.fleet.update(parse_catalogue({"models": [{"name": name, **entry} for name in names]}))
+    return ward
+
+
+def available_of(ward: Ward) -> set[str]:
+    return {"".join(backend.label for backend in model.available) for model in ward.fleet.models.values()}
+
+
+def test_models_at_one_address_share_its_circuit_and_its_probe(caplog: pytest.LogCaptureFixture) -> None:
+    ward = adapters("m", "n", "o")
+    for model in [*ward.fleet.models.values(), *ward.fleet.models.values()][:5]:
+        assert available_of(ward) == {"ab"}
+        ward.attempt(model.backends[0], Outcome.RESET)
+    assert available_of(ward) == {"b"}
+    assert [vars(record)["fields"] for record in caplog.records] == [
+        {"model": "m", "backend": "a", "models": 3, "failures": 5}
+    ]
+
+    ward.now += 60
+    chosen = [model.choose("") for model in ward.fleet.models.values()]
+    assert [backend.label for backend in chosen if backend] == ["a", "b", "b"]
+    assert chosen[0] is not None
+    ward.health.answered(chosen[0], 200)
+
+    assert available_of(ward) == {"ab"}
+    assert {backend.share for model in ward.fleet.models.values() for backend in model.backends} == {0.1, 1.0}
+    assert all(model.guard is None for model in ward.fleet.models.values())
+
+
+def test_an_address_that_fails_its_checks_is_out_for_all_of_its_models() -> None:
+    ward = adapters("m", "n")
+    ward.check(ward.backends[0], False, False, False)
+    assert available_of(ward) == {"b"}
+
+    ward.check(ward.backends[0], True, True)
+
+    assert available_of(ward) == {"ab"}
+
+
+def test_an_address_is_stuck_by_what_its_models_have_there_together() -> None:
+    ward = adapters("m", "n")
+    ward.backends[0].origin.in_flight = 3
+    ward.look()
+    ward.look(times=60)
+
+    assert available_of(ward) == {"b"}
+
+
+def test_the_model_whose_answers_may_begin_last_says_how_long_an_address_may_be_silent() -> None:
+    ward = Ward()
+    backends = [{"url": "http://a"}, {"url": "http://b"}]
+    slow = {"name": "n", "backends": backends, "timeouts": {"first_byte": 600}}
+    ward.fleet.update(parse_catalogue({"models": [{"name": "m", "backends": backends}, slow]}))
+    ward.backends[0].origin.in_flight = 3
+    ward.look()
+
+    ward.look(times=299)
+    assert available_of(ward) == {"ab"}
+    ward.look()
+
+    assert available_of(ward) == {"b"}
 
 
 # Half-open
@@ -214,13 +284,13 @@ def test_the_head_of_the_probes_answer_closes_and_its_end_does_not_matter() -> N
 
     ward.health.answered(a, 200)
 
-    assert (a.opened, a.failures, ward.available) == (None, 0, "ab")
+    assert (a.origin.opened, a.origin.failures, ward.available) == (None, 0, "ab")
     assert ward.model.guard is None
     ward.look(30, times=2)
     assert ward.chosen() == {a, b}
     ward.request = probe
     ward.health.ended(a, Outcome.RESET)
-    assert (ward.available, a.failures) == ("ab", 1)
+    assert (ward.available, a.origin.failures) == ("ab", 1)
 
 
 def test_the_good_end_of_a_probe_closes_even_if_its_head_was_not_reported() -> None:
@@ -232,7 +302,7 @@ def test_the_good_end_of_a_probe_closes_even_if_its_head_was_not_reported() -> N
 
     ward.report(a, Outcome.OK)
 
-    assert (ward.available, a.failures) == ("ab", 0)
+    assert (ward.available, a.origin.failures) == ("ab", 0)
 
 
 def test_the_head_of_another_requests_answer_closes_nothing() -> None:
@@ -287,8 +357,8 @@ def test_a_probe_that_was_never_sent_is_over_with_its_request() -> None:
     assert ward.choose() is b
 
     ward.open(b)  # whatever else happens
-    assert a.probe is not None
-    a.probe.done = lambda: True  # type: ignore[method-assign]
+    assert a.origin.probe is not None
+    a.origin.probe.done = lambda: True  # type: ignore[method-assign]
 
     assert ward.choose() is a
 
@@ -398,9 +468,9 @@ def test_an_only_replica_is_never_out(outcome: Outcome) -> None:
     ward = Ward("a")
     [a] = ward.backends
     ward.check(a, False, False, False)
-    a.in_flight = 3
+    a.origin.in_flight = 3
     ward.look(times=100)
-    assert not a.up
+    assert not a.origin.up
     ward.open(a, outcome=outcome)
 
     assert ward.chosen() == {a}
@@ -424,9 +494,9 @@ def test_an_only_replica_that_refuses_is_tried_once_a_second() -> None:
     assert ward.choose() is a
     assert ward.chosen() == {None}
     ward.health.answered(a, 200)
-    assert a.opened is not None  # that was somebody else's
-    assert a.probe is not None
-    ward.request = a.probe  # type: ignore[assignment]
+    assert a.origin.opened is not None  # that was somebody else's
+    assert a.origin.probe is not None
+    ward.request = a.origin.probe  # type: ignore[assignment]
     ward.health.answered(a, 200)
     assert ward.chosen() == {a}
 
@@ -515,7 +585,7 @@ def test_what_is_still_heard_of_a_replica_that_left_changes_nothing() -> None:
 
 def busy(ward: Ward, count: int = 3) -> Backend:
     a = ward.backends[0]
-    a.in_flight = count
+    a.origin.in_flight = count
     ward.look()
     return a
 
@@ -529,7 +599,7 @@ def test_a_replica_with_requests_and_without_a_byte_for_a_minute_is_out() -> Non
 
     ward.look()
 
-    assert (ward.available, a.up) == ("b", False)
+    assert (ward.available, a.origin.up) == ("b", False)
 
 
 def test_two_requests_may_wait_as_long_as_they_like() -> None:
@@ -538,12 +608,12 @@ def test_two_requests_may_wait_as_long_as_they_like() -> None:
     ward.look(times=600)
     assert ward.available == "ab"
 
-    a.in_flight = 3
+    a.origin.in_flight = 3
     ward.look(times=60)
     assert ward.available == "ab"
-    a.in_flight = 2
+    a.origin.in_flight = 2
     ward.look()
-    a.in_flight = 3
+    a.origin.in_flight = 3
     ward.look(times=60)
 
     assert ward.available == "ab"
@@ -579,7 +649,7 @@ def test_a_stuck_replica_is_back_when_bytes_flow() -> None:
     ward.heard[a.url] = ward.now + 0.5
     ward.look()
 
-    assert (ward.available, a.up) == ("ab", True)
+    assert (ward.available, a.origin.up) == ("ab", True)
     assert a.share == pytest.approx(0.1, abs=0.05)
 
 
@@ -591,15 +661,15 @@ def test_a_stuck_replica_whose_requests_gave_up_is_tried_once_a_check_has_passed
     ward.look(times=100)
     ward.check(a, True)
     ward.look()
-    assert not a.up
+    assert not a.origin.up
 
-    a.in_flight = 2
+    a.origin.in_flight = 2
     ward.look()
 
-    assert (a.up, ward.available) == (True, "b")
+    assert (a.origin.up, ward.available) == (True, "b")
     assert [ward.choose(), ward.choose()] == [a, b]
-    assert a.probe is not None
-    ward.request = a.probe  # type: ignore[assignment]
+    assert a.origin.probe is not None
+    ward.request = a.origin.probe  # type: ignore[assignment]
     ward.health.answered(a, 200)
     assert ward.available == "ab"
 
@@ -609,11 +679,11 @@ def test_a_stuck_replica_without_a_passed_check_stays_out() -> None:
     a = busy(ward)
     ward.check(a, True)
     ward.look(times=100)
-    a.in_flight = 0
+    a.origin.in_flight = 0
 
     ward.look(times=600)
 
-    assert (a.up, ward.available) == (False, "b")
+    assert (a.origin.up, ward.available) == (False, "b")
 
 
 # Slow start
@@ -628,10 +698,10 @@ def part_of_a(ward: Ward) -> float:
     for _ in range(1000):
         chosen = ward.choose()
         assert chosen is not None
-        chosen.in_flight += 1
-    part = ward.backends[0].in_flight / 1000
+        chosen.origin.in_flight += 1
+    part = ward.backends[0].origin.in_flight / 1000
     for backend in ward.backends:
-        backend.in_flight = 0
+        backend.origin.in_flight = 0
     return part
 
 
@@ -725,7 +795,7 @@ def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: i
         elif event == "check":
             ward.check(backend, *[data.draw(st.booleans())] * 3)
         elif event == "look":
-            backend.in_flight = data.draw(st.integers(0, 4))
+            backend.origin.in_flight = data.draw(st.integers(0, 4))
             ward.look(data.draw(st.sampled_from([1.0, 30.0, 61.0])))
         elif (chosen := ward.choose()) is not None:
             ward.report(chosen, data.draw(st.sampled_from([Outcome.OK, Outcome.RESET, Outcome.CLIENT_GONE])))
@@ -734,7 +804,7 @@ def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: i
         assert ward.model.panic is (count > 1 and 2 * len(usable) < count)
         everyone = ward.model.panic or count == 1
         assert list(ward.model.available) == (list(ward.backends) if everyone else usable)
-        assert set(ward.model.open) == {backend for backend in ward.backends if backend.opened is not None}
+        assert set(ward.model.open) == {backend for backend in ward.backends if backend.origin.opened is not None}
         assert (ward.choose() is not None) or count == 1
 
 

@@ -16,6 +16,7 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import Policy, make_policy
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.load import Gauges, LoadSignal, Reading
+from inference_api.routing.origin import Origin
 from tests.fakes import Line, Received, Script, chunk, hang, json_response, raw, until
 
 pytestmark = pytest.mark.anyio
@@ -158,7 +159,7 @@ class Asking:
 
     def __init__(self, transport: Transport, *urls: str, every: float = 10.0, **entry: Any) -> None:
         self.now = 1000.0
-        self.failed: list[Backend] = []
+        self.failed: list[Origin] = []
         self.fleet = Fleet(make_policy)
         document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **entry}]}
         self.fleet.update(parse_catalogue(document))
@@ -169,19 +170,19 @@ class Asking:
         """What others have put on each replica, after one look."""
         async with asyncio.timeout(20):
             await self.signal.look()
-        return [backend.reported for backend in self.backends]
+        return [backend.origin.reported for backend in self.backends]
 
 
 async def test_what_is_not_our_own_is_others(start: Start, transport: Transport) -> None:
     servers = [await start(page(3, 2)), await start(page(1, 0)), await start(page(0, 0))]
     asking = Asking(transport, *(server.url for server in servers))
     first, second, _ = asking.backends
-    first.in_flight, second.in_flight = 4, 2
+    first.origin.in_flight, second.origin.in_flight = 4, 2
 
     # Of the second one's own, one has not arrived there yet.
     assert await asking.look() == [1, 0, 0]
-    assert [backend.reading for backend in asking.backends] == [(3, 2, None), (1, 0, None), (0, 0, None)]
-    assert {backend.scraped for backend in asking.backends} == {5.0}
+    assert [backend.origin.reading for backend in asking.backends] == [(3, 2, None), (1, 0, None), (0, 0, None)]
+    assert {backend.origin.scraped for backend in asking.backends} == {5.0}
     [request] = servers[0].requests
     assert (request.method, request.target) == ("GET", "/metrics")
     assert request.header("accept-encoding") == "identity"
@@ -189,18 +190,18 @@ async def test_what_is_not_our_own_is_others(start: Start, transport: Transport)
 
 async def test_requests_that_end_meanwhile_are_not_taken_for_others(start: Start, transport: Transport) -> None:
     async def script(request: Received, line: Line) -> None:
-        asking.backends[0].in_flight = 0
+        asking.backends[0].origin.in_flight = 0
         await page(5, 0)(request, line)
 
     asking = Asking(transport, (await start(script)).url)
-    asking.backends[0].in_flight = 5
+    asking.backends[0].origin.in_flight = 5
 
     assert await asking.look() == [0]
 
 
 async def test_requests_that_come_meanwhile_are_not_taken_for_others(start: Start, transport: Transport) -> None:
     async def script(request: Received, line: Line) -> None:
-        asking.backends[0].in_flight = 5
+        asking.backends[0].origin.in_flight = 5
         await page(5, 0)(request, line)
 
     asking = Asking(transport, (await start(script)).url)
@@ -208,7 +209,7 @@ async def test_requests_that_come_meanwhile_are_not_taken_for_others(start: Star
     assert await asking.look() == [0]
 
 
-async def test_an_engine_of_two_models_is_asked_once_and_each_sees_the_others_requests(
+async def test_an_engine_of_two_models_is_asked_once_and_the_requests_of_both_are_own(
     start: Start, transport: Transport
 ) -> None:
     server = await start(page(5, 0))
@@ -216,10 +217,11 @@ async def test_an_engine_of_two_models_is_asked_once_and_each_sees_the_others_re
     both = [{"name": name, "backends": [{"url": server.url}]} for name in ("m", "n")]
     asking.fleet.update(parse_catalogue({"models": both}))
     m, n = (model.backends[0] for model in asking.fleet.models.values())
-    m.in_flight, n.in_flight = 1, 4
+    assert m.origin is n.origin
+    m.origin.in_flight = 4
     await asking.look()
 
-    assert (m.reported, n.reported) == (4, 1)
+    assert (m.origin.reported, n.origin.reported) == (1, 1)
     assert len(server.requests) == 1
 
 
@@ -266,8 +268,8 @@ async def test_a_replica_that_does_not_tell_counts_as_without_the_signal(
     asking = Asking(transport, bad.url, good.url)
 
     assert await asking.look() == [0, 4]
-    assert asking.failed == [asking.backends[0]]
-    assert (asking.backends[0].reading, asking.backends[0].scraped) == (None, 0.0)
+    assert asking.failed == [asking.backends[0].origin]
+    assert (asking.backends[0].origin.reading, asking.backends[0].origin.scraped) == (None, 0.0)
     assert bad.connections == 1
     if fault == "never ends":
         await until(lambda: bad.open == 0)
@@ -283,9 +285,9 @@ async def test_what_is_old_is_dropped(start: Start, transport: Transport) -> Non
         reported += await asking.look()
 
     assert reported == [4, 4, 0, 0]
-    assert asking.backends[0].reading is None
+    assert asking.backends[0].origin.reading is None
     # When it last told stays known.
-    assert asking.backends[0].scraped == 5.0
+    assert asking.backends[0].origin.scraped == 5.0
     server.script = page(2, 0)
     assert await asking.look() == [2]
 
@@ -295,7 +297,7 @@ async def test_a_replica_that_comes_back_brings_nothing_old(start: Start, transp
     asking = Asking(transport, server.url)
     await asking.look()
     [backend] = asking.backends
-    backend.in_flight = 1
+    backend.in_flight = backend.origin.in_flight = 1
     asking.fleet.update(parse_catalogue({"models": [{"name": "m"}]}))
     await asking.look()
     server.script = raw(close=True)
@@ -303,7 +305,7 @@ async def test_a_replica_that_comes_back_brings_nothing_old(start: Start, transp
     await asking.look()
 
     assert asking.fleet.models["m"].backends == (backend,)
-    assert (backend.reported, backend.reading) == (0, None)
+    assert (backend.origin.reported, backend.origin.reading) == (0, None)
 
 
 async def test_a_replica_that_tells_again_is_not_put_last(
@@ -356,7 +358,7 @@ async def test_it_goes_on_until_cancelled_and_outlives_faults(
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert asking.backends[0].reported == 4
+    assert asking.backends[0].origin.reported == 4
 
 
 # Balancing by it
@@ -367,7 +369,7 @@ def replicas_of(*loads: tuple[float, int, float]) -> tuple[Backend, ...]:
     replicas = []
     for number, (weight, in_flight, reported) in enumerate(loads):
         replica = Backend("m", f"http://r{number}", weight)
-        replica.in_flight, replica.reported = in_flight, reported
+        replica.origin.in_flight, replica.origin.reported = in_flight, reported
         replicas.append(replica)
     return tuple(replicas)
 
@@ -432,7 +434,7 @@ async def test_a_router_that_asks_shows_what_it_learned_and_goes_by_it(start: St
     first, second = await start(script), await start(idle_script)
     served = await start_router(first, second, load_signal_interval=0.5)
     one, two = served.router.fleet.models["m"].backends
-    await until(lambda: one.reading and two.reading)
+    await until(lambda: one.origin.reading and two.origin.reading)
     for _ in range(10):
         assert (await served.chat()).status_code == 200
 

@@ -40,7 +40,7 @@ def homes(replicas: Sequence[Backend]) -> dict[str, str]:
 
 def capacity(replica: Backend, replicas: Sequence[Backend]) -> int:
     """ceil(1.25 * (all in flight and one more) * share), in whole numbers."""
-    requests = sum(other.in_flight for other in replicas) + 1
+    requests = sum(other.origin.in_flight for other in replicas) + 1
     weight = round(sum(other.weight for other in replicas))
     return -(-5 * requests * round(replica.weight) // (4 * weight))
 
@@ -102,14 +102,14 @@ def test_no_replica_exceeds_its_bound(weights: list[int], events: list[int]) -> 
     running: list[Backend] = []
     for event in events:
         if event < -15 and running:
-            running.pop(event % len(running)).in_flight -= 1
+            running.pop(event % len(running)).origin.in_flight -= 1
             continue
         allowed = {replica: capacity(replica, replicas) for replica in replicas}
         chosen = chooser.choose(replicas, f"key-{max(event, 0)}")
         assert chosen is not None
-        chosen.in_flight += 1
+        chosen.origin.in_flight += 1
         running.append(chosen)
-        assert chosen.in_flight <= allowed[chosen]
+        assert chosen.origin.in_flight <= allowed[chosen]
 
 
 def test_one_popular_key_is_spread_no_further_than_needed() -> None:
@@ -117,17 +117,17 @@ def test_one_popular_key_is_spread_no_further_than_needed() -> None:
     for _ in range(80):
         chosen = chooser.choose(replicas, "popular")
         assert chosen is not None
-        chosen.in_flight += 1
+        chosen.origin.in_flight += 1
     # 1.25 * 80 / 8 = 12.5, rounded up: seven take them all.
-    assert max(replica.in_flight for replica in replicas) == 13
-    assert min(replica.in_flight for replica in replicas) == 0
+    assert max(replica.origin.in_flight for replica in replicas) == 13
+    assert min(replica.origin.in_flight for replica in replicas) == 0
 
 
 def test_a_large_set_that_is_busy_when_first_seen_is_counted_at_once() -> None:
     replicas = replicas_of(*[1] * 256)
     idle = homes(replicas)
     for replica in replicas:
-        replica.in_flight = 10
+        replica.origin.in_flight = 10
     chosen = affinity().choose(replicas, KEYS[0])
     assert chosen is not None
     assert chosen.url == idle[KEYS[0]]
@@ -140,18 +140,18 @@ def test_the_bound_of_a_large_set_is_off_by_less_than_a_request_per_replica() ->
     for number in range(6000):
         chosen = chooser.choose(replicas, KEYS[rng.randrange(500)])
         assert chosen is not None
-        assert chosen.in_flight < capacity(chosen, replicas) + 1
-        chosen.in_flight += 1
+        assert chosen.origin.in_flight < capacity(chosen, replicas) + 1
+        chosen.origin.in_flight += 1
         running.append(chosen)
         if number >= 2000:
-            running.pop(rng.randrange(len(running))).in_flight -= 1
+            running.pop(rng.randrange(len(running))).origin.in_flight -= 1
     for replica in running:
-        replica.in_flight -= 1
+        replica.origin.in_flight -= 1
     for _ in range(100):
         pile = chooser.choose(replicas, "popular")
         assert pile is not None
-        pile.in_flight += 1
-    assert max(replica.in_flight for replica in replicas) <= 1 + 256 // 32
+        pile.origin.in_flight += 1
+    assert max(replica.origin.in_flight for replica in replicas) <= 1 + 256 // 32
 
 
 # What it is for
@@ -220,7 +220,7 @@ def simulate(name: PolicyName, weights: Sequence[float] = (1,) * 8, seed: int = 
     while events:
         now, number, session, serving = heapq.heappop(events)
         if serving is not None:
-            serving.in_flight -= 1
+            serving.origin.in_flight -= 1
             session.extend()
             if session.turns > 0:
                 heapq.heappush(events, (now + rng.expovariate(1 / 8), number, session, None))
@@ -228,15 +228,15 @@ def simulate(name: PolicyName, weights: Sequence[float] = (1,) * 8, seed: int = 
         allowed = {replica: capacity(replica, replicas) for replica in replicas}
         chosen = chooser.choose(replicas, affinity_key("m", session.fields, None))
         assert chosen is not None
-        chosen.in_flight += 1
-        excess = max(excess, chosen.in_flight - allowed[chosen])
-        peak = max(peak, sum(replica.in_flight for replica in replicas))
+        chosen.origin.in_flight += 1
+        excess = max(excess, chosen.origin.in_flight - allowed[chosen])
+        peak = max(peak, sum(replica.origin.in_flight for replica in replicas))
         found = caches[chosen].read(session.prompt)
         asked, hits = asked + len(session.prompt), hits + found
         # 2,000 tokens a second to read what is not cached, then an answer of 1 to 6 seconds.
         service = (len(session.prompt) - found) / 2000 + rng.uniform(1, 6)
         heapq.heappush(events, (now + service, number, session, chosen))
-    assert not any(replica.in_flight for replica in replicas)
+    assert not any(replica.origin.in_flight for replica in replicas)
     return Result(hits / asked, excess, peak)
 
 

@@ -13,6 +13,7 @@ from inference_api.routing import prober as prober_module
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
 from tests.fakes import Line, Received, hang, json_response, raw, until
 
@@ -27,7 +28,7 @@ class Round:
     def __init__(self, transport: httpx.AsyncBaseTransport, *urls: str, **more: Any) -> None:
         self.fleet = Fleet(make_policy)
         self.list(*urls)
-        self.results: list[tuple[Backend, bool]] = []
+        self.results: list[tuple[Origin, bool]] = []
         self.heard = 0.0
         settings = {"every": 0.02, "patience": 5.0, **more}
         note = lambda backend, passed: self.results.append((backend, passed))  # noqa: E731
@@ -43,7 +44,7 @@ class Round:
 
     async def check(self) -> bool | None:
         async with asyncio.timeout(5):
-            return await self.prober.check(self.backends[0])
+            return await self.prober.check(self.backends[0].origin)
 
 
 @asynccontextmanager
@@ -116,7 +117,7 @@ async def test_a_refused_connection_fails(start: Start, transport: Transport) ->
 async def test_a_url_that_cannot_be_asked_fails(transport: Transport) -> None:
     ward = Round(transport)
 
-    assert await ward.prober.check(Backend("m", "http://[v1.x]")) is False
+    assert await ward.prober.check(Origin("http://[v1.x]")) is False
 
 
 async def test_an_engine_that_hangs_fails_and_its_connection_is_closed(start: Start, transport: Transport) -> None:
@@ -155,12 +156,25 @@ async def test_a_timeout_while_bytes_of_other_answers_come_is_no_verdict(start: 
 async def test_each_replica_is_asked_again_and_again_and_reported(start: Start, transport: Transport) -> None:
     good, bad = await start(HEALTHY), await start(raw(json_response({}, "503 Service Unavailable")))
     ward = Round(transport, good.url, bad.url)
-    first, second = ward.backends
+    first, second = (backend.origin for backend in ward.backends)
 
     async with running(ward.prober):
         await until(lambda: ward.results.count((first, True)) >= 3 and ward.results.count((second, False)) >= 3)
 
     assert set(ward.results) == {(first, True), (second, False)}
+
+
+async def test_an_address_is_asked_once_whatever_the_number_of_its_models(start: Start, transport: Transport) -> None:
+    server = await start(HEALTHY)
+    ward = Round(transport)
+    models = [{"name": f"lora-{number}", "backends": [{"url": server.url}]} for number in range(50)]
+    ward.fleet.update(parse_catalogue({"models": models}))
+
+    async with running(ward.prober):
+        await until(lambda: len(ward.results) >= 3)
+        assert watching() == 1
+
+    assert {origin for origin, _ in ward.results} == {ward.fleet.origins[server.url]}
 
 
 async def test_what_is_no_verdict_is_not_reported(start: Start, transport: Transport) -> None:
@@ -193,7 +207,7 @@ async def test_those_that_come_are_asked_and_those_that_left_are_not(
         await until(lambda: len(leaves.requests) > asked + 1)
         # The last to be let go is the one that left; it is another one that came back.
         await until(lambda: watching() == 3)
-        assert repr(ward.prober) == "<Prober of 3 backends>"
+        assert repr(ward.prober) == "<Prober of 3 addresses>"
 
 
 async def test_a_hung_replica_does_not_keep_the_others_from_being_asked(start: Start, transport: Transport) -> None:
@@ -280,5 +294,5 @@ async def test_a_failure_nobody_thought_of_does_not_end_the_checks(caplog: pytes
     async with running(ward.prober):
         await until(lambda: ward.results)
 
-    assert ward.results[0] == (ward.backends[0], True)
+    assert ward.results[0] == (ward.backends[0].origin, True)
     assert [record.getMessage() for record in caplog.records] == ["a health check could not be made"]
