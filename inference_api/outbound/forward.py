@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from math import ceil
-from time import monotonic
+from time import monotonic, time
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -130,7 +130,7 @@ class Forward:
 
     `on_answer` hears the status of each answer at its head, `on_attempt` how each attempt ended at the end of its body,
     `on_retry` of each repeat, and of each that the budget or the poison guard forbids: the model's name, and the Reason
-    or Refusal. `clock` gives seconds, `rand` is for ids and back-off.
+    or Refusal. `clock` gives seconds, `wall` Unix seconds, `rand` is for ids and back-off.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class Forward:
         on_answer: Callable[[Backend, int], None] = lambda backend, status: None,
         on_retry: Callable[[str, str], None] = lambda model, reason: None,
         clock: Callable[[], float] = monotonic,
+        wall: Callable[[], float] = time,
     ) -> None:
         self._transport = transport
         self._limits = limits
@@ -154,6 +155,7 @@ class Forward:
         self._rand = rand or random.Random()
         self._random_bits = self._rand.getrandbits
         self._clock = clock
+        self._wall = wall
         # Per model, for as long as its entry stays the same
         self._timeouts: dict[str, tuple[CatalogueEntry, Timeout]] = {}
         # Shared by all calls, and touched only after a failure
@@ -187,15 +189,16 @@ class Forward:
         while True:
             past.append(failure)
             delay = self._delay(model, past)
-            refusal = self._why_not(call, model, past, common.deadline - delay)
-            if refusal is not None:
-                return self._give_up(model, past, refusal)
+            permit = self._permit(call, model, past, common.deadline - delay)
+            if isinstance(permit, Refusal):
+                return self._give_up(model, past, permit)
             if delay:
-                await _back_off(delay, past)
-            leave = self._leave(model, common.key, past)
-            if isinstance(leave, Refusal):
-                return self._give_up(model, past, leave)
-            backend, permit = leave
+                await _back_off(delay, past, permit)
+            backend = self._next(model, common.key, past)
+            if backend is None:
+                permit.release()
+                return self._give_up(model, past, Refusal.NEVER)
+            self._on_retry(model.name, str(failure.reason))
             failures = backend.origin.failures
             try:
                 if failure.reply is not None:
@@ -284,7 +287,7 @@ class Forward:
 
     def _busy(self, reply: Reply) -> Failure:
         """The failure that an answer with one of the statuses is that may be retried."""
-        seconds = retry_after(reply.headers)
+        seconds = retry_after(reply.headers, self._wall())
         if seconds and reply.status in (429, 503):
             self._resting.rest(reply.backend, seconds, self._clock())
         return Failure(reply.backend, Outcome.of_status(reply.status), Reason.STATUS, free=False, reply=reply)
@@ -313,6 +316,15 @@ class Forward:
             return Refusal.NEVER
         return Refusal.LATE if monotonic() >= latest else None
 
+    def _permit(self, call: Call, model: Model, past: list[Failure], latest: float) -> Permit | Refusal:
+        """Leave to repeat the last failure. Drawn before the pause: those that wait are repeats, too, and count."""
+        refusal = self._why_not(call, model, past, latest)
+        if refusal is not None:
+            return refusal
+        if past[-1].free:
+            return FREE
+        return self._budget.draw(model.name, model.in_flight) or Refusal.BUDGET_EXHAUSTED
+
     def _is_poison(self, call: Call, past: list[Failure]) -> bool:
         """Whether replicas die of this very request: it must not meet another one. Silence twice is enough for that."""
         failure = past[-1]
@@ -322,12 +334,9 @@ class Forward:
             return self._suspects.accuse(call.body, scene)
         return failure.reason is Reason.STALE and self._suspects.guilty(call.body)
 
-    def _leave(self, model: Model, key: str, past: list[Failure]) -> tuple[Backend, Permit] | Refusal:
-        """Where the next attempt goes, and the permit for it. To be used at once: a choice may be leave for a probe."""
+    def _next(self, model: Model, key: str, past: list[Failure]) -> Backend | None:
+        """Where the next attempt goes. To be used at once: a choice may be leave for a probe."""
         failure = past[-1]
-        permit = FREE if failure.free else self._budget.draw(model.name, model.in_flight)
-        if permit is None:
-            return Refusal.BUDGET_EXHAUSTED
         tried = [failure.backend for failure in past]
         only = failure.reason is Reason.STATUS
         # Replicas often die together; one that has been failing is not what this request needs now.
@@ -335,11 +344,7 @@ class Forward:
         backend = self._awake(model, key, [*tried, *failing], only=True) or self._awake(model, key, tried, only)
         if backend is None and failure.reason is Reason.STALE:
             backend = failure.backend
-        if backend is None:
-            permit.release()
-            return Refusal.NEVER
-        self._on_retry(model.name, str(failure.reason))
-        return backend, permit
+        return backend
 
     def _awake(self, model: Model, key: str, tried: Collection[Backend] = (), only: bool = False) -> Backend | None:
         """A replica that does not rest; if all do, any: none said that it is out. `only`: then None."""
@@ -364,7 +369,7 @@ class Forward:
 
     def _hasten(self, reply: Reply, model: Model) -> None:
         """If all replicas rest, the client may come back when the first of them is ready."""
-        now, own = self._clock(), retry_after(reply.headers)
+        now, own = self._clock(), retry_after(reply.headers, self._wall())
         others = [backend for backend in model.available if backend is not reply.backend]
         resting = self._resting.at(now)
         if own is None or not others or any(backend not in resting for backend in others):
@@ -448,10 +453,11 @@ def _others(model: Model, past: list[Failure], resting: Collection[Backend] = ()
     return any(backend not in tried and backend not in resting for backend in model.available)
 
 
-async def _back_off(delay: float, past: list[Failure]) -> None:
+async def _back_off(delay: float, past: list[Failure], permit: Permit) -> None:
     try:
         await asyncio.sleep(delay)
     except BaseException as exc:
+        permit.release()
         failure = past[-1]
         exc.attempt = failure.backend.label, len(past)  # type: ignore[attr-defined]
         if failure.reply is not None:

@@ -5,7 +5,10 @@ Pure, and asked only after an attempt has failed.
 
 import os
 from collections.abc import Callable, Collection
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from hashlib import blake2b
+from math import ceil
 from typing import NamedTuple
 
 from cachetools import TTLCache
@@ -131,7 +134,32 @@ class Resting(dict[Backend, float]):
         return list(self)
 
 
-def retry_after(headers: RawHeaders) -> int | None:
-    """The seconds of a Retry-After header, or None; engines do not use its other form, a date."""
-    value = next((value for name, value in headers if name == b"retry-after"), b"")
-    return int(value) if value.isdigit() and len(value) < 10 else None
+def retry_after(headers: RawHeaders, now: float) -> int | None:
+    """The seconds that a Retry-After header asks for, or None; `now` is Unix seconds.
+
+    A date is compared with the answer's own Date, if it has one: the clock of its host may be wrong.
+    """
+    value = _value_of(headers, b"retry-after")
+    if value.isdigit():
+        return int(value) if len(value) < 10 else None
+    until = _unix(value)
+    if until is None:
+        return None
+    said = _unix(_value_of(headers, b"date"))
+    return max(0, ceil(until - (now if said is None else said)))
+
+
+def _value_of(headers: RawHeaders, name: bytes) -> bytes:
+    return next((value for key, value in headers if key == name), b"")
+
+
+def _unix(date: bytes) -> float | None:
+    """Unix seconds of an HTTP date in any of its three forms, or None. It is in UTC, whether it says so or not."""
+    # Much longer ones are none, and would only cost time.
+    if not date or len(date) > 64:
+        return None
+    try:
+        parsed = parsedate_to_datetime(date.decode("ascii"))
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None

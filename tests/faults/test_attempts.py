@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from email.utils import formatdate
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -427,6 +428,17 @@ async def test_t33_a_status_is_tried_again_if_the_settings_say_so(
 async def test_t34_a_replica_that_asks_for_a_rest_has_it(start_engine: Start, start_router: Start) -> None:
     tired, awake = await start_engine(status(429, b"retry-after: 7\r\n")), await start_engine()
     served = await start_router(tired, awake, entry={"policy": "round_robin"}, retry_on_status=frozenset({429}))
+    async with quiet(served):
+        answers = [await served.client.post(URL, json=numbered(number)) for number in range(20)]
+
+    assert {response.status_code for response in answers} == {200}
+    assert (len(tired.requests), len(awake.requests)) == (1, 20)
+
+
+async def test_t34_a_rest_may_be_asked_for_by_a_date(start_engine: Start, start_router: Start) -> None:
+    date = formatdate(time.time() + 20, usegmt=True).encode()
+    tired, awake = await start_engine(status(503, b"retry-after: %b\r\n" % date)), await start_engine()
+    served = await start_router(tired, awake, entry={"policy": "round_robin"})
     async with quiet(served):
         answers = [await served.client.post(URL, json=numbered(number)) for number in range(20)]
 

@@ -599,6 +599,24 @@ async def test_a_client_that_leaves_while_a_busy_answer_is_closed_gives_its_perm
     assert in_flight(model) == [0, 0, 0]
 
 
+async def test_repeats_that_wait_for_their_pause_count_in_the_budget() -> None:
+    """Otherwise those that wait would pass one after another, and nearly every request would be sent twice."""
+    busy = Desk(*[503] * 30, jitter=1000.0)
+    model = model_of(*REPLICAS)
+    calling = [asyncio.ensure_future(busy.forward(call_to(body=b"%d" % number), model)) for number in range(30)]
+    await until(lambda: sum(call.done() for call in calling) == 27)
+
+    assert busy.forward._budget.drawn("m") == 3
+    assert busy.retries == ["budget_exhausted"] * 27
+    for call in calling:
+        call.cancel()
+    for result in await asyncio.gather(*calling, return_exceptions=True):
+        if isinstance(result, Reply):
+            await result.aclose(Outcome.UPSTREAM_5XX)
+    assert busy.forward._budget.drawn("m") == 0
+    assert in_flight(model) == [0, 0, 0]
+
+
 async def test_a_choice_that_fails_gives_its_permit_back() -> None:
     class Closing(FirstChoice):
         """All circuits open while the client waits."""

@@ -181,6 +181,9 @@ def test_a_verdict_follows_from_the_last_minutes(steps: list[tuple[bytes, str, f
 
 # Replicas that rest
 
+# Wed, 21 Oct 2026 12:00:00 GMT
+NOON = 1792584000.0
+
 
 def test_a_replica_rests_as_long_as_it_asked_and_no_longer_than_30_seconds() -> None:
     a, b, resting = Backend("m", "http://a"), Backend("m", "http://b"), Resting()
@@ -195,15 +198,44 @@ def test_a_replica_rests_as_long_as_it_asked_and_no_longer_than_30_seconds() -> 
     assert not resting
 
 
-@pytest.mark.parametrize("value", [b"", b"-1", b"1.5", b"9" * 10, b"Wed, 21 Oct 2026 07:28:00 GMT", b"\xb2", b"soon"])
-def test_what_is_no_number_of_seconds_says_nothing(value: bytes) -> None:
-    assert retry_after([(b"retry-after", value)]) is None
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"-1",
+        b"1.5",
+        b"9" * 10,
+        b"\xb2",
+        b"soon",
+        b"Wed, 99 Oct 2026 07:28:00 GMT",
+        b"Wed, 21 Oct 99999999 07:28:00 GMT",
+        b"1 " * 40_000,
+    ],
+)
+def test_what_is_no_time_says_nothing(value: bytes) -> None:
+    assert retry_after([(b"retry-after", value)], NOON) is None
 
 
 @pytest.mark.parametrize("seconds", [0, 7, 120])
 def test_what_retry_after_says(seconds: int) -> None:
-    assert retry_after([(b"x", b"1"), (b"retry-after", b"%d" % seconds)]) == seconds
-    assert retry_after([(b"x", b"%d" % seconds)]) is None
+    assert retry_after([(b"x", b"1"), (b"retry-after", b"%d" % seconds)], NOON) == seconds
+    assert retry_after([(b"x", b"%d" % seconds)], NOON) is None
+
+
+@pytest.mark.parametrize(
+    "date", [b"Wed, 21 Oct 2026 12:00:08 GMT", b"Wednesday, 21-Oct-26 12:00:08 GMT", b"Wed Oct 21 12:00:08 2026"]
+)
+def test_a_date_says_how_long_from_now(date: bytes) -> None:
+    assert retry_after([(b"retry-after", date)], NOON) == 8
+    assert retry_after([(b"retry-after", date)], NOON + 0.5) == 8
+    assert retry_after([(b"retry-after", date)], NOON + 3600) == 0
+
+
+def test_a_date_is_seen_by_the_clock_that_it_was_written_by() -> None:
+    headers = [(b"date", b"Wed, 21 Oct 2026 12:00:00 GMT"), (b"retry-after", b"Wed, 21 Oct 2026 12:00:08 GMT")]
+
+    assert [retry_after(headers, NOON + skew) for skew in (-3600, 0, 3600)] == [8, 8, 8]
+    assert retry_after([(b"date", b"soon"), headers[1]], NOON) == 8
 
 
 def test_full_jitter_is_spread_over_the_whole_range() -> None:
