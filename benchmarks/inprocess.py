@@ -198,6 +198,8 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
             loop.run_until_complete(stop())
         loop.close()
         asyncio.set_event_loop(None)
+        for handler in logging.root.handlers:
+            handler.close()
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level[0])
         logging.disable(level[1])

@@ -64,6 +64,7 @@ class Router:
         *,
         tokens: Mapping[str, str] | None = None,
         access_log: Callable[[Fields], None] | None = None,
+        dropped_lines: Callable[[], int] = int,
         transport: httpx.AsyncBaseTransport | None = None,
         registry_client: httpx.AsyncClient | None = None,
         resolve: Resolve = resolve,
@@ -89,7 +90,7 @@ class Router:
         self._finders = [finder for finder in (self.discovery, self._slices) if finder]
         self._client = registry_client or _registry_client(settings)
         self.registry = self._make_registry(settings, rand)
-        self.metrics = self._make_metrics(revision)
+        self.metrics = self._make_metrics(revision, dropped_lines)
         self._lag = LoopLag(self.metrics.loop_lag.observe)
         self.health = _health(self.fleet, self.transport, settings, rand)
         self._observer = Observer(self.metrics, access_log)
@@ -117,7 +118,7 @@ class Router:
             on_change=self._catalogue_changed,
         )
 
-    def _make_metrics(self, revision: str) -> Metrics:
+    def _make_metrics(self, revision: str, dropped_lines: Callable[[], int]) -> Metrics:
         return Metrics(
             lambda: list(self.fleet.models.values()),
             self.registry.status,
@@ -125,6 +126,7 @@ class Router:
             lambda: self.probes.state == "draining",
             lambda: self._lag.silence(),  # noqa: PLW0108 - it is made only after these, for it writes to them
             revision,
+            dropped_lines,
         )
 
     def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:

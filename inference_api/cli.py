@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from inference_api import __version__
 from inference_api.app import Router
 from inference_api.inbound.server import run_server
-from inference_api.observe.log import configure_logging
+from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
 from inference_api.routing.cluster import Cluster, ClusterError, in_cluster
 from inference_api.settings import PREFIX, Settings, SettingsError, load_settings, wants_traces
@@ -48,12 +48,19 @@ def main(argv: list[str] | None = None) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     access_log = configure_logging(settings.log_level, settings.log_format)
+    log_unhandled()
     cluster, tracing = _cluster(settings), _tracing()
     # Set by the Dockerfile, and no setting: nobody is to have an opinion of what was built.
     built = os.environ.get("IMAGE_REVISION", "")
     try:
         router = Router(
-            settings, tokens=os.environ, access_log=access_log, cluster=cluster, tracing=tracing, revision=built
+            settings,
+            tokens=os.environ,
+            access_log=access_log,
+            dropped_lines=dropped_lines,
+            cluster=cluster,
+            tracing=tracing,
+            revision=built,
         )
         run_server(router, settings)
     finally:

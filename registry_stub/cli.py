@@ -15,6 +15,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference_api import __version__
+from inference_api.observe.log import LogHandler
+from inference_api.observe.writer import LogWriter
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
 from registry_stub.app import create_app
 from registry_stub.database import StoreError
@@ -90,7 +92,9 @@ def _port(text: str) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    lines = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Any client makes lines; whoever does not read them must not hold up the others.
+    logging.basicConfig(level=arguments.log_level.upper(), handlers=[LogHandler(LogWriter(sys.stderr), lines)])
     token = _token(arguments.token_env)
     with Store(arguments.database) as store:
         for problem in store.problems:

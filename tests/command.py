@@ -53,11 +53,13 @@ async def command(
     entry: Mapping[str, Any] = MappingProxyType({}),
     environ: Mapping[str, str] = MappingProxyType({}),
     files: int | None = None,
+    stdout: int | None = None,
     **settings: Any,
 ) -> AsyncIterator[Command]:
     """The command, started; whether it is ready, or ends, is for the test to see.
 
-    `entry` adds to the model `m`; `files` is its limit of open ones; other keywords are settings.
+    `entry` adds to the model `m`; `files` is its limit of open ones; `stdout` takes its log, else a file does; other
+    keywords are settings.
     """
     port = free_port()
     chosen = {"catalogue": catalogue_of(tmp_path, *engines, **entry), "port": port, **settings}
@@ -69,7 +71,7 @@ async def command(
         process = await asyncio.create_subprocess_exec(
             *(*limited, sys.executable, "-m", "inference_api", "serve"),
             env={**os.environ, **variables, **environ},
-            stdout=out,
+            stdout=out if stdout is None else stdout,
             stderr=err,
         )
     try:

@@ -19,6 +19,7 @@ import pytest
 import inference_api
 from inference_api.cli import main
 from inference_api.demo import run as demo_run
+from inference_api.observe.log import LogHandler
 from inference_api.settings import PREFIX, Settings
 from tests.ports import free_port
 
@@ -45,7 +46,13 @@ def _logging() -> Iterator[None]:
     """`serve` takes over the logging of the process; give it back."""
     root, server = logging.getLogger(), logging.getLogger("uvicorn.error")
     kept = root.handlers[:], root.level, server.filters[:], server.level
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     yield
+    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+    logging.captureWarnings(False)
+    for handler in root.handlers:
+        if isinstance(handler, LogHandler):
+            handler.close()
     root.handlers[:], root.level, server.filters[:], server.level = kept
 
 
@@ -276,6 +283,7 @@ def test_serve_serves_until_the_signal(
     code = main(["serve", "--host", host.strip("[]"), "--port", str(ports[0]), "--catalogue", str(catalogue)])
     watcher.join()
 
+    logging.getLogger().handlers[0].flush()
     assert (code, seen) == (0, answers)
     lines = [orjson.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines if line["event"] != "request"] == ["serving", "stopped"]

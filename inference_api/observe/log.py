@@ -1,62 +1,29 @@
 """Logging to stdout: one JSON object per line, or aligned text on a terminal; and the access line of every request.
 
-Access lines are rendered at once but written together, at most 50 ms later: a system call per request would cost more
-than the line itself. Anything else that is logged is written immediately, after the lines that came before it.
+Access lines are rendered at once but handed to the writer together, at most 50 ms later: to wake its thread for each
+would cost more than the line itself. Anything else that is logged goes at once, after the lines that came before it.
 """
 
-import asyncio
 import json
 import logging
 import sys
 import threading
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TextIO
 
 import orjson
 
-_FLUSH_AFTER = 0.05
-_FLUSH_AT = 32 * 1024
+from inference_api.observe.writer import LogWriter, standard_output
+
+logger = logging.getLogger(__name__)
+
+# Seconds that the end of the process waits for whoever reads the log.
+_PATIENCE = 1.0
 Fields = dict[str, Any]
-
-
-class LogWriter:
-    """Collects rendered lines and writes them to a text stream. `now` may be called from any thread."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
-        self._lines: deque[str] = deque()
-        self._size = 0
-        self._due: asyncio.TimerHandle | None = None
-        self._writing = threading.RLock()
-
-    def later(self, line: str) -> None:
-        self._lines.append(line)
-        self._size += len(line)
-        if self._size > _FLUSH_AT:
-            self.flush()
-        elif self._due is None:
-            self._due = asyncio.get_running_loop().call_later(_FLUSH_AFTER, self._on_time)
-
-    def now(self, line: str) -> None:
-        self._lines.append(line)
-        self.flush()
-
-    def _on_time(self) -> None:
-        self._due = None
-        self.flush()
-
-    def flush(self) -> None:
-        # The timer stays: it belongs to the loop, and this may be another thread.
-        with self._writing:
-            lines = []
-            while self._lines:
-                lines.append(self._lines.popleft())
-            self._size = 0
-            if lines:
-                self._stream.write("\n".join(lines) + "\n")
-                self._stream.flush()
+Render = Callable[[float, str, str, Fields], str]
 
 
 class AccessLog:
@@ -64,29 +31,57 @@ class AccessLog:
 
     def __init__(self, writer: LogWriter, log_format: str, clock: Callable[[], float] = time.time) -> None:
         self._writer = writer
-        self._render = render_json if log_format == "json" else render_console
+        self._render = _renderer(log_format)
         self._clock = clock
 
     def __call__(self, fields: Fields) -> None:
         self._writer.later(self._render(self._clock(), "info", "request", fields))
 
 
-class _Handler(logging.Handler):
-    """Puts records of the logging module into the same lines; `extra={"fields": {...}}` adds to them."""
+class LogHandler(logging.Handler):
+    """Hands records of the logging module to a writer; `flush` waits for it, but not for long."""
 
-    def __init__(self, writer: LogWriter, log_format: str) -> None:
+    def __init__(self, writer: LogWriter, formatter: logging.Formatter) -> None:
         super().__init__()
-        self._writer = writer
-        self._render = render_json if log_format == "json" else render_console
+        self.writer = writer
+        self.formatter = formatter
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            fields = {"logger": record.name, **getattr(record, "fields", {})}
-            if record.exc_info and record.exc_info[1] is not None:
-                fields["exception"] = logging.Formatter().formatException(record.exc_info)
-            self._writer.now(self._render(record.created, record.levelname.lower(), record.getMessage(), fields))
+            self.writer.now(self.format(record))
         except Exception:
             self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say which line could not be rendered; logging's own way is to print that to stderr, which may block."""
+        fields = {"exception": traceback.format_exc()}
+        text = f"a line of {record.name} cannot be rendered: {record.msg!r}"
+        self.writer.now(render_json(record.created, "error", text, fields))
+
+    def flush(self) -> None:
+        self.writer.drain(_PATIENCE)
+
+    def close(self) -> None:
+        self.writer.close()
+        super().close()
+
+
+class _Lines(logging.Formatter):
+    """Records as lines of the log; `extra={"fields": {...}}` adds to them."""
+
+    def __init__(self, render: Render) -> None:
+        super().__init__()
+        self._render = render
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"logger": record.name, **getattr(record, "fields", {})}
+        if record.exc_info and record.exc_info[1] is not None:
+            fields["exception"] = self.formatException(record.exc_info)
+        return self._render(record.created, record.levelname.lower(), record.getMessage(), fields)
+
+
+def _renderer(log_format: str) -> Render:
+    return render_json if log_format == "json" else render_console
 
 
 def render_json(now: float, level: str, event: str, fields: Fields) -> str:
@@ -110,16 +105,64 @@ def render_console(now: float, level: str, event: str, fields: Fields) -> str:
 
 def configure_logging(level: str, log_format: str | None, stream: TextIO | None = None) -> AccessLog | None:
     """Send the logging module here; the access log, or None at a level above info."""
-    writer = LogWriter(stream)
-    log_format = log_format or ("console" if (stream or sys.stdout).isatty() else "json")
+    stream = standard_output() if stream is None else stream
+    log_format = log_format or ("console" if stream.isatty() else "json")
+    render = _renderer(log_format)
+    writer = LogWriter(stream, notice=lambda lines: _notice(render, lines))
     root = logging.getLogger()
-    root.handlers[:] = [_Handler(writer, log_format)]
+    for handler in root.handlers:
+        if isinstance(handler, LogHandler):
+            handler.close()
+    root.handlers[:] = [LogHandler(writer, _Lines(render))]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn.error").setLevel(max(root.level, logging.WARNING))
     # They log request URLs and headers, at info and at debug.
     for name in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return AccessLog(writer, log_format) if root.level <= logging.INFO else None
+
+
+def _notice(render: Render, lines: int) -> str:
+    text = "lines of the log were dropped here, for they could not be written in time"
+    return render(time.time(), "warning", text, {"logger": __name__, "lines": lines})
+
+
+def dropped_lines() -> int:
+    """How many lines could not be written since logging was configured."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.writer.dropped for handler in handlers if isinstance(handler, LogHandler))
+
+
+def log_unhandled() -> None:
+    """Log what Python would print to stderr from the middle of the work: warnings, exceptions that nobody caught.
+
+    The traceback that ends the process is printed still, but no longer waited for than the log.
+    """
+    logging.captureWarnings(True)
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = _finalizer_failed
+    sys.excepthook = _process_failed
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    name = "" if args.thread is None else args.thread.name
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        logger.error("a thread failed: %s", name, exc_info=args.exc_value)
+
+
+def _finalizer_failed(args: "sys.UnraisableHookArgs") -> None:
+    what = args.err_msg or "an exception is ignored"
+    # By name: what it holds is not for the log.
+    name = getattr(args.object, "__qualname__", type(args.object).__qualname__)
+    logger.error("%s: %s", what, name, exc_info=args.exc_value)
+
+
+def _process_failed(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+    if sys.stderr is None:
+        return
+    writer = LogWriter(sys.stderr)
+    writer.now("".join(traceback.format_exception(kind, exc, trace)).rstrip("\n"))
+    writer.drain(_PATIENCE)
 
 
 _second = ("", -1)

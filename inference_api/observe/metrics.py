@@ -102,7 +102,7 @@ class Metrics(Collector):
 
     `discovery`: look-ups that were of no use, by reason. `draining`: whether the process has been asked to stop.
     `silence`: seconds since the event loop last came by, None if it need not. `revision`: of the source that was built.
-    `clock`: Unix seconds.
+    `dropped_lines`: of the log, that could not be written. `clock`: Unix seconds.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Metrics(Collector):
         draining: Callable[[], bool] = bool,
         silence: Callable[[], float | None] = lambda: None,
         revision: str = "",
+        dropped_lines: Callable[[], int] = int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._fleet = fleet
@@ -121,6 +122,7 @@ class Metrics(Collector):
         self._draining = draining
         self._silence = silence
         self._revision = revision
+        self._dropped_lines = dropped_lines
         self._clock = clock
         self._requests: dict[tuple[str, str, int, bool], _Requests] = {}
         self._durations: dict[tuple[str, str, bool, str], Histogram] = defaultdict(lambda: Histogram(DURATION_BUCKETS))
@@ -355,6 +357,9 @@ class Metrics(Collector):
         if (silence := self._silence()) is not None:
             ticked.add_metric([], self._clock() - silence)
         yield ticked
+        dropped = _counter("log_lines_dropped", "Lines of the log that could not be written in time.")
+        dropped.add_metric([], self._dropped_lines())
+        yield dropped
         build = _gauge("build_info", "Always 1; the labels say what runs.", "version", "revision", "python_version")
         build.add_metric([__version__, self._revision, platform.python_version()], 1)
         yield build

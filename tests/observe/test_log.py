@@ -5,8 +5,6 @@ import io
 import json
 import logging
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inference_api.observe.log import AccessLog, LogWriter, configure_logging, render_console, render_json
+from inference_api.observe.log import LogHandler, configure_logging, render_console, render_json
 from tests.fakes import CHAT, STREAM, Line, event, post, raw_client, sse, until
 
 pytestmark = pytest.mark.anyio
@@ -40,6 +38,12 @@ class Output(io.StringIO):
     def isatty(self) -> bool:
         return self._tty
 
+    def getvalue(self) -> str:
+        """What is there once the writers that are configured have written what they have."""
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        return super().getvalue()
+
     @property
     def lines(self) -> list[str]:
         return self.getvalue().splitlines()
@@ -55,6 +59,9 @@ def output() -> Iterator[Output]:
     loggers = [logging.getLogger(name) for name in TOUCHED]
     before = [(logger, logger.level, logger.handlers[:], logger.filters[:]) for logger in loggers]
     yield Output()
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, LogHandler):
+            handler.close()
     for logger, level, handlers, filters in before:
         logger.setLevel(level)
         logger.handlers[:], logger.filters[:] = handlers, filters
@@ -121,37 +128,6 @@ def test_a_value_of_any_type_has_a_line() -> None:
 # Writing
 
 
-async def test_access_lines_are_written_together_and_soon(output: Output) -> None:
-    log = AccessLog(LogWriter(output), "json", clock=lambda: NOW)
-    began = asyncio.get_running_loop().time()
-    for number in range(3):
-        log({"number": number})
-    assert output.getvalue() == ""
-
-    await until(lambda: output.writes)
-    assert asyncio.get_running_loop().time() - began >= 0.045
-    assert output.writes == 1
-    assert [(event["event"], event["number"]) for event in output.events] == [
-        ("request", 0),
-        ("request", 1),
-        ("request", 2),
-    ]
-
-    log({"number": 3})
-    await until(lambda: output.writes == 2)
-    assert len(output.events) == 4
-
-
-async def test_many_access_lines_do_not_wait(output: Output) -> None:
-    log = AccessLog(LogWriter(output), "json")
-    for _ in range(100):
-        log({"text": "x" * 1000})
-
-    assert output.writes == 3
-    await until(lambda: output.writes == 4)
-    assert len(output.events) == 100
-
-
 async def test_other_lines_are_written_at_once_after_those_that_came_before(output: Output) -> None:
     log = configure_logging("info", "json", output)
     assert log is not None
@@ -165,52 +141,10 @@ async def test_other_lines_are_written_at_once_after_those_that_came_before(outp
     assert len(output.events) == 4
 
 
-class Narrow(Output):
-    """A stream that notes how many were in it at once."""
-
-    inside = most = 0
-
-    def write(self, text: str) -> int:
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        time.sleep(0.0002)
-        self.inside -= 1
-        return super().write(text)
-
-
-async def test_threads_may_log_beside_the_event_loop() -> None:
-    """As the one does that sends spans."""
-    output = Narrow()
-    writer = LogWriter(output)
-
-    def elsewhere(name: int) -> None:
-        for number in range(100):
-            writer.now(json.dumps({"thread": name, "number": number}))
-
-    threads = [threading.Thread(target=elsewhere, args=(name,)) for name in range(3)]
-    for thread in threads:
-        thread.start()
-    for number in range(100):
-        writer.later(json.dumps({"thread": "loop", "number": number}))
-        await asyncio.sleep(0.0002)
-    for thread in threads:
-        thread.join()
-    await until(lambda: len(output.lines) == 400)
-
-    assert output.most == 1
-    for name in (0, 1, 2, "loop"):
-        assert [event["number"] for event in output.events if event["thread"] == name] == list(range(100))
-
-
-def test_without_lines_nothing_is_written(output: Output) -> None:
-    LogWriter(output).flush()
-
-    assert output.writes == 0
-
-
 def test_the_default_is_standard_output(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("info", None)
     logging.getLogger("x").info("here")
+    logging.getLogger().handlers[0].flush()
 
     assert json.loads(capsys.readouterr().out)["event"] == "here"
 
@@ -267,8 +201,10 @@ def test_a_record_that_cannot_be_rendered_does_no_harm(output: Output, capsys: p
     logging.getLogger("x").warning("%d", "no number")
     logging.getLogger("x").warning("next")
 
-    assert [event["event"] for event in output.events] == ["next"]
-    assert "no number" in capsys.readouterr().err
+    told, following = output.events
+    assert ("%d" in told["event"], "TypeError" in told["exception"], following["event"]) == (True, True, "next")
+    # Whoever reads stderr may be as slow as whoever reads the log.
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -372,11 +308,11 @@ async def test_a_request_id_cannot_forge_a_line(start_engine: Start, start_route
             assert received.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 400 ")), header
     await until(lambda: len(served.lines) == len(headers))
 
-    log = AccessLog(LogWriter(output), "json")
+    log = configure_logging("info", "json", output)
+    assert log is not None
     for line in served.lines:
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", line["request_id"]), line
         log(line)
-    await until(lambda: output.writes)
     assert [event["request_id"] for event in output.events] == [line["request_id"] for line in served.lines]
     assert not {evil.decode("latin-1") for evil in EVIL} & {line["request_id"] for line in served.lines}
 

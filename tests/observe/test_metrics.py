@@ -128,6 +128,7 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "draining": ("gauge", set(), ()),
     "event_loop_lag_seconds": ("histogram", set(), OVERHEAD_BUCKETS),
     "event_loop_last_tick_timestamp_seconds": ("gauge", set(), ()),
+    "log_lines_dropped": ("counter", set(), ()),
     "build_info": ("gauge", {"version", "revision", "python_version"}, ()),
 }
 

@@ -1,3 +1,4 @@
+import fcntl
 import logging
 import os
 import re
@@ -100,6 +101,21 @@ def test_a_signal_ends_the_process_well(start: Start, number: int) -> None:
     process = start()
     assert process.stop(number) == 0
     assert "Traceback" not in process.log
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(start: Start) -> None:
+    process = start()
+    assert process.popen.stderr
+    fcntl.fcntl(process.popen.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    address = ("127.0.0.1", httpx.URL(process.url).port or 0)
+    for _ in range(300):
+        with socket.create_connection(address) as client:
+            # A line for each: "Invalid HTTP request received."
+            client.sendall(b"\r\nno request\r\n\r\n")
+            client.recv(100)
+    assert httpx.get(f"{process.url}/healthz").status_code == 200
+    assert process.stop() == 0
+    assert process.log.count("Invalid HTTP request") == 300
 
 
 def test_a_second_process_on_the_same_database_is_refused(start: Start, database: Path) -> None:

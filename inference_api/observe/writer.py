@@ -1,0 +1,176 @@
+"""Lines on their way to a stream: whoever has one hands it over, and a thread writes.
+
+A pipe that nobody reads, a terminal that is paused and a disk that hangs block the one who writes. So the event loop
+never does (docs/adr/0013). What waits has a bound; beyond it lines are dropped and counted.
+"""
+
+import asyncio
+import os
+import select
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import NamedTuple, TextIO
+
+_FLUSH_AFTER = 0.05
+_FLUSH_AT = 256 * 1024
+# A second of a busy router's access lines is 1 to 3 MB.
+_CAPACITY = 8 * 1024 * 1024
+
+
+class _Batch(NamedTuple):
+    """Lines that are written together."""
+
+    data: bytes
+    lines: int
+
+
+class LogWriter:
+    """Writes lines in the order in which they come. `later` is for the event loop's thread, the rest for any.
+
+    `capacity`: bytes that may wait to be written. `notice`: the line that says how many were dropped; it is written
+    where they are missing.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        capacity: int = _CAPACITY,
+        notice: Callable[[int], str] = "{} log lines were dropped".format,
+    ) -> None:
+        stream = standard_output() if stream is None else stream
+        self._encoding = stream.encoding or "utf-8"
+        self._write = _writing(stream, self._encoding)
+        self._capacity = capacity
+        self._notice = notice
+        # Lines of the last moment
+        self._lines: deque[str] = deque()
+        self._size = 0
+        self._due: asyncio.TimerHandle | None = None
+        # What the thread has still to write. The lock may be taken again by whoever has it, for a finalizer can log
+        # anywhere; and the queue may be put to by a put that such a finalizer interrupts.
+        self._lock = threading.RLock()
+        self._batches: SimpleQueue[_Batch | threading.Event | None] = SimpleQueue()
+        self._waiting = 0
+        self._dropped = self._told = 0
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    @property
+    def dropped(self) -> int:
+        """How many lines could not be written."""
+        return self._dropped
+
+    def later(self, line: str) -> None:
+        """Write a line together with others, at most 50 ms from now."""
+        self._lines.append(line)
+        self._size += len(line)
+        if self._size > _FLUSH_AT:
+            self.flush()
+        elif self._due is None:
+            self._due = asyncio.get_running_loop().call_later(_FLUSH_AFTER, self._on_time)
+
+    def now(self, line: str) -> None:
+        """Write a line, behind those that came before it."""
+        self._lines.append(line)
+        self.flush()
+
+    def _on_time(self) -> None:
+        self._due = None
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand over what has come. The timer stays: it belongs to the loop, and this may be another thread."""
+        with self._lock:
+            lines = []
+            while self._lines:
+                lines.append(self._lines.popleft())
+            self._size = 0
+            if lines:
+                self._hand_over(lines)
+
+    def _hand_over(self, lines: list[str]) -> None:
+        count = len(lines)
+        if self._dropped > self._told:
+            lines.insert(0, self._notice(self._dropped - self._told))
+        data = ("\n".join(lines) + "\n").encode(self._encoding, "backslashreplace")
+        # One line alone is taken, however long it is.
+        if self._waiting and self._waiting + len(data) > self._capacity:
+            self._dropped += count
+            return
+        self._told = self._dropped
+        self._waiting += len(data)
+        self._batches.put(_Batch(data, count))
+
+    def drain(self, seconds: float) -> bool:
+        """Wait until everything is written, but no longer than this; whether it is."""
+        self.flush()
+        written = threading.Event()
+        self._batches.put(written)
+        return written.wait(seconds)
+
+    def close(self) -> None:
+        """Let the thread end when it has written what there is. Lines that come later are not written."""
+        self.flush()
+        self._batches.put(None)
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            if isinstance(batch, threading.Event):
+                batch.set()
+                continue
+            lost = 0
+            try:
+                self._write(batch.data)
+            except (OSError, ValueError):
+                # Nobody is there to read any more, the disk is full, or the stream is closed.
+                lost = batch.lines
+            with self._lock:
+                self._waiting -= len(batch.data)
+                self._dropped += lost
+
+
+def standard_output() -> TextIO:
+    """sys.stdout; nothing's end if the process was started without one."""
+    return sys.stdout or open(os.devnull, "w")
+
+
+def _writing(stream: TextIO, encoding: str) -> Callable[[bytes], None]:
+    try:
+        # Not the stream's own buffer: a thread that waits in it would hold its lock when the process ends.
+        stream.fileno()
+    except (OSError, AttributeError):
+        return lambda data: _write_text(stream, data.decode(encoding))
+    return _Descriptor(stream)
+
+
+def _write_text(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
+
+
+class _Descriptor:
+    """Writes all of the data to a stream's file descriptor, however long it takes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._torn = False
+
+    def __call__(self, data: bytes) -> None:
+        # A write that failed in the middle of a line must not take the next line along.
+        rest = memoryview(b"\n" + data if self._torn else data)
+        while rest:
+            written = self._write(rest)
+            rest = rest[written:]
+            self._torn = bool(rest) and (self._torn or written > 0)
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self._stream.fileno(), data)
+        except BlockingIOError:
+            # Another process that shares the descriptor, say the shell, does not want to wait for it.
+            poll = select.poll()
+            poll.register(self._stream, select.POLLOUT)
+            poll.poll()
+            return 0
