@@ -138,7 +138,7 @@ def standard_output() -> TextIO:
 
 def _writing(stream: TextIO, encoding: str) -> Callable[[bytes], None]:
     try:
-        # Not the stream's own buffer: a thread that waits in it would hold its lock when the process ends.
+        # Not the stream's own buffer: a thread that waits in it holds a lock, for which whoever prints would wait.
         stream.fileno()
     except (OSError, AttributeError):
         return lambda data: _write_text(stream, data.decode(encoding))

@@ -206,6 +206,30 @@ async def test_a_pipe_that_nobody_reads_holds_nobody_up_and_what_is_dropped_is_c
     assert writer.dropped == 950
 
 
+async def test_the_one_who_hands_lines_over_may_be_interrupted_by_a_line(pipe: Pipe) -> None:
+    """As by a finalizer, which runs anywhere."""
+
+    def notice(lines: int) -> str:
+        if not interrupted:
+            interrupted.append(lines)
+            writer.now("inside")
+        return f"{lines} lines are missing"
+
+    interrupted: list[int] = []
+    writer = LogWriter(pipe.stream, 5000, notice)
+    writer.now("x" * 4999)
+    await until(lambda: pipe.full)
+    writer.now("dropped")
+    await asyncio.to_thread(pipe.lines, "x" * 4999)
+    assert writer.drain(5)
+    writer.now("outside")
+    lines = await asyncio.to_thread(pipe.lines, "outside")
+    writer.close()
+
+    assert interrupted == [1]
+    assert {"inside", "outside"} < set(lines)
+
+
 async def test_a_reader_that_is_only_slow_gets_every_line(pipe: Pipe) -> None:
     with writing_to(pipe.stream) as writer:
         for number in range(1000):
