@@ -156,11 +156,7 @@ class Router:
         engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
         prober = self._make_prober(settings, rand)
         run = [self.registry.run, *(finder.run for finder in self._finders)]
-        run += [engines.run, self.health.run, prober.run, self._lag.run]
-        if settings.load_signal_interval:
-            failed = functools.partial(self.metrics.probe_failed, kind="metrics")
-            every = settings.load_signal_interval
-            run.append(LoadSignal(self.fleet, self._own_transport, every, failed, rand=rand.random).run)
+        run += [engines.run, self.health.run, prober.run, self._lag.run, self._make_signal(settings, rand).run]
         return run
 
     @asynccontextmanager
@@ -207,6 +203,21 @@ class Router:
         every, patience = settings.health_interval, settings.health_timeout
         heard = _heard(self.transport)
         return Prober(self.fleet, self._own_transport, self._checked, heard, every, patience, rand.random)
+
+    def _make_signal(self, settings: Settings, rand: random.Random) -> LoadSignal:
+        slept, every = self.health.slept, settings.load_signal_interval
+        if not every:
+            return LoadSignal(
+                self.fleet,
+                self._own_transport,
+                settings.health_interval,
+                on_sleep=slept,
+                sleep_only=True,
+                heard=_heard(self.transport),
+                rand=rand.random,
+            )
+        failed = functools.partial(self.metrics.probe_failed, kind="metrics")
+        return LoadSignal(self.fleet, self._own_transport, every, failed, slept, rand=rand.random)
 
     def _attempted(self, backend: Backend, outcome: Outcome) -> None:
         self.metrics.attempt(backend, outcome)

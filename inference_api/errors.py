@@ -157,8 +157,12 @@ class _Unavailable(RouterError):
 class NoBackend(_Unavailable):
     code, outcome = "no_backend_available", Outcome.NO_BACKEND
 
-    def __init__(self, model: str, retry_after: int = 5, *, final: bool = False) -> None:
-        super().__init__(f"No backend of the model {printable(model)!r} can take a request now.", retry_after)
+    def __init__(self, model: str, retry_after: int = 5, *, final: bool = False, asleep: bool = False) -> None:
+        message = f"No backend of the model {printable(model)!r} can take a request now"
+        if asleep:
+            # Somebody has to wake one first, and that takes a while.
+            message, retry_after = f"{message}: all of them are asleep", 10
+        super().__init__(f"{message}.", retry_after)
         if final:
             self.headers.append(NOT_AGAIN)
 

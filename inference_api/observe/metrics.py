@@ -295,6 +295,7 @@ class Metrics(Collector):
         in_flight = _gauge("backend_in_flight", "Attempts whose answer has not ended.", *_BY_BACKEND)
         up = _gauge("backend_up", "1: it passes its health checks and is not stuck.", *_BY_BACKEND)
         circuit = _gauge("backend_circuit_open", "1: failures keep all requests but a probe from it.", *_BY_BACKEND)
+        asleep = _gauge("backend_asleep", "1: the backend says that it sleeps, so no request goes to it.", *_BY_BACKEND)
         text = "Times a backend failed a health check, or did not tell its metrics."
         failures = _counter("backend_probe_failures", text, *_BY_BACKEND, "kind")
         panic = _gauge("panic_mode", "1: more than half of its backends are out, so all are used.", "model_name")
@@ -305,10 +306,12 @@ class Metrics(Collector):
                 in_flight.add_metric(place, backend.in_flight)
                 up.add_metric(place, backend.origin.up)
                 circuit.add_metric(place, backend.origin.opened is not None)
+                if backend.origin.asleep is not None:
+                    asleep.add_metric(place, backend.origin.asleep)
                 failures.add_metric([*place, "health"], self._probe_failures.get((*place, "health"), 0))
                 if (scrapes := self._probe_failures.get((*place, "metrics"))) is not None:
                     failures.add_metric([*place, "metrics"], scrapes)
-        yield from (in_flight, up, circuit, failures, panic)
+        yield from (in_flight, up, circuit, asleep, failures, panic)
 
     def _load_families(self) -> Iterator[Metric]:
         running = _gauge("backend_running_requests", "Requests the backend says it works on.", *_BY_BACKEND)

@@ -171,7 +171,7 @@ class Forward:
         common = self._common(call, model)
         backend = self._awake(model, common.key) if self._resting else model.choose(common.key)
         if backend is None:
-            raise NoBackend(model.name)
+            raise NoBackend(model.name, asleep=bool(model.backends) and not model.awake)
         failures = backend.origin.failures
         try:
             reply = await self._attempt(call, common, backend, 1, self._ended, False)

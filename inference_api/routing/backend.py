@@ -57,6 +57,7 @@ class Model:
 
     __slots__ = (
         "available",
+        "awake",
         "backends",
         "entry",
         "guard",
@@ -75,7 +76,7 @@ class Model:
         self.policy = policy
         # Shared: replaced as a whole, never edited, so that a policy may cache by identity.
         self.backends = backends
-        self.available = backends
+        self.available = self.awake = backends
         # Those whose circuit is not closed, in the order in which they become half-open.
         self.open: tuple[Backend, ...] = ()
         self.panic = False
@@ -107,9 +108,10 @@ class Model:
         """Decide anew which replicas are available, because one has changed its state or (`reweighed`) its share.
 
         All are, if more than half should not be: then it is the judgement that is wrong, or the rest would be crushed.
-        And so is an only one: trying it is all that can be done.
+        And so is an only one: trying it is all that can be done. Those that sleep are no matter of judgement: they say
+        so themselves, and would not answer.
         """
-        backends = self.backends
+        self.awake = backends = tuple(backend for backend in self.backends if not backend.origin.asleep)
         usable = [backend for backend in backends if backend.usable]
         self.open = tuple(
             sorted((one for one in backends if one.origin.opened is not None), key=lambda one: due(one.origin))
@@ -117,8 +119,8 @@ class Model:
         self.panic = 1 < len(backends) > 2 * len(usable)
         if self.panic or len(backends) == 1:
             usable = list(backends)
-        if len(usable) == len(backends) and all(backend.share == 1.0 for backend in backends):
-            self.available = backends
+        if len(usable) == len(self.backends) and all(backend.share == 1.0 for backend in usable):
+            self.available = self.backends
         elif reweighed or usable != list(self.available):
             self.available = tuple(usable)
 
@@ -161,7 +163,10 @@ class Fleet:
         policy = self._make_policy(entry.policy)
         if known is None:
             self._move((), backends)
-            return Model(entry, backends, policy)
+            model = Model(entry, backends, policy)
+            # Its replicas may serve others already, and what is known of them holds here too.
+            model.refresh()
+            return model
         self._move(known.backends, backends)
         known.adopt(entry, backends, policy)
         return known

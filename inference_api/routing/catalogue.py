@@ -24,7 +24,7 @@ from pydantic import (
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
 PolicyName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
-Engine = Literal["vllm", "tgi", "openai"]
+Engine = Literal["vllm", "tgi", "sglang", "llamacpp", "openai"]
 DiscoveryName = Literal["static", "dns"]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Callable
 
 import httpx
@@ -20,7 +21,10 @@ _AT_ONCE = 16
 
 
 class EngineFacts:
-    """Fills in `Model.max_model_len` from the first replica that tells it; silence leaves what was known."""
+    """Keeps `Model.max_model_len` what the first replica that tells it says: an engine may come back with another one.
+
+    Silence leaves what was known.
+    """
 
     def __init__(
         self,
@@ -44,30 +48,45 @@ class EngineFacts:
             await asyncio.sleep(self._every * (0.8 + 0.4 * self._rand()))
 
     async def look(self) -> None:
-        """Ask every model whose length is not known yet, a few at a time."""
-        unknown = iter([model for model in self._fleet.models.values() if model.max_model_len is None])
+        """Ask about every model, a few at a time; an engine of many models is asked once for all of them."""
+        together: defaultdict[str, list[Model]] = defaultdict(list)
+        for model in self._fleet.models.values():
+            if asked := _asked(model):
+                together[asked[0].url].append(model)
+        groups = iter(together.values())
 
         async def worker() -> None:
-            for model in unknown:
-                await self._ask(model)
+            for models in groups:
+                told: dict[str, object] = {}
+                for model in models:
+                    await self._learn(model, told)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(_AT_ONCE):
+            for _ in range(min(_AT_ONCE, len(together))):
                 group.create_task(worker())
 
-    async def _ask(self, model: Model) -> None:
-        for backend in model.backends[:3]:
-            try:
-                async with asyncio.timeout(_PATIENCE):
-                    length = await self._max_model_len(model, backend)
-            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
+    async def _learn(self, model: Model, told: dict[str, object]) -> None:
+        """`told`: by URL what engines have said in this look."""
+        for backend in _asked(model):
+            if backend.url not in told:
+                told[backend.url] = await self._ask(backend)
+            length = _length(told[backend.url], model.entry.served_model_name or model.name)
+            if length is None:
                 continue
-            if length is not None:
+            if length != model.max_model_len:
                 model.max_model_len = length
                 self._fleet.version += 1
-                return
+            return
 
-    async def _max_model_len(self, model: Model, backend: Backend) -> int | None:
+    async def _ask(self, backend: Backend) -> object:
+        """What its /v1/models says, None if that is nothing."""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return orjson.loads(await self._fetch(backend))
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
+            return None
+
+    async def _fetch(self, backend: Backend) -> bytes:
         url, _ = backend.address("/v1/models")
         request = httpx.Request("GET", url, extensions={"timeout": {"connect": _PATIENCE}, "origin": backend.url})
         response = await self._transport.handle_async_request(request)
@@ -78,10 +97,15 @@ class EngineFacts:
             async for chunk in stream:
                 body += chunk
                 if len(body) > _MAX_BYTES:
-                    return None
+                    raise ValueError("a list of models that is too long")
         finally:
             await stream.aclose()
-        return _length(orjson.loads(bytes(body)), model.entry.served_model_name or model.name)
+        return bytes(body)
+
+
+def _asked(model: Model) -> tuple[Backend, ...]:
+    """Of many replicas a few, and those first that answer."""
+    return (model.available or model.backends)[:3]
 
 
 def _length(document: object, name: str) -> int | None:

@@ -1,8 +1,8 @@
 """Decides which replicas are available: by what became of requests, by health checks, and by silence.
 
-A replica is out while its circuit is not closed (`breaker`), while it fails its health checks (`prober`), and while it
-is stuck: it has requests and has not sent a byte for a minute, whatever its /health says. One that comes back starts
-slowly. `Model.available` is made anew whenever any of this changes; a request only looks at the result.
+A replica is out while its circuit is not closed (`breaker`), while it fails its health checks (`prober`), while it
+sleeps (`load`), and while it is stuck: it has requests and has not sent a byte for a minute, whatever its /health says.
+One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request only looks at the result.
 """
 
 import asyncio
@@ -110,6 +110,9 @@ class Health:
         self._breaker.released(origin, owner)
 
     def _failed(self, origin: Origin, refused: bool) -> None:
+        if origin.asleep:
+            # It is out without having failed; what it was sent before that was known says nothing new.
+            return
         was_closed = origin.opened is None
         if not self._breaker.failed(origin, self._clock(), self._owner()):
             return
@@ -126,8 +129,8 @@ class Health:
 
     def choose(self, model: Model, key: str, tried: Collection[Backend]) -> Backend | None:
         now = self._clock()
-        if len(model.backends) == 1:
-            return self._choose_sole(model, model.backends[0], tried, now)
+        if len(model.awake) == 1:
+            return self._choose_sole(model, model.awake[0], tried, now)
         if tried:
             # A request that has failed once is the probe only where nothing else is left.
             return model.policy.choose(model.available, key, tried) or self._probe(model, tried, now)
@@ -173,6 +176,20 @@ class Health:
             self._come_back(origin)
             _tell(logging.INFO, "a backend passes its health checks again", origin)
 
+    # What it says of itself
+
+    def slept(self, origin: Origin, asleep: bool | None) -> None:
+        """A backend has told whether it sleeps, or has not told for long (None)."""
+        was, origin.asleep = origin.asleep, asleep
+        if asleep and not was:
+            # Whatever it is silent for, it is not stuck.
+            origin.stuck = None
+            self._refresh(origin)
+            _tell(logging.INFO, "a backend is asleep", origin, in_flight=origin.in_flight)
+        elif was and not asleep:
+            self._come_back(origin)
+            _tell(logging.INFO, "a backend is not asleep any more", origin, told=asleep is not None)
+
     # Once a second
 
     async def run(self) -> None:
@@ -199,7 +216,7 @@ class Health:
                 model.refresh(reweighed=True)
 
     def _watch(self, origin: Origin, now: float) -> None:
-        if origin.in_flight < _CROWD:
+        if origin.in_flight < _CROWD or origin.asleep:
             origin.crowded = None
         elif origin.crowded is None:
             origin.crowded = now

@@ -10,7 +10,7 @@ from inference_api.routing.catalogue import place_of
 
 if TYPE_CHECKING:
     from inference_api.routing.backend import Backend
-    from inference_api.routing.load import Reading
+    from inference_api.routing.gauges import Reading
 
 
 class Origin:
@@ -21,6 +21,7 @@ class Origin:
 
     __slots__ = (
         "_addresses",
+        "asleep",
         "backends",
         "base_path",
         "cooldown",
@@ -70,7 +71,8 @@ class Origin:
         # Watchdog: since when it has had several requests in flight, and since when it is known to be stuck
         self.crowded: float | None = None
         self.stuck: float | None = None
-        # What it says of itself, if it is asked: see `load`
+        # What it says of itself, if it is asked: see `load`; None: it does not say
+        self.asleep: bool | None = None
         self.reported = 0.0
         self.reading: Reading | None = None
         self.scraped = 0.0
@@ -82,7 +84,7 @@ class Origin:
 
     @property
     def usable(self) -> bool:
-        return self.opened is None and self.up
+        return self.opened is None and self.up and not self.asleep
 
     def address(self, path: str) -> tuple[httpx.URL, bytes]:
         """URL and request target of a route here; parsing a URL costs more than forwarding a request."""

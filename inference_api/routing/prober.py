@@ -8,6 +8,7 @@ from collections.abc import Callable
 import httpx
 
 from inference_api.routing.backend import Fleet
+from inference_api.routing.catalogue import Engine
 from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
@@ -16,6 +17,9 @@ logger = logging.getLogger(__name__)
 _ENROL_EVERY = 1.0
 # A thousand replicas, every tenth of them hung, take about 50 at a time.
 _AT_ONCE = 128
+# Engines that are well may take longer than most: SGLang generates a token first, and gives up after 20 s itself; in
+# llama.cpp all threads that could answer may be waiting for a long prompt.
+_LEAST_PATIENCE: dict[Engine, float] = {"sglang": 25.0, "llamacpp": 25.0}
 # An answer is enough; a connection that is kept would be closed by the engine before the next time.
 _HEADERS = {"connection": "close", "user-agent": "inference-api"}
 
@@ -27,7 +31,7 @@ class Prober:
 
     That is a pass for engines without a /health, too. A timeout while bytes of other answers come from the replica
     (`heard(url)`: when the last one did, in loop time) is no verdict: it is busy. `every`: seconds between two checks,
-    +-20 %; `patience`: seconds for one. `transport` should not be the one that carries the traffic.
+    +-20 %; `patience`: seconds for one, at least, see `_LEAST_PATIENCE`. `transport` should not be the one that carries the traffic.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class Prober:
         try:
             url, target = origin.address("/health")
             extensions = {"origin": origin.url, "target": target, "fresh": True}
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._patience_with(origin)):
                 request = httpx.Request("GET", url, headers=_HEADERS, extensions=extensions)
                 response = await self._transport.handle_async_request(request)
         except TimeoutError:
@@ -93,6 +97,10 @@ class Prober:
         assert isinstance(response.stream, httpx.AsyncByteStream)
         await response.stream.aclose()
         return response.status_code < 500
+
+    def _patience_with(self, origin: Origin) -> float:
+        models = (self._fleet.models.get(backend.model) for backend in origin.backends)
+        return max(self._patience, *(_LEAST_PATIENCE.get(model.entry.engine, 0.0) for model in models if model), 0.0)
 
     def __repr__(self) -> str:
         return f"<Prober of {len(self._watched)} addresses>"

@@ -417,6 +417,51 @@ async def test_t53_a_busy_engine_is_not_out(start_server: Start, start_router: S
     assert await is_up(served, engine) == 1
 
 
+# Sleep
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_signal_interval": 0.05}], ids=["by default", "with the load signal"])
+async def test_t85_a_sleeping_engine_gets_no_requests_although_its_health_is_200(
+    start_engine: Start, start_router: Start, settings: dict[str, float]
+) -> None:
+    """It looks idle, and would hold each request until somebody wakes it."""
+    sleeper, other = await start_engine(), await start_engine()
+    sleeper.page, other.page = sleep_state(0), sleep_state(1)
+    served = await start_router(sleeper, other, health_interval=0.05, entry={"policy": "round_robin"}, **settings)
+    await eventually(lambda: is_asleep(served, sleeper), 1)
+    sleeper.script = hang
+
+    assert {(await served.chat()).status_code for _ in range(20)} == {200}
+    assert (len(sleeper.requests), len(other.requests)) == (0, 20)
+    # Out, and not failed: nothing that an alert looks at.
+    assert (await is_up(served, sleeper), await is_open(served, sleeper)) == (1, 0)
+    assert await served.metric("inference_api_panic_mode", model_name="m") == 0
+
+    other.page = sleep_state(0)
+    await eventually(lambda: is_asleep(served, other), 1)
+    response = await served.chat()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_backend_available")
+    assert (response.headers["retry-after"], "asleep" in response.json()["error"]["message"]) == ("10", True)
+
+    sleeper.page, sleeper.script = sleep_state(1), answer
+    await eventually(lambda: is_asleep(served, sleeper), 0)
+    assert (await served.chat()).status_code == 200
+    assert len(sleeper.requests) == 1
+
+
+def sleep_state(awake: int) -> Script:
+    """What a vLLM tells on /metrics, as far as it matters, which is told in answer to all that it is asked."""
+    page = f'''vllm:num_requests_running{{engine="0"}} 0
+vllm:num_requests_waiting{{engine="0"}} 0
+vllm:engine_sleep_state{{engine="0",sleep_state="awake"}} {awake}
+'''
+    return raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page.encode())
+
+
+async def is_asleep(served: Any, engine: FakeEngine) -> float:
+    return float(await served.metric("inference_api_backend_asleep", backend=label(engine)))
+
+
 # Clocks
 
 

@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[Json, str]] = {
         "at '/router/settings': additional properties 'BREAKER_FAILURE' not allowed",
     ),
     "the tag latest": ({"image": {"tag": "latest"}}, "image.tag is latest, which is another image tomorrow"),
-    "an unknown engine": ({"models": {"gpt2": {"engine": "sglang"}}}, "at '/models/gpt2/engine': value must be one of"),
+    "an unknown engine": ({"models": {"gpt2": {"engine": "triton"}}}, "at '/models/gpt2/engine': value must be one of"),
     "an HPA with KEDA": (
         {"router": {"autoscaling": {"enabled": True}, "keda": {"enabled": True, "serverAddress": "http://prometheus"}}},
         "router.autoscaling.enabled and router.keda.enabled exclude each other",
@@ -112,8 +112,8 @@ REFUSED: dict[str, tuple[Json, str]] = {
         "models.gpt2.deploy.replicas is 2, and a cache that is ReadWriteOnce is on one node",
     ),
     "an engine that the chart does not run": (
-        {"engines": {"enabled": True}, "models": {"gpt2": {"engine": "openai"}}},
-        "models.gpt2.deploy: the chart runs vllm and tgi, not the engine openai",
+        {"engines": {"enabled": True}, "models": {"gpt2": {"engine": "sglang"}}},
+        "models.gpt2.deploy: the chart runs vllm and tgi, not the engine sglang",
     ),
     "a Service that begins with a digit": (
         {"engines": {"enabled": True}, "models": {"3b": {"deploy": {"model": "some/3b"}}}},

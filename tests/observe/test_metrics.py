@@ -115,6 +115,7 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "backend_in_flight": ("gauge", {"model_name", "backend"}, ()),
     "backend_up": ("gauge", {"model_name", "backend"}, ()),
     "backend_circuit_open": ("gauge", {"model_name", "backend"}, ()),
+    "backend_asleep": ("gauge", {"model_name", "backend"}, ()),
     "backend_probe_failures": ("counter", {"model_name", "backend", "kind"}, ()),
     "panic_mode": ("gauge", {"model_name"}, ()),
     "backend_running_requests": ("gauge", {"model_name", "backend"}, ()),
@@ -170,6 +171,7 @@ LOAD = b"""\
 vllm:num_requests_running{engine="0",model_name="m"} 2.0
 vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5
+vllm:engine_sleep_state{engine="0",model_name="m",sleep_state="awake"} 1.0
 """
 
 

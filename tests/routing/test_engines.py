@@ -58,13 +58,56 @@ async def test_a_list_of_the_models_is_made_again_when_a_length_is_learned(start
     assert (request.method, request.target) == ("GET", "/v1/models")
 
 
-async def test_an_engine_that_told_is_not_asked_again(start: Start, transport: Transport) -> None:
+async def test_an_engine_that_comes_back_with_another_length_is_believed(start: Start, start_router: Start) -> None:
+    server = await start(cards(("m", 4096)))
+    served = await start_router(server)
+    fleet, transport = served.router.fleet, served.router.transport
+    await until(lambda: fleet.models["m"].max_model_len == 4096)
+    version = fleet.version
+    assert await learned(fleet, transport) == 4096
+    assert fleet.version == version
+    server.script = cards(("m", 8192))
+    assert await learned(fleet, transport) == 8192
+
+    assert fleet.version > version
+    [card] = (await served.client.get("/v1/models")).json()["data"]
+    assert card["max_model_len"] == 8192
+
+
+@pytest.mark.parametrize("script", [hang, raw(close=True), raw(json_response({})), cards(("m", None))])
+async def test_silence_leaves_what_was_known(
+    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, script: Script
+) -> None:
+    monkeypatch.setattr(engines_module, "_PATIENCE", 0.3)
     server = await start(cards(("m", 4096)))
     fleet = fleet_of(server.url)
     await learned(fleet, transport)
-    await learned(fleet, transport)
+    server.script = script
+
+    assert await learned(fleet, transport) == 4096
+
+
+@pytest.mark.parametrize("script", [cards(("m", 4096), ("n", 2048)), raw(close=True)])
+async def test_an_engine_of_several_models_is_asked_once(start: Start, transport: Transport, script: Script) -> None:
+    server = await start(script)
+    fleet = fleet_of()
+    both = [{"name": name, "backends": [{"url": server.url}]} for name in ("m", "n")]
+    fleet.update(parse_catalogue({"models": both}))
+    known = await learned(fleet, transport)
 
     assert len(server.requests) == 1
+    assert (known, fleet.models["n"].max_model_len) in {(4096, 2048), (None, None)}
+
+
+async def test_those_that_are_out_are_not_asked(start: Start, transport: Transport) -> None:
+    out, well = await start(cards(("m", 4096))), await start(cards(("m", 8192)))
+    fleet = fleet_of(out.url, well.url)
+    model = fleet.models["m"]
+    model.backends[0].origin.asleep = True
+    model.refresh()
+
+    assert await learned(fleet, transport) == 8192
+    assert out.requests == []
 
 
 @pytest.mark.parametrize(

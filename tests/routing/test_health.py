@@ -686,6 +686,110 @@ def test_a_stuck_replica_without_a_passed_check_stays_out() -> None:
     assert (a.origin.up, ward.available) == (False, "b")
 
 
+# Sleep
+
+
+def test_a_sleeping_replica_is_out_and_has_not_failed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.health.slept(a.origin, True)
+    ward.health.slept(a.origin, True)
+
+    assert ward.chosen() == {b}
+    assert (a.origin.up, ward.model.panic) == (True, False)
+    # What it was sent before that was known: it is silent, and that is no fault.
+    a.origin.in_flight = 3
+    ward.look(times=200)
+    ward.open(a, outcome=Outcome.FIRST_BYTE_TIMEOUT)
+    assert (a.origin.up, a.origin.opened, a.origin.failures) == (True, None, 0)
+    a.origin.in_flight = 0
+    ward.health.slept(a.origin, False)
+
+    assert ward.available == "ab"
+    assert a.share == 0.1
+    told = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert told == [(logging.INFO, "a backend is asleep"), (logging.INFO, "a backend is not asleep any more")]
+
+
+def test_a_replica_that_was_stuck_before_it_was_known_to_sleep_is_not_stuck() -> None:
+    ward = Ward("a", "b")
+    a = busy(ward)
+    ward.look(times=100)
+    assert not a.origin.up
+
+    ward.health.slept(a.origin, True)
+
+    assert a.origin.up
+    assert ward.available == "b"
+
+
+@pytest.mark.parametrize("hosts", ["a", "abc"])
+def test_when_all_sleep_none_is_tried(hosts: str) -> None:
+    """Not in panic, nor because it is the only one: a request would wait until somebody wakes it."""
+    ward = Ward(*hosts)
+    ward.open(ward.backends[0], outcome=Outcome.CONNECT_FAILED)
+    for backend in ward.backends:
+        ward.health.slept(backend.origin, True)
+    ward.now += 600
+
+    assert ward.chosen() == {None}
+    assert not ward.model.panic
+    for backend in ward.backends:
+        ward.health.slept(backend.origin, None)
+    assert ward.choose() is not None
+
+
+def test_of_those_that_are_awake_one_that_fails_is_as_good_as_an_only_one() -> None:
+    ward = Ward("a", "b", "c", "d")
+    a, b, c, d = ward.backends
+    ward.health.slept(a.origin, True)
+    ward.open(b)
+    # One of three: the other two do.
+    assert (ward.chosen(), ward.model.panic) == ({c, d}, False)
+    ward.open(c)
+    assert (ward.chosen(), ward.model.panic) == ({b, c, d}, True)
+    ward.health.slept(c.origin, True)
+    ward.health.slept(d.origin, True)
+    assert (ward.chosen(), ward.model.panic) == ({b}, False)
+
+
+def test_a_circuit_that_is_open_stays_so_while_the_replica_sleeps() -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.open(a)
+    ward.health.slept(a.origin, True)
+    ward.now += 600
+    assert ward.chosen() == {b}
+
+    ward.health.slept(a.origin, False)
+
+    assert [ward.choose(), ward.choose()] == [a, b]
+
+
+def test_a_new_model_at_an_address_that_sleeps_is_asleep_there() -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    ward.health.slept(a.origin, True)
+    entries = [{"name": name, "backends": [{"url": "http://a"}, {"url": "http://b"}]} for name in ("m", "n")]
+    ward.fleet.update(parse_catalogue({"models": entries}))
+
+    other = ward.fleet.models["n"]
+    assert {backend.label for backend in other.available} == {"b"}
+    ward.health.slept(a.origin, False)
+    assert {backend.label for backend in other.available} == {"a", "b"}
+
+
+def test_what_a_replica_that_left_says_of_its_sleep_changes_nothing() -> None:
+    ward = Ward("a", "b")
+    a, _ = ward.backends
+    ward.list("b")
+    ward.health.slept(a.origin, True)
+    ward.health.slept(a.origin, False)
+
+    assert ward.available == "b"
+
+
 # Slow start
 
 

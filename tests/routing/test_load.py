@@ -1,4 +1,4 @@
-"""Asking replicas for their load: what engines say, what counts of it, and everything that must not."""
+"""Asking replicas for their load, and whether they sleep: what engines say, what counts, and what must not."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,8 +14,9 @@ from inference_api.outbound.transport import Transport
 from inference_api.routing import load as load_module
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import Policy, make_policy
-from inference_api.routing.catalogue import parse_catalogue
-from inference_api.routing.load import Gauges, LoadSignal, Reading
+from inference_api.routing.catalogue import Engine, parse_catalogue
+from inference_api.routing.gauges import Gauges, Reading
+from inference_api.routing.load import LoadSignal
 from inference_api.routing.origin import Origin
 from tests.fakes import Line, Received, Script, chunk, hang, json_response, raw, until
 
@@ -52,33 +53,101 @@ tgi_queue_size 7
 tgi_batch_current_size 5
 tgi_batch_current_max_tokens 9999
 """
+SGLANG = """\
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 6.0
+sglang:num_running_reqs_offline_batch{engine_type="unified",model_name="m"} 40.0
+sglang:num_queue_reqs{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 4.0
+sglang:num_grammar_queue_reqs{engine_type="unified",model_name="m"} 30.0
+sglang:token_usage{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 0.28
+"""
+LLAMA_CPP = """\
+# HELP llamacpp:requests_processing Number of requests processing.
+# TYPE llamacpp:requests_processing gauge
+llamacpp:requests_processing 4
+# HELP llamacpp:requests_deferred Number of requests deferred.
+# TYPE llamacpp:requests_deferred gauge
+llamacpp:requests_deferred 9
+llamacpp:n_busy_slots_per_decode 3.5
+"""
 ODD_LABELS = 'vllm:num_requests_running{m="a} 9 \\" {"} 1e1 1700000000\nvllm:num_requests_waiting 0 1700000000'
 
 
-def read(*parts: bytes) -> Reading:
-    gauges = Gauges()
+def sleep_states(awake: int, engine: int = 0, offloaded: int = 0) -> str:
+    labels = f'engine="{engine}",model_name="m"'
+    return (
+        f'vllm:engine_sleep_state{{{labels},sleep_state="awake"}} {awake}.0\n'
+        f'vllm:engine_sleep_state{{{labels},sleep_state="weights_offloaded"}} {offloaded}.0\n'
+        f'vllm:engine_sleep_state{{{labels},sleep_state="discard_all"}} 0.0\n'
+    )
+
+
+def fed(*parts: bytes, engine: Engine = "vllm", sleep_only: bool = False) -> Gauges:
+    gauges = Gauges(engine, sleep_only)
     for part in parts:
         gauges.feed(part)
-    return gauges.reading()
+    return gauges
+
+
+def read(*parts: bytes, engine: Engine = "vllm") -> Reading:
+    return fed(*parts, engine=engine).reading()
 
 
 # What engines say
 
 
 @pytest.mark.parametrize(
-    ("page", "reading"),
+    ("engine", "page", "reading"),
     [
-        (VLLM, (3, 2, 0.25)),
-        (TWO_CORES, (7, 1, 0.375)),
-        (OLD_VLLM, (1, 0, 1)),
-        (TGI, (5, 7, None)),
-        (ODD_LABELS, (10, 0, None)),
+        ("vllm", VLLM, (3, 2, 0.25)),
+        ("vllm", TWO_CORES, (7, 1, 0.375)),
+        ("vllm", OLD_VLLM, (1, 0, 1)),
+        ("tgi", TGI, (5, 7, None)),
+        ("sglang", SGLANG, (6, 4, 0.28)),
+        ("llamacpp", LLAMA_CPP, (4, 9, None)),
+        ("vllm", ODD_LABELS, (10, 0, None)),
     ],
-    ids=["vllm", "two cores", "an old vllm", "tgi", "odd labels"],
+    ids=["vllm", "two cores", "an old vllm", "tgi", "sglang", "llama.cpp", "odd labels"],
 )
-def test_the_load_is_read_from_what_engines_say(page: str, reading: tuple[float, ...]) -> None:
-    assert read(page.encode()) == reading
-    assert read(page.replace("\n", "\r\n").encode()) == reading
+def test_the_load_is_read_from_what_engines_say(engine: Engine, page: str, reading: tuple[float, ...]) -> None:
+    assert read(page.encode(), engine=engine) == reading
+    assert read(page.replace("\n", "\r\n").encode(), engine=engine) == reading
+
+
+@pytest.mark.parametrize(
+    ("page", "asleep"),
+    [
+        (sleep_states(1), False),
+        (sleep_states(0, offloaded=1), True),
+        # Half awake: its weights are there, its cache is not.
+        (sleep_states(0), True),
+        (sleep_states(1) + sleep_states(0, engine=1), True),
+        (sleep_states(1) + sleep_states(1, engine=1), False),
+        (sleep_states(1).replace("\n", " 1700000000\n"), False),
+        ("", None),
+        ('vllm:engine_sleep_state{sleep_state="discard_all"} 1.0\n', None),
+    ],
+    ids=["awake", "asleep", "half awake", "one of two cores", "both awake", "a timestamp", "an old vllm", "other states"],
+)
+@pytest.mark.parametrize("around", [("", ""), (VLLM, VLLM)])
+@pytest.mark.parametrize("sleep_only", [False, True])
+def test_whether_it_sleeps_is_read_from_what_vllm_says(
+    page: str, asleep: bool | None, around: tuple[str, str], sleep_only: bool
+) -> None:
+    gauges = fed((around[0] + page + around[1]).encode(), sleep_only=sleep_only)
+
+    assert gauges.asleep() is asleep
+
+
+def test_who_asks_for_the_sleep_only_need_not_read_what_follows_it() -> None:
+    gauges, states = fed(VLLM.encode(), sleep_only=True), (sleep_states(1) + sleep_states(1, engine=1)).encode()
+    told = []
+    for part in (states[:60], states[60:200], states[200:], b"# HELP", b" vllm:next\n", VLLM.encode()):
+        gauges.feed(part)
+        told.append(gauges.complete)
+
+    assert told == [False, False, False, False, True, True]
+    assert not fed(VLLM.encode(), states, VLLM.encode()).complete
 
 
 @given(st.lists(st.integers(0, len(VLLM)), max_size=8))
@@ -128,7 +197,7 @@ def test_what_does_not_tell_the_load_is_refused(page: str) -> None:
 @pytest.mark.parametrize("page", [b"x" * 70_000, b"x\n" * 3_000_000], ids=["a line", "a page"])
 def test_what_is_too_long_is_refused_before_it_ends(page: bytes) -> None:
     with pytest.raises(ValueError, match="not the metrics"):
-        Gauges().feed(page)
+        Gauges("vllm").feed(page)
 
 
 def test_a_cache_that_is_more_than_full_is_not_shown() -> None:
@@ -154,17 +223,34 @@ def page(running: float, waiting: float) -> Script:
     return raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
 
 
+def note_sleep(origin: Origin, asleep: bool | None) -> None:
+    origin.asleep = asleep
+
+
 class Asking:
     """A LoadSignal over one model, at a time that the test sets."""
 
-    def __init__(self, transport: Transport, *urls: str, every: float = 10.0, **entry: Any) -> None:
+    def __init__(
+        self, transport: Transport, *urls: str, every: float = 10.0, sleep_only: bool = False, **entry: Any
+    ) -> None:
         self.now = 1000.0
         self.failed: list[Origin] = []
+        self.heard = 0.0
         self.fleet = Fleet(make_policy)
         document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **entry}]}
         self.fleet.update(parse_catalogue(document))
         self.backends = self.fleet.models["m"].backends
-        self.signal = LoadSignal(self.fleet, transport, every, self.failed.append, lambda: self.now, lambda: 5.0)
+        self.signal = LoadSignal(
+            self.fleet,
+            transport,
+            every,
+            self.failed.append,
+            note_sleep,
+            sleep_only=sleep_only,
+            heard=lambda url: self.heard,
+            clock=lambda: self.now,
+            wall=lambda: 5.0,
+        )
 
     async def look(self) -> list[float]:
         """What others have put on each replica, after one look."""
@@ -361,6 +447,97 @@ async def test_it_goes_on_until_cancelled_and_outlives_faults(
     assert asking.backends[0].origin.reported == 4
 
 
+# Asking whether they sleep
+
+
+def telling(text: str) -> Script:
+    return raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text.encode())
+
+
+@pytest.mark.parametrize("sleep_only", [False, True])
+async def test_a_replica_tells_when_it_sleeps_and_when_it_wakes(
+    start: Start, transport: Transport, sleep_only: bool
+) -> None:
+    server = await start(telling(sleep_states(0) + VLLM))
+    asking = Asking(transport, server.url, sleep_only=sleep_only)
+    [backend] = asking.backends
+    await asking.look()
+    assert backend.origin.asleep is True
+    assert (backend.origin.reading is None) == sleep_only
+    server.script = telling(sleep_states(1) + VLLM)
+    await asking.look()
+
+    assert backend.origin.asleep is False
+
+
+@pytest.mark.parametrize("fault", SILENT)
+async def test_a_replica_that_does_not_tell_whether_it_sleeps_is_awake_and_has_not_failed(
+    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(load_module, "_PATIENCE", 0.3)
+    server = await start(telling(sleep_states(0)))
+    asking = Asking(transport, server.url, sleep_only=True)
+    [backend] = asking.backends
+    await asking.look()
+    server.script = SILENT[fault]
+    states = []
+    for asking.now in (1010.0, 1020.0, 1020.1):
+        await asking.look()
+        states.append(backend.origin.asleep)
+
+    # JSON says that there is no such gauge; the others say nothing, until what was known is too old.
+    assert states == ([None] * 3 if fault == "JSON" else [True, True, None])
+
+
+async def test_only_those_that_have_been_silent_are_asked_whether_they_sleep(
+    start: Start, transport: Transport
+) -> None:
+    server = await start(telling(sleep_states(1)))
+    asking = Asking(transport, server.url, sleep_only=True)
+    [backend] = asking.backends
+    asking.now, asking.heard = 1010.0, 1005.0
+    await asking.look()
+    assert server.requests == []
+    # Nothing since that look: it may have fallen asleep.
+    server.script = telling(sleep_states(0))
+    asking.now = 1020.0
+    await asking.look()
+    assert backend.origin.asleep is True
+    # The last bytes before it slept came after the look had begun.
+    asking.now, asking.heard = 1030.0, 1020.0
+    await asking.look()
+
+    assert len(server.requests) == 2
+    assert backend.origin.asleep is True
+
+
+async def test_an_engine_that_cannot_tell_is_not_asked_whether_it_sleeps(start: Start, transport: Transport) -> None:
+    server = await start(telling(sleep_states(0)))
+    asking = Asking(transport, server.url, sleep_only=True, engine="sglang")
+    [backend] = asking.backends
+    # The entry was another one when it said that.
+    backend.origin.asleep = True
+    await asking.look()
+
+    assert server.requests == []
+    assert backend.origin.asleep is None
+
+
+async def test_a_long_page_is_left_when_it_has_told(start: Start, transport: Transport) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await line.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        await line.send(chunk(sleep_states(0).encode()))
+        while not line.writer.is_closing():
+            await line.send(chunk(b"some_metric 1\n" * 4000))
+
+    server = await start(script)
+    asking = Asking(transport, server.url, sleep_only=True)
+    await asking.look()
+
+    assert asking.backends[0].origin.asleep is True
+    await until(lambda: server.open == 0)
+
+
 # Balancing by it
 
 
@@ -450,10 +627,11 @@ async def test_a_router_that_asks_shows_what_it_learned_and_goes_by_it(start: St
     assert served.router.transport.last_read(first.url) == heard
 
 
-async def test_a_router_that_is_not_told_to_asks_nobody(start: Start, start_router: Start) -> None:
+async def test_a_router_that_is_not_told_to_balances_by_its_own_count(start: Start, start_router: Start) -> None:
     server = await start(page(1, 1))
     served = await start_router(server)
-    await until(lambda: server.requests)
+    await until(lambda: {request.target for request in server.requests} == {"/v1/models", "/metrics"})
 
-    assert {request.target for request in server.requests} == {"/v1/models"}
+    [backend] = served.router.fleet.models["m"].backends
+    assert (backend.origin.reported, backend.origin.reading) == (0, None)
     assert (await served.client.get("/metrics")).text.count("inference_api_backend_queue_depth{") == 0

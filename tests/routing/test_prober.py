@@ -34,8 +34,8 @@ class Round:
         note = lambda backend, passed: self.results.append((backend, passed))  # noqa: E731
         self.prober = Prober(self.fleet, transport, note, lambda url: self.heard, **settings)
 
-    def list(self, *urls: str) -> None:
-        entry = {"name": "m", "backends": [{"url": url} for url in urls]}
+    def list(self, *urls: str, **more: Any) -> None:
+        entry = {"name": "m", "backends": [{"url": url} for url in urls], **more}
         self.fleet.update(parse_catalogue({"models": [entry]}))
 
     @property
@@ -125,6 +125,21 @@ async def test_an_engine_that_hangs_fails_and_its_connection_is_closed(start: St
 
     assert await Round(transport, server.url, patience=0.1).check() is False
     await until(lambda: server.open == 0)
+
+
+@pytest.mark.parametrize(("engine", "passed"), [("vllm", False), ("sglang", True), ("llamacpp", True)])
+async def test_engines_that_take_their_time_are_given_it(
+    start: Start, transport: Transport, engine: str, passed: bool
+) -> None:
+    async def slow(request: Received, line: Line) -> None:
+        await asyncio.sleep(1.0)
+        await HEALTHY(request, line)
+
+    server = await start(slow)
+    ward = Round(transport, patience=0.1)
+    ward.list(server.url, engine=engine)
+
+    assert await ward.check() is passed
 
 
 async def test_an_answer_that_never_ends_is_not_read(start: Start, transport: Transport) -> None:

@@ -153,7 +153,7 @@ imagePullSecrets:
 {{- if .Values.engines.enabled -}}
 {{- range $name, $model := .Values.models -}}
 {{- with $model.deploy -}}
-{{- if and (dig "enabled" true .) (ne ($model.engine | default "vllm") "openai") }}{{ $_ := set $deployed $name $model }}{{ end -}}
+{{- if and (dig "enabled" true .) (has ($model.engine | default "vllm") (list "vllm" "tgi")) }}{{ $_ := set $deployed $name $model }}{{ end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

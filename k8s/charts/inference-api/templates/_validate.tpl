@@ -100,8 +100,8 @@
 {{- if and (not $model.backends) (has (include "inference-api.slug" $name) $own) -}}
 {{- $wrong = append $wrong (printf "models.%s: its Service would be named %s, as one of the release itself; rename the model, or set fullnameOverride" $name (include "inference-api.slug" $name)) -}}
 {{- end -}}
-{{- if and $.Values.engines.enabled (eq ($model.engine | default "vllm") "openai") $model.deploy -}}
-{{- $wrong = append $wrong (printf "models.%s.deploy: the chart runs vllm and tgi, not the engine openai; set deploy to null, and give backends" $name) -}}
+{{- if and $.Values.engines.enabled (not (has ($model.engine | default "vllm") (list "vllm" "tgi"))) $model.deploy -}}
+{{- $wrong = append $wrong (printf "models.%s.deploy: the chart runs vllm and tgi, not the engine %s; set deploy to null, and give backends" $name $model.engine) -}}
 {{- end -}}
 {{- end -}}
 {{- range $place, $image := dict "image" .Values.image "engines.images.vllm" .Values.engines.images.vllm "engines.images.tgi" .Values.engines.images.tgi -}}
