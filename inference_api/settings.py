@@ -54,7 +54,8 @@ class Settings(BaseSettings):
         default=5, description="seconds between two look-ups of host names with `discovery: dns`"
     )
     load_signal_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0, description="seconds between two reads of the backends' own metrics, for balancing; 0: not for balancing"
+        default=0,
+        description="seconds between two reads of the backends' own metrics, for balancing; 0: not for balancing",
     )
     connect_timeout: Seconds = Field(default=2, description="seconds to connect to a backend")
     first_byte_timeout: Seconds = Field(default=120, description="seconds until a backend's response head")

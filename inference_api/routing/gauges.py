@@ -11,7 +11,7 @@ _MAX_LINE = 64 * 1024
 
 _RUNNING, _WAITING, _KV_CACHE, _AWAKE = range(4)
 # By engine: a name, what it tells, and what must be among its labels. vLLM has one series of each per engine core, and
-# older ones have the GPU's cache; SGLang has one per data-parallel rank. The API of "openai" is all that is known of it.
+# older ones have the GPU's cache; SGLang has one per data-parallel rank. Of "openai" nothing is known but its API.
 _SERIES: dict[Engine, tuple[tuple[bytes, int, bytes], ...]] = {
     "vllm": (
         (b"\nvllm:num_requests_running", _RUNNING, b""),

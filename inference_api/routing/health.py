@@ -2,7 +2,8 @@
 
 A replica is out while its circuit is not closed (`breaker`), while it fails its health checks (`prober`), while it
 sleeps (`load`), and while it is stuck: it has requests and has not sent a byte for a minute, whatever its /health says.
-One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request only looks at the result.
+One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request only looks at
+the result.
 """
 
 import asyncio

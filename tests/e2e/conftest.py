@@ -25,9 +25,12 @@ ENGINE_ENVIRON = {
     # The engines share what cores there are; without this each would pin its threads to all of them.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
-    # No worker process of its own for each engine: the two would wait for each other by spinning, and on two virtual
-    # cores that was seen to keep everything else, the tests too, from running for up to 5 s.
+    # `vllm serve` always has its engine core in a child process; this keeps the core from starting a third one for its
+    # worker. Those two would wait for each other by spinning, and on two virtual cores that was seen to keep everything
+    # else, the tests too, from running for up to 5 s.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The routes that put an engine to sleep, and pause it.
+    "VLLM_SERVER_DEV_MODE": "1",
     # vLLM compiles some sampling steps even when eager; that needs a C++ compiler, and seconds at the first request.
     "TORCHDYNAMO_DISABLE": "1",
 }

@@ -451,10 +451,10 @@ async def test_t85_a_sleeping_engine_gets_no_requests_although_its_health_is_200
 
 def sleep_state(awake: int) -> Script:
     """What a vLLM tells on /metrics, as far as it matters, which is told in answer to all that it is asked."""
-    page = f'''vllm:num_requests_running{{engine="0"}} 0
+    page = f"""vllm:num_requests_running{{engine="0"}} 0
 vllm:num_requests_waiting{{engine="0"}} 0
 vllm:engine_sleep_state{{engine="0",sleep_state="awake"}} {awake}
-'''
+"""
     return raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page.encode())
 
 

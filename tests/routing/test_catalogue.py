@@ -125,7 +125,7 @@ def test_a_document_without_a_list_of_models_is_refused(document: Any) -> None:
         ({"timeouts": {"ttft": 1}}, "model 'bad': timeouts.ttft: Extra inputs are not permitted"),
         ({"hardware": {"cpu": 1}}, "model 'bad': hardware.cpu: Extra inputs are not permitted"),
         ({"backends": [{"url": "http://x", "w": 1}]}, "model 'bad': backends.0.w: Extra inputs are not permitted"),
-        ({"engine": "ollama"}, "model 'bad': engine: Input should be 'vllm', 'tgi' or 'openai'"),
+        ({"engine": "ollama"}, "model 'bad': engine: Input should be 'vllm', 'tgi', 'sglang', 'llamacpp' or 'openai'"),
         ({"policy": "random"}, "model 'bad': policy: Input should be 'round_robin', 'least_in_flight'"),
         ({"timeouts": {"idle": 0}}, "model 'bad': timeouts.idle: Input should be greater than 0"),
         ({"timeouts": {"total": float("inf")}}, "model 'bad': timeouts.total: Input should be a finite number"),

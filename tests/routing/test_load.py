@@ -127,7 +127,16 @@ def test_the_load_is_read_from_what_engines_say(engine: Engine, page: str, readi
         ("", None),
         ('vllm:engine_sleep_state{sleep_state="discard_all"} 1.0\n', None),
     ],
-    ids=["awake", "asleep", "half awake", "one of two cores", "both awake", "a timestamp", "an old vllm", "other states"],
+    ids=[
+        "awake",
+        "asleep",
+        "half awake",
+        "one of two cores",
+        "both awake",
+        "a timestamp",
+        "an old vllm",
+        "other states",
+    ],
 )
 @pytest.mark.parametrize("around", [("", ""), (VLLM, VLLM)])
 @pytest.mark.parametrize("sleep_only", [False, True])
