@@ -2,9 +2,9 @@
 
 import asyncio
 import functools
+import logging
 import math
 import random
-import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,24 +25,30 @@ from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.outbound.forward import Forward, Limits
 from inference_api.outbound.headers import RequestHeaders
+from inference_api.outbound.tokens import Tokens
 from inference_api.outbound.transport import Transport
+from inference_api.outbound.trust import Trust
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.breaker import Breaker
-from inference_api.routing.catalogue import load_catalogue
+from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.cluster import Cluster
-from inference_api.routing.discovery import Discovery, Resolve, resolve
+from inference_api.routing.discovery import Discovery
 from inference_api.routing.endpointslices import EndpointSlices, watched_in
 from inference_api.routing.engines import EngineFacts
+from inference_api.routing.files import CatalogueFile, Reloader
 from inference_api.routing.health import Health
 from inference_api.routing.load import LoadSignal
 from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
+from inference_api.routing.resolver import Resolve, Resolver, resolve
 from inference_api.settings import Settings
 
 if TYPE_CHECKING:
     from inference_api.observe.tracing import Tracing
+
+logger = logging.getLogger(__name__)
 
 # Seconds: the router's own questions to a replica are too far apart to share a connection.
 _OWN_KEEPALIVE = 0.1
@@ -54,8 +60,8 @@ Run = Callable[[], Coroutine[Any, Any, None]]
 class Router:
     """The router's parts, joined. `app` serves requests; `ops` serves probes and metrics on a port of their own.
 
-    With a `cluster`, its API tells which pods a Service has, and DNS only what the other names mean.
-    Raises CatalogueError when the static catalogue cannot be read.
+    With a `cluster`, its API tells which pods a Service has, and DNS only what the other names mean. `tokens`: the
+    variables of the environment. Raises CatalogueError when the static catalogue cannot be read.
     """
 
     def __init__(
@@ -78,18 +84,20 @@ class Router:
         def mint_id() -> str:
             return f"{rand.getrandbits(128):032x}"
 
-        self.transport = transport or Transport(keepalive=settings.upstream_keepalive)
+        self._resolver, self._trust, self._tokens = Resolver(resolve), Trust(), Tokens(tokens or {})
+        self.transport = transport or self._make_transport(settings.upstream_keepalive)
         # What the router asks for itself neither waits behind the traffic nor passes for a sign of life in it.
-        self._own_transport = transport or Transport(keepalive=_OWN_KEEPALIVE)
+        self._own_transport = transport or self._make_transport(_OWN_KEEPALIVE)
         reported = settings.load_signal_interval > 0
         self.fleet = Fleet(lambda name: make_policy(name, rand.random, reported))
-        watched = watched_in(cluster) if cluster else lambda host: False
-        every = settings.discovery_interval
-        self.discovery = Discovery(self.fleet, resolve, every, rand.random, self._forget_backends, watched)
+        self.discovery = self._discover(settings, cluster, rand)
         self._slices = self._watch(cluster, rand) if cluster else None
         self._finders = [finder for finder in (self.discovery, self._slices) if finder]
-        self._client = registry_client or _registry_client(settings)
+        self._client = registry_client or self._registry_client(settings)
+        self._catalogue = CatalogueFile(settings.catalogue, self._prepare)
         self.registry = self._make_registry(settings, rand)
+        self._catalogue.take = self.registry.replace_static
+        self._reloader = Reloader((self._catalogue, self._tokens, self._trust))
         self.metrics = self._make_metrics(revision, dropped_lines)
         self._lag = LoopLag(self.metrics.loop_lag.observe)
         self.health = _health(self.fleet, self.transport, settings, rand)
@@ -98,11 +106,26 @@ class Router:
         inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
         self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
-        required = settings.registry_required == "on"
-        self.probes = Probes(self.registry, _collectors(self.metrics), self._lag.silence, required)
-        gate = self._gate(settings, inside, self._make_forward(settings, tokens or {}, rand), mint_id)
+        self.probes = self._make_probes(settings)
+        gate = self._gate(settings, inside, self._make_forward(settings, rand), mint_id)
         self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
         self.ops: ASGIApp = Named(create_pages(self.probes.routes()), mint_id)
+
+    def _make_transport(self, keepalive: float, **more: Any) -> Transport:
+        return Transport(keepalive=keepalive, tls=self._trust, resolver=self._resolver, **more)
+
+    def _registry_client(self, settings: Settings) -> httpx.AsyncClient | None:
+        url = settings.registry_url
+        if url is None:
+            return None
+        # No proxies or netrc from the environment: where the catalogue comes from is a setting, so it may be anywhere.
+        transport = self._make_transport(_OWN_KEEPALIVE, may_reach=lambda address: True)
+        return httpx.AsyncClient(base_url=url, timeout=5.0, trust_env=False, transport=transport)
+
+    def _discover(self, settings: Settings, cluster: Cluster | None, rand: random.Random) -> Discovery:
+        watched = watched_in(cluster) if cluster else lambda host: False
+        look_up, every = self._resolver.look_up, settings.discovery_interval
+        return Discovery(self.fleet, look_up, every, rand.random, self._forget_backends, watched)
 
     def _watch(self, cluster: Cluster, rand: random.Random) -> EndpointSlices:
         failures = self.discovery.failures
@@ -111,12 +134,17 @@ class Router:
     def _make_registry(self, settings: Settings, rand: random.Random) -> Registry:
         return Registry(
             self.fleet,
-            load_catalogue(settings.catalogue),
+            self._catalogue.load(),
             self._client,
             settings.registry_refresh,
             rand=rand.random,
             on_change=self._catalogue_changed,
+            prepare=self._prepare,
         )
+
+    def _make_probes(self, settings: Settings) -> Probes:
+        required = settings.registry_required == "on"
+        return Probes(self.registry, _collectors(self.metrics), self._lag.silence, required)
 
     def _make_metrics(self, revision: str, dropped_lines: Callable[[], int]) -> Metrics:
         return Metrics(
@@ -155,7 +183,7 @@ class Router:
         """What the lifespan keeps running; the optional ones last."""
         engines = EngineFacts(self.fleet, self._own_transport, rand=rand.random)
         prober = self._make_prober(settings, rand)
-        run = [self.registry.run, *(finder.run for finder in self._finders)]
+        run = [self._reloader.run, self.registry.run, *(finder.run for finder in self._finders)]
         run += [engines.run, self.health.run, prober.run, self._lag.run, self._make_signal(settings, rand).run]
         return run
 
@@ -173,6 +201,7 @@ class Router:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.transport.aclose()
             await self._own_transport.aclose()
+            await self._resolver.aclose()
             if self._client is not None:
                 await self._client.aclose()
 
@@ -187,6 +216,11 @@ class Router:
         """The process has been asked to stop: no new traffic, please; what comes is still answered."""
         self.probes.state = "draining"
 
+    def reload(self) -> None:
+        """Read catalogue, credentials and trusted certificates again, now; what is in flight goes on."""
+        logger.info("configuration is read again")
+        self._reloader.now()
+
     def refused(self, error: RouterError, request_id: str, size: int) -> None:
         """A request was refused before it was one: counted and logged like the others."""
         seen = self._observer.begin("other")
@@ -194,10 +228,10 @@ class Router:
         seen.refused(error, error.status, size)
         seen.end(error.outcome)
 
-    def _make_forward(self, settings: Settings, tokens: Mapping[str, str], rand: random.Random) -> Forward:
+    def _make_forward(self, settings: Settings, rand: random.Random) -> Forward:
         limits, on_answer, on_retry = _limits(settings), self.health.answered, self.metrics.retry
         kind = Forward if self._tracing is None else self._tracing.forward
-        return kind(self.transport, limits, self._attempted, tokens, rand, on_answer=on_answer, on_retry=on_retry)
+        return kind(self.transport, limits, self._attempted, self._tokens, rand, on_answer=on_answer, on_retry=on_retry)
 
     def _make_prober(self, settings: Settings, rand: random.Random) -> Prober:
         every, patience = settings.health_interval, settings.health_timeout
@@ -228,7 +262,12 @@ class Router:
             self.metrics.probe_failed(origin, "health")
         self.health.checked(origin, passed)
 
+    def _prepare(self, catalogue: Catalogue) -> None:
+        """In a thread, or at the start: what a catalogue names is read before it is served."""
+        self._tokens.prepare(catalogue.values())
+
     def _catalogue_changed(self) -> None:
+        self._tokens.retain(model.entry for model in self.fleet.models.values())
         self.metrics.forget_models()
         self._forget_backends()
         for finder in self._finders:
@@ -253,16 +292,6 @@ def _collectors(metrics: Metrics) -> CollectorRegistry:
     for collector in (metrics, ProcessCollector(registry=None), GCCollector(registry=CollectorRegistry())):
         collectors.register(collector)
     return collectors
-
-
-def _registry_client(settings: Settings) -> httpx.AsyncClient | None:
-    if settings.registry_url is None:
-        return None
-    # No proxies or netrc from the environment: where the catalogue comes from is a setting. Whom to trust is the
-    # machine's to say, SSL_CERT_FILE included, as it is with the backends; httpx alone would take its own list.
-    trusted = ssl.create_default_context()
-    url = settings.registry_url
-    return httpx.AsyncClient(base_url=url, timeout=5.0, trust_env=False, verify=trusted, follow_redirects=False)
 
 
 def _health(fleet: Fleet, transport: httpx.AsyncBaseTransport, settings: Settings, rand: random.Random) -> Health:

@@ -3,13 +3,14 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from inference_api import __version__
 from inference_api.app import Router
-from inference_api.inbound.server import run_server
+from inference_api.inbound.server import handling, run_server
 from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
 from inference_api.routing.cluster import Cluster, ClusterError, in_cluster
@@ -46,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(arguments: argparse.Namespace) -> int:
+    # While there is nothing to read again, before the server and after it, the signal must not end the process either.
+    with handling({signal.SIGHUP: signal.SIG_IGN}):
+        return _serve(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     access_log = configure_logging(settings.log_level, settings.log_format)
     log_unhandled()
@@ -115,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         for name, field in Settings.model_fields.items()
     )
     for run, text in (
-        (serve, "serve requests until SIGTERM"),
+        (serve, "serve requests until SIGTERM; SIGHUP reads catalogue and credentials again"),
         (check, "validate settings and catalogue without starting; exit 2 if they are not valid"),
         (models, "list the models of the catalogue"),
     ):

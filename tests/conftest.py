@@ -14,7 +14,7 @@ import pytest
 from inference_api.app import Router
 from inference_api.inbound.server import Server, listen, server_config
 from inference_api.observe.log import Fields
-from inference_api.routing import discovery
+from inference_api.routing import resolver
 from inference_api.routing.cluster import Cluster
 from inference_api.settings import Settings
 from tests.fakes import FakeEngine, Script, in_background, until
@@ -89,7 +89,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             models: list[dict[str, Any]] | None = None,
             entry: dict[str, Any] | None = None,
             transport: httpx.AsyncBaseTransport | None = None,
-            resolve: discovery.Resolve = discovery.resolve,
+            resolve: resolver.Resolve = resolver.resolve,
             cluster: Cluster | None = None,
             tokens: dict[str, str] | None = None,
             tracing: "Tracing | None" = None,

@@ -12,7 +12,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # From the ground up: a module may import from its own layer and from those before it.
 LAYERS = (
     ("inference_api",),
-    ("inference_api.models", "inference_api.errors"),
+    ("inference_api.models", "inference_api.errors", "inference_api.threads"),
     ("inference_api.routing",),
     ("inference_api.outbound",),
     ("inference_api.settings",),

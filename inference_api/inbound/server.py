@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Protocol, cast
 
@@ -26,15 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 class Router(Protocol):
-    """What is served: `app` to clients, `ops` on OPS_PORT; `drain` is called when the process is asked to stop."""
+    """What is served: `app` to clients, `ops` on OPS_PORT.
+
+    `drain` is called when the process is asked to stop, `reload` when it is asked to read its configuration again.
+    """
 
     app: ASGIApp
     ops: ASGIApp
 
     def drain(self) -> None: ...
+    def reload(self) -> None: ...
     def refused(self, error: RouterError, request_id: str, size: int) -> None: ...
 
 
+Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 # As many connections as may wait while the loop is busy with a burst.
 _BACKLOG = 2048
 # Seconds for requests to say that they are over, when nobody wants to wait.
@@ -51,7 +56,8 @@ def run_server(router: Router, settings: Settings) -> None:
         if settings.ops_port is not None:
             ops_listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.ops_port, "OPS_PORT")))
             stack.enter_context(ops_thread(router.ops, ops_listener, _deadlines(settings)))
-        server = Server(server_config(router.app, settings, router.refused), settings.drain_delay, router.drain)
+        config = server_config(router.app, settings, router.refused)
+        server = Server(config, settings.drain_delay, router.drain, router.reload)
         logger.info("serving", extra={"fields": {"address": _authority(*listener.getsockname()[:2])}})
         # What is there now stays for good: the collector need not look at it again, request after request.
         gc.collect()
@@ -64,13 +70,21 @@ class Server(uvicorn.Server):
 
     `on_stop` is called at the signal; `delay`: seconds to go on accepting after it, until nobody sends any more. During
     these each answer says that its connection is closed, so that clients go elsewhere, and none is idle in the end.
+    `on_reload` is called at SIGHUP, which ends nothing.
     """
 
-    def __init__(self, config: uvicorn.Config, delay: float = 0.0, on_stop: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        delay: float = 0.0,
+        on_stop: Callable[[], None] = lambda: None,
+        on_reload: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
         self.server_state: State = State()
         self._delay = delay
         self._on_stop = on_stop
+        self._on_reload = on_reload
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_stop()
@@ -81,6 +95,11 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().call_later(self._delay, self._stop)
         else:
             self._stop()
+
+    def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
+        # By a turn of the loop: the signal may come anywhere, and before or after there is a loop.
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().call_soon_threadsafe(self._on_reload)
 
     def _stop(self) -> None:
         self.should_exit = True
@@ -98,15 +117,27 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
+        handlers = {
+            signal.SIGTERM: self.handle_exit,
+            signal.SIGINT: self.handle_exit,
+            signal.SIGHUP: self.handle_hangup,
+        }
+        with handling(handlers):
             yield
-            return
-        previous = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Handle signals so for a while; only the main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lambda *_: None) -> uvicorn.Config:

@@ -1,7 +1,7 @@
 """One connection to a replica, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import NamedTuple, Protocol, cast
 
 import httptools
@@ -311,11 +311,6 @@ class Connection(asyncio.Protocol):
         self.close()
         if stream is not None:
             stream.fail(error)
-
-    def reaches(self, allowed: Callable[[str], bool]) -> bool:
-        """Whether it leads to an address that is allowed; at an end already, it leads nowhere."""
-        name = None if self.transport is None else self.transport.get_extra_info("peername")
-        return name is None or allowed(name[0])
 
     # asyncio.Protocol
 

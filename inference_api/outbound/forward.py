@@ -25,6 +25,7 @@ from inference_api.outbound.connection import Disconnected, IdleTimeout, Timeout
 from inference_api.outbound.headers import header_lines
 from inference_api.outbound.retry import FREE, Budget, Permit, Resting, Suspects, back_off, retry_after
 from inference_api.outbound.rewrite import form_field, rewrite_json
+from inference_api.outbound.tokens import with_token
 from inference_api.outbound.transport import Transport, request_head
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend, Model
@@ -387,13 +388,10 @@ class Forward:
         credentials = model.entry.credentials
         if credentials is not None:
             if credentials == "passthrough":
-                token = call.authorization
+                if call.authorization is not None:
+                    lines += header_lines([(b"authorization", call.authorization)])
             else:
-                value = self._tokens.get(credentials.env)
-                # Set but empty is a secret that was not filled in; `Bearer ` alone would be refused by everybody.
-                token = b"Bearer " + value.encode("latin-1", "ignore") if value else None
-            if token is not None:
-                lines += header_lines([(b"authorization", token)])
+                lines = with_token(lines, credentials, self._tokens.get(credentials.source))
         return lines
 
     def _timeout(self, model: Model) -> Timeout:

@@ -9,15 +9,15 @@ one, there are no cookies, redirects, proxies or environment, and the body can b
     response.stream.push_to(sink)  or  async for chunk in response.stream
     await response.stream.aclose()                                 # before the end: closes the connection
 
-Request extensions it reads: `timeout` {connect, first_byte, idle} in seconds, `deadline` in loop time, `fresh` (do not
-reuse a connection), `target` (path and query, as httpx defines it), `origin` (scheme://host:port, to save parsing; with
-`#address` after it the connection goes to that address, and the URL's host is only the name that TLS asks for).
+Request extensions it reads: `timeout` {connect, first_byte, idle} in seconds (or an httpx client's `read` for the last
+two), `deadline` in loop time, `fresh` (do not reuse a connection), `target` (path and query, as httpx defines it),
+`origin` (scheme://host:port, to save parsing; with `#address` after it the connection goes to that address, and the
+URL's host is only the name that TLS asks for).
 Errors are httpx's: ConnectError, ConnectTimeout, PoolTimeout (no file descriptor left), and those of `connection`,
 which say how many response bytes had come and whether the connection had been used before.
 """
 
 import asyncio
-import errno
 import ssl
 from collections.abc import Callable
 from time import monotonic
@@ -25,12 +25,12 @@ from time import monotonic
 import httpx
 
 from inference_api.outbound.connection import Closed, Connection, ResponseStream, Timeout, TotalTimeout
+from inference_api.outbound.dial import LACKS, Dialer
 from inference_api.outbound.headers import header_lines
 from inference_api.outbound.heads import KnownHeads
+from inference_api.outbound.trust import Trust
 from inference_api.routing.catalogue import is_usable_address
-
-# File descriptors, and ports to connect from
-_LACKS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
+from inference_api.routing.resolver import Resolver
 
 
 class Pool:
@@ -38,27 +38,24 @@ class Pool:
 
     It has no limit and so no queue: the number of requests in the router is what bounds it.
 
-    `address`: where to connect, if `host` is not to be looked up.
+    `dialer` knows where to connect; `tls` gives the context of each new connection, None: there is no TLS.
     """
 
     def __init__(
         self,
-        scheme: str,
         host: str,
         port: int,
         keepalive: float,
-        tls: ssl.SSLContext | None,
-        address: str = "",
-        may_reach: Callable[[str], bool] = is_usable_address,
+        dialer: Dialer,
+        tls: Callable[[], ssl.SSLContext] | None,
     ) -> None:
         # Configuration
         self.host = host
         self.port = port
-        self.address = address or host
         self._loop = asyncio.get_running_loop()
         self._keepalive = keepalive
-        self._tls = tls if scheme == "https" else None
-        self._may_reach = may_reach
+        self._dialer = dialer
+        self._tls = tls
         # Shared: every open connection, and the reusable ones, oldest first
         self._open: set[Connection] = set()
         self._idle: dict[Connection, None] = {}
@@ -80,33 +77,28 @@ class Pool:
 
     async def connect(self, seconds: float | None) -> Connection:
         """A new connection. Raises httpx.ConnectError, ConnectTimeout or PoolTimeout; cancelling leaves nothing."""
-        connection = Connection(self, self._loop)
-        self._open.add(connection)
         try:
             async with asyncio.timeout(seconds):
-                await self._loop.create_connection(
-                    lambda: connection,
-                    self.address,
-                    self.port,
-                    ssl=self._tls,
-                    server_hostname=self.host if self._tls else None,
-                )
+                return await self._dialer.dial(self._attempt, seconds)
         except TimeoutError as exc:
-            connection.close()
             raise httpx.ConnectTimeout("no connection to the replica in time") from exc
         except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
-            connection.close()
-            if isinstance(exc, OSError) and exc.errno in _LACKS:
+            if isinstance(exc, OSError) and exc.errno in LACKS:
                 # The lack is ours; the replica has done nothing.
                 raise httpx.PoolTimeout("no file descriptor or port left for a connection") from exc
             raise httpx.ConnectError("no connection to the replica") from exc
+
+    async def _attempt(self, address: str) -> Connection:
+        connection = Connection(self, self._loop)
+        self._open.add(connection)
+        tls = self._tls() if self._tls is not None else None
+        try:
+            await self._loop.create_connection(
+                lambda: connection, address, self.port, ssl=tls, server_hostname=self.host if tls else None
+            )
         except BaseException:
             connection.close()
             raise
-        # A name may be made to resolve to what a URL may not name; nothing has been said to it yet.
-        if not connection.reaches(self._may_reach):
-            connection.close()
-            raise httpx.ConnectError("the replica's name leads to an address that no backend may have")
         return connection
 
     def release(self, connection: Connection) -> None:
@@ -149,14 +141,15 @@ class Pool:
         return len(self._open) - len(self._idle)
 
     def __repr__(self) -> str:
-        return f"<Pool {self.address}:{self.port}: {self.active} active, {self.idle} idle>"
+        return f"<Pool {self._dialer.host}:{self.port}: {self.active} active, {self.idle} idle>"
 
 
 class Transport(httpx.AsyncBaseTransport):
     """An httpx transport over one Pool per origin.
 
     `keepalive`: seconds an idle connection may be reused; must be below the replica's own (vLLM closes after 5).
-    `tls`: the context for https origins; by default the system's trust, made when the first one is needed.
+    `tls`: gives the context for a new connection to an https origin; by default the system's trust.
+    `resolver`: what knows the addresses of host names, by default one of its own.
     `may_reach`: whether a connection may lead to an IP address.
     """
 
@@ -164,12 +157,14 @@ class Transport(httpx.AsyncBaseTransport):
         self,
         *,
         keepalive: float = 3.0,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        resolver: Resolver | None = None,
         may_reach: Callable[[str], bool] = is_usable_address,
     ) -> None:
         self._keepalive = keepalive
         self._may_reach = may_reach
-        self._tls = tls
+        self._tls = tls or Trust()
+        self._resolver = resolver or Resolver()
         self._pools: dict[str, Pool] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -182,7 +177,11 @@ class Transport(httpx.AsyncBaseTransport):
             request.url,
             head,
             await request.aread(),
-            Timeout(given.get("connect"), given.get("first_byte"), given.get("idle")),
+            Timeout(
+                given.get("connect"),
+                given.get("first_byte", given.get("read")),
+                given.get("idle", given.get("read")),
+            ),
             extensions.get("deadline"),
             extensions.get("fresh", False),
         )
@@ -235,13 +234,11 @@ class Transport(httpx.AsyncBaseTransport):
         origin = origin or str(url.copy_with(raw_path=b"/", fragment=None)).rstrip("/")
         pool = self._pools.get(origin)
         if pool is None:
-            if url.scheme == "https" and self._tls is None:
-                self._tls = ssl.create_default_context()
-            port = url.port or (443 if url.scheme == "https" else 80)
-            address = origin.partition("#")[2]
-            pool = self._pools[origin] = Pool(
-                url.scheme, url.host, port, self._keepalive, self._tls, address, self._may_reach
-            )
+            secure = url.scheme == "https"
+            port = url.port or (443 if secure else 80)
+            dialer = Dialer(origin.partition("#")[2] or url.host, self._resolver, self._may_reach)
+            tls = self._tls if secure else None
+            pool = self._pools[origin] = Pool(url.host, port, self._keepalive, dialer, tls)
         return pool
 
     def __repr__(self) -> str:

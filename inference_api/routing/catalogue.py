@@ -44,6 +44,27 @@ _METADATA_HOSTS = frozenset(
     }
 )
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
+# Headers that tell where a message ends, or where it goes: whoever may name these could smuggle requests.
+_NO_CREDENTIALS = frozenset(
+    {
+        "accept-encoding",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "cookie",
+        "expect",
+        "host",
+        "http2-settings",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-request-id",
+    }
+)
 # IPv6 ranges whose low 32 bits are an IPv4 address: compatible, and NAT64.
 _EMBEDDING = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b::/96"))
 _SHOWN_ERRORS = 3
@@ -111,10 +132,11 @@ def _base(url: str) -> str:
 @lru_cache(maxsize=16384)
 def is_usable_address(address: str) -> bool:
     """Whether an address that a name was resolved to may be connected to: by the same rule as one in a URL."""
-    return _is_address(address) and not _is_forbidden_address(address)
+    return is_address(address) and not _is_forbidden_address(address)
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
+    """Whether it is an IP address, and no name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -174,7 +196,7 @@ class BackendEntry(_Entry):
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Self:
-        if self.discovery == "dns" and _is_address(self.host):
+        if self.discovery == "dns" and is_address(self.host):
             raise ValueError("`discovery: dns` needs a host name in the url, and this is an address")
         return self
 
@@ -245,12 +267,47 @@ class Timeouts(_Entry):
 
 
 class Credentials(_Entry):
-    """The bearer token for the backends, by the name of the environment variable that holds it.
+    """The token for the backends, by the environment variable or the file that holds it; a file is read again.
 
     Only names that begin with BACKEND_: a catalogue must not be able to send the router's other secrets anywhere.
+    It goes out as `header: scheme token`; the scheme is Bearer where the header is `authorization`, else none.
     """
 
-    env: Annotated[str, StringConstraints(pattern=r"^BACKEND_[A-Z0-9_]{1,100}$")]
+    env: Annotated[str, StringConstraints(pattern=r"^BACKEND_[A-Z0-9_]{1,100}$")] | None = None
+    file: Annotated[str, StringConstraints(pattern=r"^/(.*/)?BACKEND_[A-Z0-9_]{1,100}$", max_length=1024)] | None = None
+    header: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")] = "authorization"
+    scheme: Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{0,32}$")] | None = None
+
+    @field_validator("file")
+    @classmethod
+    def _file(cls, path: str | None) -> str | None:
+        if path is not None and not {".", ".."}.isdisjoint(path.split("/")):
+            raise ValueError("the path must not have '.' or '..' in it")
+        return path
+
+    @field_validator("header")
+    @classmethod
+    def _header(cls, name: str) -> str:
+        if name in _NO_CREDENTIALS:
+            raise ValueError(f"the header {name!r} frames or routes a request and cannot carry a token")
+        return name
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("give either `env` or `file`")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What its token is known by."""
+        return self.env or self.file or ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the token."""
+        scheme = self.scheme if self.scheme is not None else "Bearer" * (self.header == "authorization")
+        return f"{scheme} " if scheme else ""
 
 
 class CatalogueEntry(_Entry):

@@ -8,34 +8,26 @@ to their end. A name that cannot be looked up, or suddenly has no address, keeps
 import asyncio
 import logging
 import random
-import socket
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from inference_api.routing.backend import Fleet
 from inference_api.routing.catalogue import MAX_BACKENDS, is_usable_address
+from inference_api.routing.resolver import Resolve
 
 logger = logging.getLogger(__name__)
 
-Resolve = Callable[[str], Awaitable[Collection[str]]]
-
 _COLD_START = 5.0
 _PATIENCE = 2.0
-# libuv looks names up on 4 threads, for connections too. The C library may hold one for half a minute, and cannot be
-# stopped: two are left to connections whatever happens here.
-_AT_ONCE = 2
-
-
-async def resolve(host: str) -> Collection[str]:
-    """The IPv4 and IPv6 addresses of a host name, those of families that this machine has. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-    return {str(address[0]) for *_, address in found}
+# Hosts that one look waits for at once; how many look-ups there are in all is the resolver's to say.
+_AT_ONCE = 16
 
 
 class Discovery:
     """Keeps the addresses of a Fleet at what DNS says. `every`: seconds between two looks, +-20 %; `rand` gives [0, 1).
+
+    `resolve` looks a name up, and should not let one that hangs hold up another.
 
     `on_leave` is called after addresses have gone. `failures` counts look-ups by why they were of no use.
     Names that are `watched` are not looked up: somebody else knows them better.
@@ -44,7 +36,7 @@ class Discovery:
     def __init__(
         self,
         fleet: Fleet,
-        resolve: Resolve = resolve,
+        resolve: Resolve,
         every: float = 5.0,
         rand: Callable[[], float] = random.random,
         on_leave: Callable[[], None] = lambda: None,
@@ -61,9 +53,8 @@ class Discovery:
         self._hosts: dict[str, list[str]] = {}
         self._version = -1
         self._woken = asyncio.Event()
-        # Look-ups that have not returned, given up or not: one per host, _AT_ONCE in all
-        self._under_way: dict[str, asyncio.Future[Collection[str]]] = {}
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        # Look-ups that have not returned, given up or not: one per host
+        self._under_way: dict[str, asyncio.Future[Iterable[str]]] = {}
         # What is known to be wrong, and so is no news
         self._failing: set[str] = set()
         self._refused: dict[str, list[str]] = {}
@@ -104,10 +95,7 @@ class Discovery:
 
         async def worker() -> None:
             for host in hosts:
-                await self._slots.acquire()
-                if host in self._under_way:
-                    self._slots.release()
-                else:
+                if host not in self._under_way:
                     await self._look_up(host)
 
         async with asyncio.TaskGroup() as group:
@@ -131,12 +119,10 @@ class Discovery:
         self._refused = {host: refused for host, refused in self._refused.items() if host in hosts}
 
     async def _look_up(self, host: str) -> None:
-        """In a slot that is free again when the look-up has returned, however late."""
         lookup = self._under_way[host] = asyncio.ensure_future(self._resolve(host))
 
-        def ended(lookup: asyncio.Future[Collection[str]]) -> None:
+        def ended(lookup: asyncio.Future[Iterable[str]]) -> None:
             del self._under_way[host]
-            self._slots.release()
             # Nobody may be there any more to retrieve it.
             _ = lookup.cancelled() or lookup.exception()
 
@@ -151,9 +137,10 @@ class Discovery:
         else:
             self._failed(host, "empty", "it has no address that can be used")
 
-    def _usable(self, host: str, addresses: Iterable[str]) -> tuple[str, ...]:
+    def _usable(self, host: str, found: Iterable[str]) -> tuple[str, ...]:
+        addresses = {*found}
         usable = sorted(filter(is_usable_address, addresses))
-        refused = sorted({*addresses} - {*usable})
+        refused = sorted(addresses - {*usable})
         if refused and self._refused.get(host) != refused:
             logger.warning("%d addresses of the host %r are refused, first %.64r", len(refused), host, refused[0])
         self._refused[host] = refused

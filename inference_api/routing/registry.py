@@ -57,7 +57,7 @@ class RegistryError(Exception):
 class Registry:
     """Keeps a Fleet at what the registry says. `refresh`: seconds between two looks, +-20 %; less after a failure.
 
-    `clock` is monotonic seconds, `rand` gives [0, 1).
+    `clock` is monotonic seconds, `rand` gives [0, 1). `prepare` gets each catalogue before it is served, in a thread.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Registry:
         clock: Callable[[], float] = time.monotonic,
         rand: Callable[[], float] = random.random,
         on_change: Callable[[], None] = lambda: None,
+        prepare: Callable[[Catalogue], None] = lambda catalogue: None,
     ) -> None:
         # Configuration
         self._fleet = fleet
@@ -76,6 +77,7 @@ class Registry:
         self._refresh_every = refresh
         self._rand = rand
         self._on_change = on_change
+        self._prepare = prepare
         # Shared: the catalogue is in the cache for as long as it counts as live
         self._live: TTLCache[str, Catalogue] = TTLCache(maxsize=1, ttl=2.5 * refresh, timer=clock)
         self._last_good: Catalogue | None = None
@@ -85,6 +87,7 @@ class Registry:
         self._failures: Counter[str] = Counter()
         self._failed_in_a_row = 0
         self._looking: asyncio.Task[None] | None = None
+        self._static = static
         self._take(static, "static catalogue")
 
     def resolve(self, name: str) -> Model:
@@ -95,6 +98,15 @@ class Registry:
                 raise RegistryUnavailable(name)
             raise ModelNotFound(name, list(self._fleet.models)[:11])
         return model
+
+    def replace_static(self, catalogue: Catalogue) -> None:
+        """The static catalogue has been read again; it is what is served only if no registry has answered."""
+        fields = {"models": len(catalogue), "serving": self.source}
+        logger.info("the static catalogue was read again", extra={"fields": fields})
+        changed, self._static = catalogue != self._static, catalogue
+        if changed and self._last_good is None:
+            self._take(catalogue, "static catalogue")
+            self._on_change()
 
     @property
     def awaited(self) -> bool:
@@ -188,7 +200,7 @@ class Registry:
         if response.status_code != 200:
             raise RegistryError("status", f"it answered with the status {response.status_code}")
         # 10,000 entries take about 0.2 s to check: not on the event loop.
-        catalogue = await asyncio.to_thread(_read, content)
+        catalogue = await asyncio.to_thread(self._read, content)
         if not catalogue and self._fleet.models and not self._empty_once:
             # All models gone at once is more often a fault than a wish, and a registry that has just been set up is
             # empty before it is filled; believe it the second time.
@@ -199,6 +211,11 @@ class Registry:
         self._etag = _etag(response)
         if catalogue == self._last_good and catalogue.problems == self._last_good.problems:
             return self._last_good
+        return catalogue
+
+    def _read(self, content: bytes) -> Catalogue:
+        catalogue = _read(content)
+        self._prepare(catalogue)
         return catalogue
 
     def _failed(self, error: RegistryError) -> None:

@@ -82,7 +82,7 @@ async def secure_engine(certificate: Path, names: list[str | None]) -> Any:
 
 
 async def test_tls_asks_for_the_name_and_two_names_behind_an_address_share_no_connection(certificate: Path) -> None:
-    transport = Transport(tls=ssl.create_default_context(cafile=certificate))
+    transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
     names: list[str | None] = []
     async with secure_engine(certificate, names) as engine:
         one, two = (f"https://{name}.test:{engine.port}" for name in ("one", "two"))

@@ -568,7 +568,7 @@ async def secure_engine(certificate: Path) -> AsyncIterator[SecureEngine]:
 
 
 async def test_a_replica_behind_tls(secure_engine: SecureEngine, certificate: Path) -> None:
-    transport = Transport(tls=ssl.create_default_context(cafile=certificate))
+    transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
     body = os.urandom(2**20)
 
     for _ in range(2):
@@ -590,7 +590,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(
 
 
 async def test_a_certificate_for_another_name_is_refused(secure_engine: SecureEngine, certificate: Path) -> None:
-    transport = Transport(tls=ssl.create_default_context(cafile=certificate))
+    transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
 
     with pytest.raises(httpx.ConnectError):
         await transport.handle_async_request(httpx.Request("GET", f"https://localhost:{secure_engine.port}/"))
@@ -746,14 +746,3 @@ async def test_a_name_that_leads_to_a_forbidden_address_gets_no_request(start_en
     assert set(asked) <= {"127.0.0.1", "::1"}
     assert asked
     assert engine.requests == []
-
-
-async def test_a_connection_that_ended_before_it_was_looked_at_leads_nowhere() -> None:
-    """The system does not know its other side any more: that is an end, and not a forbidden address."""
-    home: Any = SimpleNamespace()
-    connection = Connection(home, asyncio.get_running_loop())
-    assert connection.reaches(lambda _: False)
-
-    ended: Any = SimpleNamespace(get_extra_info=lambda _: None)
-    connection.connection_made(ended)
-    assert connection.reaches(lambda _: False)

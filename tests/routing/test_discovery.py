@@ -17,7 +17,8 @@ from inference_api.routing import discovery as discovery_module
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import BackendEntry, is_usable_address, parse_catalogue, place_of, replicas
-from inference_api.routing.discovery import Discovery, resolve
+from inference_api.routing.discovery import Discovery
+from inference_api.routing.resolver import resolve
 from tests.fakes import until
 
 pytestmark = pytest.mark.anyio
@@ -393,23 +394,6 @@ async def test_a_catalogue_that_changes_during_a_look_is_no_trouble() -> None:
 
     assert labels(fleet, "n") == ["10.0.0.2:8000"]
     assert set(fleet.addresses) == {"b"}
-
-
-async def test_never_more_than_two_look_ups_are_under_way_even_if_none_returns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(discovery_module, "_PATIENCE", 0.02)
-    names = Names()
-    discovery = Discovery(fleet_of(*(dns(f"h{number}") for number in range(6))), names)
-    look = asyncio.create_task(discovery.look())
-    await until(lambda: discovery.failures["timeout"] == 2)
-    assert names.under_way == 2
-    for number in range(6):
-        names.say(f"h{number}", ["10.0.0.1"])
-    await look
-
-    assert names.most == 2
-    assert len(names.asked) == 6
 
 
 async def test_the_start_waits_for_names_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,138 @@
+"""Files that are read again when they change, or when the process is told to: the router goes on as they say.
+
+A change is seen by a look at the file's identity, size and time once a second, through the symbolic links of which
+Kubernetes makes a ConfigMap or Secret. It counts when two looks have seen the same: not while the file is written. What
+cannot be used is told once, and what there was before stays.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from inference_api.routing.catalogue import Catalogue, CatalogueError, load_catalogue
+from inference_api.threads import in_thread
+
+logger = logging.getLogger(__name__)
+
+_EVERY = 1.0
+_TOLD_PROBLEMS = 3
+# Identity, size and time of each file; None: there is none.
+_Signature = list[tuple[int, int, int, int] | None]
+
+
+class Watched(Protocol):
+    """Something that is read from files."""
+
+    def look(self, now: bool) -> Callable[[], None] | None:
+        """In a thread: read what has changed, or `now` everything. What it returns is called on the event loop."""
+        ...
+
+
+class Changes:
+    """Whether files have changed since they were last read."""
+
+    def __init__(self, *paths: str | Path) -> None:
+        self._paths = paths
+        self._read = self._seen = _signature(paths)
+
+    def settled(self, now: bool = False) -> bool:
+        """They have, and did not change since the last look; or they are to be read `now`."""
+        before, self._seen = self._seen, _signature(self._paths)
+        if not now and (self._seen == self._read or self._seen != before):
+            return False
+        # Before they are read: a change meanwhile is another one.
+        self._read = self._seen
+        return True
+
+
+def _signature(paths: Iterable[str | Path]) -> _Signature:
+    return [_stat(path) for path in paths]
+
+
+def _stat(path: str | Path) -> tuple[int, int, int, int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class CatalogueFile:
+    """The static catalogue. `take` gets it whenever it has been read again.
+
+    `prepare` is called in the thread that reads, before.
+    """
+
+    def __init__(self, path: Path, prepare: Callable[[Catalogue], None] = lambda catalogue: None) -> None:
+        self._path = path
+        self._prepare = prepare
+        self._changes = Changes(path)
+        self._complaint = ""
+        self.take: Callable[[Catalogue], None] = lambda catalogue: None
+
+    def load(self) -> Catalogue:
+        """For the start, when entries may be refused one by one. Raises CatalogueError."""
+        catalogue = load_catalogue(self._path)
+        self._prepare(catalogue)
+        return catalogue
+
+    def look(self, now: bool) -> Callable[[], None] | None:
+        if not self._changes.settled(now):
+            return None
+        try:
+            catalogue = self.load()
+        except CatalogueError as exc:
+            return partial(self._keep, str(exc))
+        if catalogue.problems:
+            # What was served a moment ago is worth more than a part of what is meant.
+            told = "; ".join(catalogue.problems[:_TOLD_PROBLEMS])
+            return partial(self._keep, f"catalogue {str(self._path)!r}: {told}")
+        return partial(self._use, catalogue)
+
+    def _use(self, catalogue: Catalogue) -> None:
+        self._complaint = ""
+        self.take(catalogue)
+
+    def _keep(self, complaint: str) -> None:
+        if complaint != self._complaint:
+            self._complaint = complaint
+            logger.warning("the catalogue was not read again, the last one stays: %s", complaint)
+
+
+class Reloader:
+    """Has each of these look at its files, `every` so many seconds; a look that hangs holds up no other."""
+
+    def __init__(self, watched: Iterable[Watched], every: float = _EVERY) -> None:
+        self._every = every
+        self._watched = [(one, asyncio.Event()) for one in watched]
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for one, told in self._watched:
+                group.create_task(self._follow(one, told))
+
+    def now(self) -> None:
+        """Have everything read again, changed or not."""
+        for _, told in self._watched:
+            told.set()
+
+    async def _follow(self, one: Watched, told: asyncio.Event) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._every):
+                    await told.wait()
+            now = told.is_set()
+            told.clear()
+            try:
+                take = await in_thread(partial(one.look, now), "reload")
+                if take is not None:
+                    take()
+            except Exception:
+                # The boundary of a background task: it has to be there for the next look.
+                logger.exception("reading a file again failed")

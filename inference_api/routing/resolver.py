@@ -1,0 +1,186 @@
+"""From a host name to addresses: look-ups that hold up nobody else, and a memory that outlives the name server.
+
+Not the event loop's own look-ups: libuv has four threads for those of all names, the C library may keep each for half
+a minute, and four of one dead zone would stop every other name.
+
+    the last answer is fresh         it is given, without a look-up
+    it is older                      a look-up; if that takes more than a moment, the last answer meanwhile
+    the look-up fails                the last answer, however old
+    there is no last answer          what the look-up gives or raises
+
+getaddrinfo does not tell how long an answer holds: `ttl` is what CoreDNS and Envoy take by default. A name whose
+addresses let nobody in is looked up sooner.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+from cachetools import LRUCache
+
+from inference_api.threads import in_thread
+
+logger = logging.getLogger(__name__)
+
+Resolve = Callable[[str], Awaitable[Iterable[str]]]
+
+TTL = 5.0
+# Look-ups of all names under way; what takes longer than _LATE makes room, until there are thrice as many of those.
+_AT_ONCE, _LATE = 16, 2.0
+# Seconds for which a name whose addresses are known waits for new ones, and the same as a share of a connect timeout.
+_MOMENT, _SHARE = 0.25, 0.25
+# Seconds from the end of a look-up to the next one, if it failed or its addresses let nobody in.
+_AGAIN = 1.0
+# Those asked for least are forgotten; a catalogue has seldom as many.
+_NAMES = 16_384
+
+
+async def resolve(host: str) -> list[str]:
+    """The addresses of a host name in the system's order of preference, of the families that this machine has.
+
+    Raises OSError, or UnicodeError for what cannot be a name.
+    """
+    # The loopback interface has both families, whatever the machine has else; no name server is asked for it.
+    local = host == "localhost" or host.endswith(".localhost")
+    flags = 0 if local else socket.AI_ADDRCONFIG
+    found = await in_thread(lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags), "look-up")
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+class _Answer:
+    """The last addresses of a name, and from when on they are looked up again.
+
+    `used`: somebody connected to them; `failing`: the look-ups since then gave nothing.
+    """
+
+    __slots__ = ("addresses", "failing", "since", "until", "used")
+
+    def __init__(self, addresses: list[str], since: float, until: float, used: bool) -> None:
+        self.addresses = addresses
+        self.since = since
+        self.until = until
+        self.used = used
+        self.failing = False
+
+
+class Resolver:
+    """Looks host names up, each once at a time for all who ask, and remembers their addresses.
+
+    `ttl`: seconds for which an answer is fresh. `at_once`: look-ups under way of all names, beside up to three times as
+    many that have been for more than `late` seconds. `clock`: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        resolve: Resolve = resolve,
+        ttl: float = TTL,
+        at_once: int = _AT_ONCE,
+        late: float = _LATE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # Configuration
+        self._resolve = resolve
+        self._ttl = ttl
+        self._patience = late
+        self._most_late = 3 * at_once
+        self._clock = clock
+        # Shared
+        self._answers: LRUCache[str, _Answer] = LRUCache(_NAMES)
+        self._under_way: dict[str, tuple[asyncio.Task[list[str]], float]] = {}
+        self._slots = asyncio.Semaphore(at_once)
+        self._late = 0
+
+    async def addresses(self, host: str, seconds: float | None = None) -> list[str]:
+        """Addresses to connect to within so many seconds. Raises OSError or UnicodeError if none was ever found."""
+        known = self._answers.get(host)
+        if known is None:
+            found = await self.look_up(host)
+            if not found:
+                raise OSError("the name has no address")
+            if (known := self._answers.get(host)) is not None:
+                known.used = True
+            return found
+        known.used = True
+        if self._clock() < known.until:
+            return known.addresses
+        look_up, began = self._join(host)
+        moment = _MOMENT if seconds is None else min(_MOMENT, _SHARE * seconds)
+        left = began + moment - self._clock()
+        if left > 0:
+            await asyncio.wait({look_up}, timeout=left)
+        return self._answers.get(host, known).addresses
+
+    async def look_up(self, host: str) -> list[str]:
+        """What the look-up that is under way, or else a new one, gives or raises."""
+        return await asyncio.shield(self._join(host)[0])
+
+    def doubt(self, host: str) -> None:
+        """Its addresses let nobody in: they may be another's by now."""
+        known = self._answers.get(host)
+        if known is not None:
+            known.until = min(known.until, known.since + _AGAIN)
+
+    async def aclose(self) -> None:
+        """Give up the look-ups that are under way."""
+        tasks = [task for task, _ in self._under_way.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _join(self, host: str) -> tuple[asyncio.Task[list[str]], float]:
+        """The look-up under way and when it began."""
+        under_way = self._under_way.get(host)
+        if under_way is None:
+            task = asyncio.create_task(self._look_up(host))
+            under_way = self._under_way[host] = task, self._clock()
+            task.add_done_callback(lambda task: self._ended(host, task))
+        return under_way
+
+    async def _look_up(self, host: str) -> list[str]:
+        await self._slots.acquire()
+        looking = asyncio.ensure_future(self._resolve(host))
+        holding = True
+        try:
+            # One that hangs leaves its place to others; if too many do, it keeps it.
+            timeout = self._patience if self._late < self._most_late else None
+            await asyncio.wait({looking}, timeout=timeout)
+            if not looking.done():
+                self._slots.release()
+                holding = False
+                self._late += 1
+                await asyncio.wait({looking})
+        finally:
+            looking.cancel()
+            if holding:
+                self._slots.release()
+            else:
+                self._late -= 1
+        return list(looking.result())
+
+    def _ended(self, host: str, look_up: asyncio.Task[list[str]]) -> None:
+        del self._under_way[host]
+        # Nobody may wait for it any more.
+        error = None if look_up.cancelled() else look_up.exception()
+        known, now = self._answers.get(host), self._clock()
+        if look_up.cancelled() or error is not None or not look_up.result():
+            if known is not None:
+                known.until = now + _AGAIN
+                self._failed(host, known, error)
+            return
+        if known is not None and known.failing:
+            logger.info("the host %r can be looked up again", host)
+        used = known is not None and known.used
+        self._answers[host] = _Answer(look_up.result(), now, now + self._ttl, used)
+
+    def _failed(self, host: str, known: _Answer, error: BaseException | None) -> None:
+        # Of one that nobody connects to, whoever looks it up says so.
+        if known.used and not known.failing:
+            known.failing = True
+            reason = str(error or "") or "it has no address"
+            fields = {"serving": len(known.addresses)}
+            logger.warning("the host %r cannot be looked up: %.200s", host, reason, extra={"fields": fields})
+
+    def __repr__(self) -> str:
+        return f"<Resolver of {len(self._answers)} names: {len(self._under_way)} look-ups under way>"
