@@ -366,17 +366,17 @@ async def in_background(coroutine: Coroutine[Any, Any, Any]) -> AsyncIterator[as
 
 
 @contextmanager
-def full_listener() -> Iterator[str]:
+def full_listener(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """A URL where nobody answers a SYN: its listener has no room for another connection."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, port))
         listener.listen(0)
         for _ in range(3):
             client = stack.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        yield f"http://{host}:{listener.getsockname()[1]}/"
 
 
 class ImpatientEngine(FakeEngine):

@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 Resolve = Callable[[str], Awaitable[Iterable[str]]]
 
 TTL = 5.0
-# Look-ups of all names under way; what takes longer than _LATE makes room, until there are thrice as many of those.
-_AT_ONCE, _LATE = 16, 2.0
+# Look-ups under way of names that are not known to hang, seconds after which one hangs, and how many may then go on
+# beside the others. Look-ups of names that did hang have as many places of their own as the first.
+_AT_ONCE, _LATE, _MOST_LATE = 16, 2.0, 96
 # Seconds for which a name whose addresses are known waits for new ones, and the same as a share of a connect timeout.
 _MOMENT, _SHARE = 0.25, 0.25
 # Seconds from the end of a look-up to the next one, if it failed or its addresses let nobody in.
@@ -68,8 +69,9 @@ class _Answer:
 class Resolver:
     """Looks host names up, each once at a time for all who ask, and remembers their addresses.
 
-    `ttl`: seconds for which an answer is fresh. `at_once`: look-ups under way of all names, beside up to three times as
-    many that have been for more than `late` seconds. `clock`: monotonic seconds.
+    `ttl`: seconds for which an answer is fresh. A look-up hangs after `late` seconds. At most `at_once` are under way
+    that do not, `most_late` that do, and `at_once` of names that hung the last time: these wait for each other only.
+    `clock`: monotonic seconds.
     """
 
     def __init__(
@@ -78,19 +80,21 @@ class Resolver:
         ttl: float = TTL,
         at_once: int = _AT_ONCE,
         late: float = _LATE,
+        most_late: int = _MOST_LATE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Configuration
         self._resolve = resolve
         self._ttl = ttl
         self._patience = late
-        self._most_late = 3 * at_once
         self._clock = clock
         # Shared
         self._answers: LRUCache[str, _Answer] = LRUCache(_NAMES)
         self._under_way: dict[str, tuple[asyncio.Task[list[str]], float]] = {}
-        self._slots = asyncio.Semaphore(at_once)
-        self._late = 0
+        self._slots, self._slow_slots = asyncio.Semaphore(at_once), asyncio.Semaphore(at_once)
+        self._late_slots = asyncio.Semaphore(most_late)
+        # Names whose last look-up hung
+        self._slow: LRUCache[str, None] = LRUCache(_NAMES)
 
     async def addresses(self, host: str, seconds: float | None = None) -> list[str]:
         """Addresses to connect to within so many seconds. Raises OSError or UnicodeError if none was ever found."""
@@ -139,25 +143,25 @@ class Resolver:
         return under_way
 
     async def _look_up(self, host: str) -> list[str]:
-        await self._slots.acquire()
+        slots = self._slow_slots if host in self._slow else self._slots
+        await slots.acquire()
         looking = asyncio.ensure_future(self._resolve(host))
-        holding = True
         try:
-            # One that hangs leaves its place to others; if too many do, it keeps it.
-            timeout = self._patience if self._late < self._most_late else None
-            await asyncio.wait({looking}, timeout=timeout)
-            if not looking.done():
-                self._slots.release()
-                holding = False
-                self._late += 1
+            await asyncio.wait({looking}, timeout=self._patience)
+            if looking.done():
+                self._slow.pop(host, None)
+            else:
+                self._slow[host] = None
+                if slots is self._slots and not self._late_slots.locked():
+                    # Its place is for those that need it only for a moment.
+                    await self._late_slots.acquire()
+                    slots.release()
+                    slots = self._late_slots
                 await asyncio.wait({looking})
+            return list(looking.result())
         finally:
             looking.cancel()
-            if holding:
-                self._slots.release()
-            else:
-                self._late -= 1
-        return list(looking.result())
+            slots.release()
 
     def _ended(self, host: str, look_up: asyncio.Task[list[str]]) -> None:
         del self._under_way[host]

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -18,41 +18,12 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import BackendEntry, is_usable_address, parse_catalogue, place_of, replicas
 from inference_api.routing.discovery import Discovery
-from inference_api.routing.resolver import resolve
+from inference_api.routing.resolver import Resolver, resolve
 from tests.fakes import until
+from tests.routing.names import Names
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
-
-
-class Names:
-    """A name server: `answers` are what it says, an exception or addresses; one that has none hangs until it has."""
-
-    def __init__(self, **answers: Iterable[str] | Exception) -> None:
-        self.answers = dict(answers)
-        self.asked: list[str] = []
-        self.under_way = 0
-        self.most = 0
-        self._changed = asyncio.Event()
-
-    async def __call__(self, host: str) -> Collection[str]:
-        self.asked.append(host)
-        self.under_way += 1
-        self.most = max(self.most, self.under_way)
-        try:
-            while host not in self.answers:
-                await self._changed.wait()
-        finally:
-            self.under_way -= 1
-        answer = self.answers[host]
-        if isinstance(answer, Exception):
-            raise answer
-        return list(answer)
-
-    def say(self, host: str, answer: Iterable[str] | Exception) -> None:
-        self.answers[host] = answer
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 def dns(host: str, **more: Any) -> dict[str, Any]:
@@ -370,6 +341,24 @@ async def test_a_name_server_that_hangs_for_one_name_holds_up_no_other(monkeypat
     await until(lambda: not names.under_way)
     await discovery.look()
     assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.4:8000", "10.0.0.3:8000"]
+
+
+async def test_many_names_that_hang_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery_module, "_PATIENCE", 0.02)
+    hanging = [f"h{number}" for number in range(100)]
+    names = Names(sound=["10.0.0.1"])
+    fleet = fleet_of(*map(dns, hanging), dns("sound"))
+    resolver = Resolver(names, late=0.02)
+    discovery = Discovery(fleet, resolver.look_up)
+    await discovery.look()
+    # Those that hang come last from now on.
+    names.say("sound", ["10.0.0.2"])
+    look = asyncio.create_task(discovery.look())
+    await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
+
+    assert all(names.asked.count(host) <= 1 for host in hanging)
+    look.cancel()
+    await resolver.aclose()
 
 
 async def test_names_that_failed_come_last() -> None:
