@@ -75,7 +75,7 @@ async def test_names_that_hang_hurt_neither_requests_nor_health_checks_of_others
     hanging = {f"slow{number}": f"slow{number}.test" for number in range(8)}
     name_server.say({"fine.test": ["127.0.0.1"]} | dict.fromkeys(hanging.values(), "hangs"))
     models = catalogue(tmp_path, fine=at("fine.test", engine), **{m: at(host, engine) for m, host in hanging.items()})
-    settings = {"catalogue": models, "health_interval": 0.2, "connect_timeout": 2}
+    settings: dict[str, Any] = {"catalogue": models, "health_interval": 0.2, "connect_timeout": 2}
     async with command(tmp_path, environ=name_server.environ, **settings) as router:
         await ready(router.client)
         slow = [asyncio.create_task(chat(router, model)) for model in hanging for _ in range(4)]
@@ -100,7 +100,7 @@ async def test_a_name_that_cannot_be_looked_up_any_more_is_still_served(
     name_server.say({"a.test": ["127.0.0.1"]})
     models = catalogue(tmp_path, a=at("a.test", engine))
     # Connections do not last, so that each request needs an address.
-    settings = {"catalogue": models, "upstream_keepalive": 0.001, "health_interval": 1000}
+    settings: dict[str, Any] = {"catalogue": models, "upstream_keepalive": 0.001, "health_interval": 1000}
     async with command(tmp_path, environ=name_server.environ, **settings) as router:
         await ready(router.client)
         assert await chat(router, "a") == 200
@@ -139,7 +139,7 @@ async def test_the_registry_is_found_in_the_same_way(
     registry = await start_engine()
     registry.page = raw(json_response({"models": [{"name": "m"}]}))
     name_server.say({"registry.test": ["127.0.0.1"]})
-    settings = {"registry_url": f"http://registry.test:{registry.port}", "registry_refresh": 0.1}
+    settings: dict[str, Any] = {"registry_url": f"http://registry.test:{registry.port}", "registry_refresh": 0.1}
     async with command(tmp_path, environ=name_server.environ, **settings) as router:
         await ready(router.client)
         name_server.say({})
