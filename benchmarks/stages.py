@@ -21,7 +21,7 @@ import orjson
 from benchmarks import wire
 from benchmarks.check import CASES, PLAIN, Case, fork, is_under_valgrind, try_case, under_valgrind
 from benchmarks.inprocess import Client, Loop, running
-from inference_api.inbound import protocol
+from inference_api.inbound import request_head
 from inference_api.inbound.cycle import CYCLE
 from inference_api.models import Reply
 from inference_api.observe.metrics import Metrics
@@ -124,7 +124,7 @@ def _observation(client: Client) -> None:
 
 
 def _known_requests(client: Client) -> None:
-    protocol._KnownHead.body_at = lambda *_: 0  # type: ignore[method-assign]
+    request_head.KnownHead.body_at = lambda *_: 0  # type: ignore[method-assign]
 
 
 def _known_answers(client: Client) -> None:

@@ -66,6 +66,9 @@ class Settings(BaseSettings):
     body_timeout: Seconds = Field(default=60, description="seconds for a client to send its request body")
     write_stall_timeout: Seconds = Field(default=60, description="seconds for which a client may not read")
     keepalive_timeout: Seconds = Field(default=75, description="seconds an idle client connection is kept")
+    max_connection_age: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0, description="seconds after which a client connection ends with its next answer, +-10 %; 0: never"
+    )
     upstream_keepalive: Seconds = Field(
         default=3, description="seconds an idle backend connection is kept; vLLM closes at 5"
     )

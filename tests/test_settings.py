@@ -29,6 +29,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "body_timeout": ("7", 7.0),
     "write_stall_timeout": ("8", 8.0),
     "keepalive_timeout": ("9", 9.0),
+    "max_connection_age": ("600", 600.0),
     "upstream_keepalive": ("1.5", 1.5),
     "max_body_bytes": ("1024", 1024),
     "max_buffered_bytes": ("100000000", 100_000_000),

@@ -119,6 +119,11 @@ class Cycle:
         if self._watched:
             self._cancel()
 
+    def half_closed(self) -> None:
+        """The client will say no more, which is how one that leaves looks: whoever would be told that is told."""
+        if self.more_body or self._watched or self._waiter is not None:
+            self.disconnect()
+
     def _wake(self) -> None:
         self._news = True
         waiter, self._waiter = self._waiter, None
@@ -172,10 +177,11 @@ class Cycle:
         return True
 
     def __enter__(self) -> "Cycle":
-        """As a Departure: while entered, the task is cancelled when the client leaves, at once if it has."""
+        """As a Departure: while entered, the task is cancelled when the client leaves. It is not entered if it has."""
+        if self.disconnected or self._protocol.left:
+            self.gone = True
+            raise asyncio.CancelledError
         self._watched = True
-        if self.disconnected:
-            self._cancel()
         # Nobody may be reading the body any more, and a pause would hide the end of the connection.
         self._protocol.resume_reading()
         return self
@@ -213,6 +219,8 @@ class Cycle:
             self._expects_continue = False
             self._protocol.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if not (self._news or self.disconnected or self.response_complete):
+            if self._protocol.left:
+                return {"type": "http.disconnect"}
             self._protocol.resume_reading()
             self._waiter = self._protocol.loop.create_future()
             await self._waiter
@@ -258,8 +266,11 @@ class Cycle:
                 lines.append(b"transfer-encoding: chunked\r\n")
             else:
                 self.keep_alive = False  # to an older client the end of the connection is the end of the body
-        if not self.keep_alive and not has_close:
-            lines.append(b"connection: close\r\n")
+        if not self.keep_alive:
+            if not has_close:
+                lines.append(b"connection: close\r\n")
+        elif self.scope["http_version"] == "1.0":
+            lines.append(b"connection: keep-alive\r\n")
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
             raise RuntimeError("a response header holds a line break")
@@ -297,3 +308,16 @@ class Cycle:
         self.response_complete = True
         self._wake()
         self._protocol.cycle_ended(self)
+
+
+class OlderCycle(Cycle):
+    """Of an HTTP/1.0 client, which is to be told that its connection stays: without the short cuts, which do not."""
+
+    __slots__ = ()
+
+    @property
+    def repeatable(self) -> bool:
+        return False
+
+    def respond(self, status: int, lines: bytes, body: bytes) -> bool:
+        return False

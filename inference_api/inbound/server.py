@@ -19,7 +19,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
-from inference_api.inbound.protocol import Deadlines, OnRefusal, State, protocol_factory
+from inference_api.inbound.flow import Deadlines
+from inference_api.inbound.protocol import OnRefusal, State, protocol_factory
 from inference_api.settings import PREFIX, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,11 @@ def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lamb
 
 def _deadlines(settings: Settings) -> Deadlines:
     return Deadlines(
-        settings.header_timeout, settings.body_timeout, settings.keepalive_timeout, settings.write_stall_timeout
+        settings.header_timeout,
+        settings.body_timeout,
+        settings.keepalive_timeout,
+        settings.write_stall_timeout,
+        settings.max_connection_age,
     )
 
 

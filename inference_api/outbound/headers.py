@@ -9,7 +9,18 @@ import httpx
 from inference_api.models import RawHeaders
 
 # An allow-list, so that nothing new ever leaks: credentials, cookies, forwarding claims and engine controls stay here.
-FORWARDED = frozenset({b"accept", b"content-type", b"traceparent", b"tracestate", b"user-agent", b"x-session-id"})
+# `endpoint-load-metrics-format` asks an engine for its load, which comes back as `endpoint-load-metrics` (ORCA).
+FORWARDED = frozenset(
+    {
+        b"accept",
+        b"content-type",
+        b"endpoint-load-metrics-format",
+        b"traceparent",
+        b"tracestate",
+        b"user-agent",
+        b"x-session-id",
+    }
+)
 FORWARDED_PREFIXES = (b"openai-", b"anthropic-")
 
 # RFC 9110 7.6.1, and the names that older proxies treat the same way.

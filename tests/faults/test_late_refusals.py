@@ -20,8 +20,8 @@ FAULTS = {
     "chunk end": b"2\r\n{}XX",
     "bare line feed": b"2\n{}\n0\n\n",
     "huge chunk": b"f" * 17 + b"\r\n",
-    "endless extension": b"2;" + b"x" * 600_000,
-    "endless trailer": b"0\r\nx: " + b"x" * 600_000,
+    "endless extension": b"2;" + b"x" * 100_000,
+    "endless trailer": b"0\r\nx: " + b"x" * 100_000,
     "framing in a trailer": b"0\r\ncontent-length: 3\r\n\r\n",
 }
 PATHS = (URL, "/v1/embeddings", "/v1/models", "/nope")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_api.inbound.gate import MAX_TARGET, refusal
+from inference_api.inbound.gate import MAX_TARGET, refusal, wrong_lines
 from inference_api.models import RawHeaders
 
 URL = b"/v1/chat/completions"
@@ -30,6 +30,8 @@ def status(
     [
         [HOST],
         [(b"host", b"[::1]:8000"), (b"content-length", b"0")],
+        [(b"host", b"[::ffff:10.0.0.1]")],
+        [(b"host", b"router:")],
         [(b"host", b"my_router"), (b"content-length", b"999999999999")],
         [(b"host", b"10.0.0.1"), (b"transfer-encoding", b"chunked")],
         [(b"host", b"a"), (b"transfer-encoding", b"Chunked"), (b"x", b"1"), (b"x", b"2")],
@@ -46,6 +48,10 @@ def test_sound_headers_pass(headers: RawHeaders) -> None:
         [HOST, HOST],
         [HOST, (b"host", b"other")],
         *([(b"host", value)] for value in (b"", b"a b", b"a/v1/x?", b"a,b", b"a@b", b"a?", b"a#", b"\xe9", b"a\\b")),
+        *(
+            [(b"host", value)]
+            for value in (b"a:b", b"a:80:90", b"a:+80", b"a:123456", b":80", b"::1", b"[a", b"[::1]80")
+        ),
         [HOST, (b"content-length", b"3"), (b"content-length", b"3")],
         [HOST, (b"content-length", b"3"), (b"transfer-encoding", b"chunked")],
         [HOST, (b"transfer-encoding", b"chunked"), (b"content-length", b"3")],
@@ -82,6 +88,61 @@ def test_an_older_client_needs_no_host_but_may_not_send_chunks() -> None:
 @pytest.mark.parametrize("version", ["0.9", "2.0"])
 def test_another_version_is_refused(version: str) -> None:
     assert status(URL, HOST, version=version) == (400, "bad_request")
+
+
+LINE = b"GET / HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "count"),
+    [
+        (LINE + b"\r\n", 0),
+        (b"GET / HTTP/1.0\r\nhost: a\r\nx:\r\n\r\n", 2),
+        (b"\r\n\r\nM-SEARCH /?a=%20#b HTTP/1.1\r\nhost: a\r\n\r\n", 1),
+    ],
+)
+def test_lines_that_everybody_reads_alike_pass(head: bytes, count: int) -> None:
+    assert wrong_lines(head, count) is None
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        *(
+            before + LINE + b"host: a\r\n\r\n"
+            for before in (b"\n", b"\r", b"\r\r\n", b"\r\n\n", b"\r\n\r", b" ", b"\0")
+        ),
+        *(
+            line + b"\r\nhost: a\r\n\r\n"
+            for line in (
+                b"GET  / HTTP/1.1",
+                b"GET /  HTTP/1.1",
+                b"GET / HTTP/1.1 ",
+                b"GET\t/ HTTP/1.1",
+                b"GET / \tHTTP/1.1",
+                b"GET / http/1.1",
+                b"GET / HTTP/1.10",
+                b"GET / HTTP/11",
+                b"GET / RTSP/1.0",
+                b"SOURCE / ICE/1.0",
+                b"GET /\x80 HTTP/1.1",
+                b"GET /",
+                b"GET / HTTP/1.1\r",
+            )
+        ),
+        LINE + b"host: a\n\r\n",
+        LINE + b"host: a\r\r\n\r\n",
+        LINE + b"host: a\r\n\n",
+        LINE + b"host: a\r\n folded\r\n\r\n",
+        LINE + b"\r\n",
+        LINE + b"host: a\r\nx\r\n\r\n",
+    ],
+)
+def test_lines_that_two_readers_could_take_differently_are_refused(head: bytes) -> None:
+    error = wrong_lines(head, 1)
+
+    assert error is not None
+    assert (error.status, error.code) == (400, "bad_request")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +257,7 @@ class OurReader:
 
     def read(self, data: bytes) -> Reading:
         parser = self.parser = httptools.HttpRequestParser(self)
+        self.data = data
         try:
             parser.feed_data(data)
         except httptools.HttpParserError:
@@ -214,6 +276,9 @@ class OurReader:
     def on_headers_complete(self) -> None:
         self.head_open = False
         parser = self.parser
+        head = self.data[: self.data.find(b"\r\n\r\n", len(self.data) - len(self.data.lstrip())) + 4]
+        if wrong_lines(head, len(self.headers)) is not None:
+            raise Refused
         if refusal(parser.get_method(), self.target, self.headers, parser.get_http_version()) is not None:
             raise Refused
 
@@ -250,6 +315,7 @@ LENGTHS = [b"5", b"0", b"05", b"5 ", b"5,5", b"+5", b"-5", b"5\x0b", b"4", b"6"]
 CODINGS = [b"chunked", b"Chunked", b"gzip, chunked", b"chunked,", b"\tchunked", b"chunked "]
 CHUNKS = b"5\r\nhello\r\n0\r\n\r\n"
 SOUND: dict[str, list[Any]] = {
+    "begins": [b"", b"\r\n"],
     "methods": [b"POST", b"GET", b"DELETE"],
     "targets": [URL, b"/x?a=%20", b"/", b"http://a/x"],
     "versions": [b"HTTP/1.1"],
@@ -266,7 +332,8 @@ SOUND: dict[str, list[Any]] = {
 ODD: dict[str, list[Any]] = {
     "methods": [b"CONNECT", b"post", b"FOO"],
     "targets": [b"*", b"x", b"/a b", b"/\xe9", b"/x#y", b"http://b/x"],
-    "versions": [b"HTTP/1.0", b"HTTP/2.0", b"HTTP/0.9", b"http/1.1", b""],
+    "versions": [b"HTTP/1.0", b"HTTP/2.0", b"HTTP/0.9", b"http/1.1", b"", b" HTTP/1.1", b"RTSP/1.0"],
+    "begins": [b"\n", b"\r", b" ", b"\r\n\n", b"\r\n\r\n"],
     "hosts": [b"host: a b", b"host:", b"host : a", b"x: 1", b"host: a\r\nhost: a"],
     "others": [b"x: a\x00b", b"x: a\rb", b"x: a\nhost: b", b" folded", b": 1", b"x\xe9: 1", b"x y: 1"],
     "bodies": [
@@ -293,7 +360,7 @@ def requests(draw: st.DrawFn) -> bytes:
     framing, body = pick("bodies")
     line = b" ".join([pick("methods"), pick("targets"), pick("versions")])
     lines = draw(st.permutations([pick("hosts"), framing, *(pick("others") for _ in range(draw(st.integers(0, 3))))]))
-    whole: bytes = b"\r\n".join([line, *lines]) + pick("ends") + b"\r\n" + body
+    whole: bytes = pick("begins") + b"\r\n".join([line, *lines]) + pick("ends") + b"\r\n" + body
     return whole
 
 
@@ -304,6 +371,9 @@ def check(data: bytes) -> bool:
     except Refused:
         return False
     headers = [(name, normal(name, value)) for name, value in ours.headers]
+    # Which takes no empty line before a request, where RFC 9112 2.2 wants a server to be patient.
+    while data.startswith(b"\r\n"):
+        data = data[2:]
     assert ours._replace(headers=headers) == h11_reads(data)
     return True
 

@@ -410,7 +410,7 @@ async def test_the_head_of_a_talkative_client_is_not_too_large(plain: Plain) -> 
 async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(
     start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_api.inbound.protocol._LINGER", 0.2)
+    monkeypatch.setattr("inference_api.inbound.flow._LINGER", 0.2)
     served = await start_router(max_body_bytes=10, body_timeout=1)
 
     async with raw_client(served.port) as client:
@@ -426,7 +426,7 @@ async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(
 async def test_a_slow_upload_is_let_finish_though_it_was_answered(
     start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_api.inbound.protocol._LINGER", 1.0)
+    monkeypatch.setattr("inference_api.inbound.flow._LINGER", 1.0)
     served = await start_router(max_body_bytes=10, keepalive_timeout=0.5)
 
     # By a client that reads only when it has sent all, as many do.
@@ -447,7 +447,7 @@ async def test_a_slow_upload_is_let_finish_though_it_was_answered(
 async def test_what_follows_answers_that_are_read_slowly_does_not_cost_them(
     behind: bytes, start_engine: Start, start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_api.inbound.protocol._LINGER", 0.1)
+    monkeypatch.setattr("inference_api.inbound.flow._LINGER", 0.1)
     served = await start_router(await start_engine(raw(LARGE)))
     read = b""
 

@@ -15,8 +15,8 @@ import orjson
 import pytest
 
 from inference_api.app import Router
+from inference_api.inbound.flow import Deadlines
 from inference_api.inbound.pages import create_pages
-from inference_api.inbound.protocol import Deadlines
 from inference_api.inbound.server import Server, listen, ops_thread, raise_file_limit, server_config
 from inference_api.observe.log import Fields
 from inference_api.settings import Settings, SettingsError

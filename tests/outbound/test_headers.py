@@ -18,6 +18,7 @@ NEVER_UP = [*HOP_BY_HOP, *b"host content-length expect cookie authorization x-re
 NEVER_UP += b"x-api-key api-key x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip accept-encoding".split()
 NEVER_DOWN = [*HOP_BY_HOP, *b"set-cookie server date alt-svc x-request-id access-control-allow-origin".split()]
 PASS_UP = b"accept content-type traceparent tracestate user-agent x-session-id openai-beta anthropic-version".split()
+PASS_UP += [b"endpoint-load-metrics-format"]
 EXTRA = frozenset({b"x-vllm-priority", b"x-tenant"})
 
 values = st.sampled_from([b"close", b"keep-alive", b"x-tenant", b"a, X-Session-Id ,openai-beta", b"1", b""])
@@ -176,3 +177,14 @@ def test_retry_hints_come_down_only_with_a_status_that_means_them(status: int) -
     hints = [(b"retry-after", b"7"), (b"x-should-retry", b"true")]
 
     assert returned(status, hints) == (hints if status in (429, 503) else [])
+
+
+def test_an_engines_load_is_asked_for_and_told() -> None:
+    """ORCA, as vLLM has it and gateways ask for it."""
+    asked, told = (
+        (b"endpoint-load-metrics-format", b"TEXT"),
+        (b"endpoint-load-metrics", b"TEXT kv_cache_usage_perc=0.1"),
+    )
+
+    assert up([asked]) == [asked]
+    assert returned(200, [told]) == [told]
