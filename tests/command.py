@@ -41,6 +41,11 @@ class Command:
         return code, self._output.with_suffix(".out").read_text(), self._output.with_suffix(".err").read_text()
 
     @property
+    def output(self) -> str:
+        """What it has written to stdout so far."""
+        return self._output.with_suffix(".out").read_text()
+
+    @property
     def files(self) -> int:
         """How many files and sockets it has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))

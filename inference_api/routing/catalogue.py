@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -274,13 +275,18 @@ class Credentials(_Entry):
     """
 
     env: Annotated[str, StringConstraints(pattern=r"^BACKEND_[A-Z0-9_]{1,100}$")] | None = None
-    file: Annotated[str, StringConstraints(pattern=r"^/(.*/)?BACKEND_[A-Z0-9_]{1,100}$", max_length=1024)] | None = None
+    file: Annotated[str, StringConstraints(pattern=r"^/(.*/)?BACKEND_[A-Z0-9_]{1,100}$", max_length=1024)] | None = (
+        Field(default=None, validate_default=True)
+    )
     header: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")] = "authorization"
     scheme: Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{0,32}$")] | None = None
 
     @field_validator("file")
     @classmethod
-    def _file(cls, path: str | None) -> str | None:
+    def _file(cls, path: str | None, info: ValidationInfo) -> str | None:
+        # One that is refused is not here.
+        if "env" in info.data and (info.data["env"] is None) == (path is None):
+            raise ValueError("give either `env` or `file`")
         if path is not None and not {".", ".."}.isdisjoint(path.split("/")):
             raise ValueError("the path must not have '.' or '..' in it")
         return path
@@ -291,12 +297,6 @@ class Credentials(_Entry):
         if name in _NO_CREDENTIALS:
             raise ValueError(f"the header {name!r} frames or routes a request and cannot carry a token")
         return name
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.env is None) == (self.file is None):
-            raise ValueError("give either `env` or `file`")
-        return self
 
     @property
     def source(self) -> str:
