@@ -1,6 +1,6 @@
 """The values that travel through the stages: Route, Call, Model, Reply, and the one Outcome that all accounts share."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -44,13 +44,41 @@ class Outcome(StrEnum):
         return cls.UPSTREAM_4XX if status < 500 else cls.UPSTREAM_5XX
 
 
+class Prompt(Protocol):
+    """The fields of a body that hold a prompt, at least the beginning of it: what prefix affinity goes by."""
+
+    def get(self, name: str, /) -> Any: ...
+
+
+class Asked(NamedTuple):
+    """What the router reads of a body."""
+
+    # The fields that the route names, checked; of those that hold a prompt no more than the type counts.
+    fields: dict[str, Any]
+    prompt: Prompt
+    # Where the value of `model` stands, quotes included; None: it has not been looked for.
+    model_at: tuple[int, int] | None = None
+
+
+class Reader(Protocol):
+    """Reads the bodies of a route; both ways raise RouterError."""
+
+    # The fields that hold a prompt, or as much as one
+    bulky: frozenset[str]
+
+    def __call__(self, body: bytes) -> Asked | None:
+        """None: it would take long; then it is to be read in slices."""
+        ...
+
+    def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]: ...
+
+
 class Route(NamedTuple):
     """One inference route of the HTTP surface; the path is the same for the client and for the backend."""
 
     path: str
     label: str
-    # From a JSON body to the fields the router reads; raises RouterError.
-    parse: Callable[[bytes], Mapping[str, Any]]
+    parse: Reader
     multipart: bool = False
     # A second execution costs GPU time and nothing else, so a silent reset may be tried once more.
     repeatable: bool = True
@@ -68,11 +96,15 @@ class Call(NamedTuple):
     headers: RawHeaders
     request_id: str
     query: bytes = b""
+    # What it said in the fields that are no prompt
     fields: Mapping[str, Any] = {}
-    session_id: str | None = None
+    # For balancing: equal for requests that share the beginning of a prompt; "" unless the model goes by that.
+    prefix: str = ""
     authorization: bytes | None = None
     # `headers` as lines of a request head, if somebody has rendered them already.
     lines: bytes | None = None
+    # Where the model's name is in the body, quotes included, if somebody has looked.
+    model_at: tuple[int, int] | None = None
 
 
 class Reply:

@@ -1,6 +1,7 @@
 """What the process has taken on, and when that is all it takes."""
 
 from inference_api.errors import Overloaded
+from inference_api.inbound.turns import Turns
 
 
 class Load:
@@ -10,13 +11,15 @@ class Load:
     sent is in memory, and that has an end too.
     """
 
-    __slots__ = ("buffered", "in_flight", "max_buffered", "max_in_flight")
+    __slots__ = ("buffered", "in_flight", "max_buffered", "max_in_flight", "turns")
 
     def __init__(self, max_in_flight: int = 1000, max_buffered: int = 256 * 1024 * 1024) -> None:
         self.max_in_flight = max_in_flight
         self.max_buffered = max_buffered
         self.in_flight = 0
         self.buffered = 0
+        # For what takes long of a request
+        self.turns = Turns()
 
     def check(self) -> None:
         """Before a body is waited for. Raises Overloaded if there is no use in sending it."""

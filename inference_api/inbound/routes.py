@@ -9,11 +9,11 @@ from starlette.types import ASGIApp, Receive, Scope
 from starlette.types import Send as ASGISend
 
 from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
-from inference_api.inbound import wire
+from inference_api.inbound import bodies, wire
 from inference_api.inbound.admission import Load, overloaded
 from inference_api.inbound.cycle import CYCLE, Cycle, Memo
 from inference_api.inbound.departure import Departure
-from inference_api.models import Outcome, RawHeaders, Route, Send, Tap
+from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, Tap
 from inference_api.observe.observation import Observation, Observer
 from inference_api.outbound.headers import Inbound, RequestHeaders
 from inference_api.outbound.relay import Relay
@@ -21,19 +21,22 @@ from inference_api.routing.backend import Model
 
 logger = logging.getLogger(__name__)
 
-_CHAT = wire.json_parser(wire.Chat)
-_EMBEDDING = wire.json_parser(wire.Embedding, one_of=("input", "messages"))
-_RERANK = wire.json_parser(wire.Rerank)
-_SCORE = wire.json_parser(wire.Named)
-_TOKENIZE = wire.json_parser(wire.Tokenize, one_of=("prompt", "messages"))
+_CHAT = bodies.JSONReader(bodies.Chat)
+_COMPLETION = bodies.JSONReader(bodies.Completion, one_of=("prompt", "prompt_embeds"))
+_EMBEDDING = bodies.JSONReader(bodies.Embedding, one_of=("input", "messages"))
+_RESPONSES = bodies.JSONReader(bodies.Responses)
+_RERANK = bodies.JSONReader(bodies.Rerank)
+_SCORE = bodies.JSONReader(bodies.Named)
+_TOKENIZE = bodies.JSONReader(bodies.Tokenize, one_of=("prompt", "messages"))
+_UPLOAD = bodies.FormReader()
 _RESPONSE_ENDS = (b"response.completed", b"response.incomplete", b"response.failed")
 
 INFERENCE_ROUTES = (
     Route("/v1/chat/completions", "chat_completions", _CHAT, end_marks=(b"[DONE]",)),
-    Route("/v1/completions", "completions", wire.json_parser(wire.Completion), end_marks=(b"[DONE]",)),
+    Route("/v1/completions", "completions", _COMPLETION, end_marks=(b"[DONE]",)),
     Route("/v1/embeddings", "embeddings", _EMBEDDING),
     # May store what it made: never sent twice.
-    Route("/v1/responses", "responses", wire.json_parser(wire.Responses), repeatable=False, end_marks=_RESPONSE_ENDS),
+    Route("/v1/responses", "responses", _RESPONSES, repeatable=False, end_marks=_RESPONSE_ENDS),
     Route("/v1/messages", "messages", _CHAT, end_marks=(b"message_stop",)),
     Route("/v1/messages/count_tokens", "count_tokens", _CHAT),
     Route("/v1/rerank", "rerank", _RERANK),
@@ -41,9 +44,9 @@ INFERENCE_ROUTES = (
     Route("/v1/score", "score", _SCORE),
     Route("/score", "score", _SCORE),
     Route("/tokenize", "tokenize", _TOKENIZE),
-    Route("/detokenize", "detokenize", wire.json_parser(wire.Detokenize)),
-    Route("/v1/audio/transcriptions", "transcriptions", _SCORE, multipart=True),
-    Route("/v1/audio/translations", "translations", _SCORE, multipart=True),
+    Route("/detokenize", "detokenize", bodies.JSONReader(bodies.Detokenize)),
+    Route("/v1/audio/transcriptions", "transcriptions", _UPLOAD, multipart=True),
+    Route("/v1/audio/translations", "translations", _UPLOAD, multipart=True),
 )
 
 
@@ -88,10 +91,10 @@ class Inference:
                 seen.received()
             taken = 1
             load.in_flight += 1
-            call = wire.read_call(self.route, inbound, body, scope["query_string"], seen.request_id)
-            seen.stream = call.stream
-            model = gate.resolve(call.model)
-            self._admit(model, seen)
+            read = wire.read(self.route, inbound, body)
+            call, model = self._accept(
+                read if isinstance(read, Asked) else await load.turns.run(read), inbound, body, scope, seen
+            )
             with departure:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
@@ -128,6 +131,17 @@ class Inference:
         inbound: Inbound = memo.inbound
         return inbound
 
+    def _accept(
+        self, asked: Asked, inbound: Inbound, body: bytes, scope: Scope, seen: Observation
+    ) -> tuple[Call, Model]:
+        """The request is sound, and there is room for it. `asked` may hold as much as a large body, and ends here."""
+        seen.stream = asked.fields.get("stream") or False
+        model = self._gate.resolve(asked.fields["model"])
+        seen.model_name = model.name
+        call = wire.make_call(self.route, inbound, body, scope["query_string"], seen.request_id, asked, model)
+        self._admit(model, seen)
+        return call, model
+
     def _admit(self, model: Model, seen: Observation) -> None:
         limit = model.entry.max_in_flight
         load = self._load
@@ -138,7 +152,6 @@ class Inference:
         else:
             seen.resolved(model)
             return
-        seen.model_name = model.name
         raise overloaded(full)
 
 

@@ -20,14 +20,13 @@ from inference_api.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from inference_api.models import Call, Outcome, Reply, Route
+from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
 from inference_api.outbound.connection import Disconnected, IdleTimeout, Timeout, TotalTimeout
 from inference_api.outbound.headers import header_lines
 from inference_api.outbound.retry import FREE, Budget, Permit, Resting, Suspects, back_off, retry_after
-from inference_api.outbound.rewrite import form_field, rewrite_json
+from inference_api.outbound.rewrite import replaced, rewrite_json
 from inference_api.outbound.tokens import with_token
 from inference_api.outbound.transport import Transport, request_head
-from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend, Model
 from inference_api.routing.catalogue import CatalogueEntry
 
@@ -267,10 +266,7 @@ class Forward:
             total = model.entry.timeouts.total
         # The clock of both event loops; to ask for the running one is a system call in Python 3.11.
         deadline = monotonic() + total
-        key = ""
-        if model.entry.policy == "prefix_affinity":
-            key = affinity_key(model.name, call.fields, call.session_id)
-        return _Common(body, self._lines(call, model, body), self._timeout(model), deadline, key)
+        return _Common(body, self._lines(call, model, body), self._timeout(model), deadline, call.prefix)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1
@@ -382,7 +378,9 @@ class Forward:
 
     def _lines(self, call: Call, model: Model, body: bytes) -> bytes:
         lines = call.lines
-        if lines is None:
+        if model.entry.priority != "client":
+            lines = _prioritised(call.headers, model.entry.priority)
+        elif lines is None:
             lines = header_lines(call.headers)
         lines = b"accept-encoding: identity\r\ncontent-length: %d\r\n%b" % (len(body), lines)
         credentials = model.entry.credentials
@@ -421,10 +419,15 @@ def _body(call: Call, model: Model) -> bytes:
     if served == call.model:
         return call.body
     if not call.route.multipart:
-        return rewrite_json(call.body, served)
-    content_type = next((value for name, value in call.headers if name == b"content-type"), b"")
-    span = form_field(call.body, content_type, "model")
-    return call.body if span is None else call.body[: span[0]] + served.encode() + call.body[span[1] :]
+        return rewrite_json(call.body, served, call.model_at)
+    return call.body if call.model_at is None else replaced(call.body, call.model_at, served.encode())
+
+
+def _prioritised(headers: RawHeaders, priority: str | int) -> bytes:
+    """vLLM goes by the header rather than by the body's `priority`, so no byte of that need change."""
+    # Without API keys every caller is as urgent as any other.
+    own = (b"x-vllm-priority", b"%d" % (priority if isinstance(priority, int) else 0))
+    return header_lines([own, *(pair for pair in headers if pair[0] != own[0])])
 
 
 def _request(url: httpx.URL, target: bytes, lines: bytes, common: _Common, fresh: bool) -> httpx.Request:

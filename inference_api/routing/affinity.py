@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
+from inference_api.models import Prompt
+
 # What of a prompt decides on its key: enough to tell conversations apart, little enough to cost microseconds.
 _MAX_CHARS, _MAX_TOKENS, _MAX_MESSAGES, _MAX_PARTS = 1024, 256, 32, 8
 
 
-def affinity_key(model: str, fields: Mapping[str, Any], session_id: str | None) -> str:
+def affinity_key(model: str, fields: Prompt, session_id: str | None) -> str:
     """Equal for requests that share a prefix: by session, else by the opening of the prompt; "" when there is none.
 
     The opening of a conversation ends with the first user message, so every turn has the same key. A digest, because

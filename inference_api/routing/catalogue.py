@@ -27,6 +27,7 @@ ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:
 PolicyName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
 Engine = Literal["vllm", "tgi", "sglang", "llamacpp", "openai"]
 DiscoveryName = Literal["static", "dns"]
+Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Cloud metadata services that are not link-local by number, and the names they answer to.
@@ -326,6 +327,12 @@ class CatalogueEntry(_Entry):
     timeouts: Timeouts = Timeouts()
     max_in_flight: int | None = Field(default=None, ge=1)
     credentials: Credentials | Literal["passthrough"] | None = None
+    # Whether clients may send what only those should who run the engines
+    engine_fields: Literal["refuse", "allow"] = "refuse"
+    # Who says how urgent a request is: an int64 that vLLM takes, lower is earlier
+    priority: Literal["client", "ignore", "caller"] | Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] = (
+        "client"
+    )
     created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
 
     @field_validator("backends")

@@ -1,5 +1,6 @@
 """What the router reads of a request, and what it says to a request that it cannot read."""
 
+from collections.abc import Generator
 from typing import Any
 
 import orjson
@@ -16,10 +17,11 @@ from inference_api.errors import (
     TooLarge,
     UnsupportedMediaType,
 )
+from inference_api.inbound import wire
 from inference_api.inbound.admission import Load
 from inference_api.inbound.routes import INFERENCE_ROUTES
-from inference_api.inbound.wire import model_card, model_list, read_body, read_call
-from inference_api.models import Call, RawHeaders
+from inference_api.inbound.wire import model_card, model_list, read_body
+from inference_api.models import Asked, Call, RawHeaders, Route
 from inference_api.outbound.headers import Inbound, RequestHeaders
 from inference_api.routing.backend import Model
 from inference_api.routing.balance import make_policy
@@ -52,15 +54,15 @@ NOT_JSON = {
     "cut": b'{"model":"m","messages":[',
     "trailing comma": b'{"model":"m","messages":[],}',
     "more after the end": b'{"model":"m","messages":[]} {}',
-    "a byte order mark": b'\xef\xbb\xbf{"model":"m","messages":[]}',
     "utf-16": '{"model":"m","messages":[]}'.encode("utf-16"),
     "not utf-8": b'{"model":"m","messages":["\xff"]}',
     "not utf-8 in the name": b'{"model":"\xff","messages":[]}',
     "a control character": b'{"model":"m","messages":["\x00"]}',
-    "a lone surrogate": b'{"model":"m","messages":["\\ud800"]}',
     "a lone surrogate in the name": b'{"model":"\\ud800","messages":[]}',
-    "a lone surrogate as a key": b'{"model":"m","messages":[],"\\udfff":1}',
-    "a number of 10,000 digits": b'{"model":"m","messages":[' + b"9" * 10_000 + b"]}",
+    "half an escape": b'{"model":"m","messages":[],"x":"\\ud8',
+    "two documents": b"{}{}",
+    "a wrong bracket": b'{"model":"m","messages":[[1}],"x":[{]}]}',
+    "a number with a zero before it": b'{"model":"m","messages":[01]}',
     "100,000 open arrays": b'{"model":"m","messages":' + b"[" * 100_000,
     "100,000 arrays": b'{"model":"m","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "100,000 arrays in an unknown field": b'{"model":"m","messages":[],"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -68,16 +70,53 @@ NOT_JSON = {
 }
 
 
+# What is JSON to Python, and so to vLLM.
+DIALECT = {
+    "a byte order mark": b'\xef\xbb\xbf{"model":"m","messages":[]}',
+    "a lone surrogate": b'{"model":"m","messages":["\\ud800"]}',
+    "a lone surrogate as bytes": b'{"model":"m","messages":["\xed\xa0\x80"]}',
+    "a lone surrogate as a key": b'{"model":"m","messages":[],"\\udfff":1}',
+    "a number of 10,000 digits": b'{"model":"m","messages":[' + b"9" * 10_000 + b"]}",
+    "a number without an end": b'{"model":"m","messages":[1e999],"x":-1E+99999}',
+    "nan": b'{"model":"m","messages":[NaN,-Infinity]}',
+    "500 arrays": b'{"model":"m","messages":' + b"[" * 500 + b"]" * 500 + b"}",
+    "9,000 arrays in an unknown field": b'{"model":"m","messages":[],"x":' + b"[" * 9000 + b"]" * 9000 + b"}",
+    "9,000 objects": b'{"model":"m","messages":[],"x":' + b'{"a":' * 9000 + b"1" + b"}" * 9001,
+}
+
+
 def inbound(headers: RawHeaders) -> Inbound:
     return RequestHeaders()(headers)
 
 
-def read(body: bytes | dict[str, Any], path: str = CHAT, content_type: str = "application/json", **more: str) -> Call:
-    """Read a body as the route at `path` does; `more` are headers."""
+def read(
+    body: bytes | dict[str, Any],
+    path: str = CHAT,
+    content_type: str = "application/json",
+    entry: dict[str, Any] | None = None,
+    **more: str,
+) -> Call:
+    """Read a body as the route at `path` does; `entry` is the model's, `more` are headers."""
     headers = [(b"content-type", content_type.encode())]
     headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in more.items()]
     data = body if isinstance(body, bytes) else orjson.dumps(body)
-    return read_call(ROUTES[path], inbound(headers), data, b"", "abc")
+    return call_of(ROUTES[path], inbound(headers), data, entry or {})
+
+
+def call_of(route: Route, head: Inbound, body: bytes, entry: dict[str, Any]) -> Call:
+    asked = wire.read(route, head, body)
+    if not isinstance(asked, Asked):
+        asked = end_of(asked)
+    return wire.make_call(route, head, body, b"", "abc", asked, model(**entry))
+
+
+def end_of(work: Generator[None, None, Asked]) -> Asked:
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            asked: Asked = stop.value
+            return asked
 
 
 def read_form(*parts: bytes, content_type: str = "multipart/form-data; boundary=B") -> Call:
@@ -210,6 +249,190 @@ def test_what_is_not_json_is_refused_in_a_sentence(body: bytes) -> None:
     assert len(caught.value.message) < 200
 
 
+@pytest.mark.parametrize("body", DIALECT.values(), ids=DIALECT.keys())
+def test_json_that_only_python_reads_is_left_to_the_engine(body: bytes) -> None:
+    call = read(body)
+
+    assert (call.model, call.body) == ("m", body)
+
+
+def large(body: bytes) -> bytes:
+    """The same, with a field that nobody reads and that is too large to be read at once."""
+    start = body.index(b"{") + 1
+    return body[:start] + b'"padding":[' + b'"",' * 500_000 + b"0]," + body[start:]
+
+
+@pytest.mark.parametrize("body", [*DIALECT.values(), *(orjson.dumps({"model": "m", **MINIMAL[CHAT], "stream": True}),)])
+def test_a_large_body_is_read_as_a_small_one(body: bytes) -> None:
+    call, small = read(large(body)), read(body)
+
+    assert (call.model, call.stream, call.fields) == (small.model, small.stream, small.fields)
+    assert call.model_at is not None
+    assert call.body[slice(*call.model_at)] == b'"m"'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"model": "m"},
+        {"model": None, "messages": []},
+        {"model": "", "messages": []},
+        {"model": "n" * 257, "messages": []},
+        {"model": "n" * 1_000_000, "messages": []},
+        {"model": ["m"] * 100_000, "messages": []},
+        {"model": "m", "messages": "text"},
+        {"model": "m", "messages": {"a": 1}},
+        {"model": "m", "messages": [], "stream": "maybe"},
+        {"model": "m", "messages": [], "stream": [True] * 100_000},
+    ],
+)
+def test_a_large_body_is_refused_as_a_small_one(body: dict[str, Any]) -> None:
+    data = orjson.dumps(body)
+    shortened = (
+        data.replace(b"n" * 1_000_000, b"n" * 300).replace(b'"m",' * 99_999, b"").replace(b"true," * 99_999, b"")
+    )
+    with pytest.raises(InvalidRequest) as expected:
+        read(shortened)
+
+    with pytest.raises(InvalidRequest) as caught:
+        read(large(data if body else b'{"x":1}'))
+
+    assert (caught.value.message, caught.value.param) == (expected.value.message, expected.value.param)
+
+
+@pytest.mark.parametrize("body", [body for body in NOT_JSON.values() if body.startswith(b"{") and len(body) < 1000])
+def test_a_large_body_that_is_not_json_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidJSON, match=r"^The body is not valid JSON \(.+\)\.$"):
+        read(large(body))
+
+
+def test_nothing_is_kept_of_a_prompt() -> None:
+    for body in ({"prompt": "SECRET"}, {"prompt": ["SECRET"], "prompt_embeds": "SECRET"}):
+        assert read({"model": "m", "stream": True, **body}, "/v1/completions").fields == {"model": "m", "stream": True}
+
+
+def test_a_conversation_has_one_prefix_however_large_it_grows() -> None:
+    opening = [
+        {"role": "system", "content": "é" * 60_000},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+    ]
+    more = [{"role": "assistant", "content": "b, " * 1000}, {"role": "user", "content": "c"}]
+    affine = {"policy": "prefix_affinity"}
+
+    prefixes = [
+        read({"messages": opening + more * turns, "model": "m"}, entry=affine).prefix for turns in (0, 10, 100, 1000)
+    ]
+
+    assert len(set(prefixes)) == 1
+    assert prefixes[0]
+    assert read({"messages": opening, "model": "m"}).prefix == ""
+    other = read({"messages": [opening[0], *more], "model": "m", "x": [0] * 100_000}, entry=affine).prefix
+    assert other not in ("", prefixes[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt_embeds": "AAAA"}),
+        ("/v1/completions", {"prompt": None, "prompt_embeds": ["AAAA"]}),
+        ("/v1/completions", {"prompt": "a", "prompt_embeds": None}),
+        ("/v1/embeddings", {"input": None, "messages": []}),
+        ("/v1/embeddings", {"input": "a", "messages": None}),
+        ("/tokenize", {"prompt": None, "messages": []}),
+        ("/tokenize", {"prompt": "a", "messages": None}),
+    ],
+)
+def test_of_two_fields_one_may_be_null(path: str, body: dict[str, Any]) -> None:
+    assert read({"model": "m", **body}, path).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": None, "prompt_embeds": None}, "prompt"),
+        ("/v1/embeddings", {"input": None}, "input"),
+        ("/tokenize", {"prompt": None, "messages": None}, "prompt"),
+    ],
+)
+def test_not_all_of_them_may_be_null(path: str, body: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"'{param}'") as caught:
+        read({"model": "m", **body}, path)
+
+    assert caught.value.param == param
+
+
+# Fields that are for those who run the engines
+
+TRANSFERS = ["kv_transfer_params", "ec_transfer_params"]
+PAYLOADS: list[Any] = [{"do_remote_prefill": True}, {}, [], "x", 1, False]
+
+
+@pytest.mark.parametrize("size", [0, 500_000])
+@pytest.mark.parametrize("name", TRANSFERS)
+@pytest.mark.parametrize("path", MINIMAL)
+def test_a_client_moves_no_engines_state(path: str, name: str, size: int) -> None:
+    for payload in PAYLOADS:
+        for body in ({name: payload}, {"vllm_xargs": {"a": 1, name: payload}}):
+            request = {"x": [0] * size, "model": "m", **MINIMAL[path], **body}
+
+            with pytest.raises(InvalidRequest, match="run the engines") as caught:
+                read(request, path)
+            assert (caught.value.status, caught.value.param) == (422, next(iter(body)))
+            if not size:
+                assert read(request, path, entry={"engine_fields": "allow"}).fields == {"model": "m"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","messages":[],"kv_transfer_params":{},"kv_transfer_params":{}}',
+        b'{"model":"m","messages":[],"kv_\\u0074ransfer_params":{}}',
+        b'\xef\xbb\xbf{"model":"m","messages":[],"kv_transfer_params":{}}',
+        b'{"model":"m","messages":[],"vllm_xargs":{},"vllm_xargs":{"ec_transfer\\u005fparams":1}}',
+        b'{"model":"m","messages":[],"vllm_xargs":{"a":[' + b"1," * 500_000 + b'1],"kv_transfer_params":1}}',
+    ],
+)
+def test_no_spelling_gets_it_past(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="run the engines"):
+        read(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"kv_transfer_params": None, "ec_transfer_params": None, "vllm_xargs": None},
+        {"vllm_xargs": {"seed": 1, "kv": "kv_transfer_params"}},
+        {"vllm_xargs": ["kv_transfer_params"]},
+        {"x": {"kv_transfer_params": {}}},
+    ],
+)
+@pytest.mark.parametrize("size", [0, 500_000])
+def test_what_moves_nothing_is_taken(body: dict[str, Any], size: int) -> None:
+    assert read({"x": [0] * size, "model": "m", "messages": [], **body}).fields == {"model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        (b'name="kv_transfer_params"\r\n\r\n{}', "kv_transfer_params"),
+        (b'name="vllm_xargs"\r\n\r\n{"kv_transfer_params":{}}', "vllm_xargs"),
+        (b'name="vllm_xargs"\r\n\r\n{"a":"' + b"b" * 100_000 + b'","kv_transfer_params":{}}', "vllm_xargs"),
+        (b'name="vllm_xargs"\r\n\r\n{"a":1}', None),
+        (b'name="vllm_xargs"\r\n\r\nnot JSON', None),
+    ],
+)
+def test_a_form_moves_no_engines_state_either(field: bytes, param: str | None) -> None:
+    part = b"content-disposition: form-data; " + field
+    if param is None:
+        assert read_form(MODEL, part).model == "m"
+        return
+
+    with pytest.raises(InvalidRequest, match="run the engines") as caught:
+        read_form(MODEL, part)
+    assert caught.value.param == param
+
+
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"m"', b"3", b"NaN", b"[{}]"])
 def test_json_that_is_no_object_is_refused_without_a_param(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match=r"^The body is not valid: .*object") as caught:
@@ -262,7 +485,7 @@ def test_another_content_type_is_refused_with_the_right_one(content_type: str) -
 
 def test_a_missing_content_type_is_refused() -> None:
     with pytest.raises(UnsupportedMediaType):
-        read_call(ROUTES[CHAT], inbound([]), b"{}", b"", "rid")
+        wire.read(ROUTES[CHAT], inbound([]), b"{}")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "gzip, identity"])
@@ -279,7 +502,6 @@ def test_what_the_headers_say_goes_into_the_call() -> None:
     call = read({"model": "m", "messages": []}, x_request_id="abc", x_session_id="s\xff1", authorization="Bearer k")
 
     assert (call.request_id, call.authorization) == ("abc", b"Bearer k")
-    assert call.session_id == "s\xff1".encode().decode("latin-1")
     assert (b"authorization", b"Bearer k") not in call.headers
 
 

@@ -766,7 +766,7 @@ async def test_a_replica_that_asks_for_a_rest_has_it(status: int, policy: str) -
     desk.now += 0.2
     assert not desk.forward._resting.at(desk.now)
     for number in range(60):
-        await finish(await desk.forward(call_to(fields=CHAT, session_id=f"s{number}"), model))
+        await finish(await desk.forward(call_to(prefix=f"s{number}"), model))
     assert tired in desk.hosts[21:]
 
 
@@ -1070,8 +1070,9 @@ async def test_the_served_models_name_replaces_the_forms(has_model: bool) -> Non
     file = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n' + bytes(range(256))
     field = b'Content-Disposition: form-data; name="%s"\r\n\r\n%s'
     names = (b"model", b"m") if has_model else (b"language", b"m")
-    call = call_to("transcriptions", body=form(file, field % names))
-    call = call._replace(headers=[(b"content-type", b"multipart/form-data; boundary=B")])
+    body = form(file, field % names)
+    at = body.rindex(b"\r\nm\r\n") + 2
+    call = call_to("transcriptions", body=body, model_at=(at, at + 1) if has_model else None)
 
     request = await only_request(model_of("http://a:1", served_model_name="large-v3"), call)
 
@@ -1118,7 +1119,7 @@ async def test_equal_prompts_meet_the_same_replica_if_the_policy_says_so() -> No
     desk, model = Desk(), model_of(*REPLICAS, policy="prefix_affinity")
 
     for _ in range(6):
-        await finish(await desk.forward(call_to(fields=CHAT), model))
+        await finish(await desk.forward(call_to(prefix="a"), model))
 
     assert len(set(desk.hosts)) == 1
 

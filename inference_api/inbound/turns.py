@@ -1,0 +1,35 @@
+"""Long work on the event loop, in slices, so that nobody waits longer for it than a few milliseconds."""
+
+import asyncio
+from collections.abc import Callable, Generator
+from time import monotonic
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Turns:
+    """At most `seconds` of such work, and the rest of a slice, are done in one turn of the loop, whoever they are for.
+
+    A thread would not help: it would hold the interpreter as long as the slice does.
+    """
+
+    def __init__(self, seconds: float = 0.004, clock: Callable[[], float] = monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        # Fair: many bodies get on slice by slice, and a small one does not wait for the end of a large one.
+        self._lock = asyncio.Lock()
+
+    async def run(self, work: Generator[None, None, T]) -> T:
+        """What `work` returns. It is suspended where it yields."""
+        while True:
+            async with self._lock:
+                end = self._clock() + self._seconds
+                try:
+                    next(work)
+                    while self._clock() < end:
+                        next(work)
+                except StopIteration as stop:
+                    result: T = stop.value
+                    return result
+                await asyncio.sleep(0)
