@@ -43,6 +43,8 @@ TARGET, LIMIT = 0.6, 0.9
 # Linux: ip_local_port_range 32768-60999, and how long a port is not used again after a close.
 PORTS, TIME_WAIT = 60_999 - 32_768 + 1, 60
 REPLICAS = 1_000
+# Names to look up with `discovery: dns`, and questions for each: Kubernetes tries its search list first (ndots 5).
+NAMES, QUESTIONS = 100, 3
 TOKENS_PER_ANSWER = 500
 
 
@@ -169,6 +171,10 @@ def derived_list(measured: Measured = MEASURED) -> str:
         f"each of them opens up to {LARGE.connects:,.0f} connections/s to replicas, and has up to "
         f"{LARGE.connects * TIME_WAIT:,.0f} closed ones in TIME_WAIT, {LARGE.connects * TIME_WAIT / REPLICAS:.0f} of "
         f"{PORTS:,} ports per replica;",
+        f"with `discovery: dns` and {NAMES} names of the form service.namespace.svc these pods ask for "
+        f"{LARGE.pods * NAMES * QUESTIONS / DEFAULTS.discovery_interval:,.0f} addresses a second, each name tried "
+        f"{QUESTIONS} times along the search list; with DISCOVERY=endpointslices for none, over one watch per pod and "
+        "namespace;",
         f"if all its {LARGE.streams_per_pod:,} clients connect at once, it works {restart:.1f} s to take them;",
         f"after a rollout in four waves (25 % surge) the first pods hold {rolled[0]:.2f} times their share of the "
         f"clients that keep their connections, the last ones {rolled[-1]:.2f}: {_percent(TARGET)} of a core become "

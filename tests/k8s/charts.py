@@ -18,12 +18,28 @@ import yaml
 
 from inference_api.routing.catalogue import Catalogue, parse_catalogue
 from inference_api.settings import PREFIX, Settings, load_settings
+from tests.k8s.chart_values import (
+    BAD_MODELS,
+    CANARY,
+    CHANGES,
+    DASHBOARD,
+    EVERYTHING,
+    LABELS,
+    LIVE,
+    MESH,
+    OF_OTHERS,
+    OLD_CLAIM,
+    PARENT,
+    REFUSED,
+    RULES,
+    SCALED_BY_OTHERS,
+    VARIABLES,
+)
 
 Json = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "k8s" / "charts" / "inference-api"
-RELEASE, NAMESPACE = "inference-api", "inference"
 OLDEST, NEWEST = "1.29", "1.37"
 VALUES = {path.stem.removesuffix("-values"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
 CLUSTERS = {path.stem: path for path in sorted((ROOT / "k8s" / "clusters").glob("*.yaml"))}
@@ -34,6 +50,11 @@ MARKED: Json = yaml.safe_load(Path(__file__).with_name("marked-values.yaml").rea
 _OWN_REGISTRY: Json = {"router.registry.url": ""}
 MARKED_INSTALLS: dict[str, Json] = {
     "marks": {**_OWN_REGISTRY, "router.autoscaling.enabled": False},
+    "marks with a claim": {
+        **_OWN_REGISTRY,
+        "router.autoscaling.enabled": False,
+        "registry.persistence.existingClaim": "20128",
+    },
     "marks with an HPA": _OWN_REGISTRY,
     "marks with KEDA": {
         "router.autoscaling.enabled": False,
@@ -41,169 +62,21 @@ MARKED_INSTALLS: dict[str, Json] = {
         "registry.enabled": False,
     },
 }
+_RUNNER = (
+    "charts.py",
+    "chart_values.py",
+    "helm.py",
+    "fake_api.py",
+    "fake_fields.py",
+    "fake_rules.py",
+    "marked-values.yaml",
+)
 every_install = pytest.mark.parametrize("name", INSTALLS)
-WORKLOADS = ("Deployment", "StatefulSet")
+WORKLOADS = ("Deployment",)
 
 _HOME = Path(os.environ.get("HELM_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "inference-api-helm"))
 HOME = _HOME.expanduser()
 _INSTALLED = next((HOME / "venv").glob("complete-*"), None)
-
-# What is refused: the values, and what the one line must say.
-REFUSED: dict[str, tuple[Json, str]] = {
-    "a wrong type": ({"router": {"replicaCount": "two"}}, "at '/router/replicaCount': got string, want integer"),
-    "an unknown key": ({"router": {"replicas": 2}}, "at '/router': additional properties 'replicas' not allowed"),
-    "an unknown setting": (
-        {"router": {"settings": {"BREAKER_FAILURE": 3}}},
-        "at '/router/settings': additional properties 'BREAKER_FAILURE' not allowed",
-    ),
-    "the tag latest": ({"image": {"tag": "latest"}}, "image.tag is latest, which is another image tomorrow"),
-    "an unknown engine": ({"models": {"gpt2": {"engine": "triton"}}}, "at '/models/gpt2/engine': value must be one of"),
-    "an HPA with KEDA": (
-        {"router": {"autoscaling": {"enabled": True}, "keda": {"enabled": True, "serverAddress": "http://prometheus"}}},
-        "router.autoscaling.enabled and router.keda.enabled exclude each other",
-    ),
-    "a drain shorter than a stream": (
-        {"router": {"timeouts": {"stream": 3600}}},
-        "router.drain.timeoutSeconds (570) is shorter than the longest request (3600 s",
-    ),
-    "a drain shorter than a model's answer": (
-        {"models": {"gpt2": {"timeouts": {"total": 900.5}}}},
-        "router.drain.timeoutSeconds (570) is shorter than the longest request (901 s",
-    ),
-    "both sides of a disruption budget": (
-        {"router": {"podDisruptionBudget": {"minAvailable": 1}}},
-        "router.podDisruptionBudget takes minAvailable or maxUnavailable, not both",
-    ),
-    "more pods at least than at most": (
-        {"router": {"autoscaling": {"enabled": True, "minReplicas": 20}}},
-        "router.autoscaling.minReplicas (20) is more than router.autoscaling.maxReplicas (10)",
-    ),
-    "an HPA without a CPU request": (
-        {"router": {"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}},
-        "router.autoscaling needs router.resources.requests.cpu",
-    ),
-    "KEDA without Prometheus": ({"router": {"keda": {"enabled": True}}}, "router.keda needs router.keda.serverAddress"),
-    "two registries": (
-        {"router": {"registry": {"url": "http://registry"}}},
-        "router.registry.url is set, so nobody would use the chart's own registry",
-    ),
-    "nothing to serve": (
-        {"registry": {"enabled": False}, "models": {"llama-3-8b": None, "mistral-7b": None, "gpt2": None}},
-        "there is nothing to serve",
-    ),
-    "a watch without the right to it": (
-        {"router": {"discovery": {"mode": "endpointslices"}, "rbac": {"create": False}}},
-        "router.discovery.mode endpointslices needs the right to watch them",
-    ),
-    "an Ingress without hosts": (
-        {"router": {"ingress": {"enabled": True}}},
-        "router.ingress needs router.ingress.hosts",
-    ),
-    "a route without a Gateway": (
-        {"router": {"httpRoute": {"enabled": True}}},
-        "router.httpRoute needs router.httpRoute.parentRefs",
-    ),
-    "traces to nowhere": (
-        {"monitoring": {"otel": {"enabled": True}}},
-        "monitoring.otel needs monitoring.otel.endpoint",
-    ),
-    "replicas on a volume of one node": (
-        {"engines": {"enabled": True}, "models": {"gpt2": {"deploy": {"replicas": 2}}}},
-        "models.gpt2.deploy.replicas is 2, and a cache that is ReadWriteOnce is on one node",
-    ),
-    "an engine that the chart does not run": (
-        {"engines": {"enabled": True}, "models": {"gpt2": {"engine": "sglang"}}},
-        "models.gpt2.deploy: the chart runs vllm and tgi, not the engine sglang",
-    ),
-    "a Service that begins with a digit": (
-        {"engines": {"enabled": True}, "models": {"3b": {"deploy": {"model": "some/3b"}}}},
-        'models.3b.deploy: its Service would be named "3b", and such names begin with a letter',
-    ),
-    "all pods always there": (
-        {"router": {"podDisruptionBudget": {"minAvailable": 2, "maxUnavailable": None}}},
-        "router.podDisruptionBudget.minAvailable (2) is all of the 2 pods that there may be: no node could ever be",
-    ),
-    "all pods always there, in percent": (
-        {"router": {"podDisruptionBudget": {"minAvailable": "100%", "maxUnavailable": None}}},
-        "router.podDisruptionBudget.minAvailable (100%) is all of the 2 pods that there may be",
-    ),
-    "all pods always there, rounded up": (
-        {"router": {"replicaCount": 1, "podDisruptionBudget": {"minAvailable": "50%", "maxUnavailable": None}}},
-        "router.podDisruptionBudget.minAvailable (50%) is all of the 1 pods that there may be",
-    ),
-    "as many pods always there as a scaler may leave": (
-        {
-            "router": {
-                "replicaCount": 9,
-                "autoscaling": {"enabled": True, "minReplicas": 3},
-                "podDisruptionBudget": {"minAvailable": 3, "maxUnavailable": None},
-            }
-        },
-        "router.podDisruptionBudget.minAvailable (3) is all of the 3 pods that there may be",
-    ),
-    "one port for two things": (
-        {"router": {"ports": {"ops": 8000}}},
-        "router.ports.http and router.ports.ops are both 8000",
-    ),
-    "a setting past the chart": (
-        {"router": {"extraEnv": [{"name": "INFERENCE_API_DRAIN_TIMEOUT", "value": "9999"}]}},
-        "router.extraEnv sets INFERENCE_API_DRAIN_TIMEOUT, which would go past the value that the chart computes with",
-    ),
-    "a label of the chart's own": (
-        {"commonLabels": {"app.kubernetes.io/name": "mine"}},
-        "at '/commonLabels",
-    ),
-    "a watch without a token": (
-        {"router": {"discovery": {"mode": "endpointslices"}, "serviceAccount": {"automount": False}}},
-        "router.discovery.mode endpointslices needs the token of its service account",
-    ),
-    "a watch in a namespace without the right to it": (
-        {
-            "router": {"discovery": {"mode": "endpointslices", "namespaces": ["others"]}},
-            "models": {
-                "gpt2": {"backends": [{"url": "http://gpt2.models.svc.cluster.local:8000", "discovery": "dns"}]}
-            },
-        },
-        "models.gpt2: http://gpt2.models.svc.cluster.local:8000 is in the namespace models, where the router may not",
-    ),
-    "a watch in a namespace without the right to it, for short": (
-        {
-            "router": {"discovery": {"mode": "endpointslices"}},
-            "models": {"gpt2": {"backends": [{"url": "http://gpt2.models", "discovery": "dns"}]}},
-        },
-        "models.gpt2: http://gpt2.models is in the namespace models",
-    ),
-    "an engine that nobody would ask": (
-        {"engines": {"enabled": True}, "models": {"gpt2": {"backends": [{"url": "http://gpt2.example.com"}]}}},
-        "models.gpt2 has backends and deploy, so nobody would ask the engine that the chart runs",
-    ),
-    "a model with the name of the release": (
-        {"models": {"Inference_API": {}}},
-        "models.Inference_API: its Service would be named inference-api, as one of the release itself",
-    ),
-    "a model with the name of the registry": (
-        {"fullnameOverride": "models", "models": {"models-registry": {"engine": "tgi"}}},
-        "models.models-registry: its Service would be named models-registry, as one of the release itself",
-    ),
-    "two models with one Service": (
-        {"engines": {"enabled": True}, "models": {"GPT2": {"deploy": {"model": "openai-community/gpt2"}}}},
-        "models.GPT2 and models.gpt2 would have the same Service, gpt2",
-    ),
-}
-
-# Whatever is in files/ at this time, the templates must cope with what may be there.
-RULE = {
-    "alert": "Some",
-    "expr": 'up{job="x"} == 0',
-    "annotations": {"summary": "{{ $value }} of {{ $labels.pod }}", "runbook_url": "k8s/runbook.md#some"},
-}
-RULES = {"groups": [{"name": "first", "rules": [RULE, RULE | {"alert": "Unwanted"}]}, {"name": "second", "rules": []}]}
-EVERYTHING = {
-    name: {"enabled": True} for name in ("serviceMonitor", "enginePodMonitor", "prometheusRule", "dashboards")
-}
-# Names that selectors have.
-LABELS = {"app.kubernetes.io/name": "mine", "app.kubernetes.io/instance": "mine", "app.kubernetes.io/component": "mine"}
-DASHBOARD = '{"title": "{{model_name}} $__rate_interval", "panels": []}'
 
 
 def require_helm() -> None:
@@ -311,22 +184,55 @@ def _jobs(with_files: Path) -> dict[str, Json]:
     jobs: dict[str, Json] = {"lint": {"lint": chart}}
     for name in INSTALLS:
         release = name.partition(" on ")[2] or NEWEST
-        jobs[name] = {"chart": chart, "values": values_of(name), "kubernetes": release}
+        # On the oldest release as Helm 3 does it, on the newest by server-side apply, as Helm 4 does.
+        ssa = release == NEWEST
+        jobs[name] = {"chart": chart, "values": values_of(name), "kubernetes": release, "ssa": ssa}
     for name, changes in MARKED_INSTALLS.items():
         jobs[name] = {"chart": chart, "values": _changed(MARKED, changes), "kubernetes": NEWEST}
-    for name, (values, _) in REFUSED.items():
-        jobs[name] = {"chart": chart, "values": values, "kubernetes": NEWEST}
     default = {"chart": chart, "values": {}, "kubernetes": NEWEST}
+    for name, (values, _) in REFUSED.items():
+        jobs[name] = {**default, "values": values}
+    for name, (models, _) in BAD_MODELS.items():
+        jobs[name] = {**default, "values": {"models": models}}
+    for name, (before, after, _) in LIVE.items():
+        jobs[name] = {**default, "ssa": True, "values": before, "upgrade": after}
+    for name, (before, after) in CHANGES.items():
+        for ssa in (False, True):
+            jobs[f"{name}, {ssa=}"] = {**default, "ssa": ssa, "values": before, "upgrade": after}
     more = {"router": {"replicaCount": 3, "logLevel": "debug"}}
     five = {"router": {"replicaCount": 5}}
+    hpa = {"router": {"autoscaling": {"enabled": True}}}
+    rollback = [["scale", 7], ["upgrade", hpa], ["scale", 9], ["rollback", 2]]
+    parent = with_files.with_name("parent")
     keda = {"enabled": True, "serverAddress": "http://prometheus"}
     scraped = {"serviceMonitor": {"enabled": True}}
     near = {"router": {"service": {"trafficDistribution": "PreferSameNode"}}}
     unchecked = with_files.with_name("unchecked")
     return jobs | {
         "upgrade": {**default, "upgrade": more},
-        "an HPA from now on": {**default, "values": five, "upgrade": {"router": {"autoscaling": {"enabled": True}}}},
+        "an HPA from now on": {**default, "values": five, "upgrade": hpa},
+        "an HPA from now on, applied": {**default, "ssa": True, "values": five, "upgrade": hpa},
         "KEDA from now on": {**default, "values": five, "upgrade": {"router": {"keda": keda}}},
+        # What an autoscaler has done since is not undone, nor in the way.
+        "a rollback with an HPA": {**default, "ssa": True, "values": hpa, "steps": rollback},
+        "an HPA turned on long ago": {
+            **default,
+            "ssa": True,
+            "values": five,
+            "steps": [["upgrade", hpa], *rollback[:-1], ["rollback", 3]],
+        },
+        "a claim of others": {**default, "values": {"registry": {"persistence": {"existingClaim": OLD_CLAIM}}}},
+        "a Service of others": {**default, "there": OF_OTHERS, "values": {"engines": {"enabled": True}}},
+        "variables of our own": {**default, "ssa": True, "values": VARIABLES},
+        "scaled by others": {**default, "ssa": True, "values": SCALED_BY_OTHERS},
+        "a canary": {**default, "values": CANARY},
+        "a parent's": {**default, "chart": str(parent), "values": {"inference-api": {"enabled": True}}},
+        "a parent that does without": {
+            **default,
+            "chart": str(parent),
+            "values": {"inference-api": {"enabled": False}},
+        },
+        "in a mesh": {**default, "values": MESH},
         "KEDA with its own series": {**default, "values": {"router": {"keda": keda}, "monitoring": scraped}},
         "near on 1.33": {**default, "values": near, "kubernetes": "1.33"},
         "near on 1.34": {**default, "values": near, "kubernetes": "1.34"},
@@ -385,6 +291,8 @@ def _run() -> dict[str, Json]:
         for path, text in {"rules/some.yaml": yaml.safe_dump(RULES), "dashboards/some.json": DASHBOARD}.items():
             (with_files / "files" / path).parent.mkdir(parents=True)
             (with_files / "files" / path).write_text(text)
+        shutil.copytree(CHART, with_files.with_name("parent") / "charts" / "inference-api")
+        (with_files.with_name("parent") / "Chart.yaml").write_text(yaml.safe_dump(PARENT))
         # Without what keeps it from being told what cannot be.
         shutil.copytree(
             with_files, with_files.with_name("unchecked"), ignore=shutil.ignore_patterns("values.schema.json")
@@ -397,7 +305,7 @@ def _run() -> dict[str, Json]:
             cwd=ROOT,
             text=True,
             capture_output=True,
-            timeout=240,
+            timeout=560,
         )
     assert done.returncode == 0, done.stderr
     found: dict[str, Json] = json.loads(done.stdout)
@@ -408,7 +316,7 @@ def _key() -> str:
     """Of all that the results depend on."""
     assert _INSTALLED is not None
     digest = hashlib.sha256(_INSTALLED.name.encode())
-    runner = [Path(__file__).with_name(name) for name in ("charts.py", "helm.py", "fake_api.py", "marked-values.yaml")]
+    runner = [Path(__file__).with_name(name) for name in _RUNNER]
     for path in sorted([*CHART.rglob("*"), *CLUSTERS.values(), *runner]):
         if path.is_file():
             digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())

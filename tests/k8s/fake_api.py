@@ -1,21 +1,21 @@
-"""As much of a Kubernetes API server as `helm install` needs: discovery, objects in memory, and strict schemas.
+"""As much of a Kubernetes API server as Helm needs: discovery, objects, the owners of their fields, what is refused.
 
 Runs in the environment of scripts/helm-tools, for tests/k8s/helm.py.
 """
 
+import copy
 import json
 import re
 import threading
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-import jsonschema
-import kubernetes_validate
-import referencing
 import yaml
+
+from tests.k8s import fake_fields
+from tests.k8s.fake_fields import Fields, Manager
+from tests.k8s.fake_rules import change_problem, problem
 
 Json = dict[str, Any]
 
@@ -48,17 +48,25 @@ CUSTOM_KINDS = {
         "PrometheusRule": "prometheusrules",
     },
 }
-_SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
+# The class of claims that name none.
+DEFAULT_CLASS = "standard"
+AUTOSCALER = Manager("kube-controller-manager", "Update", "scale")
+_CUSTOM = set(CUSTOM_KINDS)
 _OBJECT = re.compile(r"^/(?:api/(v1)|apis/([^/]+/[^/]+))/namespaces/([^/]+)/([^/]+)(?:/([^/]+))?$")
 
 
 class FakeApi:
-    """A cluster of one Kubernetes release, say "1.29", with or without the custom kinds; `objects` is what it holds."""
+    """A cluster of one Kubernetes release, say "1.29", with or without the custom kinds.
+
+    `objects` is what it holds, `sent` what was last sent to make or apply an object: without what the server fills in.
+    """
 
     def __init__(self, release: str, custom: bool = True) -> None:
         self.release = release
         self.kinds = KINDS | (CUSTOM_KINDS if custom else {})
         self.objects: dict[str, Json] = {}
+        self.sent: dict[str, Json] = {}
+        self.owners: dict[str, dict[Manager, Fields]] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -96,65 +104,85 @@ class FakeApi:
         if version in self.kinds:
             return 200, _resources(version, self.kinds[version])
         if path in self.objects:
-            return 200, self.objects[path]
+            return 200, self._shown(path)
+        if (found := _OBJECT.match(path)) and not found[5]:
+            items = [self._shown(place) for place in self.objects if place.rpartition("/")[0] == path]
+            return 200, {"kind": "List", "apiVersion": found[1] or found[2], "metadata": {}, "items": items}
         return _status(404, "NotFound", f"{path} not found")
 
-    def post(self, path: str, body: Json) -> tuple[int, Json]:
+    def post(self, path: str, body: Json, manager: str) -> tuple[int, Json]:
         path = f"{path}/{body['metadata']['name']}"
         if path in self.objects:
             return _status(409, "AlreadyExists", f"{path} already exists")
-        return self._store(path, body, 201)
+        self.sent[path] = _placed(path, body)
+        return self._update(path, body, Manager(manager, "Update"), 201)
 
-    def patch(self, path: str, patch: Json) -> tuple[int, Json]:
-        return self._store(path, _merged(self.objects[path], patch), 200)
+    def patch(self, path: str, patch: Json, manager: str) -> tuple[int, Json]:
+        return self._update(path, _merged(self.objects[path], patch), Manager(manager, "Update"), 200)
+
+    def apply(self, path: str, config: Json, manager: str, force: bool) -> tuple[int, Json]:
+        """Server-side: what the manager no longer says goes, if nobody else owns it."""
+        if duplicates := fake_fields.duplicates(config):
+            return _status(400, "BadRequest", f"failed to create typed patch object ({path}): {duplicates[0]}")
+        self.sent[path] = _placed(path, config)
+        owners = copy.deepcopy(self.owners.get(path, {}))
+        try:
+            live = self.objects.get(path, config)
+            body = fake_fields.applied(live, config, owners, Manager(manager, "Apply"), force)
+        except fake_fields.Conflict as exc:
+            return _status(409, "Conflict", f"Apply failed with 1 conflict: {exc}")
+        code, answer = self._store(path, body, 200)
+        if code == 200:
+            self.owners[path] = owners
+        return code, answer
+
+    def scale(self, path: str, replicas: int) -> None:
+        """As an autoscaler does."""
+        live = self.objects[path]
+        self._update(path, {**live, "spec": {**live["spec"], "replicas": replicas}}, AUTOSCALER, 200)
 
     def delete(self, path: str) -> tuple[int, Json]:
         if self.objects.pop(path, None) is None:
             return _status(404, "NotFound", f"{path} not found")
+        self.owners.pop(path, None)
         return 200, {"kind": "Status", "apiVersion": "v1", "status": "Success"}
+
+    def _shown(self, path: str) -> Json:
+        body = self.objects[path]
+        managed = fake_fields.managed_fields(self.owners.get(path, {}))
+        return {**body, "metadata": {**body["metadata"], "managedFields": managed}}
+
+    def _update(self, path: str, body: Json, manager: Manager, status: int) -> tuple[int, Json]:
+        before = self.objects.get(path, {})
+        code, answer = self._store(path, body, status)
+        if code == status:
+            fake_fields.updated(before, self.objects[path], self.owners.setdefault(path, {}), manager)
+        return code, answer
 
     def _store(self, path: str, body: Json, status: int) -> tuple[int, Json]:
         found = _OBJECT.match(path)
         if not found or found[3] != body["metadata"].get("namespace", found[3]):
             return _status(400, "BadRequest", f"{path} is not where this object belongs")
-        if problem := schema_problem(body, self.release) or selector_problem(body):
-            return _status(422, "Invalid", problem)
-        body.setdefault("metadata", {}).setdefault("namespace", found[3])
-        self.objects[path] = body
-        return status, body
+        old, body = self.objects.get(path), _defaulted(body)
+        if told := problem(body, self.release, _CUSTOM) or (old and change_problem(old, body)):
+            return _status(422, "Invalid", told)
+        self.objects[path] = _placed(path, body)
+        return status, self.objects[path]
 
 
-def schema_problem(body: Json, release: str) -> str | None:
-    """What the strict schema of the release has against an object; None: nothing."""
-    if body["apiVersion"] in CUSTOM_KINDS:
-        return None
-    error = jsonschema.exceptions.best_match(_validator(release, body["apiVersion"], body["kind"]).iter_errors(body))
-    if error is None:
-        return None
-    return f"{body['kind']} {body['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}"
+def _placed(path: str, body: Json) -> Json:
+    """With its namespace, which is in the URL at least."""
+    namespace = path.split("/namespaces/")[1].partition("/")[0]
+    return {**copy.deepcopy(body), "metadata": {"namespace": namespace, **copy.deepcopy(body["metadata"])}}
 
 
-def selector_problem(body: Json) -> str | None:
-    """What a real API server has against a workload that does not select its own pods; None: nothing."""
-    if body["apiVersion"] != "apps/v1":
-        return None
-    selector, labels = body["spec"]["selector"]["matchLabels"], body["spec"]["template"]["metadata"]["labels"]
-    if selector.items() <= labels.items():
-        return None
-    return f"{body['kind']} {body['metadata']['name']}: `selector` does not match template `labels`"
-
-
-@cache
-def _validator(release: str, version: str, kind: str) -> Any:
-    group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", version)
-    schema = json.loads((_SCHEMAS / f"v{release}.0-local-strict" / f"{kind.lower()}-{group}.json").read_text())
-    return jsonschema.validators.Draft202012Validator(schema, registry=_definitions(release))
-
-
-@cache
-def _definitions(release: str) -> Any:
-    path = _SCHEMAS / f"v{release}.0-local-strict" / "_definitions.json"
-    return referencing.Resource.from_contents(json.loads(path.read_text())) @ referencing.Registry()
+def _defaulted(body: Json) -> Json:
+    """As an API server fills in what is not said, where that is told apart from what is."""
+    if body["kind"] == "Deployment":
+        return {**body, "spec": {"replicas": 1, **body["spec"]}}
+    if body["kind"] == "PersistentVolumeClaim":
+        return {**body, "spec": {"storageClassName": DEFAULT_CLASS, **body["spec"]}}
+    return body
 
 
 def _group(version: str) -> Json:
@@ -223,10 +251,17 @@ def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:
             self._answer(*api.get(urlsplit(self.path).path))
 
         def do_POST(self) -> None:
-            self._answer(*api.post(urlsplit(self.path).path, self._body()))
+            url = urlsplit(self.path)
+            self._answer(*api.post(url.path, self._body(), dict(parse_qsl(url.query)).get("fieldManager", "unknown")))
 
         def do_PATCH(self) -> None:
-            self._answer(*api.patch(urlsplit(self.path).path, self._body()))
+            url, body = urlsplit(self.path), self._body()
+            query = dict(parse_qsl(url.query))
+            manager = query.get("fieldManager", "unknown")
+            if self.headers["Content-Type"] == "application/apply-patch+yaml":
+                self._answer(*api.apply(url.path, body, manager, query.get("force") == "true"))
+            else:
+                self._answer(*api.patch(url.path, body, manager))
 
         def do_DELETE(self) -> None:
             self._body()

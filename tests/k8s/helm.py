@@ -5,6 +5,7 @@ newer Python than the project. HELM_DRIVER=memory must be in its environment: re
 """
 
 import asyncio
+import copy
 import json
 import sys
 import warnings
@@ -13,30 +14,72 @@ from typing import Any
 import helm_sdkpy
 import yaml
 
-from tests.k8s.fake_api import FakeApi, schema_problem
+from tests.k8s.fake_api import FakeApi
+from tests.k8s.fake_rules import schema_problem
+
+Json = dict[str, Any]
 
 RELEASE, NAMESPACE = "inference-api", "inference"
 
 
-async def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Install a chart into a cluster of its own; `upgrade` has values to upgrade to, and then it is uninstalled."""
-    chart, values, release = job["chart"], job["values"], job["kubernetes"]
-    with FakeApi(release, job.get("custom", True)) as api:
+async def run(job: Json) -> Json:
+    """Install a chart into a cluster of its own and do `steps` with it: what there is then, or what went wrong.
+
+    `objects` are as Helm has them, `upgraded` and `left` as the cluster has.
+
+    `ssa`: by server-side apply; `there`: objects that somebody else has made. `upgrade` has values to upgrade to, and
+    then it is uninstalled.
+    """
+    with FakeApi(job["kubernetes"], job.get("custom", True)) as api:
+        for path, body in job.get("there", {}).items():
+            api.post(path, body, "somebody")
+        api.sent.clear()
         config = helm_sdkpy.Configuration(namespace=NAMESPACE, kubeconfig=api.kubeconfig)
         try:
-            result = await helm_sdkpy.Install(config).run(RELEASE, chart, values, wait=False, timeout=20)
+            result = await _step(api, config, job, "install", job["values"])
             hooks = [yaml.safe_load(hook["manifest"]) for hook in result.get("hooks") or ()]
-            if problem := next(filter(None, (schema_problem(hook, release) for hook in hooks)), None):
+            if problem := next(filter(None, (schema_problem(hook, api.release) for hook in hooks)), None):
                 return {"error": problem}
-            installed = list(api.objects.values())
+            found = {"objects": [*api.sent.values()], "hooks": hooks, "notes": result["info"].get("notes", "")}
             if "upgrade" in job:
-                await helm_sdkpy.Upgrade(config).run(RELEASE, chart, job["upgrade"], wait=False, timeout=20)
-                upgraded = list(api.objects.values())
-                await helm_sdkpy.Uninstall(config).run(RELEASE, wait=False)
-                return {"objects": installed, "upgraded": upgraded, "left": list(api.objects.values())}
+                await _step(api, config, job, "upgrade", job["upgrade"])
+                found["upgraded"] = _objects(api)
+                await _step(api, config, job, "uninstall", None)
+            for what, value in job.get("steps", ()):
+                await _step(api, config, job, what, value)
         except helm_sdkpy.HelmError as exc:
             return {"error": str(exc)}
-        return {"objects": installed, "hooks": hooks, "notes": result["info"]["notes"]}
+        return {**found, "left": _objects(api)}
+
+
+async def _step(api: FakeApi, config: Any, job: Json, what: str, value: Any) -> Any:
+    chart, ssa = job["chart"], job.get("ssa", False)
+    match what:
+        case "install":
+            install = helm_sdkpy.Install(config)
+            return await install.run(RELEASE, chart, value, wait=False, timeout=20, server_side_apply=ssa)
+        case "upgrade":
+            return await helm_sdkpy.Upgrade(config).run(RELEASE, chart, value, wait=False, timeout=20)
+        case "rollback":
+            return await _rollback(config, value)
+        case "uninstall":
+            return await helm_sdkpy.Uninstall(config).run(RELEASE, wait=False)
+        case "scale":
+            return api.scale(f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/{RELEASE}", value)
+    raise ValueError(what)
+
+
+async def _rollback(config: Any, revision: int) -> None:
+    try:
+        await helm_sdkpy.Rollback(config).run(RELEASE, revision)
+    except helm_sdkpy.HelmError as exc:
+        # helm_sdkpy does not say how to wait for what by then is changed.
+        if "wait strategy not set" not in str(exc):
+            raise
+
+
+def _objects(api: FakeApi) -> list[Json]:
+    return copy.deepcopy([*api.objects.values()])
 
 
 async def lint(chart: str) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from registry_stub.cli import _parser
 from registry_stub.store import Store
 from tests.command import ready
 from tests.fakes import FakeEngine
+from tests.k8s.chart_values import NAMESPACE
 from tests.k8s.charts import (
     MARKED,
-    NAMESPACE,
     ROOT,
     catalogue,
     environ,
@@ -37,7 +37,7 @@ from tests.k8s.charts import (
 from tests.ports import free_port
 
 require_helm()
-pytestmark = [pytest.mark.timeout(300), pytest.mark.anyio]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.anyio]
 
 
 @every_install
@@ -126,7 +126,10 @@ async def test_probes_ask_for_paths_that_the_app_has(name: str) -> None:
     container = router_pod(found)["containers"][0]
     probes = {key: container[f"{key}Probe"]["httpGet"] for key in ("startup", "readiness", "liveness")}
     assert {probe["port"] for probe in probes.values()} == {"ops"}
-    assert probes["liveness"]["path"] != probes["readiness"]["path"] == probes["startup"]["path"]
+    assert probes["liveness"]["path"] != probes["readiness"]["path"]
+    # One that waits for its registry is not killed for that.
+    waits = settings(found).registry_required == "on"
+    assert probes["startup"]["path"] == probes["liveness" if waits else "readiness"]["path"]
 
     router = Router(Settings())
     router.probes.state = "ready"
@@ -153,11 +156,19 @@ def test_the_catalogue_is_accepted_as_a_whole(name: str) -> None:
 @every_install
 def test_tokens_that_the_catalogue_names_are_in_the_environment(name: str) -> None:
     found = installed(name)
-    variables = {variable["name"] for variable in router_pod(found)["containers"][0]["env"]}
+    pod = router_pod(found)
+    variables = {variable["name"] for variable in pod["containers"][0]["env"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    files = {
+        f"{mounts[volume['name']]}/{item['path']}"
+        for volume in pod["volumes"]
+        for source in volume.get("projected", {}).get("sources", ())
+        for item in source["secret"]["items"]
+    }
 
     for entry in catalogue(found).values():
-        wanted = getattr(entry.credentials, "env", None)
-        assert wanted is None or wanted in variables
+        assert (getattr(entry.credentials, "env", None) or "") in {*variables, ""}
+        assert (getattr(entry.credentials, "file", None) or "") in {*files, ""}
 
 
 @every_install
@@ -178,7 +189,7 @@ def test_secrets_are_only_referred_to(name: str) -> None:
 def test_the_router_finds_the_registry(name: str) -> None:
     found = installed(name)
     url = settings(found).registry_url
-    if not found.of("StatefulSet", "registry"):
+    if not found.of("Deployment", "registry"):
         assert url == {"keda": "https://registry.example.com/models-api"}.get(
             name.partition(" ")[0], values_of(name)["router"].get("registry", {}).get("url")
         )
@@ -186,16 +197,16 @@ def test_the_router_finds_the_registry(name: str) -> None:
     service = found.one("Service", "registry")
     assert url is not None
     assert urlsplit(url).hostname == service["metadata"]["name"]
-    assert urlsplit(url).port == service["spec"]["ports"][0]["port"]
+    assert urlsplit(url).port == {port["name"]: port["port"] for port in service["spec"]["ports"]}["http"]
 
 
 @every_install
 def test_the_registry_accepts_its_arguments(name: str) -> None:
     found = installed(name)
-    if not found.of("StatefulSet", "registry"):
+    if not found.of("Deployment", "registry"):
         assert values_of(name)["registry"] == {"enabled": False}
         return
-    workload = found.one("StatefulSet", "registry")
+    workload = found.one("Deployment", "registry")
     (container,) = workload["spec"]["template"]["spec"]["containers"]
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
 
@@ -203,15 +214,20 @@ def test_the_registry_accepts_its_arguments(name: str) -> None:
 
     assert container["command"] == ["registry-stub"]
     assert workload["spec"]["replicas"] == 1
-    assert read.port == container["ports"][0]["containerPort"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": read.port, "ops": read.ops_port}
     assert not mounts[str(read.database.parent)].get("readOnly")
     assert mounts[str(read.catalogue.parent)]["name"] == "catalogue"
-    assert "REGISTRY_STUB_TOKEN" in {variable["name"] for variable in container["env"]}
+    named = values_of(name).get("registry", {}).get("auth", {}).get("existingSecret")
+    sources = {v["name"]: v.get("valueFrom", {}) for v in container.get("env", ())}
+    token = sources.get("REGISTRY_STUB_TOKEN", {}).get("secretKeyRef", {})
+    # No Secret: no token, and so no changes.
+    assert token.get("name") == named
 
 
 def test_the_registrys_values_arrive() -> None:
     """The address of a cluster that has IPv6 only, too: it is full of colons."""
-    (container,) = installed("marks").one("StatefulSet")["spec"]["template"]["spec"]["containers"]
+    (container,) = installed("marks").one("Deployment", "registry")["spec"]["template"]["spec"]["containers"]
     read = _parser().parse_args(container["args"])
 
     assert (read.host, read.port) == (MARKED["router"]["host"], MARKED["registry"]["service"]["port"])
@@ -219,23 +235,45 @@ def test_the_registrys_values_arrive() -> None:
 
 
 async def test_the_registrys_probes_are_answered(tmp_path: Path) -> None:
-    (container,) = installed("default on 1.37").one("StatefulSet")["spec"]["template"]["spec"]["containers"]
+    (container,) = installed("default on 1.37").one("Deployment", "registry")["spec"]["template"]["spec"]["containers"]
     with Store(tmp_path / "registry.sqlite3") as store:
-        transport = httpx.ASGITransport(create_app(store))
-        async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
+        transport = httpx.ASGITransport(create_app(store, ops_port=8000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://pod:8000") as client:
             for key in ("startup", "readiness", "liveness"):
+                assert container[f"{key}Probe"]["httpGet"]["port"] == "ops"
                 assert (await client.get(container[f"{key}Probe"]["httpGet"]["path"])).status_code == 200
+            assert (await client.get("/models")).status_code == 404
 
 
-def test_models_of_the_values_arrive_again_where_the_registry_forgets() -> None:
-    """Without a volume it is filled at each start, so new models are a reason to; with one it is left alone."""
+def registry_of(name: str) -> tuple[dict[str, Any], str | None, bool]:
+    """Its pod, the claim that it keeps models in, and whether a change of `models` starts it anew."""
+    template = installed(name).one("Deployment", "registry")["spec"]["template"]
+    (data,) = [volume for volume in template["spec"]["volumes"] if volume["name"] == "data"]
+    anew = "checksum/catalogue" in template["metadata"].get("annotations", {})
+    return template["spec"], data.get("persistentVolumeClaim", {}).get("claimName"), anew
 
-    def checksum(name: str) -> bool:
-        metadata = installed(name).one("StatefulSet")["spec"]["template"]["metadata"]
-        return "checksum/catalogue" in metadata.get("annotations", {})
 
-    assert checksum("endpointslices on 1.37")
-    assert not checksum("default on 1.37")
+def test_what_the_registry_was_told_is_kept_and_values_hold_where_nobody_can_tell_it() -> None:
+    """With a Secret the registry is the truth, and has a volume; without one the values are, at each change of them."""
+    cases = {name: registry_of(name)[1:] for name in ("default on 1.37", "full on 1.37", "endpointslices on 1.37")}
+
+    assert cases == {
+        "default on 1.37": (None, True),
+        "full on 1.37": ("inference-api-registry", False),
+        # A Secret, and no volume.
+        "endpointslices on 1.37": (None, True),
+    }
+    claims = {o["metadata"]["name"] for o in installed("full on 1.37").of("PersistentVolumeClaim")}
+    assert claims == {"inference-api-registry"}
+    assert registry_of("a claim of others")[1:] == ("data-inference-api-registry-0", False)
+    assert not installed("a claim of others").of("PersistentVolumeClaim")
+
+
+@every_install
+def test_there_is_never_a_second_registry(name: str) -> None:
+    for registry in installed(name).of("Deployment", "registry"):
+        assert registry["spec"]["replicas"] == 1
+        assert registry["spec"]["strategy"] == {"type": "Recreate"}
 
 
 # All of it
@@ -257,10 +295,11 @@ async def started(module: str, args: list[str], variables: dict[str, str]) -> As
 async def test_what_is_installed_works_and_outlives_its_registry(tmp_path: Path) -> None:
     """The commands, arguments, variables and files of the default install, but for the places of this machine."""
     found = installed("default on 1.37")
-    (registry,) = found.one("StatefulSet")["spec"]["template"]["spec"]["containers"]
-    port, ops, registry_port = free_port(), free_port(), free_port()
+    (registry,) = found.one("Deployment", "registry")["spec"]["template"]["spec"]["containers"]
+    port, ops, registry_port, registry_ops = free_port(), free_port(), free_port(), free_port()
     (tmp_path / "catalogue.yaml").write_text(found.one("ConfigMap")["data"]["catalogue.yaml"])
     text = " ".join(registry["args"]).replace("/etc/inference-api", str(tmp_path)).replace("/data", str(tmp_path))
+    text = re.sub("--ops-port=[0-9]+", f"--ops-port={registry_ops}", text)
     arguments = re.sub("--port=[0-9]+", f"--port={registry_port}", text).split()
     here = {"CATALOGUE": tmp_path / "catalogue.yaml", "PORT": port, "OPS_PORT": ops, "DRAIN_DELAY": 0}
     here |= {"REGISTRY_URL": f"http://127.0.0.1:{registry_port}", "REGISTRY_REFRESH": 0.1}
@@ -275,15 +314,16 @@ async def test_what_is_installed_works_and_outlives_its_registry(tmp_path: Path)
             told: str = answer.json()["catalogue"]
             return told
 
-        async with started("registry_stub", arguments, {"REGISTRY_STUB_TOKEN": "t"}):
-            await ready(client, f"http://127.0.0.1:{registry_port}/healthz")
+        async with started("registry_stub", arguments, {}):
+            await ready(client, f"http://127.0.0.1:{registry_ops}/healthz")
             await stack.enter_async_context(started("inference_api", ["serve"], variables))
             await ready(client, readyz)
             assert await source() == "registry"
             listed = (await client.get(f"http://127.0.0.1:{port}/v1/models")).json()["data"]
             assert {model["id"] for model in listed} >= {"llama-3-8b", "mistral-7b", "gpt2"}
             refused = await client.delete(f"http://127.0.0.1:{registry_port}/models/gpt2")
-            assert refused.status_code == 401
+            # No Secret is named, so nobody changes it.
+            assert refused.status_code == 403
         async with asyncio.timeout(20):
             while True:
                 if await source() == "stale":
@@ -324,7 +364,7 @@ def test_helm_test_asks_services_that_there_are(name: str) -> None:
     found = installed(name)
     services = {o["metadata"]["name"]: [p["port"] for p in o["spec"]["ports"]] for o in found.of("Service")}
 
-    for hook in found.hooks:
+    for hook in (hook for hook in found.hooks if hook["kind"] == "Pod"):
         url, _, probe = hook["spec"]["containers"][0]["args"]
         for place in (urlsplit(url), urlsplit(probe)):
             assert place.port in services[place.hostname or ""]

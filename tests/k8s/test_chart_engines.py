@@ -4,10 +4,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.k8s.charts import NAMESPACE, Installed, Json, catalogue, every_install, installed, require_helm
+from tests.k8s.chart_values import NAMESPACE
+from tests.k8s.charts import Installed, Json, catalogue, every_install, installed, require_helm
 
 require_helm()
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def engines(found: Installed) -> dict[str, Json]:

@@ -4,11 +4,13 @@ import json
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
+from inference_api.outbound.headers import NEVER_FORWARDED
 from inference_api.routing.catalogue import BackendEntry, CatalogueEntry, Hardware, Timeouts
-from inference_api.settings import Settings
+from inference_api.settings import PREFIX, Settings, SettingsError, load_settings
 from tests.k8s.charts import CHART, CLUSTERS, ROOT
 
 TEXT = (CHART / "values.yaml").read_text()
@@ -28,6 +30,7 @@ OWN = {
         "discovery_interval",
         "registry_url",
         "registry_refresh",
+        "registry_required",
     ),
 }
 
@@ -85,10 +88,10 @@ def test_the_schema_knows_every_value(path: tuple[str, ...]) -> None:
 
 
 def test_the_schema_is_strict() -> None:
-    """A key that is mistyped is refused; only under `global` a parent chart may have more."""
+    """A key that is mistyped is refused. Under `global` a parent chart may have more; variables are Kubernetes' own."""
     open_objects = [place for place, schema in objects(SCHEMA) if schema.get("additionalProperties") is not False]
 
-    assert open_objects == ["/properties/global"]
+    assert open_objects == ["/properties/global", "/definitions/variables/items"]
 
 
 def test_every_setting_of_the_app_can_be_set() -> None:
@@ -98,6 +101,30 @@ def test_every_setting_of_the_app_can_be_set() -> None:
     assert free - set(Settings.model_fields) == set()
     assert set(Settings.model_fields) - free - OWN == set()
     assert not free & OWN
+
+
+NUMBERS: list[Any] = [-1, 0, 0.5, 1, 1.5, 3, 4, 600, "many", ""]
+LISTS: dict[str, list[Any]] = {
+    "FORWARD_HEADERS": [["x-vllm-priority"], ["X-Forwarded-For"], ["a b"], *([n.decode()] for n in NEVER_FORWARDED)],
+    "RETRY_ON_STATUS": [[503], [429, 504], [500], ["many"]],
+}
+
+
+@pytest.mark.parametrize("name", SCHEMA["properties"]["router"]["properties"]["settings"]["properties"])
+def test_the_schema_takes_of_a_setting_what_the_app_takes(name: str) -> None:
+    """A pod that is restarted with a setting that cannot be used does not come back."""
+    schema = {**SCHEMA["properties"]["router"]["properties"]["settings"], "definitions": SCHEMA["definitions"]}
+    judge = jsonschema.Draft7Validator(schema)
+
+    def app_takes(value: Any) -> bool:
+        try:
+            load_settings({PREFIX + name: ",".join(map(str, value)) if isinstance(value, list) else str(value)})
+        except SettingsError:
+            return False
+        return True
+
+    wrong = [value for value in LISTS.get(name, NUMBERS) if judge.is_valid({name: value}) != app_takes(value)]
+    assert wrong == []
 
 
 def test_a_model_has_the_keys_of_a_catalogue_entry() -> None:

@@ -46,7 +46,9 @@ args:
 
 {{/* A GPU is a limit and a request at once; dict engines, deploy. */}}
 {{- define "inference-api.engineResources" -}}
-{{- $resources := deepCopy (.deploy.resources | default .engines.resources) -}}
+{{- $cache := and (not .engines.cache.enabled) (not .deploy.existingClaim) | ternary (.deploy.cacheSize | default "50Gi") "0" -}}
+{{- $disk := add (include "inference-api.bytes" $cache | int64) (include "inference-api.bytes" .engines.tmpSizeLimit | int64) -}}
+{{- $resources := include "inference-api.resources" (dict "resources" (.deploy.resources | default .engines.resources) "disk" (printf "%dMi" (div $disk 1048576))) | fromYaml -}}
 {{- $gpus := kindIs "invalid" .deploy.gpus | ternary 1 .deploy.gpus | int -}}
 {{- range $kind := list "requests" "limits" -}}
 {{- $of := get $resources $kind | default dict -}}
@@ -54,4 +56,27 @@ args:
 {{- $_ := set $resources $kind $of -}}
 {{- end -}}
 {{- toYaml $resources -}}
+{{- end -}}
+
+{{/* The variables of an engine; dict engines, deploy. */}}
+{{- define "inference-api.engineEnv" -}}
+# The user has no home and no name in the image; what is compiled or downloaded goes where one can write.
+- {name: HOME, value: /tmp}
+- {name: USER, value: engine}
+- {name: LOGNAME, value: engine}
+- {name: HF_HOME, value: /cache/huggingface}
+- {name: HUGGINGFACE_HUB_CACHE, value: /cache/huggingface/hub}
+- {name: XDG_CACHE_HOME, value: /cache}
+- {name: VLLM_CACHE_ROOT, value: /cache/vllm}
+- {name: TRITON_CACHE_DIR, value: /tmp/triton}
+- {name: TORCHINDUCTOR_CACHE_DIR, value: /tmp/inductor}
+{{- with .engines.huggingFace }}
+{{- if .existingSecret }}
+- name: HF_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .existingSecretKey | quote }}}}
+{{- end }}
+{{- end }}
+{{- with concat .engines.extraEnv (default list .deploy.env) }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}

@@ -3,10 +3,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/*
-Cut at 43: with `-registry` it is the name of a StatefulSet, and its pods have a label of that name, a dash and ten more
-characters. A label has 63 at most; a pod that would have a longer one is never made (kubernetes/kubernetes#64023).
-*/}}
+{{/* Cut at 43: with what is added to it, it is also the name of pods and a label, and these have 63 characters at most. */}}
 {{- define "inference-api.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 43 | trimSuffix "-" -}}
@@ -51,7 +48,7 @@ app.kubernetes.io/part-of: inference-api
 {{- end }}
 {{- end -}}
 
-{{/* An annotation of pods that must be restarted when the catalogue changes. */}}
+{{/* An annotation of pods that must be restarted when the catalogue changes. Routers need not: they read it again. */}}
 {{- define "inference-api.checksum" -}}
 checksum/catalogue: {{ include "inference-api.catalogue" . | sha256sum }}
 {{- end -}}
@@ -88,6 +85,53 @@ imagePullSecrets:
 {{/* The one place that knows what the app calls it: not empty when the router watches EndpointSlices. */}}
 {{- define "inference-api.watchesSlices" -}}
 {{- if eq .Values.router.discovery.mode "endpointslices" }}true{{ end -}}
+{{- end -}}
+
+{{/* A quantity in bytes, say of 512Mi. */}}
+{{- define "inference-api.bytes" -}}
+{{- $units := dict "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $text := include "inference-api.scalar" . -}}
+{{- $unit := regexFind "[A-Za-z]*$" $text -}}
+{{- mulf (trimSuffix $unit $text | float64) (get $units $unit | default 1 | float64) | int64 -}}
+{{- end -}}
+
+{{/* What a container needs, with room on the node's disk for its emptyDirs; dict resources, disk. */}}
+{{- define "inference-api.resources" -}}
+{{- $resources := deepCopy .resources -}}
+{{- $requests := merge (dict) ($resources.requests | default dict) (dict "ephemeral-storage" .disk) -}}
+{{- $_ := set $resources "requests" $requests -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
+{{/*
+A list of environment variables with each name once, the last one of it: by server-side apply the API server refuses two, and
+elsewhere the last one counts.
+*/}}
+{{- define "inference-api.variables" -}}
+{{- $seen := dict -}}
+{{- $kept := list -}}
+{{- range reverse . -}}
+{{- if not (hasKey $seen .name) -}}
+{{- $_ := set $seen .name true -}}
+{{- $kept = prepend $kept . -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $kept -}}
+{{- end -}}
+
+{{/* DNS, which is elsewhere in every cluster: in kube-system, on the node, in OpenShift on a port of its own. */}}
+{{- define "inference-api.egressToDns" -}}
+- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}, {port: 5353, protocol: UDP}, {port: 5353, protocol: TCP}]
+{{- end -}}
+
+{{/* Rules of a NetworkPolicy for the ports of a mesh, which takes all connections there, in and out; empty: none. */}}
+{{- define "inference-api.extraPorts" -}}
+{{- with .Values.networkPolicy.extraPorts }}
+- ports:
+    {{- range . }}
+    - {port: {{ int . }}, protocol: TCP}
+    {{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* A number as people write it: Helm reads 33554432 as 3.3554432e+07. */}}

@@ -7,3 +7,27 @@ relabelings:
   {{- toYaml . | nindent 2 }}
 {{- end -}}
 {{- end -}}
+
+{{/*
+The groups of a file of rules, as JSON {groups}, without the alerts that are not wanted; dict root, path. Read, not rendered: the
+annotations are Prometheus' templates. A link to the runbook is one only where the repository is known.
+*/}}
+{{- define "inference-api.ruleGroups" -}}
+{{- $values := .root.Values.monitoring.prometheusRule -}}
+{{- $groups := list -}}
+{{- range (.root.Files.Get .path | fromYaml).groups -}}
+{{- $rules := list -}}
+{{- range .rules -}}
+{{- with .annotations -}}
+{{- if and .runbook_url (hasPrefix "k8s/" .runbook_url) -}}
+{{- $place := .runbook_url -}}
+{{- $_ := unset . "runbook_url" -}}
+{{- if $values.repositoryUrl }}{{ $_ := set . "runbook_url" (printf "%s/%s" (trimSuffix "/" $values.repositoryUrl) $place) }}{{ else }}{{ $_ := set . "runbook" $place }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- if not (has (.alert | default "") $values.disabled) }}{{ $rules = append $rules . }}{{ end -}}
+{{- end -}}
+{{- if $rules }}{{ $groups = append $groups (set (deepCopy .) "rules" $rules) }}{{ end -}}
+{{- end -}}
+{{- dict "groups" $groups | toJson -}}
+{{- end -}}

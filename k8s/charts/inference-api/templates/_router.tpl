@@ -1,3 +1,21 @@
+{{/*
+`replicas` of a Deployment that an autoscaler scales: nothing, so that the number is the autoscaler's alone, but as long as
+giving the field up would remove it, which means one pod. So it is where Helm still owns it, and always where Helm applies on the
+client's side: that removes what it no longer says, whoever owns it.
+*/}}
+{{- define "inference-api.scaledReplicas" -}}
+{{- $live := lookup "apps/v1" "Deployment" .Release.Namespace (include "inference-api.fullname" .) -}}
+{{- if $live -}}
+{{- $applied := dict -}}
+{{- range $live.metadata.managedFields -}}
+{{- if and (eq .operation "Apply") (dig "f:spec" "f:template" "" .fieldsV1) }}{{ $applied = .fieldsV1 }}{{ end -}}
+{{- end -}}
+{{- if or (not $applied) (hasKey (get $applied "f:spec") "f:replicas") -}}
+replicas: {{ int $live.spec.replicas }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Whether the router's pods get a token of their service account. */}}
 {{- define "inference-api.automount" -}}
 {{- $wanted := .Values.router.serviceAccount.automount -}}
@@ -29,7 +47,7 @@ labels to select them by: a NetworkPolicy knows no host names.
 {{- dict "ports" (uniq $ports) | toJson -}}
 {{- end -}}
 
-{{/* The router's environment. INFERENCE_API_* are exactly the app's settings; tests/k8s holds them to it. */}}
+{{/* The router's environment, as a list. INFERENCE_API_* are exactly the app's settings; tests/k8s holds them to it. */}}
 {{- define "inference-api.routerEnv" -}}
 {{- $router := .Values.router -}}
 {{- $settings := dict
@@ -53,6 +71,7 @@ labels to select them by: a NetworkPolicy knows no host names.
   "REGISTRY_REFRESH" $router.registry.refreshSeconds
 -}}
 {{- with include "inference-api.registryUrl" . }}{{ $_ := set $settings "REGISTRY_URL" . }}{{ end -}}
+{{- if $router.registry.required }}{{ $_ := set $settings "REGISTRY_REQUIRED" "on" }}{{ end -}}
 {{- if include "inference-api.watchesSlices" . }}{{ $_ := set $settings "DISCOVERY" $router.discovery.mode }}{{ end -}}
 {{- range $name, $value := $router.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
 {{- range $name, $value := $settings }}

@@ -34,6 +34,13 @@
 {{- if eq (int $router.ports.http) (int $router.ports.ops) -}}
 {{- $wrong = append $wrong (printf "router.ports.http and router.ports.ops are both %d: probes and metrics need a port of their own" (int $router.ports.http)) -}}
 {{- end -}}
+{{- if lt (int64 $router.limits.maxBufferedBytes) (int64 $router.limits.maxBodyBytes) -}}
+{{- $wrong = append $wrong (printf "router.limits.maxBufferedBytes (%d) is less than one body of router.limits.maxBodyBytes (%d): raise it to a multiple of that" (int64 $router.limits.maxBufferedBytes) (int64 $router.limits.maxBodyBytes)) -}}
+{{- end -}}
+{{- $memory := dig "limits" "memory" "" $router.resources -}}
+{{- if and $memory (le (include "inference-api.bytes" $memory | int64) (int64 $router.limits.maxBufferedBytes)) -}}
+{{- $wrong = append $wrong (printf "router.resources.limits.memory (%v) has no room for router.limits.maxBufferedBytes (%d): the pod would be killed with all of its streams; raise the one, or lower the other" $memory (int64 $router.limits.maxBufferedBytes)) -}}
+{{- end -}}
 {{- range $router.extraEnv -}}
 {{- if hasPrefix "INFERENCE_API_" (upper (.name | default "")) -}}
 {{- $wrong = append $wrong (printf "router.extraEnv sets %s, which would go past the value that the chart computes with: use router.settings, or the value of its own" .name) -}}
@@ -67,6 +74,19 @@
 {{- end -}}
 {{- end }}{{ end -}}
 {{- end -}}
+{{- if and $router.registry.required (not (include "inference-api.registryUrl" .)) -}}
+{{- $wrong = append $wrong "router.registry.required is set, and there is no registry to wait for: set registry.enabled, or router.registry.url" -}}
+{{- end -}}
+{{- if and .Values.registry.enabled (eq (int .Values.registry.service.port) (int .Values.registry.opsPort)) -}}
+{{- $wrong = append $wrong (printf "registry.service.port and registry.opsPort are both %d: who reads metrics must not reach the port that takes changes" (int .Values.registry.opsPort)) -}}
+{{- end -}}
+{{- $service := $router.service -}}
+{{- if and (ne $service.type "LoadBalancer") (or $service.loadBalancerClass $service.loadBalancerSourceRanges) -}}
+{{- $wrong = append $wrong (printf "router.service.loadBalancerClass and loadBalancerSourceRanges are for the type LoadBalancer, and router.service.type is %s" $service.type) -}}
+{{- end -}}
+{{- if and (eq $service.type "ClusterIP") $service.externalTrafficPolicy -}}
+{{- $wrong = append $wrong "router.service.externalTrafficPolicy is for the types LoadBalancer and NodePort, and router.service.type is ClusterIP" -}}
+{{- end -}}
 {{- if and $router.ingress.enabled (not $router.ingress.hosts) -}}
 {{- $wrong = append $wrong "router.ingress needs router.ingress.hosts" -}}
 {{- end -}}
@@ -76,35 +96,18 @@
 {{- if and .Values.monitoring.otel.enabled (not .Values.monitoring.otel.endpoint) -}}
 {{- $wrong = append $wrong "monitoring.otel needs monitoring.otel.endpoint, the URL of a collector" -}}
 {{- end -}}
-{{- $slugs := dict -}}
-{{- $cache := .Values.engines.cache -}}
-{{- range $name, $model := include "inference-api.deployed" . | fromJson -}}
-{{- $slug := include "inference-api.slug" $name -}}
-{{- with get $slugs $slug -}}
-{{- $wrong = append $wrong (printf "models.%s and models.%s would have the same Service, %s; rename one" . $name $slug) -}}
-{{- end -}}
-{{- $_ := set $slugs $slug $name -}}
-{{- if $model.backends -}}
-{{- $wrong = append $wrong (printf "models.%s has backends and deploy, so nobody would ask the engine that the chart runs; take one of them away" $name) -}}
-{{- end -}}
-{{- if not (regexMatch "^[a-z]" $slug) -}}
-{{- $wrong = append $wrong (printf "models.%s.deploy: its Service would be named %q, and such names begin with a letter; rename the model, and make this name an alias" $name $slug) -}}
-{{- end -}}
-{{- if and $cache.enabled (gt (int $model.deploy.replicas) 1) (has "ReadWriteOnce" $cache.accessModes) (not $model.deploy.existingClaim) -}}
-{{- $wrong = append $wrong (printf "models.%s.deploy.replicas is %d, and a cache that is ReadWriteOnce is on one node: set engines.cache.accessModes to [ReadWriteMany], or engines.cache.enabled to false" $name (int $model.deploy.replicas)) -}}
+{{- $more := list (include "inference-api.modelProblems" .) (include "inference-api.catalogueProblems" .) (include "inference-api.liveProblems" .) -}}
+{{- range $more }}{{ range splitList "\n" . }}{{ with trim . }}{{ $wrong = append $wrong . }}{{ end }}{{ end }}{{ end -}}
+{{- $alerts := list -}}
+{{- range $path, $_ := .Files.Glob "files/rules/*.yaml" }}{{ range ($.Files.Get $path | fromYaml).groups }}{{ range .rules }}{{ $alerts = append $alerts (.alert | default "") }}{{ end }}{{ end }}{{ end -}}
+{{- range .Values.monitoring.prometheusRule.disabled -}}
+{{- if not (has . $alerts) -}}
+{{- $wrong = append $wrong (printf "monitoring.prometheusRule.disabled names %s, and there is no such alert: they are in k8s/charts/inference-api/files/rules" .) -}}
 {{- end -}}
 {{- end -}}
-{{- $fullname := include "inference-api.fullname" . -}}
-{{- $own := list $fullname (printf "%s-ops" $fullname) (include "inference-api.registry.fullname" .) -}}
-{{- range $name, $model := .Values.models -}}
-{{- if and (not $model.backends) (has (include "inference-api.slug" $name) $own) -}}
-{{- $wrong = append $wrong (printf "models.%s: its Service would be named %s, as one of the release itself; rename the model, or set fullnameOverride" $name (include "inference-api.slug" $name)) -}}
-{{- end -}}
-{{- if and $.Values.engines.enabled (not (has ($model.engine | default "vllm") (list "vllm" "tgi"))) $model.deploy -}}
-{{- $wrong = append $wrong (printf "models.%s.deploy: the chart runs vllm and tgi, not the engine %s; set deploy to null, and give backends" $name $model.engine) -}}
-{{- end -}}
-{{- end -}}
-{{- range $place, $image := dict "image" .Values.image "engines.images.vllm" .Values.engines.images.vllm "engines.images.tgi" .Values.engines.images.tgi -}}
+{{- $images := dict "image" .Values.image "engines.images.vllm" .Values.engines.images.vllm "engines.images.tgi" .Values.engines.images.tgi -}}
+{{- range $name, $model := .Values.models }}{{ with dig "image" dict ($model.deploy | default dict) }}{{ $_ := set $images (printf "models.%s.deploy.image" $name) (merge (dict) . (dict "tag" "" "digest" "")) }}{{ end }}{{ end -}}
+{{- range $place, $image := $images -}}
 {{- if and (eq $image.tag "latest") (not $image.digest) -}}
 {{- $wrong = append $wrong (printf "%s.tag is latest, which is another image tomorrow: name a release, or a digest" $place) -}}
 {{- end -}}

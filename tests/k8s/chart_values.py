@@ -1,0 +1,384 @@
+"""Values to install the chart with, and what comes of them: those that are refused, and those that a test is about."""
+
+from typing import Any
+
+Json = dict[str, Any]
+
+RELEASE, NAMESPACE = "inference-api", "inference"
+
+# What is refused: the values, and what the one line must say.
+REFUSED: dict[str, tuple[Json, str]] = {
+    "a wrong type": ({"router": {"replicaCount": "two"}}, "at '/router/replicaCount': got string"),
+    "an unknown key": ({"router": {"replicas": 2}}, "at '/router': additional properties 'replicas' not allowed"),
+    "an unknown setting": (
+        {"router": {"settings": {"BREAKER_FAILURE": 3}}},
+        "at '/router/settings': additional properties 'BREAKER_FAILURE' not allowed",
+    ),
+    "the tag latest": ({"image": {"tag": "latest"}}, "image.tag is latest, which is another image tomorrow"),
+    "a parent's switch, without a parent": ({"enabled": False}, "at '/enabled': value must be true"),
+    "an unknown engine": ({"models": {"gpt2": {"engine": "triton"}}}, "at '/models/gpt2/engine': value must be one of"),
+    "a setting that is no number": (
+        {"router": {"settings": {"BREAKER_FAILURES": "many"}}},
+        "at '/router/settings/BREAKER_FAILURES': got string, want integer",
+    ),
+    "a setting past its limit": (
+        {"router": {"settings": {"MAX_ATTEMPTS": 9}}},
+        "at '/router/settings/MAX_ATTEMPTS': maximum: got 9, want 3",
+    ),
+    "a header that is the router's own": (
+        {"router": {"settings": {"FORWARD_HEADERS": ["X-Forwarded-For"]}}},
+        "at '/router/settings/FORWARD_HEADERS/0'",
+    ),
+    "bodies that do not fit": (
+        {"router": {"limits": {"maxBufferedBytes": 1000}}},
+        "router.limits.maxBufferedBytes (1000) is less than one body of router.limits.maxBodyBytes (33554432)",
+    ),
+    "bodies past the memory": (
+        {"router": {"limits": {"maxBufferedBytes": 536870912}}},
+        "router.resources.limits.memory (512Mi) has no room for router.limits.maxBufferedBytes (536870912)",
+    ),
+    "credentials that no pod has": (
+        {"models": {"gpt2": {"credentials": {"env": "BACKEND_X"}}}},
+        "models.gpt2.credentials.env is BACKEND_X, which no pod would have: add it to router.backendTokens",
+    ),
+    "a file of credentials that no pod has": (
+        {"models": {"gpt2": {"credentials": {"file": "/etc/inference-api-tokens/BACKEND_X"}}}},
+        "models.gpt2.credentials.file is /etc/inference-api-tokens/BACKEND_X, which no pod would have: add BACKEND_X",
+    ),
+    "too many models for a ConfigMap": (
+        {"models": {f"model-{n}": {"owner": "x" * 100} for n in range(5000)}},
+        "as a catalogue, and a ConfigMap holds 1 MiB: keep them in a registry",
+    ),
+    "an alert that there is not": (
+        {"monitoring": {"prometheusRule": {"disabled": ["InferenceRouterDwon"]}}},
+        "monitoring.prometheusRule.disabled names InferenceRouterDwon, and there is no such alert",
+    ),
+    "a Gateway with a typo": (
+        {"router": {"httpRoute": {"enabled": True, "parentRefs": [{"name": "a", "namspace": "b"}]}}},
+        "at '/router/httpRoute/parentRefs/0': additional properties 'namspace' not allowed",
+    ),
+    "a label that is none": (
+        {"commonLabels": {"x y": "z"}},
+        "at '/commonLabels': additional properties 'x y' not allowed",
+    ),
+    "addresses of a load balancer that there is not": (
+        {"router": {"service": {"loadBalancerSourceRanges": ["10.0.0.0/8"]}}},
+        "router.service.loadBalancerClass and loadBalancerSourceRanges are for the type LoadBalancer",
+    ),
+    "a traffic policy of what stays inside": (
+        {"router": {"service": {"externalTrafficPolicy": "Local"}}},
+        "router.service.externalTrafficPolicy is for the types LoadBalancer and NodePort",
+    ),
+    "a registry to wait for that there is not": (
+        {"registry": {"enabled": False}, "router": {"registry": {"required": True}}},
+        "router.registry.required is set, and there is no registry to wait for",
+    ),
+    "metrics on the port of changes": (
+        {"registry": {"opsPort": 8081}},
+        "registry.service.port and registry.opsPort are both 8081",
+    ),
+    "the tag latest, of one engine": (
+        {"engines": {"enabled": True}, "models": {"gpt2": {"deploy": {"image": {"tag": "latest"}}}}},
+        "models.gpt2.deploy.image.tag is latest, which is another image tomorrow",
+    ),
+    "an HPA with KEDA": (
+        {"router": {"autoscaling": {"enabled": True}, "keda": {"enabled": True, "serverAddress": "http://prometheus"}}},
+        "router.autoscaling.enabled and router.keda.enabled exclude each other",
+    ),
+    "a drain shorter than a stream": (
+        {"router": {"timeouts": {"stream": 3600}}},
+        "router.drain.timeoutSeconds (570) is shorter than the longest request (3600 s",
+    ),
+    "a drain shorter than a model's answer": (
+        {"models": {"gpt2": {"timeouts": {"total": 900.5}}}},
+        "router.drain.timeoutSeconds (570) is shorter than the longest request (901 s",
+    ),
+    "both sides of a disruption budget": (
+        {"router": {"podDisruptionBudget": {"minAvailable": 1}}},
+        "router.podDisruptionBudget takes minAvailable or maxUnavailable, not both",
+    ),
+    "more pods at least than at most": (
+        {"router": {"autoscaling": {"enabled": True, "minReplicas": 20}}},
+        "router.autoscaling.minReplicas (20) is more than router.autoscaling.maxReplicas (10)",
+    ),
+    "an HPA without a CPU request": (
+        {"router": {"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}},
+        "router.autoscaling needs router.resources.requests.cpu",
+    ),
+    "KEDA without Prometheus": ({"router": {"keda": {"enabled": True}}}, "router.keda needs router.keda.serverAddress"),
+    "two registries": (
+        {"router": {"registry": {"url": "http://registry"}}},
+        "router.registry.url is set, so nobody would use the chart's own registry",
+    ),
+    "nothing to serve": (
+        {"registry": {"enabled": False}, "models": {"llama-3-8b": None, "mistral-7b": None, "gpt2": None}},
+        "there is nothing to serve",
+    ),
+    "a watch without the right to it": (
+        {"router": {"discovery": {"mode": "endpointslices"}, "rbac": {"create": False}}},
+        "router.discovery.mode endpointslices needs the right to watch them",
+    ),
+    "an Ingress without hosts": (
+        {"router": {"ingress": {"enabled": True}}},
+        "router.ingress needs router.ingress.hosts",
+    ),
+    "a route without a Gateway": (
+        {"router": {"httpRoute": {"enabled": True}}},
+        "router.httpRoute needs router.httpRoute.parentRefs",
+    ),
+    "traces to nowhere": (
+        {"monitoring": {"otel": {"enabled": True}}},
+        "monitoring.otel needs monitoring.otel.endpoint",
+    ),
+    "replicas on a volume of one node": (
+        {"engines": {"enabled": True}, "models": {"gpt2": {"deploy": {"replicas": 2}}}},
+        "models.gpt2.deploy.replicas is 2, and a cache that is ReadWriteOnce is on one node",
+    ),
+    "an engine that the chart does not run": (
+        {"engines": {"enabled": True}, "models": {"gpt2": {"engine": "sglang"}}},
+        "models.gpt2.deploy: the chart runs vllm and tgi, not the engine sglang",
+    ),
+    "a Service that begins with a digit": (
+        {"engines": {"enabled": True}, "models": {"3b": {"deploy": {"model": "some/3b"}}}},
+        'models.3b.deploy: its Service would be named "3b", and such names begin with a letter',
+    ),
+    "all pods always there": (
+        {"router": {"podDisruptionBudget": {"minAvailable": 2, "maxUnavailable": None}}},
+        "router.podDisruptionBudget.minAvailable (2) is all of the 2 pods that there may be: no node could ever be",
+    ),
+    "all pods always there, in percent": (
+        {"router": {"podDisruptionBudget": {"minAvailable": "100%", "maxUnavailable": None}}},
+        "router.podDisruptionBudget.minAvailable (100%) is all of the 2 pods that there may be",
+    ),
+    "all pods always there, rounded up": (
+        {"router": {"replicaCount": 1, "podDisruptionBudget": {"minAvailable": "50%", "maxUnavailable": None}}},
+        "router.podDisruptionBudget.minAvailable (50%) is all of the 1 pods that there may be",
+    ),
+    "as many pods always there as a scaler may leave": (
+        {
+            "router": {
+                "replicaCount": 9,
+                "autoscaling": {"enabled": True, "minReplicas": 3},
+                "podDisruptionBudget": {"minAvailable": 3, "maxUnavailable": None},
+            }
+        },
+        "router.podDisruptionBudget.minAvailable (3) is all of the 3 pods that there may be",
+    ),
+    "one port for two things": (
+        {"router": {"ports": {"ops": 8000}}},
+        "router.ports.http and router.ports.ops are both 8000",
+    ),
+    "a setting past the chart": (
+        {"router": {"extraEnv": [{"name": "INFERENCE_API_DRAIN_TIMEOUT", "value": "9999"}]}},
+        "router.extraEnv sets INFERENCE_API_DRAIN_TIMEOUT, which would go past the value that the chart computes with",
+    ),
+    "a label of the chart's own": (
+        {"commonLabels": {"app.kubernetes.io/name": "mine"}},
+        "at '/commonLabels",
+    ),
+    "a watch without a token": (
+        {"router": {"discovery": {"mode": "endpointslices"}, "serviceAccount": {"automount": False}}},
+        "router.discovery.mode endpointslices needs the token of its service account",
+    ),
+    "a watch in a namespace without the right to it": (
+        {
+            "router": {"discovery": {"mode": "endpointslices", "namespaces": ["others"]}},
+            "models": {
+                "gpt2": {"backends": [{"url": "http://gpt2.models.svc.cluster.local:8000", "discovery": "dns"}]}
+            },
+        },
+        "models.gpt2: http://gpt2.models.svc.cluster.local:8000 is in the namespace models, where the router may not",
+    ),
+    "a watch in a namespace without the right to it, for short": (
+        {
+            "router": {"discovery": {"mode": "endpointslices"}},
+            "models": {"gpt2": {"backends": [{"url": "http://gpt2.models", "discovery": "dns"}]}},
+        },
+        "models.gpt2: http://gpt2.models is in the namespace models",
+    ),
+    "an engine that nobody would ask": (
+        {"engines": {"enabled": True}, "models": {"gpt2": {"backends": [{"url": "http://gpt2.example.com"}]}}},
+        "models.gpt2 has deploy, and backends that do not lead to it, so nobody would ask the engine",
+    ),
+    "a model with the name of the release": (
+        {"models": {"Inference_API": {}}},
+        "models.Inference_API: its Service would be named inference-api, as one of the release itself",
+    ),
+    "a model with the name of the registry": (
+        {"fullnameOverride": "models", "models": {"models-registry": {"engine": "tgi"}}},
+        "models.models-registry: its Service would be named models-registry, as one of the release itself",
+    ),
+    "two models with one Service": (
+        {"engines": {"enabled": True}, "models": {"GPT2": {"deploy": {"model": "openai-community/gpt2"}}}},
+        "models.GPT2 and models.gpt2 would have the same Service, gpt2",
+    ),
+}
+
+# What the router would refuse in its catalogue: values of `models`, and what the chart says. The app is asked as well.
+BAD_MODELS: dict[str, tuple[Json, str]] = {
+    "an alias that is a name": (
+        {"gpt2": {"aliases": ["mistral-7b"]}},
+        "models.gpt2 and models.mistral-7b share the name mistral-7b",
+    ),
+    "an alias twice": (
+        {"gpt2": {"aliases": ["small"]}, "mistral-7b": {"aliases": ["small"]}},
+        "models.gpt2 and models.mistral-7b share the name small",
+    ),
+    "a backend twice": (
+        {"gpt2": {"backends": [{"url": "http://a:1/"}, {"url": "http://a:1"}]}},
+        "models.gpt2 lists the backend http://a:1 twice",
+    ),
+    "metadata of the cloud": (
+        {"gpt2": {"backends": [{"url": "http://169.254.169.254"}]}},
+        "models.gpt2: the backend http://169.254.169.254 is a link-local, metadata or unusable address",
+    ),
+    "metadata of the cloud by name": (
+        {"gpt2": {"backends": [{"url": "http://metadata.google.internal/x"}]}},
+        "models.gpt2: the backend http://metadata.google.internal/x is a link-local, metadata or unusable address",
+    ),
+    "everywhere": (
+        {"gpt2": {"backends": [{"url": "http://0.0.0.0:8000"}]}},
+        "models.gpt2: the backend http://0.0.0.0:8000 is a link-local, metadata or unusable address",
+    ),
+    "an address to look up": (
+        {"gpt2": {"backends": [{"url": "http://10.0.0.1:8000", "discovery": "dns"}]}},
+        "models.gpt2: the backend http://10.0.0.1:8000 has discovery dns, which needs a host name",
+    ),
+    "a password in a URL": (
+        {"gpt2": {"backends": [{"url": "http://me:secret@a"}]}},
+        "at '/models/gpt2/backends/0/url'",
+    ),
+    "a query in a URL": ({"gpt2": {"backends": [{"url": "http://a/?x=1"}]}}, "at '/models/gpt2/backends/0/url'"),
+    "a weight past the limit": (
+        {"gpt2": {"backends": [{"url": "http://a", "weight": 1001}]}},
+        "at '/models/gpt2/backends/0/weight'",
+    ),
+    "no served name": ({"gpt2": {"served_model_name": ""}}, "at '/models/gpt2/served_model_name'"),
+}
+# What somebody else has made before.
+OF_OTHERS: Json = {
+    f"/api/v1/namespaces/{NAMESPACE}/services": {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "gpt2", "annotations": {"meta.helm.sh/release-name": "other"}},
+        "spec": {"ports": [{"port": 80}]},
+    }
+}
+_SECRET: Json = {"auth": {"existingSecret": "token"}}
+# What is installed, what is then wanted, and what the chart says of that.
+LIVE: dict[str, tuple[Json, Json, str]] = {
+    "a smaller registry": (
+        {"registry": _SECRET},
+        {"registry": {**_SECRET, "persistence": {"size": "500Mi"}}},
+        "registry.persistence.size (500Mi) is less than the volume has (1Gi): the claim inference-api-registry is",
+    ),
+    "another class of the registry": (
+        {"registry": _SECRET},
+        {"registry": {**_SECRET, "persistence": {"storageClassName": "fast"}}},
+        "registry.persistence.storageClassName (fast) is not that of the volume (standard): the claim",
+    ),
+    "the default class from now on": (
+        {"registry": {**_SECRET, "persistence": {"storageClassName": "fast"}}},
+        {"registry": _SECRET},
+        "registry.persistence.storageClassName is empty, and was fast: the claim",
+    ),
+    "other access to the registry": (
+        {"registry": _SECRET},
+        {"registry": {**_SECRET, "persistence": {"accessModes": ["ReadWriteOncePod"]}}},
+        "registry.persistence.accessModes (ReadWriteOncePod) are not those of the volume (ReadWriteOnce): the claim",
+    ),
+    "shared caches from now on": (
+        {"engines": {"enabled": True}, "models": {"llama-3-8b": None, "mistral-7b": None}},
+        {
+            "engines": {"enabled": True, "cache": {"accessModes": ["ReadWriteMany"]}},
+            "models": {"llama-3-8b": None, "mistral-7b": None},
+        },
+        "engines.cache.accessModes (ReadWriteMany) are not those of the volume (ReadWriteOnce): the claim gpt2-cache "
+        "is there, and a claim cannot be changed so: take it back, or make another claim, copy what is needed, and "
+        "name it in models.gpt2.deploy.existingClaim",
+    ),
+    "a name from now on": (
+        {},
+        {"nameOverride": "gateway"},
+        "nameOverride and fullnameOverride are for a first install: the router is the Deployment inference-api",
+    ),
+    "another full name": (
+        {},
+        {"fullnameOverride": "gateway"},
+        "nameOverride and fullnameOverride are for a first install: the router is the Deployment inference-api",
+    ),
+}
+# What changes and may: the same, without a word of the chart.
+CHANGES: dict[str, tuple[Json, Json]] = {
+    "a larger registry": (
+        {"registry": _SECRET},
+        {"registry": {**_SECRET, "persistence": {"size": "2Gi", "annotations": {"backup": "daily"}}}},
+    ),
+    "no volume any more": ({"registry": _SECRET}, {"registry": {**_SECRET, "persistence": {"enabled": False}}}),
+    "a volume from now on": ({"registry": {**_SECRET, "persistence": {"enabled": False}}}, {"registry": _SECRET}),
+    "a Secret from now on": ({}, {"registry": _SECRET}),
+    "another claim": ({"registry": _SECRET}, {"registry": {**_SECRET, "persistence": {"existingClaim": "mine"}}}),
+    "models": ({}, {"models": {"gpt2": None}}),
+}
+
+# Whatever is in files/ at this time, the templates must cope with what may be there.
+RULE = {
+    "alert": "Some",
+    "expr": 'up{job="x"} == 0',
+    "annotations": {"summary": "{{ $value }} of {{ $labels.pod }}", "runbook_url": "k8s/runbook.md#some"},
+}
+RULES = {"groups": [{"name": "first", "rules": [RULE, RULE | {"alert": "Unwanted"}]}, {"name": "second", "rules": []}]}
+# The claim that a StatefulSet made for the registry, before it was a Deployment.
+OLD_CLAIM = "data-inference-api-registry-0"
+VARIABLES: Json = {
+    "engines": {"enabled": True, "extraEnv": [{"name": "HF_HOME", "value": "/models"}]},
+    "router": {
+        "backendTokens": {"BACKEND_TOKEN": {"secret": "s", "key": "k"}},
+        "extraEnv": [{"name": "BACKEND_TOKEN", "value": "mine"}, {"name": "OTEL_TRACES_SAMPLER", "value": "always_on"}],
+    },
+    "registry": {"auth": {"existingSecret": "s"}, "extraEnv": [{"name": "REGISTRY_STUB_TOKEN", "value": "mine"}]},
+    "monitoring": {"otel": {"enabled": True, "endpoint": "http://collector:4318"}},
+}
+SCALED_BY_OTHERS: Json = {
+    "router": {"replicaCount": None},
+    "engines": {"enabled": True},
+    "models": {"gpt2": {"deploy": {"replicas": None}}},
+}
+_NEXT = {"registry": "mirror.example.com", "tag": "v0.33.0"}
+CANARY: Json = {
+    "engines": {
+        "enabled": True,
+        "images": {"vllm": {"digest": f"sha256:{'0' * 64}"}},
+        "cache": {"enabled": False},
+    },
+    "models": {
+        "gpt2": {
+            "backends": [
+                {"url": f"http://gpt2.{NAMESPACE}.svc:8000", "discovery": "dns", "weight": 9},
+                {"url": f"http://gpt2-next.{NAMESPACE}.svc:8000", "discovery": "dns"},
+            ],
+            "deploy": {"strategy": {"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}},
+        },
+        "gpt2-next": {
+            "served_model_name": "gpt2",
+            "deploy": {"model": "openai-community/gpt2", "image": _NEXT, "cacheSize": "5Gi"},
+        },
+    },
+}
+MESH: Json = {
+    "networkPolicy": {"extraPorts": [15008]},
+    "engines": {"enabled": True, "networkPolicy": {"egress": {"enabled": True}}},
+    "router": {"networkPolicy": {"egress": {"enabled": True}}},
+}
+PARENT: Json = {
+    "apiVersion": "v2",
+    "name": "parent",
+    "version": "0.1.0",
+    "dependencies": [{"name": "inference-api", "version": ">=0.0.0-0", "condition": "inference-api.enabled"}],
+}
+EVERYTHING = {
+    name: {"enabled": True} for name in ("serviceMonitor", "enginePodMonitor", "prometheusRule", "dashboards")
+}
+# Names that selectors have.
+LABELS = {"app.kubernetes.io/name": "mine", "app.kubernetes.io/instance": "mine", "app.kubernetes.io/component": "mine"}
+DASHBOARD = '{"title": "{{model_name}} $__rate_interval", "panels": []}'
