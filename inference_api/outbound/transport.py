@@ -165,6 +165,7 @@ class Transport(httpx.AsyncBaseTransport):
         self._may_reach = may_reach
         self._tls = tls or Trust()
         self._resolver = resolver or Resolver()
+        self._own_resolver = None if resolver else self._resolver
         self._pools: dict[str, Pool] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -219,6 +220,8 @@ class Transport(httpx.AsyncBaseTransport):
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+        if self._own_resolver is not None:
+            await self._own_resolver.aclose()
 
     def retain(self, origins: set[str]) -> None:
         """Forget the pools of other origins: their idle connections close now, their streams run to the end."""

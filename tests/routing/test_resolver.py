@@ -101,6 +101,19 @@ async def test_a_name_that_cannot_be_looked_up_any_more_keeps_its_addresses(
     assert caplog.messages[1:] == ["the host 'a' can be looked up again"]
 
 
+async def test_of_a_name_that_nobody_connects_to_whoever_looks_it_up_says_what_is_wrong(
+    make: Callable[..., Resolver], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = Names(a=["10.0.0.1"])
+    resolver = make(names)
+    await resolver.look_up("a")
+    names.say("a", AWAY)
+    with pytest.raises(OSError, match="Temporary"):
+        await resolver.look_up("a")
+
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("fault", [AWAY, UnicodeError("label too long"), []])
 async def test_a_name_that_was_never_found_is_an_error(
     fault: Any, make: Callable[..., Resolver], caplog: pytest.LogCaptureFixture
@@ -124,14 +137,20 @@ async def test_nobody_waits_long_for_news_of_a_name_that_is_known(
     del names.answers["a"]
     clock.now += 6
     loop = asyncio.get_running_loop()
-    began = loop.time()
-    assert await resolver.addresses("a", seconds) == ["10.0.0.1"]
-    took = loop.time() - began
-    assert least - 0.01 <= took < least + 2
 
-    # Nor does anybody wait for one look-up twice.
+    async def fastest() -> float:
+        """Of some, for a machine that stands still now and then."""
+        took = []
+        for _ in range(4):
+            began = loop.time()
+            assert await resolver.addresses("a", seconds) == ["10.0.0.1"]
+            took.append(loop.time() - began)
+        return min(took)
+
+    assert least - 0.01 <= await fastest() < least + 0.15
+    # Nor does anybody wait for one that has had its moment.
     clock.now += 0.3
-    assert await asyncio.wait_for(resolver.addresses("a", None), 1) == ["10.0.0.1"]
+    assert await fastest() < 0.015
     assert names.asked == ["a", "a"]
     names.say("a", ["10.0.0.2"])
     await until(lambda: not names.under_way)
@@ -178,18 +197,29 @@ async def test_names_that_hang_hold_up_each_other_and_nobody_else(make: Callable
     await asyncio.wait_for(resolver.look_up("sound"), 10)
     assert names.most == 3
 
-    # One that answers is like any other again.
     for host in hanging:
         names.say(host, ["10.0.0.2"])
     assert [await task for task in tasks] == [["10.0.0.2"]] * 20
+    # Those that answer are like any other again.
+    names.answers.clear()
+    tasks = [asyncio.create_task(resolver.look_up(host)) for host in hanging]
+    await until(lambda: names.under_way == 20)
+    for host in hanging:
+        names.say(host, ["10.0.0.2"])
+    await asyncio.gather(*tasks)
 
 
 async def test_there_is_an_end_to_how_many_are_under_way(make: Callable[..., Resolver]) -> None:
     hosts = [f"h{number}" for number in range(20)]
     names = Names()
-    resolver = make(names, at_once=2, late=0.01, most_late=3)
+    resolver = make(names, at_once=2, late=0.0, most_late=3)
     tasks = [asyncio.create_task(resolver.look_up(host)) for host in hosts]
     await until(lambda: names.under_way == 5)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    # One that keeps its place, as there are too many late ones already, ends like any other.
+    names.say(names.asked[4], ["10.0.0.1"])
+    await asyncio.wait_for(tasks[hosts.index(names.asked[4])], 10)
     for host in hosts:
         names.say(host, ["10.0.0.1"])
     await asyncio.gather(*tasks)
