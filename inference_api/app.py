@@ -120,7 +120,9 @@ class Router:
             return None
         # No proxies or netrc from the environment: where the catalogue comes from is a setting, so it may be anywhere.
         transport = self._make_transport(_OWN_KEEPALIVE, may_reach=lambda address: True)
-        return httpx.AsyncClient(base_url=url, timeout=5.0, trust_env=False, transport=transport)
+        token = settings.registry_token
+        headers = {"authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=5.0, trust_env=False, transport=transport)
 
     def _discover(self, settings: Settings, cluster: Cluster | None, rand: random.Random) -> Discovery:
         watched = watched_in(cluster) if cluster else lambda host: False

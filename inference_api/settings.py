@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from inference_api.outbound.headers import NEVER_FORWARDED
@@ -18,6 +18,8 @@ PREFIX = "INFERENCE_API_"
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
+# Never shown, whatever is wrong with them.
+_SECRETS = frozenset({"registry_token"})
 # A URL may hold one, and what is wrong with it is shown.
 _PASSWORD = re.compile(r"(//|^)[^/]*@")
 
@@ -42,6 +44,7 @@ class Settings(BaseSettings):
     )
     catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
     registry_url: str | None = Field(default=None, description="base URL of the model registry")
+    registry_token: SecretStr | None = Field(default=None, description="bearer token that the model registry asks for")
     registry_refresh: Seconds = Field(default=15, description="seconds between two looks at the registry")
     registry_required: Literal["off", "on"] = Field(
         default="off", description="on: not ready before the registry has answered, whatever the static catalogue"
@@ -139,6 +142,15 @@ class Settings(BaseSettings):
             raise ValueError("its port must be a number from 0 to 65535") from None
         return value.rstrip("/")
 
+    @field_validator("registry_token", mode="before")
+    @classmethod
+    def _token(cls, value: Any) -> Any:
+        # A Secret that is made from a file often ends in a newline, which no header can carry.
+        token = value.strip() if isinstance(value, str) else value
+        if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.split() == [token]):
+            raise ValueError("must be one word of ASCII characters; unset it to ask without a token")
+        return token
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.ops_port == self.port:
@@ -174,7 +186,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
             reason = error["msg"].removeprefix("Value error, ")
             if error["loc"]:
                 name = str(error["loc"][0])
-                shown = _PASSWORD.sub(r"\1***@", values[name])[:80]
+                shown = "***" if name in _SECRETS else _PASSWORD.sub(r"\1***@", values[name])[:80]
                 reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
             problems.append(reason)
         raise SettingsError("\n".join(problems)) from None

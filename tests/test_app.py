@@ -15,6 +15,7 @@ import openai
 import orjson
 import pytest
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_api.app import Router
 from inference_api.inbound.server import listen
@@ -44,12 +45,14 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 @asynccontextmanager
-async def registry(path: Path, port: int = 0) -> AsyncIterator[httpx.AsyncClient]:
+async def registry(
+    path: Path, port: int = 0, wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app
+) -> AsyncIterator[httpx.AsyncClient]:
     """The registry over the database at `path`, and a client of it."""
     listener = listen("127.0.0.1", port, "PORT")
     port = listener.getsockname()[1]
     with Store(path) as store:
-        config = uvicorn.Config(create_app(store), log_config=None, access_log=False, lifespan="off", ws="none")
+        config = uvicorn.Config(wrap(create_app(store)), log_config=None, access_log=False, lifespan="off", ws="none")
         server = uvicorn.Server(config)
         async with (
             in_background(server._serve([listener])) as task,
@@ -112,6 +115,31 @@ async def test_a_registry_that_goes_away_is_not_missed(
         assert await source(served) == "registry"
         await put(client, "back", engine)
         await until(lambda: "back" in served.router.fleet.models)
+
+
+async def test_a_registry_that_asks_for_a_token_is_told_it(
+    start_engine: Start, start_router: Start, tmp_path: Path
+) -> None:
+    """And backends are not."""
+    engine = await start_engine()
+    told: list[bytes] = []
+
+    def asking(app: ASGIApp) -> ASGIApp:
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/models":
+                told.append(dict(scope["headers"]).get(b"authorization", b""))
+            await app(scope, receive, send)
+
+        return guarded
+
+    async with registry(tmp_path / "registry.sqlite3", wrap=asking) as client:
+        await put(client, "theirs", engine)
+        served = await start_router(registry_url=str(client.base_url), registry_token="s3cret", registry_refresh=60)
+        assert await source(served) == "registry"
+        assert (await served.chat(model="theirs")).status_code == 200
+
+    assert {*told} == {b"Bearer s3cret"}
+    assert not any(name == b"authorization" for request in engine.requests for name, _ in request.headers)
 
 
 async def test_a_registry_that_never_came_leaves_the_static_catalogue(start_engine: Start, start_router: Start) -> None:

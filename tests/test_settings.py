@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings
 
@@ -15,6 +15,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "ops_port": ("9090", 9090),
     "catalogue": ("/etc/c.yaml", Path("/etc/c.yaml")),
     "registry_url": ("https://registry:8081/", "https://registry:8081"),
+    "registry_token": ("s3cret\n", SecretStr("s3cret")),
     "registry_refresh": ("0.5", 0.5),
     "discovery": ("endpointslices", "endpointslices"),
     "registry_required": ("on", "on"),
@@ -165,6 +166,18 @@ def test_a_password_in_a_url_is_not_shown(url: str) -> None:
     assert message.startswith("INFERENCE_API_REGISTRY_URL=")
     assert "***@" in message
     assert "secret" not in message
+
+
+@pytest.mark.parametrize("token", ["", " ", "s3 cret", "s3crét", "s3cret\rx-evil: 1"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(token: str) -> None:
+    message = refusal(registry_token=token)
+
+    assert message.startswith("INFERENCE_API_REGISTRY_TOKEN='***': must be one word of ASCII characters")
+    assert "s3" not in message
+
+
+def test_a_token_is_not_in_what_settings_look_like() -> None:
+    assert "s3cret" not in repr(load(registry_token="s3cret"))
 
 
 def test_a_value_in_a_message_is_cut() -> None:

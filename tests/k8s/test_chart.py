@@ -201,7 +201,10 @@ def test_a_workload_that_does_not_select_its_pods_would_be_noticed() -> None:
 
 
 def test_the_chart_has_the_version_of_the_app() -> None:
-    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == __version__
+    """One number for chart, image and app, so that nobody has to look up which belongs to which."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+
+    assert chart["version"] == chart["appVersion"] == __version__
 
 
 @pytest.mark.parametrize("name", INSTALLS)

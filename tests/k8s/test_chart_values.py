@@ -30,6 +30,7 @@ OWN = {
         "discovery_interval",
         "registry_url",
         "registry_refresh",
+        "registry_token",
         "registry_required",
     ),
 }

@@ -78,6 +78,12 @@ labels to select them by: a NetworkPolicy knows no host names.
 - name: INFERENCE_API_{{ $name }}
   value: {{ include "inference-api.scalar" $value | quote }}
 {{- end }}
+{{- with $router.registry }}
+{{- if .existingSecret }}
+- name: INFERENCE_API_REGISTRY_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .existingSecretKey | quote }}}}
+{{- end }}
+{{- end }}
 {{- range $name, $source := $router.backendTokens }}
 - name: {{ $name }}
   valueFrom: {secretKeyRef: {name: {{ $source.secret | quote }}, key: {{ $source.key | quote }}}}
