@@ -73,6 +73,10 @@ class Telemetry:
         }
         for name, (text, value) in gauges.items():
             self._labelled(Gauge, name, text).set_function(value)
+        names = [*self._labels, "sleep_state"]
+        states = Gauge("vllm:engine_sleep_state", "1: the engine is in this state.", names, registry=self._registry)
+        for state in ("awake", "weights_offloaded", "discard_all"):
+            states.labels(**self._labels, sleep_state=state).set(state == "awake")
 
     def _cache_usage(self) -> float:
         return min(1.0, sum(record.held for record in self._running) / self._room)

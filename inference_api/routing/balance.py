@@ -5,10 +5,11 @@ What a policy has to precompute for a set of replicas it keeps until it is hande
 
 import random
 from bisect import bisect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from hashlib import blake2b, shake_128
+from heapq import heapify, heapreplace
 from itertools import accumulate
-from math import log
+from math import log, sqrt
 from operator import attrgetter
 from struct import unpack
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,8 +19,16 @@ from inference_api.routing.catalogue import PolicyName
 # A full replica may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
 # Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot replicas.
 _BOUND = 1.25
-# Points on the ring for a replica of average weight: its part of the keys is then about 10 % off its share.
+# And so many times the square root of its share more, for that is how far counts scatter by themselves: a router that
+# is one of many has few requests at each replica, and without this its keys leave their homes for noise. With 2 the
+# fullest replica is too full.
+_NOISE = 1.0
+# Points on the ring for a replica of average weight, and places on it that a key has, of which the one with the nearest
+# point counts: its part of the keys is then 4 % off its share, and 14 % where a ring of many replicas has 8 points of
+# each (9 and 36 % with one place): Appleton, O'Reilly, "Multi-probe consistent hashing" (2015).
 _POINTS = 128
+_PROBES = 4
+_PLACES = f">{_PROBES}Q"
 # From so many replicas on, the total in flight is not counted for every choice, see PrefixAffinity.
 _COUNTED = 32
 
@@ -31,6 +40,9 @@ class Load(Protocol):
     def in_flight(self) -> int: ...
     @property
     def reported(self) -> float: ...
+
+
+_AROUND = 1 << 64
 
 
 class Replica(Protocol):
@@ -177,12 +189,12 @@ class TwoReported(TwoChoices[R]):
 
 class PrefixAffinity(Generic[R]):
     """Consistent hashing with bounded loads: equal keys meet the same replica, and so its prefix cache, unless it is
-    full; then the next one on the ring. Routers agree without talking, and a replica that comes or goes moves only
+    full; then the one that its keys would go to if it left. Routers agree without talking, and a replica that comes or goes moves only
     its own share of the keys.
 
-    A replica is full with `_BOUND` times its share of all that is in flight, this request included, rounded up. An idle
-    home needs no total. Otherwise it is counted, and from `_COUNTED` replicas on only once in n / `_COUNTED` choices,
-    so that the cost of a choice does not grow with n: capacities are then about `_BOUND / _COUNTED` of a request off.
+    With s its share of all that is in flight, this request included, a replica is full at `_BOUND` s + `_NOISE`
+    sqrt(s), rounded up. An idle home needs no total. Otherwise it is counted, and from `_COUNTED` replicas on only once
+    in n / `_COUNTED` choices, so that the cost of a choice does not grow with n: s is then about 1 / `_COUNTED` off.
     """
 
     def __init__(self, random: Random) -> None:
@@ -201,21 +213,41 @@ class PrefixAffinity(Generic[R]):
         self._age += 1
         if not key or not replicas:
             return self._keyless.choose(replicas, key, tried)
-        digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        owners = self._owners
-        after = bisect(self._points, int.from_bytes(digest, "big"))
-        home = owners[after - len(owners)]
+        digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8 * _PROBES).digest()
+        places = unpack(_PLACES, digest)
+        home = self._home(places)
         if not tried and not home.origin.in_flight:
             return home
-        slack = _BOUND * (self._count() + 1)
-        # Once around: the negative indices are the ring from the key to its end. At least a fifth of it has room.
-        for i in range(after - len(owners), after):
-            owner = owners[i]
-            # in_flight < ceil(slack * weight / total weight), exact for whole weights.
-            if owner.origin.in_flight * self._weight < slack * owner.weight and owner not in tried:
+        unit = (self._count() + 1) / self._weight
+        if not tried and _has_room(home, unit):
+            return home
+        # At least a fifth of the ring has room.
+        for owner in self._around(places):
+            if owner not in tried and _has_room(owner, unit):
                 return owner
         # Only those already tried have room.
         return self._keyless.choose(replicas, key, tried)
+
+    def _home(self, places: Sequence[int]) -> R:
+        points, found, nearest = self._points, 0, _AROUND
+        for place in places:
+            at = bisect(points, place)
+            if points[at] - place < nearest:
+                found, nearest = at, points[at] - place
+        return self._owners[found]
+
+    def _around(self, places: Sequence[int]) -> Iterator[R]:
+        """The owners of the points by distance from one of the places: where it would go if those before had left."""
+        points, owners = self._points, self._owners
+        last = len(points) - 1
+        ways = [(points[at] - place, at, place) for place in places for at in [bisect(points, place)]]
+        heapify(ways)
+        for _ in range(_PROBES * last):
+            _, at, place = ways[0]
+            yield owners[at]
+            if at == last:
+                at, place = 0, place - _AROUND
+            heapreplace(ways, (points[at + 1] - place, at + 1, place))
 
     def _count(self) -> int:
         if self._age > len(self._replicas) // _COUNTED:
@@ -229,6 +261,9 @@ class PrefixAffinity(Generic[R]):
         ring = _ring(replicas, self._weight)
         self._points = sorted(ring)
         self._owners = [ring[point] for point in self._points]
+        # Behind the last one comes the first one again.
+        self._points += [point + _AROUND for point in self._points[:1]]
+        self._owners += self._owners[:1]
         self._age = len(replicas)
 
 
@@ -243,6 +278,12 @@ _REPORTED: dict[PolicyName, Callable[[Random], Policy[Any]]] = {
     "least_in_flight": LeastReported,
     "two_choices": TwoReported,
 }
+
+
+def _has_room(replica: Replica, unit: float) -> bool:
+    """Whether it may have one more, if each unit of weight should have `unit` with it."""
+    share = unit * replica.weight
+    return replica.origin.in_flight < _BOUND * share + _NOISE * sqrt(share)
 
 
 def _alike(replicas: Sequence[Replica]) -> bool:

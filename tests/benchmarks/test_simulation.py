@@ -122,6 +122,14 @@ def test_affinity_finds_the_prefixes_that_others_find_by_chance() -> None:
     assert affine.busy < two.busy
 
 
+def test_affinity_finds_nearly_as_many_where_each_router_sees_a_part() -> None:
+    """Sixteen routers with two requests at each replica; by its share alone each would find two thirds of them."""
+    case = Case("prefix_affinity", routers=1, utilisation=0.9, replicas=20, slots=32, cached=256, requests=16_000)
+    one, many = simulate(case), simulate(replace(case, routers=16))
+    assert many.hit_rate > 0.88 * one.hit_rate
+    assert quantile(many.waits, 0.99) < 0.5
+
+
 def test_a_slow_replica_gets_less_of_those_who_count_only() -> None:
     robin, least = (
         simulate(replace(CASE, event="slow", policy=policy, routers=1)) for policy in ("round_robin", "least_in_flight")

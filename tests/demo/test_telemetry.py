@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inference_api.demo.telemetry import Record, Telemetry
 from inference_api.demo.toy import Generation
+from inference_api.routing.gauges import Gauges
 
 TWO = (Generation(["a", "b", "c"], "stop"), Generation(["a"], "length"))
 
@@ -84,3 +85,11 @@ def test_an_answer_without_a_token_takes_no_time(telemetry: Telemetry) -> None:
 
     assert (seen["request_success_totalstop"], seen["e2e_request_latency_seconds_count"]) == (1, 1)
     assert seen["e2e_request_latency_seconds_sum"] == 0
+
+
+def test_a_router_reads_that_it_is_awake_and_how_busy_it_is() -> None:
+    gauges = Gauges("vllm")
+    gauges.feed(Telemetry("llama-3-8b", 4096).page())
+
+    assert gauges.asleep() is False
+    assert gauges.reading() == (0, 0, 0)
