@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from starlette.types import Message, Scope
 
 from inference_api.errors import RouterError
+from inference_api.models import Outcome
+from inference_api.observe.observation import Observation
 
 if TYPE_CHECKING:
     from inference_api.inbound.protocol import Protocol
@@ -45,6 +47,12 @@ class Refused(NamedTuple):
     error: RouterError
     request_id: str
     size: int
+
+    def tell(self, seen: Observation) -> Outcome:
+        """Whatever the application wanted to say, this is what the client got."""
+        seen.request_id = self.request_id
+        seen.refused(self.error, self.error.status, self.size)
+        return self.error.outcome
 
 
 class Memo:

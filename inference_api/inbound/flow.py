@@ -118,6 +118,7 @@ class Flow(asyncio.Protocol):
 
     def _hang_up(self) -> None:
         """Close, once the client has read what it is to read; if it does."""
+        self._cancel_timer()
         self.transport.close()
         if self._stall_timer is None and self.transport.get_write_buffer_size():
             self._watch_stall()

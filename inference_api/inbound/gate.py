@@ -15,7 +15,7 @@ from inference_api.models import RawHeaders
 # nginx and gunicorn: 8 KiB and 4 KiB; the longest path of ours is a model's name.
 MAX_TARGET = 8 * 1024
 
-_DECIDING = frozenset({b"host", b"content-length", b"transfer-encoding"})
+_DECIDING = frozenset({b"host", b"content-length", b"transfer-encoding", b"content-type"})
 _ALNUM = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # llhttp skips any CR and LF before the method, and blanks on both sides of the target; it knows RTSP and ICE, too.
 _REQUEST_LINE = re.compile(rb"(?:\r\n)*+[!-~]++ [!-~]++ HTTP/[0-9]\.[0-9]\r\n")
@@ -50,8 +50,8 @@ def refusal(method: bytes, target: bytes, headers: RawHeaders, version: str) -> 
     """The error to answer a head with, or None if it is sound. `headers` have lower-case names, as they came."""
     deciding = [pair for pair in headers if pair[0] in _DECIDING]
     value_of = dict(deciding)
-    if len(value_of) != len(deciding):
-        return BadRequest("The request has Host, Content-Length or Transfer-Encoding more than once.")
+    if len(value_of) != len(deciding) and (error := _repeated(deciding)):
+        return error
     host = value_of.get(b"host")
     # RFC 9112 3.2: only an older client may leave it out.
     if host is None and version == "1.1":
@@ -59,6 +59,15 @@ def refusal(method: bytes, target: bytes, headers: RawHeaders, version: str) -> 
     if host is not None and not _HOST.fullmatch(host):
         return BadRequest("The Host header is not a host name or address, with or without a port number.")
     return _wrong_framing(value_of, version) or _wrong_target(method, target, host)
+
+
+def _repeated(deciding: RawHeaders) -> RouterError | None:
+    """One reader takes the first, the next one the last: a form's boundary is in its Content-Type."""
+    names = [name for name, _ in set(deciding) if name == b"content-type"]
+    names += [name for name, _ in deciding if name != b"content-type"]
+    if len(set(names)) == len(names):
+        return None
+    return BadRequest("The request has Host, Content-Length or Transfer-Encoding more than once, or two Content-Types.")
 
 
 def _wrong_framing(value_of: dict[bytes, bytes], version: str) -> RouterError | None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_api.errors import InternalError, MethodNotAllowed, RouterError, UnknownURL, render
 from inference_api.inbound import wire
+from inference_api.inbound.cycle import CYCLE, Cycle
 from inference_api.models import Outcome
 from inference_api.observe.observation import Observer
 from inference_api.outbound.headers import RequestHeaders
@@ -152,7 +153,9 @@ class Observed:
             await self._app(scope, receive, observed_send)
         finally:
             if path not in ("/healthz", "/readyz", "/metrics"):
-                seen.end(Outcome.OK if seen.status < 400 else Outcome.REFUSED)
+                cycle: Cycle | None = scope.get("extensions", {}).get(CYCLE)
+                answered = Outcome.OK if seen.status < 400 else Outcome.REFUSED
+                seen.end(answered if cycle is None or cycle.refusal is None else cycle.refusal.tell(seen))
 
 
 def create_pages(

@@ -222,7 +222,10 @@ class Protocol(Flow):
         while at < len(data):
             self._blind = looks == _MAX_LOOKS
             end = len(data) if self._blind else self._end_of_piece(data, at)
-            piece = data[at:end]
+            piece: bytes | memoryview = data
+            if end - at < len(data):
+                # Not copied: the parser does that with what it makes of it.
+                piece = memoryview(data)[at:end]
             at = end
             if self._reading is None:
                 self._head += piece
@@ -231,7 +234,7 @@ class Protocol(Flow):
                 self._left -= len(piece)
             else:
                 looks += 1
-                self._tail = piece[-3:]
+                self._tail = bytes(piece[-3:])
                 self._overhead += len(piece)
             try:
                 self._parser.feed_data(piece)

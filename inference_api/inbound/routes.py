@@ -182,9 +182,7 @@ def _left(cycle: Cycle | None, seen: Observation) -> Outcome:
     """The outcome of a request that did not come to its end: the client left, or the server had to refuse the rest."""
     if cycle is None or cycle.refusal is None:
         return Outcome.CLIENT_GONE
-    error, seen.request_id, size = cycle.refusal
-    seen.refused(error, error.status, size)
-    return error.outcome
+    return cycle.refusal.tell(seen)
 
 
 async def _shut_down(relay: Relay | None, seen: Observation, send: ASGISend) -> Outcome:

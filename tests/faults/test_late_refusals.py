@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.fakes import CHAT, chunk, post, raw_client, until
+from tests.fakes import CHAT, chunk, post, raw_client, read_answer, until
 from tests.faults.lab import URL, Lab
 
 pytestmark = pytest.mark.anyio
@@ -44,6 +44,19 @@ async def statuses(port: int, *parts: bytes) -> list[int]:
             while piece := await client.reader.read(2**16):
                 said += piece
     return [int(after[:3]) for _, after in pairwise(said.split(b"HTTP/1.1 "))]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_what_is_logged_is_what_the_client_got(path: str, lab: Lab) -> None:
+    served = await lab.router(await lab.engine())
+
+    async with raw_client(served.port) as client:
+        await client.send(request(path, CHUNKED) + b"ZZ\r\n")
+        answer = await read_answer(client.reader)
+    await until(lambda: served.lines)
+
+    assert answer.status == 400
+    assert [(line["status"], line["request_id"]) for line in served.lines] == [(400, answer.headers["x-request-id"])]
 
 
 async def nobody_is_to_blame(lab: Lab, count: int) -> None:

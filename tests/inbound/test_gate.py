@@ -32,6 +32,7 @@ def status(
         [(b"host", b"[::1]:8000"), (b"content-length", b"0")],
         [(b"host", b"[::ffff:10.0.0.1]")],
         [(b"host", b"router:")],
+        [HOST, (b"content-type", b"application/json"), (b"content-type", b"application/json")],
         [(b"host", b"my_router"), (b"content-length", b"999999999999")],
         [(b"host", b"10.0.0.1"), (b"transfer-encoding", b"chunked")],
         [(b"host", b"a"), (b"transfer-encoding", b"Chunked"), (b"x", b"1"), (b"x", b"2")],
@@ -52,6 +53,8 @@ def test_sound_headers_pass(headers: RawHeaders) -> None:
             [(b"host", value)]
             for value in (b"a:b", b"a:80:90", b"a:+80", b"a:123456", b":80", b"::1", b"[a", b"[::1]80")
         ),
+        [HOST, (b"content-type", b"application/json"), (b"content-type", b"text/plain")],
+        [HOST, HOST, (b"content-type", b"a/b"), (b"content-type", b"a/b")],
         [HOST, (b"content-length", b"3"), (b"content-length", b"3")],
         [HOST, (b"content-length", b"3"), (b"transfer-encoding", b"chunked")],
         [HOST, (b"transfer-encoding", b"chunked"), (b"content-length", b"3")],
