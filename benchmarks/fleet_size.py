@@ -1,26 +1,31 @@
 """What a catalogue of many replicas costs a router: a scrape of /metrics, a choice by each policy, and memory.
 
 python -m benchmarks.fleet_size --models 1 --replicas 1000
+python -m benchmarks.fleet_size --models 100 --replicas 1 --routes 3
 """
 
 import argparse
+import asyncio
 import sys
 import tracemalloc
 from collections.abc import Sequence
 from random import Random
-from time import process_time
+from time import process_time, thread_time
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from inference_api.models import Outcome
+from inference_api.observe.exposition import write
+from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
+from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import PolicyName, parse_catalogue
 from inference_api.routing.registry import RegistryStatus
 
-_ROUTE = "chat_completions"
+_ROUTES = ("chat_completions", "completions", "responses", "messages")
 _CHOICES = 2_000
 
 
@@ -41,24 +46,52 @@ def build(models: int, replicas: int, policy: PolicyName = "two_choices") -> Fle
 
 
 def _backends(model: int, replicas: int) -> list[dict[str, str]]:
-    return [{"url": f"http://10.{model}.{number >> 8}.{number & 255}:8000"} for number in range(replicas)]
+    places = range(model * replicas, (model + 1) * replicas)
+    return [{"url": f"http://10.{place >> 16}.{place >> 8 & 255}.{place & 255}:8000"} for place in places]
 
 
-def scrape(fleet: Fleet) -> bytes:
-    """What Prometheus gets once every model has answered streams and JSON on one route, and every replica a request."""
-    metrics = Metrics(fleet.models.values, lambda: RegistryStatus("registry", len(fleet.models), 1e9, {}))
+def used(fleet: Fleet, routes: int = 1) -> Families:
+    """Every model has answered streams and JSON on so many routes, and every replica a request."""
+    metrics = Metrics(lambda: fleet.models)
     for model in fleet.models.values():
-        metrics.request(model.name, _ROUTE, 200, True, 1.0)
-        metrics.request(model.name, _ROUTE, 200, False, 1.0)
-        metrics.first_token(model.name, _ROUTE, 0.1)
-        metrics.per_token(model.name, _ROUTE, 0.1)
+        for route in _ROUTES[:routes]:
+            metrics.request(model.name, route, 200, True, 1.0)
+            metrics.request(model.name, route, 200, False, 1.0)
+            metrics.first_token(model.name, route, 0.1)
+            metrics.per_token(model.name, route, 0.1)
         metrics.tokens(model.name, "input", 1)
         metrics.tokens(model.name, "output", 1)
         for backend in model.backends:
             metrics.attempt(backend, Outcome.OK)
-    registry = CollectorRegistry()
-    registry.register(metrics)
-    return generate_latest(registry)
+    return Families(metrics, lambda: RegistryStatus("registry", len(fleet.models), 1e9, {}))
+
+
+def scrape(fleet: Fleet, routes: int = 1) -> bytes:
+    """What Prometheus gets then."""
+    return "".join(write(used(fleet, routes)())).encode()
+
+
+async def scraping(families: Families) -> tuple[int, float, list[float]]:
+    """Bytes of a page that is compressed, CPU seconds of it, and those of each of its slices, the longest last."""
+    size, done = 0, False
+    turns: list[float] = []
+
+    async def turn() -> None:
+        before = thread_time()
+        while not done:
+            await asyncio.sleep(0)
+            now = thread_time()
+            turns.append(now - before)
+            before = now
+
+    beside = asyncio.create_task(turn())
+    began = thread_time()
+    async for data in Exposition(families, CollectorRegistry()).page(openmetrics=False, gzip=True):
+        size += len(data)
+    took = thread_time() - began
+    done = True
+    await beside
+    return size, took, sorted(turns)
 
 
 def choosing_us(fleet: Fleet, busy: int = 2) -> float:
@@ -78,14 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=1000, help="of each model, default 1000")
+    parser.add_argument("--routes", type=int, default=1, choices=range(1, len(_ROUTES) + 1), help="that were asked for")
     arguments = parser.parse_args(argv)
     fleet = build(arguments.models, arguments.replicas)
-    scrape(fleet)
-    began = process_time()
-    size = len(scrape(fleet))
-    took = process_time() - began
+    page = scrape(fleet, arguments.routes)
+    samples = page.count(b"\n") - page.count(b"\n# ")
+    compressed, took, slices = min(
+        (asyncio.run(scraping(used(fleet, arguments.routes))) for _ in range(5)), key=lambda found: found[1]
+    )
     print(
-        f"{arguments.models} models of {arguments.replicas} replicas: {size / 1e3:.0f} KB, {took * 1e3:.0f} ms a scrape"
+        f"{arguments.models} models of {arguments.replicas} replicas: {samples:,} samples, {len(page) / 1e3:,.0f} KB, "
+        f"{compressed / 1e3:,.0f} KB compressed, {took * 1e3:.0f} ms a scrape in {len(slices)} slices, "
+        f"99 % of them up to {slices[int(len(slices) * 0.99) - 1] * 1e3:.1f} ms, the longest {slices[-1] * 1e3:.1f} ms"
     )
     for policy in get_args(PolicyName):
         tracemalloc.start()

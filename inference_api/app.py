@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -19,10 +18,12 @@ from inference_api.inbound.admission import Load
 from inference_api.inbound.pages import Models, Named, Observed, Probes, create_pages
 from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Surface
 from inference_api.models import Outcome
+from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
+from inference_api.observe.scrape import Exposition, process_collectors
 from inference_api.outbound.forward import Forward, Limits
 from inference_api.outbound.headers import RequestHeaders
 from inference_api.outbound.tokens import Tokens
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds: the router's own questions to a replica are too far apart to share a connection.
 _OWN_KEEPALIVE = 0.1
+# Seconds that a scrape on OPS_PORT leaves to the event loop after every slice.
+_BESIDE = 0.001
 
 
 Run = Callable[[], Coroutine[Any, Any, None]]
@@ -98,7 +101,7 @@ class Router:
         self.registry = self._make_registry(settings, rand)
         self._catalogue.take = self.registry.replace_static
         self._reloader = Reloader((self._catalogue, self._tokens, self._trust))
-        self.metrics = self._make_metrics(revision, dropped_lines)
+        self.metrics = Metrics(lambda: self.fleet.models)
         self._lag = LoopLag(self.metrics.loop_lag.observe)
         self.health = _health(self.fleet, self.transport, settings, rand)
         self._observer = Observer(self.metrics, access_log)
@@ -106,10 +109,10 @@ class Router:
         inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
         self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
-        self.probes = self._make_probes(settings)
+        self.probes = self._make_probes(settings, self._exposition(settings, revision, dropped_lines))
         gate = self._gate(settings, inside, self._make_forward(settings, rand), mint_id)
-        self.app = self._surface(gate, mint_id, probes=settings.ops_port is None)
-        self.ops: ASGIApp = Named(create_pages(self.probes.routes()), mint_id)
+        self.app = self._surface(gate, mint_id, ops=settings.ops_port is None)
+        self.ops: ASGIApp = Named(create_pages(self.probes.ops_routes()), mint_id)
 
     def _make_transport(self, keepalive: float, **more: Any) -> Transport:
         return Transport(keepalive=keepalive, tls=self._trust, resolver=self._resolver, **more)
@@ -144,20 +147,21 @@ class Router:
             prepare=self._prepare,
         )
 
-    def _make_probes(self, settings: Settings) -> Probes:
+    def _make_probes(self, settings: Settings, exposition: Exposition) -> Probes:
         required = settings.registry_required == "on"
-        return Probes(self.registry, _collectors(self.metrics), self._lag.silence, required)
+        return Probes(self.registry, exposition, self._lag.silence, required)
 
-    def _make_metrics(self, revision: str, dropped_lines: Callable[[], int]) -> Metrics:
-        return Metrics(
-            lambda: list(self.fleet.models.values()),
+    def _exposition(self, settings: Settings, revision: str, dropped_lines: Callable[[], int]) -> Exposition:
+        families = Families(
+            self.metrics,
             self.registry.status,
             lambda: self.discovery.failures,
             lambda: self.probes.state == "draining",
-            lambda: self._lag.silence(),  # noqa: PLW0108 - it is made only after these, for it writes to them
+            self._lag.silence,
             revision,
             dropped_lines,
         )
+        return Exposition(families, process_collectors(), 0.0 if settings.ops_port is None else _BESIDE)
 
     def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:
         return Gate(
@@ -170,15 +174,14 @@ class Router:
             write_stall=settings.write_stall_timeout,
         )
 
-    def _surface(self, gate: Gate, mint_id: Callable[[], str], probes: bool) -> ASGIApp:
+    def _surface(self, gate: Gate, mint_id: Callable[[], str], ops: bool) -> ASGIApp:
         inference: dict[str, ASGIApp] = {route.path: Inference(route, gate, self.load) for route in INFERENCE_ROUTES}
         if self._tracing is not None:
             inference = {route.path: self._tracing.layer(inference[route.path], route) for route in INFERENCE_ROUTES}
         # Registered a second time so that a wrong method on them is a 405 that says which one is right.
         pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
         pages += Models(self.fleet, self.registry.resolve).routes()
-        if probes:
-            pages += self.probes.routes()
+        pages += self.probes.ops_routes() if ops else self.probes.routes()
         return Surface(inference, Named(Observed(create_pages(pages, self._lifespan), self._observer), mint_id))
 
     def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
@@ -287,13 +290,6 @@ class Router:
 def _heard(transport: httpx.AsyncBaseTransport) -> Callable[[str], float]:
     """When a byte last came from an origin; of one that cannot be asked, the best is believed."""
     return transport.last_read if isinstance(transport, Transport) else lambda origin: math.inf
-
-
-def _collectors(metrics: Metrics) -> CollectorRegistry:
-    collectors = CollectorRegistry()
-    for collector in (metrics, ProcessCollector(registry=None), GCCollector(registry=CollectorRegistry())):
-        collectors.register(collector)
-    return collectors
 
 
 def _health(fleet: Fleet, transport: httpx.AsyncBaseTransport, settings: Settings, rand: random.Random) -> Health:

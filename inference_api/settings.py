@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1, description="listen address")
     port: Port = Field(default=8000, description="listen port")
     ops_port: Port | None = Field(
-        default=None, description="/healthz /readyz /metrics on a port and thread of their own"
+        default=None, description="/metrics, and the probes too, on a port and thread of their own"
     )
     catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
     registry_url: str | None = Field(default=None, description="base URL of the model registry")

@@ -252,7 +252,7 @@ def watch(number: int, host: str, ports: list[int], seen: list[int]) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
-            seen[:] = [httpx.get(f"http://{host}:{port}/readyz", trust_env=False).status_code for port in ports]
+            seen[:] = [httpx.get(f"http://{host}:{port}/metrics", trust_env=False).status_code for port in ports]
         except httpx.TransportError:
             time.sleep(0.02)
         else:

@@ -1,24 +1,25 @@
 """The routes that the router answers itself: models, probes, metrics; and its answers to everything else."""
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inference_api import __version__
 from inference_api.errors import InternalError, MethodNotAllowed, RouterError, UnknownURL, render
 from inference_api.inbound import wire
 from inference_api.inbound.cycle import CYCLE, Cycle
+from inference_api.inbound.negotiation import takes_gzip, wants_openmetrics
 from inference_api.models import Outcome
 from inference_api.observe.observation import Observer
+from inference_api.observe.scrape import Exposition
 from inference_api.outbound.headers import RequestHeaders
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.registry import Registry
@@ -56,8 +57,19 @@ class Models:
         return [Route("/v1/models", self.list_all), Route("/v1/models/{model:path}", self.retrieve)]
 
 
+# Neither counted nor logged: they come every few seconds, and say nothing of the clients.
+_PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics"})
+_TEXT, _OPENMETRICS = (
+    "text/plain; version=0.0.4; charset=utf-8",
+    "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores",
+)
+
+
 class Probes:
     """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers.
+
+    /health and /version are vLLM's, for what was made for an engine; `/` is what a load balancer asks that was told
+    nothing, and means whether requests may come.
 
     `silence`: seconds since the event loop that takes requests came by, None while it need not; on OPS_PORT it is
     another loop that answers, and would say that all is well. `registry_required`: not ready before the registry has
@@ -67,13 +79,13 @@ class Probes:
     def __init__(
         self,
         registry: Registry,
-        collectors: CollectorRegistry,
+        exposition: Exposition,
         silence: Callable[[], float | None] = lambda: None,
         registry_required: bool = False,
     ) -> None:
         self._registry = registry
         self._registry_required = registry_required
-        self._collectors = collectors
+        self._exposition = exposition
         self._silence = silence
         self.state = "starting"
 
@@ -90,16 +102,46 @@ class Probes:
         body = {"status": state, "catalogue": status.source, "models": status.models}
         return JSONResponse(body, 200 if state == "ready" else 503)
 
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
     async def metrics(self, request: Request) -> Response:
-        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encoder(self._collectors), headers={"content-type": content_type})
+        if self._exposition.busy:
+            return Response("Too many scrapes are under way.\n", 503, {"retry-after": "1"}, "text/plain")
+        openmetrics = wants_openmetrics(",".join(request.headers.getlist("accept")))
+        gzip = takes_gzip(",".join(request.headers.getlist("accept-encoding")))
+        headers = {"content-type": _OPENMETRICS if openmetrics else _TEXT, "vary": "accept, accept-encoding"}
+        if gzip:
+            headers["content-encoding"] = "gzip"
+        return Page(self._exposition.page(openmetrics, gzip), headers=headers)
 
     def routes(self) -> list[Route]:
+        """For the clients' port too: balancers check that, and clients ask an engine for them."""
         return [
+            Route("/", self.readyz),
+            Route("/health", self.healthz),
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
-            Route("/metrics", self.metrics),
+            Route("/version", self.version),
         ]
+
+    def ops_routes(self) -> list[Route]:
+        """With what is not for clients, where the operator has a port of their own: names of backends."""
+        return [*self.routes(), Route("/metrics", self.metrics)]
+
+
+class Page(StreamingResponse):
+    """A response that is made while it is sent, and no longer: not without a reader, nor for HEAD."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(pieces, headers=headers)
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._pieces):
+            if scope["method"] == "HEAD":
+                await self._pieces.aclose()
+            await super().__call__(scope, receive, send)
 
 
 class Named:
@@ -152,7 +194,7 @@ class Observed:
         try:
             await self._app(scope, receive, observed_send)
         finally:
-            if path not in ("/healthz", "/readyz", "/metrics"):
+            if path not in _PROBES:
                 cycle: Cycle | None = scope.get("extensions", {}).get(CYCLE)
                 answered = Outcome.OK if seen.status < 400 else Outcome.REFUSED
                 seen.end(answered if cycle is None or cycle.refusal is None else cycle.refusal.tell(seen))

@@ -10,7 +10,7 @@ from inference_api.routing.catalogue import PolicyName
 
 def test_every_replica_has_its_series_and_costs_less_than_half_a_kilobyte() -> None:
     few, many = (fleet_size.scrape(fleet_size.build(1, replicas)) for replicas in (100, 300))
-    assert many.count(b'inference_api_backend_up{backend="') == 300
+    assert many.count(b'inference_api_backend_up{model_name="model-0",backend="') == 300
     assert 300 < (len(many) - len(few)) / 200 < 500
 
 

@@ -16,9 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from starlette.requests import Request
 from starlette.routing import Route
 
+from inference_api import __version__
 from inference_api.app import Router
 from inference_api.inbound.pages import Probes, create_pages
 from inference_api.inbound.server import listen, ops_thread
+from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
@@ -145,14 +147,14 @@ async def test_ten_thousand_models_are_no_more_than_a_long_list(start_engine: St
 
 
 async def test_pages_are_for_reading(served: Served) -> None:
-    for path in ("/v1/models", "/v1/models/m", "/healthz", "/readyz", "/metrics"):
+    for path in ("/v1/models", "/v1/models/m", "/", "/health", "/healthz", "/readyz", "/version", "/metrics"):
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
             answer = await served.client.request(method, path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
             assert answer.headers["allow"] == "GET, HEAD"
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m", "/healthz", "/readyz"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m", "/", "/health", "/healthz", "/readyz", "/version"])
 async def test_head_is_get_without_a_body(path: str, served: Served) -> None:
     head, whole = await served.client.head(path), await served.client.get(path)
 
@@ -170,20 +172,32 @@ async def test_the_process_says_that_it_runs(served: Served) -> None:
     assert answer.headers["x-request-id"]
 
 
+async def test_what_was_made_for_vllm_finds_health_and_version(served: Served) -> None:
+    health, version = [await served.client.get(path) for path in ("/health", "/version")]
+
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
+    assert (version.status_code, version.json()) == (200, {"version": __version__})
+
+
 async def test_readiness_begins_and_ends_with_the_server(tmp_path: Path) -> None:
     settings = Settings(catalogue=tmp_path / "catalogue.yaml")
     settings.catalogue.write_text("models: [{name: a}, {name: b}]")
     router = Router(settings)
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(router.ops), base_url="http://ops") as client:
-        before, alive = await client.get("/readyz"), await client.get("/healthz")
+        alive = await client.get("/healthz")
+        # A load balancer that was told nothing asks for the root.
+        before = [await client.get(path) for path in ("/readyz", "/")]
         async with serving(router, settings):
-            during = await client.get("/readyz")
-        after = await client.get("/readyz")
+            during = [await client.get(path) for path in ("/readyz", "/")]
+        after = [await client.get(path) for path in ("/readyz", "/")]
 
-    assert [answer.status_code for answer in (before, alive, during, after)] == [503, 200, 200, 503]
-    assert [answer.json()["status"] for answer in (before, during, after)] == ["starting", "ready", "draining"]
-    assert during.json() == {"status": "ready", "catalogue": "static", "models": 2}
+    assert [alive.status_code, *(answer.status_code for answer in (*before, *during, *after))] == [
+        200, 503, 503, 200, 200, 503, 503,
+    ]  # fmt: skip
+    told = [answer.json()["status"] for answer in (*before, *during, *after)]
+    assert told == ["starting", "starting", "ready", "ready", "draining", "draining"]
+    assert during[0].json() == {"status": "ready", "catalogue": "static", "models": 2}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +208,9 @@ async def test_a_loop_that_does_not_come_by_is_not_ready_and_then_not_healthy(
     silence: float | None, ready: int, healthy: int
 ) -> None:
     probes = Probes(
-        Registry(Fleet(make_policy), parse_catalogue({"models": []}), None, 15), CollectorRegistry(), lambda: silence
+        Registry(Fleet(make_policy), parse_catalogue({"models": []}), None, 15),
+        Exposition(list, CollectorRegistry()),
+        lambda: silence,
     )
     probes.state = "ready"
 
@@ -266,7 +282,7 @@ async def test_metrics_come_in_the_format_that_is_asked_for(served: Served) -> N
 async def test_probes_are_neither_counted_nor_logged(served: Served) -> None:
     before = await served.metric("inference_api_requests_total", route="other", code="200")
 
-    for path in ("/healthz", "/readyz", "/metrics", "//healthz/"):
+    for path in ("/", "/health", "/healthz", "/readyz", "/metrics", "//healthz/"):
         assert (await get_text(served, path)).startswith("HTTP/1.1 200")
 
     assert served.lines == []
@@ -323,17 +339,17 @@ async def test_no_answer_says_what_serves_it(served: Served, engine: FakeEngine)
 # Pages of a port of their own
 
 
-async def test_the_probes_leave_the_main_port_when_they_have_their_own(start_router: Start) -> None:
+async def test_the_metrics_leave_the_main_port_when_they_have_their_own(start_router: Start) -> None:
     served = await start_router(ops_port=9090)
 
-    on_main = [
-        (await served.client.get(path)).status_code for path in ("/healthz", "/readyz", "/metrics", "/v1/models")
-    ]
+    paths = ("/", "/health", "/healthz", "/readyz", "/version", "/metrics", "/v1/models")
+    on_main = [(await served.client.get(path)).status_code for path in paths]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(served.router.ops), base_url="http://ops") as client:
-        on_ops = [(await client.get(path)).status_code for path in ("/healthz", "/readyz", "/metrics", "/v1/models")]
+        on_ops = [(await client.get(path)).status_code for path in paths]
 
-    assert on_main == [404, 404, 404, 200]
-    assert on_ops == [200, 200, 200, 404]
+    # Who balances the clients' connections checks the port that they come to.
+    assert on_main == [200, 200, 200, 200, 200, 404, 200]
+    assert on_ops == [200, 200, 200, 200, 200, 200, 404]
 
 
 async def test_a_page_that_fails_says_nothing_of_why() -> None:

@@ -168,7 +168,6 @@ async def test_a_large_body_arrives_as_it_was_sent(served: Served, engine: FakeE
 # Paths and methods
 
 ELSEWHERE = [
-    "/",
     "/v1",
     "/v1/chat",
     "/v1/chat/completions/x",
@@ -185,8 +184,6 @@ ELSEWHERE = [
     "/invocations",
     "/server_info",
     "/load",
-    "/version",
-    "/health",
     # And ways around.
     "/v1/%2e%2e/sleep",
     "/v1/../sleep",
@@ -218,6 +215,14 @@ async def test_what_is_not_on_the_list_never_reaches_an_engine(served: Served, e
         refused[path] = (answer.status, error["code"], error["param"])
 
     assert refused == dict.fromkeys(ELSEWHERE, (404, "unknown_url", None))
+    assert engine.requests == []
+
+
+async def test_pages_are_answered_here(served: Served, engine: FakeEngine) -> None:
+    for path in ("/", "/health", "/version", "/metrics"):
+        assert (await served.client.get(path)).status_code == 200
+        assert (await served.client.post(path, json=CHAT)).status_code == 405
+
     assert engine.requests == []
 
 
@@ -460,7 +465,7 @@ class Boom:
 def inference(send: Any, lines: list[Fields]) -> tuple[Inference, Load]:
     fleet = Fleet(make_policy)
     registry = Registry(fleet, parse_catalogue({"models": [{"name": "m"}]}))
-    metrics = Metrics(fleet.models.values, registry.status)
+    metrics = Metrics(lambda: fleet.models)
     load = Load()
     gate = Gate(Observer(metrics, lines.append), registry.resolve, send, RequestHeaders(), lambda: "minted")
     return Inference(INFERENCE_ROUTES[0], gate, load), load

@@ -3,6 +3,7 @@
 import pytest
 
 from inference_api.app import Router
+from inference_api.observe.families import Families
 from inference_api.settings import Settings
 from tests.k8s.chart_values import NAMESPACE
 from tests.k8s.charts import MARKED, every_install, installed, require_helm, values_of
@@ -159,7 +160,7 @@ def test_a_budget_of_none_is_none() -> None:
 
 def test_they_scale_by_a_metric_that_the_router_has() -> None:
     router = Router(Settings())
-    known = {family.name for family in router.metrics.collect()}
+    known = {family.name for family in Families(router.metrics, router.registry.status)()}
     (_, in_flight) = installed("full on 1.37").one("HorizontalPodAutoscaler")["spec"]["metrics"]
     (trigger, _) = installed("keda on 1.37").one("ScaledObject")["spec"]["triggers"]
 

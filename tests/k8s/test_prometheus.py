@@ -45,9 +45,11 @@ async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dic
         engines = [await stack.enter_async_context(serving(served, Settings())) for _ in range(2)]
         tgi = await stack.enter_async_context(ScriptedServer(growing()))
         breaking = await start_engine(either(sse(event(), then=Line.reset), raw(json_response({}, "500 No"))))
+        cutting = await start_engine(cut)
+        # Beside two live replicas a dead one, and one that fails requests but no checks: these are repeated elsewhere.
+        several = [*engines, f"http://127.0.0.1:{free_port()}", cutting.url]
         models = [
-            # A dead replica beside two live ones.
-            {"name": "m", "backends": [{"url": url} for url in (*engines, f"http://127.0.0.1:{free_port()}")]},
+            {"name": "m", "backends": [{"url": url} for url in several]},
             {"name": "breaking", "backends": [{"url": breaking.url}]},
             {"name": "gone", "backends": [{"url": "http://gone.test", "discovery": "dns"}]},
         ]
@@ -74,6 +76,10 @@ async def requests_of_every_kind(router: Any) -> None:
     await router.chat(model="breaking")
     with pytest.raises(httpx.RemoteProtocolError):
         await router.chat(model="breaking", stream=True)
+
+
+async def cut(request: Received, line: Line) -> None:
+    line.reset()
 
 
 def growing() -> Any:

@@ -10,28 +10,30 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack
 from typing import Any
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from inference_api import __version__
 from inference_api.models import Outcome
+from inference_api.observe.exposition import write
+from inference_api.observe.families import Families
 from inference_api.observe.metrics import (
     DURATION_BUCKETS,
     OVERHEAD_BUCKETS,
     TOKEN_BUCKETS,
     TPOT_BUCKETS,
     TTFT_BUCKETS,
-    Histogram,
     Metrics,
 )
+from inference_api.observe.series import Histogram
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
@@ -502,10 +504,10 @@ async def test_faults_are_shown_as_none_before_the_first(start_engine: Start, st
 def test_of_many_models_only_those_that_were_asked_for_show_that_nothing_went_wrong() -> None:
     fleet = Fleet(make_policy)
     fleet.update(parse_catalogue({"models": [{"name": f"model-{number}"} for number in range(1000)]}))
-    metrics = Metrics(fleet.models.values, lambda: RegistryStatus("static", 0, 0.0, {}))
-    none = Scrape(metrics.collect())
+    metrics = Metrics(lambda: fleet.models)
+    none = shown(metrics)
     metrics.request("model-7", "chat_completions", 200, True, 1.0)
-    seen = Scrape(metrics.collect())
+    seen = shown(metrics)
 
     assert none.values("requests_total", "code") == none.values("stream_aborts_total", "reason") == {}
     assert seen.values("requests_total", "code") == {"200": 1, "502": 0, "503": 0, "504": 0}
@@ -536,15 +538,13 @@ async def test_the_last_tick_is_told_while_the_loop_is_there_to_tick(start_route
     seen = await scrape(served)
 
     assert time.time() - 5 < seen("event_loop_last_tick_timestamp_seconds") <= time.time()
-    assert Scrape(metrics_of().collect()).values("event_loop_last_tick_timestamp_seconds", "") == {}
+    assert shown(metrics_of()).values("event_loop_last_tick_timestamp_seconds", "") == {}
 
 
 def test_a_tick_is_as_old_as_the_silence_whatever_the_time_of_day() -> None:
-    metrics = Metrics(
-        lambda: [], lambda: RegistryStatus("static", 0, 0.0, {}), silence=lambda: 40.0, clock=lambda: 1000.0
-    )
+    seen = shown(metrics_of(), silence=lambda: 40.0, clock=lambda: 1000.0)
 
-    assert Scrape(metrics.collect())("event_loop_last_tick_timestamp_seconds") == 960
+    assert seen("event_loop_last_tick_timestamp_seconds") == 960
 
 
 async def test_probes_are_not_requests(start_router: Start) -> None:
@@ -737,6 +737,38 @@ async def test_a_model_that_left_takes_its_series_along(start_engine: Start, sta
     assert seen("requests_total", model_name="unknown") == 2
 
 
+async def test_what_ends_after_its_model_or_backend_has_left_brings_no_series_back(
+    start_engine: Start, start_router: Start
+) -> None:
+    engines = [await start_engine(lively) for _ in range(3)]
+
+    async def registry(request: Received, line: Line) -> None:
+        entries = [{"name": name, "backends": [{"url": engine.url}]} for name, engine in listed.items()]
+        await line.send(json_response({"models": entries}))
+
+    listed = {"gone": engines[0], "moved": engines[1], "back": engines[0]}
+    async with ScriptedServer(registry) as server, AsyncExitStack() as stack:
+        served = await start_router(registry_url=server.url)
+        for model in listed:
+            client = await stack.enter_async_context(raw_client(served.port))
+            await client.send(post("/v1/chat/completions", STREAM | {"model": model, "user": "stay"}))
+            await client.reader.readuntil(b"data: ")
+        for listed in ({"moved": engines[2]}, {"moved": engines[2], "back": engines[0]}):  # noqa: B007
+            await served.router.registry.refresh()
+        before = await scrape(served)
+    await settle(served, 3)
+    seen = await scrape(served)
+
+    assert {line["model"] for line in served.lines} == {"gone", "moved", "back"}
+    assert {sample.labels.get("model_name") for sample in seen.samples} == {None, "unknown", "moved", "back"}
+    old = engines[1].url.removeprefix("http://")
+    assert old not in {sample.labels.get("backend") for sample in (*before.samples, *seen.samples)}
+    # What is there is counted, also of what had left in between.
+    for model in ("moved", "back"):
+        assert seen("requests_total", model_name=model, code="499") == 1
+        assert seen("stream_aborts_total", model_name=model, reason="client_disconnect") == 1
+
+
 async def test_the_registry_and_the_build_are_shown(start_router: Start) -> None:
     served = await start_router(models=[{"name": "a"}, {"name": "b"}], registry_url="http://127.0.0.1:9")
     await served.router.registry.refresh()
@@ -752,8 +784,16 @@ async def test_the_registry_and_the_build_are_shown(start_router: Start) -> None
 # By itself
 
 
-def metrics_of() -> Metrics:
-    return Metrics(lambda: [], lambda: RegistryStatus("static", 0, 0.0, {}))
+def metrics_of(*names: str) -> Metrics:
+    """Of a fleet of these models, each with a backend of its name."""
+    fleet = Fleet(make_policy)
+    fleet.update(parse_catalogue({"models": [{"name": n, "backends": [{"url": f"http://{n}"}]} for n in names]}))
+    return Metrics(lambda: fleet.models)
+
+
+def shown(metrics: Metrics, **sources: Any) -> Scrape:
+    families = Families(metrics, lambda: RegistryStatus("static", 0, 0.0, {}), **sources)
+    return Scrape(parse_text("".join(write(families()))))
 
 
 @given(st.lists(st.floats(0, 1000, allow_nan=False), max_size=50))
@@ -762,23 +802,23 @@ def test_a_histogram_counts_what_is_at_most_its_bound(values: list[float]) -> No
     for value in values:
         histogram.observe(value)
 
-    for bound, count in histogram.cumulative():
-        assert count == sum(value <= float(bound) for value in values)
-    assert histogram.cumulative()[-1] == ("+Inf", len(values))
+    for bound, count in zip(TPOT_BUCKETS, histogram.cumulative(), strict=False):
+        assert count == sum(value <= bound for value in values)
+    assert histogram.cumulative()[-1] == len(values)
     assert histogram.sum == pytest.approx(sum(values))
 
 
 def test_a_scrape_on_another_thread_survives_new_series() -> None:
     """As on OPS_PORT, where /metrics has a thread of its own."""
-    metrics, collectors = metrics_of(), CollectorRegistry()
-    collectors.register(metrics)
+    names = [f"m{number}" for number in range(200)]
+    metrics = metrics_of(*names)
     failures: list[Exception] = []
     done = threading.Event()
 
     def scrape_on() -> None:
         try:
             while not done.is_set():
-                generate_latest(collectors)
+                shown(metrics)
         except Exception as exc:
             failures.append(exc)
 
@@ -786,8 +826,7 @@ def test_a_scrape_on_another_thread_survives_new_series() -> None:
     sys.setswitchinterval(1e-6)
     scraper = threading.Thread(target=scrape_on)
     scraper.start()
-    for number in range(200):
-        name = f"m{number}"
+    for name in names:
         metrics.request(name, "chat_completions", 200, False, 0.1)
         metrics.first_token(name, "chat_completions", 0.1)
         metrics.tokens(name, "input", 1)
@@ -803,7 +842,7 @@ def test_a_scrape_on_another_thread_survives_new_series() -> None:
 
 def test_a_scrape_survives_what_a_garbage_collection_lets_happen() -> None:
     """A thread switch in the middle of reading a series, made certain."""
-    metrics = metrics_of()
+    metrics = metrics_of("m", "n")
     numbers = itertools.count()
 
     def another(phase: str, info: dict[str, int]) -> None:
@@ -817,7 +856,7 @@ def test_a_scrape_survives_what_a_garbage_collection_lets_happen() -> None:
     gc.callbacks.append(another)
     gc.set_threshold(1)
     try:
-        seen = Scrape(metrics.collect())
+        seen = shown(metrics)
     finally:
         gc.set_threshold(*thresholds)
         gc.callbacks.remove(another)
@@ -827,20 +866,21 @@ def test_a_scrape_survives_what_a_garbage_collection_lets_happen() -> None:
 
 
 def test_a_label_cannot_break_a_line() -> None:
-    metrics, collectors = metrics_of(), CollectorRegistry()
-    collectors.register(metrics)
-    evil = 'a"}\n\\b{le="1'
-    metrics.tokens(evil, "input", 1)
+    evil = 'a"}\n\\b{le="1 %s%%'
+    metrics = metrics_of()
+    metrics.retry("unknown", evil)
+    metrics.tokens("unknown", evil, 1)
+    seen = shown(metrics)
 
-    seen = Scrape(parse_text(generate_latest(collectors).decode()))
-    assert seen.values("tokens_total", "model_name") == {evil: 1}
+    assert seen.values("retries_total", "reason") == {evil: 1}
+    assert seen.values("request_tokens_count", "type") == {evil: 1}
 
 
 def test_a_stream_that_ended_well_is_no_abort() -> None:
-    metrics = metrics_of()
+    metrics = metrics_of("m")
     for outcome in Outcome:
         metrics.stream_ended("m", outcome)
-    seen = Scrape(metrics.collect())
+    seen = shown(metrics)
 
     assert seen.values("stream_aborts_total", "reason") == {
         "client_disconnect": 1,
@@ -856,19 +896,19 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
 
 def test_a_failed_check_of_an_address_counts_for_each_of_its_models() -> None:
     fleet = Fleet(make_policy)
-    metrics = Metrics(lambda: list(fleet.models.values()), lambda: RegistryStatus("static", 0, 0.0, {}))
+    metrics = Metrics(lambda: fleet.models)
     models = [{"name": name, "backends": [{"url": "http://a"}]} for name in ("m", "n")]
     fleet.update(parse_catalogue({"models": models}))
 
     metrics.probe_failed(fleet.origins["http://a"], "health")
 
-    scrape = Scrape(metrics.collect())
+    scrape = shown(metrics)
     assert [scrape("backend_probe_failures_total", model_name=name, kind="health") for name in ("m", "n")] == [1, 1]
 
 
 def test_failed_checks_are_forgotten_with_the_replica() -> None:
     fleet = Fleet(make_policy)
-    metrics = Metrics(lambda: list(fleet.models.values()), lambda: RegistryStatus("static", 0, 0.0, {}))
+    metrics = Metrics(lambda: fleet.models)
     listed = {"name": "m", "backends": [{"url": "http://a"}, {"url": "http://b"}]}
 
     def take(entry: dict[str, Any]) -> Backend:
@@ -877,11 +917,11 @@ def test_failed_checks_are_forgotten_with_the_replica() -> None:
         return fleet.models["m"].backends[-1]
 
     metrics.probe_failed(take(listed).origin, "health")
-    assert Scrape(metrics.collect())("backend_probe_failures_total", backend="b", kind="health") == 1
+    assert shown(metrics)("backend_probe_failures_total", backend="b", kind="health") == 1
     take(listed)
-    assert Scrape(metrics.collect())("backend_probe_failures_total") == 1
+    assert shown(metrics)("backend_probe_failures_total") == 1
 
     take({"name": "m", "backends": [{"url": "http://a"}]})
     take(listed)
 
-    assert Scrape(metrics.collect()).values("backend_probe_failures_total", "backend") == {"a": 0, "b": 0}
+    assert shown(metrics).values("backend_probe_failures_total", "backend") == {"a": 0, "b": 0}

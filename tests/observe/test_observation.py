@@ -7,9 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from inference_api.models import Outcome, Reply
+from inference_api.observe.exposition import write
+from inference_api.observe.families import Families
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observation, Observer
@@ -65,7 +67,7 @@ class Bench:
         fleet = Fleet(make_policy)
         fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [{"url": "http://a:8000"}]}]}))
         self.model: Model = fleet.models["m"]
-        self.metrics = Metrics(lambda: [self.model], lambda: RegistryStatus("static", 1, 0.0, {}))
+        self.metrics = Metrics(lambda: fleet.models)
         self.observer = Observer(self.metrics, self.lines.append, clock=lambda: self.now)
 
     def begin(self, *, stream: bool = False) -> Observation:
@@ -80,7 +82,8 @@ class Bench:
         seen.start(status, [])
 
     def value(self, name: str) -> float:
-        families: list[Metric] = list(self.metrics.collect())
+        page = "".join(write(Families(self.metrics, lambda: RegistryStatus("static", 1, 0.0, {}))()))
+        families = parse_text(page)
         return sum(s.value for family in families for s in family.samples if s.name == f"inference_api_{name}")
 
 

@@ -738,7 +738,7 @@ async def test_an_added_tap_is_told_of_the_end(script: Any, start_engine: Start,
 def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
     fleet = Fleet(make_policy)
     fleet.update({"m": CatalogueEntry(name="m", backends=(BackendEntry(url=url),))})
-    observer = Observer(Metrics(lambda: [], lambda: None), None)  # type: ignore[arg-type, return-value]
+    observer = Observer(Metrics(lambda: fleet.models), None)
     forward = Forward(transport, Limits())
     gate = Gate(observer, lambda name: fleet.by_name[name], forward, RequestHeaders(), lambda: "minted", lambda: (tap,))
     return Inference(ROUTES["chat_completions"], gate, Load())

@@ -1,0 +1,49 @@
+"""What a scraper takes: the format and the coding that its Accept and Accept-Encoding prefer (RFC 9110 12.5). Pure."""
+
+import re
+from collections.abc import Iterator
+
+_WEIGHT = re.compile(r"0(?:\.\d{0,3})?|1(?:\.0{0,3})?")
+_OPENMETRICS = "application/openmetrics-text"
+_TEXT = "text/plain"
+# Where both are wanted as much, the range that names a format counts more than one that includes it.
+_ANY = {_OPENMETRICS: ("application/*", "*/*"), _TEXT: ("text/*", "*/*")}
+
+
+def wants_openmetrics(accept: str) -> bool:
+    """Rather than Prometheus' text format, which is also for those who take neither."""
+    ranges = list(_ranges(accept))
+    openmetrics, text = _rank(ranges, _OPENMETRICS), _rank(ranges, _TEXT)
+    return openmetrics[0] > 0 and openmetrics > text
+
+
+def takes_gzip(accept_encoding: str) -> bool:
+    """Whether an answer may be compressed, and is not rather wanted as it is."""
+    weights = {name: weight for name, _, weight in _ranges(accept_encoding)}
+    gzip = weights.get("gzip", weights.get("*", 0.0))
+    return gzip > 0 and gzip >= weights.get("identity", 0.0)
+
+
+def _rank(ranges: list[tuple[str, str | None, float]], name: str) -> tuple[float, int, int]:
+    """(weight, how exactly it is named, how early): the more, the better. Only the most exact ranges count."""
+    found = []
+    for place, (media, version, weight) in enumerate(ranges):
+        if media == name and (name == _TEXT or version in (None, "1.0.0")):
+            found.append((2, -place, weight))
+        elif media in _ANY[name]:
+            found.append((1 - _ANY[name].index(media), -place, weight))
+    if not found:
+        return (0.0, 0, 0)
+    exactness = max(found)[0]
+    weight, place = max((weight, place) for exact, place, weight in found if exact == exactness)
+    return (weight, exactness, place)
+
+
+def _ranges(header: str) -> Iterator[tuple[str, str | None, float]]:
+    """(name, its version, its weight) of each element; those with a weight that is none are left out."""
+    for element in header.split(","):
+        name, *parameters = [part.strip().lower() for part in element.split(";")]
+        values = dict(parameter.partition("=")[::2] for parameter in parameters)
+        weight = values.get("q", "1").strip()
+        if name and _WEIGHT.fullmatch(weight):
+            yield name, values.get("version"), float(weight)

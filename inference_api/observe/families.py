@@ -1,0 +1,251 @@
+"""What a scrape shows: the numbers of `metrics`, and what the rest of the router is asked at that moment."""
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from inference_api import __version__
+from inference_api.observe.exposition import Family
+from inference_api.observe.exposition import Series as Shown
+from inference_api.observe.metrics import ABORTS, UNKNOWN, Metrics
+from inference_api.observe.series import Count, Histogram, Series
+from inference_api.routing.backend import Backend
+from inference_api.routing.gauges import Reading
+from inference_api.routing.registry import RegistryStatus
+
+# Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first of them.
+_OF_A_MODEL = ("overload", "no_backend")
+_OF_NO_MODEL = ("overload", "unknown_model", "too_large")
+# So are these, and why a stream was aborted: of each model, route and kind of request that has been seen, and of chat
+# from the start, for the first burst of a new pod may well be of errors. In a catalogue of more models than this most
+# are never asked for here, and their zeros would be most of what is scraped: there each has to be seen first.
+_FAULTS = (502, 503, 504)
+_FEW_MODELS = 100
+_CHAT = "chat_completions"
+_BY_ROUTE = ("model_name", "route")
+_BY_BACKEND = ("model_name", "backend")
+
+
+class Families:
+    """Every family, made anew for each scrape; its series are looked up while they are read.
+
+    May be read on a thread of its own (OPS_PORT): whatever is asked here has to bear that.
+
+    `discovery`: look-ups that were of no use, by reason. `draining`: whether the process has been asked to stop.
+    `silence`: seconds since the event loop last came by, None if it need not. `revision`: of the source that was built.
+    `dropped_lines`: of the log, that could not be written. `clock`: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        registry: Callable[[], RegistryStatus],
+        discovery: Callable[[], Mapping[str, int]] = dict,
+        draining: Callable[[], bool] = bool,
+        silence: Callable[[], float | None] = lambda: None,
+        revision: str = "",
+        dropped_lines: Callable[[], int] = int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._metrics = metrics
+        self._registry = registry
+        self._discovery = discovery
+        self._draining = draining
+        self._silence = silence
+        self._revision = revision
+        self._dropped_lines = dropped_lines
+        self._clock = clock
+
+    def __call__(self) -> Iterator[Family]:
+        yield from self._of_requests()
+        yield from self._of_tokens()
+        yield from self._of_attempts()
+        yield from self._of_backends()
+        yield from self._of_load()
+        yield from self._of_registry()
+        yield from self._of_process()
+
+    def _of_requests(self) -> Iterator[Family]:
+        metrics = self._metrics
+        text = "Requests answered, or given up."
+        yield _counter("requests", text, ("model_name", "route", "code", "stream"), self._requests())
+        text = "Seconds from the request head to the end of the answer."
+        durations = (
+            ((model, route, _flag(stream), code_class), histogram)
+            for (model, route, stream, code_class), histogram in metrics.durations.snapshot().items()
+        )
+        yield _seconds("request_duration", text, ("model_name", "route", "stream", "code_class"), durations)
+        text = "Seconds from the whole request to its first attempt."
+        yield _seconds("overhead", text, ("route",), metrics.overheads.snapshot().items())
+        in_flight = (((name,), model.in_flight) for name, model in self._metrics.fleet().items())
+        yield _gauge("requests_in_flight", "Requests whose answer has not ended.", ("model_name",), in_flight)
+        text = "Requests turned away, by why."
+        yield _counter("rejected_requests", text, ("model_name", "reason"), self._rejections())
+
+    def _requests(self) -> Iterator[Shown]:
+        seen = self._metrics.requests.snapshot()
+        for (model, route, code, stream), cell in seen.items():
+            yield (model, route, str(code), _flag(stream)), cell.count
+        for model, route, stream in self._asked_for(seen):
+            for code in _FAULTS:
+                zero = None if (model, route, code, stream) in seen else 0
+                yield (model, route, str(code), _flag(stream)), zero
+
+    def _asked_for(self, seen: Iterable[tuple[str, str, int, bool]]) -> Iterator[tuple[str, str, bool]]:
+        """The (model, route, stream) for which there is to be a 0 where nothing has gone wrong."""
+        told = set()
+        for model, route, _, stream in seen:
+            if model != UNKNOWN and (model, route, stream) not in told:
+                told.add((model, route, stream))
+                yield model, route, stream
+        names = self._metrics.fleet()
+        if len(names) <= _FEW_MODELS:
+            chats = ((name, _CHAT, stream) for name in names for stream in (False, True))
+            yield from (chat for chat in chats if chat not in told)
+
+    def _aborts(self) -> Iterator[Shown]:
+        seen = self._metrics.aborts.snapshot()
+        yield from ((labels, cell.count) for labels, cell in seen.items())
+        told = set()
+        for model, _, _ in self._asked_for(self._metrics.requests.snapshot()):
+            if model not in told:
+                told.add(model)
+                yield from _zeros(model, dict.fromkeys(ABORTS.values()), seen)
+
+    def _rejections(self) -> Iterator[Shown]:
+        seen = self._metrics.rejections.snapshot()
+        yield from ((labels, cell.count) for labels, cell in seen.items())
+        expected = {UNKNOWN: _OF_NO_MODEL} | dict.fromkeys(self._metrics.fleet(), _OF_A_MODEL)
+        for model, reasons in expected.items():
+            yield from _zeros(model, reasons, seen)
+
+    def _of_tokens(self) -> Iterator[Family]:
+        metrics = self._metrics
+        text = "Seconds to the first byte of a streamed answer."
+        yield _seconds("time_to_first_token", text, _BY_ROUTE, metrics.first_tokens.snapshot().items())
+        text = "Seconds per token after the first, if known."
+        yield _seconds("time_per_output_token", text, _BY_ROUTE, metrics.per_tokens.snapshot().items())
+        text = "Tokens by `usage`; output_estimate counts streamed events."
+        kinds = ("model_name", "type")
+        counts = ((labels, histogram.sum) for labels, histogram in metrics.token_counts.snapshot().items())
+        yield _counter("tokens", text, kinds, counts)
+        text = "Tokens of one request."
+        yield Family("histogram", "inference_api_request_tokens", text, kinds, metrics.token_counts.snapshot().items())
+        text = "Answers that broke after a good head."
+        yield _counter("stream_aborts", text, ("model_name", "reason"), self._aborts())
+
+    def _of_attempts(self) -> Iterator[Family]:
+        metrics = self._metrics
+        text = "Attempts, by how they ended."
+        yield _counter("upstream_attempts", text, (*_BY_BACKEND, "outcome"), _counts(metrics.attempts))
+        text = "Attempts repeated, and requests that were not because the budget was spent or they are poison."
+        yield _counter("retries", text, ("model_name", "reason"), _counts(metrics.retries))
+
+    def _of_backends(self) -> Iterator[Family]:
+        text = "Attempts whose answer has not ended."
+        yield _gauge("backend_in_flight", text, _BY_BACKEND, self._each(lambda backend: backend.in_flight))
+        text = "1: it passes its health checks and is not stuck."
+        yield _gauge("backend_up", text, _BY_BACKEND, self._each(lambda backend: backend.origin.up))
+        text = "1: failures keep all requests but a probe from it."
+        opened = self._each(lambda backend: backend.origin.opened is not None)
+        yield _gauge("backend_circuit_open", text, _BY_BACKEND, opened)
+        text = "1: the backend says that it sleeps, so no request goes to it."
+        yield _gauge("backend_asleep", text, _BY_BACKEND, self._each(lambda backend: backend.origin.asleep))
+        text = "Times a backend failed a health check, or did not tell its metrics."
+        yield _counter("backend_probe_failures", text, (*_BY_BACKEND, "kind"), self._probe_failures())
+        text = "1: more than half of its backends are out, so all are used."
+        panic = (((name,), model.panic) for name, model in self._metrics.fleet().items())
+        yield _gauge("panic_mode", text, ("model_name",), panic)
+
+    def _backends(self) -> Iterator[Backend]:
+        return (backend for model in self._metrics.fleet().values() for backend in model.backends)
+
+    def _each(self, value: Callable[[Backend], float | None]) -> Iterator[Shown]:
+        return (((backend.model, backend.label), value(backend)) for backend in self._backends())
+
+    def _probe_failures(self) -> Iterator[Shown]:
+        seen = self._metrics.probe_failures.snapshot()
+        for backend in self._backends():
+            health, scrapes = ((backend.model, backend.label, kind) for kind in ("health", "metrics"))
+            yield health, seen[health].count if health in seen else 0
+            yield scrapes, seen[scrapes].count if scrapes in seen else None
+
+    def _of_load(self) -> Iterator[Family]:
+        def told(value: Callable[[Reading], float | None]) -> Iterator[Shown]:
+            return self._each(lambda backend: _of(backend.origin.reading, value))
+
+        text = "Requests the backend says it works on."
+        yield _gauge("backend_running_requests", text, _BY_BACKEND, told(lambda reading: reading.running))
+        text = "Requests the backend says it has waiting."
+        yield _gauge("backend_queue_depth", text, _BY_BACKEND, told(lambda reading: reading.waiting))
+        text = "Used share of the backend's KV cache."
+        yield _gauge("backend_kv_cache_usage_ratio", text, _BY_BACKEND, told(lambda reading: reading.kv_cache))
+        text = "When the backend last told its load, in Unix seconds."
+        scraped = self._each(lambda backend: backend.origin.scraped or None)
+        yield _gauge("backend_last_scrape_timestamp_seconds", text, _BY_BACKEND, scraped)
+
+    def _of_registry(self) -> Iterator[Family]:
+        status = self._registry()
+        text = "Models that can be named, by where the catalogue came from."
+        sources = ("registry", "stale", "static")
+        models = (((source,), status.models if source == status.source else 0) for source in sources)
+        yield _gauge("registry_models", text, ("source",), models)
+        text = "When the registry last answered; 0: never."
+        yield _gauge("registry_last_success_timestamp_seconds", text, (), _alone(status.last_success))
+        text = "Looks at the registry that failed."
+        yield _counter("registry_sync_failures", text, ("reason",), _reasons(status.failures))
+        text = "Look-ups of backends' host names that were of no use."
+        yield _counter("discovery_failures", text, ("reason",), _reasons(self._discovery()))
+
+    def _of_process(self) -> Iterator[Family]:
+        text = "1: the process has been asked to stop, and ends what it has in flight."
+        yield _gauge("draining", text, (), _alone(self._draining()))
+        text = "Seconds by which the event loop was late for a timer."
+        yield _seconds("event_loop_lag", text, (), _alone(self._metrics.loop_lag))
+        text = "When the event loop last came by, in Unix seconds."
+        silence = self._silence()
+        # From a clock that nobody sets, so that a step of the other one is no hang.
+        ticked = () if silence is None else _alone(self._clock() - silence)
+        yield _gauge("event_loop_last_tick_timestamp_seconds", text, (), ticked)
+        text = "Lines of the log that could not be written in time."
+        yield _counter("log_lines_dropped", text, (), _alone(self._dropped_lines()))
+        text = "Always 1; the labels say what runs."
+        built = [((__version__, self._revision, platform.python_version()), 1)]
+        yield _gauge("build_info", text, ("version", "revision", "python_version"), built)
+
+
+def _counter(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
+    return Family("counter", f"inference_api_{name}", text, labels, series)
+
+
+def _gauge(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
+    return Family("gauge", f"inference_api_{name}", text, labels, series)
+
+
+def _seconds(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
+    return Family("histogram", f"inference_api_{name}_seconds", text, labels, series)
+
+
+def _alone(value: float | Histogram) -> list[Shown]:
+    return [((), value)]
+
+
+def _counts(series: Series[Any, Count]) -> Iterator[Shown]:
+    return ((labels, cell.count) for labels, cell in series.snapshot().items())
+
+
+def _reasons(counts: Mapping[str, int]) -> Iterator[Shown]:
+    return (((reason,), count) for reason, count in dict(counts).items())
+
+
+def _zeros(model: str, reasons: Iterable[str], seen: Mapping[tuple[str, str], Count]) -> Iterator[Shown]:
+    return (((model, reason), None if (model, reason) in seen else 0) for reason in reasons)
+
+
+def _of(reading: Reading | None, value: Callable[[Reading], float | None]) -> float | None:
+    return None if reading is None else value(reading)
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,0 +1,70 @@
+"""What the numbers of a metric are kept in: a cell for each set of labels that has been seen."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Count:
+    """A number that grows."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Histogram:
+    """Counts per bucket, and the sum."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[int]:
+        """How many are at most each bound, and at last how many there are."""
+        return list(accumulate(self.counts))
+
+
+class Series(dict[K, V], Generic[K, V]):
+    """Cells by labels, made when they are first asked for.
+
+    `keep`: whether the labels may have one. Others get a cell that nobody sees: what ends after its model has left
+    the catalogue must not bring the series back.
+    """
+
+    def __init__(self, make: Callable[[K], V], keep: Callable[[K], bool] = lambda key: True) -> None:
+        super().__init__()
+        self._make = make
+        self._keep = keep
+
+    def __missing__(self, key: K) -> V:
+        cell = self._make(key)
+        if self._keep(key):
+            self[key] = cell
+        return cell
+
+    def forget(self, keep: Callable[[K], bool] | None = None) -> None:
+        """Drop the cells that would not be kept any more. `keep`: a quicker way to the same answer."""
+        keep = keep or self._keep
+        for key in [key for key in self if not keep(key)]:
+            del self[key]
+
+    def snapshot(self) -> dict[K, V]:
+        """For a scrape, which may run on a thread of its own (OPS_PORT) while the event loop adds a cell.
+
+        A dict is copied in one go. A list of its items is not: it makes a tuple for each, that may start a garbage
+        collection, and that may let the other thread run.
+        """
+        return dict(self)
