@@ -189,8 +189,8 @@ class TwoReported(TwoChoices[R]):
 
 class PrefixAffinity(Generic[R]):
     """Consistent hashing with bounded loads: equal keys meet the same replica, and so its prefix cache, unless it is
-    full; then the one that its keys would go to if it left. Routers agree without talking, and a replica that comes or goes moves only
-    its own share of the keys.
+    full; then the one that its keys would go to if it left. Routers agree without talking, and a replica that comes or
+    goes moves only its own share of the keys.
 
     With s its share of all that is in flight, this request included, a replica is full at `_BOUND` s + `_NOISE`
     sqrt(s), rounded up. An idle home needs no total. Otherwise it is counted, and from `_COUNTED` replicas on only once
