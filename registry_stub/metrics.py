@@ -4,13 +4,14 @@ import platform
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_api import __version__
+from inference_api.inbound.negotiation import OPENMETRICS, TEXT, wants_openmetrics
 
 _METHODS = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 _ROUTES = {"/models": "models", "/models/": "models", "/healthz": "healthz", "/metrics": "metrics"}
@@ -42,8 +43,9 @@ class Metrics:
         build.labels(__version__, platform.python_version()).set(1)
 
     async def page(self, request: Request) -> Response:
-        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encoder(self._registry), headers={"content-type": content_type})
+        openmetrics = wants_openmetrics(",".join(request.headers.getlist("accept")))
+        write: Callable[[CollectorRegistry], bytes] = generate_openmetrics if openmetrics else generate_latest
+        return Response(write(self._registry), headers={"content-type": OPENMETRICS if openmetrics else TEXT})
 
 
 class Counted:

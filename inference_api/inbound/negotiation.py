@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterator
 
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"
+
 _WEIGHT = re.compile(r"0(?:\.\d{0,3})?|1(?:\.0{0,3})?")
 _OPENMETRICS = "application/openmetrics-text"
 _TEXT = "text/plain"

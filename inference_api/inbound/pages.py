@@ -16,7 +16,7 @@ from inference_api import __version__
 from inference_api.errors import InternalError, MethodNotAllowed, RouterError, UnknownURL, render
 from inference_api.inbound import wire
 from inference_api.inbound.cycle import CYCLE, Cycle
-from inference_api.inbound.negotiation import takes_gzip, wants_openmetrics
+from inference_api.inbound.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
 from inference_api.models import Outcome
 from inference_api.observe.observation import Observer
 from inference_api.observe.scrape import Exposition
@@ -59,10 +59,6 @@ class Models:
 
 # Neither counted nor logged: they come every few seconds, and say nothing of the clients.
 _PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics"})
-_TEXT, _OPENMETRICS = (
-    "text/plain; version=0.0.4; charset=utf-8",
-    "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores",
-)
 
 
 class Probes:
@@ -110,7 +106,7 @@ class Probes:
             return Response("Too many scrapes are under way.\n", 503, {"retry-after": "1"}, "text/plain")
         openmetrics = wants_openmetrics(",".join(request.headers.getlist("accept")))
         gzip = takes_gzip(",".join(request.headers.getlist("accept-encoding")))
-        headers = {"content-type": _OPENMETRICS if openmetrics else _TEXT, "vary": "accept, accept-encoding"}
+        headers = {"content-type": OPENMETRICS if openmetrics else TEXT, "vary": "accept, accept-encoding"}
         if gzip:
             headers["content-encoding"] = "gzip"
         return Page(self._exposition.page(openmetrics, gzip), headers=headers)

@@ -56,6 +56,20 @@ def test_the_first_scrape_has_the_models_and_the_build(client: httpx.Client) -> 
     assert "process_resident_memory_bytes" in client.get("/metrics").text
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("application/openmetrics-text", "application/openmetrics-text"),
+        ("application/openmetrics-text;q=0", "text/plain"),
+    ],
+)
+def test_a_scraper_gets_the_format_that_it_takes(client: httpx.Client, accept: str, kind: str) -> None:
+    answer = client.get("/metrics", headers={"accept": accept})
+
+    assert answer.headers["content-type"].startswith(f"{kind}; version=")
+    assert answer.text.endswith("# EOF\n") == (kind != "text/plain")
+
+
 @pytest.mark.anyio
 async def test_what_ends_without_an_answer_is_a_500(store: Store) -> None:
     metrics = Metrics(lambda: 0)
