@@ -31,6 +31,8 @@ class Outcome(StrEnum):
     DRAIN_TIMEOUT = "drain_timeout"
     TRUNCATED = "truncated"
     ERROR_EVENT = "error_event"
+    # The engine ended the generation early, and said so in the place of a reason to stop.
+    ABORTED = "aborted"
     SHED = "shed"
     NO_BACKEND = "no_backend"
     # The request never reached a backend: it was refused as invalid, or the router itself failed.
@@ -84,6 +86,8 @@ class Route(NamedTuple):
     repeatable: bool = True
     # What the last event of a complete stream says; () when the route has no such mark.
     end_marks: tuple[bytes, ...] = ()
+    # Where every event has a type: what the types of those that carry a token end with, as they are written in JSON.
+    token_type: bytes = b""
 
 
 class Call(NamedTuple):
@@ -105,6 +109,18 @@ class Call(NamedTuple):
     lines: bytes | None = None
     # Where the model's name is in the body, quotes included, if somebody has looked.
     model_at: tuple[int, int] | None = None
+
+
+class Usage(NamedTuple):
+    """The tokens of one answer as its engine counted them, in one shape for all APIs; None: it did not say.
+
+    `input_tokens` includes those that were in the engine's cache.
+    """
+
+    input_tokens: int | None = None
+    cached_input_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 class Reply:

@@ -36,8 +36,8 @@ INFERENCE_ROUTES = (
     Route("/v1/completions", "completions", _COMPLETION, end_marks=(b"[DONE]",)),
     Route("/v1/embeddings", "embeddings", _EMBEDDING),
     # May store what it made: never sent twice.
-    Route("/v1/responses", "responses", _RESPONSES, repeatable=False, end_marks=_RESPONSE_ENDS),
-    Route("/v1/messages", "messages", _CHAT, end_marks=(b"message_stop",)),
+    Route("/v1/responses", "responses", _RESPONSES, False, False, _RESPONSE_ENDS, token_type=b'.delta"'),
+    Route("/v1/messages", "messages", _CHAT, end_marks=(b"message_stop",), token_type=b'"content_block_delta"'),
     Route("/v1/messages/count_tokens", "count_tokens", _CHAT),
     Route("/v1/rerank", "rerank", _RERANK),
     Route("/rerank", "rerank", _RERANK),

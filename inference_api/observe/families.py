@@ -122,11 +122,11 @@ class Families:
 
     def _of_tokens(self) -> Iterator[Family]:
         metrics = self._metrics
-        text = "Seconds to the first byte of a streamed answer."
+        text = "Seconds to the first token of a streamed answer."
         yield _seconds("time_to_first_token", text, _BY_ROUTE, metrics.first_tokens.snapshot().items())
         text = "Seconds per token after the first, if known."
         yield _seconds("time_per_output_token", text, _BY_ROUTE, metrics.per_tokens.snapshot().items())
-        text = "Tokens by `usage`; output_estimate counts streamed events."
+        text = "Tokens by `usage`; output_estimate counts events with a token."
         kinds = ("model_name", "type")
         counts = ((labels, histogram.sum) for labels, histogram in metrics.token_counts.snapshot().items())
         yield _counter("tokens", text, kinds, counts)

@@ -30,6 +30,7 @@ ABORTS = {
     Outcome.PROTOCOL_ERROR: "upstream_reset",
     Outcome.TRUNCATED: "truncated",
     Outcome.ERROR_EVENT: "error_event",
+    Outcome.ABORTED: "aborted",
     Outcome.IDLE_TIMEOUT: "idle_timeout",
     Outcome.TOTAL_TIMEOUT: "deadline",
     Outcome.DRAIN_TIMEOUT: "shutdown",

@@ -1,7 +1,7 @@
 """What is noted about one request from its head to the end of its answer: the tap that feeds metrics and access log."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +10,10 @@ from inference_api.models import Outcome, RawHeaders, Reply
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.outbound.relay import Relay
+from inference_api.outbound.usage import Counts, counts
 from inference_api.routing.backend import Model
+
+_UNKNOWN: Counts = (None, None, None, None)
 
 
 class Observer:
@@ -65,7 +68,8 @@ class Observation:
         self.attempts = 0
         self.body_bytes = 0
         self.events = 0
-        self.usage: dict[str, Any] | None = None
+        # As the engine reported it; `usage_of` reads it.
+        self.usage: Mapping[str, Any] | None = None
 
     def received(self) -> None:
         """The rest of the body took its time to come; that time is not the router's."""
@@ -141,26 +145,25 @@ class Observation:
         if self._observer.access_log is not None:
             self._observer.access_log(self._line(outcome, status, took, first, tokens))
 
-    def _count_tokens(self, took: float, first: float | None) -> tuple[int | None, int | None]:
+    def _count_tokens(self, took: float, first: float | None) -> Counts:
         metrics, usage = self._observer.metrics, self.usage
         if usage is None:
             if self.events:
                 metrics.tokens(self.model_name, "output_estimate", self.events)
-            return None, None
-        # OpenAI's names, then those of the Responses and Messages APIs.
-        prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
-        completion = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+            return _UNKNOWN
+        tokens = prompt, cached, completion, _ = counts(usage)
         if prompt:
             metrics.tokens(self.model_name, "input", prompt)
+        if cached:
+            metrics.tokens(self.model_name, "cached_input", cached)
         if completion:
             metrics.tokens(self.model_name, "output", completion)
             if first is not None and completion > 1:
                 metrics.per_token(self.model_name, self.route, (took - first) / (completion - 1))
-        return prompt, completion
+        return tokens
 
-    def _line(
-        self, outcome: Outcome, status: int, took: float, first: float | None, tokens: tuple[int | None, int | None]
-    ) -> Fields:
+    def _line(self, outcome: Outcome, status: int, took: float, first: float | None, tokens: Counts) -> Fields:
+        prompt, cached, completion, _ = tokens
         line = {
             "request_id": self.request_id,
             "route": self.route,
@@ -173,16 +176,14 @@ class Observation:
             "stream": self.stream,
             "latency_ms": int(took * 1e5) / 100,
             "ttft_ms": None if first is None else int(first * 1e5) / 100,
-            "prompt_tokens": tokens[0],
-            "completion_tokens": tokens[1],
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
             "bytes": self.body_bytes,
         }
         if self.code is not None:
             line["code"] = self.code
+        if cached is not None:
+            line["cached_tokens"] = cached
         if self.usage is None and self.events:
             line["events"] = self.events
         return line
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None

@@ -38,6 +38,7 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observation, Observer
 from inference_api.outbound.forward import Forward
+from inference_api.outbound.usage import Counts, usage_of
 from inference_api.routing.backend import Backend, Model
 
 if TYPE_CHECKING:
@@ -244,15 +245,14 @@ class TracedObserver(Observer):
 class TracedObservation(Observation):
     """An Observation that knows the trace: the access line gets its ids, and the trace gets what was seen.
 
-    `first`: seconds to the first byte of a streamed answer, if it was no error.
+    `first`: seconds to the first token of a streamed answer, if it was no error.
     """
 
-    __slots__ = ("_tokens", "_trace", "first")
+    __slots__ = ("_trace", "first")
 
     def __init__(self, observer: Observer, route: str, trace: Trace) -> None:
         super().__init__(observer, route)
         self._trace = trace
-        self._tokens: tuple[int | None, int | None] = None, None
         self.first: float | None = None
 
     @override
@@ -273,15 +273,12 @@ class TracedObservation(Observation):
             self._trace.end(self, outcome)
 
     @override
-    def _count_tokens(self, took: float, first: float | None) -> tuple[int | None, int | None]:
+    def _count_tokens(self, took: float, first: float | None) -> Counts:
         self.first = first if self.status < 300 else None
-        self._tokens = super()._count_tokens(took, first)
-        return self._tokens
+        return super()._count_tokens(took, first)
 
     @override
-    def _line(
-        self, outcome: Outcome, status: int, took: float, first: float | None, tokens: tuple[int | None, int | None]
-    ) -> Fields:
+    def _line(self, outcome: Outcome, status: int, took: float, first: float | None, tokens: Counts) -> Fields:
         line = super()._line(outcome, status, took, first, tokens)
         line.update(self._trace.ids)
         return line
@@ -291,13 +288,13 @@ class TracedObservation(Observation):
         attributes: dict[str, Any] = {}
         if self.first is not None:
             attributes["gen_ai.response.time_to_first_chunk"] = self._first - began
-        prompt, completion = self._tokens
-        if prompt is not None:
-            attributes["gen_ai.usage.input_tokens"] = prompt
-        if completion is not None:
-            attributes["gen_ai.usage.output_tokens"] = completion
-        if (cached := _cached_tokens(self.usage or {})) is not None:
-            attributes["gen_ai.usage.cache_read.input_tokens"] = cached
+        usage = usage_of(self.usage or {})
+        if usage.input_tokens is not None:
+            attributes["gen_ai.usage.input_tokens"] = usage.input_tokens
+        if usage.output_tokens is not None:
+            attributes["gen_ai.usage.output_tokens"] = usage.output_tokens
+        if usage.cached_input_tokens is not None:
+            attributes["gen_ai.usage.cache_read.input_tokens"] = usage.cached_input_tokens
         return attributes
 
 
@@ -347,10 +344,3 @@ def _set_error(span: Span, outcome: Outcome, error_type: str, fault: bool) -> No
     # Nor is it anybody's fault when a client leaves.
     if fault and outcome is not Outcome.CLIENT_GONE:
         span.set_status(StatusCode.ERROR)
-
-
-def _cached_tokens(usage: dict[str, Any]) -> int | None:
-    """Of the prompt's tokens those that were in the engine's cache, by the names of the three APIs."""
-    details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
-    found = details.get("cached_tokens") if isinstance(details, dict) else usage.get("cache_read_input_tokens")
-    return found if type(found) is int else None

@@ -10,8 +10,9 @@ import httpx
 from inference_api.models import RawHeaders
 from inference_api.outbound.heads import KnownHead, KnownHeads
 
-# 64 KiB: nginx allows 4-8 KiB, Envoy 60 KiB; an engine's head is below 1 KiB.
-MAX_HEAD = 64 * 1024
+# An engine's head is below 1 KiB, but vLLM puts 0.1 KiB for each of up to 2,048 embeddings there, if they are asked for
+# as bytes. curl takes 300 KiB, so that nobody needs more.
+MAX_HEAD = 256 * 1024
 # What may wait in memory for a reader that pulls.
 HIGH_WATER = 64 * 1024
 # From here on joining head and body would copy more than a second buffer costs.
@@ -61,7 +62,7 @@ class FirstByteTimeout(httpx.ReadTimeout):
 
 
 class IdleTimeout(httpx.ReadTimeout):
-    """No byte of the body for `idle` seconds."""
+    """Nothing of the body for `idle` seconds, but signs of life."""
 
 
 class TotalTimeout(httpx.ReadTimeout):
@@ -77,7 +78,10 @@ class Timeout(NamedTuple):
 
 
 class Home(Protocol):
-    """Where a connection lives between two exchanges. `last_read`: loop time of the last byte of any of them."""
+    """Where a connection lives between two exchanges.
+
+    `last_read`: loop time of the last read of any of them that was more than a sign of life.
+    """
 
     last_read: float
     heads: KnownHeads
@@ -89,10 +93,11 @@ class Home(Protocol):
 class Sink(Protocol):
     """Takes a response body as it arrives. Called from the event loop, must not raise."""
 
-    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool | None:
         """Body bytes of one read; `complete`: the message ended with them (they may be empty).
 
-        `frame`: what was read, if that is one whole chunk with `data` in it.
+        `frame`: what was read, if that is one whole chunk with `data` in it. True: all of it was a sign of life, and
+        nothing of the answer; for the clocks it has not come.
         """
         ...
 
@@ -105,8 +110,8 @@ class ResponseStream(httpx.AsyncByteStream):
     """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
 
     __slots__ = (
-        "_waiter", "_wanted", "complete", "connection", "error", "head", "headers", "known", "pieces", "sink", "size",
-        "status",
+        "_waiter", "_wanted", "complete", "connection", "error", "framed", "head", "headers", "known", "pieces", "sink",
+        "size", "status",
     )  # fmt: skip
 
     def __init__(self, connection: "Connection") -> None:
@@ -115,6 +120,8 @@ class ResponseStream(httpx.AsyncByteStream):
         self.status = 0
         self.headers: RawHeaders = []
         self.known: KnownHead | None = None
+        # Its end is told from that of the connection.
+        self.framed = True
         self.head: asyncio.Future[None] = connection.loop.create_future()
         # Body
         self.pieces: list[bytes] = []
@@ -127,17 +134,16 @@ class ResponseStream(httpx.AsyncByteStream):
 
     # Called by the connection
 
-    def deliver(self) -> None:
-        """Hand over what one read brought: to the sink, or to whoever waits for it."""
+    def deliver(self) -> bool | None:
+        """Hand over what one read brought: to the sink, which says what it was, or to whoever waits for it."""
         if self.sink is not None:
             data = self.take()
-            if data or self.complete:
-                self.sink.data_received(data, self.complete)
-            return
+            return self.sink.data_received(data, self.complete) if data or self.complete else None
         if self.complete or self.size > self._wanted:
             if self.size > HIGH_WATER and not self.complete:
                 self.connection.pause(self)
             self._wake()
+        return None
 
     def fail(self, error: httpx.TransportError) -> None:
         self.error = error
@@ -184,6 +190,15 @@ class ResponseStream(httpx.AsyncByteStream):
             await self._arrival(limit)
         return self.take(), self.complete
 
+    async def peek(self, wanted: int = 0) -> bytes:
+        """What has come of the body, once that is more than `wanted` bytes, or all; it stays to be read.
+
+        Raises httpx.TransportError when the body breaks off.
+        """
+        while not self.complete and self.size <= wanted:
+            await self._arrival(wanted)
+        return b"".join(self.pieces)
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
             if self.pieces:
@@ -222,8 +237,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_between_chunks", "_deadline", "_direct", "_due", "_first_byte", "_framed", "_head_done", "_headers",
-        "_idle", "_keep_alive", "_last_read", "_paused", "_poisoned", "_received", "_reused", "_timer", "closed",
+        "_between_chunks", "_deadline", "_direct", "_due", "_first_byte", "_head_done", "_headers", "_idle",
+        "_keep_alive", "_last_read", "_paused", "_poisoned", "_received", "_reused", "_timer", "closed",
         "home", "idle_since", "loop", "parser", "stream", "transport", "used",
     )  # fmt: skip
 
@@ -243,7 +258,6 @@ class Connection(asyncio.Protocol):
         # Where the headers go while the head of a response is read.
         self._headers: RawHeaders | None = None
         self._head_done = False
-        self._framed = False
         # No byte of a chunk has been parsed since the last whole one, or since the head.
         self._between_chunks = False
         # The same, known for sure, and there is a sink: the next read need not be parsed if it is one whole chunk.
@@ -267,7 +281,7 @@ class Connection(asyncio.Protocol):
         assert transport is not None
         self._reused, self.used = self.used, True
         self._received = 0
-        self._head_done = self._framed = self._keep_alive = self._between_chunks = self._direct = False
+        self._head_done = self._keep_alive = self._between_chunks = self._direct = False
         stream = self.stream = ResponseStream(self)
         self._headers = stream.headers
         self._arm(timeout, deadline)
@@ -322,37 +336,43 @@ class Connection(asyncio.Protocol):
         if stream is None:
             self.close()  # nobody asked
             return
-        self._last_read = self.home.last_read = self.loop.time()
         if self._direct:
             # Engines write an event as one chunk; it goes to the client as it is, without a parser in between.
             at, sizes = _SIZE_LINES.get(len(data), _NO_SIZE)
             if at and data[:at] in sizes and data[-2:] == b"\r\n":
-                stream.sink.data_received(data[at:-2], False, data)  # type: ignore[union-attr]
+                if not stream.sink.data_received(data[at:-2], False, data):  # type: ignore[union-attr]
+                    self._last_read = self.home.last_read = self.loop.time()
                 return
+        before = self._last_read, self.home.last_read
+        self._last_read = self.home.last_read = self.loop.time()
         fresh = not self._received
         self._received += len(data)
         if fresh and (known := self.home.heads.newest) is not None and (read := known.read(data)) is not None:
             self._whole(stream, known, *read)
-            return
+        elif self._parse(stream, data, fresh):
+            self._last_read, self.home.last_read = before
+
+    def _parse(self, stream: ResponseStream, data: bytes, fresh: bool) -> bool | None:
+        """Take a read apart; True: all of it was a sign of life."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:
             if not stream.complete:
                 self.fail(Malformed(f"the replica sent {_reason(exc)}"))
-                return
+                return None
             # What followed a complete response was no response; the one we have is good.
             self._poisoned = True
         if not self._head_done:
             if self._received > MAX_HEAD:
                 self.fail(Malformed(f"the replica sent a response head of more than {MAX_HEAD} bytes"))
-            return
+            return None
         if stream.complete:
             if fresh and stream.status == 200 and self._keep_alive and not self._poisoned:
                 self.home.heads.parsed(data, stream.headers)
             self._end_exchange()
         # The beginning of a chunk's size may have been parsed unnoticed, but never with its line break.
         self._direct = self._between_chunks and stream.sink is not None and data.endswith(b"\r\n")
-        stream.deliver()
+        return stream.deliver()
 
     def _whole(self, stream: ResponseStream, known: KnownHead, headers: RawHeaders, body: bytes) -> None:
         """The whole answer is here, and its head needs no parsing."""
@@ -361,7 +381,7 @@ class Connection(asyncio.Protocol):
         stream.known = known
         stream.pieces.append(body)
         stream.size = len(body)
-        stream.complete = self._head_done = self._framed = self._keep_alive = True
+        stream.complete = self._head_done = self._keep_alive = True
         self._headers = None
         if not stream.head.done():
             stream.head.set_result(None)
@@ -372,7 +392,7 @@ class Connection(asyncio.Protocol):
         self.close()
         if stream is None:
             return
-        if self._head_done and not self._framed and exc is None:
+        if self._head_done and not stream.framed and exc is None:
             # RFC 9112 6.3: without a length, the end of the connection is the end of the body.
             stream.complete = True
             stream.deliver()
@@ -409,8 +429,11 @@ class Connection(asyncio.Protocol):
             return
         stream.status = status
         names = dict(headers)
-        self._framed = b"content-length" in names or b"transfer-encoding" in names or status in (204, 304)
-        self._between_chunks = names.get(b"transfer-encoding") == b"chunked"
+        coding = names.get(b"transfer-encoding")
+        # `identity` is of RFC 2616, and says as much as if it were not there.
+        coded = coding is not None and coding.lower() != b"identity"
+        stream.framed = coded or b"content-length" in names or status in (204, 304)
+        self._between_chunks = coding == b"chunked"
         self._headers = None
         self._head_done = True
         if not stream.head.done():

@@ -24,8 +24,8 @@ class Pump:
     """A Sink that writes to an ASGI `send`. `events` is given for a stream of server-sent events."""
 
     __slots__ = (
-        "_backlog", "_before_end", "_clock", "_direct", "_events", "_failure", "_outcome", "_send", "_stalled",
-        "_status", "_stream", "_taps", "_turn", "_write_stall", "first_at", "size",
+        "_backlog", "_before_end", "_clock", "_direct", "_events", "_failure", "_feed", "_outcome", "_send",
+        "_stalled", "_status", "_stream", "_taps", "_turn", "_write_stall", "first_at", "size",
     )  # fmt: skip
 
     def __init__(
@@ -48,9 +48,11 @@ class Pump:
         self._before_end = before_end
         self._direct = direct
         self._clock = clock
-        # Per body: bytes passed on, and when the first was (0: none)
+        # Per body: bytes passed on, and when the first was, or the first token of a stream (0: none)
         self.size = 0
         self.first_at = 0.0
+        # What is told of each piece: says whether it is nothing but a sign of life. None: it need not be told.
+        self._feed: Callable[[bytes], bool] | None = self._begin
         self._outcome: Outcome | None = None
         self._failure: Exception | None = None
         self._stalled: _Suspended | None = None
@@ -63,7 +65,7 @@ class Pump:
         try:
             if first is not None:
                 if first:
-                    self._follow(first, False)
+                    self._note(first)
                 await self.write(first)
             if isinstance(stream, ResponseStream):
                 await self._push(stream)
@@ -72,6 +74,8 @@ class Pump:
         except TimeoutError:
             return Outcome.CLIENT_GONE
         finally:
+            # It may be a method of this object.
+            self._feed = None
             if self._stalled is not None:
                 self._stalled.close()
         assert self._outcome is not None
@@ -87,23 +91,35 @@ class Pump:
         async with asyncio.timeout(self._write_stall):
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
+    async def end(self) -> Outcome:
+        """End a body that broke off with nothing missing; how it ended. Raises TimeoutError as `write`."""
+        self._before_end()
+        async with asyncio.timeout(self._write_stall):
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        return self.verdict()
+
     # Pushed: Sink
 
-    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> None:
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool:
         direct = self._direct
         if self._stalled is not None:
             self._backlog.append((data, complete))
-            return
+            return False
         if frame is not None and direct is not None and (write := direct.frames) is not None:
-            # What `_follow` and `push` do, written out for the sake of the many; it is never the first piece.
+            # What `_note` and `push` do, written out for the sake of the many.
             self.size += len(data)
-            if self._events is not None:
-                self._events.feed(data)
+            feed = self._feed
+            alive = feed is not None and feed(data)
             for tap in self._taps:
                 tap.chunk(data)
             write(frame)
-            return
-        more = self._follow(data, complete)
+            return alive
+        alive = bool(data) and self._note(data)
+        self._pass_on(data, not complete or self._end(), complete)
+        return alive
+
+    def _pass_on(self, data: bytes, more: bool, complete: bool) -> None:
+        direct = self._direct
         try:
             if direct is not None and direct.push(data, more):
                 if complete:
@@ -149,7 +165,9 @@ class Pump:
         while self._backlog:
             async with asyncio.timeout(self._write_stall):
                 data, complete = self._backlog.pop(0)
-                more = self._follow(data, complete)
+                if data:
+                    self._note(data)
+                more = not complete or self._end()
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self._stalled = None
 
@@ -163,44 +181,57 @@ class Pump:
     async def _pull(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes]) -> None:
         try:
             async for data in stream:
-                self._follow(data, False)
+                if data:
+                    self._note(data)
                 await self.write(data)
         except httpx.TransportError as exc:
             self._outcome = _outcome_in_body(exc)
             return
         async with asyncio.timeout(self._write_stall):
-            more = self._follow(b"", True)
-            await self._send({"type": "http.response.body", "body": b"", "more_body": more})
+            await self._send({"type": "http.response.body", "body": b"", "more_body": self._end()})
 
     # Both
 
-    def _follow(self, data: bytes, complete: bool) -> bool:
-        """Whether there is more to come after this piece, as the client is to see it."""
-        if data:
-            if not self.size:
-                self.first_at = self._clock()
-            self.size += len(data)
-            if self._events is not None:
-                self._events.feed(data)
-            for tap in self._taps:
-                tap.chunk(data)
-        if not complete:
-            return True
-        self._outcome = self._verdict()
-        # Left open, so that the connection is cut: a stream that stopped early must not look complete.
+    def _note(self, data: bytes) -> bool:
+        """Note a piece before it is passed on; whether it is nothing but a sign of life."""
+        self.size += len(data)
+        feed = self._feed
+        alive = feed is not None and feed(data)
+        for tap in self._taps:
+            tap.chunk(data)
+        return alive
+
+    def _begin(self, data: bytes) -> bool:
+        """Until the first byte, or the first token of a stream, has come; the pieces after it cost less to follow."""
+        events = self._events
+        if events is None:
+            self.first_at = self._clock()
+            self._feed = None
+            return False
+        alive = events.begin(data)
+        if events.tokens:
+            self.first_at = self._clock()
+            self._feed = events.feed
+        return alive
+
+    def _end(self) -> bool:
+        """The body has come to its end; whether it is left open, so that the connection is cut.
+
+        A stream that stopped early must not look complete.
+        """
+        self._outcome = self.verdict()
         if self._outcome is Outcome.TRUNCATED:
             return True
         self._before_end()
         return False
 
-    def _verdict(self) -> Outcome:
+    def verdict(self) -> Outcome:
+        """How a body ended of which nothing more will come."""
         events = self._events
-        if events is not None and self._status < 300:
-            if events.failed:
-                return Outcome.ERROR_EVENT
-            if not events.complete:
-                return Outcome.TRUNCATED
-        return Outcome.of_status(self._status)
+        if events is None or self._status >= 300:
+            return Outcome.of_status(self._status)
+        events.finish()
+        return events.verdict()
 
 
 def _outcome_in_body(error: httpx.TransportError) -> Outcome:

@@ -3,7 +3,8 @@
 The pushing itself, chunk by chunk, is in `pump`; here is what is decided once per answer.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -15,10 +16,12 @@ from starlette.types import Send
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
 from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply, Tap
 from inference_api.outbound.connection import ResponseStream
-from inference_api.outbound.events import EventTracker, find_usage
+from inference_api.outbound.dialects import Body, body_kind, ends_in_abort, is_aborted, is_json
+from inference_api.outbound.events import EventTracker, follow
 from inference_api.outbound.forward import outcome_of
 from inference_api.outbound.headers import ReturnedHead
 from inference_api.outbound.pump import Pump
+from inference_api.outbound.usage import find_usage
 
 # An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
 _HELD = 1 << 20
@@ -35,7 +38,8 @@ _BREAKS = {
 }
 
 
-_OURS_IN_A_STREAM = frozenset({b"cache-control", b"x-accel-buffering"})
+# What a request has in it that asks for more than one choice; or may, which is as good.
+_CHOICES = re.compile(rb'"(?:n|best_of)"\s*:\s*(?!1\b)|"prompt"\s*:\s*\[')
 
 
 class Relay:
@@ -71,7 +75,7 @@ class Relay:
         self.started = False
         self.outcome = Outcome.CLIENT_GONE
         self._events: EventTracker | None = None
-        self._usage: dict[str, Any] | None = None
+        self._usage: Mapping[str, Any] | None = None
         self._pumping: Pump | None = None
         self._first_at = 0.0
         self._size = 0
@@ -89,7 +93,9 @@ class Relay:
                 # It points into the cluster, and SDKs would follow.
                 raise UpstreamProtocolError("The model's backend sent a redirect.", Outcome.PROTOCOL_ERROR)
             if head.is_stream:
-                self.outcome = await self._stream(send, head)
+                self.outcome = await self._stream(send, head.unbuffered())
+            elif self._call.stream and reply.status < 300 and reply.status != 204:
+                self.outcome = await self._unlabelled(send, head)
             else:
                 self.outcome = await self._whole(send, head)
         except httpx.TransportError as exc:
@@ -100,9 +106,9 @@ class Relay:
             raise
         finally:
             events = self._events
-            if self.outcome is Outcome.CLIENT_GONE and events is not None and events.ended:
-                # The last event went out; the synchronous OpenAI SDK hangs up there, before the end of the body.
-                self.outcome = Outcome.ERROR_EVENT if events.failed else Outcome.OK
+            if self.outcome is Outcome.CLIENT_GONE and events is not None and events.over:
+                # The last event went out; the OpenAI SDKs hang up there, and at an error, before the end of the body.
+                self.outcome = events.verdict()
             stream = reply.stream
             if isinstance(stream, ResponseStream) and stream.complete:
                 reply.end(self.outcome)
@@ -116,7 +122,7 @@ class Relay:
             # Nobody left, and no backend is to blame.
             self.outcome = Outcome.DRAIN_TIMEOUT
         stalled = self._pumping is not None and self._pumping.stalled
-        if self._events is not None and self._events.at_boundary and not self._events.ended and not stalled:
+        if self._events is not None and self._events.at_boundary and not self._events.over and not stalled:
             text = "The router is shutting down before the stream is complete."
             event = error_event("router_shutting_down", text)
             await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -128,7 +134,10 @@ class Relay:
 
     @property
     def first_at(self) -> float:
-        """When the first byte of the body was passed on, in seconds of the clock; 0 if none was."""
+        """When the first byte of the body was passed on, or the first token of a stream, in seconds of the clock.
+
+        0 if none was.
+        """
         return self._first_at if self._pumping is None else self._pumping.first_at
 
     @property
@@ -138,10 +147,11 @@ class Relay:
 
     @property
     def streamed_events(self) -> int:
-        return 0 if self._events is None else self._events.events
+        """How many events carried a token."""
+        return 0 if self._events is None else self._events.tokens
 
-    def usage(self) -> dict[str, Any] | None:
-        """The `usage` object of the answer, if it has one."""
+    def usage(self) -> Mapping[str, Any] | None:
+        """The usage that the answer reports, if it does."""
         return self._usage if self._events is None else self._events.usage()
 
     def _head(self) -> ReturnedHead:
@@ -166,8 +176,11 @@ class Relay:
         if rest is not None:
             await self._start(send, head.headers, head.length)
             return await self._pump(send, None).run(rest, body)
+        outcome = Outcome.of_status(status)
         if head.is_json and status == 200:
-            self._usage = _usage_of(body)
+            self._usage, aborted = _read_json(body)
+            if aborted:
+                outcome = Outcome.ABORTED
         self._first_at = self._clock()
         self._size = len(body)
         length = head.length if status in (204, 304) else b"%d" % len(body)
@@ -179,30 +192,61 @@ class Relay:
                 self.started = True
                 # Nobody could leave in between: all of it was one turn of the event loop.
                 self._before_end()
-                return Outcome.of_status(status)
+                return outcome
         await self._start(send, head.headers, length)
         for tap in self._taps:
             tap.chunk(body)
         self._before_end()
         await send({"type": "http.response.body", "body": body, "more_body": False})
-        return Outcome.of_status(status)
+        return outcome
 
-    async def _stream(self, send: Send, head: ReturnedHead) -> Outcome:
+    async def _unlabelled(self, send: Send, head: ReturnedHead) -> Outcome:
+        """An answer to a request for a stream that does not say that it is one: its first bytes do."""
+        kind = Body.OTHER if head.is_coded else await self._body_kind()
+        if kind is Body.EVENTS:
+            return await self._stream(send, head.of_events())
+        if head.is_json or (kind is Body.JSON and not head.is_sequence):
+            return await self._whole(send, head)
+        # Lines of JSON, audio, or what is compressed: as it comes, and what it is only the client can tell.
+        await self._start(send, head.unbuffered(), head.length)
+        return await self._pump(send, None).run(self._reply.stream, b"")
+
+    async def _body_kind(self) -> Body:
+        if not isinstance(self._reply.stream, ResponseStream):
+            self._reply.stream = _Readable(self._reply.stream)
+        stream, wanted = self._reply.stream, 0
+        while True:
+            first = await stream.peek(wanted)
+            kind = body_kind(first)
+            if kind is not None or len(first) <= wanted:
+                return kind or Body.OTHER
+            wanted = len(first)
+
+    async def _stream(self, send: Send, headers: RawHeaders) -> Outcome:
         """Server-sent events: relayed as they come; if they break off at the end of one, one more says so."""
-        events = self._events = EventTracker(self._call.route.end_marks)
-        # Without these nginx and its kin hold events back.
-        headers = [pair for pair in head.headers if pair[0] not in _OURS_IN_A_STREAM]
-        headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        events = self._events = follow(self._call.route, self._finish_ends())
         # A length would leave no room for an error event.
         await self._start(send, headers, None)
         pump = self._pump(send, events)
         # An empty first piece: the head goes out now, and not with the first event.
         outcome = await pump.run(self._reply.stream, b"")
-        # After the last event nothing is missing but the end of the body, which the cut tells.
-        if outcome in _BREAKS and events.at_boundary and not events.ended:
+        if outcome in _BREAKS:
+            events.finish()
             with suppress(TimeoutError):
-                await pump.write(error_event(*_BREAKS[outcome]))
+                if events.over:
+                    # Nothing is missing but the end of the body; what engines leave out, clients need not.
+                    return await pump.end()
+                if events.at_boundary:
+                    await pump.write(error_event(*_BREAKS[outcome]))
         return outcome
+
+    def _finish_ends(self) -> bool:
+        """Whether the end of a choice, and of the body, is the end of the stream: some engines have no `[DONE]`.
+
+        If the connection's end is the body's, another choice may have been to come.
+        """
+        stream = self._reply.stream
+        return (isinstance(stream, ResponseStream) and stream.framed) or not _CHOICES.search(self._call.body)
 
     def _pump(self, send: Send, events: EventTracker | None) -> Pump:
         pump = self._pumping = Pump(
@@ -235,22 +279,56 @@ async def _hold(stream: httpx.AsyncByteStream) -> tuple[bytes, AsyncIterator[byt
     return b"".join(chunks), None
 
 
-def _usage_of(body: bytes) -> dict[str, Any] | None:
-    """The `usage` of a JSON answer. Raises UpstreamProtocolError if it is not JSON."""
+class _Readable(httpx.AsyncByteStream):
+    """The body of a transport that is not ours, which can be looked into before it is read."""
+
+    def __init__(self, stream: httpx.AsyncByteStream) -> None:
+        self._stream = stream
+        self._rest = aiter(stream)
+        self._first = b""
+
+    async def peek(self, wanted: int = 0) -> bytes:
+        while len(self._first) <= wanted and (more := await anext(self._rest, None)) is not None:
+            self._first += more
+        return self._first
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._first:
+            yield self._first
+        async for chunk in self._rest:
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _read_json(body: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """What a JSON answer says of usage, and whether it was aborted. Raises UpstreamProtocolError if it is no JSON."""
+    found, aborted = None, False
     if len(body) > _PARSED:
-        if body[:64].lstrip()[:1] in (b"{", b"[") and body[-64:].rstrip()[-1:] in (b"}", b"]"):
-            return find_usage(body)
+        if not is_json(body, whole=False):
+            raise _no_json()
+        found, aborted = find_usage(body), ends_in_abort(body)
     else:
         try:
             document = orjson.loads(body)
         except orjson.JSONDecodeError:
-            # The engines' encoders may write NaN, which orjson refuses.
-            if b"NaN" in body or b"Infinity" in body:
-                return find_usage(body)
+            if not is_json(body, whole=True):
+                raise _no_json() from None
+            found, aborted = find_usage(body), ends_in_abort(body)
         else:
-            usage = document.get("usage") if isinstance(document, dict) else None
-            return usage if isinstance(usage, dict) else None
-    raise UpstreamProtocolError("The model's backend gave an answer that is not JSON.", Outcome.PROTOCOL_ERROR)
+            found = document.get("usage") if isinstance(document, dict) else None
+            try:
+                (choice,) = document["choices"]
+                aborted = choice["finish_reason"] == "abort"
+            except (KeyError, TypeError, ValueError):
+                aborted = is_aborted(document)
+    return found if isinstance(found, dict) else None, aborted
+
+
+def _no_json() -> RouterError:
+    text = "The model's backend gave an answer that is not JSON."
+    return UpstreamProtocolError(text, Outcome.PROTOCOL_ERROR)
 
 
 def _unusable(outcome: Outcome) -> RouterError:

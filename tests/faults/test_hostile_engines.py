@@ -26,7 +26,7 @@ from tests.fakes import (
     post,
     raw,
 )
-from tests.faults.lab import URL, Lab, answers, broken_stream, outcomes, refusal_of, talk, told
+from tests.faults.lab import URL, Lab, answers, broken_stream, outcomes, talk, told
 
 pytestmark = pytest.mark.anyio
 
@@ -64,8 +64,8 @@ NO_ANSWERS = {
     "a folded header": said(LENGTH, b"x: a\r\n b\r\n"),
     "a header without a name": said(LENGTH, b": x\r\n"),
     "an upgrade": b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nPRI * HTTP/2.0\r\n",
-    "endless interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000,
-    "endless hints": b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 10_000,
+    "endless interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 30_000,
+    "endless hints": b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 30_000,
     "a bad chunk": said(b"transfer-encoding: chunked\r\n", body=b"zz\r\n" + BODY),
     "a negative chunk": said(b"transfer-encoding: chunked\r\n", body=b"-5\r\n" + BODY),
     "an endless chunk size": said(b"transfer-encoding: chunked\r\n", body=b"f" * 17 + b"\r\n"),
@@ -177,23 +177,21 @@ async def test_t72_a_compressed_answer_is_never_inflated(lab: Lab) -> None:
     served = await lab.router(answers(raw(octets), raw(json)))
     tracemalloc.start()
 
-    passed, refused = await talk(served, _close(CHAT)), await talk(served, _close(CHAT))
+    passed = [await talk(served, _close(CHAT)) for _ in range(2)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert passed.endswith(bomb)
-    assert b"\r\ncontent-encoding: gzip\r\n" in passed
-    assert refusal_of(refused) == (502, "upstream_protocol_error")
+    assert all(answer.endswith(bomb) and b"\r\ncontent-encoding: gzip\r\n" in answer for answer in passed)
     assert peak < 4 * MEGABYTE
 
 
-async def test_t72_a_compressed_stream_passes_raw_and_is_no_success(lab: Lab) -> None:
+async def test_t72_a_compressed_stream_passes_raw_with_the_end_that_it_has(lab: Lab) -> None:
     squeezed = gzip.compress(event() + DONE)
     head = SSE_HEAD.replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n")
     served = await lab.router(raw(head, chunk(squeezed), LAST_CHUNK))
 
-    assert squeezed in await talk(served, _close(STREAM))
-    assert outcomes(served) == ["truncated"]
+    assert (await talk(served, _close(STREAM))).endswith(chunk(squeezed) + LAST_CHUNK)
+    assert outcomes(served) == ["ok"]
 
 
 def _close(body: dict[str, Any]) -> bytes:

@@ -224,8 +224,8 @@ async def test_t17_silence_between_events_is_told_and_cut(lab: Lab) -> None:
     assert outcomes(served) == ["idle_timeout"]
 
 
-@pytest.mark.parametrize("sign", [b": ping\n\n", b":"])
-async def test_t17_any_byte_is_a_sign_of_life(sign: bytes, lab: Lab) -> None:
+@pytest.mark.parametrize("sign", [event(), b"data: x\n\n", b"x"])
+async def test_t17_any_byte_of_an_event_is_a_sign_that_it_goes_on(sign: bytes, lab: Lab) -> None:
     async def script(request: Received, line: Line) -> None:
         await line.send(SSE_HEAD)
         # Altogether longer than may pass without one.

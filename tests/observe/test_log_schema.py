@@ -15,8 +15,10 @@ from inference_api.models import Outcome
 from tests.command import command, log_of, ready
 from tests.fakes import (
     CHAT,
+    DONE,
     LAST_CHUNK,
     STREAM,
+    USAGE,
     Line,
     Received,
     answer,
@@ -46,6 +48,12 @@ SCRIPTS = {
     b"fail": raw(json_response({"error": {}}, "500 Internal Server Error")),
     b"close": raw(b"", close=True),
     b"hang": hang,
+    b"abort": sse(
+        event(choices=[{"index": 0, "delta": {}, "finish_reason": "abort"}]),
+        DONE,
+        then=lambda line: line.send(LAST_CHUNK),
+    ),
+    b"cached": raw(json_response({"usage": USAGE | {"prompt_tokens_details": {"cached_tokens": 2}}})),
 }
 
 
@@ -72,6 +80,8 @@ SENT: list[bytes] = [
             STREAM | {"user": "cut"},
             CHAT | {"user": "fail"},
             CHAT | {"user": "close"},
+            CHAT | {"user": "cached"},
+            STREAM | {"user": "abort"},
             CHAT | {"user": "hang"},
             CHAT | {"model": "nope"},
             CHAT | {"messages": None},
@@ -114,7 +124,8 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
     assert [(line, list(problems(line))) for line in lines if not VALIDATOR.is_valid(line)] == []
     requests = [line for line in lines if line["event"] == "request"]
     assert {line["outcome"] for line in requests} == {
-        "ok", "reset", "truncated", "upstream_5xx", "first_byte_timeout", "refused", "client_gone", "no_backend",
+        "ok", "reset", "truncated", "aborted", "upstream_5xx", "first_byte_timeout", "refused", "client_gone",
+        "no_backend",
     }  # fmt: skip
     told = {name for line in requests for name in line}
     assert told == FIELDS.keys() - (set() if traced else {"trace_id", "span_id"})

@@ -306,7 +306,7 @@ async def test_without_usage_streamed_events_are_an_estimate(start_engine: Start
     await settle(served, 1)
     seen = await scrape(served)
 
-    assert seen.values("tokens_total", "type") == {"output_estimate": 4}
+    assert seen.values("tokens_total", "type") == {"output_estimate": 3}
     assert seen("time_to_first_token_seconds_count") == 1
     assert seen("time_per_output_token_seconds_count") == 0
 
@@ -358,7 +358,7 @@ STREAMED_USAGE = [
         "/v1/responses",
         {"input": "x"},
         b"event: response.completed\ndata: " + orjson.dumps({"response": {"usage": RESPONSES_USAGE}}) + b"\n\n",
-        {"input": 7, "output": 11},
+        {"input": 7, "cached_input": 1, "output": 11},
     ),
     (
         "/v1/messages",
@@ -887,6 +887,7 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
         "upstream_reset": 2,
         "truncated": 1,
         "error_event": 1,
+        "aborted": 1,
         "idle_timeout": 1,
         "deadline": 1,
         "shutdown": 1,

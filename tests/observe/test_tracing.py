@@ -194,7 +194,7 @@ async def test_an_upload_has_spans(start_engine: Start, start_router: Start, spa
 USAGES: list[tuple[Any, tuple[int | None, ...]]] = [
     ({"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}}, (9, 1, 8)),
     ({"input_tokens": 9, "output_tokens": 1, "input_tokens_details": {"cached_tokens": 0}}, (9, 1, 0)),
-    ({"input_tokens": 9, "output_tokens": 1, "cache_read_input_tokens": 7}, (9, 1, 7)),
+    ({"input_tokens": 9, "output_tokens": 1, "cache_read_input_tokens": 7}, (16, 1, 7)),
     ({"prompt_tokens": "9", "prompt_tokens_details": {"cached_tokens": True}}, (None, None, None)),
     ({"prompt_tokens_details": None}, (None, None, None)),
     (None, (None, None, None)),

@@ -19,7 +19,7 @@ from inference_api.models import Call, Outcome, RawHeaders, Reply
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.outbound.connection import IdleTimeout, Malformed, ResponseStream, TotalTimeout
-from inference_api.outbound.events import EventTracker
+from inference_api.outbound.events import EventTracker, follow
 from inference_api.outbound.forward import Forward, Limits
 from inference_api.outbound.headers import RequestHeaders
 from inference_api.outbound.pump import Pump
@@ -187,7 +187,7 @@ async def test_a_stream_passes_unchanged(desk: Desk) -> None:
     assert (outcome, desk.ended) == (Outcome.OK, [Outcome.OK])
     assert client.body == b"".join(parts)
     assert client.complete
-    assert (relay.streamed_events, relay.usage()) == (4, USAGE)
+    assert (relay.streamed_events, relay.usage()) == (2, USAGE)
     assert desk.closed()
 
 
@@ -230,16 +230,14 @@ async def test_a_stream_that_breaks_inside_an_event_is_only_left_open(begun: byt
 @pytest.mark.parametrize(
     ("label", "last"), [("chat_completions", DONE), ("responses", b"event: response.completed\ndata: {}\n\n")]
 )
-async def test_a_stream_that_breaks_after_its_last_event_is_left_open_with_nothing_added(
-    label: str, last: bytes, desk: Desk
-) -> None:
+async def test_a_stream_that_breaks_after_its_last_event_is_complete(label: str, last: bytes, desk: Desk) -> None:
     client = Client()
 
     outcome = await relay_of(await desk(SSE, event(), last, breaks=True), label)(client)
 
-    assert (outcome, desk.ended) == (Outcome.RESET, [Outcome.RESET])
+    assert (outcome, desk.ended) == (Outcome.OK, [Outcome.OK])
     assert client.body == event() + last
-    assert not client.complete
+    assert client.complete
 
 
 async def test_a_stream_that_ends_without_its_mark_is_truncated(desk: Desk) -> None:
@@ -720,7 +718,43 @@ async def test_a_piece_that_goes_on_as_it_came_is_seen_as_any_other() -> None:
     pump.data_received(event(), False, chunk(event()))
 
     assert (written, witness.seen) == ([chunk(event())], [event()])
-    assert (pump.size, tracker.events) == (len(event()), 1)
+    assert (pump.size, tracker.tokens) == (len(event()), 1)
+
+
+ROLE = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+FIRST_TOKENS = {
+    "chat_completions": ([b": x\n\n", ROLE, ROLE, event(choices=[])], event()),
+    "completions": ([b"\n\n"], event(choices=[{"text": "x"}])),
+    "responses": (
+        [b"event: response.created\ndata: {}\n\n", b'data: {"type":"response.in_progress"}\n\n'],
+        b'data: {"type":"response.output_text.delta"}\n\n',
+    ),
+    "messages": (
+        [b"event: message_start\ndata: {}\n\n", b'event: ping\ndata: {"type":"ping"}\n\n'],
+        b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+@pytest.mark.parametrize("framed", [True, False])
+@pytest.mark.parametrize("label", FIRST_TOKENS)
+async def test_the_first_token_is_no_ping_and_no_event_without_one(label: str, framed: bool, pieces: int) -> None:
+    before, token = FIRST_TOKENS[label]
+    now, written = 1.0, list[bytes]()
+    direct: Any = SimpleNamespace(frames=written.append if framed else None, push=lambda data, more: True)
+    tracker = follow(ROUTES[label], False)
+    pump = Pump(Client(), (), tracker, 200, 5.0, direct=direct, clock=lambda: now)
+
+    for data in before:
+        for at in range(pieces):
+            piece = data[at * len(data) // pieces : (at + 1) * len(data) // pieces]
+            pump.data_received(piece, False, chunk(piece))
+    assert (pump.first_at, tracker.tokens) == (0.0, 0)
+    for now in (7.0, 8.0, 9.0):  # noqa: B007
+        pump.data_received(token, False, chunk(token))
+
+    assert (pump.first_at, tracker.tokens) == (7.0, 3)
 
 
 @pytest.mark.parametrize("script", [raw(json_response(COMPLETION)), raw(SSE_HEAD + chunk(DONE) + LAST_CHUNK)])
