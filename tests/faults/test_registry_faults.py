@@ -201,7 +201,8 @@ async def test_t55_a_name_is_denied_only_after_the_registry_has_answered(
     away = False
     await until(lambda: not served.router.registry.awaited)
     assert (await served.chat(model="nope")).json()["error"]["code"] == "model_not_found"
-    assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "registry", "models": 1}
+    probe = await served.client.get("/readyz")
+    assert (probe.json()["status"], probe.json()["models"]) == ("ready", 1)
 
 
 async def started(router: Router, settings: Settings, probe: httpx.AsyncClient) -> tuple[int, str, int]:
