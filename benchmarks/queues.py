@@ -138,7 +138,7 @@ class Server:
 class View:
     """A replica as one router sees it; what a policy is handed."""
 
-    __slots__ = ("failures", "in_flight", "origin", "reported", "server", "url", "weight")
+    __slots__ = ("extra", "failures", "in_flight", "origin", "reported", "server", "url", "weight")
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -147,6 +147,7 @@ class View:
         self.in_flight = 0
         self.reported = 0.0
         self.failures = 0
+        self.extra = 0
         # No other model is served there.
         self.origin = self
 

@@ -294,7 +294,9 @@ def _heard(transport: httpx.AsyncBaseTransport) -> Callable[[str], float]:
 
 def _health(fleet: Fleet, transport: httpx.AsyncBaseTransport, settings: Settings, rand: random.Random) -> Health:
     breaker = Breaker(settings.breaker_failures, settings.breaker_cooldown, rand.random)
-    return Health(fleet, breaker, _heard(transport), settings.connect_timeout, settings.first_byte_timeout)
+    return Health(
+        fleet, breaker, _heard(transport), settings.connect_timeout, settings.first_byte_timeout, rand=rand.random
+    )
 
 
 def _limits(settings: Settings) -> Limits:

@@ -148,8 +148,11 @@ class Families:
         text = "1: it passes its health checks and is not stuck."
         yield _gauge("backend_up", text, _BY_BACKEND, self._each(lambda backend: backend.origin.up))
         text = "1: failures keep all requests but a probe from it."
-        opened = self._each(lambda backend: backend.origin.opened is not None)
-        yield _gauge("backend_circuit_open", text, _BY_BACKEND, opened)
+        yield _gauge("backend_circuit_open", text, _BY_BACKEND, self._each(lambda backend: backend.failing))
+        text = "1: it answers with errors that the other backends do not give, and gets no requests but a probe."
+        # Rare, and not worth a series of each: there is one while it is so.
+        aside = self._each(lambda backend: None if backend.circuit.opened is None else True)
+        yield _gauge("backend_set_aside", text, _BY_BACKEND, aside)
         text = "1: the backend says that it sleeps, so no request goes to it."
         yield _gauge("backend_asleep", text, _BY_BACKEND, self._each(lambda backend: backend.origin.asleep))
         text = "Times a backend failed a health check, or did not tell its metrics."

@@ -1,10 +1,11 @@
 """What lives behind a catalogue entry: a Backend is one replica with its live state, a Model is the set of them."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Protocol
 
 from inference_api.routing.balance import Policy
-from inference_api.routing.breaker import due
+from inference_api.routing.breaker import Circuit, due
 from inference_api.routing.catalogue import CatalogueEntry, PolicyName, replicas
 from inference_api.routing.origin import Origin
 
@@ -18,7 +19,26 @@ class Backend:
     `in_flight` is exact on every path: admission and drain stand on it; balancing goes by `origin.in_flight`.
     """
 
-    __slots__ = ("address", "full_weight", "host", "in_flight", "label", "model", "origin", "share", "url", "weight")
+    __slots__ = (
+        "address",
+        "circuit",
+        "compared",
+        "errors",
+        "extra",
+        "full_weight",
+        "host",
+        "in_flight",
+        "label",
+        "late",
+        "model",
+        "origin",
+        "recent",
+        "refuses",
+        "share",
+        "spared",
+        "url",
+        "weight",
+    )  # fmt: skip
 
     def __init__(self, model: str, url: str, weight: float = 1.0, origin: Origin | None = None) -> None:
         # Identity
@@ -32,10 +52,36 @@ class Backend:
         self.in_flight = 0
         self.weight = self.full_weight = weight
         self.share = 1.0
+        # Errors that it gave this model in a row; whether all are 4xx, and whether any came after an answer's head
+        self.errors = 0
+        # The recent ones, which fade, and what they add to its load where others have fewer, see `faults`
+        self.recent = 0.0
+        self.extra = 0
+        self.refuses = True
+        self.late = False
+        # Whether they are compared with what others give, until when not again, and the circuit that this may open
+        self.compared = False
+        self.spared = 0.0
+        self.circuit = Circuit()
+
+    @property
+    def closed(self) -> bool:
+        """No circuit keeps requests from it."""
+        return self.circuit.opened is None and self.origin.opened is None
+
+    @property
+    def failing(self) -> bool:
+        """A circuit is not closed for what says that it cannot serve; a 4xx, even of its own, does not."""
+        return self.origin.opened is not None or (self.circuit.opened is not None and not self.refuses)
 
     @property
     def usable(self) -> bool:
-        return self.origin.usable
+        return self.circuit.opened is None and self.origin.usable
+
+    @property
+    def due(self) -> float:
+        """When a request may try it, if one of its circuits is not closed."""
+        return max(due(circuit) for circuit in (self.circuit, self.origin) if circuit.opened is not None)
 
     def weigh(self, share: float) -> None:
         """Give it a share of its full weight; a policy sees that with the next tuple it is handed."""
@@ -47,7 +93,7 @@ class Backend:
 
 
 class Guard(Protocol):
-    """Chooses for a Model while a circuit of it is not closed."""
+    """Chooses for a Model while a circuit of a replica is not closed, or one is compared with the others."""
 
     def choose(self, model: "Model", key: str, tried: Collection[Backend]) -> Backend | None: ...
 
@@ -56,6 +102,7 @@ class Model:
     """A resolved name: its catalogue entry, its replicas, and what they have in flight together."""
 
     __slots__ = (
+        "_guard",
         "available",
         "awake",
         "backends",
@@ -70,7 +117,13 @@ class Model:
         "policy",
     )  # fmt: skip
 
-    def __init__(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Policy[Backend]) -> None:
+    def __init__(
+        self,
+        entry: CatalogueEntry,
+        backends: tuple[Backend, ...],
+        policy: Policy[Backend],
+        guard: Guard | None = None,
+    ) -> None:
         self.name = entry.name
         self.entry = entry
         self.policy = policy
@@ -80,18 +133,26 @@ class Model:
         # Those whose circuit is not closed, in the order in which they become half-open.
         self.open: tuple[Backend, ...] = ()
         self.panic = False
+        # `guard`: while there is need of it.
+        self._guard = guard
         self.guard: Guard | None = None
         # Gone from the catalogue, not yet done: one that comes back must not look idle.
         self.leaving: tuple[Backend, ...] = ()
         # Live state
         self.in_flight = 0
         self.max_model_len: int | None = None
+        # Of an address that serves another model there may be something known already.
+        self.refresh()
 
     def choose(self, key: str, tried: Collection[Backend] = ()) -> Backend | None:
         """The replica for the next attempt, None if there is none now. Whoever gets one makes an attempt on it."""
         if self.guard is not None:
             return self.guard.choose(self, key, tried)
         return self.policy.choose(self.available, key, tried)
+
+    def protect(self, guard: Guard) -> None:
+        self._guard = guard
+        self.refresh()
 
     def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Policy[Backend]) -> None:
         """Take a new version of the entry, or other replicas of it; what is in flight stays counted."""
@@ -113,9 +174,8 @@ class Model:
         """
         self.awake = backends = tuple(backend for backend in self.backends if not backend.origin.asleep)
         usable = [backend for backend in backends if backend.usable]
-        self.open = tuple(
-            sorted((one for one in backends if one.origin.opened is not None), key=lambda one: due(one.origin))
-        )
+        self.open = tuple(sorted((backend for backend in backends if not backend.closed), key=attrgetter("due")))
+        self.guard = self._guard if self.open or any(backend.compared for backend in backends) else None
         self.panic = 1 < len(backends) > 2 * len(usable)
         if self.panic or len(backends) == 1:
             usable = list(backends)
@@ -142,8 +202,15 @@ class Fleet:
         # URL -> Origin, of all replicas, and of those that left and have not yet ended what they have in flight.
         self.origins: dict[str, Origin] = {}
         self._vacant: set[Origin] = set()
+        self._guard: Guard | None = None
         # Grows with every change that a list of the models would show.
         self.version = 0
+
+    def protect(self, guard: Guard) -> None:
+        """Let it choose for each of the models while there is need of it."""
+        self._guard = guard
+        for model in self.models.values():
+            model.protect(guard)
 
     def update(self, catalogue: Mapping[str, CatalogueEntry]) -> None:
         """Make the fleet what the catalogue says. Replicas that left finish what they have in flight."""
@@ -163,10 +230,7 @@ class Fleet:
         policy = self._make_policy(entry.policy)
         if known is None:
             self._move((), backends)
-            model = Model(entry, backends, policy)
-            # Its replicas may serve others already, and what is known of them holds here too.
-            model.refresh()
-            return model
+            return Model(entry, backends, policy, self._guard)
         self._move(known.backends, backends)
         known.adopt(entry, backends, policy)
         return known

@@ -53,6 +53,8 @@ class Replica(Protocol):
     @property
     def weight(self) -> float: ...
     @property
+    def extra(self) -> int: ...
+    @property
     def origin(self) -> Load: ...
 
 
@@ -121,14 +123,17 @@ class LeastInFlight(Generic[R]):
         return equals[_draw(_ends(equals), self._random())]
 
     def _loads(self, replicas: Sequence[R]) -> list[float]:
-        return [replica.origin.in_flight / replica.weight for replica in replicas]
+        return [(replica.origin.in_flight + replica.extra) / replica.weight for replica in replicas]
 
 
 class LeastReported(LeastInFlight[R]):
     """The same, with what the replicas report of others' requests."""
 
     def _loads(self, replicas: Sequence[R]) -> list[float]:
-        return [(replica.origin.in_flight + replica.origin.reported) / replica.weight for replica in replicas]
+        return [
+            (replica.origin.in_flight + replica.origin.reported + replica.extra) / replica.weight
+            for replica in replicas
+        ]
 
 
 class TwoChoices(Generic[R]):
@@ -154,7 +159,7 @@ class TwoChoices(Generic[R]):
         i = int(self._random() * n)
         j = int(self._random() * (n - 1))
         first, second = replicas[i], replicas[j + (j >= i)]
-        return first if first.origin.in_flight <= second.origin.in_flight else second
+        return first if first.origin.in_flight + first.extra <= second.origin.in_flight + second.extra else second
 
     def _learn(self, replicas: Sequence[R]) -> list[float] | None:
         return None if _alike(replicas) else _ends(replicas)
@@ -173,7 +178,8 @@ class TwoChoices(Generic[R]):
 
     def _is_lighter(self, first: R, second: R) -> bool:
         # (in_flight + 1) / weight: how loaded each would be with this request.
-        return (first.origin.in_flight + 1) * second.weight <= (second.origin.in_flight + 1) * first.weight
+        load, other = first.origin.in_flight + first.extra, second.origin.in_flight + second.extra
+        return (load + 1) * second.weight <= (other + 1) * first.weight
 
 
 class TwoReported(TwoChoices[R]):
@@ -183,7 +189,8 @@ class TwoReported(TwoChoices[R]):
         return _ends(replicas)
 
     def _is_lighter(self, first: R, second: R) -> bool:
-        load, other = first.origin.in_flight + first.origin.reported, second.origin.in_flight + second.origin.reported
+        load = first.origin.in_flight + first.origin.reported + first.extra
+        other = second.origin.in_flight + second.origin.reported + second.extra
         return (load + 1) * second.weight <= (other + 1) * first.weight
 
 

@@ -23,18 +23,21 @@ class Owner(Protocol):
     def done(self) -> bool: ...
 
 
-class Circuit(Protocol):
+class Circuit:
     """What a breaker keeps of a replica."""
 
-    # In a row; 0 only while the circuit is closed.
-    failures: int
-    # When it opened, or opened again; None: it is closed.
-    opened: float | None
-    # Seconds from there to half-open.
-    cooldown: float
-    # Who has the probe, and since when.
-    probe: Owner | None
-    probed: float
+    __slots__ = ("cooldown", "failures", "opened", "probe", "probed")
+
+    def __init__(self) -> None:
+        # In a row; 0 only while the circuit is closed.
+        self.failures = 0
+        # When it opened, or opened again; None: it is closed.
+        self.opened: float | None = None
+        # Seconds from there to half-open.
+        self.cooldown = 0.0
+        # Who has the probe, and since when.
+        self.probe: Owner | None = None
+        self.probed = 0.0
 
 
 class Breaker:
@@ -49,10 +52,14 @@ class Breaker:
         """An attempt of `owner` failed. True when that opened the circuit, for the first time or again."""
         circuit.failures += 1
         opens = _has_probe(circuit, owner) if circuit.opened is not None else circuit.failures >= self._threshold
-        if not opens:
-            return False
+        if opens:
+            self.open(circuit, now)
+        return opens
+
+    def open(self, circuit: Circuit, now: float) -> None:
+        """Open it, or open it again, for a cooldown."""
+        circuit.failures = max(circuit.failures, 1)
         _open(circuit, now, self._cooldown * (0.8 + 0.4 * self._rand()))
-        return True
 
     def succeeded(self, circuit: Circuit, owner: Owner | None) -> bool:
         """An attempt of `owner` was answered well. True when that closed the circuit."""
@@ -70,12 +77,15 @@ class Breaker:
 
     def take(self, circuit: Circuit, now: float, owner: Owner, at_most: float = math.inf) -> bool:
         """Make `owner` the probe, if the circuit is half-open and has none; `at_most` cuts the cooldown short."""
-        if circuit.opened is None or now < circuit.opened + min(circuit.cooldown, at_most):
-            return False
-        if circuit.probe is not None and not circuit.probe.done():
+        if not self.may_take(circuit, now, at_most):
             return False
         circuit.probe, circuit.probed = owner, now
         return True
+
+    def may_take(self, circuit: Circuit, now: float, at_most: float = math.inf) -> bool:
+        if circuit.opened is None or now < circuit.opened + min(circuit.cooldown, at_most):
+            return False
+        return circuit.probe is None or circuit.probe.done()
 
     def suspect(self, circuit: Circuit, now: float) -> None:
         """Make the circuit half-open: its replica may be well again, and one request is to find out."""

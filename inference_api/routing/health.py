@@ -1,18 +1,24 @@
 """Decides which replicas are available: by what became of requests, by health checks, and by silence.
 
-A replica is out while its circuit is not closed (`breaker`), while it fails its health checks (`prober`), while it
-sleeps (`load`), and while it is stuck: it has requests and has not sent a byte for a minute, whatever its /health says.
-One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request only looks at
-the result.
+A replica is out while a circuit of it is not closed (`breaker`), and while its address fails its health checks
+(`prober`), sleeps (`load`), or is stuck: it has requests and has not sent a byte for a minute, whatever its /health
+says. One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request only
+looks at the result.
+
+There are two circuits. What never was an answer, and 502, 503 and 504, say that the address cannot serve: a few in a
+row open the circuit of the address, for all of its models. Any other error a request or a dialect may cause; whether it
+is the replica's, and its own circuit opens, is decided in `faults`.
 """
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Collection
 
 from inference_api.models import Outcome
 from inference_api.routing.backend import Backend, Fleet, Model, first_share
-from inference_api.routing.breaker import Breaker, Owner, due
+from inference_api.routing.breaker import Breaker, Owner
+from inference_api.routing.faults import DOWN, DOWN_STATUS, Faults
 from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
@@ -30,19 +36,8 @@ _SLOW_START = 30.0
 _SOLE_COOLDOWN = 1.0
 
 _OK = Outcome.OK
-_BAD_STATUS = frozenset({502, 503, 504})
-# The rest says nothing about the replica: the client left, the request took longer than the router allows.
-_GOOD = frozenset({_OK, Outcome.UPSTREAM_4XX})
-_BAD = frozenset(
-    {
-        Outcome.CONNECT_FAILED,
-        Outcome.RESET,
-        Outcome.PROTOCOL_ERROR,
-        Outcome.FIRST_BYTE_TIMEOUT,
-        Outcome.IDLE_TIMEOUT,
-        Outcome.TRUNCATED,
-    }
-)
+# That an address can serve. What is neither this nor DOWN says nothing of it: a client that left, or the total timeout.
+_SERVED = frozenset({_OK, Outcome.UPSTREAM_4XX})
 
 
 def _loop_time() -> float:
@@ -60,7 +55,8 @@ class Health:
 
     `heard(url)`: when a byte last came from a replica, in seconds of `clock`. `connect`, `first_byte`: the timeouts, in
     seconds, of models that have none of their own. `owner()`: whose attempt it is that is chosen for or reported; a
-    request is one task from choice to end, and that is how a probe is told from other attempts on its replica.
+    request is one task from choice to end, and that is how a probe is told from other attempts on its replica. `rand`
+    gives [0, 1).
     """
 
     def __init__(
@@ -72,6 +68,7 @@ class Health:
         first_byte: float = 120.0,
         clock: Callable[[], float] = _loop_time,
         owner: Callable[[], Owner] = _task,
+        rand: Callable[[], float] = random.random,
     ) -> None:
         # Configuration
         self._fleet = fleet
@@ -81,41 +78,53 @@ class Health:
         self._first_byte = first_byte
         self._clock = clock
         self._owner = owner
-        # When it last looked
+        self._faults = Faults(fleet, breaker, rand, self._refresh_one, self._bring_back)
+        # Attempts of which a good answer counts, too; and when it last looked
+        self._samples = self._faults.samples
         self._looked: float | None = None
+        fleet.protect(self)
 
     # Attempts
 
     def answered(self, backend: Backend, status: int) -> None:
         """The head of an answer has come."""
-        if status >= 500 or backend.origin.failures:
-            self._answered(backend.origin, status)
+        if status >= 400 or backend.errors or backend.origin.failures or self._samples:
+            self._answered(backend, status)
 
     def ended(self, backend: Backend, outcome: Outcome) -> None:
         """An attempt is over, whether it had an answer or not."""
-        if outcome is not _OK or backend.origin.failures:
-            self._ended(backend.origin, outcome)
+        if outcome is not _OK or backend.errors or backend.origin.failures or self._samples:
+            self._ended(backend, outcome)
 
-    def _answered(self, origin: Origin, status: int) -> None:
-        if status in _BAD_STATUS:
-            self._failed(origin, refused=False)
-        elif status < 500 and origin.opened is not None and self._breaker.succeeded(origin, self._owner()):
-            self._closed(origin)
+    def _answered(self, backend: Backend, status: int) -> None:
+        origin, owner = backend.origin, self._owner()
+        if status in DOWN_STATUS:
+            self._failed(origin, owner)
+        elif origin.opened is not None:
+            if status >= 500:
+                # Not known to be well. Without this, one request after the other would be the probe.
+                self._failed(origin, owner)
+            elif self._breaker.succeeded(origin, owner):
+                self._closed(origin)
+        self._faults.answered(backend, owner, self._clock(), status)
 
-    def _ended(self, origin: Origin, outcome: Outcome) -> None:
-        owner = self._owner()
-        if outcome in _BAD:
-            self._failed(origin, refused=outcome is Outcome.CONNECT_FAILED)
-        elif outcome in _GOOD and self._breaker.succeeded(origin, owner):
+    def _ended(self, backend: Backend, outcome: Outcome) -> None:
+        origin, owner = backend.origin, self._owner()
+        if outcome in DOWN:
+            self._failed(origin, owner, refused=outcome is Outcome.CONNECT_FAILED)
+        elif outcome is Outcome.PROTOCOL_ERROR and origin.opened is not None:
+            self._failed(origin, owner)
+        elif outcome in _SERVED and self._breaker.succeeded(origin, owner):
             self._closed(origin)
+        self._faults.ended(backend, owner, self._clock(), outcome)
         self._breaker.released(origin, owner)
 
-    def _failed(self, origin: Origin, refused: bool) -> None:
+    def _failed(self, origin: Origin, owner: Owner, refused: bool = False) -> None:
         if origin.asleep:
             # It is out without having failed; what it was sent before that was known says nothing new.
             return
         was_closed = origin.opened is None
-        if not self._breaker.failed(origin, self._clock(), self._owner()):
+        if not self._breaker.failed(origin, self._clock(), owner):
             return
         origin.refused = refused
         self._refresh(origin)
@@ -135,16 +144,25 @@ class Health:
         if tried:
             # A request that has failed once is the probe only where nothing else is left.
             return model.policy.choose(model.available, key, tried) or self._probe(model, tried, now)
-        return self._probe(model, tried, now) or model.policy.choose(model.available, key, tried)
+        backend = self._probe(model, tried, now) or model.policy.choose(model.available, key, tried)
+        if backend is None or not backend.compared:
+            return backend
+        return self._faults.choose(model, key, backend, self._owner())
 
     def _probe(self, model: Model, tried: Collection[Backend], now: float) -> Backend | None:
         for backend in model.open:
-            origin = backend.origin
-            if now < due(origin):
+            if now < backend.due:
                 break
-            if origin.up and backend not in tried and self._breaker.take(origin, now, self._owner()):
+            if backend.origin.up and backend not in tried and self._take(backend, now):
                 return backend
         return None
+
+    def _take(self, backend: Backend, now: float) -> bool:
+        """Make the request the probe of every circuit that is not closed, if it may be that of all."""
+        owner, circuits = self._owner(), [one for one in (backend.origin, backend.circuit) if one.opened is not None]
+        if not all(self._breaker.may_take(circuit, now) for circuit in circuits):
+            return False
+        return all(self._breaker.take(circuit, now, owner) for circuit in circuits)
 
     def _choose_sole(self, model: Model, sole: Backend, tried: Collection[Backend], now: float) -> Backend | None:
         """It is kept from requests only while it refuses connections, so that they fail fast."""
@@ -207,6 +225,7 @@ class Health:
         now = self._clock()
         grown = 0.0 if self._looked is None else (now - self._looked) / _SLOW_START
         self._looked = now
+        self._faults.look(now)
         for origin in list(self._fleet.origins.values()):
             self._watch(origin, now)
         for model in self._fleet.models.values():
@@ -255,22 +274,29 @@ class Health:
         return [model for model in models if model is not None]
 
     def _come_back(self, origin: Origin) -> None:
-        """One reason less to be out; if it was the last one, it starts slowly."""
-        reweighed = origin.usable
-        for backend in origin.backends if reweighed else ():
-            model = self._fleet.models.get(backend.model)
-            if model is not None:
-                backend.weigh(first_share(model.entry.policy))
-        self._refresh(origin, reweighed)
+        """One reason less for its replicas to be out; those of which it was the last one start slowly."""
+        for backend in origin.backends:
+            self._bring_back(backend)
 
-    def _refresh(self, origin: Origin, reweighed: bool = False) -> None:
-        for model in self._models(origin):
-            was_panic = model.panic
-            model.refresh(reweighed)
-            model.guard = self if model.open else None
-            if model.panic and not was_panic:
-                fields = {"model": model.name, "backends": len(model.backends)}
-                logger.warning("more than half of a model's backends are out; all are used", extra={"fields": fields})
+    def _bring_back(self, backend: Backend) -> None:
+        model = self._fleet.models.get(backend.model)
+        if model is not None and backend.usable:
+            backend.weigh(first_share(model.entry.policy))
+        self._refresh_one(backend, reweighed=backend.usable)
+
+    def _refresh(self, origin: Origin) -> None:
+        for backend in origin.backends:
+            self._refresh_one(backend)
+
+    def _refresh_one(self, backend: Backend, reweighed: bool = False) -> None:
+        model = self._fleet.models.get(backend.model)
+        if model is None:
+            return
+        was_panic = model.panic
+        model.refresh(reweighed)
+        if model.panic and not was_panic:
+            fields = {"model": model.name, "backends": len(model.backends)}
+            logger.warning("more than half of a model's backends are out; all are used", extra={"fields": fields})
 
 
 def _tell(level: int, text: str, origin: Origin, **fields: object) -> None:

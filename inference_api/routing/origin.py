@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from inference_api.routing.breaker import Owner
+from inference_api.routing.breaker import Circuit
 from inference_api.routing.catalogue import place_of
 
 if TYPE_CHECKING:
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from inference_api.routing.gauges import Reading
 
 
-class Origin:
+class Origin(Circuit):
     """Shared by the Backends at one URL: fifty adapters in one pod are one circuit, one health check and one load.
+
+    The circuit is that of the address: of what never was an answer, and of 502, 503, 504, whatever the model.
 
     `url` is what it is known by; where its host name was looked up, the address follows after a `#`.
     """
@@ -24,17 +26,12 @@ class Origin:
         "asleep",
         "backends",
         "base_path",
-        "cooldown",
         "crowded",
-        "failures",
         "healthy",
         "host",
         "in_flight",
         "label",
-        "opened",
         "passed",
-        "probe",
-        "probed",
         "reading",
         "refused",
         "reported",
@@ -45,6 +42,7 @@ class Origin:
     )  # fmt: skip
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         parts = urlsplit(url)
         # Identity
         self.url = url
@@ -57,12 +55,7 @@ class Origin:
         self.backends: dict[Backend, None] = {}
         # Attempts of all models whose answer has not ended
         self.in_flight = 0
-        # Circuit, as the breaker keeps it; `refused`: it opened because no connection could be made
-        self.failures = 0
-        self.opened: float | None = None
-        self.cooldown = 0.0
-        self.probe: Owner | None = None
-        self.probed = 0.0
+        # Its circuit opened because no connection could be made
         self.refused = False
         # Health checks: passes in a row, or failures if negative, and when it last passed one
         self.healthy = True

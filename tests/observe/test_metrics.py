@@ -117,6 +117,7 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "backend_in_flight": ("gauge", {"model_name", "backend"}, ()),
     "backend_up": ("gauge", {"model_name", "backend"}, ()),
     "backend_circuit_open": ("gauge", {"model_name", "backend"}, ()),
+    "backend_set_aside": ("gauge", {"model_name", "backend"}, ()),
     "backend_asleep": ("gauge", {"model_name", "backend"}, ()),
     "backend_probe_failures": ("counter", {"model_name", "backend", "kind"}, ()),
     "panic_mode": ("gauge", {"model_name"}, ()),
@@ -150,7 +151,10 @@ async def everything(start_engine: Start, start_router: Start) -> AsyncIterator[
             load_signal_interval=1,
         )
         await requests_once(served)
-        await until(lambda: served.router.fleet.models["m"].backends[0].origin.reading)
+        telling_one, other, *_ = served.router.fleet.models["m"].backends
+        await until(lambda: telling_one.origin.reading)
+        # Long enough to be a matter of other tests.
+        other.circuit.opened = time.monotonic()
         yield served
 
 

@@ -1,0 +1,180 @@
+"""Decides what errors do to a replica that the model's other replicas do not give.
+
+An error in an answer may be the fault of the request, or of what the router takes for an error. Two things follow.
+
+At once: a replica that answers with errors is quicker than one that works, and looks idle. Where it has given more of
+them than the others lately, they count as requests in flight.
+
+After several in a row they are compared (`comparison`). If that shows that it is the replica, its own circuit opens,
+for this model alone: a replica may lack one adapter, or refuse one key, and serve everything else.
+"""
+
+import logging
+from collections.abc import Callable
+from math import sqrt
+
+from inference_api.models import Outcome
+from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.breaker import Breaker, Owner
+from inference_api.routing.comparison import Comparisons, Fault
+
+logger = logging.getLogger(__name__)
+
+# Errors in a row that begin a comparison.
+_SUSPICIOUS = 3
+# Seconds without another one, after the requests were to blame: it costs a few requests their prefix caches.
+_PAUSE = 10.0
+
+# What remains of the recent errors after each second; so they last for about half a minute. Less than one is none.
+_FADING = 0.967
+# So many more than the others chance may give a replica, and standard deviations of what all have.
+_CHANCE, _DEVIATIONS = 8, 3.0
+# In a model that has more replicas, who has more than the others is found once a second, not with every error.
+_MANY = 64
+
+# Errors that are not a status, or not known by it.
+_LATE = frozenset({Outcome.PROTOCOL_ERROR, Outcome.TRUNCATED, Outcome.ERROR_EVENT})
+# What says that an address cannot serve: no answer, or one of these. Another circuit counts them, see `health`.
+DOWN_STATUS = frozenset({502, 503, 504})
+DOWN = frozenset({Outcome.CONNECT_FAILED, Outcome.RESET, Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT})
+
+
+class Faults:
+    """Hears of the errors, and of good answers while there is need of it.
+
+    `out` hears of each backend whose circuit opens, for the first time or again, `back` of each whose circuit closes.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        breaker: Breaker,
+        rand: Callable[[], float],
+        out: Callable[[Backend], None],
+        back: Callable[[Backend], None],
+    ) -> None:
+        self._fleet = fleet
+        self._breaker = breaker
+        self._out = out
+        self._back = back
+        # Models with recent errors
+        self._recent: set[Model] = set()
+        self._comparisons = Comparisons(rand)
+        # While there are any, good answers have to be reported, too.
+        self.samples = self._comparisons.samples
+
+    def answered(self, backend: Backend, owner: Owner, now: float, status: int) -> None:
+        if status in DOWN_STATUS:
+            self._failed(backend, owner, now)
+        elif status >= 400:
+            self._bad(backend, owner, now, refused=status < 500, late=False)
+        else:
+            self._good(backend, owner, now, complete=False)
+
+    def ended(self, backend: Backend, owner: Owner, now: float, outcome: Outcome) -> None:
+        if outcome is Outcome.OK:
+            self._good(backend, owner, now, complete=True)
+        elif outcome in _LATE:
+            self._bad(backend, owner, now, refused=False, late=True)
+        elif outcome in DOWN:
+            self._failed(backend, owner, now)
+        self.samples.pop(owner, None)
+        self._breaker.released(backend.circuit, owner)
+
+    def choose(self, model: Model, key: str, backend: Backend, owner: Owner) -> Backend:
+        """Who gets a request that the policy gives to `backend`, which is compared."""
+
+        def other() -> Backend | None:
+            return model.policy.choose(model.available, key, [one for one in model.backends if one.compared])
+
+        return self._comparisons.assign(backend, other, owner)
+
+    def look(self, now: float) -> None:
+        """Once a second: let recent errors fade, and end the comparisons that show nothing."""
+        for model in list(self._recent):
+            for backend in model.backends:
+                faded = backend.recent * _FADING
+                backend.recent = faded if faded >= 1.0 else 0.0
+            if not any(backend.recent for backend in model.backends):
+                self._recent.remove(model)
+            _charge(model)
+        for backend in self._comparisons.overdue(now):
+            self._conclude(backend, Fault.REQUESTS, now)
+
+    def _bad(self, backend: Backend, owner: Owner, now: float, refused: bool, late: bool) -> None:
+        """An error. `refused`: a 4xx. `late`: it came after the head of the answer, or instead of it."""
+        backend.errors += 1
+        backend.recent += 1
+        backend.refuses &= refused
+        backend.late |= late
+        self._failed(backend, owner, now)
+        model = self._fleet.models.get(backend.model)
+        if model is None:
+            return
+        self._recent.add(model)
+        if len(model.backends) <= _MANY:
+            _charge(model)
+        if backend.errors >= _SUSPICIOUS and now >= backend.spared and _is_comparable(model, backend):
+            self._comparisons.begin(backend, now)
+            self._out(backend)
+
+    def _good(self, backend: Backend, owner: Owner, now: float, complete: bool) -> None:
+        """A good answer; its head alone, unless `complete`, which shows as much where errors come with the head."""
+        sample = self.samples.get(owner)
+        if sample is not None and (complete or not sample.of.late):
+            self._heed(owner, backend, now, good=True)
+        if backend.circuit.opened is None:
+            if complete:
+                _forget(backend)
+        elif (complete or not backend.late) and self._breaker.succeeded(backend.circuit, owner):
+            _forget(backend)
+            backend.recent, backend.extra = 0.0, 0
+            self._back(backend)
+            _tell(logging.INFO, "a backend no longer answers with errors of its own", backend)
+
+    def _failed(self, backend: Backend, owner: Owner, now: float) -> None:
+        """What a probe and a sample are for has failed."""
+        self._heed(owner, backend, now, good=False)
+        if backend.circuit.opened is not None and self._breaker.failed(backend.circuit, now, owner):
+            self._out(backend)
+
+    def _heed(self, owner: Owner, backend: Backend, now: float, good: bool) -> None:
+        result = self._comparisons.result(owner, backend, good)
+        if result is not None:
+            self._conclude(*result, now)
+
+    def _conclude(self, backend: Backend, fault: Fault, now: float) -> None:
+        self._comparisons.end(backend)
+        if fault is Fault.BACKEND:
+            self._breaker.open(backend.circuit, now)
+            _tell(logging.WARNING, "a backend answers with errors that others do not give", backend)
+        else:
+            backend.spared = now + _PAUSE
+        self._out(backend)
+
+
+def _is_comparable(model: Model, backend: Backend) -> bool:
+    if model.panic or backend.compared or not backend.closed:
+        return False
+    return any(other is not backend and not other.compared for other in model.available)
+
+
+def _charge(model: Model) -> None:
+    """What every replica has given, by its weight, the requests may have brought; what one has beyond that counts."""
+    # One that is new has not met as many requests as the others.
+    settled = [backend for backend in model.available if backend.share == 1.0]
+    least = min((backend.recent / backend.weight for backend in settled), default=0.0)
+    # Where keys decide who gets a request, they decide who gets the bad ones, too.
+    keyed = model.entry.policy == "prefix_affinity"
+    for backend in model.backends:
+        usual = least * backend.weight
+        beyond = backend.recent - usual - _DEVIATIONS * sqrt(usual) - _CHANCE
+        backend.extra = 0 if keyed else max(0, int(beyond))
+
+
+def _forget(backend: Backend) -> None:
+    backend.errors, backend.refuses, backend.late = 0, True, False
+
+
+def _tell(level: int, text: str, backend: Backend) -> None:
+    logger.log(level, text, extra={"fields": {"model": backend.model, "backend": backend.label}})
