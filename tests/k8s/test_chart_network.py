@@ -321,7 +321,7 @@ def test_clusters_name_the_release_that_they_are_for(name: str) -> None:
 
 
 def test_googles_load_balancer_asks_what_the_router_answers() -> None:
-    """By itself it asks for /, which is a 404, and gives up after 30 s."""
+    """By itself it asks the port of clients, and gives up after 30 s."""
     found = installed("gke-europe")
     health, backend = found.one("HealthCheckPolicy")["spec"], found.one("GCPBackendPolicy")["spec"]
     (container,) = router_pod(found)["containers"]
