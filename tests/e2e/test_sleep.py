@@ -94,7 +94,9 @@ def test_nobody_reaches_these_routes_through_the_router(client: httpx.Client, pa
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
-def test_a_stream_that_a_pause_ended_is_passed_on_as_it_is(pair: list[Process], client: httpx.Client) -> None:
+def test_a_stream_that_a_pause_ended_is_passed_on_and_is_no_success(
+    pair: list[Process], router: Process, client: httpx.Client
+) -> None:
     body = BODY | {"max_tokens": 1000, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
@@ -105,3 +107,7 @@ def test_a_stream_that_a_pause_ended_is_passed_on_as_it_is(pair: list[Process], 
 
     assert '"finish_reason":"abort"' in rest[-2]
     assert rest[-1] == "data: [DONE]"
+    aborted = r'inference_api_stream_aborts_total\{.*reason="aborted".*\}'
+    assert until(lambda: router.sample(aborted) == 1, seconds=10)
+    assert '"outcome":"aborted"' in router.log.read_text()
+    assert router.sample("inference_api_backend_circuit_open") == 0
