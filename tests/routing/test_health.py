@@ -694,6 +694,18 @@ def test_of_those_that_are_awake_one_that_fails_is_as_good_as_an_only_one() -> N
     assert (ward.chosen(), ward.model.panic) == ({b}, False)
 
 
+def test_the_only_one_that_is_awake_is_kept_from_requests_while_it_refuses_connections() -> None:
+    ward = Ward("a", "b")
+    a, b = ward.backends
+    ward.health.slept(a.origin, True)
+    ward.open(b, outcome=Outcome.CONNECT_FAILED)
+    assert ward.chosen() == {None}
+
+    ward.now += 1
+
+    assert [ward.choose(), ward.choose()] == [b, None]
+
+
 def test_a_circuit_that_is_open_stays_so_while_the_replica_sleeps() -> None:
     ward = Ward("a", "b")
     a, b = ward.backends
