@@ -10,23 +10,21 @@ from time import perf_counter
 from typing import Any
 
 import httpx
-import orjson
 from starlette.types import Send
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
 from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply, Tap
+from inference_api.outbound.answers import Readable, hold, read_answer
 from inference_api.outbound.connection import ResponseStream
-from inference_api.outbound.dialects import Body, body_kind, ends_in_abort, is_aborted, is_json
-from inference_api.outbound.events import EventTracker, follow
+from inference_api.outbound.dialects import Body, body_kind
+from inference_api.outbound.events import EventTracker
 from inference_api.outbound.forward import outcome_of
 from inference_api.outbound.headers import ReturnedHead
 from inference_api.outbound.pump import Pump
-from inference_api.outbound.usage import find_usage
+from inference_api.outbound.typed_events import follow
 
 # An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
 _HELD = 1 << 20
-# Up to here an answer that claims to be JSON is parsed to see whether it is (2 us per KiB); above, at its ends.
-_PARSED = 1 << 16
 
 # What the client is told in the stream, when the stream stops before its end.
 _BREAKS = {
@@ -36,7 +34,6 @@ _BREAKS = {
     Outcome.IDLE_TIMEOUT: ("upstream_idle_timeout", "The model's backend sent nothing for too long."),
     Outcome.TOTAL_TIMEOUT: ("upstream_timeout", "The stream took longer than the router allows."),
 }
-
 
 # What a request has in it that asks for more than one choice; or may, which is as good.
 _CHOICES = re.compile(rb'"(?:n|best_of)"\s*:\s*(?!1\b)|"prompt"\s*:\s*\[')
@@ -172,13 +169,13 @@ class Relay:
         if isinstance(stream, ResponseStream) and stream.complete and stream.size <= _HELD:
             body = stream.take()
         else:
-            body, rest = await _hold(stream)
+            body, rest = await hold(stream, _HELD)
         if rest is not None:
             await self._start(send, head.headers, head.length)
             return await self._pump(send, None).run(rest, body)
         outcome = Outcome.of_status(status)
         if head.is_json and status == 200:
-            self._usage, aborted = _read_json(body)
+            self._usage, aborted = read_answer(body)
             if aborted:
                 outcome = Outcome.ABORTED
         self._first_at = self._clock()
@@ -213,7 +210,7 @@ class Relay:
 
     async def _body_kind(self) -> Body:
         if not isinstance(self._reply.stream, ResponseStream):
-            self._reply.stream = _Readable(self._reply.stream)
+            self._reply.stream = Readable(self._reply.stream)
         stream, wanted = self._reply.stream, 0
         while True:
             first = await stream.peek(wanted)
@@ -262,73 +259,6 @@ class Relay:
         for tap in self._taps:
             tap.start(self._reply.status, headers)
         await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
-
-
-async def _hold(stream: httpx.AsyncByteStream) -> tuple[bytes, AsyncIterator[bytes] | ResponseStream | None]:
-    """The whole body and None; or, of a large one, what has come so far and where the rest will come from."""
-    if isinstance(stream, ResponseStream):
-        body, complete = await stream.collect(_HELD)
-        return body, None if complete else stream
-    chunks, size = [], 0
-    rest = aiter(stream)
-    async for chunk in rest:
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > _HELD:
-            return b"".join(chunks), rest
-    return b"".join(chunks), None
-
-
-class _Readable(httpx.AsyncByteStream):
-    """The body of a transport that is not ours, which can be looked into before it is read."""
-
-    def __init__(self, stream: httpx.AsyncByteStream) -> None:
-        self._stream = stream
-        self._rest = aiter(stream)
-        self._first = b""
-
-    async def peek(self, wanted: int = 0) -> bytes:
-        while len(self._first) <= wanted and (more := await anext(self._rest, None)) is not None:
-            self._first += more
-        return self._first
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        if self._first:
-            yield self._first
-        async for chunk in self._rest:
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-def _read_json(body: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """What a JSON answer says of usage, and whether it was aborted. Raises UpstreamProtocolError if it is no JSON."""
-    found, aborted = None, False
-    if len(body) > _PARSED:
-        if not is_json(body, whole=False):
-            raise _no_json()
-        found, aborted = find_usage(body), ends_in_abort(body)
-    else:
-        try:
-            document = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            if not is_json(body, whole=True):
-                raise _no_json() from None
-            found, aborted = find_usage(body), ends_in_abort(body)
-        else:
-            found = document.get("usage") if isinstance(document, dict) else None
-            try:
-                (choice,) = document["choices"]
-                aborted = choice["finish_reason"] == "abort"
-            except (KeyError, TypeError, ValueError):
-                aborted = is_aborted(document)
-    return found if isinstance(found, dict) else None, aborted
-
-
-def _no_json() -> RouterError:
-    text = "The model's backend gave an answer that is not JSON."
-    return UpstreamProtocolError(text, Outcome.PROTOCOL_ERROR)
 
 
 def _unusable(outcome: Outcome) -> RouterError:

@@ -202,6 +202,7 @@ async def test_an_answer_that_the_engine_aborted_is_no_success(padding: int, lab
 
 
 TWO = {"n": 2}
+CODE_500 = typed(error={"message": "x", "code": 500})
 HALF = b'event: error\ndata: {"e'
 TRUNCATED = "upstream_stream_truncated"
 BROKEN: dict[str, tuple[dict[str, Any], Script, bytes, str | None]] = {
@@ -217,6 +218,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Script, bytes, str | None]] = {
     "a finish, and then more": ({}, sse(finished() + event(), then=whole), finished() + event(), TRUNCATED),
     "a finish and a reset": ({}, sse(finished(), then=Line.reset), finished(), "upstream_stream_interrupted"),
     "one of two choices, without framing": (TWO, raw(UNFRAMED_HEAD, finished(), close=True), finished(), TRUNCATED),
+    "an error, and half an event": ({}, sse(CODE_500 + b"data: {", then=Line.close), CODE_500 + b"data: {", None),
     "half a document": ({}, sse(b'{"choices": [', then=whole), b'{"choices": [', None),
 }  # fmt: skip
 
@@ -240,6 +242,13 @@ async def test_the_name_of_a_last_event_is_not_all_of_it(last: bytes, lab: Lab) 
 
     assert not said.endswith(LAST_CHUNK)
     assert outcomes(served) == ["truncated"]
+
+
+async def test_with_framing_the_last_choice_that_finishes_is_the_last(lab: Lab) -> None:
+    served = await lab.router(sse(finished(), finished(), then=whole))
+
+    assert (await served.client.post(URL, json=STREAM | TWO)).content == finished() * 2
+    assert outcomes(served) == ["ok"]
 
 
 async def test_one_choice_that_finishes_is_complete_without_framing(lab: Lab) -> None:
@@ -470,7 +479,7 @@ async def test_pings_are_not_heard_of_a_replica(framed: bool, lab: Lab) -> None:
 
 async def test_pings_are_no_tokens(lab: Lab) -> None:
     role = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-    parts = (b":\n\n", role, b": x\n\n", event(), b":\n\n", event(), b":\n\n" + event() + b":\n\n", DONE)
+    parts = (b":\n\n", role, b": x\n\n", event(), b":\n\n", event(), event() + b":\n\n", DONE)
     served = await lab.router(sse(*parts, then=whole))
 
     assert await passed(served, URL, parts) == "ok"

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from inference_api.models import Outcome
-from inference_api.outbound.events import EventTracker, TypedEvents
+from inference_api.outbound.events import EventTracker
+from inference_api.outbound.typed_events import TypedEvents
 from tests.fakes import DONE, USAGE, event
 
 ENDS = [b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n"]
@@ -48,6 +49,10 @@ def seen(stream: bytes, cuts: list[int]) -> dict[str, Any]:
     tracker = EventTracker(MARKS)
     for start, end in pairwise([0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]):
         tracker.feed(stream[start:end])
+    return told(tracker)
+
+
+def told(tracker: EventTracker) -> dict[str, Any]:
     names = ("at_boundary", "ended", "failed", "complete")
     return {name: getattr(tracker, name) for name in names} | {"usage": tracker.usage()}
 
@@ -75,6 +80,18 @@ def test_event_by_event_changes_nothing(stream: bytes, odd: bytes) -> None:
     ends = [match.end() for match in re.finditer(rb"\r\n\r\n|\n\n|\r\r", stream)]
 
     assert seen(stream, ends) == seen(stream, list(range(len(stream))))
+
+
+@settings(max_examples=100, deadline=None)
+@given(streams(), st.integers(min_value=0, max_value=6))
+def test_how_long_it_is_looked_at_closely_changes_nothing(stream: bytes, closely: int) -> None:
+    """The first events are, until one has a token; the others are where they are not what they usually are."""
+    ends = [0, *(match.end() for match in re.finditer(rb"\r\n\r\n|\n\n|\r\r|\n\r\n", stream)), len(stream)]
+    tracker = EventTracker(MARKS)
+    for number, (start, end) in enumerate(pairwise(ends)):
+        (tracker.begin if number < closely else tracker.feed)(stream[start:end])
+
+    assert told(tracker) == seen(stream, [])
 
 
 @pytest.mark.parametrize("end", ENDS)

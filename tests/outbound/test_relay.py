@@ -19,12 +19,13 @@ from inference_api.models import Call, Outcome, RawHeaders, Reply
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.outbound.connection import IdleTimeout, Malformed, ResponseStream, TotalTimeout
-from inference_api.outbound.events import EventTracker, follow
+from inference_api.outbound.events import EventTracker
 from inference_api.outbound.forward import Forward, Limits
 from inference_api.outbound.headers import RequestHeaders
 from inference_api.outbound.pump import Pump
 from inference_api.outbound.relay import Relay
 from inference_api.outbound.transport import Transport
+from inference_api.outbound.typed_events import follow
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import BackendEntry, CatalogueEntry
