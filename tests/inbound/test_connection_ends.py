@@ -61,7 +61,6 @@ async def said_to_half_closed(port: int, *parts: bytes) -> bytes:
         (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", 200),
         (MODELS, 200),
         (MODELS.replace(b"1.1", b"1.0"), 200),
-        (b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n", 200),
         (post("/nope", CHAT), 404),
         (post(URL, {"model": "m"}), 422),
         (post(URL, {**CHAT, "model": "nope"}), 404),
