@@ -179,9 +179,10 @@ def _is_loopback(listener: socket.socket) -> bool:
 def _announce(listeners: list[socket.socket], database: Path, store: Store, read_only: bool) -> None:
     url, *ops = map(_url, listeners)
     metrics = f", metrics on {ops[0]}" if ops else ""
-    log.info("listening on %s, database %s, %d models%s", url, database, len(store.snapshot.models), metrics)
     if read_only:
         log.info("%s has no token, so it takes no changes; set %s to allow them with it", url, TOKEN_VARIABLE)
+    # Last: who waits for this line has read all that is to be said of the start.
+    log.info("listening on %s, database %s, %d models%s", url, database, len(store.snapshot.models), metrics)
 
 
 def _url(listener: socket.socket) -> str:

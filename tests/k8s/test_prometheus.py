@@ -46,14 +46,17 @@ async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dic
         tgi = await stack.enter_async_context(ScriptedServer(growing()))
         breaking = await start_engine(either(sse(event(), then=Line.reset), raw(json_response({}, "500 No"))))
         cutting = await start_engine(cut)
+        failing = await start_engine(raw(json_response({}, "500 No")))
         # Beside two live replicas a dead one, and one that fails requests but no checks: these are repeated elsewhere.
         several = [*engines, f"http://127.0.0.1:{free_port()}", cutting.url]
         models = [
             {"name": "m", "backends": [{"url": url} for url in several]},
             {"name": "breaking", "backends": [{"url": breaking.url}]},
+            # One that fails where the other does not is set aside.
+            {"name": "uneven", "served_model_name": "m", "backends": [{"url": engines[0]}, {"url": failing.url}]},
             {"name": "gone", "backends": [{"url": "http://gone.test", "discovery": "dns"}]},
         ]
-        models[0]["policy"] = "round_robin"
+        models[0]["policy"] = models[2]["policy"] = "round_robin"
         registry = await stack.enter_async_context(ScriptedServer(every_other({"models": models})))
         router = await start_router(
             models=models,
@@ -74,6 +77,9 @@ async def requests_of_every_kind(router: Any) -> None:
     for model in ("gone", "nobody's"):
         await router.chat(model=model)
     await router.chat(model="breaking")
+    # Whose fault it is shows by some dozen requests.
+    for _ in range(5):
+        await router.chat(model="uneven")
     with pytest.raises(httpx.RemoteProtocolError):
         await router.chat(model="breaking", stream=True)
 
