@@ -77,15 +77,12 @@ class Breaker:
 
     def take(self, circuit: Circuit, now: float, owner: Owner, at_most: float = math.inf) -> bool:
         """Make `owner` the probe, if the circuit is half-open and has none; `at_most` cuts the cooldown short."""
-        if not self.may_take(circuit, now, at_most):
+        if circuit.opened is None or now < circuit.opened + min(circuit.cooldown, at_most):
+            return False
+        if circuit.probe is not None and not circuit.probe.done():
             return False
         circuit.probe, circuit.probed = owner, now
         return True
-
-    def may_take(self, circuit: Circuit, now: float, at_most: float = math.inf) -> bool:
-        if circuit.opened is None or now < circuit.opened + min(circuit.cooldown, at_most):
-            return False
-        return circuit.probe is None or circuit.probe.done()
 
     def suspect(self, circuit: Circuit, now: float) -> None:
         """Make the circuit half-open: its replica may be well again, and one request is to find out."""

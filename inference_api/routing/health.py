@@ -158,11 +158,9 @@ class Health:
         return None
 
     def _take(self, backend: Backend, now: float) -> bool:
-        """Make the request the probe of every circuit that is not closed, if it may be that of all."""
-        owner, circuits = self._owner(), [one for one in (backend.origin, backend.circuit) if one.opened is not None]
-        if not all(self._breaker.may_take(circuit, now) for circuit in circuits):
-            return False
-        return all(self._breaker.take(circuit, now, owner) for circuit in circuits)
+        """Make the request the probe of each circuit that is not closed. Only that of the address has other users."""
+        owner, circuits = self._owner(), (backend.origin, backend.circuit)
+        return all(self._breaker.take(circuit, now, owner) for circuit in circuits if circuit.opened is not None)
 
     def _choose_sole(self, model: Model, sole: Backend, tried: Collection[Backend], now: float) -> Backend | None:
         """It is kept from requests only while it refuses connections, so that they fail fast."""

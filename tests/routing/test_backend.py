@@ -130,6 +130,7 @@ def test_a_backend_that_comes_back_shares_its_origin_with_those_that_came_meanwh
     left.in_flight = left.origin.in_flight = 1
     update(fleet, entry("b"), entry("b", name="n"))
     left.in_flight = left.origin.in_flight = 0
+    update(fleet, entry("b"), entry("b", name="n"))
     update(fleet, entry("b"), entry("a", name="n"))
 
     update(fleet, entry("a"), entry("a", name="n"))

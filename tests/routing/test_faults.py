@@ -1,6 +1,7 @@
 """What errors do to a replica: much if the others do not give them, and nothing at all if they do."""
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -152,6 +153,7 @@ def test_operators_are_told_when_it_is_out_and_when_it_is_back(caplog: pytest.Lo
 def test_after_the_cooldown_one_good_answer_brings_it_back_slowly() -> None:
     ward = Ward("a", "b", "c")
     a = set_aside(ward)
+    a.recent, a.extra = 50.0, 42
     ward.now += 47
     assert ward.chosen() == set(ward.backends[1:])
     ward.now += 25
@@ -163,7 +165,7 @@ def test_after_the_cooldown_one_good_answer_brings_it_back_slowly() -> None:
     ward.health.answered(a, 200)
 
     assert ward.available == "abc"
-    assert (a.share, a.errors, a.extra, ward.model.guard) == (0.1, 0, 0, None)
+    assert (a.share, a.errors, a.recent, a.extra, ward.model.guard) == (0.1, 0, 0.0, 0, None)
     ward.look(times=30)
     assert (a.share, ward.model.available) == (1.0, ward.backends)
 
@@ -340,6 +342,20 @@ def test_a_replica_that_leaves_while_it_is_compared_leaves_nothing() -> None:
 
     assert ward.available == "bc"
     assert ward.model.guard is None
+
+
+def test_a_request_whose_client_leaves_while_it_is_compared_is_forgotten() -> None:
+    ward = Ward("a", "b")
+    for _ in range(3):
+        ward.attempt(ward.backends[0], Outcome.UPSTREAM_5XX, 500)
+    gone = []
+    for _ in range(20):
+        ask(ward, lambda backend: (None, Outcome.CLIENT_GONE))
+        gone.append(weakref.ref(ward.request))
+
+    ward.request = Request()
+    assert ward.backends[0].compared
+    assert [reference() for reference in gone] == [None] * 20
 
 
 # Recent errors as load
