@@ -31,6 +31,15 @@ def _is_plain(line: bytes) -> bool:
     return line[7:14] != b'"error"' and not line.partition(b'"usage"')[1] and not line.partition(b"\r")[1]
 
 
+def _is_line(text: bytes) -> bool:
+    return text.find(b"\n") < 0 and text.find(b"\r") < 0
+
+
+def _has_choices(event: bytes) -> bool:
+    _, mark, choices = event.partition(b'"choices":[')
+    return choices[:1] != b"]" if mark else not _NO_CHOICES.search(event)
+
+
 class _Beginnings(dict[bytes, bool]):
     """Remembers whether events carry a token, by what is in them from `choices` on: most streams begin alike."""
 
@@ -210,7 +219,7 @@ class EventTracker:
         """Look at each event; whether all of them were signs of life."""
         self._begun = True
         alive = True
-        for text in _BOUNDARY.split(block):
+        for text in block.split(b"\n\n") if block.find(b"\r") < 0 else _BOUNDARY.split(block):
             if text and not self._read_event(text):
                 alive = False
         return alive
@@ -219,7 +228,7 @@ class EventTracker:
         """Look at one; whether it is a sign of life."""
         if text == _DONE:
             self.ended = True
-        elif self.tokens and text.startswith(_OBJECT) and text.find(b"error") < 0 and len(text.splitlines()) == 1:
+        elif self.tokens and text.startswith(_OBJECT) and text.find(b"error") < 0 and _is_line(text):
             self._note_usage(text)
         else:
             return self._parse_event(text)
@@ -236,7 +245,7 @@ class EventTracker:
         """Of an event that is no error. With a usage in each, the others carry tokens all the same."""
         if event.find(b'"usage"') >= 0 and USAGE.search(event):
             self._reported = event
-        if not _NO_CHOICES.search(event):
+        if _has_choices(event):
             self.tokens += 1
             self._last = event
 
@@ -253,7 +262,7 @@ class EventTracker:
 
     def _has_token(self, event: Event) -> bool:
         # After the first, what has no choices is a report of usage. To look at them all would be to parse them all.
-        return not _NO_CHOICES.search(event.data) if self.tokens else event.has_token
+        return _has_choices(event.data) if self.tokens else event.has_token
 
     def _is_end(self, event: Event) -> bool:
         return event.is_done
