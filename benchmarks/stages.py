@@ -23,7 +23,7 @@ from benchmarks.check import CASES, PLAIN, Case, fork, is_under_valgrind, try_ca
 from benchmarks.inprocess import Client, Loop, running
 from inference_api.inbound import request_head
 from inference_api.inbound.cycle import CYCLE
-from inference_api.models import Asked, Reply
+from inference_api.models import Reply
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observation
 from inference_api.outbound import connection, heads, relay
@@ -85,21 +85,12 @@ def _upstream(client: Client) -> None:
 
 def _body_check(client: Client) -> None:
     inference = _inference(client)
-    parse = inference.route.parse
-    asked = parse(wire.request(0).partition(b"\r\n\r\n")[2])
+    reader = inference.route.reader
+    asked = reader.at_once(wire.request(0).partition(b"\r\n\r\n")[2])
     assert asked is not None
-
-    class StandIn:
-        bulky = parse.bulky
-
-        def __call__(self, body: bytes) -> Asked:
-            # A Call takes it apart.
-            return Asked(asked.fields.copy(), asked.prompt)
-
-        def slices(self, body: bytes, content_type: bytes) -> Any:
-            raise NotImplementedError
-
-    inference.route = inference.route._replace(parse=StandIn())
+    # A Call takes them apart.
+    stand_in: Any = SimpleNamespace(at_once=lambda _: (asked[0].copy(), *asked[1:]), bulky=reader.bulky)
+    inference.route = inference.route._replace(reader=stand_in)
 
 
 def _resolve(client: Client) -> None:

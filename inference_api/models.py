@@ -52,14 +52,9 @@ class Prompt(Protocol):
     def get(self, name: str, /) -> Any: ...
 
 
-class Asked(NamedTuple):
-    """What the router reads of a body."""
-
-    # The fields that the route names, checked; of those that hold a prompt no more than the type counts.
-    fields: dict[str, Any]
-    prompt: Prompt
-    # Where the value of `model` stands, quotes included; None: it has not been looked for.
-    model_at: tuple[int, int] | None = None
+# What the router reads of a body: the fields that the route names, checked; the prompt among them; and where the value
+# of `model` stands, quotes included, if that was looked for. A plain tuple, as one is made for every request.
+Asked = tuple[dict[str, Any], Prompt, tuple[int, int] | None]
 
 
 class Reader(Protocol):
@@ -68,8 +63,8 @@ class Reader(Protocol):
     # The fields that hold a prompt, or as much as one
     bulky: frozenset[str]
 
-    def __call__(self, body: bytes) -> Asked | None:
-        """None: it would take long; then it is to be read in slices."""
+    def at_once(self, body: bytes) -> Asked | None:
+        """None: it would take long, or is not for sure what it should be; then it is to be read in slices."""
         ...
 
     def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]: ...
@@ -80,7 +75,7 @@ class Route(NamedTuple):
 
     path: str
     label: str
-    parse: Reader
+    reader: Reader
     multipart: bool = False
     # A second execution costs GPU time and nothing else, so a silent reset may be tried once more.
     repeatable: bool = True

@@ -90,7 +90,7 @@ class JSONReader:
         self._one_of = one_of
         self._validate = TypeAdapter(shape).validator.validate_json
 
-    def __call__(self, body: bytes) -> Asked | None:
+    def at_once(self, body: bytes) -> Asked | None:
         if len(body) > SMALL and (len(body) > _LIGHT or body.count(b",") > _VALUES):
             return None
         try:
@@ -103,7 +103,7 @@ class JSONReader:
             raise refusal from None
         if self._one_of:
             self._check_one_of(fields)
-        return Asked(fields, fields)
+        return fields, fields, None
 
     def slices(self, body: bytes, content_type: bytes = b"") -> Generator[None, None, Asked]:
         scan = Scan(body, self._names)
@@ -117,7 +117,7 @@ class JSONReader:
             raise _refusal(exc) from None
         if self._one_of:
             self._check_one_of(fields)
-        return Asked(fields, _Members(scan.members), scan.members["model"].string_span())
+        return fields, _Members(scan.members), scan.members["model"].string_span()
 
     def _outline(self, scan: Scan) -> bytes:
         """A small document about which pydantic says the same as about the whole."""
@@ -147,7 +147,7 @@ class FormReader:
 
     bulky: frozenset[str] = frozenset()
 
-    def __call__(self, body: bytes) -> Asked | None:
+    def at_once(self, body: bytes) -> Asked | None:
         return None
 
     def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]:
@@ -166,7 +166,7 @@ class FormReader:
         fields |= {name: True for name in TRANSFERS if name in form}
         if _EXTRA in form:
             fields[_EXTRA] = _form_extra(form[_EXTRA])
-        return Asked(fields, fields, model.span)
+        return fields, fields, model.span
 
 
 def take_engine_fields(fields: dict[str, Any]) -> str | None:

@@ -93,7 +93,7 @@ class Inference:
             load.in_flight += 1
             read = wire.read(self.route, inbound, body)
             call, model = self._accept(
-                read if isinstance(read, Asked) else await load.turns.run(read), inbound, body, scope, seen
+                read if isinstance(read, tuple) else await load.turns.run(read), inbound, body, scope, seen
             )
             with departure:
                 reply = await gate.send(call, model)
@@ -135,8 +135,9 @@ class Inference:
         self, asked: Asked, inbound: Inbound, body: bytes, scope: Scope, seen: Observation
     ) -> tuple[Call, Model]:
         """The request is sound, and there is room for it. `asked` may hold as much as a large body, and ends here."""
-        seen.stream = asked.fields.get("stream") or False
-        model = self._gate.resolve(asked.fields["model"])
+        fields = asked[0]
+        seen.stream = fields.get("stream") or False
+        model = self._gate.resolve(fields["model"])
         seen.model_name = model.name
         call = wire.make_call(self.route, inbound, body, scope["query_string"], seen.request_id, asked, model)
         self._admit(model, seen)

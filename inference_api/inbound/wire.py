@@ -54,14 +54,15 @@ def read(route: Route, inbound: Inbound, body: bytes) -> Asked | Generator[None,
     kind = b"multipart/form-data" if route.multipart else b"application/json"
     if inbound.media_type != kind:
         raise UnsupportedMediaType(f"The content type must be {kind.decode()}.")
-    return route.parse(body) or route.parse.slices(body, inbound.content_type)
+    reader = route.reader
+    return reader.at_once(body) or reader.slices(body, inbound.content_type)
 
 
 def make_call(
     route: Route, inbound: Inbound, body: bytes, query: bytes, request_id: str, asked: Asked, model: Model
 ) -> Call:
     """The Call of a request to `model`. Of what was read it keeps the few small fields. Raises InvalidRequest."""
-    entry, fields = model.entry, asked.fields
+    entry, (fields, prompt, model_at) = model.entry, asked
     if not ENGINE_FIELDS.isdisjoint(fields):
         name = take_engine_fields(fields)
         if name is not None and entry.engine_fields == "refuse":
@@ -69,8 +70,8 @@ def make_call(
     prefix = ""
     if entry.policy == "prefix_affinity":
         session_id = inbound.session_id
-        prefix = affinity_key(model.name, asked.prompt, None if session_id is None else session_id.decode("latin-1"))
-    for name in route.parse.bulky:
+        prefix = affinity_key(model.name, prompt, None if session_id is None else session_id.decode("latin-1"))
+    for name in route.reader.bulky:
         fields.pop(name, None)
     return Call(
         route,
@@ -84,7 +85,7 @@ def make_call(
         prefix,
         inbound.authorization,
         inbound.lines,
-        asked.model_at,
+        model_at,
     )
 
 

@@ -105,7 +105,7 @@ def read(
 
 def call_of(route: Route, head: Inbound, body: bytes, entry: dict[str, Any]) -> Call:
     asked = wire.read(route, head, body)
-    if not isinstance(asked, Asked):
+    if not isinstance(asked, tuple):
         asked = end_of(asked)
     return wire.make_call(route, head, body, b"", "abc", asked, model(**entry))
 

@@ -1050,6 +1050,28 @@ async def test_credentials_go_with_every_attempt() -> None:
     assert [request.headers["authorization"] for request in desk.requests] == ["Bearer secret"] * 2
 
 
+@pytest.mark.parametrize(
+    ("priority", "sent"),
+    [("client", b"-9"), ("ignore", b"0"), ("caller", b"0"), (0, b"0"), (-(2**63), b"%d" % -(2**63))],
+)
+async def test_how_urgent_a_request_is_the_entry_decides(priority: Any, sent: bytes) -> None:
+    desk, model = Desk(REFUSED), model_of(*REPLICAS, priority=priority)
+    body = b'{"model":"m","messages":[],"priority":-9}'
+    call = call_to(headers=[JSON, (b"x-vllm-priority", b"-9")], body=body)
+
+    await finish(await desk.forward(call, model))
+
+    for request in desk.requests:
+        assert [value for name, value in request.headers.raw if name == b"x-vllm-priority"] == [sent]
+        assert request.content == body
+
+
+async def test_a_client_that_names_no_priority_sends_none() -> None:
+    request = await only_request(model_of("http://a:1"))
+
+    assert "x-vllm-priority" not in request.headers
+
+
 async def test_the_served_models_name_replaces_the_clients() -> None:
     request = await only_request(model_of("http://a:1", served_model_name="tgi-ü"))
 

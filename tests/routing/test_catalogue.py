@@ -129,6 +129,7 @@ def test_a_document_without_a_list_of_models_is_refused(document: Any) -> None:
         ({"policy": "random"}, "model 'bad': policy: Input should be 'round_robin', 'least_in_flight'"),
         ({"timeouts": {"idle": 0}}, "model 'bad': timeouts.idle: Input should be greater than 0"),
         ({"timeouts": {"total": float("inf")}}, "model 'bad': timeouts.total: Input should be a finite number"),
+        ({"engine_fields": "yes"}, "model 'bad': engine_fields: Input should be 'refuse' or 'allow'"),
         ({"max_in_flight": 0}, "model 'bad': max_in_flight: Input should be greater than or equal to 1"),
         ({"backends": [{"url": "http://x", "weight": 0}]}, "backends.0.weight: Input should be greater than 0"),
         ({"backends": [{"url": "http://x", "weight": 1e9}]}, "backends.0.weight: Input should be less than or equal"),
@@ -503,3 +504,15 @@ def test_an_accepted_url_means_the_same_to_everybody_who_reads_it(url: str) -> N
     assert seen.path == parts.path + "/v1/models"
     assert seen.query == b""
     assert not seen.fragment
+
+
+@pytest.mark.parametrize("value", ["client", "ignore", "caller", 0, -5, 2**63 - 1, -(2**63)])
+def test_a_priority_is_a_word_or_a_number(value: Any) -> None:
+    assert parse_catalogue({"models": [{"name": "m", "priority": value}]})["m"].priority == value
+
+
+@pytest.mark.parametrize("value", ["high", "5", 1.5, True, None, 2**63, -(2**63) - 1])
+def test_no_other_priority_is_taken(value: Any) -> None:
+    (problem,) = parse_catalogue({"models": [{"name": "bad", "priority": value}]}).problems
+
+    assert problem.startswith("model 'bad': priority")
