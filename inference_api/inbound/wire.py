@@ -1,6 +1,7 @@
 """From a request to a Call, and from models to the list that clients see."""
 
 from collections.abc import Generator, Iterable
+from io import BytesIO
 from typing import Any
 
 import orjson
@@ -24,7 +25,8 @@ async def read_body(receive: Receive, inbound: Inbound, limit: int, load: Load) 
     if inbound.content_length is not None and int(inbound.content_length) > limit:
         raise TooLarge(limit)
     load.check()
-    parts: list[bytes] = []
+    # What it gives in the end is its own buffer, where to join parts would copy a large body in one go.
+    whole = BytesIO()
     size, more = 0, True
     try:
         while more:
@@ -32,16 +34,18 @@ async def read_body(receive: Receive, inbound: Inbound, limit: int, load: Load) 
             if message["type"] == "http.disconnect":
                 raise ClientGone
             part: bytes = message.get("body", b"")
-            parts.append(part)
             size += len(part)
             load.buffer(len(part))
             if size > limit:
                 raise TooLarge(limit)
             more = message.get("more_body", False)
+            if size == len(part) and not more:
+                return part
+            whole.write(part)
     except BaseException:
         load.buffered -= size
         raise
-    return b"".join(parts)
+    return whole.getvalue()
 
 
 def read(route: Route, inbound: Inbound, body: bytes) -> Asked | Generator[None, None, Asked]:

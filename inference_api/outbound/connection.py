@@ -9,6 +9,7 @@ import httpx
 
 from inference_api.models import RawHeaders
 from inference_api.outbound.heads import KnownHead, KnownHeads
+from inference_api.outbound.rewrite import Content
 
 # An engine's head is below 1 KiB, but vLLM puts 0.1 KiB for each of up to 2,048 embeddings there, if they are asked for
 # as bytes. curl takes 300 KiB, so that nobody needs more.
@@ -275,7 +276,7 @@ class Connection(asyncio.Protocol):
 
     # Exchange
 
-    def exchange(self, head: bytes, body: bytes, timeout: Timeout, deadline: float | None) -> ResponseStream:
+    def exchange(self, head: bytes, body: Content, timeout: Timeout, deadline: float | None) -> ResponseStream:
         """Write a request; the response begins at the returned stream. `deadline`: loop time of its end."""
         transport = self.transport
         assert transport is not None
@@ -285,7 +286,9 @@ class Connection(asyncio.Protocol):
         stream = self.stream = ResponseStream(self)
         self._headers = stream.headers
         self._arm(timeout, deadline)
-        if len(body) < _JOIN:
+        if isinstance(body, tuple):
+            transport.writelines([head, *body])
+        elif len(body) < _JOIN:
             transport.write(head + body)
         else:
             transport.writelines([head, body])

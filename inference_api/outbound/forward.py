@@ -24,7 +24,7 @@ from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
 from inference_api.outbound.connection import Disconnected, IdleTimeout, Timeout, TotalTimeout
 from inference_api.outbound.headers import header_lines
 from inference_api.outbound.retry import FREE, Budget, Permit, Resting, Suspects, back_off, retry_after
-from inference_api.outbound.rewrite import replaced, rewrite_json
+from inference_api.outbound.rewrite import Content, replaced, rewrite_json, size_of
 from inference_api.outbound.tokens import with_token
 from inference_api.outbound.transport import Transport, request_head
 from inference_api.routing.backend import Backend, Model
@@ -266,7 +266,7 @@ class Forward:
             total = model.entry.timeouts.total
         # The clock of both event loops; to ask for the running one is a system call in Python 3.11.
         deadline = monotonic() + total
-        return _Common(body, self._lines(call, model, body), self._timeout(model), deadline, call.prefix)
+        return _Common(body, self._lines(call, model, size_of(body)), self._timeout(model), deadline, call.prefix)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1
@@ -376,13 +376,13 @@ class Forward:
             hint = (b"retry-after", b"%d" % max(least, 1))
             reply.headers[:] = [pair for pair in reply.headers if pair[0] != hint[0]] + [hint]
 
-    def _lines(self, call: Call, model: Model, body: bytes) -> bytes:
+    def _lines(self, call: Call, model: Model, size: int) -> bytes:
         lines = call.lines
         if model.entry.priority != "client":
             lines = _prioritised(call.headers, model.entry.priority)
         elif lines is None:
             lines = header_lines(call.headers)
-        lines = b"accept-encoding: identity\r\ncontent-length: %d\r\n%b" % (len(body), lines)
+        lines = b"accept-encoding: identity\r\ncontent-length: %d\r\n%b" % (size, lines)
         credentials = model.entry.credentials
         if credentials is not None:
             if credentials == "passthrough":
@@ -405,7 +405,7 @@ class Forward:
 class _Common(NamedTuple):
     """What is the same in all attempts of a call."""
 
-    body: bytes
+    body: Content
     lines: bytes
     timeout: Timeout
     deadline: float
@@ -413,7 +413,7 @@ class _Common(NamedTuple):
     key: str
 
 
-def _body(call: Call, model: Model) -> bytes:
+def _body(call: Call, model: Model) -> Content:
     # An alias is the router's word; the engine knows the model by its name.
     served = model.entry.served_model_name or model.name
     if served == call.model:
@@ -439,7 +439,8 @@ def _request(url: httpx.URL, target: bytes, lines: bytes, common: _Common, fresh
         "target": target,
         "fresh": fresh,
     }
-    return httpx.Request("POST", url, headers=headers, content=common.body, extensions=extensions)  # type: ignore[arg-type]
+    body = b"".join(common.body) if isinstance(common.body, tuple) else common.body
+    return httpx.Request("POST", url, headers=headers, content=body, extensions=extensions)  # type: ignore[arg-type]
 
 
 def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:

@@ -4,13 +4,24 @@ import orjson
 
 from inference_api.outbound.scanner import find
 
+# The bytes of a request body, or pieces that follow each other: nobody has to copy a large one to change a word.
+Content = bytes | tuple[bytes | memoryview, ...]
 
-def rewrite_json(body: bytes, name: str, span: tuple[int, int] | None = None) -> bytes:
+# Up to here a copy costs less than pieces.
+_COPIED = 128 * 1024
+
+
+def rewrite_json(body: bytes, name: str, span: tuple[int, int] | None = None) -> Content:
     """`body`, a JSON object with a string under `model`, with `name` there instead. `span`: where it is, if known."""
     span = span or find(body, "model")
     return body if span is None else replaced(body, span, orjson.dumps(name))
 
 
-def replaced(body: bytes, span: tuple[int, int], value: bytes) -> bytes:
+def replaced(body: bytes, span: tuple[int, int], value: bytes) -> Content:
     view = memoryview(body)
-    return b"".join((view[: span[0]], value, view[span[1] :]))
+    pieces = (view[: span[0]], value, view[span[1] :])
+    return pieces if len(body) > _COPIED else b"".join(pieces)
+
+
+def size_of(content: Content) -> int:
+    return sum(map(len, content)) if isinstance(content, tuple) else len(content)

@@ -28,6 +28,7 @@ from inference_api.outbound.connection import Closed, Connection, ResponseStream
 from inference_api.outbound.dial import LACKS, Dialer
 from inference_api.outbound.headers import header_lines
 from inference_api.outbound.heads import KnownHeads
+from inference_api.outbound.rewrite import Content
 from inference_api.outbound.trust import Trust
 from inference_api.routing.catalogue import is_usable_address
 from inference_api.routing.resolver import Resolver
@@ -193,7 +194,7 @@ class Transport(httpx.AsyncBaseTransport):
         origin: str | None,
         url: httpx.URL,
         head: bytes,
-        body: bytes,
+        body: Content,
         timeouts: Timeout,
         deadline: float | None,
         fresh: bool,

@@ -108,6 +108,16 @@ def test_a_body_is_guilty_when_two_replicas_died_of_it() -> None:
     assert not suspects.accuse(b"good", ["a"])
 
 
+def test_a_large_body_is_known_again_by_its_ends_and_its_length() -> None:
+    suspects = Suspects(Clock())
+    body = bytes(6_000_000)
+    suspects.accuse(body, ["a"])
+
+    for other in (body + b"\0", b"x" + body[1:], body[:-1] + b"x"):
+        assert not suspects.accuse(other, ["b"])
+    assert suspects.accuse(body, ["b"])
+
+
 def test_two_deaths_may_be_told_at_once() -> None:
     assert Suspects(Clock()).accuse(b"bad", ["a", "b"])
 

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.outbound.connection import Closed, Connection, Disconnected, ResponseStream, TotalTimeout
-from inference_api.outbound.transport import Pool, Transport
+from inference_api.outbound.connection import Closed, Connection, Disconnected, ResponseStream, Timeout, TotalTimeout
+from inference_api.outbound.transport import Pool, Transport, request_head
 from tests.fakes import (
     COMPLETION,
     LAST_CHUNK,
@@ -576,6 +576,25 @@ async def test_a_replica_behind_tls(secure_engine: SecureEngine, certificate: Pa
 
     assert [request.body for request in secure_engine.requests] == [body] * 2
     assert secure_engine.connections == 1
+    await transport.aclose()
+
+
+@pytest.mark.parametrize("secure", [True, False])
+async def test_a_body_in_pieces_arrives_whole(
+    secure: bool, secure_engine: SecureEngine, start_engine: Any, certificate: Path
+) -> None:
+    chosen = secure_engine if secure else await start_engine()
+    transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
+    body = os.urandom(2**22)
+    pieces = (memoryview(body)[:2_000_001], b"between", memoryview(body)[2_000_001:])
+    head = request_head("POST", b"/v1/x", b"host: a\r\ncontent-length: %d\r\n" % (len(body) + 7))
+
+    url = httpx.URL(chosen.url)
+    stream = await transport.send(chosen.url, url, head, pieces, Timeout(5, 5, 5), None, False)
+
+    assert stream.status == 200
+    assert chosen.requests[0].body == b"".join(pieces)
+    await stream.aclose()
     await transport.aclose()
 
 
