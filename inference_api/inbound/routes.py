@@ -140,20 +140,13 @@ class Inference:
         model = self._gate.resolve(fields["model"])
         seen.model_name = model.name
         call = wire.make_call(self.route, inbound, body, scope["query_string"], seen.request_id, asked, model)
-        self._admit(model, seen)
-        return call, model
-
-    def _admit(self, model: Model, seen: Observation) -> None:
-        limit = model.entry.max_in_flight
-        load = self._load
+        limit, load = model.entry.max_in_flight, self._load
         if load.in_flight > load.max_in_flight:
-            full = "The router"
-        elif limit is not None and model.in_flight >= limit:
-            full = f"The model {model.name!r}"
-        else:
-            seen.resolved(model)
-            return
-        raise overloaded(full)
+            raise overloaded("The router")
+        if limit is not None and model.in_flight >= limit:
+            raise overloaded(f"The model {model.name!r}")
+        seen.resolved(model)
+        return call, model
 
 
 class Surface:

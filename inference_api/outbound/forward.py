@@ -266,7 +266,8 @@ class Forward:
             total = model.entry.timeouts.total
         # The clock of both event loops; to ask for the running one is a system call in Python 3.11.
         deadline = monotonic() + total
-        return _Common(body, self._lines(call, model, size_of(body)), self._timeout(model), deadline, call.prefix)
+        size = len(body) if isinstance(body, bytes) else size_of(body)
+        return _Common(body, self._lines(call, model, size), self._timeout(model), deadline, call.prefix)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1

@@ -108,7 +108,7 @@ async def readiness(served: Served) -> tuple[int, str]:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inference_api.routing.endpointslices._FIRST_BACKOFF", 0.02)
     monkeypatch.setattr("inference_api.routing.endpointslices._LONGEST_BACKOFF", 0.02)
-    monkeypatch.setattr("inference_api.routing.endpointslices._PATIENCE", 0.2)
+    monkeypatch.setattr("inference_api.routing.endpointslices._PATIENCE", 1.0)
     monkeypatch.setattr("inference_api.routing.endpointslices._LOOK", 0.002)
 
 

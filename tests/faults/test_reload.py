@@ -221,11 +221,11 @@ async def test_a_token_that_is_replaced_goes_with_the_next_request(tmp_path: Pat
                 await asyncio.sleep(0.05)
         token.unlink()
         router.process.send_signal(signal.SIGHUP)
+        assert await seen() == "Bearer second"
         # A model that comes with a file of its own has its token from the first request on.
         other = tmp_path / "BACKEND_TWO"
         other.write_text("other")
         write(path, entry("m", engine, credentials={"file": str(other), "header": "x-api-key"}), entry("n", engine))
-        assert await seen() == "Bearer second"
         router.process.send_signal(signal.SIGHUP)
         await served(router, "m", "n")
         assert await seen() is None
