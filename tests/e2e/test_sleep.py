@@ -97,6 +97,8 @@ def test_nobody_reaches_these_routes_through_the_router(client: httpx.Client, pa
 def test_a_stream_that_a_pause_ended_is_passed_on_and_is_no_success(
     pair: list[Process], router: Process, client: httpx.Client
 ) -> None:
+    # As the test before has left them.
+    assert asleep(router, 0)
     body = BODY | {"max_tokens": 1000, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
