@@ -36,10 +36,7 @@ _Text = str | list[Any]
 
 
 class Named(TypedDict, total=False):
-    """What every inference body has. All other fields pass unread; of a repeated one the last counts, as in vLLM.
-
-    A feature that needs another field of the top level adds it here, and finds it in `Call.fields`.
-    """
+    """What every inference body has. All other fields pass unread; of a repeated one the last counts, as in vLLM."""
 
     model: Required[_Name]
     stream: bool | None
@@ -81,13 +78,16 @@ class Rerank(Named):
 
 
 class JSONReader:
-    """Reads the fields of `shape`; of `one_of` at least one must be there.
+    """Reads the fields of `shape`; of `one_of` at least one must be there, and not null.
+
+    In `Call.fields` are those that every body has, and those that are `kept`: small ones, for whoever needs another
+    field of the top level. Of the others only the type is looked at, and the beginning for prefix affinity.
 
     It raises InvalidJSON for what is not JSON, and InvalidRequest, naming the field, for what is not the shape.
     """
 
-    def __init__(self, shape: type, one_of: tuple[str, ...] = ()) -> None:
-        self.bulky = frozenset(shape.__annotations__.keys() - Named.__annotations__.keys())
+    def __init__(self, shape: type, one_of: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
+        self.bulky = frozenset(shape.__annotations__.keys() - Named.__annotations__.keys() - set(kept))
         self._names = frozenset(shape.__annotations__)
         self._one_of = one_of
         self._validate = TypeAdapter(shape).validator.validate_json

@@ -30,6 +30,7 @@ from inference_api.outbound.json_text import (
     mask,
     safe_end,
 )
+from inference_api.outbound.pieces import Piece, Places, prefix, suffix
 
 # Levels; about as many as Python's own parser has. Some engines die of more.
 MAX_DEPTH = 10_000
@@ -45,50 +46,6 @@ _KEPT_DIGITS = 400
 _FINE, _FINE_KEPT = 4 * 1024, 1024
 
 _SPACES = (b" ", b"\t", b"\n", b"\r")
-_CLOSERS = str.maketrans("[{", "]}")
-_OPENERS = {"[": b"[", "{": b'{"":'}
-# What stands for the values of a container before the place where a slice begins, and after the one where it ends
-_BEFORE = {"[": b"0", "{": b'"":0'}
-_AFTER = {"[": b",0", "{": b',"":0'}
-
-
-class _Places:
-    """Where the bytes of a text stand in the body; text that is shorter than there has a gap."""
-
-    __slots__ = ("_starts",)
-
-    def __init__(self, starts: list[tuple[int, int]]) -> None:
-        # (offset in the text, offset in the body), ascending
-        self._starts = starts
-
-    def of(self, index: int) -> int:
-        return next((at + index - start for start, at in reversed(self._starts) if index >= start), 0)
-
-    def followed(self, size: int, at: int) -> "_Places":
-        """Those of the first `size` bytes, and of what follows them, which stands at `at`."""
-        return _Places([*(place for place in self._starts if place[0] < size), (size, at)])
-
-    def after(self, index: int) -> "_Places":
-        return _Places([(0, self.of(index)), *((start - index, at) for start, at in self._starts if start > index)])
-
-
-class _Piece:
-    """A slice of the body, made a document by what is before and after it."""
-
-    __slots__ = ("after", "before", "places", "text")
-
-    def __init__(self, before: bytes, text: bytes, after: bytes, places: _Places) -> None:
-        self.before = before
-        self.text = text
-        self.after = after
-        self.places = places
-
-    @property
-    def document(self) -> bytes:
-        return b"%b%b%b" % (self.before, self.text, self.after)
-
-    def body_offset(self, index: int) -> int:
-        return self.places.of(min(max(index - len(self.before), 0), len(self.text)))
 
 
 class Member:
@@ -96,7 +53,7 @@ class Member:
 
     __slots__ = ("_more", "_name", "_piece", "_value", "size", "whole")
 
-    def __init__(self, name: str, value: Any, piece: _Piece) -> None:
+    def __init__(self, name: str, value: Any, piece: Piece) -> None:
         self._name = name
         self._value = value
         self._piece = piece
@@ -151,7 +108,7 @@ class Scan:
         # Up to where the body has been read; what of that is not judged yet, and where it stands
         self._at = len(BOM_UTF8) if body.startswith(BOM_UTF8) else 0
         self._text = b""
-        self._places = _Places([])
+        self._places = Places([])
         self._in_long_string = False
         # What is open where the text begins, and whether a value of it precedes
         self._stack = ""
@@ -199,7 +156,7 @@ class Scan:
         if self._ended:
             self._check_end(self._text, self._places.of(0))
 
-    def _accept(self, text: bytes, brackets: bytes, places: _Places) -> None:
+    def _accept(self, text: bytes, brackets: bytes, places: Places) -> None:
         """Judge a slice and take what it has of the top level."""
         closers, opened = collapse(brackets)
         stack = self._stack
@@ -210,30 +167,31 @@ class Scan:
         if len(left) > MAX_DEPTH:
             raise NotJSON(f"nested deeper than {MAX_DEPTH} levels")
         follows = not text.endswith((b"[", b"{"))
-        after = _after(left, base, follows)
-        piece = _Piece(_before(stack, base, self._follows), text, after, places)
+        piece = Piece(prefix(stack, base, self._follows), text, suffix(left, base, follows), places)
         value = self._judge(piece)
-        if not stack:
-            self.is_object = type(value) is dict
+        is_object = self.is_object if stack else type(value) is dict
+        at_top = is_object and not base
+        # Before anything is changed, as this may find the slice too deep.
+        open_names = self._open_names(value, piece, suffix(left, 0, follows, b"1")) if at_top and len(left) > 1 else []
         for member in self._growing:
-            member.grow(text, _after(left, 0, follows))
+            member.grow(text, suffix(left, 0, follows))
         self._growing = [member for member in self._growing if base and self._has_room(member)]
-        if not base and self.is_object:
-            self._note(value, piece, len(left) > 1)
-        self._stack, self._follows, self._ended = left, follows, not left
+        if at_top:
+            self.members.update({name: Member(name, value[name], piece) for name in self._names if name in value})
+            self._growing += [self.members[name] for name in open_names]
+        self.is_object, self._stack, self._follows, self._ended = is_object, left, follows, not left
 
     def _has_room(self, member: Member) -> bool:
         member.whole = member.size < self._opening
         return member.whole
 
-    def _note(self, value: Any, piece: _Piece, is_open: bool) -> None:
-        for name in self._names:
-            if name in value:
-                member = self.members[name] = Member(name, value[name], piece)
-                if is_open and type(value[name]) in (dict, list):
-                    self._growing.append(member)
+    def _open_names(self, value: dict[str, Any], piece: Piece, other_after: bytes) -> list[str]:
+        """The members whose value goes on after the slice: it differs if the slice is completed in another way."""
+        found = [name for name in self._names if type(value.get(name)) in (dict, list)]
+        other = judge(b"%b%b%b" % (piece.before, piece.text, other_after)) if found else {}
+        return [name for name in found if value[name] != other[name]]
 
-    def _judge(self, piece: _Piece) -> Any:
+    def _judge(self, piece: Piece) -> Any:
         try:
             return judge(piece.document)
         except NotJSON as exc:
@@ -286,8 +244,8 @@ class Scan:
     def _finish(self) -> None:
         """What is left must be a document without brackets and commas."""
         if not self._ended:
-            before = _before(self._stack, max(len(self._stack) - 1, 0), self._follows)
-            self._judge(_Piece(before, self._text, b"", self._places))
+            start = prefix(self._stack, max(len(self._stack) - 1, 0), self._follows)
+            self._judge(Piece(start, self._text, b"", self._places))
 
 
 def find(document: bytes, name: str) -> tuple[int, int] | None:
@@ -299,16 +257,3 @@ def find(document: bytes, name: str) -> tuple[int, int] | None:
         pass
     member = scan.members.get(name)
     return None if member is None else member._span(find_string)
-
-
-def _before(stack: str, base: int, follows: bool) -> bytes:
-    if not stack:
-        return b""
-    outer = b"".join([_OPENERS[kind] for kind in stack[base:-1]])
-    return outer + stack[-1].encode() + (_BEFORE[stack[-1]] if follows else b"")
-
-
-def _after(stack: str, base: int, follows: bool) -> bytes:
-    if not stack:
-        return b""
-    return (_AFTER[stack[-1]] if follows else b"") + stack[base:][::-1].translate(_CLOSERS).encode()

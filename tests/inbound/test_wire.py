@@ -19,6 +19,7 @@ from inference_api.errors import (
 )
 from inference_api.inbound import wire
 from inference_api.inbound.admission import Load
+from inference_api.inbound.bodies import Chat, JSONReader
 from inference_api.inbound.routes import INFERENCE_ROUTES
 from inference_api.inbound.wire import model_card, model_list, read_body
 from inference_api.models import Asked, Call, RawHeaders, Route
@@ -80,6 +81,7 @@ DIALECT = {
     "a number without an end": b'{"model":"m","messages":[1e999],"x":-1E+99999}',
     "nan": b'{"model":"m","messages":[NaN,-Infinity]}',
     "500 arrays": b'{"model":"m","messages":' + b"[" * 500 + b"]" * 500 + b"}",
+    "950 arrays": b'{"model":"m","messages":' + b"[" * 950 + b"]" * 950 + b"}",
     "9,000 arrays in an unknown field": b'{"model":"m","messages":[],"x":' + b"[" * 9000 + b"]" * 9000 + b"}",
     "9,000 objects": b'{"model":"m","messages":[],"x":' + b'{"a":' * 9000 + b"1" + b"}" * 9001,
 }
@@ -310,6 +312,23 @@ def test_a_large_body_that_is_not_json_is_refused(body: bytes) -> None:
 def test_nothing_is_kept_of_a_prompt() -> None:
     for body in ({"prompt": "SECRET"}, {"prompt": ["SECRET"], "prompt_embeds": "SECRET"}):
         assert read({"model": "m", "stream": True, **body}, "/v1/completions").fields == {"model": "m", "stream": True}
+
+
+class Priced(Chat, total=False):
+    max_tokens: int | None
+    stream_options: dict[str, Any] | None
+
+
+@pytest.mark.parametrize("before", [0, 32_700, 32_740, 32_768, 400_000])
+def test_whoever_needs_another_field_finds_it_whole_in_a_body_of_any_size(before: int) -> None:
+    route = ROUTES[CHAT]._replace(reader=JSONReader(Priced, kept=("max_tokens", "stream_options")))
+    few = {"max_tokens": 7, "stream_options": {"include_usage": True, "a": [{"b": [1, 2, 3]}] * 20}}
+    for after in (0, 1_000_000):
+        body = orjson.dumps({"x": "x" * before, "y": [0] * (before // 2), **few, "model": "m", "messages": [0] * after})
+
+        call = call_of(route, inbound([(b"content-type", b"application/json")]), body, {})
+
+        assert call.fields == {"model": "m", **few}
 
 
 def test_a_conversation_has_one_prefix_however_large_it_grows() -> None:

@@ -1,0 +1,65 @@
+"""A slice of a JSON document, what makes it a document of its own, and where it stands."""
+
+_CLOSERS = str.maketrans("[{", "]}")
+_OPENERS = {"[": b"[", "{": b'{"":'}
+# What stands for the values of a container before the place where a slice begins, and after the one where it ends
+_BEFORE = {"[": b"0", "{": b'"":0'}
+_AFTER = {"[": b",", "{": b',"":'}
+_FIRST = {"[": b"", "{": b'"":'}
+
+
+class Places:
+    """Where the bytes of a text stand in the body; text that is shorter than there has a gap."""
+
+    __slots__ = ("_starts",)
+
+    def __init__(self, starts: list[tuple[int, int]]) -> None:
+        # (offset in the text, offset in the body), ascending
+        self._starts = starts
+
+    def of(self, index: int) -> int:
+        return next((at + index - start for start, at in reversed(self._starts) if index >= start), 0)
+
+    def followed(self, size: int, at: int) -> "Places":
+        """Those of the first `size` bytes, and of what follows them, which stands at `at`."""
+        return Places([*(place for place in self._starts if place[0] < size), (size, at)])
+
+    def after(self, index: int) -> "Places":
+        return Places([(0, self.of(index)), *((start - index, at) for start, at in self._starts if start > index)])
+
+
+class Piece:
+    """A slice of the body, made a document by what is before and after it."""
+
+    __slots__ = ("after", "before", "places", "text")
+
+    def __init__(self, before: bytes, text: bytes, after: bytes, places: Places) -> None:
+        self.before = before
+        self.text = text
+        self.after = after
+        self.places = places
+
+    @property
+    def document(self) -> bytes:
+        return b"%b%b%b" % (self.before, self.text, self.after)
+
+    def body_offset(self, index: int) -> int:
+        return self.places.of(min(max(index - len(self.before), 0), len(self.text)))
+
+
+def prefix(stack: str, base: int, follows: bool) -> bytes:
+    """What opens the containers of `stack` from number `base` on; `follows`: values of the innermost precede."""
+    if not stack:
+        return b""
+    outer = b"".join([_OPENERS[kind] for kind in stack[base:-1]])
+    return outer + stack[-1].encode() + (_BEFORE[stack[-1]] if follows else b"")
+
+
+def suffix(stack: str, base: int, follows: bool, last: bytes = b"") -> bytes:
+    """What closes them; `follows`: behind a value, which is to be complete; `last`: a number to put there anyway."""
+    if not stack:
+        return b""
+    value = b""
+    if follows or last:
+        value = (_AFTER if follows else _FIRST)[stack[-1]] + (last or b"0")
+    return value + stack[base:][::-1].translate(_CLOSERS).encode()
