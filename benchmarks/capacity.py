@@ -31,7 +31,7 @@ class Measured:
     idle_mb: float = 43
     stream_kb: float = 22
     own_files: int = 48
-    """Kept for itself by `inbound/server.py`."""
+    """Kept for itself by `server/server.py`."""
     scrape_kb: float = 467
     """Of /metrics with 1,000 replicas, by `benchmarks.fleet_size`."""
 
@@ -139,7 +139,7 @@ def measured_table(measured: Measured = MEASURED) -> str:
         ("CPU of a new connection to a replica", f"{measured.replica_us:g} us", "the same"),
         ("memory (RSS), idle", f"{measured.idle_mb:g} MB", bench),
         ("memory of an open stream", f"{measured.stream_kb:g} KB", streams),
-        ("files kept for itself", f"{measured.own_files}", "`inference_api/inbound/server.py`"),
+        ("files kept for itself", f"{measured.own_files}", "`inference_api/server/server.py`"),
         ("a scrape of `/metrics`, 1,000 replicas", f"{measured.scrape_kb:g} KB", "`python -m benchmarks.fleet_size`"),
     )
     return _table(("what", "figure", "by"), rows, ("---", "---:", "---"))

@@ -25,9 +25,9 @@ from benchmarks.candidates import Site, write_catalogue
 from benchmarks.engine import NOT_FOUND, PAGES, page_of, response
 from benchmarks.setup import Setup
 from inference_api.app import Router
-from inference_api.inbound.protocol import Protocol, State
-from inference_api.inbound.server import server_config
 from inference_api.observe.log import configure_logging
+from inference_api.server.connection import Protocol, State
+from inference_api.server.server import server_config
 from inference_api.settings import Settings
 
 STREAM_EVENTS = 100

@@ -173,7 +173,7 @@ class Router:
             self.views = tuple(other for other in self.views if other is not view)
 
     def ask(self) -> None:
-        """What the replicas have of others, as `routing.load` reckons it."""
+        """What the replicas have of others, as `discovery.load` reckons it."""
         for view in self.views:
             view.reported = max(0.0, view.server.load - view.in_flight)
 

@@ -21,15 +21,17 @@ import orjson
 from benchmarks import wire
 from benchmarks.check import CASES, PLAIN, Case, fork, is_under_valgrind, try_case, under_valgrind
 from benchmarks.inprocess import Client, Loop, running
-from inference_api.inbound import request_head
-from inference_api.inbound.cycle import CYCLE
 from inference_api.models import Reply
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observation
-from inference_api.outbound import connection, heads, relay
-from inference_api.outbound.connection import ResponseStream
-from inference_api.outbound.events import EventTracker
+from inference_api.relay import relay
+from inference_api.relay.events import EventTracker
 from inference_api.routing.backend import Model
+from inference_api.server import request_head
+from inference_api.server.cycle import CYCLE
+from inference_api.upstream import connection
+from inference_api.upstream import repeated_head as heads
+from inference_api.upstream.connection import ResponseStream
 
 EVENT = CASES[1]
 _WARM = 20

@@ -13,10 +13,17 @@ import httpx
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from inference_api.discovery.cluster import Cluster
+from inference_api.discovery.dns import Discovery
+from inference_api.discovery.endpointslices import EndpointSlices, watched_in
+from inference_api.discovery.engines import EngineFacts
+from inference_api.discovery.load import LoadSignal
+from inference_api.discovery.resolver import Resolve, Resolver, resolve
 from inference_api.errors import RouterError
-from inference_api.inbound.admission import Load
-from inference_api.inbound.pages import Models, Named, Observed, Probes, create_pages
-from inference_api.inbound.routes import INFERENCE_ROUTES, Gate, Inference, Surface
+from inference_api.http.admission import Load
+from inference_api.http.head import RequestHeaders
+from inference_api.http.pages import Models, Named, Observed, Probes, create_pages
+from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference, Surface
 from inference_api.models import Outcome
 from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
@@ -24,30 +31,23 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.observe.scrape import Exposition, process_collectors
-from inference_api.outbound.forward import Forward, Limits
-from inference_api.outbound.headers import RequestHeaders
-from inference_api.outbound.tokens import Tokens
-from inference_api.outbound.transport import Transport
-from inference_api.outbound.trust import Trust
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
-from inference_api.routing.cluster import Cluster
-from inference_api.routing.discovery import Discovery
-from inference_api.routing.endpointslices import EndpointSlices, watched_in
-from inference_api.routing.engines import EngineFacts
 from inference_api.routing.files import CatalogueFile, Reloader
 from inference_api.routing.health import Health
-from inference_api.routing.load import LoadSignal
 from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
-from inference_api.routing.resolver import Resolve, Resolver, resolve
 from inference_api.settings import Settings
+from inference_api.upstream.credentials import Tokens
+from inference_api.upstream.forward import Forward, Limits
+from inference_api.upstream.transport import Transport
+from inference_api.upstream.trust import Trust
 
 if TYPE_CHECKING:
-    from inference_api.observe.tracing import Tracing
+    from inference_api.features.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 

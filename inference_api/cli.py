@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from inference_api import __version__
 from inference_api.app import Router
-from inference_api.inbound.server import handling, run_server
+from inference_api.discovery.cluster import Cluster, ClusterError, in_cluster
 from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
-from inference_api.routing.cluster import Cluster, ClusterError, in_cluster
+from inference_api.server.server import handling, run_server
 from inference_api.settings import PREFIX, Settings, SettingsError, load_settings, wants_traces
 
 if TYPE_CHECKING:
-    from inference_api.observe.tracing import Tracing
+    from inference_api.features.tracing import Tracing
 
 _ABOUT = """\
 A thin OpenAI-compatible inference router: a client names a model, the router finds it in a registry or in a
@@ -171,7 +171,7 @@ def _tracing() -> "Tracing | None":
     if not wants_traces(os.environ):
         return None
     try:
-        from inference_api.observe.tracing import otlp_tracing
+        from inference_api.features.tracing import otlp_tracing
     except ModuleNotFoundError as exc:
         raise SettingsError(
             f"OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, but OpenTelemetry is not installed ({exc}); "

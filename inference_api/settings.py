@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from inference_api.outbound.headers import NEVER_FORWARDED
+from inference_api.headers import NEVER_FORWARDED
 
 PREFIX = "INFERENCE_API_"
 # Those that ask for traces; of both the first one holds.

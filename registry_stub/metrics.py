@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_api import __version__
-from inference_api.inbound.negotiation import OPENMETRICS, TEXT, wants_openmetrics
+from inference_api.http.negotiation import OPENMETRICS, TEXT, wants_openmetrics
 
 _METHODS = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 _ROUTES = {"/models": "models", "/models/": "models", "/healthz": "healthz", "/metrics": "metrics"}

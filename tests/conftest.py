@@ -1,6 +1,8 @@
 """Fixtures: a clean environment, scripted engines, and a router on a real port in the test's own event loop."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -12,15 +14,16 @@ import orjson
 import pytest
 
 from inference_api.app import Router
-from inference_api.inbound.server import Server, listen, server_config
+from inference_api.discovery import resolver
+from inference_api.discovery.cluster import Cluster
 from inference_api.observe.log import Fields
-from inference_api.routing import resolver
-from inference_api.routing.cluster import Cluster
+from inference_api.server.server import Server, listen, server_config
 from inference_api.settings import Settings
-from tests.fakes import FakeEngine, Script, in_background, until
+from inference_api.upstream.transport import Transport
+from tests.fakes import FakeEngine, Script, ScriptedServer, in_background, until
 
 if TYPE_CHECKING:
-    from inference_api.observe.tracing import Tracing
+    from inference_api.features.tracing import Tracing
 
 # Enough to find what is wrong in a rule, few enough for the suite to end within a minute; a file may say otherwise.
 hypothesis.settings.register_profile("suite", max_examples=40, deadline=None)
@@ -122,3 +125,43 @@ async def serving(router: Router, settings: Settings) -> AsyncIterator[str]:
         finally:
             server.should_exit = True
             listener.close()
+
+
+@pytest.fixture
+async def transport() -> AsyncIterator[Transport]:
+    transport = Transport()
+    yield transport
+    await transport.aclose()
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Callable[..., Any]]:
+    """`await start(script)` -> a server on a free port that answers every request so."""
+    async with AsyncExitStack() as stack:
+
+        async def start(script: Script) -> ScriptedServer:
+            server = ScriptedServer(script)
+            await stack.enter_async_context(server)
+            return server
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and its self-signed certificate for 127.0.0.1 and the name one.test, in one file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-days", "2", "-subj", "/CN=replica", "-addext", "subjectAltName=IP:127.0.0.1,DNS:one.test"),
+            *("-keyout", "key.pem", "-out", "cert.pem"),
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    (folder / "both.pem").write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
+    return folder / "both.pem"

@@ -18,8 +18,8 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_api.app import Router
-from inference_api.inbound.server import listen
 from inference_api.routing.catalogue import CatalogueError
+from inference_api.server.server import listen
 from inference_api.settings import Settings
 from registry_stub.app import create_app
 from registry_stub.store import Store

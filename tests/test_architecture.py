@@ -12,12 +12,16 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # From the ground up: a module may import from its own layer and from those before it.
 LAYERS = (
     ("inference_api",),
-    ("inference_api.models", "inference_api.errors", "inference_api.threads"),
-    ("inference_api.routing",),
-    ("inference_api.outbound",),
+    ("inference_api.models", "inference_api.errors", "inference_api.threads", "inference_api.headers"),
     ("inference_api.settings",),
+    ("inference_api.routing",),
+    ("inference_api.discovery",),
+    ("inference_api.upstream",),
+    ("inference_api.relay",),
     ("inference_api.observe",),
-    ("inference_api.inbound",),
+    ("inference_api.server",),
+    ("inference_api.http",),
+    ("inference_api.features",),
     ("inference_api.app",),
     ("inference_api.cli",),
     ("inference_api.__main__",),
@@ -83,7 +87,7 @@ def test_no_import_comes_back_to_where_it_began() -> None:
 
 
 def test_settings_need_nothing_but_the_names_of_headers() -> None:
-    assert imports("inference_api.settings") <= {"inference_api.outbound.headers", "inference_api.models"}
+    assert imports("inference_api.settings") <= {"inference_api.headers", "inference_api.models"}
 
 
 def test_the_demo_is_loaded_by_its_command_alone() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from inference_api.errors import RouterError
-from inference_api.inbound.routes import INFERENCE_ROUTES
+from inference_api.http.pipeline import INFERENCE_ROUTES
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
 from inference_api.routing.registry import RegistryStatus

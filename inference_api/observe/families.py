@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from inference_api import __version__
+from inference_api.discovery.gauges import Reading
 from inference_api.observe.exposition import Family
 from inference_api.observe.exposition import Series as Shown
 from inference_api.observe.metrics import ABORTS, UNKNOWN, Metrics
 from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend
-from inference_api.routing.gauges import Reading
 from inference_api.routing.registry import RegistryStatus
 
 # Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first of them.

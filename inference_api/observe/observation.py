@@ -9,8 +9,8 @@ from inference_api.errors import RouterError
 from inference_api.models import Outcome, RawHeaders, Reply
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.outbound.relay import Relay
-from inference_api.outbound.usage import Counts, counts
+from inference_api.relay.relay import Relay
+from inference_api.relay.usage import Counts, counts
 from inference_api.routing.backend import Model
 
 _UNKNOWN: Counts = (None, None, None, None)

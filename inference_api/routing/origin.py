@@ -9,8 +9,8 @@ from inference_api.routing.breaker import Circuit
 from inference_api.routing.catalogue import place_of
 
 if TYPE_CHECKING:
+    from inference_api.discovery.gauges import Reading
     from inference_api.routing.backend import Backend
-    from inference_api.routing.gauges import Reading
 
 
 class Origin(Circuit):

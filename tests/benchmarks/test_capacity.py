@@ -12,8 +12,8 @@ from benchmarks import capacity, fleet_size, simulation
 from benchmarks.capacity import MEASURED, Measured, Plan, after_rollout
 from benchmarks.queues import Case, simulate
 from benchmarks.samples import quantile
-from inference_api.inbound import server
 from inference_api.routing.catalogue import PolicyName
+from inference_api.server import server
 from inference_api.settings import Settings
 
 TEXT = capacity.DOCUMENT.read_text()

@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inference_api.demo.telemetry import Record, Telemetry
 from inference_api.demo.toy import Generation
-from inference_api.routing.gauges import Gauges
+from inference_api.discovery.gauges import Gauges
 
 TWO = (Generation(["a", "b", "c"], "stop"), Generation(["a"], "length"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inference_api.routing.gauges import Gauges
+from inference_api.discovery.gauges import Gauges
 from tests.e2e.conftest import Engines, StartRouter
 from tests.e2e.processes import Process, until
 

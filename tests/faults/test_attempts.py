@@ -14,8 +14,8 @@ import openai
 import orjson
 import pytest
 
-from inference_api.outbound import retry
 from inference_api.settings import Settings
+from inference_api.upstream import retry
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,

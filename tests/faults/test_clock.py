@@ -49,7 +49,7 @@ def test_t61_only_what_is_shown_is_told_by_the_wall_clock() -> None:
     assert uses == {
         "inference_api.observe.log": {"time.time", "time.gmtime"},
         "inference_api.observe.families": {"time.time"},
-        "inference_api.routing.load": {"time.time"},
+        "inference_api.discovery.load": {"time.time"},
         "inference_api.routing.registry": {"time.time"},
     }
 

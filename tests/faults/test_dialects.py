@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from inference_api.outbound.transport import Transport
+from inference_api.upstream.transport import Transport
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Served
+from tests.discovery.kube import FakeApi, document, endpoint
 from tests.fakes import (
     DONE,
     LAST_CHUNK,
@@ -23,7 +24,6 @@ from tests.fakes import (
 )
 from tests.faults.lab import Pods
 from tests.faults.quiescence import Quiescence
-from tests.routing.kube import FakeApi, document, endpoint
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -106,10 +106,10 @@ async def readiness(served: Served) -> tuple[int, str]:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_api.routing.endpointslices._FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr("inference_api.routing.endpointslices._LONGEST_BACKOFF", 0.02)
-    monkeypatch.setattr("inference_api.routing.endpointslices._PATIENCE", 1.0)
-    monkeypatch.setattr("inference_api.routing.endpointslices._LOOK", 0.002)
+    monkeypatch.setattr("inference_api.discovery.endpointslices._FIRST_BACKOFF", 0.02)
+    monkeypatch.setattr("inference_api.discovery.endpointslices._LONGEST_BACKOFF", 0.02)
+    monkeypatch.setattr("inference_api.discovery.endpointslices._PATIENCE", 1.0)
+    monkeypatch.setattr("inference_api.discovery.endpointslices._LOOK", 0.002)
 
 
 async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(

@@ -14,7 +14,7 @@ import httpx
 import orjson
 import pytest
 
-from inference_api.inbound.server import connection_limit
+from inference_api.server.server import connection_limit
 from tests.command import Command, command, log_of, ready
 from tests.fakes import CHAT, STREAM, Answer, Line, Received, answer, event, post, raw_client, read_answer, sse, until
 from tests.faults.lab import URL, Lab, outcomes

@@ -13,11 +13,11 @@ import orjson
 import pytest
 
 from inference_api.app import Router
-from inference_api.inbound.server import listen, ops_thread
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.registry import Registry
+from inference_api.server.server import listen, ops_thread
 from inference_api.settings import Settings
 from tests.conftest import serving
 from tests.fakes import FakeEngine, Line, Received, Script, ScriptedServer, hang, json_response, raw, until

@@ -169,7 +169,7 @@ async def test_off_means_that_nothing_of_it_is_loaded(
         }
 
     assert "inference_api.app" in modules["off"] & modules["on"]
-    assert "inference_api.observe.tracing" in modules["on"] - modules["off"]
+    assert "inference_api.features.tracing" in modules["on"] - modules["off"]
     assert not [name for name in modules["off"] if name.startswith(("opentelemetry", "google.protobuf", "requests"))]
 
 

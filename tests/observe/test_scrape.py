@@ -18,7 +18,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from prometheus_client.registry import Collector
 
-from inference_api.inbound.pages import Probes, create_pages
+from inference_api.http.pages import Probes, create_pages
 from inference_api.models import Outcome
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import Families

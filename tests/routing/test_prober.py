@@ -8,13 +8,13 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.outbound.transport import Transport
 from inference_api.routing import prober as prober_module
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
+from inference_api.upstream.transport import Transport
 from tests.fakes import Line, Received, hang, json_response, raw, until
 
 pytestmark = pytest.mark.anyio

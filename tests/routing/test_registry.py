@@ -17,12 +17,12 @@ import uvicorn
 from pytest_httpx import HTTPXMock
 
 from inference_api.errors import ModelNotFound
-from inference_api.inbound.server import Server, listen
 from inference_api.routing import registry as registry_module
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_policy
 from inference_api.routing.catalogue import CatalogueEntry, parse_catalogue
 from inference_api.routing.registry import Registry
+from inference_api.server.server import Server, listen
 from registry_stub.app import create_app
 from registry_stub.store import Store
 from tests.fakes import Line, Received, Script, ScriptedServer, hang, in_background, json_response, raw, until

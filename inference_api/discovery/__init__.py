@@ -1,0 +1,1 @@
+"""Who serves a model: host names, EndpointSlices, and the engines' own answers."""

@@ -1,0 +1,169 @@
+"""From a host name to replicas: the names of backends with `discovery: dns` are looked up again and again.
+
+Every address of a name is a replica, and the router connects to the address that was checked, not to the name: what
+the name means a moment later is of no consequence. An address that is gone gets no new requests, and its streams run
+to their end. A name that cannot be looked up, or suddenly has no address, keeps those it had.
+"""
+
+import asyncio
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from inference_api.discovery.resolver import Resolve
+from inference_api.routing.backend import Fleet
+from inference_api.routing.catalogue import MAX_BACKENDS, is_usable_address
+
+logger = logging.getLogger(__name__)
+
+_COLD_START = 5.0
+_PATIENCE = 2.0
+# Hosts that one look waits for at once; how many look-ups there are in all is the resolver's to say.
+_AT_ONCE = 16
+
+
+class Discovery:
+    """Keeps the addresses of a Fleet at what DNS says. `every`: seconds between two looks, +-20 %; `rand` gives [0, 1).
+
+    `resolve` looks a name up, and should not let one that hangs hold up another.
+
+    `on_leave` is called after addresses have gone. `failures` counts look-ups by why they were of no use.
+    Names that are `watched` are not looked up: somebody else knows them better.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        resolve: Resolve,
+        every: float = 5.0,
+        rand: Callable[[], float] = random.random,
+        on_leave: Callable[[], None] = lambda: None,
+        watched: Callable[[str], bool] = lambda host: False,
+    ) -> None:
+        # Configuration
+        self._fleet = fleet
+        self._resolve = resolve
+        self._watched = watched
+        self._every = every
+        self._rand = rand
+        self._on_leave = on_leave
+        # Shared: host -> the names of its models, as of a version of the fleet
+        self._hosts: dict[str, list[str]] = {}
+        self._version = -1
+        self._woken = asyncio.Event()
+        # Look-ups that have not returned, given up or not: one per host
+        self._under_way: dict[str, asyncio.Future[Iterable[str]]] = {}
+        # What is known to be wrong, and so is no news
+        self._failing: set[str] = set()
+        self._refused: dict[str, list[str]] = {}
+        self.failures: Counter[str] = Counter()
+
+    async def start(self) -> None:
+        """The first look, before any request is taken; what does not answer within 5 s comes later."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_COLD_START):
+                await self.look()
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._every * (0.8 + 0.4 * self._rand())):
+                        await self._woken.wait()
+                self._woken.clear()
+                try:
+                    await self.look()
+                except Exception:
+                    # The boundary of a background task: it has to be there for the next look.
+                    logger.exception("looking up the hosts of the catalogue failed")
+        finally:
+            for lookup in self._under_way.values():
+                lookup.cancel()
+
+    def wake(self) -> None:
+        """Look now: the catalogue may name new hosts."""
+        self._woken.set()
+
+    async def look(self) -> None:
+        """Look up each host once, a few at a time, and give the fleet what has changed."""
+        self._learn()
+        # Those that failed come last: a name server that hangs must not keep the others waiting.
+        hosts = iter(sorted(self._hosts, key=self._failing.__contains__))
+
+        async def worker() -> None:
+            for host in hosts:
+                if host not in self._under_way:
+                    await self._look_up(host)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_AT_ONCE):
+                group.create_task(worker())
+
+    def _learn(self) -> None:
+        """Which hosts there are, if the catalogue may have changed; those that are gone are forgotten."""
+        if self._version == self._fleet.version:
+            return
+        self._version = self._fleet.version
+        hosts: defaultdict[str, list[str]] = defaultdict(list)
+        for model in self._fleet.models.values():
+            for host in dict.fromkeys(entry.host for entry in model.entry.backends if entry.discovery == "dns"):
+                if not self._watched(host):
+                    hosts[host].append(model.name)
+        for host in self._hosts.keys() - hosts.keys():
+            self._fleet.addresses.pop(host, None)
+        self._hosts = dict(hosts)
+        self._failing &= hosts.keys()
+        self._refused = {host: refused for host, refused in self._refused.items() if host in hosts}
+
+    async def _look_up(self, host: str) -> None:
+        lookup = self._under_way[host] = asyncio.ensure_future(self._resolve(host))
+
+        def ended(lookup: asyncio.Future[Iterable[str]]) -> None:
+            del self._under_way[host]
+            # Nobody may be there any more to retrieve it.
+            _ = lookup.cancelled() or lookup.exception()
+
+        lookup.add_done_callback(ended)
+        await asyncio.wait({lookup}, timeout=_PATIENCE)
+        if not lookup.done():
+            self._failed(host, "timeout", f"no answer within {_PATIENCE:.0f} s")
+        elif (error := lookup.exception()) is not None:
+            self._failed(host, "error", str(error) or type(error).__name__)
+        elif usable := self._usable(host, lookup.result()):
+            self._found(host, usable)
+        else:
+            self._failed(host, "empty", "it has no address that can be used")
+
+    def _usable(self, host: str, found: Iterable[str]) -> tuple[str, ...]:
+        addresses = {*found}
+        usable = sorted(filter(is_usable_address, addresses))
+        refused = sorted(addresses - {*usable})
+        if refused and self._refused.get(host) != refused:
+            logger.warning("%d addresses of the host %r are refused, first %.64r", len(refused), host, refused[0])
+        self._refused[host] = refused
+        return tuple(usable[:MAX_BACKENDS])
+
+    def _found(self, host: str, addresses: tuple[str, ...]) -> None:
+        if host in self._failing:
+            self._failing.discard(host)
+            logger.info("the host %r can be looked up again", host)
+        before = self._fleet.addresses.get(host, ())
+        if addresses == before:
+            return
+        self._fleet.resolve(host, addresses, self._hosts.get(host, ()))
+        come, gone = {*addresses} - {*before}, {*before} - {*addresses}
+        fields = {"addresses": len(addresses), "come": len(come), "gone": len(gone)}
+        logger.info("the host %r has other addresses", host, extra={"fields": fields})
+        if gone:
+            self._on_leave()
+
+    def _failed(self, host: str, reason: str, message: str) -> None:
+        if host not in self._failing:
+            self._failing.add(host)
+            known = len(self._fleet.addresses.get(host, ()))
+            fields = {"serving": known}
+            logger.warning("the host %r cannot be looked up: %.200s", host, message, extra={"fields": fields})
+        self.failures[reason] += 1

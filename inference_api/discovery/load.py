@@ -1,0 +1,164 @@
+"""Asks the replicas what only they know: whether they sleep, and, if LOAD_SIGNAL_INTERVAL says so, their load.
+
+A router knows exactly what it has in flight itself. What other routers, and other clients, have put on a replica only
+the replica can tell. The signal is added to the own count, and dropped when it is old: then balancing is what it is
+without it. A sleeping replica passes its health checks, looks idle, and never answers: it is asked by default.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+import httpx
+
+from inference_api.discovery.gauges import TELL_LOAD, TELL_SLEEP, Gauges
+from inference_api.routing.backend import Fleet
+from inference_api.routing.catalogue import Engine
+from inference_api.routing.origin import Origin
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 2.0
+_AT_ONCE = 32
+# In intervals; what was told is dropped by the first look after that.
+_STALE_AFTER = 2.0
+
+
+class LoadSignal:
+    """Reads `/metrics` of every replica of an engine that is known to tell, every `every` seconds, +-20 %.
+
+    `sleep_only`: only whether it sleeps, and only of those that have been silent since the last look: an engine takes
+    milliseconds to make that page, and one that sends tokens is awake. `heard(url)`: when the last byte of an answer
+    came, in seconds of `clock`.
+    `on_failure` hears of each replica that did not tell its load, `on_sleep` of each that did tell whether it sleeps;
+    None: it has not told for too long. `wall`: Unix seconds.
+    The transport should not be that of the requests: a replica that only answers a scrape has not shown that it works.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        transport: httpx.AsyncBaseTransport,
+        every: float,
+        on_failure: Callable[[Origin], None] = lambda origin: None,
+        on_sleep: Callable[[Origin, bool | None], None] = lambda origin, asleep: None,
+        *,
+        sleep_only: bool = False,
+        heard: Callable[[str], float] = lambda url: 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        # Configuration
+        self._fleet = fleet
+        self._transport = transport
+        self._every = every
+        self._on_failure = on_failure
+        self._on_sleep = on_sleep
+        self._sleep_only = sleep_only
+        self._telling = TELL_SLEEP if sleep_only else TELL_LOAD
+        self._heard = heard
+        self._clock = clock
+        self._wall = wall
+        self._rand = rand
+        # When the last look began
+        self._looked = clock()
+        # By URL: when a replica last told, and which did not the last time it was asked
+        self._told: dict[str, float] = {}
+        self._silent: set[str] = set()
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            began = self._clock()
+            try:
+                await self.look()
+            except Exception:
+                # The boundary of a background task: without the signal, balancing is what it is without it.
+                logger.exception("asking the replicas for their load failed")
+            pause = self._every * (0.8 + 0.4 * self._rand())
+            await asyncio.sleep(max(0.0, began + pause - self._clock()))
+
+    async def look(self) -> None:
+        """Ask every replica once, a few at a time, for at most one interval; then drop what is old."""
+        last, self._looked = self._looked, self._clock()
+        engines = self._engines()
+        # Those that were silent come last, so that they can delay only each other.
+        asked = iter(sorted(engines, key=lambda origin: origin.url in self._silent))
+
+        async def worker() -> None:
+            for origin in asked:
+                if self._sleep_only and not origin.asleep and self._heard(origin.url) >= last:
+                    self._told[origin.url] = self._clock()
+                else:
+                    await self._ask(origin, engines[origin])
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._every), asyncio.TaskGroup() as group:
+                for _ in range(min(_AT_ONCE, len(engines))):
+                    group.create_task(worker())
+        self._drop_old(engines)
+
+    def _engines(self) -> dict[Origin, Engine]:
+        """Each address once, whatever the number of its models, with the engine that its first one names."""
+        engines: dict[Origin, Engine] = {}
+        for model in self._fleet.models.values():
+            for backend in model.backends if model.entry.engine in self._telling else ():
+                engines.setdefault(backend.origin, model.entry.engine)
+        return engines
+
+    async def _ask(self, origin: Origin, engine: Engine) -> None:
+        before = origin.in_flight
+        try:
+            # Below the interval, or a look would end before it knows who is silent.
+            async with asyncio.timeout(min(_PATIENCE, self._every / 2)):
+                gauges = await self._scrape(origin, engine)
+            self._on_sleep(origin, gauges.asleep())
+            reading = None if self._sleep_only else gauges.reading()
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
+            self._silent.add(origin.url)
+            self._on_failure(origin)
+            return
+        self._silent.discard(origin.url)
+        self._told[origin.url] = self._clock()
+        if reading is not None:
+            # Some of the own have come or gone since: rather too little is laid to others than too much.
+            others = reading.running + reading.waiting - max(before, origin.in_flight)
+            origin.reported = max(0.0, others)
+            origin.reading = reading
+            origin.scraped = self._wall()
+
+    async def _scrape(self, origin: Origin, engine: Engine) -> Gauges:
+        url, _ = origin.address("/metrics")
+        headers = {"accept": "text/plain", "accept-encoding": "identity"}
+        extensions = {"timeout": {"connect": _PATIENCE}, "origin": origin.url}
+        request = httpx.Request("GET", url, headers=headers, extensions=extensions)
+        response = await self._transport.handle_async_request(request)
+        stream = response.stream
+        assert isinstance(stream, httpx.AsyncByteStream)
+        gauges = Gauges(engine, self._sleep_only)
+        try:
+            if response.status_code != 200:
+                raise ValueError(f"the replica answered with the status {response.status_code}")
+            async for data in stream:
+                gauges.feed(data)
+                if gauges.complete:
+                    break
+        finally:
+            await stream.aclose()
+        return gauges
+
+    def _drop_old(self, origins: Collection[Origin]) -> None:
+        urls = {origin.url for origin in origins}
+        self._silent &= urls
+        self._told = {url: told for url, told in self._told.items() if url in urls}
+        oldest = self._clock() - _STALE_AFTER * self._every
+        # Those of another engine now, too: they told before their entry changed.
+        for origin in list(self._fleet.origins.values()):
+            if self._told.get(origin.url, oldest - 1) < oldest:
+                origin.reported, origin.reading = 0.0, None
+                if origin.asleep is not None:
+                    self._on_sleep(origin, None)

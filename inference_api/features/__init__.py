@@ -1,0 +1,1 @@
+"""Optional parts, a file each; only `app` imports them."""

@@ -1,0 +1,66 @@
+"""Names and lines of HTTP headers that both directions share. Pure."""
+
+from collections.abc import Callable
+
+import httpx
+
+from inference_api.models import RawHeaders
+
+# RFC 9110 7.6.1, and the names that older proxies treat the same way.
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    }
+)
+# May never be forwarded, even when FORWARD_HEADERS asks: framing, coding and routing are the router's.
+NEVER_FORWARDED = HOP_BY_HOP | {
+    b"host", b"content-length", b"expect", b"accept-encoding", b"cookie", b"authorization", b"x-request-id",
+}  # fmt: skip
+
+# The values of Connection that name no header.
+PLAIN_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
+
+
+class Verdicts(dict[bytes, bool]):
+    """Remembers a verdict per header name. Bounded: names come from strangers."""
+
+    def __init__(self, judge: Callable[[bytes], bool]) -> None:
+        super().__init__()
+        self._judge = judge
+
+    def __missing__(self, name: bytes) -> bool:
+        verdict = self._judge(name)
+        if len(name) <= 64:
+            if len(self) >= 4096:
+                self.clear()
+            self[name] = verdict
+        return verdict
+
+
+def header_lines(headers: RawHeaders) -> bytes:
+    """The lines of a head. Raises httpx.LocalProtocolError if a name or value would start another line."""
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or lines.count(b"\0"):
+        raise httpx.LocalProtocolError("a request header holds a line break")
+    return lines
+
+
+def is_repeated(headers: RawHeaders, name: bytes) -> bool:
+    return [pair[0] for pair in headers].count(name) > 1
+
+
+def without_connection_headers(kept: RawHeaders, headers: RawHeaders) -> RawHeaders:
+    """`kept` less what the Connection lines of `headers` name."""
+    lines = b",".join(value for name, value in headers if name == b"connection")
+    # A sender must not strip what frames the message by naming it.
+    named = {token.strip().lower() for token in lines.split(b",")} - {b"content-type", b"content-length"}
+    return [pair for pair in kept if pair[0] not in named]

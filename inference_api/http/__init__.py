@@ -1,0 +1,1 @@
+"""One request from its head to its Call: dispatch, pipeline, bodies, pages, errors."""

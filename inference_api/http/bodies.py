@@ -1,0 +1,230 @@
+"""What the router reads of request bodies: a few fields, checked by pydantic; the rest is skipped, whatever it is.
+
+A small body is checked in one call. A large one is scanned in slices (outbound.scanner, outbound.forms), and what the
+scan has found of the fields is checked by the same call.
+"""
+
+import json
+from collections.abc import Generator, Mapping
+from typing import Annotated, Any, Required
+
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from inference_api.errors import BadRequest, InvalidJSON, InvalidRequest
+from inference_api.http.forms import FormField, form_fields
+from inference_api.models import Asked
+from inference_api.upstream.json_text import NotJSON, judge
+from inference_api.upstream.scanner import Member, Scan
+
+# Up to so many bytes pydantic is asked at once: for the worst of them it takes ten milliseconds and eight megabytes.
+SMALL = 128 * 1024
+# The same for the usual large body, a text or an image: so many bytes with at most so many values
+_LIGHT, _VALUES = 1024 * 1024, 40_000
+# To count is dearer than to look for the next comma, if that is far.
+_COMMAS_LOOKED_FOR = 500
+# Of a long text as much as the checks below need
+_LONG = 1024
+# What only those may say who run the engines: with it an engine takes or gives the state of another request, or dies.
+TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
+# Where vLLM takes the same from, too
+_EXTRA = "vllm_xargs"
+ENGINE_FIELDS = frozenset({*TRANSFERS, _EXTRA})
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Text = str | list[Any]
+
+
+class Named(TypedDict, total=False):
+    """What every inference body has. All other fields pass unread; of a repeated one the last counts, as in vLLM."""
+
+    model: Required[_Name]
+    stream: bool | None
+    kv_transfer_params: Any
+    ec_transfer_params: Any
+    vllm_xargs: Any
+
+
+class Chat(Named):
+    messages: Required[list[Any]]
+
+
+class Completion(Named, total=False):
+    prompt: _Text | None
+    prompt_embeds: _Text | None
+
+
+class Responses(Named):
+    input: Required[_Text]
+
+
+class Embedding(Named, total=False):
+    input: _Text | None
+    messages: list[Any] | None
+
+
+class Tokenize(Named, total=False):
+    prompt: str | None
+    messages: list[Any] | None
+
+
+class Detokenize(Named):
+    tokens: Required[list[Any]]
+
+
+class Rerank(Named):
+    query: Required[Any]
+    documents: Required[Any]
+
+
+class JSONReader:
+    """Reads the fields of `shape`; of `one_of` at least one must be there, and not null.
+
+    In `Call.fields` are those that every body has, and those that are `kept`: small ones, for whoever needs another
+    field of the top level. Of the others only the type is looked at, and the beginning for prefix affinity.
+
+    It raises InvalidJSON for what is not JSON, and InvalidRequest, naming the field, for what is not the shape.
+    """
+
+    def __init__(self, shape: type, one_of: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
+        self.bulky = frozenset(shape.__annotations__.keys() - Named.__annotations__.keys() - set(kept))
+        self._names = frozenset(shape.__annotations__)
+        self._one_of = one_of
+        self._validate = TypeAdapter(shape).validator.validate_json
+
+    def at_once(self, body: bytes) -> Asked | None:
+        if len(body) > SMALL and not _is_light(body):
+            return None
+        try:
+            fields: dict[str, Any] = self._validate(body)
+        except ValidationError as exc:
+            refusal = _refusal(exc)
+            if isinstance(refusal, InvalidJSON):
+                # Engines take JSON that pydantic does not: a byte order mark, deep nesting, half a surrogate pair.
+                return None
+            raise refusal from None
+        if self._one_of:
+            self._check_one_of(fields)
+        return fields, fields, None
+
+    def slices(self, body: bytes, content_type: bytes = b"") -> Generator[None, None, Asked]:
+        scan = Scan(body, self._names)
+        try:
+            yield from scan.slices()
+        except NotJSON as exc:
+            raise InvalidJSON(f"The body is not valid JSON ({exc}).") from None
+        try:
+            fields: dict[str, Any] = self._validate(self._outline(scan))
+        except ValidationError as exc:
+            raise _refusal(exc) from None
+        if self._one_of:
+            self._check_one_of(fields)
+        return fields, _Members(scan.members), scan.members["model"].string_span()
+
+    def _outline(self, scan: Scan) -> bytes:
+        """A small document about which pydantic says the same as about the whole."""
+        if not scan.is_object:
+            return b"[]"
+        return json.dumps({name: self._outlined(name, member) for name, member in scan.members.items()}).encode()
+
+    def _outlined(self, name: str, member: Member) -> Any:
+        value = member.value
+        if isinstance(value, str):
+            return "" if name in self.bulky else value[:_LONG]
+        if name in TRANSFERS:
+            return None if value is None else True
+        if name == _EXTRA:
+            return _transfers(value, member.whole)
+        if isinstance(value, list | dict) and (name in self.bulky or not member.whole):
+            return type(value)()
+        return value
+
+    def _check_one_of(self, fields: Mapping[str, Any]) -> None:
+        if all(fields.get(name) is None for name in self._one_of):
+            raise InvalidRequest(f"One of {' or '.join(map(repr, self._one_of))} is required.", param=self._one_of[0])
+
+
+class FormReader:
+    """Reads the `model` and `stream` fields of a multipart body, which itself stays as it is."""
+
+    bulky: frozenset[str] = frozenset()
+
+    def at_once(self, body: bytes) -> Asked | None:
+        return None
+
+    def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]:
+        try:
+            form = yield from form_fields(body, content_type, ("model", "stream", *ENGINE_FIELDS))
+        except ValueError as exc:
+            raise BadRequest(f"{str(exc)[0].upper()}{str(exc)[1:]}.") from None
+        model = form.get("model")
+        if model is None:
+            raise InvalidRequest("The form has no field 'model'.", param="model")
+        name = model.value.decode("utf-8", "replace")
+        if not 0 < len(name) <= 256:
+            raise InvalidRequest("The form field 'model' must have 1 to 256 characters.", param="model")
+        stream = form.get("stream")
+        fields = {"model": name, "stream": stream is not None and stream.value.lower() in (b"true", b"1")}
+        fields |= {name: True for name in TRANSFERS if name in form}
+        if _EXTRA in form:
+            fields[_EXTRA] = _form_extra(form[_EXTRA])
+        return fields, fields, model.span
+
+
+def take_engine_fields(fields: dict[str, Any]) -> str | None:
+    """Leave them out of `fields`. The name of one, if any, that is for those to set who run the engines."""
+    found = [name for name in TRANSFERS if fields.pop(name, None) is not None]
+    extra = fields.pop(_EXTRA, None)
+    if isinstance(extra, dict) and any(name in extra for name in TRANSFERS):
+        found.append(_EXTRA)
+    return found[0] if found else None
+
+
+def _is_light(body: bytes) -> bool:
+    if len(body) > _LIGHT:
+        return False
+    at = -1
+    for _ in range(_COMMAS_LOOKED_FOR):
+        at = body.find(b",", at + 1)
+        if at < 0:
+            return True
+    return body.count(b",") <= _VALUES
+
+
+class _Members:
+    """The fields of a large body, for `affinity_key`."""
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        self._members = members
+
+    def get(self, name: str) -> Any:
+        member = self._members.get(name)
+        return None if member is None else member.value
+
+
+def _transfers(value: Any, whole: bool) -> Any:
+    """Of a value of `vllm_xargs` what counts; if it is too large to be looked through, it may hold anything."""
+    if not isinstance(value, dict):
+        return None
+    return {name: True for name in TRANSFERS if name in value or not whole}
+
+
+def _form_extra(field: FormField) -> Any:
+    if field.span is not None and field.span[1] - field.span[0] > len(field.value):
+        return _transfers({}, whole=False)
+    try:
+        return _transfers(judge(field.value), whole=True)
+    except (NotJSON, RecursionError):
+        return None
+
+
+def _refusal(exc: ValidationError) -> InvalidJSON | InvalidRequest:
+    error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+    if error["type"] == "json_invalid":
+        # Every slice was JSON, so it is what a text in Rust cannot hold.
+        return InvalidJSON("The body is not valid JSON (half a surrogate pair in a field that is read).")
+    param = str(error["loc"][0]) if error["loc"] else None
+    if error["type"] == "missing":
+        return InvalidRequest(f"The field {param!r} is required.", param=param)
+    place = "The body" if param is None else f"The field {param!r}"
+    return InvalidRequest(f"{place} is not valid: {error['msg']}.", param=param)

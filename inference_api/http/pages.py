@@ -1,0 +1,232 @@
+"""The routes that the router answers itself: models, probes, metrics; and its answers to everything else."""
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inference_api import __version__
+from inference_api.errors import InternalError, MethodNotAllowed, RouterError, UnknownURL, render
+from inference_api.http import wire
+from inference_api.http.head import RequestHeaders
+from inference_api.http.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
+from inference_api.models import Outcome
+from inference_api.observe.observation import Observer
+from inference_api.observe.scrape import Exposition
+from inference_api.routing.backend import Fleet, Model
+from inference_api.routing.registry import Registry
+from inference_api.server.cycle import CYCLE, Cycle
+
+logger = logging.getLogger(__name__)
+
+# Keys of the ASGI scope.
+_ID = "inference_api.request_id"
+_SEEN = "inference_api.observation"
+# Seconds without a turn of the event loop: after the first nobody is to send requests here, after the second it is not
+# believed to recover, and is to be restarted.
+_LATE, _HUNG = 5.0, 30.0
+
+
+class Models:
+    """GET /v1/models and /v1/models/{id}. The list is rendered once per change of the fleet."""
+
+    def __init__(self, fleet: Fleet, resolve: Callable[[str], Model]) -> None:
+        self._fleet = fleet
+        self._resolve = resolve
+        self._version = -1
+        self._rendered = b""
+
+    async def list_all(self, request: Request) -> Response:
+        if self._version != self._fleet.version:
+            self._version = self._fleet.version
+            self._rendered = wire.model_list(self._fleet.models.values())
+        return Response(self._rendered, media_type="application/json")
+
+    async def retrieve(self, request: Request) -> Response:
+        model = self._resolve(request.path_params["model"])
+        return Response(wire.json_bytes(wire.model_card(model)), media_type="application/json")
+
+    def routes(self) -> list[Route]:
+        return [Route("/v1/models", self.list_all), Route("/v1/models/{model:path}", self.retrieve)]
+
+
+# Neither counted nor logged: they come every few seconds, and say nothing of the clients.
+_PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics"})
+
+
+class Probes:
+    """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers.
+
+    /health and /version are vLLM's, for what was made for an engine; `/` is what a load balancer asks that was told
+    nothing, and means whether requests may come.
+
+    `silence`: seconds since the event loop that takes requests came by, None while it need not; on OPS_PORT it is
+    another loop that answers, and would say that all is well. `registry_required`: not ready before the registry has
+    given a catalogue; else not before there is any model to serve.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        exposition: Exposition,
+        silence: Callable[[], float | None] = lambda: None,
+        registry_required: bool = False,
+    ) -> None:
+        self._registry = registry
+        self._registry_required = registry_required
+        self._exposition = exposition
+        self._silence = silence
+        self.state = "starting"
+
+    async def healthz(self, request: Request) -> Response:
+        if (self._silence() or 0.0) > _HUNG:
+            return JSONResponse({"status": "hung"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        status = self._registry.status()
+        state = "hung" if (self._silence() or 0.0) > _LATE else self.state
+        if state == "ready" and self._registry.awaited and (self._registry_required or not status.models):
+            state = "registry_unavailable"
+        body = {"status": state, "catalogue": status.source, "models": status.models}
+        return JSONResponse(body, 200 if state == "ready" else 503)
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def metrics(self, request: Request) -> Response:
+        if self._exposition.busy:
+            return Response("Too many scrapes are under way.\n", 503, {"retry-after": "1"}, "text/plain")
+        openmetrics = wants_openmetrics(",".join(request.headers.getlist("accept")))
+        gzip = takes_gzip(",".join(request.headers.getlist("accept-encoding")))
+        headers = {"content-type": OPENMETRICS if openmetrics else TEXT, "vary": "accept, accept-encoding"}
+        if gzip:
+            headers["content-encoding"] = "gzip"
+        return Page(self._exposition.page(openmetrics, gzip), headers=headers)
+
+    def routes(self) -> list[Route]:
+        """For the clients' port too: balancers check that, and clients ask an engine for them."""
+        return [
+            Route("/", self.readyz),
+            Route("/health", self.healthz),
+            Route("/healthz", self.healthz),
+            Route("/readyz", self.readyz),
+            Route("/version", self.version),
+        ]
+
+    def ops_routes(self) -> list[Route]:
+        """With what is not for clients, where the operator has a port of their own: names of backends."""
+        return [*self.routes(), Route("/metrics", self.metrics)]
+
+
+class Page(StreamingResponse):
+    """A response that is made while it is sent, and no longer: not without a reader, nor for HEAD."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(pieces, headers=headers)
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._pieces):
+            if scope["method"] == "HEAD":
+                await self._pieces.aclose()
+            await super().__call__(scope, receive, send)
+
+
+class Named:
+    """ASGI layer of these routes, and of those on OPS_PORT: a request id on every answer."""
+
+    def __init__(self, app: ASGIApp, mint_id: Callable[[], str]) -> None:
+        self._app = app
+        self._read_headers = RequestHeaders()
+        self._mint_id = mint_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = self._read_headers(scope["headers"]).request_id or self._mint_id()
+        scope[_ID] = request_id
+
+        async def named_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                others = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                message["headers"] = [*others, (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, named_send)
+
+
+class Observed:
+    """ASGI layer inside of Named: a count and a line for all but the probes."""
+
+    def __init__(self, app: ASGIApp, observer: Observer) -> None:
+        self._app = app
+        self._observer = observer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        seen = self._observer.begin("models" if path.startswith("/v1/models") else "other")
+        seen.request_id = scope[_ID]
+        scope[_SEEN] = seen
+
+        async def observed_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen.start(message["status"], [])
+            else:
+                seen.chunk(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed_send)
+        finally:
+            if path not in _PROBES:
+                cycle: Cycle | None = scope.get("extensions", {}).get(CYCLE)
+                answered = Outcome.OK if seen.status < 400 else Outcome.REFUSED
+                seen.end(answered if cycle is None or cycle.refusal is None else cycle.refusal.tell(seen))
+
+
+def create_pages(
+    routes: list[Route],
+    lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
+) -> Starlette:
+    """The Starlette app of these routes; every error of it is in the OpenAI envelope."""
+    handlers: dict[Any, Any] = {HTTPException: _http_error, RouterError: _router_error, Exception: _unexpected}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _http_error(request: Request, exc: HTTPException) -> Response:
+    if exc.status_code == 405:
+        # Starlette joins a set, in an order that changes from process to process.
+        allow = ", ".join(sorted((exc.headers or {}).get("Allow", "GET").split(", ")))
+        return _error(request, MethodNotAllowed(request.method, request.scope["path"], allow))
+    return _error(request, UnknownURL(request.method, request.scope["path"]))
+
+
+async def _router_error(request: Request, exc: RouterError) -> Response:
+    return _error(request, exc)
+
+
+async def _unexpected(request: Request, exc: Exception) -> Response:
+    return _error(request, InternalError())
+
+
+def _error(request: Request, error: RouterError) -> Response:
+    if (seen := request.scope.get(_SEEN)) is not None:
+        seen.rejected(error)
+    status, headers, body = render(error, request.scope.get(_ID, ""))
+    response = Response(body, status)
+    response.raw_headers = headers
+    return response

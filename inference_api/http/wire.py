@@ -1,0 +1,127 @@
+"""From a request to a Call, and from models to the list that clients see."""
+
+from collections.abc import Generator, Iterable
+from io import BytesIO
+from typing import Any
+
+import orjson
+from starlette.types import Receive
+
+from inference_api.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
+from inference_api.http.admission import Load
+from inference_api.http.bodies import ENGINE_FIELDS, TRANSFERS, take_engine_fields
+from inference_api.http.head import Inbound
+from inference_api.models import Asked, Call, Route
+from inference_api.routing.affinity import affinity_key
+from inference_api.routing.backend import Model
+
+
+async def read_body(receive: Receive, inbound: Inbound, limit: int, load: Load) -> bytes:
+    """The request body, whose bytes are the load's from now on.
+
+    Raises TooLarge, before reading if its length says so, Overloaded, and ClientGone if it breaks off; of these bodies
+    nothing is left with the load.
+    """
+    if inbound.content_length is not None and int(inbound.content_length) > limit:
+        raise TooLarge(limit)
+    load.check()
+    # What it gives in the end is its own buffer, where to join parts would copy a large body in one go.
+    whole = BytesIO()
+    size, more = 0, True
+    try:
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            load.buffer(len(part))
+            if size > limit:
+                raise TooLarge(limit)
+            more = message.get("more_body", False)
+            if size == len(part) and not more:
+                return part
+            whole.write(part)
+    except BaseException:
+        load.buffered -= size
+        raise
+    return whole.getvalue()
+
+
+def read(route: Route, inbound: Inbound, body: bytes) -> Asked | Generator[None, None, Asked]:
+    """What a request asks for, or the work to find out, if that takes long.
+
+    Either raises RouterError that names the field or header, and the fix.
+    """
+    if inbound.content_encoding not in (None, b"identity"):
+        raise UnsupportedMediaType("The request body is compressed; send it without Content-Encoding.")
+    kind = b"multipart/form-data" if route.multipart else b"application/json"
+    if inbound.media_type != kind:
+        raise UnsupportedMediaType(f"The content type must be {kind.decode()}.")
+    reader = route.reader
+    return reader.at_once(body) or reader.slices(body, inbound.content_type)
+
+
+def make_call(
+    route: Route, inbound: Inbound, body: bytes, query: bytes, request_id: str, asked: Asked, model: Model
+) -> Call:
+    """The Call of a request to `model`. Of what was read it keeps the few small fields. Raises InvalidRequest."""
+    entry, (fields, prompt, model_at) = model.entry, asked
+    if not ENGINE_FIELDS.isdisjoint(fields):
+        name = take_engine_fields(fields)
+        if name is not None and entry.engine_fields == "refuse":
+            raise _not_the_clients(name)
+    prefix = ""
+    if entry.policy == "prefix_affinity":
+        session_id = inbound.session_id
+        prefix = affinity_key(model.name, prompt, None if session_id is None else session_id.decode("latin-1"))
+    for name in route.reader.bulky:
+        fields.pop(name, None)
+    return Call(
+        route,
+        fields["model"],
+        fields.get("stream") or False,
+        body,
+        inbound.forwarded,
+        request_id,
+        query,
+        fields,
+        prefix,
+        inbound.authorization,
+        inbound.lines,
+        model_at,
+    )
+
+
+def _not_the_clients(name: str) -> InvalidRequest:
+    held = "" if name in TRANSFERS else f" with {' or '.join(map(repr, TRANSFERS))} in it"
+    return InvalidRequest(
+        f"The field {name!r}{held} is for those who run the engines: leave it out, or set `engine_fields: allow` in "
+        "the model's entry.",
+        param=name,
+    )
+
+
+def model_card(model: Model) -> dict[str, Any]:
+    """A model as /v1/models shows it: OpenAI's keys, vLLM's `max_model_len` when the engine told it, and our own."""
+    entry = model.entry
+    card = {
+        "id": model.name,
+        "object": "model",
+        "created": entry.created,
+        "owned_by": entry.owner,
+        "version": entry.version,
+        "aliases": entry.aliases,
+        "hardware": None if entry.hardware is None else entry.hardware.model_dump(),
+    }
+    if model.max_model_len is not None:
+        card["max_model_len"] = model.max_model_len
+    return card
+
+
+def json_bytes(value: Any) -> bytes:
+    return orjson.dumps(value)
+
+
+def model_list(models: Iterable[Model]) -> bytes:
+    return json_bytes({"object": "list", "data": [model_card(model) for model in models]})

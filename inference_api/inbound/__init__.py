@@ -1,1 +1,0 @@
-"""From the socket to a validated Call: server, HTTP surface, wire format."""

@@ -1,1 +1,0 @@
-"""From a Call to a relayed Reply: attempts, header hygiene, transport, relay."""

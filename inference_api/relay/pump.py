@@ -1,0 +1,259 @@
+"""Moves one body from a replica to the client, chunk by chunk: the hot loop of a stream.
+
+What one read of the replica's connection brought is written to the client within the same turn of the event loop,
+and no task wakes for it. The ASGI `send` is a coroutine that suspends only while the client's write buffer is full, so
+it is stepped by hand. Only when it does suspend is the replica's connection paused, and the pump's task woken to see it
+through: back-pressure with at most one read in memory. (docs/adr/0002 has the measurement.)
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from time import perf_counter
+from typing import Any
+
+import httpx
+from starlette.types import Send
+
+from inference_api.models import Direct, Outcome, Tap
+from inference_api.relay.events import EventTracker
+from inference_api.upstream.connection import ResponseStream
+from inference_api.upstream.forward import outcome_of
+
+
+class Pump:
+    """A Sink that writes to an ASGI `send`. `events` is given for a stream of server-sent events."""
+
+    __slots__ = (
+        "_backlog", "_before_end", "_clock", "_direct", "_events", "_failure", "_feed", "_outcome", "_send",
+        "_stalled", "_status", "_stream", "_taps", "_turn", "_write_stall", "first_at", "size",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        send: Send,
+        taps: Sequence[Tap],
+        events: EventTracker | None,
+        status: int,
+        write_stall: float,
+        before_end: Callable[[], None] = lambda: None,
+        direct: Direct | None = None,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        # Configuration
+        self._send = send
+        self._taps = taps
+        self._events = events
+        self._status = status
+        self._write_stall = write_stall
+        self._before_end = before_end
+        self._direct = direct
+        self._clock = clock
+        # Per body: bytes passed on, and when the first was, or the first token of a stream (0: none)
+        self.size = 0
+        self.first_at = 0.0
+        # What is told of each piece: says whether it is nothing but a sign of life. None: it need not be told.
+        self._feed: Callable[[bytes], bool] | None = self._begin
+        self._outcome: Outcome | None = None
+        self._failure: Exception | None = None
+        self._stalled: _Suspended | None = None
+        self._backlog: list[tuple[bytes, bool]] = []
+        self._turn: asyncio.Future[None] | None = None
+        self._stream: ResponseStream | None = None
+
+    async def run(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes], first: bytes | None = None) -> Outcome:
+        """Relay `first`, even if it is empty, and then the stream to its end; how it ended."""
+        try:
+            if first is not None:
+                if first:
+                    self._note(first)
+                await self.write(first)
+            if isinstance(stream, ResponseStream):
+                await self._push(stream)
+            else:
+                await self._pull(stream)
+        except TimeoutError:
+            return Outcome.CLIENT_GONE
+        finally:
+            # It may be a method of this object.
+            self._feed = None
+            if self._stalled is not None:
+                self._stalled.close()
+        assert self._outcome is not None
+        return self._outcome
+
+    @property
+    def stalled(self) -> bool:
+        """A piece was on its way, to a client that does not read: it may have been lost."""
+        return self._stalled is not None
+
+    async def write(self, data: bytes) -> None:
+        """Write without ending. Raises TimeoutError when the client does not read."""
+        async with asyncio.timeout(self._write_stall):
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> Outcome:
+        """End a body that broke off with nothing missing; how it ended. Raises TimeoutError as `write`."""
+        self._before_end()
+        async with asyncio.timeout(self._write_stall):
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        return self.verdict()
+
+    # Pushed: Sink
+
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool:
+        direct = self._direct
+        if self._stalled is not None:
+            self._backlog.append((data, complete))
+            return False
+        if frame is not None and direct is not None and (write := direct.frames) is not None:
+            # What `_note` and `push` do, written out for the sake of the many.
+            self.size += len(data)
+            feed = self._feed
+            alive = feed is not None and feed(data)
+            for tap in self._taps:
+                tap.chunk(data)
+            write(frame)
+            return alive
+        alive = bool(data) and self._note(data)
+        self._pass_on(data, not complete or self._end(), complete)
+        return alive
+
+    def _pass_on(self, data: bytes, more: bool, complete: bool) -> None:
+        direct = self._direct
+        try:
+            if direct is not None and direct.push(data, more):
+                if complete:
+                    self._wake()
+                return
+            sending = self._send({"type": "http.response.body", "body": data, "more_body": more})
+            waits_for = sending.send(None)  # type: ignore[attr-defined]
+        except StopIteration:
+            if complete:
+                self._wake()
+        except Exception as exc:
+            self._failure = exc
+            self._wake()
+        else:
+            self._stalled = _Suspended(sending, waits_for)  # type: ignore[arg-type]
+            if self._stream is not None:
+                self._stream.pause()
+            self._wake()
+
+    def broken(self, error: httpx.TransportError) -> None:
+        self._outcome = _outcome_in_body(error)
+        self._wake()
+
+    async def _push(self, stream: ResponseStream) -> None:
+        loop = asyncio.get_running_loop()
+        self._stream = stream
+        stream.push_to(self)
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._stalled is not None:
+                await self._catch_up(self._stalled)
+                stream.resume()
+            elif self._outcome is not None:
+                return
+            else:
+                self._turn = loop.create_future()
+                await self._turn
+
+    async def _catch_up(self, stalled: "_Suspended") -> None:
+        async with asyncio.timeout(self._write_stall):
+            await stalled
+        while self._backlog:
+            async with asyncio.timeout(self._write_stall):
+                data, complete = self._backlog.pop(0)
+                if data:
+                    self._note(data)
+                more = not complete or self._end()
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._stalled = None
+
+    def _wake(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None and not turn.done():
+            turn.set_result(None)
+
+    # Pulled: from any other httpx transport
+
+    async def _pull(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes]) -> None:
+        try:
+            async for data in stream:
+                if data:
+                    self._note(data)
+                await self.write(data)
+        except httpx.TransportError as exc:
+            self._outcome = _outcome_in_body(exc)
+            return
+        async with asyncio.timeout(self._write_stall):
+            await self._send({"type": "http.response.body", "body": b"", "more_body": self._end()})
+
+    # Both
+
+    def _note(self, data: bytes) -> bool:
+        """Note a piece before it is passed on; whether it is nothing but a sign of life."""
+        self.size += len(data)
+        feed = self._feed
+        alive = feed is not None and feed(data)
+        for tap in self._taps:
+            tap.chunk(data)
+        return alive
+
+    def _begin(self, data: bytes) -> bool:
+        """Until the first byte, or the first token of a stream, has come; the pieces after it cost less to follow."""
+        events = self._events
+        if events is None:
+            self.first_at = self._clock()
+            self._feed = None
+            return False
+        alive = events.begin(data)
+        if events.tokens:
+            self.first_at = self._clock()
+            self._feed = events.feed
+        return alive
+
+    def _end(self) -> bool:
+        """The body has come to its end; whether it is left open, so that the connection is cut.
+
+        A stream that stopped early must not look complete.
+        """
+        self._outcome = self.verdict()
+        if self._outcome is Outcome.TRUNCATED:
+            return True
+        self._before_end()
+        return False
+
+    def verdict(self) -> Outcome:
+        """How a body ended of which nothing more will come."""
+        events = self._events
+        if events is None or self._status >= 300:
+            return Outcome.of_status(self._status)
+        events.finish()
+        return events.verdict()
+
+
+def _outcome_in_body(error: httpx.TransportError) -> Outcome:
+    outcome = outcome_of(error)
+    # Other transports have one error for both.
+    return Outcome.IDLE_TIMEOUT if outcome is Outcome.FIRST_BYTE_TIMEOUT else outcome
+
+
+class _Suspended:
+    """A coroutine that was started by hand and suspended; awaiting this sees it through in the task that awaits."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        try:
+            yield self._waits_for
+        except BaseException as exc:
+            self._coroutine.throw(exc)
+            raise
+        yield from self._coroutine.__await__()
+
+    def close(self) -> None:
+        self._coroutine.close()

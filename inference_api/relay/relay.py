@@ -1,0 +1,269 @@
+"""The ASGI response that owns a Reply: it passes the bytes on as they come, feeds the taps, and says how it ended.
+
+The pushing itself, chunk by chunk, is in `pump`; here is what is decided once per answer.
+"""
+
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from time import perf_counter
+from typing import Any
+
+import httpx
+from starlette.types import Send
+
+from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
+from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply, Tap
+from inference_api.relay.answers import Readable, hold, read_answer
+from inference_api.relay.dialects import Body, body_kind
+from inference_api.relay.events import EventTracker
+from inference_api.relay.head import ReturnedHead
+from inference_api.relay.pump import Pump
+from inference_api.relay.typed_events import follow
+from inference_api.upstream.connection import ResponseStream
+from inference_api.upstream.forward import outcome_of
+
+# An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
+_HELD = 1 << 20
+
+# What the client is told in the stream, when the stream stops before its end.
+_BREAKS = {
+    Outcome.RESET: ("upstream_stream_interrupted", "The model's backend closed the connection during the stream."),
+    Outcome.PROTOCOL_ERROR: ("upstream_stream_interrupted", "The model's backend broke the stream."),
+    Outcome.TRUNCATED: ("upstream_stream_truncated", "The stream stopped before the model said that it was complete."),
+    Outcome.IDLE_TIMEOUT: ("upstream_idle_timeout", "The model's backend sent nothing for too long."),
+    Outcome.TOTAL_TIMEOUT: ("upstream_timeout", "The stream took longer than the router allows."),
+}
+
+# What a request has in it that asks for more than one choice; or may, which is as good.
+_CHOICES = re.compile(rb'"(?:n|best_of)"\s*:\s*(?!1\b)|"prompt"\s*:\s*\[')
+
+
+class Relay:
+    """Relays one Reply and closes it.
+
+    `taps` see the answer as the client does. `write_stall`: seconds for which a client may not read before it is given
+    up. `before_end` is called just before the last byte goes out: from then on a client that leaves has not left early.
+    """
+
+    __slots__ = (
+        "_before_end", "_call", "_clock", "_direct", "_events", "_first_at", "_pumping", "_reply", "_size", "_taps",
+        "_usage", "_write_stall", "outcome", "started",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        reply: Reply,
+        call: Call,
+        taps: Sequence[Tap],
+        write_stall: float = 60.0,
+        before_end: Callable[[], None] = lambda: None,
+        direct: Direct | None = None,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self._reply = reply
+        self._call = call
+        self._taps = taps
+        self._write_stall = write_stall
+        self._before_end = before_end
+        self._direct = direct
+        self._clock = clock
+        # Per answer
+        self.started = False
+        self.outcome = Outcome.CLIENT_GONE
+        self._events: EventTracker | None = None
+        self._usage: Mapping[str, Any] | None = None
+        self._pumping: Pump | None = None
+        self._first_at = 0.0
+        self._size = 0
+
+    async def __call__(self, send: Send) -> Outcome:
+        """Relay, and return how it ended. Raises RouterError when nothing went out and the answer was unusable.
+
+        After an outcome that is not an end in the sense of HTTP the response is left incomplete: the caller returns,
+        the server cuts the connection, and no truncated answer looks whole.
+        """
+        reply = self._reply
+        head = self._head()
+        try:
+            if 300 <= reply.status < 400 and reply.status != 304:
+                # It points into the cluster, and SDKs would follow.
+                raise UpstreamProtocolError("The model's backend sent a redirect.", Outcome.PROTOCOL_ERROR)
+            if head.is_stream:
+                self.outcome = await self._stream(send, head.unbuffered())
+            elif self._call.stream and reply.status < 300 and reply.status != 204:
+                self.outcome = await self._unlabelled(send, head)
+            else:
+                self.outcome = await self._whole(send, head)
+        except httpx.TransportError as exc:
+            self.outcome = outcome_of(exc)
+            raise _unusable(self.outcome) from exc
+        except RouterError:
+            self.outcome = Outcome.PROTOCOL_ERROR
+            raise
+        finally:
+            events = self._events
+            if self.outcome is Outcome.CLIENT_GONE and events is not None and events.over:
+                # The last event went out; the OpenAI SDKs hang up there, and at an error, before the end of the body.
+                self.outcome = events.verdict()
+            stream = reply.stream
+            if isinstance(stream, ResponseStream) and stream.complete:
+                reply.end(self.outcome)
+            else:
+                await reply.aclose(self.outcome)
+        return self.outcome
+
+    async def interrupt(self, send: Send) -> Outcome:
+        """The router stops, and this stream has had all the time there is: say so, if an event can be put here."""
+        if self.outcome is Outcome.CLIENT_GONE:
+            # Nobody left, and no backend is to blame.
+            self.outcome = Outcome.DRAIN_TIMEOUT
+        stalled = self._pumping is not None and self._pumping.stalled
+        if self._events is not None and self._events.at_boundary and not self._events.over and not stalled:
+            text = "The router is shutting down before the stream is complete."
+            event = error_event("router_shutting_down", text)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        return self.outcome
+
+    @property
+    def status(self) -> int:
+        return self._reply.status
+
+    @property
+    def first_at(self) -> float:
+        """When the first byte of the body was passed on, or the first token of a stream, in seconds of the clock.
+
+        0 if none was.
+        """
+        return self._first_at if self._pumping is None else self._pumping.first_at
+
+    @property
+    def size(self) -> int:
+        """Bytes of the backend's body that were passed on."""
+        return self._size if self._pumping is None else self._pumping.size
+
+    @property
+    def streamed_events(self) -> int:
+        """How many events carried a token."""
+        return 0 if self._events is None else self._events.tokens
+
+    def usage(self) -> Mapping[str, Any] | None:
+        """The usage that the answer reports, if it does."""
+        return self._usage if self._events is None else self._events.usage()
+
+    def _head(self) -> ReturnedHead:
+        reply, stream = self._reply, self._reply.stream
+        known = stream.known if isinstance(stream, ResponseStream) else None
+        if known is None:
+            return ReturnedHead(reply.status, reply.headers)
+        if known.memo is None:
+            known.memo = ReturnedHead(reply.status, reply.headers)
+        head: ReturnedHead = known.memo
+        return head
+
+    async def _whole(self, send: Send, head: ReturnedHead) -> Outcome:
+        """An answer with an end of its own: held until it is complete, if it is not too large for that."""
+        status = self._reply.status
+        stream = self._reply.stream
+        rest: AsyncIterator[bytes] | ResponseStream | None = None
+        if isinstance(stream, ResponseStream) and stream.complete and stream.size <= _HELD:
+            body = stream.take()
+        else:
+            body, rest = await hold(stream, _HELD)
+        if rest is not None:
+            await self._start(send, head.headers, head.length)
+            return await self._pump(send, None).run(rest, body)
+        outcome = Outcome.of_status(status)
+        if head.is_json and status == 200:
+            self._usage, aborted = read_answer(body)
+            if aborted:
+                outcome = Outcome.ABORTED
+        self._first_at = self._clock()
+        self._size = len(body)
+        length = head.length if status in (204, 304) else b"%d" % len(body)
+        direct = self._direct
+        if direct is not None and length is not None and not self._taps:
+            request_id = self._call.request_id.encode()
+            lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
+            if direct.respond(status, lines, body):
+                self.started = True
+                # Nobody could leave in between: all of it was one turn of the event loop.
+                self._before_end()
+                return outcome
+        await self._start(send, head.headers, length)
+        for tap in self._taps:
+            tap.chunk(body)
+        self._before_end()
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+        return outcome
+
+    async def _unlabelled(self, send: Send, head: ReturnedHead) -> Outcome:
+        """An answer to a request for a stream that does not say that it is one: its first bytes do."""
+        kind = Body.OTHER if head.is_coded else await self._body_kind()
+        if kind is Body.EVENTS:
+            return await self._stream(send, head.of_events())
+        if head.is_json or (kind is Body.JSON and not head.is_sequence):
+            return await self._whole(send, head)
+        # Lines of JSON, audio, or what is compressed: as it comes, and what it is only the client can tell.
+        await self._start(send, head.unbuffered(), head.length)
+        return await self._pump(send, None).run(self._reply.stream, b"")
+
+    async def _body_kind(self) -> Body:
+        if not isinstance(self._reply.stream, ResponseStream):
+            self._reply.stream = Readable(self._reply.stream)
+        stream, wanted = self._reply.stream, 0
+        while True:
+            first = await stream.peek(wanted)
+            kind = body_kind(first)
+            if kind is not None or len(first) <= wanted:
+                return kind or Body.OTHER
+            wanted = len(first)
+
+    async def _stream(self, send: Send, headers: RawHeaders) -> Outcome:
+        """Server-sent events: relayed as they come; if they break off at the end of one, one more says so."""
+        events = self._events = follow(self._call.route, self._finish_ends())
+        # A length would leave no room for an error event.
+        await self._start(send, headers, None)
+        pump = self._pump(send, events)
+        # An empty first piece: the head goes out now, and not with the first event.
+        outcome = await pump.run(self._reply.stream, b"")
+        if outcome in _BREAKS:
+            events.finish()
+            with suppress(TimeoutError):
+                if events.over:
+                    # Nothing is missing but the end of the body; what engines leave out, clients need not.
+                    return await pump.end()
+                if events.at_boundary:
+                    await pump.write(error_event(*_BREAKS[outcome]))
+        return outcome
+
+    def _finish_ends(self) -> bool:
+        """Whether the end of a choice, and of the body, is the end of the stream: some engines have no `[DONE]`.
+
+        If the connection's end is the body's, another choice may have been to come.
+        """
+        stream = self._reply.stream
+        return (isinstance(stream, ResponseStream) and stream.framed) or not _CHOICES.search(self._call.body)
+
+    def _pump(self, send: Send, events: EventTracker | None) -> Pump:
+        pump = self._pumping = Pump(
+            send, self._taps, events, self._reply.status, self._write_stall, self._before_end, self._direct, self._clock
+        )
+        return pump
+
+    async def _start(self, send: Send, headers: RawHeaders, length: bytes | None) -> None:
+        self.started = True
+        headers = [*headers, (b"x-request-id", self._call.request_id.encode())]
+        if length is not None:
+            headers.append((b"content-length", length))
+        for tap in self._taps:
+            tap.start(self._reply.status, headers)
+        await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
+
+
+def _unusable(outcome: Outcome) -> RouterError:
+    if outcome in (Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT, Outcome.FIRST_BYTE_TIMEOUT):
+        return UpstreamTimeout("The model did not finish its answer in time.", outcome, final=True)
+    if outcome is Outcome.PROTOCOL_ERROR:
+        return UpstreamProtocolError("The model's backend gave an answer that is not valid HTTP.", outcome)
+    return UpstreamReset("The model's backend closed the connection in the middle of its answer.", outcome)

@@ -1,0 +1,480 @@
+"""The protocol class that uvicorn is given: HTTP/1.1 from clients, on httptools, with the limits a router needs.
+
+uvicorn's own has no deadline for a request head or body, loses the body of a request that offers `Upgrade: h2c`, does
+not tell a pipelined request that its client left, and answers bad framing with text (docs/adr/0005). What is relied on
+in uvicorn: that it makes one of these per connection with `config`, `server_state` and `app_state`, keeps the
+connections and tasks that are put into `server_state`, and calls `shutdown` on each connection when it stops.
+"""
+
+import asyncio
+import math
+import random
+import uuid
+from collections.abc import Callable
+from typing import Any, cast
+
+import httptools
+import uvicorn
+from uvicorn.server import ServerState
+
+from inference_api.errors import BadRequest, Overloaded, RequestTimeout, RouterError, render
+from inference_api.server.cycle import STATUS_LINES, Cycle, OlderCycle, Refused
+from inference_api.server.flow import Deadlines, Flow
+from inference_api.server.request_head import EMPTY_LINE, KnownHead, check_size, scope_of
+
+# Pipelined requests that may wait, and how much of bodies may come before their requests have their turn. Reading goes
+# on while they wait, so that the end of the connection is noticed; what is beyond is not answered.
+_MAX_WAITING = 100
+_MAX_UNREAD = 64 * 1024
+# Of a chunked body: bytes that are neither content nor the 16 that a chunk may take; Go's server allows as many.
+_MAX_OVERHEAD = 16 * 1024
+_CHUNK_OVERHEAD = 16
+# Empty lines in one read of a chunked body, each of which may be its end, that are looked at; forms have a few.
+_MAX_LOOKS = 100
+
+# error, request id, size of the answer's body
+OnRefusal = Callable[[RouterError, str, int], None]
+
+
+class _Enough(Exception):
+    """Raised in a parser callback: nothing that follows is answered."""
+
+
+class State(ServerState):
+    """What uvicorn shares among its connections, and whether each is to end with its next answer."""
+
+    draining = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rendered: tuple[Any, bytes] = (None, b"")
+
+    def default_lines(self) -> bytes:
+        """What the server adds to every response; it makes a new list when the date changes."""
+        headers = self.default_headers
+        if self._rendered[0] is not headers:
+            self._rendered = headers, b"".join([b"%b: %b\r\n" % pair for pair in headers])
+        return self._rendered[1]
+
+
+class Protocol(Flow):
+    """One client connection. Requests on it are answered in their order, one at a time."""
+
+    __slots__ = (
+        "_age_timer", "_app", "_blind", "_client", "_head", "_head_open", "_headers", "_idle_since", "_known",
+        "_learn_at", "_left", "_max_connections", "_old", "_on_refusal", "_overhead", "_parsed", "_parser", "_reading",
+        "_replayed_whole", "_replaying", "_running", "_server", "_state", "_tail", "_upgrading", "_url", "_waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        on_refusal: OnRefusal,
+        config: uvicorn.Config,
+        server_state: State,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        max_connections: float = math.inf,
+    ) -> None:
+        super().__init__(deadlines, _loop or asyncio.get_running_loop())
+        # Configuration
+        self._app = cast(Any, config.loaded_app)
+        self._on_refusal = on_refusal
+        self._max_connections = max_connections
+        # Shared with the server
+        self._state = server_state
+        # Connection
+        self._client: tuple[str, int] | None = None
+        self._server: tuple[str, int] | None = None
+        self._running: Cycle | None = None
+        self._waiting: list[Cycle] = []
+        # Of one that is older than it may become, the next answer is the last.
+        self._old = False
+        self._age_timer: asyncio.TimerHandle | None = None
+        # Request being read
+        self._parser = httptools.HttpRequestParser(self)
+        self._reading: Cycle | None = None
+        # What has come of a head, and of the lines before it; whether the head itself has begun
+        self._head, self._head_open = b"", False
+        # Of a body: what is to come by its Content-Length. Of a chunked one: its last bytes, and what is not content
+        self._left, self._tail, self._overhead = 0, b"", 0
+        # What is parsed may hold more than one end of a message: nothing behind the first is taken.
+        self._blind = False
+        self._upgrading = self._replaying = self._replayed_whole = False
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._known: KnownHead | None = None
+        # Heads parsed, and at which of them one is to be learnt: a client that varies them costs nothing soon.
+        self._parsed = 0
+        self._learn_at: float = 2
+        self._idle_since = 0.0
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._state.connections.add(cast(Any, self))
+        self._client = _address(transport.get_extra_info("peername"))
+        self._server = _address(transport.get_extra_info("sockname"))
+        if len(self._state.connections) > self._max_connections:
+            # Not even an answer: to wait until it is read would hold what there is too little of.
+            self._deaf = True
+            self._on_refusal(Overloaded("The router has as many connections as it takes."), uuid.uuid4().hex, 0)
+            self.transport.abort()
+            return
+        self._timer = self.loop.call_later(self._deadlines.header, self._late)
+        if age := self._deadlines.age:
+            # Not all at once, though they were all made at once.
+            self._age_timer = self.loop.call_later(age * random.uniform(0.9, 1.1), self._grow_old)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            self._heard = True
+            return
+        # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
+        between = self._reading is None and not self._head
+        if between and self._known is not None and (body_at := self._known.body_at(data)) and self._has_place():
+            self._begin(self._known, data[body_at:])
+            return
+        try:
+            self._feed(data)
+        except (httptools.HttpParserError, RouterError, _Enough) as exc:
+            cause = exc.__context__ if isinstance(exc, httptools.HttpParserError) else exc
+            if isinstance(cause, _Enough):
+                self._take_no_more()
+            else:
+                self._refuse(cause if isinstance(cause, RouterError) else BadRequest(f"Not valid HTTP/1.1: {exc}."))
+            return
+        if self._parsed >= self._learn_at:
+            self._learn(data if between else b"")
+        if self._head_open:
+            if self._timer is None:
+                self._timer = self.loop.call_later(self._deadlines.header, self._late)
+        elif self._reading is not None:
+            self._wait_for_more(self._reading)
+
+    def _has_place(self) -> bool:
+        """Whether one more request may wait, if it has to."""
+        if self._running is None or not self._waiting:
+            return True
+        return len(self._waiting) < _MAX_WAITING and sum([one.unread for one in self._waiting]) <= _MAX_UNREAD
+
+    def _wait_for_more(self, cycle: Cycle) -> None:
+        """The body of a request takes more than one read."""
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._deadlines.body, self._late)
+        if cycle.unread > _MAX_UNREAD:
+            if cycle is self._running:
+                # It waits in the kernel until the application asks for more.
+                self.pause_reading()
+            else:
+                self._waiting.pop()
+                self._take_no_more()
+
+    def _learn(self, data: bytes) -> None:
+        self._learn_at *= 2
+        newest = self._waiting[-1] if self._waiting else self._running
+        if newest is not None and newest.repeatable:
+            self._known = KnownHead.learn(data, newest.scope)
+
+    def eof_received(self) -> bool:
+        """A client that closes its half has left, as for nginx, Envoy and every engine behind us: work for it ends.
+
+        Answers that need none still go out, to those who close their half to say that they have asked.
+        """
+        self.left = True
+        self._forget_half()
+        self._reading = None
+        for cycle in (self._running, *self._waiting):
+            if cycle is not None:
+                cycle.half_closed()
+        if self._running is None or self._running.disconnected:
+            self._hang_up()
+            return False
+        self._cancel_timer()
+        last = self._waiting[-1] if self._waiting else self._running
+        last.keep_alive = False
+        return True
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._running is not None:
+            self._running.frames = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state.connections.discard(cast(Any, self))
+        super().connection_lost(exc)
+        if self._age_timer is not None:
+            self._age_timer.cancel()
+        for cycle in (self._running, self._reading, *self._waiting):
+            if cycle is not None:
+                cycle.disconnect()
+        self.resume_writing()
+
+    # What is read
+
+    def _feed(self, data: bytes) -> None:
+        """Parse, but never across the end of a message: the parser does not tell where the next one begins.
+
+        Raises RouterError, _Enough, or HttpParserError because of either or by itself.
+        """
+        at = looks = 0
+        while at < len(data):
+            self._blind = looks == _MAX_LOOKS
+            end = len(data) if self._blind else self._end_of_piece(data, at)
+            piece: bytes | memoryview = data
+            if end - at < len(data):
+                # Not copied: the parser does that with what it makes of it.
+                piece = memoryview(data)[at:end]
+            at = end
+            if self._reading is None:
+                self._head += piece
+                check_size(self._head)
+            elif self._left:
+                self._left -= len(piece)
+            else:
+                looks += 1
+                self._tail = bytes(piece[-3:])
+                self._overhead += len(piece)
+            try:
+                self._parser.feed_data(piece)
+            except httptools.HttpParserUpgrade:
+                self._decline_upgrade()
+            if self._overhead > _MAX_OVERHEAD:
+                raise BadRequest("The body has chunk extensions or trailers that are too large.")
+            if self._reading is None:
+                if self._blind:
+                    raise _Enough
+                looks = 0
+
+    def _end_of_piece(self, data: bytes, at: int) -> int:
+        """Where the message may end that goes on, or begins, at `at`: the piece from there has one end at most."""
+        if self._left:
+            return min(at + self._left, len(data))
+        before = (self._head if self._reading is None else self._tail)[-3:]
+        if before and (found := (before + data[at : at + 3]).find(EMPTY_LINE)) >= 0:
+            return at - len(before) + found + len(EMPTY_LINE)
+        end = data.find(EMPTY_LINE, at)
+        return len(data) if end < 0 else end + len(EMPTY_LINE)
+
+    def _decline_upgrade(self) -> None:
+        """RFC 9110 7.8: an offer to upgrade may be ignored. httptools stops at it, so another parser goes on."""
+        lasts = self._parser.should_keep_alive()
+        self._parser = httptools.HttpRequestParser(self)
+        framing = [pair for pair in self._headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        lines = [b"%b: %b\r\n" % pair for pair in framing]
+        if not lasts:
+            lines.append(b"connection: close\r\n")
+        self._replaying = True
+        self._replayed_whole = False
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(lines) + b"\r\n")
+        self._replaying = self._upgrading = False
+        if self._replayed_whole or not framing:
+            self.on_message_complete()
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        if self._blind:
+            raise _Enough
+        if not self._replaying:
+            self._head_open = True
+            self._url = b""
+            self._headers = []
+
+    def on_url(self, url: bytes) -> None:
+        if not self._replaying:
+            self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # What comes after the head is a trailer, and no header.
+        if self._head_open:
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        if self._replaying:
+            return
+        head, self._head = self._head, b""
+        self._head_open = False
+        self._cancel_timer()
+        parser, headers = self._parser, self._headers
+        version = parser.get_http_version()
+        scope = scope_of(head, parser.get_method(), self._url, headers, version)
+        scope["client"], scope["server"] = self._client, self._server
+        if not self._has_place():
+            raise _Enough
+        values = dict(headers)
+        self._left = int(values.get(b"content-length", 0))
+        self._tail, self._overhead = b"", 0
+        self._upgrading = parser.should_upgrade()
+        expects_continue = version == "1.1" and values.get(b"expect", b"").lower() == b"100-continue"
+        keep_alive = parser.should_keep_alive() and not (self._old or self._state.draining)
+        self._parsed += 1
+        kind = Cycle if version == "1.1" else OlderCycle
+        cycle = self._reading = kind(self, scope, keep_alive, expects_continue)
+        self._queue(cycle)
+
+    def _begin(self, known: KnownHead, body: bytes) -> None:
+        """A request that is here as a whole, and whose head needs no parsing."""
+        cycle = Cycle(self, known.scope(len(body)), not self._state.draining, False, known)
+        cycle.feed(body)
+        cycle.end_of_body()
+        self._queue(cycle)
+
+    def _queue(self, cycle: Cycle) -> None:
+        if self._running is None:
+            self._start(cycle)
+        else:
+            self._waiting.append(cycle)
+
+    def _take_no_more(self) -> None:
+        """No further request is read. What was sent behind the last answer is to be sent again, as ever when a server
+        closes (RFC 9112, 9.3.2)."""
+        self._deaf = True
+        self._reading = None
+        self._cancel_timer()
+        last = self._waiting[-1] if self._waiting else self._running
+        assert last is not None
+        last.keep_alive = False
+
+    def on_chunk_header(self) -> None:
+        self._overhead -= _CHUNK_OVERHEAD
+
+    def on_body(self, body: bytes) -> None:
+        if self._overhead:
+            self._overhead -= len(body)
+        if self._reading is not None:
+            self._reading.feed(body)
+
+    def on_message_complete(self) -> None:
+        if self._replaying:
+            self._replayed_whole = True
+        if self._upgrading or self._reading is None or self._replaying:
+            return
+        self._cancel_timer()
+        self._reading.end_of_body()
+        self._reading = None
+
+    # Used by the cycle
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return self._state.default_headers
+
+    def default_lines(self) -> bytes:
+        return self._state.default_lines()
+
+    def cycle_ended(self, cycle: Cycle) -> None:
+        """The response is complete: on to the next request, or the end of the connection."""
+        self._running = None
+        self._state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if not cycle.keep_alive:
+            self._close(unread=cycle.more_body or self._deaf or bool(self._waiting))
+            return
+        if self._waiting:
+            self._start(self._waiting.pop(0))
+        else:
+            self._idle_since = self.loop.time()
+            if self._idle_timer is None:
+                self._idle_timer = self.loop.call_later(self._deadlines.keepalive, self._idle)
+        self.resume_reading()
+
+    def forget(self, task: "asyncio.Task[None]") -> None:
+        self._state.tasks.discard(task)
+
+    # Called by the server
+
+    def shutdown(self) -> None:
+        """Close when idle, else after the response under way."""
+        if self._running is not None:
+            self._running.keep_alive = False
+        elif self._deaf:
+            self._linger_until = self.loop.time()
+        else:
+            self._hang_up()
+
+    # Ends
+
+    def _start(self, cycle: Cycle) -> None:
+        self._running = cycle
+        task = cycle.task = self.loop.create_task(self._app(cycle.scope, cycle.receive, cycle.send))
+        self._state.tasks.add(task)
+        task.add_done_callback(cycle.ended)
+
+    def _refuse(self, error: RouterError) -> None:
+        """Answer what the application will never see, and close: what follows cannot be told from it."""
+        self._deaf = True
+        self._cancel_timer()
+        self._forget_half()
+        cycle = self._waiting[-1] if self._waiting else self._running
+        if cycle is not None and cycle is not self._reading:
+            # What is wrong came after sound requests; they keep their answers.
+            cycle.keep_alive = False
+            return
+        request_id = uuid.uuid4().hex
+        status, headers, body = render(error, request_id)
+        if cycle is None:
+            self._on_refusal(error, request_id, len(body))
+        else:
+            # The application counts it; to it the request ends here.
+            cycle.refusal = Refused(error, request_id, len(body))
+            cycle.disconnect()
+            if cycle.response_started:
+                self.cut()
+                return
+        head = b"".join(b"%b: %b\r\n" % pair for pair in [*self.default_headers(), *headers])
+        self.write(STATUS_LINES[status] + head + b"connection: close\r\n\r\n" + body)
+        self._close(unread=True)
+
+    def _forget_half(self) -> None:
+        """Of the request that is being read, the rest will not come; it had not had its turn."""
+        if self._waiting and self._waiting[-1] is self._reading:
+            self._waiting.pop()
+
+    def _late(self) -> None:
+        self._timer = None
+        if self._head_open or self._reading is not None:
+            self._refuse(RequestTimeout("The request did not arrive in time."))
+        elif self._running is None:
+            self._hang_up()
+
+    def _idle(self) -> None:
+        self._idle_timer = None
+        left = self._deadlines.keepalive
+        if self._running is None and not self._head_open:
+            left = self._idle_since + left - self.loop.time()
+        if left > 0.001:
+            self._idle_timer = self.loop.call_later(left, self._idle)
+        else:
+            self._hang_up()
+
+    def _grow_old(self) -> None:
+        """The next answer is the last; one that has begun is not touched, however long it takes."""
+        self._old = True
+        # The short way for known heads does not ask.
+        self._known, self._learn_at = None, math.inf
+        last = self._waiting[-1] if self._waiting else self._running
+        if last is not None and not last.response_started:
+            last.keep_alive = False
+
+    def __repr__(self) -> str:
+        return f"<Protocol for {self._client}: {'idle' if self._running is None else 'busy'}>"
+
+
+def protocol_factory(
+    deadlines: Deadlines, on_refusal: OnRefusal, max_connections: float = math.inf
+) -> Callable[..., Protocol]:
+    """What uvicorn calls for every connection. `on_refusal` hears of requests that never reach the application."""
+
+    def make(**keywords: Any) -> Protocol:
+        return Protocol(deadlines, on_refusal, max_connections=max_connections, **keywords)
+
+    return make
+
+
+def _address(name: Any) -> tuple[str, int] | None:
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) and len(name) >= 2 else None

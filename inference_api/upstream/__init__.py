@@ -1,0 +1,1 @@
+"""The way to a backend: attempts, retries, transport, connections, headers, bodies."""

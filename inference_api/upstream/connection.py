@@ -1,0 +1,529 @@
+"""One connection to a replica, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NamedTuple, Protocol, cast
+
+import httptools
+import httpx
+
+from inference_api.models import RawHeaders
+from inference_api.upstream.repeated_head import KnownHead, KnownHeads
+from inference_api.upstream.rewrite import Content
+
+# An engine's head is below 1 KiB, but vLLM puts 0.1 KiB for each of up to 2,048 embeddings there, if they are asked for
+# as bytes. curl takes 300 KiB, so that nobody needs more.
+MAX_HEAD = 256 * 1024
+# What may wait in memory for a reader that pulls.
+HIGH_WATER = 64 * 1024
+# From here on joining head and body would copy more than a second buffer costs.
+_JOIN = 16 * 1024
+# Seconds; a hundred round trips within a cluster, so that a busy event loop makes no difference.
+_RACE = 1.0
+
+
+# Length of a whole chunk without extensions -> where its data begins, and how it does, as uvicorn and hyper write it.
+_SIZE_LINES = {len(b"%x" % n) + n + 4: (len(b"%x" % n) + 2, (b"%x\r\n" % n, b"%X\r\n" % n)) for n in range(1, 4096)}
+_NO_SIZE = (0, (b"", b""))
+
+
+class Disconnected(httpx.ReadError):
+    """The connection ended before the response did, `waited` seconds after the request or the answer's last byte."""
+
+    def __init__(self, message: str, *, received: int, reused: bool, waited: float = 0.0) -> None:
+        super().__init__(message)
+        self.received = received
+        self.reused = reused
+        self.waited = waited
+
+    @property
+    def silent(self) -> bool:
+        """Not one byte of a response came."""
+        return self.received == 0
+
+    @property
+    def stale(self) -> bool:
+        """The replica had closed the idle connection already when the request was written to it.
+
+        The news of that takes a round trip. One that comes later is of a replica that had the request in its hands.
+        """
+        return self.silent and self.reused and self.waited < _RACE
+
+
+class Closed(httpx.ReadError):
+    """The router itself closed the connection, before the response ended."""
+
+
+class Malformed(httpx.RemoteProtocolError):
+    """The replica did not speak HTTP/1.1."""
+
+
+class FirstByteTimeout(httpx.ReadTimeout):
+    """No response head within `first_byte` seconds."""
+
+
+class IdleTimeout(httpx.ReadTimeout):
+    """Nothing of the body for `idle` seconds, but signs of life."""
+
+
+class TotalTimeout(httpx.ReadTimeout):
+    """The `deadline` passed."""
+
+
+class Timeout(NamedTuple):
+    """Seconds to connect, from the request to the head of the response, and between two reads of its body."""
+
+    connect: float | None = None
+    first_byte: float | None = None
+    idle: float | None = None
+
+
+class Home(Protocol):
+    """Where a connection lives between two exchanges.
+
+    `last_read`: loop time of the last read of any of them that was more than a sign of life.
+    """
+
+    last_read: float
+    heads: KnownHeads
+
+    def release(self, connection: "Connection") -> None: ...
+    def discard(self, connection: "Connection") -> None: ...
+
+
+class Sink(Protocol):
+    """Takes a response body as it arrives. Called from the event loop, must not raise."""
+
+    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool | None:
+        """Body bytes of one read; `complete`: the message ended with them (they may be empty).
+
+        `frame`: what was read, if that is one whole chunk with `data` in it. True: all of it was a sign of life, and
+        nothing of the answer; for the clocks it has not come.
+        """
+        ...
+
+    def broken(self, error: httpx.TransportError) -> None:
+        """The body ended too early; nothing follows."""
+        ...
+
+
+class ResponseStream(httpx.AsyncByteStream):
+    """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
+
+    __slots__ = (
+        "_waiter", "_wanted", "complete", "connection", "error", "framed", "head", "headers", "known", "pieces", "sink",
+        "size", "status",
+    )  # fmt: skip
+
+    def __init__(self, connection: "Connection") -> None:
+        self.connection = connection
+        # Head
+        self.status = 0
+        self.headers: RawHeaders = []
+        self.known: KnownHead | None = None
+        # Its end is told from that of the connection.
+        self.framed = True
+        self.head: asyncio.Future[None] = connection.loop.create_future()
+        # Body
+        self.pieces: list[bytes] = []
+        self.size = 0
+        self.complete = False
+        self.error: httpx.TransportError | None = None
+        self.sink: Sink | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._wanted = 0
+
+    # Called by the connection
+
+    def deliver(self) -> bool | None:
+        """Hand over what one read brought: to the sink, which says what it was, or to whoever waits for it."""
+        if self.sink is not None:
+            data = self.take()
+            return self.sink.data_received(data, self.complete) if data or self.complete else None
+        if self.complete or self.size > self._wanted:
+            if self.size > HIGH_WATER and not self.complete:
+                self.connection.pause(self)
+            self._wake()
+        return None
+
+    def fail(self, error: httpx.TransportError) -> None:
+        self.error = error
+        if not self.head.done():
+            self.head.set_exception(error)
+            # Whoever waited may have been cancelled; the error is then nobody's to retrieve.
+            self.head.exception()
+        elif self.sink is not None:
+            self.sink.broken(error)
+        self._wake()
+
+    # Called by the reader
+
+    def push_to(self, sink: Sink) -> None:
+        """From now on give the body to `sink` as it arrives, beginning with what is here already."""
+        self.sink = sink
+        self.resume()
+        if self.pieces or self.complete:
+            self.deliver()
+        if self.error is not None:
+            sink.broken(self.error)
+
+    def pause(self) -> None:
+        self.connection.pause(self)
+
+    def resume(self) -> None:
+        self.connection.resume(self)
+
+    def take(self) -> bytes:
+        """What has come of the body and was not taken yet."""
+        pieces = self.pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self.size = 0
+        return data
+
+    async def collect(self, limit: int) -> tuple[bytes, bool]:
+        """The body, and True, if it ends within `limit` bytes; else what came so far, and False.
+
+        Raises httpx.TransportError when it breaks off.
+        """
+        while not self.complete and self.size <= limit:
+            # No wake-up, and no pause, for each of the reads that it takes.
+            await self._arrival(limit)
+        return self.take(), self.complete
+
+    async def peek(self, wanted: int = 0) -> bytes:
+        """What has come of the body, once that is more than `wanted` bytes, or all; it stays to be read.
+
+        Raises httpx.TransportError when the body breaks off.
+        """
+        while not self.complete and self.size <= wanted:
+            await self._arrival(wanted)
+        return b"".join(self.pieces)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            if self.pieces:
+                data = self.take()
+                self.resume()
+                yield data
+            elif self.complete:
+                return
+            else:
+                await self._arrival()
+
+    async def aclose(self) -> None:
+        """Done with it. If the response had not ended, its connection is closed: the engine stops generating."""
+        self.connection.abandon(self)
+
+    async def _arrival(self, wanted: int = 0) -> None:
+        """Until more than so many bytes are here, or the body is complete."""
+        if self.error is not None:
+            raise self.error
+        self._wanted = wanted
+        self.resume()
+        self._waiter = self.connection.loop.create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class Connection(asyncio.Protocol):
+    """One connection to a replica, and at most one response on it at a time.
+
+    Invariant: its home holds it as idle if and only if `stream` is None, its last response ended cleanly, and no byte
+    has come since.
+    """
+
+    __slots__ = (
+        "_between_chunks", "_deadline", "_direct", "_due", "_first_byte", "_head_done", "_headers", "_idle",
+        "_keep_alive", "_last_read", "_paused", "_poisoned", "_received", "_reused", "_timer", "closed",
+        "home", "idle_since", "loop", "parser", "stream", "transport", "used",
+    )  # fmt: skip
+
+    def __init__(self, home: Home, loop: asyncio.AbstractEventLoop) -> None:
+        # Connection
+        self.home = home
+        self.loop = loop
+        self.transport: asyncio.Transport | None = None
+        self.parser = httptools.HttpResponseParser(self)
+        self.used = False
+        self.closed = False
+        self.idle_since = 0.0
+        # Exchange
+        self.stream: ResponseStream | None = None
+        self._reused = False
+        self._received = 0
+        # Where the headers go while the head of a response is read.
+        self._headers: RawHeaders | None = None
+        self._head_done = False
+        # No byte of a chunk has been parsed since the last whole one, or since the head.
+        self._between_chunks = False
+        # The same, known for sure, and there is a sink: the next read need not be parsed if it is one whole chunk.
+        self._direct = False
+        self._keep_alive = False
+        self._poisoned = False
+        self._paused = False
+        # Timers: one handle, kept from exchange to exchange and looked at only when it fires
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._last_read = 0.0
+        self._idle: float | None = None
+        self._first_byte: float | None = None
+        self._deadline: float | None = None
+
+    # Exchange
+
+    def exchange(self, head: bytes, body: Content, timeout: Timeout, deadline: float | None) -> ResponseStream:
+        """Write a request; the response begins at the returned stream. `deadline`: loop time of its end."""
+        transport = self.transport
+        assert transport is not None
+        self._reused, self.used = self.used, True
+        self._received = 0
+        self._head_done = self._keep_alive = self._between_chunks = self._direct = False
+        stream = self.stream = ResponseStream(self)
+        self._headers = stream.headers
+        self._arm(timeout, deadline)
+        if isinstance(body, tuple):
+            transport.writelines([head, *body])
+        elif len(body) < _JOIN:
+            transport.write(head + body)
+        else:
+            transport.writelines([head, body])
+        return stream
+
+    def abandon(self, stream: ResponseStream) -> None:
+        """Close, if `stream` has not ended: a rest of its body must never meet the next request."""
+        if self.stream is stream:
+            self.stream = None
+            self.close()
+
+    def pause(self, stream: ResponseStream) -> None:
+        if self.stream is stream and not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self, stream: ResponseStream) -> None:
+        if self.stream is stream and self._paused and self.transport is not None:
+            self._paused = False
+            # The reader's pause was not the replica's silence.
+            self._last_read = self.loop.time()
+            self.transport.resume_reading()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._disarm()
+        self.home.discard(self)
+        if self.transport is not None:
+            # Not close(): it would wait for a stuck replica to read the rest of a request.
+            self.transport.abort()
+
+    def fail(self, error: httpx.TransportError) -> None:
+        """Close, and tell whoever reads the response why."""
+        stream, self.stream = self.stream, None
+        self.close()
+        if stream is not None:
+            stream.fail(error)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        stream = self.stream
+        if stream is None:
+            self.close()  # nobody asked
+            return
+        if self._direct:
+            # Engines write an event as one chunk; it goes to the client as it is, without a parser in between.
+            at, sizes = _SIZE_LINES.get(len(data), _NO_SIZE)
+            if at and data[:at] in sizes and data[-2:] == b"\r\n":
+                if not stream.sink.data_received(data[at:-2], False, data):  # type: ignore[union-attr]
+                    self._last_read = self.home.last_read = self.loop.time()
+                return
+        before = self._last_read, self.home.last_read
+        self._last_read = self.home.last_read = self.loop.time()
+        fresh = not self._received
+        self._received += len(data)
+        if fresh and (known := self.home.heads.newest) is not None and (read := known.read(data)) is not None:
+            self._whole(stream, known, *read)
+        elif self._parse(stream, data, fresh):
+            self._last_read, self.home.last_read = before
+
+    def _parse(self, stream: ResponseStream, data: bytes, fresh: bool) -> bool | None:
+        """Take a read apart; True: all of it was a sign of life."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as exc:
+            if not stream.complete:
+                self.fail(Malformed(f"the replica sent {_reason(exc)}"))
+                return None
+            # What followed a complete response was no response; the one we have is good.
+            self._poisoned = True
+        if not self._head_done:
+            if self._received > MAX_HEAD:
+                self.fail(Malformed(f"the replica sent a response head of more than {MAX_HEAD} bytes"))
+            return None
+        if stream.complete:
+            if fresh and stream.status == 200 and self._keep_alive and not self._poisoned:
+                self.home.heads.parsed(data, stream.headers)
+            self._end_exchange()
+        # The beginning of a chunk's size may have been parsed unnoticed, but never with its line break.
+        self._direct = self._between_chunks and stream.sink is not None and data.endswith(b"\r\n")
+        return stream.deliver()
+
+    def _whole(self, stream: ResponseStream, known: KnownHead, headers: RawHeaders, body: bytes) -> None:
+        """The whole answer is here, and its head needs no parsing."""
+        stream.status = 200
+        stream.headers = headers
+        stream.known = known
+        stream.pieces.append(body)
+        stream.size = len(body)
+        stream.complete = self._head_done = self._keep_alive = True
+        self._headers = None
+        if not stream.head.done():
+            stream.head.set_result(None)
+        self._end_exchange()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        stream, self.stream = self.stream, None
+        self.close()
+        if stream is None:
+            return
+        if self._head_done and not stream.framed and exc is None:
+            # RFC 9112 6.3: without a length, the end of the connection is the end of the body.
+            stream.complete = True
+            stream.deliver()
+        else:
+            message = "the replica closed the connection"
+            waited = self.loop.time() - self._last_read
+            stream.fail(Disconnected(message, received=self._received, reused=self._reused, waited=waited))
+
+    # httptools callbacks; what they raise comes out of feed_data as an HttpParserError
+
+    def on_message_begin(self) -> None:
+        if self.stream is None or self.stream.complete:
+            self._poisoned = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Else it is a trailer, or of a message that nobody asked for.
+        if self._headers is not None:
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        stream = self.stream
+        if self._poisoned or stream is None:
+            return
+        status = self.parser.get_status_code()
+        if status == 101 or status < 100 or status > 599:
+            raise ValueError(f"an answer with the status {status}")
+        headers = stream.headers
+        # As RFC 9113 6.5.2 counts: what a header costs us is more than its bytes.
+        size = 32 * len(headers) + self._received
+        if size > MAX_HEAD and sum([len(name) + len(value) + 32 for name, value in headers]) > MAX_HEAD:
+            raise ValueError(f"a response head of more than {MAX_HEAD} bytes")
+        if status < 200:
+            headers.clear()
+            return
+        stream.status = status
+        names = dict(headers)
+        coding = names.get(b"transfer-encoding")
+        # `identity` is of RFC 2616, and says as much as if it were not there.
+        coded = coding is not None and coding.lower() != b"identity"
+        stream.framed = coded or b"content-length" in names or status in (204, 304)
+        self._between_chunks = coding == b"chunked"
+        self._headers = None
+        self._head_done = True
+        if not stream.head.done():
+            stream.head.set_result(None)
+
+    def on_body(self, body: bytes) -> None:
+        if not self._poisoned and self.stream is not None:
+            self.stream.pieces.append(body)
+            self.stream.size += len(body)
+
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
+
+    def on_message_complete(self) -> None:
+        if self._head_done and not self._poisoned and self.stream is not None:
+            self.stream.complete = True
+            self._keep_alive = self.parser.should_keep_alive()
+
+    def _end_exchange(self) -> None:
+        """The response is complete: back home, if no request byte is left to write and no byte too many was read."""
+        self.stream = None
+        transport = self.transport
+        assert transport is not None
+        if self._paused:
+            self._paused = False
+            transport.resume_reading()
+        if self._keep_alive and not self._poisoned and transport.get_write_buffer_size() == 0:
+            self.home.release(self)
+        else:
+            self.close()
+
+    # Timers
+
+    def _arm(self, timeout: Timeout, deadline: float | None) -> None:
+        now = self._last_read = self.loop.time()
+        _, first_byte, self._idle = timeout
+        self._first_byte = None if first_byte is None else now + first_byte
+        self._deadline = deadline
+        soonest = self._soonest(now)
+        # The timer of an earlier exchange will do, if it fires no later; setting one costs 3 us.
+        if soonest is not None and (self._timer is None or soonest < self._due):
+            self._set_timer(soonest)
+
+    def _soonest(self, now: float) -> float | None:
+        soonest = None if self._head_done else self._first_byte
+        if self._idle is not None:
+            # Before the head, and while the reader makes a pause, silence does not count; look again later.
+            quiet = (self._last_read if self._head_done and not self._paused else now) + self._idle
+            soonest = quiet if soonest is None else min(soonest, quiet)
+        if self._deadline is not None and (soonest is None or self._deadline < soonest):
+            soonest = self._deadline
+        return soonest
+
+    def _set_timer(self, due: float) -> None:
+        self._disarm()
+        self._due = due
+        self._timer = self.loop.call_at(due, self._expire)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        self._timer = None
+        if self.stream is None:
+            return
+        # A timer may fire up to a clock tick early.
+        now = self.loop.time()
+        due = now + 0.002
+        if self._deadline is not None and due >= self._deadline:
+            self.fail(TotalTimeout("the answer did not end in time"))
+        elif not self._head_done and self._first_byte is not None and due >= self._first_byte:
+            self.fail(FirstByteTimeout("the replica did not begin to answer in time"))
+        elif self._head_done and not self._paused and self._idle is not None and due >= self._last_read + self._idle:
+            self.fail(IdleTimeout("the replica fell silent"))
+        elif (soonest := self._soonest(now)) is not None:
+            self._set_timer(soonest)
+
+    def __repr__(self) -> str:
+        return f"<Connection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"
+
+
+def _reason(exc: httptools.HttpParserError) -> str:
+    if isinstance(exc.__context__, ValueError):
+        return str(exc.__context__)
+    return f"no valid HTTP/1.1 response ({exc})"

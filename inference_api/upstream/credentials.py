@@ -1,0 +1,96 @@
+"""The tokens of backends' credentials, by what names them: variables of the environment, and files, read again."""
+
+import logging
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+
+from inference_api.headers import header_lines
+from inference_api.routing.catalogue import CatalogueEntry, Credentials
+from inference_api.routing.files import Changes
+
+logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 64 * 1024
+
+
+class Tokens(dict[str, str]):
+    """Name of a variable, or path of a file -> token. A request only looks one up; files are read in threads.
+
+    `environ` has the variables, of which only those that a catalogue may name are taken.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        super().__init__((name, token) for name, token in environ.items() if name.startswith("BACKEND_"))
+        self._files: dict[str, Changes] = {}
+        self._complaints: dict[str, str] = {}
+
+    def prepare(self, entries: Iterable[CatalogueEntry]) -> None:
+        """Read the files that these entries name, so far as they are new. It may block."""
+        for path in paths_of(entries) - self._files.keys():
+            self._files[path] = Changes(path)
+            self._read(path)
+
+    def retain(self, entries: Iterable[CatalogueEntry]) -> None:
+        """Forget the files that none of these entries names."""
+        for path in self._files.keys() - paths_of(entries):
+            for known in (self._files, self._complaints, self):
+                known.pop(path, None)
+
+    def look(self, now: bool) -> None:
+        """As `routing.files.Watched`; a request takes what is there."""
+        for path, changes in list(self._files.items()):
+            if changes.settled(now):
+                self._read(path)
+
+    def _read(self, path: str) -> None:
+        try:
+            token = read_token(path)
+        except (OSError, ValueError) as exc:
+            complaint = (exc.strerror if isinstance(exc, OSError) else "") or str(exc)
+            if self._complaints.get(path) != complaint:
+                self._complaints[path] = complaint
+                kept = "the last one stays" if path in self else "its models are asked without one"
+                logger.warning("the token of the file %.200r cannot be used, %s: %s", path, kept, complaint)
+            return
+        if self.get(path) not in (None, token) or path in self._complaints:
+            logger.info("the token of the file %.200r was read again", path)
+        self._complaints.pop(path, None)
+        self[path] = token
+
+
+def paths_of(entries: Iterable[CatalogueEntry]) -> set[str]:
+    found = (entry.credentials for entry in entries if isinstance(entry.credentials, Credentials))
+    return {credentials.file for credentials in found if credentials.file is not None}
+
+
+def read_token(path: str) -> str:
+    """The token in a file. Raises OSError, or ValueError for what is none; no message has it."""
+    # Not to wait for whoever writes into a pipe.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no regular file")
+        content = os.read(descriptor, _MAX_BYTES)
+    finally:
+        os.close(descriptor)
+    token = ""
+    with suppress(UnicodeDecodeError):
+        token = content.decode("ascii").strip()
+    if not token or not token.isprintable() or " " in token:
+        raise ValueError("it must hold one token of printable ASCII characters, and nothing else")
+    return token
+
+
+def with_token(lines: bytes, credentials: Credentials, token: str | None) -> bytes:
+    """The lines of a head with the token in its header, in place of what the client sent there."""
+    # Set but empty is a secret that was not filled in; `Bearer ` alone would be refused by everybody.
+    if not token:
+        return lines
+    name = credentials.header.encode("ascii")
+    if b"\n%b:" % name in lines:
+        kept = [line for line in lines.split(b"\r\n")[:-1] if not line.startswith(b"%b:" % name)]
+        lines = b"".join(b"%b\r\n" % line for line in kept)
+    value = credentials.prefix.encode("ascii") + token.encode("latin-1", "ignore")
+    return lines + header_lines([(name, value)])

@@ -1,0 +1,269 @@
+"""The port to the replicas: an httpx transport with one connection pool per origin.
+
+It differs from httpx's own where a router suffers (docs/adr/0001): a request cancelled at any point closes its
+connection and leaks nothing, no pool is ever scanned, bytes beyond the end of a response are never given to the next
+one, there are no cookies, redirects, proxies or environment, and the body can be pushed instead of pulled.
+
+    transport = Transport()
+    response = await transport.handle_async_request(request)       # returns at the end of the response head
+    response.stream.push_to(sink)  or  async for chunk in response.stream
+    await response.stream.aclose()                                 # before the end: closes the connection
+
+Request extensions it reads: `timeout` {connect, first_byte, idle} in seconds (or an httpx client's `read` for the last
+two), `deadline` in loop time, `fresh` (do not reuse a connection), `target` (path and query, as httpx defines it),
+`origin` (scheme://host:port, to save parsing; with `#address` after it the connection goes to that address, and the
+URL's host is only the name that TLS asks for).
+Errors are httpx's: ConnectError, ConnectTimeout, PoolTimeout (no file descriptor left), and those of `connection`,
+which say how many response bytes had come and whether the connection had been used before.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from time import monotonic
+
+import httpx
+
+from inference_api.discovery.resolver import Resolver
+from inference_api.headers import header_lines
+from inference_api.routing.catalogue import is_usable_address
+from inference_api.upstream.connection import Closed, Connection, ResponseStream, Timeout, TotalTimeout
+from inference_api.upstream.dial import LACKS, Dialer
+from inference_api.upstream.repeated_head import KnownHeads
+from inference_api.upstream.rewrite import Content
+from inference_api.upstream.trust import Trust
+
+
+class Pool:
+    """The connections to one origin: the last one used is reused first, so that the others can expire.
+
+    It has no limit and so no queue: the number of requests in the router is what bounds it.
+
+    `dialer` knows where to connect; `tls` gives the context of each new connection, None: there is no TLS.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        keepalive: float,
+        dialer: Dialer,
+        tls: Callable[[], ssl.SSLContext] | None,
+    ) -> None:
+        # Configuration
+        self.host = host
+        self.port = port
+        self._loop = asyncio.get_running_loop()
+        self._keepalive = keepalive
+        self._dialer = dialer
+        self._tls = tls
+        # Shared: every open connection, and the reusable ones, oldest first
+        self._open: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+        self.last_read = 0.0
+        self.heads = KnownHeads()
+
+    def take(self) -> Connection | None:
+        """An idle connection that the replica should still hold open, or None."""
+        if not self._idle:
+            return None
+        connection, _ = self._idle.popitem()
+        if self._loop.time() - connection.idle_since < self._keepalive:
+            return connection
+        # The youngest is too old, so all of them are.
+        connection.close()
+        self.close_idle()
+        return None
+
+    async def connect(self, seconds: float | None) -> Connection:
+        """A new connection. Raises httpx.ConnectError, ConnectTimeout or PoolTimeout; cancelling leaves nothing."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._dialer.dial(self._attempt, seconds)
+        except TimeoutError as exc:
+            raise httpx.ConnectTimeout("no connection to the replica in time") from exc
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
+            if isinstance(exc, OSError) and exc.errno in LACKS:
+                # The lack is ours; the replica has done nothing.
+                raise httpx.PoolTimeout("no file descriptor or port left for a connection") from exc
+            raise httpx.ConnectError("no connection to the replica") from exc
+
+    async def _attempt(self, address: str) -> Connection:
+        connection = Connection(self, self._loop)
+        self._open.add(connection)
+        tls = self._tls() if self._tls is not None else None
+        try:
+            await self._loop.create_connection(
+                lambda: connection, address, self.port, ssl=tls, server_hostname=self.host if tls else None
+            )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def release(self, connection: Connection) -> None:
+        connection.idle_since = self._loop.time()
+        self._idle[connection] = None
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(self._keepalive, self._close_expired)
+
+    def discard(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+
+    def close_idle(self) -> None:
+        for connection in list(self._idle):
+            connection.close()
+
+    def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in list(self._open):
+            connection.fail(Closed("the router closed the connection"))
+
+    def _close_expired(self) -> None:
+        self._sweep = None
+        now = self._loop.time()
+        while self._idle:
+            oldest = next(iter(self._idle))
+            wait = oldest.idle_since + self._keepalive - now
+            if wait > 0:
+                self._sweep = self._loop.call_later(wait, self._close_expired)
+                return
+            oldest.close()
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def active(self) -> int:
+        return len(self._open) - len(self._idle)
+
+    def __repr__(self) -> str:
+        return f"<Pool {self._dialer.host}:{self.port}: {self.active} active, {self.idle} idle>"
+
+
+class Transport(httpx.AsyncBaseTransport):
+    """An httpx transport over one Pool per origin.
+
+    `keepalive`: seconds an idle connection may be reused; must be below the replica's own (vLLM closes after 5).
+    `tls`: gives the context for a new connection to an https origin; by default the system's trust.
+    `resolver`: what knows the addresses of host names, by default one of its own.
+    `may_reach`: whether a connection may lead to an IP address.
+    """
+
+    def __init__(
+        self,
+        *,
+        keepalive: float = 3.0,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        resolver: Resolver | None = None,
+        may_reach: Callable[[str], bool] = is_usable_address,
+    ) -> None:
+        self._keepalive = keepalive
+        self._may_reach = may_reach
+        self._tls = tls or Trust()
+        self._resolver = resolver or Resolver()
+        self._own_resolver = None if resolver else self._resolver
+        self._pools: dict[str, Pool] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        extensions = request.extensions
+        target = extensions.get("target") or request.url.raw_path
+        head = request_head(request.method, target, header_lines(request.headers.raw))
+        given = extensions.get("timeout") or {}
+        stream = await self.send(
+            extensions.get("origin"),
+            request.url,
+            head,
+            await request.aread(),
+            Timeout(
+                given.get("connect"),
+                given.get("first_byte", given.get("read")),
+                given.get("idle", given.get("read")),
+            ),
+            extensions.get("deadline"),
+            extensions.get("fresh", False),
+        )
+        return httpx.Response(stream.status, headers=stream.headers, stream=stream)
+
+    async def send(
+        self,
+        origin: str | None,
+        url: httpx.URL,
+        head: bytes,
+        body: Content,
+        timeouts: Timeout,
+        deadline: float | None,
+        fresh: bool,
+    ) -> ResponseStream:
+        """What `handle_async_request` does, without the 12 us of an httpx.Request and an httpx.Response.
+
+        `head`: request line and headers, ready to be written. Returns at the end of the response head.
+        """
+        pool = self._pools.get(origin) if origin is not None else None
+        if pool is None:
+            pool = self._pool(origin, url)
+        connection = None if fresh else pool.take()
+        if connection is None:
+            connection = await _connect(pool, timeouts.connect, deadline)
+        stream = connection.exchange(head, body, timeouts, deadline)
+        try:
+            await stream.head
+        except BaseException:
+            connection.abandon(stream)
+            raise
+        return stream
+
+    async def aclose(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        if self._own_resolver is not None:
+            await self._own_resolver.aclose()
+
+    def retain(self, origins: set[str]) -> None:
+        """Forget the pools of other origins: their idle connections close now, their streams run to the end."""
+        for origin in self._pools.keys() - origins:
+            self._pools.pop(origin).close_idle()
+
+    def last_read(self, origin: str) -> float:
+        """Loop time of the last byte that came from there, 0 if none did."""
+        pool = self._pools.get(origin)
+        return 0.0 if pool is None else pool.last_read
+
+    def _pool(self, origin: str | None, url: httpx.URL) -> Pool:
+        origin = origin or str(url.copy_with(raw_path=b"/", fragment=None)).rstrip("/")
+        pool = self._pools.get(origin)
+        if pool is None:
+            secure = url.scheme == "https"
+            port = url.port or (443 if secure else 80)
+            dialer = Dialer(origin.partition("#")[2] or url.host, self._resolver, self._may_reach)
+            tls = self._tls if secure else None
+            pool = self._pools[origin] = Pool(url.host, port, self._keepalive, dialer, tls)
+        return pool
+
+    def __repr__(self) -> str:
+        return f"<Transport {list(self._pools.values())}>"
+
+
+async def _connect(pool: Pool, seconds: float | None, deadline: float | None) -> Connection:
+    """A new connection, before the time to connect is over and before the deadline. Raises as `Pool.connect`."""
+    left = None if deadline is None else deadline - monotonic()
+    if left is None or (seconds is not None and seconds <= left):
+        return await pool.connect(seconds)
+    try:
+        return await pool.connect(left)
+    except httpx.ConnectTimeout as exc:
+        raise TotalTimeout("the time for the request ended before there was a connection") from exc
+
+
+def request_head(method: str, target: bytes, lines: bytes) -> bytes:
+    """A head of lines that `header_lines` made. Raises httpx.LocalProtocolError if `target` would start another one."""
+    line = b"%b %b HTTP/1.1" % (method.encode("ascii"), target)
+    # Not `in`, which for bytes makes and drops an exception each time.
+    if len(line.translate(None, b"\n\r\0")) != len(line):
+        raise httpx.LocalProtocolError("a request target holds a line break")
+    return b"%b\r\n%b\r\n" % (line, lines)

@@ -1,0 +1,960 @@
+"""The way of an answer to the client: what it is told, how it ends, and what a slow client costs."""
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+from zlib import crc32
+
+import httpx
+import orjson
+import pytest
+
+from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from inference_api.http.admission import Load
+from inference_api.http.head import RequestHeaders
+from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
+from inference_api.models import Call, Outcome, RawHeaders, Reply
+from inference_api.observe.metrics import Metrics
+from inference_api.observe.observation import Observer
+from inference_api.relay.events import EventTracker
+from inference_api.relay.pump import Pump
+from inference_api.relay.relay import Relay
+from inference_api.relay.typed_events import follow
+from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.balance import make_policy
+from inference_api.routing.catalogue import BackendEntry, CatalogueEntry
+from inference_api.upstream.connection import IdleTimeout, Malformed, ResponseStream, TotalTimeout
+from inference_api.upstream.forward import Forward, Limits
+from inference_api.upstream.transport import Transport
+from tests.fakes import (
+    CHAT,
+    COMPLETION,
+    DONE,
+    LAST_CHUNK,
+    SSE_HEAD,
+    STREAM,
+    USAGE,
+    FakeEngine,
+    Line,
+    Received,
+    chunk,
+    event,
+    json_response,
+    post,
+    raw,
+    raw_client,
+    read_answer,
+    request_for,
+    sse,
+    until,
+)
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+
+ROUTES = {route.label: route for route in INFERENCE_ROUTES}
+JSON, SSE = b"application/json", b"text/event-stream; charset=utf-8"
+ANSWER = orjson.dumps(COMPLETION)
+LARGE = b'{"x":"' + os.urandom(3 * 2**19).hex().encode() + b'"}'
+ERROR = b'data: {"error":{"message":"x","code":500}}\n\n'
+
+
+# One answer, without a server
+
+
+class Client:
+    """An ASGI `send` that remembers. It hangs for ever, or fails, at the message of that number."""
+
+    def __init__(self, *, hangs_at: int = -1, fails_at: int = -1, slow: bool = False) -> None:
+        self.messages: list[Any] = []
+        self.hangs_at = hangs_at
+        self.fails_at = fails_at
+        self.slow = slow
+
+    async def __call__(self, message: Any) -> None:
+        number = len(self.messages)
+        if number == self.fails_at:
+            raise RuntimeError("cannot send")
+        if number == self.hangs_at:
+            await asyncio.get_running_loop().create_future()
+        if self.slow:
+            waiting = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(0.002, waiting.set_result, None)
+            await waiting
+        self.messages.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.messages[0]["status"])
+
+    @property
+    def headers(self) -> RawHeaders:
+        headers: RawHeaders = self.messages[0]["headers"]
+        return headers
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message["body"] for message in self.messages[1:])
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.messages) and not self.messages[-1].get("more_body", True)
+
+
+class Chunks(httpx.AsyncByteStream):
+    """The body of a transport that is not ours."""
+
+    def __init__(self, parts: tuple[bytes, ...], error: Exception | None) -> None:
+        self._parts = parts
+        self._error = error
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in self._parts:
+            yield part
+        if self._error is not None:
+            raise self._error
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class Desk:
+    """Makes Replies; `ended` is how they ended."""
+
+    def __init__(self, start_engine: Start, transport: Transport, pushed: bool) -> None:
+        self._start_engine = start_engine
+        self._transport = transport
+        self._pushed = pushed
+        self.ended: list[Outcome] = []
+        self.stream: httpx.AsyncByteStream | None = None
+
+    async def __call__(
+        self, kind: bytes, *parts: bytes, status: int = 200, breaks: bool = False, length: int | None = None
+    ) -> Reply:
+        headers = [(b"content-type", kind)]
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        if self._pushed:
+            headers, self.stream = await self._push(status, headers, parts, breaks)
+        else:
+            self.stream = Chunks(parts, httpx.ReadError("reset") if breaks else None)
+        return self.reply(status, headers, self.stream)
+
+    def reply(self, status: int, headers: RawHeaders, stream: httpx.AsyncByteStream) -> Reply:
+        return Reply(status, headers, stream, Backend("m", "http://a:1"), lambda _, outcome: self.ended.append(outcome))
+
+    async def _push(
+        self, status: int, headers: RawHeaders, parts: tuple[bytes, ...], breaks: bool
+    ) -> tuple[RawHeaders, httpx.AsyncByteStream]:
+        lines = b"".join(b"%s: %s\r\n" % pair for pair in headers)
+        chunked = b"content-length" not in dict(headers)
+        head = b"HTTP/1.1 %d X\r\n%s%s\r\n" % (status, lines, b"transfer-encoding: chunked\r\n" if chunked else b"")
+        end = LAST_CHUNK if chunked and not breaks else b""
+        engine = await self._start_engine(raw(head, *(chunk(p) if chunked else p for p in parts), end, close=breaks))
+        response = await self._transport.handle_async_request(request_for(engine))
+        assert isinstance(response.stream, ResponseStream)
+        return response.headers.raw, response.stream
+
+    def closed(self) -> bool:
+        if isinstance(self.stream, Chunks):
+            return self.stream.closed
+        return "0 active" in repr(self._transport)
+
+
+@pytest.fixture(params=["pushed", "pulled"])
+def desk(request: pytest.FixtureRequest, start_engine: Start, transport: Transport) -> Desk:
+    return Desk(start_engine, transport, request.param == "pushed")
+
+
+@pytest.fixture
+def pushing(start_engine: Start, transport: Transport) -> Desk:
+    return Desk(start_engine, transport, pushed=True)
+
+
+def relay_of(reply: Reply, label: str = "chat_completions", **more: Any) -> Relay:
+    return Relay(reply, Call(ROUTES[label], "m", False, b"", [], "rid"), **{"taps": (), **more})
+
+
+async def test_a_stream_passes_unchanged(desk: Desk) -> None:
+    parts = (event("a"), event("b")[:20], event("b")[20:] + event(choices=[], usage=USAGE), DONE)
+    relay, client = relay_of(await desk(SSE, *parts)), Client()
+
+    outcome = await relay(client)
+
+    assert (outcome, desk.ended) == (Outcome.OK, [Outcome.OK])
+    assert client.body == b"".join(parts)
+    assert client.complete
+    assert (relay.streamed_events, relay.usage()) == (2, USAGE)
+    assert desk.closed()
+
+
+async def test_a_stream_is_not_held_back_by_those_between(desk: Desk) -> None:
+    client = Client()
+
+    await relay_of(await desk(SSE, event(), DONE, status=200))(client)
+
+    assert client.status == 200
+    assert [value for name, value in client.headers if name == b"cache-control"] == [b"no-cache"]
+    assert dict(client.headers)[b"x-accel-buffering"] == b"no"
+    assert dict(client.headers)[b"x-request-id"] == b"rid"
+    assert dict(client.headers)[b"content-type"] == SSE
+
+
+async def test_a_stream_that_breaks_between_events_is_told_so_and_left_open(desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), breaks=True))(client)
+
+    passed, _, told = client.body.partition(b"event: error\ndata: ")
+    assert (outcome, desk.ended) == (Outcome.RESET, [Outcome.RESET])
+    assert passed == event()
+    assert orjson.loads(told)["code"] == orjson.loads(told)["error"]["code"] == "upstream_stream_interrupted"
+    assert not client.complete
+    assert desk.closed()
+
+
+@pytest.mark.parametrize("begun", [b"data: {", event()[:-1], b"\n"])
+async def test_a_stream_that_breaks_inside_an_event_is_only_left_open(begun: bytes, desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), begun, breaks=True))(client)
+
+    assert outcome is Outcome.RESET
+    assert client.body == event() + begun
+    assert not client.complete
+
+
+@pytest.mark.parametrize(
+    ("label", "last"), [("chat_completions", DONE), ("responses", b"event: response.completed\ndata: {}\n\n")]
+)
+async def test_a_stream_that_breaks_after_its_last_event_is_complete(label: str, last: bytes, desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), last, breaks=True), label)(client)
+
+    assert (outcome, desk.ended) == (Outcome.OK, [Outcome.OK])
+    assert client.body == event() + last
+    assert client.complete
+
+
+async def test_a_stream_that_ends_without_its_mark_is_truncated(desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), event()))(client)
+
+    assert outcome is Outcome.TRUNCATED
+    assert client.body.startswith(event() * 2 + b"event: error\n")
+    assert b"upstream_stream_truncated" in client.body
+    assert b"[DONE]" not in client.body
+    assert not client.complete
+
+
+async def test_a_stream_that_ends_inside_an_event_is_only_left_open(desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), b"data: {"))(client)
+
+    assert outcome is Outcome.TRUNCATED
+    assert client.body == event() + b"data: {"
+    assert not client.complete
+
+
+async def test_an_error_event_of_the_engine_passes_unchanged(desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), ERROR, DONE))(client)
+
+    assert (outcome, desk.ended) == (Outcome.ERROR_EVENT, [Outcome.ERROR_EVENT])
+    assert client.body == event() + ERROR + DONE
+    assert client.complete
+
+
+async def test_an_error_event_may_be_the_last(desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(SSE, event(), ERROR))(client)
+
+    assert outcome is Outcome.ERROR_EVENT
+    assert client.body == event() + ERROR
+    assert client.complete
+
+
+@pytest.mark.parametrize(
+    ("label", "last"),
+    [
+        ("responses", b'event: response.completed\ndata: {"type":"response.completed"}\n\n'),
+        ("responses", b'event: response.incomplete\ndata: {"type":"response.incomplete"}\n\n'),
+        ("messages", b'event: message_stop\ndata: {"type":"message_stop"}\n\n'),
+        ("embeddings", b"data: anything\n\n"),
+    ],
+)
+async def test_every_kind_of_stream_has_its_own_end(label: str, last: bytes, desk: Desk) -> None:
+    client = Client()
+
+    assert await relay_of(await desk(SSE, b"data: 1\n\n", last), label)(client) is Outcome.OK
+
+    assert client.complete
+
+
+async def test_an_empty_stream_is_truncated(desk: Desk) -> None:
+    client = Client()
+
+    assert await relay_of(await desk(SSE))(client) is Outcome.TRUNCATED
+
+    assert client.body.startswith(b"event: error\n")
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(400, Outcome.UPSTREAM_4XX), (500, Outcome.UPSTREAM_5XX)])
+async def test_a_refusal_in_the_form_of_a_stream_needs_no_mark(status: int, outcome: Outcome, desk: Desk) -> None:
+    client = Client()
+
+    assert await relay_of(await desk(SSE, ERROR, status=status))(client) is outcome
+
+    assert (client.status, client.body, client.complete) == (status, ERROR, True)
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429, 500, 503])
+async def test_a_refusal_of_a_stream_passes_as_it_is(status: int, desk: Desk) -> None:
+    client, body = Client(), b'{"error": {"message": "no"}}'
+
+    outcome = await relay_of(await desk(JSON, body, status=status))(client)
+
+    assert outcome is Outcome.of_status(status)
+    assert (client.status, client.body, client.complete) == (status, body, True)
+
+
+async def test_a_json_answer_gets_a_length(desk: Desk) -> None:
+    relay, client = relay_of(await desk(JSON, ANSWER[:9], ANSWER[9:])), Client()
+
+    outcome = await relay(client)
+
+    assert (outcome, desk.ended) == (Outcome.OK, [Outcome.OK])
+    assert [value for name, value in client.headers if name == b"content-length"] == [b"%d" % len(ANSWER)]
+    assert len(client.messages) == 2
+    assert (client.body, client.complete) == (ANSWER, True)
+    assert (relay.usage(), relay.streamed_events) == (USAGE, 0)
+
+
+async def test_a_length_that_is_there_stays(desk: Desk) -> None:
+    client = Client()
+
+    await relay_of(await desk(JSON, ANSWER, length=len(ANSWER)))(client)
+
+    assert [value for name, value in client.headers if name == b"content-length"] == [b"%d" % len(ANSWER)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": NaN}',
+        b'{"embedding":[Infinity,-Infinity]}',
+        b"[]",
+        b" \n{}\r\n",
+        b"null",
+        b'{"x":"' + b"y" * 80_000 + b'"} \n',
+    ],
+)
+async def test_what_an_engine_takes_for_json_passes(body: bytes, desk: Desk) -> None:
+    client = Client()
+
+    assert await relay_of(await desk(JSON, body))(client) is Outcome.OK
+
+    assert client.body == body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>busy</html>", b'{"a":', b"ok", b'{"a":1}}', b'{"x":"' + b"y" * 80_000, b"<" + b"y" * 80_000 + b"}"],
+)
+async def test_an_answer_that_is_not_the_json_it_claims_to_be_is_refused(body: bytes, desk: Desk) -> None:
+    client = Client()
+
+    with pytest.raises(UpstreamProtocolError):
+        await relay_of(await desk(JSON, *[body] * bool(body)))(client)
+
+    assert client.messages == []
+    assert desk.ended == [Outcome.PROTOCOL_ERROR]
+    assert desk.closed()
+
+
+@pytest.mark.parametrize(("kind", "status"), [(b"text/plain", 200), (b"audio/mpeg", 200), (JSON, 201), (JSON, 500)])
+async def test_only_a_200_that_claims_to_be_json_must_be(kind: bytes, status: int, desk: Desk) -> None:
+    client = Client()
+
+    await relay_of(await desk(kind, b"\xff\0not json", status=status))(client)
+
+    assert (client.status, client.body, client.complete) == (status, b"\xff\0not json", True)
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_an_answer_without_a_body_gets_no_length(status: int, desk: Desk) -> None:
+    client = Client()
+
+    assert await relay_of(await desk(JSON, status=status))(client) is Outcome.OK
+
+    assert b"content-length" not in dict(client.headers)
+    assert (client.body, client.complete) == (b"", True)
+
+
+@pytest.mark.parametrize("parts", [(), (ANSWER[:50],)])
+async def test_a_json_answer_that_breaks_off_becomes_an_error(parts: tuple[bytes, ...], desk: Desk) -> None:
+    client = Client()
+
+    with pytest.raises(UpstreamReset) as caught:
+        await relay_of(await desk(JSON, *parts, breaks=True, length=len(ANSWER)))(client)
+
+    assert client.messages == []
+    assert desk.ended == [caught.value.outcome] == [Outcome.RESET]
+    assert desk.closed()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "final"),
+    [
+        (IdleTimeout("late"), UpstreamTimeout, True),
+        (TotalTimeout("late"), UpstreamTimeout, True),
+        (httpx.ReadTimeout("late"), UpstreamTimeout, True),
+        (Malformed("junk"), UpstreamProtocolError, False),
+        (httpx.ReadError("reset"), UpstreamReset, False),
+    ],
+)
+async def test_how_a_json_answer_breaks_off_is_told(
+    error: Exception, kind: type[RouterError], final: bool, pushing: Desk
+) -> None:
+    reply = pushing.reply(200, [(b"content-type", JSON)], Chunks((b"{",), error))
+
+    with pytest.raises(kind) as caught:
+        await relay_of(reply)(Client())
+
+    assert ((b"x-should-retry", b"false") in caught.value.headers) == final
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (IdleTimeout("late"), b"upstream_idle_timeout"),
+        (TotalTimeout("late"), b"upstream_timeout"),
+        (Malformed("junk"), b"upstream_stream_interrupted"),
+        (httpx.ReadError("reset"), b"upstream_stream_interrupted"),
+        (httpx.ReadTimeout("late"), b"upstream_idle_timeout"),
+    ],
+)
+async def test_how_a_stream_breaks_off_is_told(error: Exception, code: bytes, pushing: Desk) -> None:
+    client = Client()
+
+    await relay_of(pushing.reply(200, [(b"content-type", SSE)], Chunks((event(),), error)))(client)
+
+    assert b'"code":"' + code in client.body
+    assert not client.complete
+
+
+async def test_a_large_json_answer_streams_through(desk: Desk) -> None:
+    relay, client = (
+        relay_of(await desk(JSON, *(LARGE[i : i + 100_000] for i in range(0, len(LARGE), 100_000)))),
+        Client(),
+    )
+
+    outcome = await relay(client)
+
+    assert (outcome, desk.ended) == (Outcome.OK, [Outcome.OK])
+    assert client.body == LARGE
+    assert client.complete
+    assert len(client.messages) > 2
+
+
+async def test_a_large_answer_that_breaks_off_is_left_open(desk: Desk) -> None:
+    client = Client()
+
+    outcome = await relay_of(await desk(JSON, LARGE[:-1000], breaks=True, length=len(LARGE)))(client)
+
+    assert (outcome, desk.ended) == (Outcome.RESET, [Outcome.RESET])
+    assert client.body == LARGE[:-1000]
+    assert not client.complete
+
+
+async def test_a_large_refusal_is_a_refusal(desk: Desk) -> None:
+    client = Client()
+
+    assert await relay_of(await desk(JSON, LARGE, status=500))(client) is Outcome.UPSTREAM_5XX
+
+    assert (client.status, client.body) == (500, LARGE)
+
+
+# Slow clients, and none
+
+
+async def test_a_client_that_is_slow_gets_every_byte(desk: Desk) -> None:
+    events = [event(f"word{i}") for i in range(30)]
+    client = Client(slow=True)
+
+    assert await relay_of(await desk(SSE, *events, DONE))(client) is Outcome.OK
+
+    assert client.body == b"".join(events) + DONE
+    assert client.complete
+
+
+async def test_a_client_that_is_slow_gets_every_byte_of_a_broken_stream(desk: Desk) -> None:
+    events = [event(f"word{i}") for i in range(10)]
+    client = Client(slow=True)
+
+    assert await relay_of(await desk(SSE, *events, breaks=True))(client) is Outcome.RESET
+
+    assert client.body.startswith(b"".join(events) + b"event: error\n")
+
+
+@pytest.mark.parametrize("hangs_at", [1, 2])
+@pytest.mark.parametrize("kind", [SSE, JSON])
+async def test_a_client_that_stops_reading_is_given_up(kind: bytes, hangs_at: int, desk: Desk) -> None:
+    parts = [event()] * 3 if kind is SSE else [LARGE[: 2**20 + 1], LARGE[2**20 + 1 :]]
+    reply = await desk(kind, *parts)
+
+    outcome = await relay_of(reply, write_stall=0.05)(Client(hangs_at=hangs_at))
+
+    assert (outcome, desk.ended) == (Outcome.CLIENT_GONE, [Outcome.CLIENT_GONE])
+    assert desk.closed()
+
+
+async def test_a_client_that_stops_reading_before_the_error_event_is_given_up(desk: Desk) -> None:
+    client = Client()
+    reply = await desk(SSE, event(), breaks=True)
+    relay = relay_of(reply, write_stall=0.05)
+
+    async def send(message: Any) -> None:
+        if message.get("body", b"").startswith(b"event: error"):
+            await asyncio.get_running_loop().create_future()
+        await client(message)
+
+    async with asyncio.timeout(3):
+        outcome = await relay(send)
+
+    assert outcome in (Outcome.RESET, Outcome.CLIENT_GONE)
+    assert desk.ended == [outcome]
+
+
+@pytest.mark.parametrize("kind", [SSE, JSON])
+@pytest.mark.parametrize("fails_at", [0, 1])
+async def test_a_send_that_fails_fails_the_relay(kind: bytes, fails_at: int, desk: Desk) -> None:
+    reply = await desk(kind, event() if kind is SSE else ANSWER)
+
+    with pytest.raises(RuntimeError, match="cannot send"):
+        await relay_of(reply)(Client(fails_at=fails_at))
+
+    assert len(desk.ended) == 1
+    assert desk.closed()
+
+
+async def test_what_comes_while_a_send_waits_is_sent_in_its_turn(start_engine: Start, transport: Transport) -> None:
+    engine = await start_engine(raw(SSE_HEAD))
+    response = await transport.handle_async_request(request_for(engine))
+    assert isinstance(response.stream, ResponseStream)
+    client = Client(slow=True)
+    pump = Pump(client, (), None, 200, 1.0)
+    running = asyncio.ensure_future(pump.run(response.stream))
+    await asyncio.sleep(0)
+
+    for data in (b"a", b"b", b"c"):
+        pump.data_received(data, complete=data == b"c")
+
+    assert await running is Outcome.OK
+    assert [message["body"] for message in client.messages] == [b"a", b"b", b"c"]
+    assert client.complete
+    await response.stream.aclose()
+
+
+async def test_a_send_may_tidy_up_when_it_is_given_up(pushing: Desk) -> None:
+    tidied: list[None] = []
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                tidied.append(None)
+                await asyncio.sleep(0)
+
+    outcome = await relay_of(await pushing(SSE, event()), write_stall=0.05)(send)
+
+    assert (outcome, tidied) == (Outcome.CLIENT_GONE, [None])
+
+
+async def _cancelled(relay: Relay, client: Client, when: Callable[[], Any]) -> None:
+    relaying = asyncio.ensure_future(relay(client))
+    await until(when)
+    relaying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await relaying
+
+
+async def test_a_client_that_leaves_while_it_is_waited_for_ends_the_exchange(desk: Desk) -> None:
+    client = Client(hangs_at=2)
+    relay = relay_of(await desk(SSE, event(), event()))
+
+    await _cancelled(relay, client, lambda: len(client.messages) == 2 or client.body)
+
+    assert (desk.ended, relay.outcome) == ([Outcome.CLIENT_GONE], Outcome.CLIENT_GONE)
+    assert desk.closed()
+
+
+@pytest.mark.parametrize(
+    ("last", "outcome"), [(DONE, Outcome.OK), (ERROR + DONE, Outcome.ERROR_EVENT), (event(), Outcome.CLIENT_GONE)]
+)
+async def test_a_client_that_leaves_after_the_last_event_was_served(
+    last: bytes, outcome: Outcome, pushing: Desk, start_engine: Start, transport: Transport
+) -> None:
+    engine = await start_engine(raw(SSE_HEAD + chunk(event()) + chunk(last)))
+    response = await transport.handle_async_request(request_for(engine))
+    client = Client()
+    relay = relay_of(pushing.reply(200, response.headers.raw, response.stream))  # type: ignore[arg-type]
+
+    await _cancelled(relay, client, lambda: client.body.endswith(last))
+
+    assert (pushing.ended, relay.outcome) == ([outcome], outcome)
+    assert "0 active, 0 idle" in repr(transport)
+
+
+@pytest.mark.parametrize(("sent", "told"), [(event(), True), (event() + b"data: {", False), (event() + DONE, False)])
+async def test_a_stream_that_the_router_interrupts_is_told_so_if_it_can_be(
+    sent: bytes, told: bool, pushing: Desk, start_engine: Start, transport: Transport
+) -> None:
+    engine = await start_engine(raw(SSE_HEAD + chunk(sent)))
+    response = await transport.handle_async_request(request_for(engine))
+    client = Client()
+    relay = relay_of(pushing.reply(200, response.headers.raw, response.stream))  # type: ignore[arg-type]
+    await _cancelled(relay, client, lambda: client.body == sent)
+
+    outcome = await relay.interrupt(client)
+
+    assert outcome is (Outcome.OK if sent.endswith(DONE) else Outcome.DRAIN_TIMEOUT)
+    assert (b"router_shutting_down" in client.body) == told
+    assert client.body.startswith(sent)
+    assert not client.complete
+
+
+async def test_an_answer_of_another_kind_that_the_router_interrupts_is_only_left_open(
+    pushing: Desk, start_engine: Start, transport: Transport
+) -> None:
+    engine = await start_engine(raw(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (2 * len(LARGE)), LARGE))
+    response = await transport.handle_async_request(request_for(engine))
+    client = Client()
+    relay = relay_of(pushing.reply(200, [(b"content-type", b"audio/wav")], response.stream))  # type: ignore[arg-type]
+    await _cancelled(relay, client, lambda: client.body == LARGE)
+
+    assert await relay.interrupt(client) is Outcome.DRAIN_TIMEOUT
+    assert client.body == LARGE
+    assert not client.complete
+
+
+async def test_after_a_piece_that_may_be_lost_nothing_is_told(
+    pushing: Desk, start_engine: Start, transport: Transport
+) -> None:
+    engine = await start_engine(raw(SSE_HEAD + chunk(event())))
+    response = await transport.handle_async_request(request_for(engine))
+    client = Client(hangs_at=2)
+    relay = relay_of(pushing.reply(200, response.headers.raw, response.stream))  # type: ignore[arg-type]
+    await _cancelled(relay, client, lambda: relay.streamed_events == 1)
+    client.hangs_at = -1
+
+    assert await relay.interrupt(client) is Outcome.DRAIN_TIMEOUT
+    assert client.body == b""
+
+
+async def test_the_end_is_announced_before_the_last_byte(desk: Desk) -> None:
+    for parts, kind in (((event(), DONE), SSE), ((ANSWER,), JSON), ((LARGE,), JSON)):
+        client = Client()
+        announced: list[bool] = []
+        relay = relay_of(await desk(kind, *parts), before_end=lambda c=client, a=announced: a.append(c.complete))
+
+        await relay(client)
+
+        assert (announced, client.complete) == ([False], True)
+
+
+async def test_an_end_that_is_none_is_not_announced(desk: Desk) -> None:
+    announced: list[None] = []
+
+    await relay_of(await desk(SSE, event()), before_end=lambda: announced.append(None))(Client())
+
+    assert announced == []
+
+
+# Taps
+
+
+class Witness:
+    """A tap that writes down what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def start(self, status: int, headers: RawHeaders) -> None:
+        self.seen.append((status, dict(headers)[b"content-type"]))
+
+    def chunk(self, data: bytes) -> None:
+        self.seen.append(data)
+
+    def end(self, outcome: Outcome) -> None:
+        self.seen.append(outcome)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [(SSE, (event(), DONE)), (JSON, (ANSWER,)), (JSON, (LARGE,))])
+async def test_taps_see_what_the_client_gets(kind: bytes, parts: tuple[bytes, ...], desk: Desk) -> None:
+    taps, client = (Witness(), Witness()), Client()
+
+    await relay_of(await desk(kind, *parts), taps=taps)(client)
+
+    assert taps[0].seen[0] == (200, kind)
+    assert b"".join(data for data in taps[0].seen if isinstance(data, bytes)) == client.body
+    assert taps[1].seen == taps[0].seen
+
+
+async def test_a_piece_that_goes_on_as_it_came_is_seen_as_any_other() -> None:
+    witness, written, tracker = Witness(), list[bytes](), EventTracker()
+    direct: Any = SimpleNamespace(frames=written.append)
+    pump = Pump(Client(), (witness,), tracker, 200, 5.0, direct=direct)
+
+    pump.data_received(event(), False, chunk(event()))
+
+    assert (written, witness.seen) == ([chunk(event())], [event()])
+    assert (pump.size, tracker.tokens) == (len(event()), 1)
+
+
+ROLE = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+FIRST_TOKENS = {
+    "chat_completions": ([b": x\n\n", ROLE, ROLE, event(choices=[])], event()),
+    "completions": ([b"\n\n"], event(choices=[{"text": "x"}])),
+    "responses": (
+        [b"event: response.created\ndata: {}\n\n", b'data: {"type":"response.in_progress"}\n\n'],
+        b'data: {"type":"response.output_text.delta"}\n\n',
+    ),
+    "messages": (
+        [b"event: message_start\ndata: {}\n\n", b'event: ping\ndata: {"type":"ping"}\n\n'],
+        b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+@pytest.mark.parametrize("framed", [True, False])
+@pytest.mark.parametrize("label", FIRST_TOKENS)
+async def test_the_first_token_is_no_ping_and_no_event_without_one(label: str, framed: bool, pieces: int) -> None:
+    before, token = FIRST_TOKENS[label]
+    now, written = 1.0, list[bytes]()
+    direct: Any = SimpleNamespace(frames=written.append if framed else None, push=lambda data, more: True)
+    tracker = follow(ROUTES[label], False)
+    pump = Pump(Client(), (), tracker, 200, 5.0, direct=direct, clock=lambda: now)
+
+    for data in before:
+        for at in range(pieces):
+            piece = data[at * len(data) // pieces : (at + 1) * len(data) // pieces]
+            pump.data_received(piece, False, chunk(piece))
+    assert (pump.first_at, tracker.tokens) == (0.0, 0)
+    for now in (7.0, 8.0, 9.0):  # noqa: B007
+        pump.data_received(token, False, chunk(token))
+
+    assert (pump.first_at, tracker.tokens) == (7.0, 3)
+
+
+@pytest.mark.parametrize("script", [raw(json_response(COMPLETION)), raw(SSE_HEAD + chunk(DONE) + LAST_CHUNK)])
+async def test_an_added_tap_is_told_of_the_end(script: Any, start_engine: Start, transport: Transport) -> None:
+    witness = Witness()
+    inference = _inference((await start_engine(script)).url, transport, witness)
+
+    client = await _serve(inference, orjson.dumps(CHAT))
+
+    assert client.messages
+    assert isinstance(witness.seen[-1], Outcome)
+    assert sum(isinstance(item, Outcome) for item in witness.seen) == 1
+
+
+def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
+    fleet = Fleet(make_policy)
+    fleet.update({"m": CatalogueEntry(name="m", backends=(BackendEntry(url=url),))})
+    observer = Observer(Metrics(lambda: fleet.models), None)
+    forward = Forward(transport, Limits())
+    gate = Gate(observer, lambda name: fleet.by_name[name], forward, RequestHeaders(), lambda: "minted", lambda: (tap,))
+    return Inference(ROUTES["chat_completions"], gate, Load())
+
+
+async def _serve(inference: Inference, body: bytes) -> Client:
+    client = Client()
+    asked: list[None] = []
+
+    async def receive() -> Any:
+        if asked:
+            await asyncio.get_running_loop().create_future()
+        asked.append(None)
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    scope = {"headers": [(b"content-type", JSON), (b"content-length", b"%d" % len(body))], "query_string": b""}
+    await inference(scope, receive, client)
+    return client
+
+
+# The same through a router with real sockets
+
+
+async def test_a_large_answer_through_a_router(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(raw(json_response({"x": LARGE.decode()}))))
+
+    response = await served.chat()
+
+    assert response.content == json_response({"x": LARGE.decode()}).partition(b"\r\n\r\n")[2]
+    assert served.lines[0]["outcome"] == "ok"
+
+
+async def test_a_large_answer_cut_on_its_way_is_not_whole(start_engine: Start, start_router: Start) -> None:
+    response = json_response({"x": LARGE.decode()})
+    served = await start_router(await start_engine(raw(response[:-5], close=True)))
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        await served.chat()
+
+    assert served.lines[0]["outcome"] == "reset"
+
+
+async def test_a_short_answer_cut_on_its_way_is_an_error(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine(raw(json_response(COMPLETION)[:-5], close=True)))
+
+    response = await served.chat()
+
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_reset")
+
+
+async def test_a_stream_that_falls_silent_is_told_so(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(sse(event(), then=Line.gone))
+    served = await start_router(engine, entry={"timeouts": {"idle": 0.2}})
+
+    async with raw_client(served.port) as client:
+        await client.send(post("/v1/chat/completions", STREAM))
+        received = await client.reader.read(-1)
+
+    assert b"upstream_idle_timeout" in received
+    assert not received.endswith(LAST_CHUNK)
+    await until(lambda: engine.open == 0)
+    assert served.lines[0]["outcome"] == "idle_timeout"
+
+
+async def test_a_stream_with_a_length_that_is_cut_is_cut(start_engine: Start, start_router: Start) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % (len(event()) + 10)
+    served = await start_router(await start_engine(raw(head + event(), close=True)))
+
+    async with raw_client(served.port) as client:
+        await client.send(post("/v1/chat/completions", STREAM))
+        received = await client.reader.read(-1)
+
+    assert event()[:40] in received
+    assert b"upstream_stream_interrupted" in received
+    assert served.lines[0]["outcome"] == "reset"
+
+
+BLOCK = b"data: " + os.urandom(2**18).hex().encode() + b"\n\n"
+
+
+async def _settled(value: Callable[[], int]) -> None:
+    """Wait until the value has stopped growing."""
+    before = -1
+    while value() != before:
+        before = value()
+        await asyncio.sleep(0.06)
+
+
+async def test_a_client_that_does_not_read_stops_the_engine(start_engine: Start, start_router: Start) -> None:
+    sent = 0
+
+    async def script(request: Received, line: Line) -> None:
+        nonlocal sent
+        await line.send(SSE_HEAD)
+        for _ in range(64):
+            await line.send(chunk(BLOCK))
+            sent += 1
+        await line.send(chunk(DONE) + LAST_CHUNK)
+
+    served = await start_router(await start_engine(script))
+    async with raw_client(served.port) as client:
+        await client.send(post("/v1/chat/completions", STREAM))
+        await _settled(lambda: sent)
+        assert 0 < sent < 48
+
+        answer = await asyncio.wait_for(read_answer(client.reader), 10)
+
+    assert crc32(answer.body) == crc32(BLOCK * 64 + DONE)
+    await until(lambda: served.lines)
+    assert served.lines[0]["outcome"] == "ok"
+
+
+async def test_a_client_that_never_reads_is_given_up(start_engine: Start, start_router: Start) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await line.send(SSE_HEAD)
+        while True:
+            await line.send(chunk(BLOCK))
+
+    engine: FakeEngine = await start_engine(script)
+    served = await start_router(engine, write_stall_timeout=0.2)
+    before = len(os.listdir("/proc/self/fd"))
+    async with raw_client(served.port, receive_buffer=4096) as client:
+        await client.send(post("/v1/chat/completions", STREAM))
+        await until(lambda: engine.busy)
+
+        await until(lambda: engine.busy == 0)
+        await until(lambda: served.lines)
+        # The client's own socket is still there, the router's two are not.
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
+
+    assert served.lines[0]["outcome"] == "client_gone"
+    assert served.router.load.in_flight == 0
+
+
+async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Start, start_router: Start) -> None:
+    async def script(request: Received, line: Line) -> None:
+        await asyncio.sleep(rand.uniform(0, 0.02))
+        await line.send(SSE_HEAD, chunk(event()))
+        await asyncio.sleep(rand.uniform(0, 0.02))
+        await line.send(chunk(event() + DONE) + LAST_CHUNK)
+
+    async def visit() -> None:
+        request = post("/v1/chat/completions", STREAM)
+        async with raw_client(served.port) as client:
+            await client.send(request[: rand.choice([50, len(request), len(request)])])
+            await asyncio.sleep(rand.uniform(0, 0.06))
+
+    rand = random.Random(1)
+    engines = [await start_engine(script) for _ in range(2)]
+    served = await start_router(*engines)
+    for _ in range(5):
+        await asyncio.gather(*(visit() for _ in range(40)))
+
+    await until(lambda: served.router.load.in_flight == 0)
+    await until(lambda: sum(engine.busy for engine in engines) == 0)
+    # One that was accepted late may just have begun.
+    await until(lambda: [backend.in_flight for backend in served.router.fleet.models["m"].backends] == [0, 0])
+    assert "1 active" not in repr(served.router.transport)
+    assert {line["outcome"] for line in served.lines} <= {"ok", "client_gone"}
+    assert (await served.chat(stream=True)).content == event() * 2 + DONE
+
+
+async def test_a_stream_over_a_plain_httpx_transport(start_engine: Start, start_router: Start) -> None:
+    events = [event(f"word{i}") for i in range(20)]
+    engine = await start_engine(sse(*events, DONE, then=lambda line: line.send(LAST_CHUNK)))
+    served = await start_router(engine, transport=httpx.AsyncHTTPTransport())
+
+    response = await served.chat(stream=True)
+
+    assert response.content == b"".join(events) + DONE
+    assert served.lines[0]["outcome"] == "ok"
+
+
+async def test_a_broken_stream_over_a_plain_httpx_transport(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(sse(event(), then=Line.close))
+    served = await start_router(engine, transport=httpx.AsyncHTTPTransport())
+
+    async with raw_client(served.port) as client:
+        await client.send(post("/v1/chat/completions", STREAM))
+        received = await client.reader.read(-1)
+
+    assert event() in received
+    assert b"upstream_stream_interrupted" in received
+    assert not received.endswith(LAST_CHUNK)
