@@ -57,7 +57,7 @@ class State(ServerState):
         return self._rendered[1]
 
 
-class Protocol(Flow):
+class ClientConnection(Flow):
     """One client connection. Requests on it are answered in their order, one at a time."""
 
     __slots__ = (
@@ -462,16 +462,16 @@ class Protocol(Flow):
             last.keep_alive = False
 
     def __repr__(self) -> str:
-        return f"<Protocol for {self._client}: {'idle' if self._running is None else 'busy'}>"
+        return f"<ClientConnection for {self._client}: {'idle' if self._running is None else 'busy'}>"
 
 
-def protocol_factory(
+def connection_factory(
     deadlines: Deadlines, on_refusal: OnRefusal, max_connections: float = math.inf
-) -> Callable[..., Protocol]:
+) -> Callable[..., ClientConnection]:
     """What uvicorn calls for every connection. `on_refusal` hears of requests that never reach the application."""
 
-    def make(**keywords: Any) -> Protocol:
-        return Protocol(deadlines, on_refusal, max_connections=max_connections, **keywords)
+    def make(**keywords: Any) -> ClientConnection:
+        return ClientConnection(deadlines, on_refusal, max_connections=max_connections, **keywords)
 
     return make
 

@@ -16,7 +16,7 @@ from inference_api.models import Outcome
 from inference_api.observe.observation import Observation
 
 if TYPE_CHECKING:
-    from inference_api.server.connection import Protocol
+    from inference_api.server.connection import ClientConnection
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Memo:
 
 
 class Cycle:
-    """Fed by its Protocol, run by a task of its own."""
+    """Fed by its ClientConnection, run by a task of its own."""
 
     __slots__ = (
         "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_protocol",
@@ -76,7 +76,12 @@ class Cycle:
     )  # fmt: skip
 
     def __init__(
-        self, protocol: "Protocol", scope: Scope, keep_alive: bool, expects_continue: bool, memo: Memo | None = None
+        self,
+        protocol: "ClientConnection",
+        scope: Scope,
+        keep_alive: bool,
+        expects_continue: bool,
+        memo: Memo | None = None,
     ) -> None:
         self._protocol = protocol
         self.scope = scope

@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
-from inference_api.server.connection import OnRefusal, State, protocol_factory
+from inference_api.server.connection import OnRefusal, State, connection_factory
 from inference_api.server.flow import Deadlines
 from inference_api.settings import PREFIX, Settings, SettingsError
 
@@ -142,7 +142,7 @@ def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
 
 
 def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lambda *_: None) -> uvicorn.Config:
-    protocol = protocol_factory(_deadlines(settings), on_refusal, connection_limit(settings.max_in_flight))
+    protocol = connection_factory(_deadlines(settings), on_refusal, connection_limit(settings.max_in_flight))
     patience = math.ceil(settings.drain_timeout)
     return _config(app, protocol, loop="uvloop", lifespan="on", timeout_graceful_shutdown=patience)
 
@@ -223,7 +223,7 @@ def listen(host: str, port: int, variable: str) -> socket.socket:
 def ops_thread(ops: ASGIApp, listener: socket.socket, deadlines: Deadlines | None = None) -> Iterator[None]:
     """Serve probes and metrics from a thread with an event loop of its own, so that they never wait behind traffic."""
     # What is refused here is not counted: metrics and log belong to the other loop.
-    protocol = protocol_factory(deadlines or Deadlines(), lambda *_: None)
+    protocol = connection_factory(deadlines or Deadlines(), lambda *_: None)
     server = Server(_config(ops, protocol, loop="asyncio", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="ops", daemon=True)
     thread.start()

@@ -11,7 +11,7 @@ import orjson
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from inference_api.server.connection import Protocol
+from inference_api.server.connection import ClientConnection
 from inference_api.settings import Settings
 from tests.conftest import Served, serving
 from tests.fakes import (
@@ -793,7 +793,7 @@ async def test_a_client_that_does_not_read_is_given_up(start_engine: Start, star
 
 def connections_of(served: Served) -> Collection[Any]:
     """Of the server, which has one now, as long as it runs."""
-    protocols = [one for one in gc.get_objects() if isinstance(one, Protocol)]
+    protocols = [one for one in gc.get_objects() if isinstance(one, ClientConnection)]
     [state] = {id(one._state): one._state for one in protocols if (one._server or ("", 0))[1] == served.port}.values()
     return state.connections
 
