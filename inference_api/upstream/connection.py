@@ -78,7 +78,7 @@ class Timeout(NamedTuple):
     idle: float | None = None
 
 
-class Home(Protocol):
+class ConnectionPool(Protocol):
     """Where a connection lives between two exchanges.
 
     `last_read`: loop time of the last read of any of them that was more than a sign of life.
@@ -87,8 +87,8 @@ class Home(Protocol):
     last_read: float
     heads: KnownHeads
 
-    def release(self, connection: "Connection") -> None: ...
-    def discard(self, connection: "Connection") -> None: ...
+    def release(self, connection: "BackendConnection") -> None: ...
+    def discard(self, connection: "BackendConnection") -> None: ...
 
 
 class Sink(Protocol):
@@ -115,7 +115,7 @@ class ResponseStream(httpx.AsyncByteStream):
         "size", "status",
     )  # fmt: skip
 
-    def __init__(self, connection: "Connection") -> None:
+    def __init__(self, connection: "BackendConnection") -> None:
         self.connection = connection
         # Head
         self.status = 0
@@ -230,22 +230,42 @@ class ResponseStream(httpx.AsyncByteStream):
             waiter.set_result(None)
 
 
-class Connection(asyncio.Protocol):
+class BackendConnection(asyncio.Protocol):
     """One connection to a replica, and at most one response on it at a time.
 
-    Invariant: its home holds it as idle if and only if `stream` is None, its last response ended cleanly, and no byte
+    Invariant: its pool holds it as idle if and only if `stream` is None, its last response ended cleanly, and no byte
     has come since.
     """
 
     __slots__ = (
-        "_between_chunks", "_deadline", "_direct", "_due", "_first_byte", "_head_done", "_headers", "_idle",
-        "_keep_alive", "_last_read", "_paused", "_poisoned", "_received", "_reused", "_timer", "closed",
-        "home", "idle_since", "loop", "parser", "stream", "transport", "used",
+        "_between_chunks",
+        "_deadline",
+        "_direct",
+        "_due",
+        "_first_byte",
+        "_head_done",
+        "_headers",
+        "_idle",
+        "_keep_alive",
+        "_last_read",
+        "_paused",
+        "_poisoned",
+        "_received",
+        "_reused",
+        "_timer",
+        "closed",
+        "idle_since",
+        "loop",
+        "parser",
+        "pool",
+        "stream",
+        "transport",
+        "used",
     )  # fmt: skip
 
-    def __init__(self, home: Home, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, pool: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         # Connection
-        self.home = home
+        self.pool = pool
         self.loop = loop
         self.transport: asyncio.Transport | None = None
         self.parser = httptools.HttpResponseParser(self)
@@ -317,7 +337,7 @@ class Connection(asyncio.Protocol):
             return
         self.closed = True
         self._disarm()
-        self.home.discard(self)
+        self.pool.discard(self)
         if self.transport is not None:
             # Not close(): it would wait for a stuck replica to read the rest of a request.
             self.transport.abort()
@@ -344,16 +364,16 @@ class Connection(asyncio.Protocol):
             at, sizes = _SIZE_LINES.get(len(data), _NO_SIZE)
             if at and data[:at] in sizes and data[-2:] == b"\r\n":
                 if not stream.sink.data_received(data[at:-2], False, data):  # type: ignore[union-attr]
-                    self._last_read = self.home.last_read = self.loop.time()
+                    self._last_read = self.pool.last_read = self.loop.time()
                 return
-        before = self._last_read, self.home.last_read
-        self._last_read = self.home.last_read = self.loop.time()
+        before = self._last_read, self.pool.last_read
+        self._last_read = self.pool.last_read = self.loop.time()
         fresh = not self._received
         self._received += len(data)
-        if fresh and (known := self.home.heads.newest) is not None and (read := known.read(data)) is not None:
+        if fresh and (known := self.pool.heads.newest) is not None and (read := known.read(data)) is not None:
             self._whole(stream, known, *read)
         elif self._parse(stream, data, fresh):
-            self._last_read, self.home.last_read = before
+            self._last_read, self.pool.last_read = before
 
     def _parse(self, stream: ResponseStream, data: bytes, fresh: bool) -> bool | None:
         """Take a read apart; True: all of it was a sign of life."""
@@ -371,7 +391,7 @@ class Connection(asyncio.Protocol):
             return None
         if stream.complete:
             if fresh and stream.status == 200 and self._keep_alive and not self._poisoned:
-                self.home.heads.parsed(data, stream.headers)
+                self.pool.heads.parsed(data, stream.headers)
             self._end_exchange()
         # The beginning of a chunk's size may have been parsed unnoticed, but never with its line break.
         self._direct = self._between_chunks and stream.sink is not None and data.endswith(b"\r\n")
@@ -459,7 +479,7 @@ class Connection(asyncio.Protocol):
             self._keep_alive = self.parser.should_keep_alive()
 
     def _end_exchange(self) -> None:
-        """The response is complete: back home, if no request byte is left to write and no byte too many was read."""
+        """The response is complete: back pool, if no request byte is left to write and no byte too many was read."""
         self.stream = None
         transport = self.transport
         assert transport is not None
@@ -467,7 +487,7 @@ class Connection(asyncio.Protocol):
             self._paused = False
             transport.resume_reading()
         if self._keep_alive and not self._poisoned and transport.get_write_buffer_size() == 0:
-            self.home.release(self)
+            self.pool.release(self)
         else:
             self.close()
 
@@ -520,7 +540,7 @@ class Connection(asyncio.Protocol):
             self._set_timer(soonest)
 
     def __repr__(self) -> str:
-        return f"<Connection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"
+        return f"<BackendConnection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"
 
 
 def _reason(exc: httptools.HttpParserError) -> str:

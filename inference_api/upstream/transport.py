@@ -27,7 +27,7 @@ import httpx
 from inference_api.discovery.resolver import Resolver
 from inference_api.headers import header_lines
 from inference_api.routing.catalogue import is_usable_address
-from inference_api.upstream.connection import Closed, Connection, ResponseStream, Timeout, TotalTimeout
+from inference_api.upstream.connection import BackendConnection, Closed, ResponseStream, Timeout, TotalTimeout
 from inference_api.upstream.dial import LACKS, Dialer
 from inference_api.upstream.repeated_head import KnownHeads
 from inference_api.upstream.rewrite import Content
@@ -58,13 +58,13 @@ class Pool:
         self._dialer = dialer
         self._tls = tls
         # Shared: every open connection, and the reusable ones, oldest first
-        self._open: set[Connection] = set()
-        self._idle: dict[Connection, None] = {}
+        self._open: set[BackendConnection] = set()
+        self._idle: dict[BackendConnection, None] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self.last_read = 0.0
         self.heads = KnownHeads()
 
-    def take(self) -> Connection | None:
+    def take(self) -> BackendConnection | None:
         """An idle connection that the replica should still hold open, or None."""
         if not self._idle:
             return None
@@ -90,7 +90,7 @@ class Pool:
             raise httpx.ConnectError("no connection to the replica") from exc
 
     async def _attempt(self, address: str) -> Connection:
-        connection = Connection(self, self._loop)
+        connection = BackendConnection(self, self._loop)
         self._open.add(connection)
         tls = self._tls() if self._tls is not None else None
         try:
@@ -102,13 +102,13 @@ class Pool:
             raise
         return connection
 
-    def release(self, connection: Connection) -> None:
+    def release(self, connection: BackendConnection) -> None:
         connection.idle_since = self._loop.time()
         self._idle[connection] = None
         if self._sweep is None:
             self._sweep = self._loop.call_later(self._keepalive, self._close_expired)
 
-    def discard(self, connection: Connection) -> None:
+    def discard(self, connection: BackendConnection) -> None:
         self._open.discard(connection)
         self._idle.pop(connection, None)
 

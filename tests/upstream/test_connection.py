@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inference_api.upstream.connection import (
-    Connection,
+    BackendConnection,
     Disconnected,
     FirstByteTimeout,
     IdleTimeout,
@@ -602,8 +602,8 @@ async def test_a_connection_says_what_it_does(start_engine: Start, transport: Tr
     states.append(repr(stream.connection))
     await transport.aclose()
 
-    assert [*states, repr(stream.connection)][1:] == ["<Connection idle>", "<Connection closed>"]
-    assert states[0] in ("<Connection active>", "<Connection idle>")
+    assert [*states, repr(stream.connection)][1:] == ["<BackendConnection idle>", "<BackendConnection closed>"]
+    assert states[0] in ("<BackendConnection active>", "<BackendConnection idle>")
 
 
 # Pulled
@@ -857,8 +857,8 @@ def test_chunks_pass_whole_or_in_parts(texts: list[bytes], upper: bool, together
 
     loop = asyncio.new_event_loop()
     try:
-        home = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
-        connection = Connection(home, loop)
+        pool = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
+        connection = BackendConnection(pool, loop)
         connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
         stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()
         for read in reads:
@@ -893,8 +893,8 @@ class Framed(Collected):
 def test_a_chunk_that_comes_alone_is_passed_on_as_it_is(size: int) -> None:
     loop = asyncio.new_event_loop()
     try:
-        home = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
-        connection = Connection(home, loop)
+        pool = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
+        connection = BackendConnection(pool, loop)
         connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
         stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()
         connection.data_received(CHUNKED)

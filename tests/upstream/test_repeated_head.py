@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_api.models import RawHeaders
-from inference_api.upstream.connection import Connection, ResponseStream, Timeout
+from inference_api.upstream.connection import BackendConnection, ResponseStream, Timeout
 from inference_api.upstream.repeated_head import KnownHead, KnownHeads
 
 DATE = b"date: Sat, 21 Nov 2026 10:00:00 GMT\r\n"
@@ -19,10 +19,10 @@ HEAD = b"HTTP/1.1 200 OK\r\n" + DATE + b"server: uvicorn\r\ncontent-length: 2\r\
 def parsed(data: bytes, heads: KnownHeads | None = None) -> tuple[ResponseStream, bool]:
     """What a connection makes of one read, and whether it can be used again."""
     loop = asyncio.new_event_loop()
-    kept: list[Connection] = []
+    kept: list[BackendConnection] = []
     try:
-        home: Any = SimpleNamespace(last_read=0.0, heads=heads or KnownHeads(), release=kept.append, discard=id)
-        connection = Connection(home, loop)
+        pool: Any = SimpleNamespace(last_read=0.0, heads=heads or KnownHeads(), release=kept.append, discard=id)
+        connection = BackendConnection(pool, loop)
         transport: Any = SimpleNamespace(write=id, get_write_buffer_size=lambda: 0, abort=lambda: None)
         connection.connection_made(transport)
         stream = connection.exchange(b"", b"", Timeout(), None)

@@ -16,7 +16,13 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.upstream.connection import Closed, Connection, Disconnected, ResponseStream, Timeout, TotalTimeout
+from inference_api.upstream.connection import (
+    Closed,
+    Disconnected,
+    ResponseStream,
+    Timeout,
+    TotalTimeout,
+)
 from inference_api.upstream.transport import Pool, Transport, request_head
 from tests.fakes import (
     COMPLETION,
