@@ -20,7 +20,7 @@ from inference_api.discovery.engines import EngineFacts
 from inference_api.discovery.load import LoadSignal
 from inference_api.discovery.resolver import Resolve, Resolver, resolve
 from inference_api.errors import RouterError
-from inference_api.http.admission import Load
+from inference_api.http.admission import Admission
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pages import Models, Named, Observed, Probes, create_pages
 from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference, Surface
@@ -108,7 +108,7 @@ class Router:
         self._tracing = tracing
         inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
-        self.load = Load(settings.max_in_flight, settings.max_buffered_bytes)
+        self.admission = Admission(settings.max_in_flight, settings.max_buffered_bytes)
         self.probes = self._make_probes(settings, self._exposition(settings, revision, dropped_lines))
         gate = self._gate(settings, inside, self._make_forward(settings, rand), mint_id)
         self.app = self._surface(gate, mint_id, ops=settings.ops_port is None)
@@ -175,7 +175,9 @@ class Router:
         )
 
     def _surface(self, gate: Gate, mint_id: Callable[[], str], ops: bool) -> ASGIApp:
-        inference: dict[str, ASGIApp] = {route.path: Inference(route, gate, self.load) for route in INFERENCE_ROUTES}
+        inference: dict[str, ASGIApp] = {
+            route.path: Inference(route, gate, self.admission) for route in INFERENCE_ROUTES
+        }
         if self._tracing is not None:
             inference = {route.path: self._tracing.layer(inference[route.path], route) for route in INFERENCE_ROUTES}
         # Registered a second time so that a wrong method on them is a 405 that says which one is right.

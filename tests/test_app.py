@@ -236,10 +236,10 @@ async def test_the_synchronous_sdk_hangs_up_at_done_and_that_is_a_success(
 async def test_the_sdk_waits_as_long_as_it_is_told_and_tries_again(start_router: Start) -> None:
     served = await start_router(max_in_flight=1)
     # Somebody else's request, for as long as the first attempt takes.
-    served.router.load.in_flight = 1
+    served.router.admission.in_flight = 1
 
     async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="KEY", max_retries=1) as client:
-        asyncio.get_running_loop().call_later(0.5, setattr, served.router.load, "in_flight", 0)
+        asyncio.get_running_loop().call_later(0.5, setattr, served.router.admission, "in_flight", 0)
         with pytest.raises(openai.InternalServerError, match="No backend"):
             await client.chat.completions.create(model="m", messages=HELLO)
 

@@ -4,7 +4,7 @@ from inference_api.errors import Overloaded
 from inference_api.http.turns import Turns
 
 
-class Load:
+class Admission:
     """Inference requests in flight, and the bytes of those bodies that did not come together with their head.
 
     A request is in flight once its body is whole: clients that are slow to send keep nobody out. But what they have

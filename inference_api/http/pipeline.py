@@ -10,7 +10,7 @@ from starlette.types import Send as ASGISend
 
 from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
 from inference_api.http import bodies, wire
-from inference_api.http.admission import Load, overloaded
+from inference_api.http.admission import Admission, overloaded
 from inference_api.http.disconnect import Departure
 from inference_api.http.head import Inbound, RequestHeaders
 from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, Tap
@@ -67,13 +67,13 @@ class Gate(NamedTuple):
 class Inference:
     """POST on an inference route, from the request head to the end of the answer."""
 
-    def __init__(self, route: Route, gate: Gate, load: Load) -> None:
+    def __init__(self, route: Route, gate: Gate, admission: Admission) -> None:
         self.route = route
         self._gate = gate
-        self._load = load
+        self._load = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
-        gate, load = self._gate, self._load
+        gate, admission = self._gate, self._load
         seen = gate.observer.begin(self.route.label)
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
         departure: Departure | Cycle = Departure(receive) if cycle is None else cycle
@@ -86,14 +86,14 @@ class Inference:
             seen.request_id = inbound.request_id or gate.mint_id()
             body = None if cycle is None else cycle.whole_body(gate.max_body)
             if body is None:
-                body = await wire.read_body(receive, inbound, gate.max_body, load)
+                body = await wire.read_body(receive, inbound, gate.max_body, admission)
                 held = len(body)
                 seen.received()
             taken = 1
-            load.in_flight += 1
+            admission.in_flight += 1
             read = wire.read(self.route, inbound, body)
             call, model = self._accept(
-                read if isinstance(read, tuple) else await load.turns.run(read), inbound, body, scope, seen
+                read if isinstance(read, tuple) else await admission.turns.run(read), inbound, body, scope, seen
             )
             with departure:
                 reply = await gate.send(call, model)
@@ -116,8 +116,8 @@ class Inference:
             if relay is None or not relay.started:
                 outcome = await refuse(InternalError(), seen, send)
         finally:
-            load.in_flight -= taken
-            load.buffered -= held
+            admission.in_flight -= taken
+            admission.buffered -= held
             seen.finished(relay)
             seen.end(outcome)
             for tap in taps:
@@ -140,8 +140,8 @@ class Inference:
         model = self._gate.resolve(fields["model"])
         seen.model_name = model.name
         call = wire.make_call(self.route, inbound, body, scope["query_string"], seen.request_id, asked, model)
-        limit, load = model.entry.max_in_flight, self._load
-        if load.in_flight > load.max_in_flight:
+        limit, admission = model.entry.max_in_flight, self._load
+        if admission.in_flight > admission.max_in_flight:
             raise overloaded("The router")
         if limit is not None and model.in_flight >= limit:
             raise overloaded(f"The model {model.name!r}")

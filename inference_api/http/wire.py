@@ -8,7 +8,7 @@ import orjson
 from starlette.types import Receive
 
 from inference_api.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
-from inference_api.http.admission import Load
+from inference_api.http.admission import Admission
 from inference_api.http.bodies import ENGINE_FIELDS, TRANSFERS, take_engine_fields
 from inference_api.http.head import Inbound
 from inference_api.models import Asked, Call, Route
@@ -16,15 +16,15 @@ from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Model
 
 
-async def read_body(receive: Receive, inbound: Inbound, limit: int, load: Load) -> bytes:
-    """The request body, whose bytes are the load's from now on.
+async def read_body(receive: Receive, inbound: Inbound, limit: int, admission: Admission) -> bytes:
+    """The request body, whose bytes are the admission's from now on.
 
     Raises TooLarge, before reading if its length says so, Overloaded, and ClientGone if it breaks off; of these bodies
-    nothing is left with the load.
+    nothing is left with the admission.
     """
     if inbound.content_length is not None and int(inbound.content_length) > limit:
         raise TooLarge(limit)
-    load.check()
+    admission.check()
     # What it gives in the end is its own buffer, where to join parts would copy a large body in one go.
     whole = BytesIO()
     size, more = 0, True
@@ -35,7 +35,7 @@ async def read_body(receive: Receive, inbound: Inbound, limit: int, load: Load) 
                 raise ClientGone
             part: bytes = message.get("body", b"")
             size += len(part)
-            load.buffer(len(part))
+            admission.buffer(len(part))
             if size > limit:
                 raise TooLarge(limit)
             more = message.get("more_body", False)
@@ -43,7 +43,7 @@ async def read_body(receive: Receive, inbound: Inbound, limit: int, load: Load) 
                 return part
             whole.write(part)
     except BaseException:
-        load.buffered -= size
+        admission.buffered -= size
         raise
     return whole.getvalue()
 

@@ -54,7 +54,7 @@ class Quiescence:
         """What may be counted only while a request is under way; each is 0, and none is ever below."""
         models = [model for served in self.routers for model in served.router.fleet.models.values()]
         return {
-            "requests": sum(served.router.load.in_flight for served in self.routers),
+            "requests": sum(served.router.admission.in_flight for served in self.routers),
             "backends with requests": sum(b.in_flight != 0 for model in models for b in model.backends),
             "upstream connections in use": sum(active(served) for served in self.routers),
             "requests at engines": sum(engine.busy for engine in self.engines),
@@ -135,7 +135,7 @@ class _Snapshot:
         """What is not as it was, by its name; of a count that should be 0, any other is wrong, below it too."""
         models = list(self._served.router.fleet.models.values())
         left = {
-            "requests": self._served.router.load.in_flight,
+            "requests": self._served.router.admission.in_flight,
             "requests of models": [model for model in models if model.in_flight],
             "requests at backends": [backend for model in models for backend in model.backends if backend.in_flight],
             "connections in use": max(0, active(self._served) - self._active),

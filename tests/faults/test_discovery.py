@@ -245,7 +245,7 @@ async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(pods: Pods
 
     await until(lambda: len(served.lines) >= 1 and model.in_flight == 0, seconds=10)
     await until(lambda: all(backend.in_flight == 0 for backend in seen), seconds=10)
-    assert served.router.load.in_flight == 0
+    assert served.router.admission.in_flight == 0
     await until(lambda: not any(engine.busy for engine in engines))
     outcomes = {line["outcome"] for line in served.lines}
     assert {"ok", "client_gone", "upstream_5xx"} <= outcomes

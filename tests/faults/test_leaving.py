@@ -52,7 +52,7 @@ async def test_t08_fifty_clients_that_leave_in_mid_stream_end_fifty_generations(
             await client.send(post(URL, STREAM))
         for client in clients:
             await client.reader.readuntil(b"data: ")
-        assert served.router.load.in_flight == engine.busy == 50
+        assert served.router.admission.in_flight == engine.busy == 50
         for client in clients:
             leave(client)
         await left(lab)
@@ -145,7 +145,7 @@ async def test_t11_leaving_while_it_sends_reaches_no_engine(lab: Lab) -> None:
 
     async with raw_client(served.port) as client:
         await client.send(post(URL, {**CHAT, "x": "y" * 10_000})[:-1])
-        await until(lambda: served.router.load.buffered)
+        await until(lambda: served.router.admission.buffered)
 
     await until(lambda: outcomes(served) == ["client_gone"], SOON)
     assert engine.requests == []

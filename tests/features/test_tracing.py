@@ -410,7 +410,7 @@ async def test_the_span_of_a_request_whose_body_never_comes_ends(
     served = await start_router(await start_engine(), tracing=spans.tracing)
     async with raw_client(served.port) as client:
         await client.send(post("/v1/chat/completions", CHAT)[:-5])
-        await until(lambda: served.router.load.buffered)
+        await until(lambda: served.router.admission.buffered)
     request, attempts = await spans.ended()
 
     assert (told(request)["error.type"], attempts) == ("client_gone", [])

@@ -18,7 +18,7 @@ from inference_api.errors import (
     UnsupportedMediaType,
 )
 from inference_api.http import wire
-from inference_api.http.admission import Load
+from inference_api.http.admission import Admission
 from inference_api.http.bodies import Chat, JSONReader
 from inference_api.http.head import Inbound, RequestHeaders
 from inference_api.http.pipeline import INFERENCE_ROUTES
@@ -588,9 +588,11 @@ def test_an_upload_must_be_a_form(content_type: str) -> None:
 # Bodies
 
 
-async def body_of(*messages: Message, limit: int = 10, length: int | None = None, load: Load | None = None) -> bytes:
+async def body_of(
+    *messages: Message, limit: int = 10, length: int | None = None, load: Admission | None = None
+) -> bytes:
     told = iter(messages)
-    load = load or Load()
+    load = load or Admission()
     before = load.buffered
 
     async def receive() -> Message:
@@ -646,7 +648,7 @@ async def test_a_client_that_leaves_while_it_sends_is_gone(before: tuple[Message
 
 @pytest.mark.anyio
 async def test_bodies_beyond_what_is_to_be_in_memory_are_refused() -> None:
-    load = Load(max_buffered=15)
+    load = Admission(max_buffered=15)
     assert await body_of(part(b"x" * 10, more=False), load=load) == b"x" * 10
     with pytest.raises(Overloaded, match="bytes of request bodies"):
         await body_of(part(b"xxx"), part(b"xxx", more=False), load=load)

@@ -353,7 +353,7 @@ async def test_however_a_request_ends_it_is_accounted_for_once(start_engine: Sta
     page = (await served.client.get("/metrics")).text.splitlines()
     counted = sum(float(line.split()[-1]) for line in page if line.startswith("inference_api_requests_total{"))
     assert len(served.lines) == counted == sent
-    assert model.in_flight == served.router.load.in_flight == 0
+    assert model.in_flight == served.router.admission.in_flight == 0
     assert len({line["request_id"] for line in served.lines}) == sent
     assert all(set(FIELDS) <= set(line) for line in served.lines)
     assert all(line["status"] >= 200 and line["latency_ms"] >= 0 for line in served.lines)

@@ -905,7 +905,7 @@ async def test_a_client_that_never_reads_is_given_up(start_engine: Start, start_
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
 
     assert served.lines[0]["outcome"] == "client_gone"
-    assert served.router.load.in_flight == 0
+    assert served.router.admission.in_flight == 0
 
 
 async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Start, start_router: Start) -> None:
@@ -927,7 +927,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Star
     for _ in range(5):
         await asyncio.gather(*(visit() for _ in range(40)))
 
-    await until(lambda: served.router.load.in_flight == 0)
+    await until(lambda: served.router.admission.in_flight == 0)
     await until(lambda: sum(engine.busy for engine in engines) == 0)
     # One that was accepted late may just have begun.
     await until(lambda: [backend.in_flight for backend in served.router.fleet.models["m"].backends] == [0, 0])

@@ -118,7 +118,7 @@ async def test_a_stream_longer_than_the_drain_is_told_and_cut(tmp_path: Path, st
 
     assert b'"code":"router_shutting_down"' in rest
     assert not rest.endswith(LAST_CHUNK)
-    assert (len(lines), router.load.in_flight) == (1, 0)
+    assert (len(lines), router.admission.in_flight) == (1, 0)
     await until(lambda: engine.busy == 0)
 
 
