@@ -24,7 +24,7 @@ FORWARDED_PREFIXES = (b"openai-", b"anthropic-")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
-class Inbound(NamedTuple):
+class RequestHead(NamedTuple):
     """What the router reads from a request's headers, and the ones that go on to the backend."""
 
     request_id: str
@@ -47,7 +47,7 @@ class RequestHeaders:
         names = FORWARDED | extra
         self._forwarded = Verdicts(lambda name: name in names or name.startswith(FORWARDED_PREFIXES))
 
-    def __call__(self, headers: RawHeaders) -> Inbound:
+    def __call__(self, headers: RawHeaders) -> RequestHead:
         """`request_id` is "" if the client gave none that is valid: one is to be minted."""
         is_forwarded = self._forwarded
         # Reversed: of a repeated header the first counts, as it does for the engines.
@@ -57,7 +57,7 @@ class RequestHeaders:
         if connection is not None and (connection not in PLAIN_CONNECTION or is_repeated(headers, b"connection")):
             forwarded = without_connection_headers(forwarded, headers)
         content_type = seen(b"content-type", b"")
-        return Inbound(
+        return RequestHead(
             _request_id(seen(b"x-request-id"), seen(b"x-correlation-id")),
             content_type,
             content_type.partition(b";")[0].strip().lower(),

@@ -12,7 +12,7 @@ from inference_api.errors import ClientGone, InternalError, RouterError, Shuttin
 from inference_api.http import bodies, wire
 from inference_api.http.admission import Admission, overloaded
 from inference_api.http.disconnect import Departure
-from inference_api.http.head import Inbound, RequestHeaders
+from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, Tap
 from inference_api.observe.observation import Observation, Observer
 from inference_api.relay.relay import Relay
@@ -82,18 +82,18 @@ class Inference:
         outcome = Outcome.INTERNAL_ERROR
         taken = held = 0
         try:
-            inbound = self._read_headers(scope["headers"], None if cycle is None else cycle.memo)
-            seen.request_id = inbound.request_id or gate.mint_id()
+            head = self._read_headers(scope["headers"], None if cycle is None else cycle.memo)
+            seen.request_id = head.request_id or gate.mint_id()
             body = None if cycle is None else cycle.whole_body(gate.max_body)
             if body is None:
-                body = await wire.read_body(receive, inbound, gate.max_body, admission)
+                body = await wire.read_body(receive, head, gate.max_body, admission)
                 held = len(body)
                 seen.received()
             taken = 1
             admission.in_flight += 1
-            read = wire.read(self.route, inbound, body)
+            read = wire.read(self.route, head, body)
             call, model = self._accept(
-                read if isinstance(read, tuple) else await admission.turns.run(read), inbound, body, scope, seen
+                read if isinstance(read, tuple) else await admission.turns.run(read), head, body, scope, seen
             )
             with departure:
                 reply = await gate.send(call, model)
@@ -123,23 +123,23 @@ class Inference:
             for tap in taps:
                 tap.end(outcome)
 
-    def _read_headers(self, headers: RawHeaders, memo: Memo | None) -> Inbound:
+    def _read_headers(self, headers: RawHeaders, memo: Memo | None) -> RequestHead:
         if memo is None:
             return self._gate.read_headers(headers)
-        if memo.inbound is None:
-            memo.inbound = self._gate.read_headers(headers)
-        inbound: Inbound = memo.inbound
-        return inbound
+        if memo.head is None:
+            memo.head = self._gate.read_headers(headers)
+        head: RequestHead = memo.head
+        return head
 
     def _accept(
-        self, asked: Asked, inbound: Inbound, body: bytes, scope: Scope, seen: Observation
+        self, asked: Asked, head: RequestHead, body: bytes, scope: Scope, seen: Observation
     ) -> tuple[Call, Model]:
         """The request is sound, and there is room for it. `asked` may hold as much as a large body, and ends here."""
         fields = asked[0]
         seen.stream = fields.get("stream") or False
         model = self._gate.resolve(fields["model"])
         seen.model_name = model.name
-        call = wire.make_call(self.route, inbound, body, scope["query_string"], seen.request_id, asked, model)
+        call = wire.make_call(self.route, head, body, scope["query_string"], seen.request_id, asked, model)
         limit, admission = model.entry.max_in_flight, self._load
         if admission.in_flight > admission.max_in_flight:
             raise overloaded("The router")

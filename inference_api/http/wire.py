@@ -10,19 +10,19 @@ from starlette.types import Receive
 from inference_api.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
 from inference_api.http.admission import Admission
 from inference_api.http.bodies import ENGINE_FIELDS, TRANSFERS, take_engine_fields
-from inference_api.http.head import Inbound
+from inference_api.http.head import RequestHead
 from inference_api.models import Asked, Call, Route
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Model
 
 
-async def read_body(receive: Receive, inbound: Inbound, limit: int, admission: Admission) -> bytes:
+async def read_body(receive: Receive, head: RequestHead, limit: int, admission: Admission) -> bytes:
     """The request body, whose bytes are the admission's from now on.
 
     Raises TooLarge, before reading if its length says so, Overloaded, and ClientGone if it breaks off; of these bodies
     nothing is left with the admission.
     """
-    if inbound.content_length is not None and int(inbound.content_length) > limit:
+    if head.content_length is not None and int(head.content_length) > limit:
         raise TooLarge(limit)
     admission.check()
     # What it gives in the end is its own buffer, where to join parts would copy a large body in one go.
@@ -48,22 +48,22 @@ async def read_body(receive: Receive, inbound: Inbound, limit: int, admission: A
     return whole.getvalue()
 
 
-def read(route: Route, inbound: Inbound, body: bytes) -> Asked | Generator[None, None, Asked]:
+def read(route: Route, head: RequestHead, body: bytes) -> Asked | Generator[None, None, Asked]:
     """What a request asks for, or the work to find out, if that takes long.
 
     Either raises RouterError that names the field or header, and the fix.
     """
-    if inbound.content_encoding not in (None, b"identity"):
+    if head.content_encoding not in (None, b"identity"):
         raise UnsupportedMediaType("The request body is compressed; send it without Content-Encoding.")
     kind = b"multipart/form-data" if route.multipart else b"application/json"
-    if inbound.media_type != kind:
+    if head.media_type != kind:
         raise UnsupportedMediaType(f"The content type must be {kind.decode()}.")
     reader = route.reader
-    return reader.at_once(body) or reader.slices(body, inbound.content_type)
+    return reader.at_once(body) or reader.slices(body, head.content_type)
 
 
 def make_call(
-    route: Route, inbound: Inbound, body: bytes, query: bytes, request_id: str, asked: Asked, model: Model
+    route: Route, head: RequestHead, body: bytes, query: bytes, request_id: str, asked: Asked, model: Model
 ) -> Call:
     """The Call of a request to `model`. Of what was read it keeps the few small fields. Raises InvalidRequest."""
     entry, (fields, prompt, model_at) = model.entry, asked
@@ -73,7 +73,7 @@ def make_call(
             raise _not_the_clients(name)
     prefix = ""
     if entry.policy == "prefix_affinity":
-        session_id = inbound.session_id
+        session_id = head.session_id
         prefix = affinity_key(model.name, prompt, None if session_id is None else session_id.decode("latin-1"))
     for name in route.reader.bulky:
         fields.pop(name, None)
@@ -82,13 +82,13 @@ def make_call(
         fields["model"],
         fields.get("stream") or False,
         body,
-        inbound.forwarded,
+        head.forwarded,
         request_id,
         query,
         fields,
         prefix,
-        inbound.authorization,
-        inbound.lines,
+        head.authorization,
+        head.lines,
         model_at,
     )
 

@@ -58,11 +58,11 @@ class Refused(NamedTuple):
 class Memo:
     """What is known of a request head; the requests that repeat it byte for byte share one."""
 
-    __slots__ = ("inbound",)
+    __slots__ = ("head",)
 
     def __init__(self) -> None:
         # For the application: what it read from the headers.
-        self.inbound: Any = None
+        self.head: Any = None
 
 
 class Cycle:

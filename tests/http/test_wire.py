@@ -20,7 +20,7 @@ from inference_api.errors import (
 from inference_api.http import wire
 from inference_api.http.admission import Admission
 from inference_api.http.bodies import Chat, JSONReader
-from inference_api.http.head import Inbound, RequestHeaders
+from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.http.pipeline import INFERENCE_ROUTES
 from inference_api.http.wire import model_card, model_list, read_body
 from inference_api.models import Asked, Call, RawHeaders, Route
@@ -87,7 +87,7 @@ DIALECT = {
 }
 
 
-def inbound(headers: RawHeaders) -> Inbound:
+def inbound(headers: RawHeaders) -> RequestHead:
     return RequestHeaders()(headers)
 
 
@@ -105,7 +105,7 @@ def read(
     return call_of(ROUTES[path], inbound(headers), data, entry or {})
 
 
-def call_of(route: Route, head: Inbound, body: bytes, entry: dict[str, Any]) -> Call:
+def call_of(route: Route, head: RequestHead, body: bytes, entry: dict[str, Any]) -> Call:
     asked = wire.read(route, head, body)
     if not isinstance(asked, tuple):
         asked = end_of(asked)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_api.http.head import Inbound, RequestHeaders
+from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import RawHeaders
 from inference_api.relay.head import returned
 
@@ -30,7 +30,7 @@ def names(*groups: list[bytes]) -> st.SearchStrategy[RawHeaders]:
     return st.lists(st.tuples(st.sampled_from([*chain(*groups)]) | other, values), max_size=12)
 
 
-def read(headers: RawHeaders, extra: frozenset[bytes] = frozenset()) -> Inbound:
+def read(headers: RawHeaders, extra: frozenset[bytes] = frozenset()) -> RequestHead:
     return RequestHeaders(extra)(headers)
 
 
@@ -158,7 +158,7 @@ def test_what_the_router_reads_is_there() -> None:
 
     assert inbound[1:5] == (kind, b"application/json", b"2", b"gzip")
     assert inbound.session_id == b"s1"
-    assert read([]) == Inbound("", b"", b"", None, None, None, None, [], b"")
+    assert read([]) == RequestHead("", b"", b"", None, None, None, None, [], b"")
 
 
 @pytest.mark.parametrize("name", [*NEVER_DOWN, b"access-control-expose-headers", b"access-control-x"])
