@@ -1,6 +1,6 @@
 """Notices a client that leaves while its request is worked on, without a task of its own.
 
-Our own server knows at once: its Cycle is a Departure. Any other tells of it only through `receive`, which suspends
+Our own server knows at once: its Cycle is a DisconnectWatcher. Any other tells of it only through `receive`, which suspends
 until there is something to tell; so `receive` is stepped by hand, once to where it suspends, and again when what it
 waits for has come. Either is cheaper than a task that watches (docs/adr/0002). Stepping relies on `receive` waiting for
 a plain future, as uvicorn's does.
@@ -14,7 +14,7 @@ from typing import Any
 from starlette.types import Receive
 
 
-class Departure:
+class DisconnectWatcher:
     """While entered, cancels the task it was entered in when the client leaves; `gone` then says why."""
 
     __slots__ = ("_receive", "_receiving", "_task", "_waits_for", "gone")
@@ -26,7 +26,7 @@ class Departure:
         self._waits_for: asyncio.Future[Any] | None = None
         self.gone = False
 
-    def __enter__(self) -> "Departure":
+    def __enter__(self) -> "DisconnectWatcher":
         self._task = asyncio.current_task()
         self._receiving = self._receive()  # type: ignore[assignment]
         self._step(None)

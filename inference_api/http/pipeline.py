@@ -11,7 +11,7 @@ from starlette.types import Send as ASGISend
 from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
 from inference_api.http import bodies, wire
 from inference_api.http.admission import Admission, overloaded
-from inference_api.http.disconnect import Departure
+from inference_api.http.disconnect import DisconnectWatcher
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, Tap
 from inference_api.observe.observation import Observation, Observer
@@ -76,7 +76,7 @@ class Inference:
         gate, admission = self._gate, self._load
         seen = gate.observer.begin(self.route.label)
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
-        departure: Departure | Cycle = Departure(receive) if cycle is None else cycle
+        watcher: DisconnectWatcher | Cycle = DisconnectWatcher(receive) if cycle is None else cycle
         relay: Relay | None = None
         taps: Sequence[Tap] = ()
         outcome = Outcome.INTERNAL_ERROR
@@ -95,11 +95,11 @@ class Inference:
             call, model = self._accept(
                 read if isinstance(read, tuple) else await admission.turns.run(read), head, body, scope, seen
             )
-            with departure:
+            with watcher:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
                 taps = gate.taps()
-                relay = Relay(reply, call, taps, gate.write_stall, departure.close, cycle, gate.observer.clock)
+                relay = Relay(reply, call, taps, gate.write_stall, watcher.close, cycle, gate.observer.clock)
                 outcome = await relay(send)
         except RouterError as error:
             outcome = await refuse(error, seen, send)
@@ -107,7 +107,7 @@ class Inference:
             outcome = _left(cycle, seen)
         except asyncio.CancelledError as exc:
             outcome = seen.interrupted(exc, relay)
-            if not departure.gone:
+            if not watcher.gone:
                 outcome = await _shut_down(relay, seen, send)
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
 """One request and its response on a client's connection: the `receive` and `send` that ASGI applications are given.
 
-Both suspend only on a plain future, so that they can be stepped by hand (`departure`, `relay.pump`).
+Both suspend only on a plain future, so that they can be stepped by hand (`watcher`, `relay.pump`).
 """
 
 import asyncio
@@ -190,7 +190,7 @@ class Cycle:
         return True
 
     def __enter__(self) -> "Cycle":
-        """As a Departure: while entered, the task is cancelled when the client leaves. It is not entered if it has."""
+        """As a DisconnectWatcher: while entered, the task is cancelled when the client leaves. It is not entered if it has."""
         if self.disconnected or self._protocol.left:
             self.gone = True
             raise asyncio.CancelledError

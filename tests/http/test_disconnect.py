@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from inference_api.http.disconnect import Departure
+from inference_api.http.disconnect import DisconnectWatcher
 
 pytestmark = pytest.mark.anyio
 
@@ -61,9 +61,9 @@ class Client:
         self.waiter.set_result(None)
 
 
-async def work(client: Client, departure: Departure | None = None) -> str:
+async def work(client: Client, watcher: DisconnectWatcher | None = None) -> str:
     """Five turns of the loop with an eye on the client."""
-    with departure or Departure(client.receive):
+    with watcher or DisconnectWatcher(client.receive):
         for _ in range(5):
             await asyncio.sleep(0)
     return "done"
@@ -71,15 +71,15 @@ async def work(client: Client, departure: Departure | None = None) -> str:
 
 async def test_a_client_that_leaves_cancels_the_task() -> None:
     client = Client()
-    departure = Departure(client.receive)
-    task = asyncio.create_task(work(client, departure))
+    watcher = DisconnectWatcher(client.receive)
+    task = asyncio.create_task(work(client, watcher))
     await asyncio.sleep(0)
 
     client.tell(LEFT)
 
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert departure.gone
+    assert watcher.gone
     assert (client.calls, client.closed) == (1, 1)
 
 
@@ -88,7 +88,7 @@ async def test_a_client_that_had_left_before_cancels_the_task_at_its_first_await
     reached = []
 
     async def handler() -> None:
-        with Departure(client.receive):
+        with DisconnectWatcher(client.receive):
             reached.append("inside")
             await asyncio.sleep(0)
             reached.append("after")
@@ -100,28 +100,28 @@ async def test_a_client_that_had_left_before_cancels_the_task_at_its_first_await
 
 async def test_a_rest_of_the_body_is_no_departure() -> None:
     client = Client(BODY)
-    departure = Departure(client.receive)
+    watcher = DisconnectWatcher(client.receive)
 
-    assert await work(client, departure) == "done"
-    assert not departure.gone
+    assert await work(client, watcher) == "done"
+    assert not watcher.gone
 
 
 async def test_a_body_that_comes_while_waiting_is_no_departure() -> None:
     client = Client()
-    departure = Departure(client.receive)
-    task = asyncio.create_task(work(client, departure))
+    watcher = DisconnectWatcher(client.receive)
+    task = asyncio.create_task(work(client, watcher))
     await asyncio.sleep(0)
 
     client.tell(BODY)
 
     assert await task == "done"
-    assert not departure.gone
+    assert not watcher.gone
 
 
 async def test_a_receive_that_suspends_more_than_once_is_followed() -> None:
     client = Client()
-    departure = Departure(client.receive)
-    task = asyncio.create_task(work(client, departure))
+    watcher = DisconnectWatcher(client.receive)
+    task = asyncio.create_task(work(client, watcher))
     await asyncio.sleep(0)
     client.waiter.set_result(None)
     await asyncio.sleep(0)
@@ -130,7 +130,7 @@ async def test_a_receive_that_suspends_more_than_once_is_followed() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (client.calls, departure.gone) == (1, True)
+    assert (client.calls, watcher.gone) == (1, True)
 
 
 async def test_work_that_ends_leaves_nothing_behind() -> None:
@@ -145,23 +145,23 @@ async def test_work_that_ends_leaves_nothing_behind() -> None:
 
 async def test_a_departure_in_the_same_turn_as_the_end_is_too_late() -> None:
     client = Client()
-    departure = Departure(client.receive)
+    watcher = DisconnectWatcher(client.receive)
 
-    with departure:
+    with watcher:
         await asyncio.sleep(0)
         # What waits for it is scheduled now, and runs when the work is over.
         client.tell(LEFT)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
 
-    assert not departure.gone
+    assert not watcher.gone
     assert client.closed == 1
 
 
 async def test_an_exception_of_the_work_passes() -> None:
     client = Client()
 
-    with pytest.raises(ValueError, match="its own"), Departure(client.receive):
+    with pytest.raises(ValueError, match="its own"), DisconnectWatcher(client.receive):
         raise ValueError("its own")
 
     assert client.closed == 1
@@ -169,8 +169,8 @@ async def test_an_exception_of_the_work_passes() -> None:
 
 async def test_somebody_elses_cancellation_is_no_departure() -> None:
     client = Client()
-    departure = Departure(client.receive)
-    task = asyncio.create_task(work(client, departure))
+    watcher = DisconnectWatcher(client.receive)
+    task = asyncio.create_task(work(client, watcher))
     await asyncio.sleep(0)
 
     task.cancel()
@@ -178,5 +178,5 @@ async def test_somebody_elses_cancellation_is_no_departure() -> None:
     with suppress(asyncio.CancelledError):
         await task
     assert task.cancelled()
-    assert not departure.gone
+    assert not watcher.gone
     assert client.closed == 1
