@@ -23,7 +23,7 @@ from inference_api.errors import RouterError
 from inference_api.http.admission import Admission
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pages import Models, Named, Observed, Probes, create_pages
-from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference, Surface
+from inference_api.http.pipeline import INFERENCE_ROUTES, Dispatch, Gate, Inference
 from inference_api.models import Outcome
 from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
@@ -184,7 +184,7 @@ class Router:
         pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
         pages += Models(self.fleet, self.registry.resolve).routes()
         pages += self.probes.ops_routes() if ops else self.probes.routes()
-        return Surface(inference, Named(Observed(create_pages(pages, self._lifespan), self._observer), mint_id))
+        return Dispatch(inference, Named(Observed(create_pages(pages, self._lifespan), self._observer), mint_id))
 
     def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
         """What the lifespan keeps running; the optional ones last."""

@@ -149,7 +149,7 @@ class Inference:
         return call, model
 
 
-class Surface:
+class Dispatch:
     """The ASGI app. An inference route is one dictionary look-up away; everything else goes through `others`."""
 
     def __init__(self, inference: Mapping[str, ASGIApp], others: ASGIApp) -> None:
