@@ -17,7 +17,7 @@ from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, 
 from inference_api.observe.observation import Observation, Observer
 from inference_api.relay.relay import Relay
 from inference_api.routing.backend import Model
-from inference_api.server.cycle import CYCLE, Cycle, Memo
+from inference_api.server.cycle import CYCLE, Cycle, HeadCache
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Inference:
         outcome = Outcome.INTERNAL_ERROR
         taken = held = 0
         try:
-            head = self._read_headers(scope["headers"], None if cycle is None else cycle.memo)
+            head = self._read_headers(scope["headers"], None if cycle is None else cycle.head_cache)
             seen.request_id = head.request_id or gate.mint_id()
             body = None if cycle is None else cycle.whole_body(gate.max_body)
             if body is None:
@@ -123,12 +123,12 @@ class Inference:
             for tap in taps:
                 tap.end(outcome)
 
-    def _read_headers(self, headers: RawHeaders, memo: Memo | None) -> RequestHead:
-        if memo is None:
+    def _read_headers(self, headers: RawHeaders, head_cache: HeadCache | None) -> RequestHead:
+        if head_cache is None:
             return self._gate.read_headers(headers)
-        if memo.head is None:
-            memo.head = self._gate.read_headers(headers)
-        head: RequestHead = memo.head
+        if head_cache.head is None:
+            head_cache.head = self._gate.read_headers(headers)
+        head: RequestHead = head_cache.head
         return head
 
     def _accept(

@@ -20,7 +20,7 @@ from uvicorn.server import ServerState
 from inference_api.errors import BadRequest, Overloaded, RequestTimeout, RouterError, render
 from inference_api.server.cycle import STATUS_LINES, Cycle, OlderCycle, Refused
 from inference_api.server.flow import Deadlines, Flow
-from inference_api.server.request_head import EMPTY_LINE, KnownHead, check_size, scope_of
+from inference_api.server.request_head import EMPTY_LINE, RepeatedHead, check_size, scope_of
 
 # Pipelined requests that may wait, and how much of bodies may come before their requests have their turn. Reading goes
 # on while they wait, so that the end of the connection is noticed; what is beyond is not answered.
@@ -103,7 +103,7 @@ class ClientConnection(Flow):
         self._upgrading = self._replaying = self._replayed_whole = False
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._known: KnownHead | None = None
+        self._known: RepeatedHead | None = None
         # Heads parsed, and at which of them one is to be learnt: a client that varies them costs nothing soon.
         self._parsed = 0
         self._learn_at: float = 2
@@ -175,7 +175,7 @@ class ClientConnection(Flow):
         self._learn_at *= 2
         newest = self._waiting[-1] if self._waiting else self._running
         if newest is not None and newest.repeatable:
-            self._known = KnownHead.learn(data, newest.scope)
+            self._known = RepeatedHead.learn(data, newest.scope)
 
     def eof_received(self) -> bool:
         """A client that closes its half has left, as for nginx, Envoy and every engine behind us: work for it ends.
@@ -314,7 +314,7 @@ class ClientConnection(Flow):
         cycle = self._reading = kind(self, scope, keep_alive, expects_continue)
         self._queue(cycle)
 
-    def _begin(self, known: KnownHead, body: bytes) -> None:
+    def _begin(self, known: RepeatedHead, body: bytes) -> None:
         """A request that is here as a whole, and whose head needs no parsing."""
         cycle = Cycle(self, known.scope(len(body)), not self._state.draining, False, known)
         cycle.feed(body)

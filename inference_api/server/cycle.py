@@ -55,7 +55,7 @@ class Refused(NamedTuple):
         return self.error.outcome
 
 
-class Memo:
+class HeadCache:
     """What is known of a request head; the requests that repeat it byte for byte share one."""
 
     __slots__ = ("head",)
@@ -69,10 +69,27 @@ class Cycle:
     """Fed by its ClientConnection, run by a task of its own."""
 
     __slots__ = (
-        "_body", "_chunked", "_expects_continue", "_head", "_left", "_news", "_protocol",
-        "_waiter", "_watched",
-        "disconnected", "frames", "gone", "keep_alive", "memo", "more_body", "refusal",
-        "response_complete", "response_started", "scope", "task", "unread",
+        "_body",
+        "_chunked",
+        "_expects_continue",
+        "_head",
+        "_left",
+        "_news",
+        "_protocol",
+        "_waiter",
+        "_watched",
+        "disconnected",
+        "frames",
+        "gone",
+        "head_cache",
+        "keep_alive",
+        "more_body",
+        "refusal",
+        "response_complete",
+        "response_started",
+        "scope",
+        "task",
+        "unread",
     )  # fmt: skip
 
     def __init__(
@@ -81,12 +98,12 @@ class Cycle:
         scope: Scope,
         keep_alive: bool,
         expects_continue: bool,
-        memo: Memo | None = None,
+        head_cache: HeadCache | None = None,
     ) -> None:
         self._protocol = protocol
         self.scope = scope
         self.keep_alive = keep_alive
-        self.memo = memo
+        self.head_cache = head_cache
         self.task: asyncio.Task[None] | None = None
         # Request
         self.disconnected = False

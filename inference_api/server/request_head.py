@@ -7,7 +7,7 @@ from starlette.types import Scope
 
 from inference_api.errors import HeadersTooLarge
 from inference_api.models import RawHeaders
-from inference_api.server.cycle import Memo
+from inference_api.server.cycle import HeadCache
 from inference_api.server.strict_head import refusal, wrong_lines
 
 # gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
@@ -55,7 +55,7 @@ def _origin_form(target: bytes) -> bytes:
     return b"/" + target.partition(b"://")[2].partition(b"/")[2]
 
 
-class KnownHead(Memo):
+class RepeatedHead(HeadCache):
     """A request head that was parsed, and accepted, on this connection: the next one often differs in its length only.
 
     Where every other byte is the same, so is all that parsing would say. Comparing costs a tenth of parsing.
@@ -72,7 +72,7 @@ class KnownHead(Memo):
         self._length_at = [name for name, _ in self._headers].index(b"content-length")
 
     @classmethod
-    def learn(cls, data: bytes, scope: Scope) -> "KnownHead | None":
+    def learn(cls, data: bytes, scope: Scope) -> "RepeatedHead | None":
         """From the bytes of one read and what they were parsed to; None unless they are one whole request."""
         end = data.find(EMPTY_LINE) + 4
         lengths = list(_LENGTH_LINE.finditer(data, 0, end))
