@@ -75,7 +75,7 @@ def _application(client: Client) -> None:
 
 def _upstream(client: Client) -> None:
     place: Any = SimpleNamespace(loop=client._loop)
-    known = heads.KnownHead.learn(b"HTTP/1.1 200 OK\r\n" + _LINES + b"\r\n" + wire.ANSWER, _HEADERS)
+    known = heads.RepeatedHead.learn(b"HTTP/1.1 200 OK\r\n" + _LINES + b"\r\n" + wire.ANSWER, _HEADERS)
 
     async def send(call: Any, model: Model) -> Reply:
         stream = ResponseStream(place)
@@ -130,11 +130,11 @@ def _observation(client: Client) -> None:
 
 
 def _known_requests(client: Client) -> None:
-    request_head.KnownHead.body_at = lambda *_: 0  # type: ignore[method-assign]
+    request_head.RepeatedHead.body_at = lambda *_: 0  # type: ignore[method-assign]
 
 
 def _known_answers(client: Client) -> None:
-    heads.KnownHead.read = _nothing  # type: ignore[method-assign]
+    heads.RepeatedHead.read = _nothing  # type: ignore[method-assign]
 
 
 def _whole_chunks(client: Client) -> None:

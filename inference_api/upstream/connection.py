@@ -8,7 +8,7 @@ import httptools
 import httpx
 
 from inference_api.models import RawHeaders
-from inference_api.upstream.repeated_head import KnownHead, KnownHeads
+from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
 from inference_api.upstream.rewrite import Content
 
 # An engine's head is below 1 KiB, but vLLM puts 0.1 KiB for each of up to 2,048 embeddings there, if they are asked for
@@ -85,7 +85,7 @@ class ConnectionPool(Protocol):
     """
 
     last_read: float
-    heads: KnownHeads
+    heads: RepeatedHeads
 
     def release(self, connection: "BackendConnection") -> None: ...
     def discard(self, connection: "BackendConnection") -> None: ...
@@ -120,7 +120,7 @@ class ResponseStream(httpx.AsyncByteStream):
         # Head
         self.status = 0
         self.headers: RawHeaders = []
-        self.known: KnownHead | None = None
+        self.known: RepeatedHead | None = None
         # Its end is told from that of the connection.
         self.framed = True
         self.head: asyncio.Future[None] = connection.loop.create_future()
@@ -397,7 +397,7 @@ class BackendConnection(asyncio.Protocol):
         self._direct = self._between_chunks and stream.sink is not None and data.endswith(b"\r\n")
         return stream.deliver()
 
-    def _whole(self, stream: ResponseStream, known: KnownHead, headers: RawHeaders, body: bytes) -> None:
+    def _whole(self, stream: ResponseStream, known: RepeatedHead, headers: RawHeaders, body: bytes) -> None:
         """The whole answer is here, and its head needs no parsing."""
         stream.status = 200
         stream.headers = headers

@@ -13,7 +13,7 @@ _VARIABLE = re.compile(rb"(?i:\r\n(?:date:[ \t]*+([ -~]{29})|content-length:[ \t
 _LONGEST = 4096
 
 
-class KnownHead:
+class RepeatedHead:
     """The head of a whole answer: status 200, one Content-Length, kept alive."""
 
     __slots__ = ("_date_at", "_headers", "_length_at", "_match", "memo")
@@ -27,7 +27,7 @@ class KnownHead:
         self.memo: Any = None
 
     @classmethod
-    def learn(cls, data: bytes, headers: RawHeaders) -> "KnownHead | None":
+    def learn(cls, data: bytes, headers: RawHeaders) -> "RepeatedHead | None":
         """From the bytes of one read, and the (lower-case) headers that were parsed from them.
 
         None unless they are one whole answer with one Content-Length and at most one Date.
@@ -67,13 +67,13 @@ class KnownHead:
         return headers, data[at:]
 
 
-class KnownHeads:
+class RepeatedHeads:
     """The newest head of one origin that is worth knowing."""
 
     __slots__ = ("_learn_at", "_parsed", "newest")
 
     def __init__(self) -> None:
-        self.newest: KnownHead | None = None
+        self.newest: RepeatedHead | None = None
         # Learnt at the 2nd, 4th, 8th ... answer that had to be parsed: a replica that varies them costs nothing soon.
         self._parsed = 0
         self._learn_at = 2
@@ -83,4 +83,4 @@ class KnownHeads:
         self._parsed += 1
         if self._parsed >= self._learn_at:
             self._learn_at *= 2
-            self.newest = KnownHead.learn(data, headers)
+            self.newest = RepeatedHead.learn(data, headers)

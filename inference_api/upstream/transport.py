@@ -29,7 +29,7 @@ from inference_api.headers import header_lines
 from inference_api.routing.catalogue import is_usable_address
 from inference_api.upstream.connection import BackendConnection, Closed, ResponseStream, Timeout, TotalTimeout
 from inference_api.upstream.dial import LACKS, Dialer
-from inference_api.upstream.repeated_head import KnownHeads
+from inference_api.upstream.repeated_head import RepeatedHeads
 from inference_api.upstream.rewrite import Content
 from inference_api.upstream.trust import Trust
 
@@ -62,7 +62,7 @@ class Pool:
         self._idle: dict[BackendConnection, None] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self.last_read = 0.0
-        self.heads = KnownHeads()
+        self.heads = RepeatedHeads()
 
     def take(self) -> BackendConnection | None:
         """An idle connection that the replica should still hold open, or None."""

@@ -23,7 +23,7 @@ from inference_api.upstream.connection import (
     Timeout,
     TotalTimeout,
 )
-from inference_api.upstream.repeated_head import KnownHeads
+from inference_api.upstream.repeated_head import RepeatedHeads
 from inference_api.upstream.transport import Transport
 from tests.fakes import (
     COMPLETION,
@@ -857,7 +857,7 @@ def test_chunks_pass_whole_or_in_parts(texts: list[bytes], upper: bool, together
 
     loop = asyncio.new_event_loop()
     try:
-        pool = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
+        pool = SimpleNamespace(last_read=0.0, heads=RepeatedHeads(), release=lambda _: None, discard=lambda _: None)
         connection = BackendConnection(pool, loop)
         connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
         stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()
@@ -893,7 +893,7 @@ class Framed(Collected):
 def test_a_chunk_that_comes_alone_is_passed_on_as_it_is(size: int) -> None:
     loop = asyncio.new_event_loop()
     try:
-        pool = SimpleNamespace(last_read=0.0, heads=KnownHeads(), release=lambda _: None, discard=lambda _: None)
+        pool = SimpleNamespace(last_read=0.0, heads=RepeatedHeads(), release=lambda _: None, discard=lambda _: None)
         connection = BackendConnection(pool, loop)
         connection.connection_made(SimpleNamespace(write=lambda _: None, get_write_buffer_size=lambda: 0))  # type: ignore[arg-type]
         stream, sink = connection.exchange(b"", b"", Timeout(), None), Framed()

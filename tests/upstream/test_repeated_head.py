@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from inference_api.models import RawHeaders
 from inference_api.upstream.connection import BackendConnection, ResponseStream, Timeout
-from inference_api.upstream.repeated_head import KnownHead, KnownHeads
+from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
 
 DATE = b"date: Sat, 21 Nov 2026 10:00:00 GMT\r\n"
 HEAD = b"HTTP/1.1 200 OK\r\n" + DATE + b"server: uvicorn\r\ncontent-length: 2\r\ncontent-type: application/json\r\n\r\n"
 
 
-def parsed(data: bytes, heads: KnownHeads | None = None) -> tuple[ResponseStream, bool]:
+def parsed(data: bytes, heads: RepeatedHeads | None = None) -> tuple[ResponseStream, bool]:
     """What a connection makes of one read, and whether it can be used again."""
     loop = asyncio.new_event_loop()
     kept: list[BackendConnection] = []
     try:
-        pool: Any = SimpleNamespace(last_read=0.0, heads=heads or KnownHeads(), release=kept.append, discard=id)
+        pool: Any = SimpleNamespace(last_read=0.0, heads=heads or RepeatedHeads(), release=kept.append, discard=id)
         connection = BackendConnection(pool, loop)
         transport: Any = SimpleNamespace(write=id, get_write_buffer_size=lambda: 0, abort=lambda: None)
         connection.connection_made(transport)
@@ -32,8 +32,8 @@ def parsed(data: bytes, heads: KnownHeads | None = None) -> tuple[ResponseStream
         loop.close()
 
 
-def known(data: bytes) -> KnownHead:
-    head = KnownHead.learn(data, parsed(data)[0].headers)
+def known(data: bytes) -> RepeatedHead:
+    head = RepeatedHead.learn(data, parsed(data)[0].headers)
     assert head is not None
     return head
 
@@ -86,13 +86,13 @@ def test_whatever_else_differs_is_for_the_parser(data: bytes) -> None:
 )
 def test_what_is_learnt_reads_what_it_was_learnt_from_or_is_not_learnt(head: bytes) -> None:
     data = head + b"{}"
-    learnt = KnownHead.learn(data, parsed(data)[0].headers)
+    learnt = RepeatedHead.learn(data, parsed(data)[0].headers)
 
     assert learnt is None or learnt.read(data) == (parsed(data)[0].headers, b"{}")
 
 
 def test_heads_are_learnt_at_the_second_answer_and_ever_more_rarely() -> None:
-    heads, learnt = KnownHeads(), []
+    heads, learnt = RepeatedHeads(), []
     for number in range(1, 40):
         before = heads.newest
         parsed(HEAD.replace(b"uvicorn", b"%d" % number) + b"{}", heads)
@@ -125,7 +125,7 @@ def test_with_and_without_memory_an_answer_is_the_same(
     at %= len(first)
     second = first[:at] + put + first[at + drop :]
 
-    heads = KnownHeads()
+    heads = RepeatedHeads()
     for _ in range(2):
         parsed(first, heads)
 
