@@ -26,7 +26,7 @@ from inference_api.routing.backend import Backend, Model
 from inference_api.routing.catalogue import CatalogueEntry
 from inference_api.upstream.connection import Disconnected, IdleTimeout, Timeout, TotalTimeout
 from inference_api.upstream.credentials import with_token
-from inference_api.upstream.retry import FREE, Budget, Permit, Resting, Suspects, back_off, retry_after
+from inference_api.upstream.retry import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
 from inference_api.upstream.rewrite import Content, replaced, rewrite_json, size_of
 from inference_api.upstream.transport import Transport, request_head
 
@@ -160,8 +160,8 @@ class Forward:
         self._timeouts: dict[str, tuple[CatalogueEntry, Timeout]] = {}
         # Shared by all calls, and touched only after a failure
         self._budget = Budget(limits.retry_budget)
-        self._suspects = Suspects(clock)
-        self._resting = Resting()
+        self._poison_guard = PoisonGuard(clock)
+        self._retry_after = RetryAfter()
 
     async def __call__(self, call: Call, model: Model) -> Reply:
         """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it.
@@ -169,7 +169,7 @@ class Forward:
         A CancelledError has as `attempt` which backend was tried last, and how many attempts there were.
         """
         common = self._common(call, model)
-        backend = self._awake(model, common.key) if self._resting else model.choose(common.key)
+        backend = self._awake(model, common.key) if self._retry_after else model.choose(common.key)
         if backend is None:
             raise NoBackend(model.name, asleep=bool(model.backends) and not model.awake)
         failures = backend.origin.failures
@@ -287,7 +287,7 @@ class Forward:
         """The failure that an answer with one of the statuses is that may be retried."""
         seconds = retry_after(reply.headers, self._wall())
         if seconds and reply.status in (429, 503):
-            self._resting.rest(reply.backend, seconds, self._clock())
+            self._retry_after.rest(reply.backend, seconds, self._clock())
         return Failure(reply.backend, Outcome.of_status(reply.status), Reason.STATUS, free=False, reply=reply)
 
     def _delay(self, model: Model, past: list[Failure]) -> float:
@@ -309,7 +309,7 @@ class Forward:
             return Refusal.NEVER
         if failure.reason is Reason.STATUS and model.panic:
             return Refusal.NEVER  # what is left of the replicas has enough to do
-        resting = self._resting.at(self._clock()) if failure.reason is Reason.STATUS else ()
+        resting = self._retry_after.at(self._clock()) if failure.reason is Reason.STATUS else ()
         if failure.reason is not Reason.STALE and not _others(model, past, resting):
             return Refusal.NEVER
         return Refusal.LATE if monotonic() >= latest else None
@@ -329,8 +329,8 @@ class Forward:
         if failure.silent:
             # What looked like an idle connection's end was perhaps the first death.
             scene = [failure.backend.label for failure in past if failure.silent or failure.reason is Reason.STALE]
-            return self._suspects.accuse(call.body, scene)
-        return failure.reason is Reason.STALE and self._suspects.guilty(call.body)
+            return self._poison_guard.accuse(call.body, scene)
+        return failure.reason is Reason.STALE and self._poison_guard.guilty(call.body)
 
     def _next(self, model: Model, key: str, past: list[Failure]) -> Backend | None:
         """Where the next attempt goes. To be used at once: a choice may be leave for a probe."""
@@ -346,7 +346,7 @@ class Forward:
 
     def _awake(self, model: Model, key: str, tried: Collection[Backend] = (), only: bool = False) -> Backend | None:
         """A replica that does not rest; if all do, any: none said that it is out. `only`: then None."""
-        backend, resting = model.choose(key, tried), self._resting.at(self._clock())
+        backend, resting = model.choose(key, tried), self._retry_after.at(self._clock())
         if backend not in resting:
             return backend
         other = model.choose(key, [*tried, *resting])
@@ -369,10 +369,10 @@ class Forward:
         """If all replicas rest, the client may come back when the first of them is ready."""
         now, own = self._clock(), retry_after(reply.headers, self._wall())
         others = [backend for backend in model.available if backend is not reply.backend]
-        resting = self._resting.at(now)
+        resting = self._retry_after.at(now)
         if own is None or not others or any(backend not in resting for backend in others):
             return
-        least = ceil(min(self._resting[backend] for backend in others) - now)
+        least = ceil(min(self._retry_after[backend] for backend in others) - now)
         if least < own:
             hint = (b"retry-after", b"%d" % max(least, 1))
             reply.headers[:] = [pair for pair in reply.headers if pair[0] != hint[0]] + [hint]

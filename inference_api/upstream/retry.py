@@ -80,13 +80,13 @@ class Permit:
 FREE = Permit(None)
 
 
-class _Suspect(NamedTuple):
+class _Suspicion(NamedTuple):
     deaths: int
     # Label of a replica -> when it last died of it
     last: dict[str, float]
 
 
-class Suspects:
+class PoisonGuard:
     """Requests whose body was at the scene when replicas died.
 
     A body is kept as a digest with a key of this process, so that what is in memory tells nothing of a prompt.
@@ -95,18 +95,18 @@ class Suspects:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._key = os.urandom(32)
-        self._known: TTLCache[bytes, _Suspect] = TTLCache(_SUSPECTS, _MEMORY, timer=clock)
+        self._known: TTLCache[bytes, _Suspicion] = TTLCache(_SUSPECTS, _MEMORY, timer=clock)
 
     def accuse(self, body: bytes, replicas: Collection[str]) -> bool:
         """These replicas (by label) went silent over `body`; whether it is guilty now."""
         digest, now = self._digest(body), self._clock()
-        deaths, last = self._known.get(digest, _Suspect(0, {}))
+        deaths, last = self._known.get(digest, _Suspicion(0, {}))
         for replica in replicas:
             if now - last.get(replica, -_ONE_DEATH) >= _ONE_DEATH:
                 deaths += 1
                 last = last | {replica: now}
         # Each accusation is remembered for a minute anew, so two deaths on record are never more than that apart.
-        self._known[digest] = _Suspect(deaths, last)
+        self._known[digest] = _Suspicion(deaths, last)
         return deaths > 1
 
     def guilty(self, body: bytes) -> bool:
@@ -126,7 +126,7 @@ class Suspects:
         return digest.digest()
 
 
-class Resting(dict[Backend, float]):
+class RetryAfter(dict[Backend, float]):
     """The replicas that said Retry-After, and until when they are left alone; empty nearly always."""
 
     def rest(self, backend: Backend, seconds: float, now: float) -> None:

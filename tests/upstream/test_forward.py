@@ -764,7 +764,7 @@ async def test_a_replica_that_asks_for_a_rest_has_it(status: int, policy: str) -
     assert tired not in desk.hosts[1:]
 
     desk.now += 0.2
-    assert not desk.forward._resting.at(desk.now)
+    assert not desk.forward._retry_after.at(desk.now)
     for number in range(60):
         await finish(await desk.forward(call_to(prefix=f"s{number}"), model))
     assert tired in desk.hosts[21:]

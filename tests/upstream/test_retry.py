@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.routing.backend import Backend
-from inference_api.upstream.retry import FREE, Budget, Permit, Resting, Suspects, back_off, retry_after
+from inference_api.upstream.retry import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
 
 
 class Clock:
@@ -94,11 +94,11 @@ def test_never_more_than_allowed_and_all_come_back(share: float, steps: list[tup
     assert budget.draw("m", 0)
 
 
-# Suspects
+# PoisonGuard
 
 
 def test_a_body_is_guilty_when_two_replicas_died_of_it() -> None:
-    suspects = Suspects(Clock())
+    suspects = PoisonGuard(Clock())
 
     assert not suspects.accuse(b"bad", ["a"])
     assert not suspects.guilty(b"bad")
@@ -109,7 +109,7 @@ def test_a_body_is_guilty_when_two_replicas_died_of_it() -> None:
 
 
 def test_a_large_body_is_known_again_by_its_ends_and_its_length() -> None:
-    suspects = Suspects(Clock())
+    suspects = PoisonGuard(Clock())
     body = bytes(6_000_000)
     suspects.accuse(body, ["a"])
 
@@ -119,12 +119,12 @@ def test_a_large_body_is_known_again_by_its_ends_and_its_length() -> None:
 
 
 def test_two_deaths_may_be_told_at_once() -> None:
-    assert Suspects(Clock()).accuse(b"bad", ["a", "b"])
+    assert PoisonGuard(Clock()).accuse(b"bad", ["a", "b"])
 
 
 def test_what_breaks_on_one_replica_at_once_is_one_death() -> None:
     clock = Clock()
-    suspects = Suspects(clock)
+    suspects = PoisonGuard(clock)
 
     verdicts = []
     for _ in range(5):
@@ -138,7 +138,7 @@ def test_what_breaks_on_one_replica_at_once_is_one_death() -> None:
 
 @pytest.mark.parametrize(("pause", "guilty"), [(59, True), (61, False)])
 def test_an_accusation_is_forgotten_after_a_minute(pause: float, guilty: bool) -> None:
-    suspects = Suspects(clock := Clock())
+    suspects = PoisonGuard(clock := Clock())
     suspects.accuse(b"bad", ["a"])
     clock.now += pause
 
@@ -148,7 +148,7 @@ def test_an_accusation_is_forgotten_after_a_minute(pause: float, guilty: bool) -
 
 
 def test_the_oldest_suspects_are_forgotten_first() -> None:
-    suspects = Suspects(Clock())
+    suspects = PoisonGuard(Clock())
     suspects.accuse(b"first", ["a", "b"])
 
     for number in range(2000):
@@ -160,7 +160,7 @@ def test_the_oldest_suspects_are_forgotten_first() -> None:
 
 
 def test_nothing_of_a_body_is_kept() -> None:
-    ours, theirs = Suspects(Clock()), Suspects(Clock())
+    ours, theirs = PoisonGuard(Clock()), PoisonGuard(Clock())
     for suspects in (ours, theirs):
         suspects.accuse(b"a secret prompt", ["a", "b"])
 
@@ -176,7 +176,7 @@ def test_nothing_of_a_body_is_kept() -> None:
 )
 def test_a_verdict_follows_from_the_last_minutes(steps: list[tuple[bytes, str, float]]) -> None:
     clock = Clock()
-    suspects = Suspects(clock)
+    suspects = PoisonGuard(clock)
     deaths: dict[bytes, list[tuple[float, str]]] = {b"x": [], b"y": []}
     for body, replica, pause in steps:
         clock.now += pause
@@ -196,7 +196,7 @@ NOON = 1792584000.0
 
 
 def test_a_replica_rests_as_long_as_it_asked_and_no_longer_than_30_seconds() -> None:
-    a, b, resting = Backend("m", "http://a"), Backend("m", "http://b"), Resting()
+    a, b, resting = Backend("m", "http://a"), Backend("m", "http://b"), RetryAfter()
     assert not resting
 
     resting.rest(a, 7, now=100)
