@@ -65,7 +65,7 @@ class Reason(StrEnum):
     STATUS = "status"
 
 
-class Refusal(StrEnum):
+class GiveUp(StrEnum):
     """Why an attempt is not repeated."""
 
     # It may have been executed, or there is no attempt or no replica left.
@@ -76,7 +76,7 @@ class Refusal(StrEnum):
 
 
 # What an SDK must not try again either, although it could.
-_LIMITS_REACHED = (Refusal.BUDGET_EXHAUSTED, Refusal.POISON)
+_LIMITS_REACHED = (GiveUp.BUDGET_EXHAUSTED, GiveUp.POISON)
 
 
 class Failure(NamedTuple):
@@ -130,7 +130,7 @@ class Forward:
 
     `on_answer` hears the status of each answer at its head, `on_attempt` how each attempt ended at the end of its body,
     `on_retry` of each repeat, and of each that the budget or the poison guard forbids: the model's name, and the Reason
-    or Refusal. `clock` gives seconds, `wall` Unix seconds, `rand` is for ids and back-off.
+    or GiveUp. `clock` gives seconds, `wall` Unix seconds, `rand` is for ids and back-off.
     """
 
     def __init__(
@@ -190,14 +190,14 @@ class Forward:
             past.append(failure)
             delay = self._delay(model, past)
             permit = self._permit(call, model, past, common.deadline - delay)
-            if isinstance(permit, Refusal):
+            if isinstance(permit, GiveUp):
                 return self._give_up(model, past, permit)
             if delay:
                 await _back_off(delay, past, permit)
             backend = self._next(model, common.key, past)
             if backend is None:
                 permit.release()
-                return self._give_up(model, past, Refusal.NEVER)
+                return self._give_up(model, past, GiveUp.NEVER)
             self._on_retry(model.name, str(failure.reason))
             failures = backend.origin.failures
             try:
@@ -300,28 +300,28 @@ class Forward:
             return 0.0
         return back_off(len(past), self._rand.random())
 
-    def _why_not(self, call: Call, model: Model, past: list[Failure], latest: float) -> Refusal | None:
+    def _why_not(self, call: Call, model: Model, past: list[Failure], latest: float) -> GiveUp | None:
         """Why the last failure may not be repeated; `latest`: loop time until which it could be."""
         failure = past[-1]
         if self._is_poison(call, past):
-            return Refusal.POISON
+            return GiveUp.POISON
         if failure.reason is None or len(past) >= self._limits.attempts:
-            return Refusal.NEVER
+            return GiveUp.NEVER
         if failure.reason is Reason.STATUS and model.panic:
-            return Refusal.NEVER  # what is left of the replicas has enough to do
+            return GiveUp.NEVER  # what is left of the replicas has enough to do
         resting = self._retry_after.at(self._clock()) if failure.reason is Reason.STATUS else ()
         if failure.reason is not Reason.STALE and not _others(model, past, resting):
-            return Refusal.NEVER
-        return Refusal.LATE if monotonic() >= latest else None
+            return GiveUp.NEVER
+        return GiveUp.LATE if monotonic() >= latest else None
 
-    def _permit(self, call: Call, model: Model, past: list[Failure], latest: float) -> Permit | Refusal:
+    def _permit(self, call: Call, model: Model, past: list[Failure], latest: float) -> Permit | GiveUp:
         """Leave to repeat the last failure. Drawn before the pause: those that wait are repeats, too, and count."""
-        refusal = self._why_not(call, model, past, latest)
-        if refusal is not None:
-            return refusal
+        give_up = self._why_not(call, model, past, latest)
+        if give_up is not None:
+            return give_up
         if past[-1].free:
             return FREE
-        return self._budget.draw(model.name, model.in_flight) or Refusal.BUDGET_EXHAUSTED
+        return self._budget.draw(model.name, model.in_flight) or GiveUp.BUDGET_EXHAUSTED
 
     def _is_poison(self, call: Call, past: list[Failure]) -> bool:
         """Whether replicas die of this very request: it must not meet another one. Silence twice is enough for that."""
@@ -352,7 +352,7 @@ class Forward:
         other = model.choose(key, [*tried, *resting])
         return backend if other is None and not only else other
 
-    def _give_up(self, model: Model, past: list[Failure], why: Refusal) -> Reply:
+    def _give_up(self, model: Model, past: list[Failure], why: GiveUp) -> Reply:
         """The answer that could not be improved on. Raises RouterError if there is none."""
         if why in _LIMITS_REACHED:
             self._on_retry(model.name, str(why))
@@ -468,7 +468,7 @@ async def _back_off(delay: float, past: list[Failure], permit: Permit) -> None:
         raise
 
 
-def _error(model: Model, past: list[Failure], why: Refusal, final: bool) -> RouterError:
+def _error(model: Model, past: list[Failure], why: GiveUp, final: bool) -> RouterError:
     failure = past[-1]
     error = _error_of(failure.outcome, model.name, why, final)
     error.attempts = len(past)
@@ -476,8 +476,8 @@ def _error(model: Model, past: list[Failure], why: Refusal, final: bool) -> Rout
     return error
 
 
-def _error_of(outcome: Outcome, model: str, why: Refusal, final: bool) -> RouterError:
-    if why is Refusal.LATE:
+def _error_of(outcome: Outcome, model: str, why: GiveUp, final: bool) -> RouterError:
+    if why is GiveUp.LATE:
         return UpstreamTimeout("The model did not answer in time.", Outcome.TOTAL_TIMEOUT, final=True)
     if outcome is Outcome.SHED:
         return Overloaded("The router has no connection left for this request.", retry_after=1)
