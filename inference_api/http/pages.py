@@ -193,7 +193,7 @@ class Observed:
             if path not in _PROBES:
                 cycle: Cycle | None = scope.get("extensions", {}).get(CYCLE)
                 answered = Outcome.OK if seen.status < 400 else Outcome.REFUSED
-                seen.end(answered if cycle is None or cycle.refusal is None else cycle.refusal.tell(seen))
+                seen.end(answered if cycle is None or cycle.rejection is None else cycle.rejection.tell(seen))
 
 
 def create_pages(

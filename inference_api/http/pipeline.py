@@ -102,7 +102,7 @@ class Inference:
                 relay = Relay(reply, call, taps, gate.write_stall, watcher.close, cycle, gate.observer.clock)
                 outcome = await relay(send)
         except RouterError as error:
-            outcome = await refuse(error, seen, send)
+            outcome = await reject(error, seen, send)
         except ClientGone:
             outcome = _left(cycle, seen)
         except asyncio.CancelledError as exc:
@@ -114,7 +114,7 @@ class Inference:
         except Exception:
             logger.exception("a request failed", extra={"fields": {"request_id": seen.request_id}})
             if relay is None or not relay.started:
-                outcome = await refuse(InternalError(), seen, send)
+                outcome = await reject(InternalError(), seen, send)
         finally:
             admission.in_flight -= taken
             admission.buffered -= held
@@ -174,19 +174,19 @@ def normal_path(path: str) -> str:
 
 def _left(cycle: Cycle | None, seen: Observation) -> Outcome:
     """The outcome of a request that did not come to its end: the client left, or the server had to refuse the rest."""
-    if cycle is None or cycle.refusal is None:
+    if cycle is None or cycle.rejection is None:
         return Outcome.CLIENT_GONE
-    return cycle.refusal.tell(seen)
+    return cycle.rejection.tell(seen)
 
 
 async def _shut_down(relay: Relay | None, seen: Observation, send: ASGISend) -> Outcome:
     """The router stops, and this request has had all the time there is."""
     if relay is None or not relay.started:
-        return await refuse(ShuttingDown(), seen, send)
+        return await reject(ShuttingDown(), seen, send)
     return await relay.interrupt(send)
 
 
-async def refuse(error: RouterError, seen: Observation, send: ASGISend) -> Outcome:
+async def reject(error: RouterError, seen: Observation, send: ASGISend) -> Outcome:
     """Answer with an error of the router's own."""
     status, headers, body = render(error, seen.request_id)
     if isinstance(error, TooLarge):

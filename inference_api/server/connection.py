@@ -18,7 +18,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from inference_api.errors import BadRequest, Overloaded, RequestTimeout, RouterError, render
-from inference_api.server.cycle import STATUS_LINES, Cycle, OlderCycle, Refused
+from inference_api.server.cycle import STATUS_LINES, Cycle, OlderCycle, Rejection
 from inference_api.server.flow import Deadlines, Flow
 from inference_api.server.request_head import EMPTY_LINE, RepeatedHead, check_size, scope_of
 
@@ -33,7 +33,7 @@ _CHUNK_OVERHEAD = 16
 _MAX_LOOKS = 100
 
 # error, request id, size of the answer's body
-OnRefusal = Callable[[RouterError, str, int], None]
+OnRejection = Callable[[RouterError, str, int], None]
 
 
 class _Enough(Exception):
@@ -69,7 +69,7 @@ class ClientConnection(Flow):
     def __init__(
         self,
         deadlines: Deadlines,
-        on_refusal: OnRefusal,
+        on_rejection: OnRejection,
         config: uvicorn.Config,
         server_state: State,
         app_state: dict[str, Any],
@@ -79,7 +79,7 @@ class ClientConnection(Flow):
         super().__init__(deadlines, _loop or asyncio.get_running_loop())
         # Configuration
         self._app = cast(Any, config.loaded_app)
-        self._on_refusal = on_refusal
+        self._on_refusal = on_rejection
         self._max_connections = max_connections
         # Shared with the server
         self._state = server_state
@@ -421,7 +421,7 @@ class ClientConnection(Flow):
             self._on_refusal(error, request_id, len(body))
         else:
             # The application counts it; to it the request ends here.
-            cycle.refusal = Refused(error, request_id, len(body))
+            cycle.rejection = Rejection(error, request_id, len(body))
             cycle.disconnect()
             if cycle.response_started:
                 self.cut()
@@ -466,12 +466,12 @@ class ClientConnection(Flow):
 
 
 def connection_factory(
-    deadlines: Deadlines, on_refusal: OnRefusal, max_connections: float = math.inf
+    deadlines: Deadlines, on_rejection: OnRejection, max_connections: float = math.inf
 ) -> Callable[..., ClientConnection]:
-    """What uvicorn calls for every connection. `on_refusal` hears of requests that never reach the application."""
+    """What uvicorn calls for every connection. `on_rejection` hears of requests that never reach the application."""
 
     def make(**keywords: Any) -> ClientConnection:
-        return ClientConnection(deadlines, on_refusal, max_connections=max_connections, **keywords)
+        return ClientConnection(deadlines, on_rejection, max_connections=max_connections, **keywords)
 
     return make
 

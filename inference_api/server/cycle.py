@@ -41,7 +41,7 @@ STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 _NO_SCOPE: Scope = {}
 
 
-class Refused(NamedTuple):
+class Rejection(NamedTuple):
     """What the server answered in the middle of a request, because the rest of it could not be taken."""
 
     error: RouterError
@@ -84,7 +84,7 @@ class Cycle:
         "head_cache",
         "keep_alive",
         "more_body",
-        "refusal",
+        "rejection",
         "response_complete",
         "response_started",
         "scope",
@@ -107,7 +107,7 @@ class Cycle:
         self.task: asyncio.Task[None] | None = None
         # Request
         self.disconnected = False
-        self.refusal: Refused | None = None
+        self.rejection: Rejection | None = None
         self.more_body = True
         self._expects_continue = expects_continue
         self._body: list[bytes] = []

@@ -8,7 +8,7 @@ from starlette.types import Scope
 from inference_api.errors import HeadersTooLarge
 from inference_api.models import RawHeaders
 from inference_api.server.cycle import HeadCache
-from inference_api.server.strict_head import refusal, wrong_lines
+from inference_api.server.strict_head import head_error, wrong_lines
 
 # gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
 _MAX_HEADERS = 100
@@ -28,7 +28,7 @@ def scope_of(head: bytes, method: bytes, target: bytes, headers: RawHeaders, ver
     """The scope of a head as the parser read it; `head`: its bytes. Raises RouterError if it is not to be taken."""
     if len(headers) > _MAX_HEADERS:
         raise HeadersTooLarge(f"The request has more than {_MAX_HEADERS} headers.")
-    error = wrong_lines(head, len(headers)) or refusal(method, target, headers, version)
+    error = wrong_lines(head, len(headers)) or head_error(method, target, headers, version)
     if error is not None:
         raise error
     target, _, query = target.partition(b"?")

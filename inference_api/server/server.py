@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference_api.errors import RouterError
-from inference_api.server.connection import OnRefusal, State, connection_factory
+from inference_api.server.connection import OnRejection, State, connection_factory
 from inference_api.server.flow import Deadlines
 from inference_api.settings import PREFIX, Settings, SettingsError
 
@@ -141,8 +141,8 @@ def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
             signal.signal(number, before)
 
 
-def server_config(app: ASGIApp, settings: Settings, on_refusal: OnRefusal = lambda *_: None) -> uvicorn.Config:
-    protocol = connection_factory(_deadlines(settings), on_refusal, connection_limit(settings.max_in_flight))
+def server_config(app: ASGIApp, settings: Settings, on_rejection: OnRejection = lambda *_: None) -> uvicorn.Config:
+    protocol = connection_factory(_deadlines(settings), on_rejection, connection_limit(settings.max_in_flight))
     patience = math.ceil(settings.drain_timeout)
     return _config(app, protocol, loop="uvloop", lifespan="on", timeout_graceful_shutdown=patience)
 

@@ -46,7 +46,7 @@ def wrong_lines(head: bytes, count: int) -> RouterError | None:
     return None
 
 
-def refusal(method: bytes, target: bytes, headers: RawHeaders, version: str) -> RouterError | None:
+def head_error(method: bytes, target: bytes, headers: RawHeaders, version: str) -> RouterError | None:
     """The error to answer a head with, or None if it is sound. `headers` have lower-case names, as they came."""
     deciding = [pair for pair in headers if pair[0] in _DECIDING]
     value_of = dict(deciding)

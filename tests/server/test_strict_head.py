@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_api.models import RawHeaders
-from inference_api.server.strict_head import MAX_TARGET, refusal, wrong_lines
+from inference_api.server.strict_head import MAX_TARGET, head_error, wrong_lines
 
 URL = b"/v1/chat/completions"
 HOST = (b"host", b"router:8000")
@@ -18,7 +18,7 @@ HOST = (b"host", b"router:8000")
 def status(
     target: bytes = URL, *headers: tuple[bytes, bytes], method: bytes = b"POST", version: str = "1.1"
 ) -> tuple[int, str] | None:
-    error = refusal(method, target, list(headers), version)
+    error = head_error(method, target, list(headers), version)
     return None if error is None else (error.status, error.code)
 
 
@@ -225,7 +225,7 @@ def test_a_target_that_is_too_long_is_refused() -> None:
 
 
 def test_a_message_shows_a_path_harmlessly() -> None:
-    error = refusal(b"GET", b"/;" + b"x" * 5000, [HOST], "1.1")
+    error = head_error(b"GET", b"/;" + b"x" * 5000, [HOST], "1.1")
 
     assert error is not None
     assert len(error.message) < 150
@@ -244,7 +244,7 @@ class Reading(NamedTuple):
     complete: bool
 
 
-class Refused(Exception):
+class Rejection(Exception):
     """Whoever reads this does not take it for a request."""
 
 
@@ -264,9 +264,9 @@ class OurReader:
         try:
             parser.feed_data(data)
         except httptools.HttpParserError:
-            raise Refused from None
+            raise Rejection from None
         if self.head_open:
-            raise Refused
+            raise Rejection
         return Reading(parser.get_method(), self.target, self.headers, self.body, self.complete)
 
     def on_url(self, url: bytes) -> None:
@@ -281,9 +281,9 @@ class OurReader:
         parser = self.parser
         head = self.data[: self.data.find(b"\r\n\r\n", len(self.data) - len(self.data.lstrip())) + 4]
         if wrong_lines(head, len(self.headers)) is not None:
-            raise Refused
-        if refusal(parser.get_method(), self.target, self.headers, parser.get_http_version()) is not None:
-            raise Refused
+            raise Rejection
+        if head_error(parser.get_method(), self.target, self.headers, parser.get_http_version()) is not None:
+            raise Rejection
 
     def on_body(self, body: bytes) -> None:
         self.body += body
@@ -307,9 +307,9 @@ def h11_reads(data: bytes) -> Reading:
             else:
                 break
     except h11.RemoteProtocolError:
-        raise Refused from None
+        raise Rejection from None
     if request is None:
-        raise Refused
+        raise Rejection
     headers = [(bytes(name), bytes(value)) for name, value in request.headers]
     return Reading(request.method, request.target, headers, body, isinstance(event, h11.EndOfMessage))
 
@@ -371,7 +371,7 @@ def check(data: bytes) -> bool:
     """Whether we accept it; if we do, the other reader reads the same."""
     try:
         ours = OurReader().read(data)
-    except Refused:
+    except Rejection:
         return False
     headers = [(name, normal(name, value)) for name, value in ours.headers]
     # Which takes no empty line before a request, where RFC 9112 2.2 wants a server to be patient.
