@@ -23,9 +23,9 @@ from typing import Literal, NamedTuple, get_args
 from benchmarks.samples import quantile
 from inference_api.models import Outcome
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.breaker import Breaker
-from inference_api.routing.catalogue import PolicyName, parse_catalogue
+from inference_api.routing.catalogue import BalancingName, parse_catalogue
 from inference_api.routing.health import Health
 
 Failing = Literal["500", "401", "404", "a mix", "slowly", "breaks off", "half", "recovers"]
@@ -39,7 +39,7 @@ _SESSIONS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    policy: PolicyName
+    policy: BalancingName
     failing: Failing | None = None
     refused: Refused | None = None
     replicas: int = 3
@@ -86,7 +86,7 @@ class Simulation:
         self.now = 0.0
         self.task = Task()
         self.random = Random(f"{case}")
-        self.fleet = Fleet(lambda name: make_policy(name, self.random.random))
+        self.fleet = Fleet(lambda name: make_balancer(name, self.random.random))
         urls = [{"url": f"http://r{number}"} for number in range(case.replicas)]
         self.fleet.update(parse_catalogue({"models": [{"name": "m", "policy": case.policy, "backends": urls}]}))
         self.model = self.fleet.models["m"]
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     shape = (given.replicas, given.clients, given.service, given.lasts)
     seeds = range(1, given.seeds + 1)
-    policies: tuple[PolicyName, ...] = get_args(PolicyName)
+    policies: tuple[BalancingName, ...] = get_args(BalancingName)
     failing: tuple[Failing, ...] = get_args(Failing)
     refused: tuple[Refused, ...] = get_args(Refused)
     rows = [

@@ -21,15 +21,15 @@ from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet
-from inference_api.routing.balance import make_policy
-from inference_api.routing.catalogue import PolicyName, parse_catalogue
+from inference_api.routing.balance import make_balancer
+from inference_api.routing.catalogue import BalancingName, parse_catalogue
 from inference_api.routing.registry import RegistryStatus
 
 _ROUTES = ("chat_completions", "completions", "responses", "messages")
 _CHOICES = 2_000
 
 
-def build(models: int, replicas: int, policy: PolicyName = "two_choices") -> Fleet:
+def build(models: int, replicas: int, policy: BalancingName = "two_choices") -> Fleet:
     """A fleet of so many models, each of so many replicas, that has chosen once for each."""
     catalogue = parse_catalogue(
         {
@@ -38,7 +38,7 @@ def build(models: int, replicas: int, policy: PolicyName = "two_choices") -> Fle
             ]
         }
     )
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     fleet.update(catalogue)
     for model in fleet.models.values():
         model.choose("key")
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{compressed / 1e3:,.0f} KB compressed, {took * 1e3:.0f} ms a scrape in {len(slices)} slices, "
         f"99 % of them up to {slices[int(len(slices) * 0.99) - 1] * 1e3:.1f} ms, the longest {slices[-1] * 1e3:.1f} ms"
     )
-    for policy in get_args(PolicyName):
+    for policy in get_args(BalancingName):
         tracemalloc.start()
         fleet = build(arguments.models, arguments.replicas, policy)
         peak = tracemalloc.get_traced_memory()[1]

@@ -10,8 +10,8 @@ from random import Random
 from typing import Any, Literal
 
 from inference_api.routing.affinity import affinity_key
-from inference_api.routing.balance import Policy, make_policy
-from inference_api.routing.catalogue import PolicyName
+from inference_api.routing.balance import Balancer, make_balancer
+from inference_api.routing.catalogue import BalancingName
 
 Event = Literal["none", "slow", "dies"]
 
@@ -28,7 +28,7 @@ _LOOKS = 200
 class Case:
     """One cell of the table. Times are in mean services."""
 
-    policy: PolicyName
+    policy: BalancingName
     routers: int
     utilisation: float
     event: Event = "none"
@@ -157,7 +157,7 @@ class Router:
 
     def __init__(self, case: Case, servers: Sequence[Server], number: int) -> None:
         random = Random(f"{case.seed} router {number}").random
-        self._policy: Policy[View] = make_policy(case.policy, random, reported=case.signal > 0)
+        self._policy: Balancer[View] = make_balancer(case.policy, random, reported=case.signal > 0)
         # All there are, and those whose circuit is closed: replaced as a whole, so that a policy may cache by identity.
         self.known = self.views = tuple(View(server) for server in servers)
 

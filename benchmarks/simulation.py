@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 from benchmarks.queues import Case, Event, Result, simulate
 from benchmarks.samples import quantile
-from inference_api.routing.catalogue import PolicyName
+from inference_api.routing.catalogue import BalancingName
 
 # Those of a Case that every cell of a run has in common.
 _SHARED = ("replicas", "slots", "requests", "sigma", "turns", "pause", "saving", "cached", "signal", "seed")
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, read: Callable[[str], object], default: str, text: str) -> None:
         parser.add_argument(name, type=read, default=default, help=f"{text}; default {default}")
 
-    policies, events = get_args(PolicyName), get_args(Event)
+    policies, events = get_args(BalancingName), get_args(Event)
     add("--policies", _list_of(_one_of(policies)), ",".join(policies), "comma-separated")
     add("--routers", _list_of(int), "1,4,16", "comma-separated")
     add("--utilisations", _list_of(float), "0.5,0.7,0.9", "loads, comma-separated")

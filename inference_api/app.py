@@ -32,7 +32,7 @@ from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.observe.scrape import Exposition, process_collectors
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.files import CatalogueFile, Reloader
@@ -92,7 +92,7 @@ class Router:
         # What the router asks for itself neither waits behind the traffic nor passes for a sign of life in it.
         self._own_transport = transport or self._make_transport(_OWN_KEEPALIVE)
         reported = settings.load_signal_interval > 0
-        self.fleet = Fleet(lambda name: make_policy(name, rand.random, reported))
+        self.fleet = Fleet(lambda name: make_balancer(name, rand.random, reported))
         self.discovery = self._discover(settings, cluster, rand)
         self._slices = self._watch(cluster, rand) if cluster else None
         self._finders = [finder for finder in (self.discovery, self._slices) if finder]

@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
-from inference_api.routing.balance import Policy
+from inference_api.routing.balance import Balancer
 from inference_api.routing.breaker import Circuit, due
-from inference_api.routing.catalogue import CatalogueEntry, PolicyName, replicas
+from inference_api.routing.catalogue import BalancingName, CatalogueEntry, replicas
 from inference_api.routing.origin import Origin
 
 # What a replica that is new, or back, gets of its weight at first.
@@ -121,7 +121,7 @@ class Model:
         self,
         entry: CatalogueEntry,
         backends: tuple[Backend, ...],
-        policy: Policy[Backend],
+        policy: Balancer[Backend],
         guard: Guard | None = None,
     ) -> None:
         self.name = entry.name
@@ -154,7 +154,7 @@ class Model:
         self._guard = guard
         self.refresh()
 
-    def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Policy[Backend]) -> None:
+    def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Balancer[Backend]) -> None:
         """Take a new version of the entry, or other replicas of it; what is in flight stays counted."""
         if entry is not self.entry:
             self.max_model_len = None
@@ -191,8 +191,8 @@ class Model:
 class Fleet:
     """Every Model by every name it answers to, kept across catalogue changes so that live state survives them."""
 
-    def __init__(self, make_policy: Callable[[PolicyName], Policy[Backend]]) -> None:
-        self._make_policy = make_policy
+    def __init__(self, make_balancer: Callable[[BalancingName], Balancer[Backend]]) -> None:
+        self._make_policy = make_balancer
         self.models: dict[str, Model] = {}
         # name or alias -> Model; the one look-up that a request makes.
         self.by_name: dict[str, Model] = {}
@@ -286,6 +286,6 @@ class Fleet:
                 self.origins.pop(origin.url, None)
 
 
-def first_share(policy: PolicyName) -> float:
+def first_share(policy: BalancingName) -> float:
     """What a cold replica gets of its weight. With prefix affinity all: a weight that grows would move keys about."""
     return 1.0 if policy == "prefix_affinity" else FIRST_SHARE

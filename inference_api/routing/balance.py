@@ -14,7 +14,7 @@ from operator import attrgetter
 from struct import unpack
 from typing import Any, Generic, Protocol, TypeVar
 
-from inference_api.routing.catalogue import PolicyName
+from inference_api.routing.catalogue import BalancingName
 
 # A full replica may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
 # Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot replicas.
@@ -63,13 +63,13 @@ Random = Callable[[], float]
 _in_flight = attrgetter("origin.in_flight")
 
 
-class Policy(Protocol[R]):
+class Balancer(Protocol[R]):
     """Chooses one of `replicas` that is not in `tried`, or None when nothing is left."""
 
     def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
 
 
-def make_policy(name: PolicyName, random: Random = random.random, reported: bool = False) -> Policy[R]:
+def make_balancer(name: BalancingName, random: Random = random.random, reported: bool = False) -> Balancer[R]:
     """A policy with a state of its own: one per model. `random` returns floats in [0, 1).
 
     `reported`: what the replicas say of others' requests counts too, where the policy goes by load alone.
@@ -274,14 +274,14 @@ class PrefixAffinity(Generic[R]):
         self._age = len(replicas)
 
 
-_POLICIES: dict[PolicyName, Callable[[Random], Policy[Any]]] = {
+_POLICIES: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
     "round_robin": RoundRobin,
     "least_in_flight": LeastInFlight,
     "two_choices": TwoChoices,
     "prefix_affinity": PrefixAffinity,
 }
 # Apart, so that a comparison costs no more where nobody is asked.
-_REPORTED: dict[PolicyName, Callable[[Random], Policy[Any]]] = {
+_REPORTED: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
     "least_in_flight": LeastReported,
     "two_choices": TwoReported,
 }

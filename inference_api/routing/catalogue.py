@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
-PolicyName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
+BalancingName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
 Engine = Literal["vllm", "tgi", "sglang", "llamacpp", "openai"]
 DiscoveryName = Literal["static", "dns"]
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
@@ -323,7 +323,7 @@ class CatalogueEntry(_Entry):
     aliases: Annotated[tuple[ModelName, ...], FailFast()] = Field(default=(), max_length=256)
     hardware: Hardware | None = None
     served_model_name: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    policy: PolicyName = "two_choices"
+    policy: BalancingName = "two_choices"
     timeouts: Timeouts = Timeouts()
     max_in_flight: int | None = Field(default=None, ge=1)
     credentials: Credentials | Literal["passthrough"] | None = None

@@ -12,7 +12,7 @@ from benchmarks import capacity, fleet_size, simulation
 from benchmarks.capacity import MEASURED, Measured, Plan, after_rollout
 from benchmarks.queues import Case, simulate
 from benchmarks.samples import quantile
-from inference_api.routing.catalogue import PolicyName
+from inference_api.routing.catalogue import BalancingName
 from inference_api.server import server
 from inference_api.settings import Settings
 
@@ -88,7 +88,7 @@ def test_what_the_product_decides_is_what_it_decides() -> None:
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "least_in_flight", "two_choices", "prefix_affinity"])
-def test_the_simulation_says_what_is_quoted(policy: PolicyName) -> None:
+def test_the_simulation_says_what_is_quoted(policy: BalancingName) -> None:
     """The column that is cheap to make; a change of a policy that moves it is a reason to make the others anew, too."""
     result = simulate(Case(policy, 16, 0.8))
     quoted = next(row for row in rows("policy, 4 slots") if row[0] == policy)

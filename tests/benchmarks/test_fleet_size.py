@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from benchmarks import fleet_size
-from inference_api.routing.catalogue import PolicyName
+from inference_api.routing.catalogue import BalancingName
 
 
 def test_every_replica_has_its_series_and_costs_less_than_half_a_kilobyte() -> None:
@@ -27,4 +27,4 @@ def test_the_command_tells_scrape_choice_and_memory(capsys: pytest.CaptureFixtur
     assert fleet_size.main(["--models", "2", "--replicas", "3"]) == 0
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith("2 models of 3 replicas: ")
-    assert [line.partition(":")[0] for line in others] == list(get_args(PolicyName))
+    assert [line.partition(":")[0] for line in others] == list(get_args(BalancingName))

@@ -11,9 +11,9 @@ import pytest
 from benchmarks import simulation
 from benchmarks.queues import Case, Event, Server, Sessions, Simulation, simulate
 from benchmarks.samples import quantile
-from inference_api.routing.catalogue import PolicyName
+from inference_api.routing.catalogue import BalancingName
 
-POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+POLICIES: tuple[BalancingName, ...] = get_args(BalancingName)
 # At 0.7 sixteen routers have less than one request in flight at each of the replicas.
 CASE = Case("two_choices", routers=4, utilisation=0.7, replicas=20, requests=4_000)
 ALONE = Case("round_robin", routers=1, utilisation=0.5, replicas=1, slots=1, saving=0, requests=60_000)
@@ -48,7 +48,7 @@ def test_queues_are_as_long_as_little_says() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_slots_are_as_busy_as_the_work_that_comes(policy: PolicyName) -> None:
+def test_the_slots_are_as_busy_as_the_work_that_comes(policy: BalancingName) -> None:
     result = simulate(replace(CASE, policy=policy, sigma=0.5, requests=12_000))
     expected = CASE.utilisation * (1 - CASE.saving * result.hit_rate)
     assert result.busy == pytest.approx(expected, abs=0.03)
@@ -59,7 +59,7 @@ def test_the_slots_are_as_busy_as_the_work_that_comes(policy: PolicyName) -> Non
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("event", ["none", "slow", "dies"])
-def test_every_request_ends_once(policy: PolicyName, event: Event) -> None:
+def test_every_request_ends_once(policy: BalancingName, event: Event) -> None:
     result = simulate(replace(CASE, policy=policy, event=event, utilisation=0.9, requests=1_500))
     assert result.completed + result.cut == 1_500
     assert bool(result.cut) == bool(result.repeats) == (event == "dies")
@@ -85,7 +85,7 @@ def test_each_router_learns_by_five_failures_that_a_replica_died(routers: int) -
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_seed_decides_on_everything(policy: PolicyName) -> None:
+def test_the_seed_decides_on_everything(policy: BalancingName) -> None:
     case = replace(CASE, policy=policy, event="dies", requests=1_000)
     assert simulate(case) == simulate(case)
     assert simulate(case).waits != simulate(replace(case, seed=2)).waits

@@ -17,7 +17,7 @@ from inference_api.discovery import dns as discovery_module
 from inference_api.discovery.dns import Discovery
 from inference_api.discovery.resolver import Resolver, resolve
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import BackendEntry, is_usable_address, parse_catalogue, place_of, replicas
 from tests.discovery.names import Names
 from tests.fakes import until
@@ -32,7 +32,7 @@ def dns(host: str, **more: Any) -> dict[str, Any]:
 
 def fleet_of(*backends: dict[str, Any], **others: list[dict[str, Any]]) -> Fleet:
     """A fleet of the model `m` with these backends, and of `others`."""
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     tell(fleet, m=list(backends), **others)
     return fleet
 

@@ -17,7 +17,7 @@ from inference_api.discovery import cluster as cluster_module
 from inference_api.discovery.dns import Discovery
 from inference_api.discovery.endpointslices import EndpointSlices, Rhythm, watched_in
 from inference_api.routing.backend import Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from tests.discovery.kube import WATCH_HEAD, FakeApi, document, endpoint, event, status
 from tests.fakes import LAST_CHUNK, Line, Received, Script, chunk, hang, json_response, raw, until
@@ -38,7 +38,7 @@ def backend(host: str, port: int = 8000, **more: Any) -> dict[str, Any]:
 
 
 def fleet_of(**models: list[dict[str, Any]]) -> Fleet:
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     tell(fleet, **models)
     return fleet
 

@@ -11,7 +11,7 @@ import pytest
 from inference_api.discovery import engines as engines_module
 from inference_api.discovery.engines import EngineFacts
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.upstream.transport import Transport
 from tests.fakes import Line, Received, Script, hang, json_response, raw, until
@@ -25,7 +25,7 @@ def cards(*cards: tuple[str, Any]) -> Script:
 
 
 def fleet_of(*urls: str, **entry: Any) -> Fleet:
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **entry}]}
     fleet.update(parse_catalogue(document))
     return fleet
@@ -219,7 +219,7 @@ async def test_of_many_replicas_only_a_few_are_asked(start: Start, transport: Tr
 
 async def test_a_hung_engine_does_not_keep_the_others_from_being_asked(start: Start, transport: Transport) -> None:
     hung, good = await start(hang), await start(cards(("m", 4096)))
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     models = [{"name": f"h{number}", "backends": [{"url": hung.url}]} for number in range(5)]
     fleet.update(parse_catalogue({"models": [*models, {"name": "m", "backends": [{"url": good.url}]}]}))
     task = asyncio.create_task(EngineFacts(fleet, transport).run())

@@ -14,7 +14,7 @@ from inference_api.discovery import load as load_module
 from inference_api.discovery.gauges import Gauges, Reading
 from inference_api.discovery.load import LoadSignal
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import Policy, make_policy
+from inference_api.routing.balance import Policy, make_balancer
 from inference_api.routing.catalogue import Engine, parse_catalogue
 from inference_api.routing.origin import Origin
 from inference_api.upstream.transport import Transport
@@ -245,7 +245,7 @@ class Asking:
         self.now = 1000.0
         self.failed: list[Origin] = []
         self.heard = 0.0
-        self.fleet = Fleet(make_policy)
+        self.fleet = Fleet(make_balancer)
         document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **entry}]}
         self.fleet.update(parse_catalogue(document))
         self.backends = self.fleet.models["m"].backends
@@ -561,7 +561,7 @@ def replicas_of(*loads: tuple[float, int, float]) -> tuple[Backend, ...]:
 
 
 def shares(name: Any, replicas: tuple[Backend, ...], reported: bool) -> list[int]:
-    chooser: Policy[Backend] = make_policy(name, Random(1).random, reported)
+    chooser: Policy[Backend] = make_balancer(name, Random(1).random, reported)
     chosen = [chooser.choose(replicas, "") for _ in range(300)]
     return [chosen.count(replica) for replica in replicas]
 
@@ -598,13 +598,13 @@ def test_without_a_reading_it_is_as_if_nobody_asked(name: Any) -> None:
 
 @pytest.mark.parametrize("name", ["round_robin", "prefix_affinity"])
 def test_policies_that_go_by_something_else_stay_as_they_are(name: Any) -> None:
-    assert type(make_policy(name, reported=True)) is type(make_policy(name))
+    assert type(make_balancer(name, reported=True)) is type(make_balancer(name))
 
 
 @pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
 def test_a_repetition_goes_by_it_too(name: Any) -> None:
     replicas = replicas_of((1, 0, 0), (1, 0, 9), (1, 1, 0))
-    chooser: Policy[Backend] = make_policy(name, Random(1).random, reported=True)
+    chooser: Policy[Backend] = make_balancer(name, Random(1).random, reported=True)
 
     assert {chooser.choose(replicas, "", [replicas[0]]) for _ in range(50)} == {replicas[2]}
 

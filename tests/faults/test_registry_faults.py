@@ -14,7 +14,7 @@ import pytest
 
 from inference_api.app import Router
 from inference_api.routing.backend import Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.registry import Registry
 from inference_api.server.server import listen, ops_thread
@@ -126,7 +126,7 @@ async def test_t55_an_hour_without_a_registry_costs_it_few_looks() -> None:
 
     rand = random.Random(55)
     async with httpx.AsyncClient(transport=httpx.MockTransport(refuse), base_url="http://registry") as client:
-        registry = Registry(Fleet(make_policy), Catalogue(), client, clock=lambda: now, rand=rand.random)
+        registry = Registry(Fleet(make_balancer), Catalogue(), client, clock=lambda: now, rand=rand.random)
         await registry.start()
         while now < 3600:
             now += registry._pause()
@@ -242,7 +242,7 @@ async def test_t56_two_thousand_requests_at_the_time_of_a_look_are_one_look(
 
 async def test_t56_routers_do_not_look_in_step() -> None:
     rand = random.Random(56)
-    routers = [Registry(Fleet(make_policy), Catalogue(), refresh=15, rand=rand.random) for _ in range(20)]
+    routers = [Registry(Fleet(make_balancer), Catalogue(), refresh=15, rand=rand.random) for _ in range(20)]
     pauses = sorted(registry._pause() for registry in routers)
 
     assert all(12 <= pause <= 18 for pause in pauses)

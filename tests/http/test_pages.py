@@ -21,7 +21,7 @@ from inference_api.app import Router
 from inference_api.http.pages import Probes, create_pages
 from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.registry import Registry
 from inference_api.server.server import listen, ops_thread
@@ -208,7 +208,7 @@ async def test_a_loop_that_does_not_come_by_is_not_ready_and_then_not_healthy(
     silence: float | None, ready: int, healthy: int
 ) -> None:
     probes = Probes(
-        Registry(Fleet(make_policy), parse_catalogue({"models": []}), None, 15),
+        Registry(Fleet(make_balancer), parse_catalogue({"models": []}), None, 15),
         Exposition(list, CollectorRegistry()),
         lambda: silence,
     )

@@ -20,7 +20,7 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observer
 from inference_api.routing.backend import Fleet, Model
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.registry import Registry
 from tests.conftest import Served
@@ -463,7 +463,7 @@ class Boom:
 
 
 def inference(send: Any, lines: list[Fields]) -> tuple[Inference, Admission]:
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     registry = Registry(fleet, parse_catalogue({"models": [{"name": "m"}]}))
     metrics = Metrics(lambda: fleet.models)
     load = Admission()

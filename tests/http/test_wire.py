@@ -25,7 +25,7 @@ from inference_api.http.pipeline import INFERENCE_ROUTES
 from inference_api.http.wire import model_card, model_list, read_body
 from inference_api.models import Asked, Call, RawHeaders, Route
 from inference_api.routing.backend import Model
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import CatalogueEntry
 from tests.conftest import Served
 from tests.fakes import FakeEngine, form
@@ -127,7 +127,7 @@ def read_form(*parts: bytes, content_type: str = "multipart/form-data; boundary=
 
 def model(**entry: Any) -> Model:
     checked = CatalogueEntry.model_validate({"name": "m", **entry})
-    return Model(checked, (), make_policy("two_choices"))
+    return Model(checked, (), make_balancer("two_choices"))
 
 
 # Shapes

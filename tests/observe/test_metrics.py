@@ -35,7 +35,7 @@ from inference_api.observe.metrics import (
 )
 from inference_api.observe.series import Histogram
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.registry import RegistryStatus
 from tests.fakes import (
@@ -506,7 +506,7 @@ async def test_faults_are_shown_as_none_before_the_first(start_engine: Start, st
 
 
 def test_of_many_models_only_those_that_were_asked_for_show_that_nothing_went_wrong() -> None:
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     fleet.update(parse_catalogue({"models": [{"name": f"model-{number}"} for number in range(1000)]}))
     metrics = Metrics(lambda: fleet.models)
     none = shown(metrics)
@@ -790,7 +790,7 @@ async def test_the_registry_and_the_build_are_shown(start_router: Start) -> None
 
 def metrics_of(*names: str) -> Metrics:
     """Of a fleet of these models, each with a backend of its name."""
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     fleet.update(parse_catalogue({"models": [{"name": n, "backends": [{"url": f"http://{n}"}]} for n in names]}))
     return Metrics(lambda: fleet.models)
 
@@ -900,7 +900,7 @@ def test_a_stream_that_ended_well_is_no_abort() -> None:
 
 
 def test_a_failed_check_of_an_address_counts_for_each_of_its_models() -> None:
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     metrics = Metrics(lambda: fleet.models)
     models = [{"name": name, "backends": [{"url": "http://a"}]} for name in ("m", "n")]
     fleet.update(parse_catalogue({"models": models}))
@@ -912,7 +912,7 @@ def test_a_failed_check_of_an_address_counts_for_each_of_its_models() -> None:
 
 
 def test_failed_checks_are_forgotten_with_the_replica() -> None:
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     metrics = Metrics(lambda: fleet.models)
     listed = {"name": "m", "backends": [{"url": "http://a"}, {"url": "http://b"}]}
 

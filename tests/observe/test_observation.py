@@ -16,7 +16,7 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.observation import Observation, Observer
 from inference_api.routing.backend import Fleet, Model
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.registry import RegistryStatus
 from tests.fakes import (
@@ -64,7 +64,7 @@ class Bench:
     def __init__(self) -> None:
         self.now = 100.0
         self.lines: list[Fields] = []
-        fleet = Fleet(make_policy)
+        fleet = Fleet(make_balancer)
         fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [{"url": "http://a:8000"}]}]}))
         self.model: Model = fleet.models["m"]
         self.metrics = Metrics(lambda: fleet.models)

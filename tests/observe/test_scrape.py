@@ -25,7 +25,7 @@ from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.registry import Registry, RegistryStatus
 from inference_api.settings import Settings
@@ -39,7 +39,7 @@ OPENMETRICS = {"accept": "application/openmetrics-text"}
 
 def busy_router(models: int) -> Families:
     """What there is to show when each model has answered streams and JSON on three routes."""
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     entries = [{"name": f"m{number}", "backends": [{"url": f"http://e{number}"}]} for number in range(models)]
     fleet.update(parse_catalogue({"models": entries}))
     metrics = Metrics(lambda: fleet.models)
@@ -171,7 +171,7 @@ async def test_what_others_collect_is_there_and_collected_elsewhere(openmetrics:
 
 @asynccontextmanager
 async def pages_of(exposition: Exposition) -> AsyncIterator[httpx.AsyncClient]:
-    probes = Probes(Registry(Fleet(make_policy), parse_catalogue({"models": []})), exposition)
+    probes = Probes(Registry(Fleet(make_balancer), parse_catalogue({"models": []})), exposition)
     served: Any = SimpleNamespace(app=create_pages(probes.ops_routes()))
     async with (
         serving(served, Settings()) as url,

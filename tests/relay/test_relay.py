@@ -24,7 +24,7 @@ from inference_api.relay.pump import Pump
 from inference_api.relay.relay import Relay
 from inference_api.relay.typed_events import follow
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import BackendEntry, CatalogueEntry
 from inference_api.upstream.connection import IdleTimeout, Malformed, ResponseStream, TotalTimeout
 from inference_api.upstream.forward import Forward, Limits
@@ -771,7 +771,7 @@ async def test_an_added_tap_is_told_of_the_end(script: Any, start_engine: Start,
 
 
 def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
-    fleet = Fleet(make_policy)
+    fleet = Fleet(make_balancer)
     fleet.update({"m": CatalogueEntry(name="m", backends=(BackendEntry(url=url),))})
     observer = Observer(Metrics(lambda: fleet.models), None)
     forward = Forward(transport, Limits())

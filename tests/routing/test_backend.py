@@ -7,13 +7,13 @@ import httpx
 import pytest
 
 from inference_api.routing.backend import Backend, Fleet, Model
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 
 
 @pytest.fixture
 def fleet() -> Fleet:
-    return Fleet(lambda name: make_policy(name, Random(1).random))
+    return Fleet(lambda name: make_balancer(name, Random(1).random))
 
 
 def update(fleet: Fleet, *entries: dict[str, Any]) -> None:

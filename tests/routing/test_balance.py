@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend
-from inference_api.routing.balance import Policy, make_policy
-from inference_api.routing.catalogue import PolicyName
+from inference_api.routing.balance import Balancer, make_balancer
+from inference_api.routing.catalogue import BalancingName
 
-NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+NAMES: tuple[BalancingName, ...] = get_args(BalancingName)
 every_policy = pytest.mark.parametrize("name", NAMES)
 
 Loads = list[tuple[float, int]]
@@ -35,11 +35,11 @@ def loaded(load: Loads) -> tuple[Backend, ...]:
     return replicas
 
 
-def policy(name: PolicyName, seed: int = 1) -> Policy[Backend]:
-    return make_policy(name, Random(seed).random)
+def policy(name: BalancingName, seed: int = 1) -> Balancer[Backend]:
+    return make_balancer(name, Random(seed).random)
 
 
-def pile(chooser: Policy[Backend], replicas: Sequence[Backend], requests: int) -> list[int]:
+def pile(chooser: Balancer[Backend], replicas: Sequence[Backend], requests: int) -> list[int]:
     """How many requests each replica has after `requests` that do not end, each with a key of its own."""
     for number in range(requests):
         chosen = chooser.choose(replicas, f"key-{number}")
@@ -54,7 +54,7 @@ def pile(chooser: Policy[Backend], replicas: Sequence[Backend], requests: int) -
 @settings(deadline=None, max_examples=50)
 @given(name=st.sampled_from(NAMES), load=loads, key=keys, seed=st.integers(0, 99))
 def test_each_choice_is_an_untried_replica_until_none_is_left(
-    name: PolicyName, load: Loads, key: str, seed: int
+    name: BalancingName, load: Loads, key: str, seed: int
 ) -> None:
     replicas, chooser = loaded(load), policy(name, seed)
     tried: list[Backend] = []
@@ -67,15 +67,15 @@ def test_each_choice_is_an_untried_replica_until_none_is_left(
 
 @settings(deadline=None)
 @given(name=st.sampled_from(NAMES), load=loads.filter(len), draws=st.lists(st.sampled_from([0.0, 1 - 2**-53])))
-def test_the_extremes_of_randomness_are_harmless(name: PolicyName, load: Loads, draws: list[float]) -> None:
+def test_the_extremes_of_randomness_are_harmless(name: BalancingName, load: Loads, draws: list[float]) -> None:
     replicas, source = loaded(load), iter(draws)
-    chooser: Policy[Backend] = make_policy(name, lambda: next(source, 0.5))
+    chooser: Balancer[Backend] = make_balancer(name, lambda: next(source, 0.5))
     for _ in range(5):
         assert chooser.choose(replicas, "") in replicas
 
 
 @every_policy
-def test_a_single_replica_is_always_chosen(name: PolicyName) -> None:
+def test_a_single_replica_is_always_chosen(name: BalancingName) -> None:
     (only,) = replicas = replicas_of(3)
     chooser = policy(name)
     assert pile(chooser, replicas, 20) == [20]
@@ -83,7 +83,7 @@ def test_a_single_replica_is_always_chosen(name: PolicyName) -> None:
 
 
 @every_policy
-def test_no_replicas_is_no_choice(name: PolicyName) -> None:
+def test_no_replicas_is_no_choice(name: BalancingName) -> None:
     chooser = policy(name)
     assert chooser.choose((), "key") is None
     assert chooser.choose(replicas_of(1), "key") is not None
@@ -91,7 +91,7 @@ def test_no_replicas_is_no_choice(name: PolicyName) -> None:
 
 
 @every_policy
-def test_a_new_set_takes_effect_at_once(name: PolicyName) -> None:
+def test_a_new_set_takes_effect_at_once(name: BalancingName) -> None:
     replicas, chooser = replicas_of(1, 1, 1, 1), policy(name)
     pile(chooser, replicas, 10)
     fewer = replicas[2:]
@@ -103,7 +103,7 @@ def test_a_new_set_takes_effect_at_once(name: PolicyName) -> None:
 
 @every_policy
 @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 5), (0.5, 0.25, 0.25, 1)])
-def test_requests_in_flight_follow_the_weights(name: PolicyName, weights: tuple[float, ...]) -> None:
+def test_requests_in_flight_follow_the_weights(name: BalancingName, weights: tuple[float, ...]) -> None:
     shares = pile(policy(name), replicas_of(*weights), 4000)
     # Hashing is less even, and its bound lets a replica exceed its share by a quarter.
     tolerance = 0.35 if name == "prefix_affinity" else 0.02
@@ -112,7 +112,7 @@ def test_requests_in_flight_follow_the_weights(name: PolicyName, weights: tuple[
 
 
 @every_policy
-def test_an_idle_fleet_is_used_as_a_whole(name: PolicyName) -> None:
+def test_an_idle_fleet_is_used_as_a_whole(name: BalancingName) -> None:
     replicas, chooser = replicas_of(*[1] * 8), policy(name)
     chosen = Counter(chooser.choose(replicas, f"key-{number}") for number in range(4000))
     assert min(chosen[replica] for replica in replicas) > 300
@@ -120,7 +120,7 @@ def test_an_idle_fleet_is_used_as_a_whole(name: PolicyName) -> None:
 
 
 @every_policy
-def test_the_same_seed_makes_the_same_choices(name: PolicyName) -> None:
+def test_the_same_seed_makes_the_same_choices(name: BalancingName) -> None:
     weights = [1, 2, 1, 3, 1]
     assert pile(policy(name, 7), replicas_of(*weights), 99) == pile(policy(name, 7), replicas_of(*weights), 99)
 
@@ -217,7 +217,7 @@ def test_two_choices_are_distinct_even_where_rounding_says_otherwise() -> None:
     light, heavy = replicas = replicas_of(0.003, 1000)
     heavy.origin.in_flight = 10**7
     draws = iter([0.5, 1 - 2**-53])
-    chooser: Policy[Backend] = make_policy("two_choices", lambda: next(draws))
+    chooser: Balancer[Backend] = make_balancer("two_choices", lambda: next(draws))
     assert chooser.choose(replicas, "") is light
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend
-from inference_api.routing.balance import Policy, make_policy
+from inference_api.routing.balance import Balancer, make_balancer
 
 KEYS = [affinity_key("m", {}, f"session-{number}") for number in range(10_000)]
 BLOCK = 16
@@ -24,8 +24,8 @@ def replicas_of(*weights: float) -> tuple[Backend, ...]:
     return tuple(Backend("m", f"http://r{number}:8000", weight) for number, weight in enumerate(weights))
 
 
-def affinity(seed: int = 1) -> Policy[Backend]:
-    return make_policy("prefix_affinity", Random(seed).random)
+def affinity(seed: int = 1) -> Balancer[Backend]:
+    return make_balancer("prefix_affinity", Random(seed).random)
 
 
 def homes(replicas: Sequence[Backend]) -> dict[str, str]:
@@ -127,7 +127,7 @@ def test_a_router_with_few_requests_of_its_own_does_not_take_noise_for_load() ->
     """One of many: two in flight where its share is one is nothing unusual, and their keys stay at home."""
     replicas = replicas_of(*[1] * 16)
     idle = homes(replicas)
-    chooser: Policy[Backend] = affinity()
+    chooser: Balancer[Backend] = affinity()
     rng, at_home = Random(7), 0
     running: list[Backend] = []
     for number in range(4000):
@@ -235,7 +235,7 @@ class AlwaysHome:
         return home and replicas[self._twins.index(home)]
 
 
-def simulate(policy: Policy[Backend], weights: Sequence[float] = (1,) * 8, seed: int = 3) -> Result:
+def simulate(policy: Balancer[Backend], weights: Sequence[float] = (1,) * 8, seed: int = 3) -> Result:
     """400 conversations of 2 to 8 turns in 200 s; every cache holds about a third of what is alive at a time."""
     rng, replicas = Random(seed), replicas_of(*weights)
     caches = {replica: PrefixCache(blocks=1500) for replica in replicas}
@@ -270,7 +270,7 @@ def simulate(policy: Policy[Backend], weights: Sequence[float] = (1,) * 8, seed:
 
 
 def test_prefix_affinity_finds_cached_prefixes_that_round_robin_misses() -> None:
-    ours, theirs = simulate(affinity()), simulate(make_policy("round_robin", Random(3).random))
+    ours, theirs = simulate(affinity()), simulate(make_balancer("round_robin", Random(3).random))
     print(f"prefix-cache hit rate: prefix_affinity {ours.hit_rate:.0%}, round_robin {theirs.hit_rate:.0%}")
     assert min(ours.peak, theirs.peak) > 35, "the load overlaps"
     assert ours.hit_rate > 2 * theirs.hit_rate

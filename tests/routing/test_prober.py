@@ -10,7 +10,7 @@ import pytest
 
 from inference_api.routing import prober as prober_module
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
@@ -26,7 +26,7 @@ class Round:
     """A Prober, the fleet it asks, and what it reported."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport, *urls: str, **more: Any) -> None:
-        self.fleet = Fleet(make_policy)
+        self.fleet = Fleet(make_balancer)
         self.list(*urls)
         self.results: list[tuple[Origin, bool]] = []
         self.heard = 0.0

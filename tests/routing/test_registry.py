@@ -19,7 +19,7 @@ from pytest_httpx import HTTPXMock
 from inference_api.errors import ModelNotFound
 from inference_api.routing import registry as registry_module
 from inference_api.routing.backend import Fleet
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import CatalogueEntry, parse_catalogue
 from inference_api.routing.registry import Registry
 from inference_api.server.server import Server, listen
@@ -39,7 +39,7 @@ class Client:
     """A Registry over the static catalogue {s}, and what can be seen of it from outside."""
 
     def __init__(self, http: httpx.AsyncClient | None, **options: Any) -> None:
-        self.fleet = Fleet(make_policy)
+        self.fleet = Fleet(make_balancer)
         self.changes: list[list[str]] = []
         static = parse_catalogue(listing("s"))
         self.registry = Registry(self.fleet, static, http, on_change=self._changed, **options)
@@ -717,7 +717,7 @@ async def test_an_unknown_name_is_refused_with_the_known_ones_when_they_are_few(
 
 
 async def test_a_static_entry_that_is_refused_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    Registry(Fleet(make_policy), parse_catalogue({"models": [{"name": "m", "x": 1}]}))
+    Registry(Fleet(make_balancer), parse_catalogue({"models": [{"name": "m", "x": 1}]}))
 
     message = "an entry of the static catalogue is refused: model 'm': x: Extra inputs are not permitted"
     assert caplog.messages == [message]

@@ -5,7 +5,7 @@ from typing import Any
 
 from inference_api.models import Outcome
 from inference_api.routing.backend import Backend, Fleet, Model
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.health import Health
@@ -23,7 +23,7 @@ class Ward:
         self.now = 1000.0
         self.heard: dict[str, float] = {}
         self.request = Request()
-        self.fleet = Fleet(lambda name: make_policy(name, Random(1).random))
+        self.fleet = Fleet(lambda name: make_balancer(name, Random(1).random))
         self.list(*hosts, **entry)
         breaker = Breaker(5, 60.0, lambda: 0.5)
         heard = lambda url: self.heard.get(url, 0.0)  # noqa: E731

@@ -16,7 +16,7 @@ from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, 
 from inference_api.http.pipeline import INFERENCE_ROUTES
 from inference_api.models import Call, Outcome, Reply
 from inference_api.routing.backend import Backend, Fleet, Model
-from inference_api.routing.balance import make_policy
+from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import BackendEntry, CatalogueEntry
 from inference_api.upstream.connection import Disconnected, FirstByteTimeout, IdleTimeout, Malformed, TotalTimeout
 from inference_api.upstream.forward import Forward, Limits, outcome_of
@@ -53,7 +53,7 @@ def model_of(*urls: str, **more: Any) -> Model:
     entry = CatalogueEntry(
         name="m", backends=tuple(BackendEntry(url=url) for url in urls), **{"policy": "round_robin", **more}
     )
-    fleet = Fleet(lambda name: make_policy(name, random.Random(1).random))
+    fleet = Fleet(lambda name: make_balancer(name, random.Random(1).random))
     fleet.update({"m": entry})
     return fleet.by_name["m"]
 
