@@ -23,7 +23,7 @@ from benchmarks.check import CASES, PLAIN, Case, fork, is_under_valgrind, try_ca
 from benchmarks.inprocess import Client, Loop, running
 from inference_api.models import Reply
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Observation
+from inference_api.observe.observation import Account
 from inference_api.relay import relay
 from inference_api.relay.events import EventTracker
 from inference_api.routing.backend import Model
@@ -126,7 +126,7 @@ def _access_log(client: Client) -> None:
 def _observation(client: Client) -> None:
     _metrics(client)
     for name in ("resolved", "answered", "finished", "end"):
-        setattr(Observation, name, _nothing)
+        setattr(Account, name, _nothing)
 
 
 def _known_requests(client: Client) -> None:

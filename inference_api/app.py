@@ -29,7 +29,7 @@ from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Observer
+from inference_api.observe.observation import Accounts
 from inference_api.observe.scrape import Exposition, process_collectors
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
@@ -104,9 +104,9 @@ class Router:
         self.metrics = Metrics(lambda: self.fleet.models)
         self._lag = LoopLag(self.metrics.loop_lag.observe)
         self.health = _health(self.fleet, self.transport, settings, rand)
-        self._observer = Observer(self.metrics, access_log)
+        self._accounts = Accounts(self.metrics, access_log)
         self._tracing = tracing
-        inside = self._observer if tracing is None else tracing.observer(self.metrics, access_log)
+        inside = self._accounts if tracing is None else tracing.accounts(self.metrics, access_log)
         self._background = self._beside_requests(settings, rand)
         self.admission = Admission(settings.max_in_flight, settings.max_buffered_bytes)
         self.probes = self._make_probes(settings, self._exposition(settings, revision, dropped_lines))
@@ -163,9 +163,9 @@ class Router:
         )
         return Exposition(families, process_collectors(), 0.0 if settings.ops_port is None else _BESIDE)
 
-    def _gate(self, settings: Settings, observer: Observer, send: Forward, mint_id: Callable[[], str]) -> Gate:
+    def _gate(self, settings: Settings, accounts: Accounts, send: Forward, mint_id: Callable[[], str]) -> Gate:
         return Gate(
-            observer,
+            accounts,
             self.registry.resolve,
             send=send,
             read_headers=RequestHeaders(frozenset(name.encode() for name in settings.forward_headers)),
@@ -184,7 +184,7 @@ class Router:
         pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
         pages += Models(self.fleet, self.registry.resolve).routes()
         pages += self.probes.ops_routes() if ops else self.probes.routes()
-        return Dispatch(inference, Named(Observed(create_pages(pages, self._lifespan), self._observer), mint_id))
+        return Dispatch(inference, Named(Observed(create_pages(pages, self._lifespan), self._accounts), mint_id))
 
     def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
         """What the lifespan keeps running; the optional ones last."""
@@ -230,7 +230,7 @@ class Router:
 
     def refused(self, error: RouterError, request_id: str, size: int) -> None:
         """A request was refused before it was one: counted and logged like the others."""
-        seen = self._observer.begin("other")
+        seen = self._accounts.begin("other")
         seen.request_id = request_id
         seen.refused(error, error.status, size)
         seen.end(error.outcome)

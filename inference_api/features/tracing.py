@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry, the extra `otel`: a SERVER span for each inference request, a CLIENT span for each attempt.
 
 Loaded only where traces are asked for, and attached from outside, so that it costs nothing elsewhere: a layer around
-each inference route begins the trace, an Observer ends it with what it saw, and a Forward gives every attempt a span,
+each inference route begins the trace, an Accounts ends it with what it saw, and a Forward gives every attempt a span,
 and a `traceparent`, of its own. The names are those of the HTTP and GenAI conventions (docs/tracing.md). Nothing of a
 prompt, a completion or a key gets into a span.
 """
@@ -36,7 +36,7 @@ from inference_api import __version__
 from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Observation, Observer
+from inference_api.observe.observation import Account, Accounts
 from inference_api.relay.usage import Counts, usage_of
 from inference_api.routing.backend import Backend, Model
 from inference_api.upstream.forward import Forward
@@ -69,7 +69,7 @@ class Tracing:
         """Around an inference route."""
         return TracedRoute(self._tracer, app, route)
 
-    def observer(self, metrics: Metrics, access_log: Callable[[Fields], None] | None) -> Observer:
+    def accounts(self, metrics: Metrics, access_log: Callable[[Fields], None] | None) -> Accounts:
         """For what is inside the layer."""
         return TracedObserver(metrics, access_log)
 
@@ -234,24 +234,24 @@ class TracedRoute:
         await self._app(scope, receive, send)
 
 
-class TracedObserver(Observer):
+class TracedObserver(Accounts):
     """Its Observations end the trace of the request."""
 
     @override
-    def begin(self, route: str) -> Observation:
+    def begin(self, route: str) -> Account:
         return TracedObservation(self, route, _current.get())
 
 
-class TracedObservation(Observation):
-    """An Observation that knows the trace: the access line gets its ids, and the trace gets what was seen.
+class TracedObservation(Account):
+    """An Account that knows the trace: the access line gets its ids, and the trace gets what was seen.
 
     `first`: seconds to the first token of a streamed answer, if it was no error.
     """
 
     __slots__ = ("_trace", "first")
 
-    def __init__(self, observer: Observer, route: str, trace: Trace) -> None:
-        super().__init__(observer, route)
+    def __init__(self, accounts: Accounts, route: str, trace: Trace) -> None:
+        super().__init__(accounts, route)
         self._trace = trace
         self.first: float | None = None
 

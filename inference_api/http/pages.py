@@ -18,7 +18,7 @@ from inference_api.http import wire
 from inference_api.http.head import RequestHeaders
 from inference_api.http.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
 from inference_api.models import Outcome
-from inference_api.observe.observation import Observer
+from inference_api.observe.observation import Accounts
 from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.registry import Registry
@@ -167,16 +167,16 @@ class Named:
 class Observed:
     """ASGI layer inside of Named: a count and a line for all but the probes."""
 
-    def __init__(self, app: ASGIApp, observer: Observer) -> None:
+    def __init__(self, app: ASGIApp, accounts: Accounts) -> None:
         self._app = app
-        self._observer = observer
+        self._accounts = accounts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        seen = self._observer.begin("models" if path.startswith("/v1/models") else "other")
+        seen = self._accounts.begin("models" if path.startswith("/v1/models") else "other")
         seen.request_id = scope[_ID]
         scope[_SEEN] = seen
 

@@ -14,7 +14,7 @@ from inference_api.http.admission import Admission, overloaded
 from inference_api.http.disconnect import DisconnectWatcher
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, Tap
-from inference_api.observe.observation import Observation, Observer
+from inference_api.observe.observation import Account, Accounts
 from inference_api.relay.relay import Relay
 from inference_api.routing.backend import Model
 from inference_api.server.cycle import CYCLE, Cycle, HeadCache
@@ -53,7 +53,7 @@ INFERENCE_ROUTES = (
 class Gate(NamedTuple):
     """What a request needs from the rest of the router, and the limits that hold before it has a model."""
 
-    observer: Observer
+    accounts: Accounts
     resolve: Callable[[str], Model]
     send: Send
     read_headers: RequestHeaders
@@ -74,7 +74,7 @@ class Inference:
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         gate, admission = self._gate, self._load
-        seen = gate.observer.begin(self.route.label)
+        seen = gate.accounts.begin(self.route.label)
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
         watcher: DisconnectWatcher | Cycle = DisconnectWatcher(receive) if cycle is None else cycle
         relay: Relay | None = None
@@ -99,7 +99,7 @@ class Inference:
                 reply = await gate.send(call, model)
                 seen.answered(reply)
                 taps = gate.taps()
-                relay = Relay(reply, call, taps, gate.write_stall, watcher.close, cycle, gate.observer.clock)
+                relay = Relay(reply, call, taps, gate.write_stall, watcher.close, cycle, gate.accounts.clock)
                 outcome = await relay(send)
         except RouterError as error:
             outcome = await reject(error, seen, send)
@@ -131,9 +131,7 @@ class Inference:
         head: RequestHead = head_cache.head
         return head
 
-    def _accept(
-        self, asked: Asked, head: RequestHead, body: bytes, scope: Scope, seen: Observation
-    ) -> tuple[Call, Model]:
+    def _accept(self, asked: Asked, head: RequestHead, body: bytes, scope: Scope, seen: Account) -> tuple[Call, Model]:
         """The request is sound, and there is room for it. `asked` may hold as much as a large body, and ends here."""
         fields = asked[0]
         seen.stream = fields.get("stream") or False
@@ -172,21 +170,21 @@ def normal_path(path: str) -> str:
     return "/" + "/".join(part for part in path.split("/") if part)
 
 
-def _left(cycle: Cycle | None, seen: Observation) -> Outcome:
+def _left(cycle: Cycle | None, seen: Account) -> Outcome:
     """The outcome of a request that did not come to its end: the client left, or the server had to refuse the rest."""
     if cycle is None or cycle.rejection is None:
         return Outcome.CLIENT_GONE
     return cycle.rejection.tell(seen)
 
 
-async def _shut_down(relay: Relay | None, seen: Observation, send: ASGISend) -> Outcome:
+async def _shut_down(relay: Relay | None, seen: Account, send: ASGISend) -> Outcome:
     """The router stops, and this request has had all the time there is."""
     if relay is None or not relay.started:
         return await reject(ShuttingDown(), seen, send)
     return await relay.interrupt(send)
 
 
-async def reject(error: RouterError, seen: Observation, send: ASGISend) -> Outcome:
+async def reject(error: RouterError, seen: Account, send: ASGISend) -> Outcome:
     """Answer with an error of the router's own."""
     status, headers, body = render(error, seen.request_id)
     if isinstance(error, TooLarge):

@@ -16,8 +16,8 @@ from inference_api.routing.backend import Model
 _UNKNOWN: Counts = (None, None, None, None)
 
 
-class Observer:
-    """Makes the Observation of each request; holds what they all write to."""
+class Accounts:
+    """Makes the Account of each request; holds what they all write to."""
 
     def __init__(
         self, metrics: Metrics, access_log: Callable[[Fields], None] | None, clock: Callable[[], float] = perf_counter
@@ -26,18 +26,18 @@ class Observer:
         self.access_log = access_log
         self.clock = clock
 
-    def begin(self, route: str) -> "Observation":
-        return Observation(self, route)
+    def begin(self, route: str) -> "Account":
+        return Account(self, route)
 
 
-class Observation:
+class Account:
     """A Tap. Times are seconds of a monotonic clock; `end` counts and logs, once."""
 
     __slots__ = (
+        "_accounts",
         "_began",
         "_first",
         "_model",
-        "_observer",
         "_received",
         "attempts",
         "backend",
@@ -52,9 +52,9 @@ class Observation:
         "usage",
     )  # fmt: skip
 
-    def __init__(self, observer: Observer, route: str) -> None:
-        self._observer = observer
-        self._began = self._received = observer.clock()
+    def __init__(self, accounts: Accounts, route: str) -> None:
+        self._accounts = accounts
+        self._began = self._received = accounts.clock()
         self._first = 0.0
         self._model: Model | None = None
         self.route = route
@@ -73,14 +73,14 @@ class Observation:
 
     def received(self) -> None:
         """The rest of the body took its time to come; that time is not the router's."""
-        self._received = self._observer.clock()
+        self._received = self._accounts.clock()
 
     def resolved(self, model: Model) -> None:
         """The request is now one of this model's."""
         self._model = model
         self.model_name = model.name
         model.in_flight += 1
-        self._observer.metrics.overhead(self.route, self._observer.clock() - self._received)
+        self._accounts.metrics.overhead(self.route, self._accounts.clock() - self._received)
 
     def answered(self, reply: Reply) -> None:
         """A backend has answered; what follows is its body."""
@@ -104,7 +104,7 @@ class Observation:
     def rejected(self, error: RouterError) -> None:
         """Why the router itself answers as it does; the answer is still to be seen."""
         self.code = error.code
-        self._observer.metrics.refused(self.model_name, error.code)
+        self._accounts.metrics.refused(self.model_name, error.code)
 
     def finished(self, relay: Relay | None) -> None:
         """Take from the relay what was passed on; nothing if the router itself had to answer."""
@@ -122,15 +122,15 @@ class Observation:
 
     def chunk(self, data: bytes) -> None:
         if not self._first:
-            self._first = self._observer.clock()
+            self._first = self._accounts.clock()
         self.body_bytes += len(data)
 
     def end(self, outcome: Outcome) -> None:
         if self._model is not None:
             self._model.in_flight -= 1
             self._model = None
-        took = self._observer.clock() - self._began
-        metrics, status = self._observer.metrics, self.status
+        took = self._accounts.clock() - self._began
+        metrics, status = self._accounts.metrics, self.status
         if outcome is not Outcome.OK:
             if 0 < status < 300:
                 metrics.stream_ended(self.model_name, outcome)
@@ -142,11 +142,11 @@ class Observation:
         if first is not None and self.status < 300:
             metrics.first_token(self.model_name, self.route, first)
         tokens = self._count_tokens(took, first)
-        if self._observer.access_log is not None:
-            self._observer.access_log(self._line(outcome, status, took, first, tokens))
+        if self._accounts.access_log is not None:
+            self._accounts.access_log(self._line(outcome, status, took, first, tokens))
 
     def _count_tokens(self, took: float, first: float | None) -> Counts:
-        metrics, usage = self._observer.metrics, self.usage
+        metrics, usage = self._accounts.metrics, self.usage
         if usage is None:
             if self.events:
                 metrics.tokens(self.model_name, "output_estimate", self.events)

@@ -13,7 +13,7 @@ from starlette.types import Message, Scope
 
 from inference_api.errors import RouterError
 from inference_api.models import Outcome
-from inference_api.observe.observation import Observation
+from inference_api.observe.observation import Account
 
 if TYPE_CHECKING:
     from inference_api.server.connection import ClientConnection
@@ -48,7 +48,7 @@ class Rejection(NamedTuple):
     request_id: str
     size: int
 
-    def tell(self, seen: Observation) -> Outcome:
+    def tell(self, seen: Account) -> Outcome:
         """Whatever the application wanted to say, this is what the client got."""
         seen.request_id = self.request_id
         seen.refused(self.error, self.error.status, self.size)

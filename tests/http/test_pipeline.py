@@ -18,7 +18,7 @@ from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Reply
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Observer
+from inference_api.observe.observation import Accounts
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
@@ -467,7 +467,7 @@ def inference(send: Any, lines: list[Fields]) -> tuple[Inference, Admission]:
     registry = Registry(fleet, parse_catalogue({"models": [{"name": "m"}]}))
     metrics = Metrics(lambda: fleet.models)
     load = Admission()
-    gate = Gate(Observer(metrics, lines.append), registry.resolve, send, RequestHeaders(), lambda: "minted")
+    gate = Gate(Accounts(metrics, lines.append), registry.resolve, send, RequestHeaders(), lambda: "minted")
     return Inference(INFERENCE_ROUTES[0], gate, load), load
 
 

@@ -14,7 +14,7 @@ from inference_api.observe.exposition import write
 from inference_api.observe.families import Families
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Observation, Observer
+from inference_api.observe.observation import Account, Accounts
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
@@ -59,7 +59,7 @@ FIELDS = [
 
 
 class Bench:
-    """An Observer with a clock that is set by hand, and what it wrote."""
+    """An Accounts with a clock that is set by hand, and what it wrote."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -68,15 +68,15 @@ class Bench:
         fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [{"url": "http://a:8000"}]}]}))
         self.model: Model = fleet.models["m"]
         self.metrics = Metrics(lambda: fleet.models)
-        self.observer = Observer(self.metrics, self.lines.append, clock=lambda: self.now)
+        self.observer = Accounts(self.metrics, self.lines.append, clock=lambda: self.now)
 
-    def begin(self, *, stream: bool = False) -> Observation:
+    def begin(self, *, stream: bool = False) -> Account:
         seen = self.observer.begin("chat_completions")
         seen.request_id = "id-1"
         seen.stream = stream
         return seen
 
-    def answered(self, seen: Observation, status: int = 200, attempts: int = 1) -> None:
+    def answered(self, seen: Account, status: int = 200, attempts: int = 1) -> None:
         ended = lambda backend, outcome: None  # noqa: E731
         seen.answered(Reply(status, [], httpx.ByteStream(b""), self.model.backends[0], ended, attempts))
         seen.start(status, [])
@@ -274,7 +274,7 @@ def test_tokens_are_those_of_usage(
 
 
 def test_without_an_access_log_the_numbers_are_kept(bench: Bench) -> None:
-    seen = Observer(bench.metrics, None).begin("models")
+    seen = Accounts(bench.metrics, None).begin("models")
     seen.status = 200
     seen.end(Outcome.OK)
 

@@ -18,7 +18,7 @@ from inference_api.http.head import RequestHeaders
 from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Outcome, RawHeaders, Reply
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Observer
+from inference_api.observe.observation import Accounts
 from inference_api.relay.events import EventTracker
 from inference_api.relay.pump import Pump
 from inference_api.relay.relay import Relay
@@ -773,7 +773,7 @@ async def test_an_added_tap_is_told_of_the_end(script: Any, start_engine: Start,
 def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
     fleet = Fleet(make_balancer)
     fleet.update({"m": CatalogueEntry(name="m", backends=(BackendEntry(url=url),))})
-    observer = Observer(Metrics(lambda: fleet.models), None)
+    observer = Accounts(Metrics(lambda: fleet.models), None)
     forward = Forward(transport, Limits())
     gate = Gate(observer, lambda name: fleet.by_name[name], forward, RequestHeaders(), lambda: "minted", lambda: (tap,))
     return Inference(ROUTES["chat_completions"], gate, Load())
