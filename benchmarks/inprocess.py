@@ -26,7 +26,7 @@ from benchmarks.engine import NOT_FOUND, PAGES, page_of, response
 from benchmarks.setup import Setup
 from inference_api.app import Router
 from inference_api.observe.log import configure_logging
-from inference_api.server.connection import Protocol, State
+from inference_api.server.connection import ClientConnection, State
 from inference_api.server.server import server_config
 from inference_api.settings import Settings
 
@@ -125,7 +125,7 @@ class Engine:
 class Client:
     """Keep-alive connections to one router."""
 
-    def __init__(self, loop: Loop, connect: Callable[[], Protocol], app: ASGIApp) -> None:
+    def __init__(self, loop: Loop, connect: Callable[[], ClientConnection], app: ASGIApp) -> None:
         self.app = app
         self._loop = loop
         self._connect = connect
@@ -157,7 +157,7 @@ class Client:
             if b" 200 " not in (head := await reads.get()):
                 raise wire.BadAnswer(f"a stream was answered {head!r}")
 
-    def _open(self, on_write: Callable[[bytes], Any]) -> Protocol:
+    def _open(self, on_write: Callable[[bytes], Any]) -> ClientConnection:
         protocol = self._connect()
         protocol.connection_made(Ends(on_write))
         return protocol

@@ -25,11 +25,11 @@ from inference_api.http.head import RequestHeaders
 from inference_api.http.pages import Models, Named, Observed, Probes, create_pages
 from inference_api.http.pipeline import INFERENCE_ROUTES, Dispatch, Gate, Inference
 from inference_api.models import Outcome
+from inference_api.observe.accounts import Accounts
 from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Accounts
 from inference_api.observe.scrape import Exposition, process_collectors
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer

@@ -34,9 +34,9 @@ from typing_extensions import override
 
 from inference_api import __version__
 from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
+from inference_api.observe.accounts import Account, Accounts
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Account, Accounts
 from inference_api.relay.usage import Counts, usage_of
 from inference_api.routing.backend import Backend, Model
 from inference_api.upstream.forward import Forward

@@ -1,9 +1,9 @@
 """Notices a client that leaves while its request is worked on, without a task of its own.
 
-Our own server knows at once: its Cycle is a DisconnectWatcher. Any other tells of it only through `receive`, which suspends
-until there is something to tell; so `receive` is stepped by hand, once to where it suspends, and again when what it
-waits for has come. Either is cheaper than a task that watches (docs/adr/0002). Stepping relies on `receive` waiting for
-a plain future, as uvicorn's does.
+Our own server knows at once: its Cycle is a DisconnectWatcher. Any other says so only through `receive`, which
+suspends until there is something to say; so `receive` is stepped by hand: once to where it suspends, and again when
+that has come. Either is cheaper than a task that watches (docs/adr/0002). Stepping relies on `receive` waiting for a
+plain future, as uvicorn's does.
 """
 
 import asyncio

@@ -18,7 +18,7 @@ from inference_api.http import wire
 from inference_api.http.head import RequestHeaders
 from inference_api.http.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
 from inference_api.models import Outcome
-from inference_api.observe.observation import Accounts
+from inference_api.observe.accounts import Accounts
 from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.registry import Registry

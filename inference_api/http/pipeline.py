@@ -14,7 +14,7 @@ from inference_api.http.admission import Admission, overloaded
 from inference_api.http.disconnect import DisconnectWatcher
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, Tap
-from inference_api.observe.observation import Account, Accounts
+from inference_api.observe.accounts import Account, Accounts
 from inference_api.relay.relay import Relay
 from inference_api.routing.backend import Model
 from inference_api.server.cycle import CYCLE, Cycle, HeadCache

@@ -13,7 +13,7 @@ from starlette.types import Message, Scope
 
 from inference_api.errors import RouterError
 from inference_api.models import Outcome
-from inference_api.observe.observation import Account
+from inference_api.observe.accounts import Account
 
 if TYPE_CHECKING:
     from inference_api.server.connection import ClientConnection
@@ -207,7 +207,7 @@ class Cycle:
         return True
 
     def __enter__(self) -> "Cycle":
-        """As a DisconnectWatcher: while entered, the task is cancelled when the client leaves. It is not entered if it has."""
+        """As a DisconnectWatcher: while entered, a client that leaves cancels the task; raises if it has left."""
         if self.disconnected or self._protocol.left:
             self.gone = True
             raise asyncio.CancelledError

@@ -76,7 +76,7 @@ class Pool:
         self.close_idle()
         return None
 
-    async def connect(self, seconds: float | None) -> Connection:
+    async def connect(self, seconds: float | None) -> BackendConnection:
         """A new connection. Raises httpx.ConnectError, ConnectTimeout or PoolTimeout; cancelling leaves nothing."""
         try:
             async with asyncio.timeout(seconds):
@@ -89,7 +89,7 @@ class Pool:
                 raise httpx.PoolTimeout("no file descriptor or port left for a connection") from exc
             raise httpx.ConnectError("no connection to the replica") from exc
 
-    async def _attempt(self, address: str) -> Connection:
+    async def _attempt(self, address: str) -> BackendConnection:
         connection = BackendConnection(self, self._loop)
         self._open.add(connection)
         tls = self._tls() if self._tls is not None else None
@@ -249,7 +249,7 @@ class Transport(httpx.AsyncBaseTransport):
         return f"<Transport {list(self._pools.values())}>"
 
 
-async def _connect(pool: Pool, seconds: float | None, deadline: float | None) -> Connection:
+async def _connect(pool: Pool, seconds: float | None, deadline: float | None) -> BackendConnection:
     """A new connection, before the time to connect is over and before the deadline. Raises as `Pool.connect`."""
     left = None if deadline is None else deadline - monotonic()
     if left is None or (seconds is not None and seconds <= left):

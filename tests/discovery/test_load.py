@@ -14,7 +14,7 @@ from inference_api.discovery import load as load_module
 from inference_api.discovery.gauges import Gauges, Reading
 from inference_api.discovery.load import LoadSignal
 from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import Policy, make_balancer
+from inference_api.routing.balance import Balancer, make_balancer
 from inference_api.routing.catalogue import Engine, parse_catalogue
 from inference_api.routing.origin import Origin
 from inference_api.upstream.transport import Transport
@@ -561,7 +561,7 @@ def replicas_of(*loads: tuple[float, int, float]) -> tuple[Backend, ...]:
 
 
 def shares(name: Any, replicas: tuple[Backend, ...], reported: bool) -> list[int]:
-    chooser: Policy[Backend] = make_balancer(name, Random(1).random, reported)
+    chooser: Balancer[Backend] = make_balancer(name, Random(1).random, reported)
     chosen = [chooser.choose(replicas, "") for _ in range(300)]
     return [chosen.count(replica) for replica in replicas]
 
@@ -604,7 +604,7 @@ def test_policies_that_go_by_something_else_stay_as_they_are(name: Any) -> None:
 @pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
 def test_a_repetition_goes_by_it_too(name: Any) -> None:
     replicas = replicas_of((1, 0, 0), (1, 0, 9), (1, 1, 0))
-    chooser: Policy[Backend] = make_balancer(name, Random(1).random, reported=True)
+    chooser: Balancer[Backend] = make_balancer(name, Random(1).random, reported=True)
 
     assert {chooser.choose(replicas, "", [replicas[0]]) for _ in range(50)} == {replicas[2]}
 

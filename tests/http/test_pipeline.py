@@ -16,9 +16,9 @@ from inference_api.http.admission import Admission
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Reply
+from inference_api.observe.accounts import Accounts
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Accounts
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue

@@ -13,12 +13,12 @@ import orjson
 import pytest
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
-from inference_api.http.admission import Load
+from inference_api.http.admission import Admission
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Outcome, RawHeaders, Reply
+from inference_api.observe.accounts import Accounts
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Accounts
 from inference_api.relay.events import EventTracker
 from inference_api.relay.pump import Pump
 from inference_api.relay.relay import Relay
@@ -776,7 +776,7 @@ def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
     observer = Accounts(Metrics(lambda: fleet.models), None)
     forward = Forward(transport, Limits())
     gate = Gate(observer, lambda name: fleet.by_name[name], forward, RequestHeaders(), lambda: "minted", lambda: (tap,))
-    return Inference(ROUTES["chat_completions"], gate, Load())
+    return Inference(ROUTES["chat_completions"], gate, Admission())
 
 
 async def _serve(inference: Inference, body: bytes) -> Client:

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from inference_api.upstream.connection import (
+    BackendConnection,
     Closed,
     Disconnected,
     ResponseStream,
@@ -472,7 +473,7 @@ async def test_closing_ends_everything(start_engine: Start, transport: Transport
 async def test_a_url_without_a_port_means_that_of_its_scheme(
     url: str, port: int, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def connect(pool: Pool, seconds: float | None) -> Connection:
+    async def connect(pool: Pool, seconds: float | None) -> BackendConnection:
         raise httpx.ConnectError(f"{pool.host} {pool.port}")
 
     monkeypatch.setattr(Pool, "connect", connect)

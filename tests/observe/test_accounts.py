@@ -10,11 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from inference_api.models import Outcome, Reply
+from inference_api.observe.accounts import Account, Accounts
 from inference_api.observe.exposition import write
 from inference_api.observe.families import Families
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.observe.observation import Account, Accounts
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
