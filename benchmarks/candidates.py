@@ -143,9 +143,9 @@ def from_pypi(name: str, *requirements: str) -> Callable[[], str]:
     return install
 
 
-def _start_vllm_router(policy: str) -> Callable[[int, Site], Start]:
+def _start_vllm_router(balancing: str) -> Callable[[int, Site], Start]:
     def start(port: int, site: Site) -> Start:
-        command = [str(venv("vllm-router") / "bin/vllm-router"), *_rust_options(port, site, policy)]
+        command = [str(venv("vllm-router") / "bin/vllm-router"), *_rust_options(port, site, balancing)]
         return Start(command)
 
     return start
@@ -156,9 +156,9 @@ def _start_sglang_router(port: int, site: Site) -> Start:
     return Start([*command, *_rust_options(port, site, "round_robin")])
 
 
-def _rust_options(port: int, site: Site, policy: str) -> list[str]:
+def _rust_options(port: int, site: Site, balancing: str) -> list[str]:
     options = ["--worker-urls", *site.urls, "--host", "127.0.0.1", "--port", str(port)]
-    return [*options, "--policy", policy, "--prometheus-port", str(free_port())]
+    return [*options, "--policy", balancing, "--prometheus-port", str(free_port())]
 
 
 _LITELLM = """\

@@ -39,7 +39,7 @@ _SESSIONS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    policy: BalancingName
+    balancing: BalancingName
     failing: Failing | None = None
     refused: Refused | None = None
     replicas: int = 3
@@ -88,7 +88,7 @@ class Simulation:
         self.random = Random(f"{case}")
         self.fleet = Fleet(lambda name: make_balancer(name, self.random.random))
         urls = [{"url": f"http://r{number}"} for number in range(case.replicas)]
-        self.fleet.update(parse_catalogue({"models": [{"name": "m", "policy": case.policy, "backends": urls}]}))
+        self.fleet.update(parse_catalogue({"models": [{"name": "m", "balancing": case.balancing, "backends": urls}]}))
         self.model = self.fleet.models["m"]
         breaker = Breaker(rand=self.random.random)
         clock: Callable[[], float] = lambda: self.now  # noqa: E731
@@ -226,7 +226,7 @@ def _moved(cases: Sequence[Case]) -> tuple[str, ...]:
 
 
 def _with(case: Case, refused: Refused | None) -> Case:
-    return Case(case.policy, None, refused, case.replicas, case.clients, case.service, case.lasts, case.seed)
+    return Case(case.balancing, None, refused, case.replicas, case.clients, case.service, case.lasts, case.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,17 +242,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     failing: tuple[Failing, ...] = get_args(Failing)
     refused: tuple[Refused, ...] = get_args(Refused)
     rows = [
-        (kind, policy, *_worst([Case(policy, kind, None, *shape, seed) for seed in seeds]))
+        (kind, balancing, *_worst([Case(balancing, kind, None, *shape, seed) for seed in seeds]))
         for kind in failing
-        for policy in policies
+        for balancing in policies
     ]
-    print("\n".join(table("One replica fails", ("how", "policy", "its share", "worst seed", "errors"), rows)))
+    print("\n".join(table("One replica fails", ("how", "balancing", "its share", "worst seed", "errors"), rows)))
     rows = [
-        (kind, policy, *_moved([Case(policy, None, kind, *shape, seed) for seed in seeds]))
+        (kind, balancing, *_moved([Case(balancing, None, kind, *shape, seed) for seed in seeds]))
         for kind in refused
-        for policy in policies
+        for balancing in policies
     ]
-    headings = ("refused by all", "policy", "circuits opened", "most asked", "most asked, nothing refused")
+    headings = ("refused by all", "balancing", "circuits opened", "most asked", "most asked, nothing refused")
     print("\n".join(table("No replica fails", headings, rows)))
     return 0
 

@@ -1,4 +1,4 @@
-"""What a catalogue of many replicas costs a router: a scrape of /metrics, a choice by each policy, and memory.
+"""What a catalogue of many replicas costs a router: a scrape of /metrics, a choice by each balancing, and memory.
 
 python -m benchmarks.fleet_size --models 1 --replicas 1000
 python -m benchmarks.fleet_size --models 100 --replicas 1 --routes 3
@@ -29,12 +29,13 @@ _ROUTES = ("chat_completions", "completions", "responses", "messages")
 _CHOICES = 2_000
 
 
-def build(models: int, replicas: int, policy: BalancingName = "two_choices") -> Fleet:
+def build(models: int, replicas: int, balancing: BalancingName = "two_choices") -> Fleet:
     """A fleet of so many models, each of so many replicas, that has chosen once for each."""
     catalogue = parse_catalogue(
         {
             "models": [
-                {"name": f"model-{m}", "policy": policy, "backends": _backends(m, replicas)} for m in range(models)
+                {"name": f"model-{m}", "balancing": balancing, "backends": _backends(m, replicas)}
+                for m in range(models)
             ]
         }
     )
@@ -124,12 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{compressed / 1e3:,.0f} KB compressed, {took * 1e3:.0f} ms a scrape in {len(slices)} slices, "
         f"99 % of them up to {slices[int(len(slices) * 0.99) - 1] * 1e3:.1f} ms, the longest {slices[-1] * 1e3:.1f} ms"
     )
-    for policy in get_args(BalancingName):
+    for balancing in get_args(BalancingName):
         tracemalloc.start()
-        fleet = build(arguments.models, arguments.replicas, policy)
+        fleet = build(arguments.models, arguments.replicas, balancing)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        print(f"{policy}: {choosing_us(fleet):.1f} us per choice, {peak / 1e6:.1f} MB at most while it is built")
+        print(f"{balancing}: {choosing_us(fleet):.1f} us per choice, {peak / 1e6:.1f} MB at most while it is built")
     return 0
 
 

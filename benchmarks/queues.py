@@ -28,7 +28,7 @@ _LOOKS = 200
 class Case:
     """One cell of the table. Times are in mean services."""
 
-    policy: BalancingName
+    balancing: BalancingName
     routers: int
     utilisation: float
     event: Event = "none"
@@ -136,7 +136,7 @@ class Server:
 
 
 class View:
-    """A replica as one router sees it; what a policy is handed."""
+    """A replica as one router sees it; what a balancing is handed."""
 
     __slots__ = ("extra", "failures", "in_flight", "origin", "reported", "server", "url", "weight")
 
@@ -153,16 +153,16 @@ class View:
 
 
 class Router:
-    """A policy, and what it knows of the replicas: its own requests."""
+    """A balancer, and what it knows of the replicas: its own requests."""
 
     def __init__(self, case: Case, servers: Sequence[Server], number: int) -> None:
         random = Random(f"{case.seed} router {number}").random
-        self._policy: Balancer[View] = make_balancer(case.policy, random, reported=case.signal > 0)
-        # All there are, and those whose circuit is closed: replaced as a whole, so that a policy may cache by identity.
+        self._balancer: Balancer[View] = make_balancer(case.balancing, random, reported=case.signal > 0)
+        # All there are, and those whose circuit is closed: replaced as a whole, so that a balancer may cache by identity.
         self.known = self.views = tuple(View(server) for server in servers)
 
     def choose(self, key: str, tried: Collection[View] = ()) -> View:
-        view = self._policy.choose(self.views, key, tried)
+        view = self._balancer.choose(self.views, key, tried)
         assert view is not None, "a model's last replica does not die here"
         return view
 

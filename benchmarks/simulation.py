@@ -7,7 +7,7 @@ A replica works on so many requests at once, each as fast as if it were alone, a
 unit of time is the mean service of a request whose prefix is not cached. A router counts what it has in flight itself,
 and no more, unless --signal has it ask the replicas. Requests are a Poisson stream, each a turn of a random session, by
 a random router; the load is what is offered if nothing were cached. Equal arguments give equal tables, and the requests
-of a cell are the same for every policy.
+of a cell are the same for every balancing.
 
 What it leaves out: batches that slow each other down, prefill beside decode, retries of answers that were begun, health
 checks, slow start, and the probe of a replica that died.
@@ -32,7 +32,7 @@ _TITLES: dict[Event, str] = {
     "slow": "One replica works at half speed",
     "dies": "One replica dies in the middle",
 }
-_HEADINGS = ("policy", "routers", "load", "mean wait", "p99 wait", "p99 queue", "max/mean", "hits", "busy")
+_HEADINGS = ("balancing", "routers", "load", "mean wait", "p99 wait", "p99 queue", "max/mean", "hits", "busy")
 _ODD_HEADINGS: dict[Event, tuple[str, ...]] = {
     "none": (),
     "slow": ("its share", "its p99"),
@@ -55,7 +55,7 @@ def table(event: Event, results: Sequence[Result]) -> Iterator[str]:
 def _cells(result: Result) -> tuple[str, ...]:
     case, p99 = result.case, quantile(result.waits, 0.99)
     cells = (
-        case.policy, str(case.routers), f"{case.utilisation:g}", f"{fmean(result.waits):.2f}", f"{p99:.2f}",
+        case.balancing, str(case.routers), f"{case.utilisation:g}", f"{fmean(result.waits):.2f}", f"{p99:.2f}",
         f"{quantile(result.queues, 0.99):.0f}", f"{result.imbalance:.2f}", f"{result.hit_rate:.0%}",
         f"{result.busy:.0%}",
     )  # fmt: skip
@@ -103,7 +103,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[Event, list[Case]]]:
     for event in arguments.events:
         loads = arguments.utilisations if event == "none" else [arguments.event_utilisation]
         cells = product(loads, arguments.policies, arguments.routers)
-        yield event, [Case(policy, routers, load, event, **shared) for load, policy, routers in cells]
+        yield event, [Case(balancing, routers, load, event, **shared) for load, balancing, routers in cells]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,10 +92,10 @@ def check(arguments: argparse.Namespace) -> int:
 
 def models(arguments: argparse.Namespace) -> int:
     catalogue = load_catalogue(_settings(arguments).catalogue)
-    rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "POLICY", "BACKENDS")]
+    rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "BACKENDS")]
     for entry in catalogue.values():
         backends = " ".join(backend.url for backend in entry.backends) or "none"
-        rows.append((entry.name, entry.version, entry.owner, entry.engine, entry.policy, backends))
+        rows.append((entry.name, entry.version, entry.owner, entry.engine, entry.balancing, backends))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))

@@ -29,7 +29,7 @@ models:
     version: "3"
     owner: ml-platform
     backends: [{url: http://a:8000}, {url: http://b:8000}]
-    policy: round_robin
+    balancing: round_robin
   - {name: idle, engine: tgi}
 """
 
@@ -221,7 +221,7 @@ def test_models_are_listed_in_a_table(catalogue: Path, capsys: pytest.CaptureFix
     assert main(["models", "--catalogue", str(catalogue)]) == 0
 
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["MODEL", "VERSION", "OWNER", "ENGINE", "POLICY", "BACKENDS"],
+        ["MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "BACKENDS"],
         ["llama-3-8b", "3", "ml-platform", "vllm", "round_robin", "http://a:8000", "http://b:8000"],
         ["idle", "1", "unknown", "tgi", "two_choices", "none"],
     ]
@@ -241,7 +241,7 @@ def test_a_catalogue_without_models_is_a_table_without_rows(
     catalogue.write_text("models: []")
 
     assert main(["models", "--catalogue", str(catalogue)]) == 0
-    assert capsys.readouterr().out.splitlines() == ["MODEL  VERSION  OWNER  ENGINE  POLICY  BACKENDS"]
+    assert capsys.readouterr().out.splitlines() == ["MODEL  VERSION  OWNER  ENGINE  BALANCING  BACKENDS"]
 
 
 # serve

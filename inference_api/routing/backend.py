@@ -84,7 +84,7 @@ class Backend:
         return max(due(circuit) for circuit in (self.circuit, self.origin) if circuit.opened is not None)
 
     def weigh(self, share: float) -> None:
-        """Give it a share of its full weight; a policy sees that with the next tuple it is handed."""
+        """Give it a share of its full weight; a balancer sees that with the next tuple it is handed."""
         self.share = share
         self.weight = self.full_weight * share
 
@@ -106,6 +106,7 @@ class Model:
         "available",
         "awake",
         "backends",
+        "balancer",
         "entry",
         "guard",
         "in_flight",
@@ -114,20 +115,19 @@ class Model:
         "name",
         "open",
         "panic",
-        "policy",
     )  # fmt: skip
 
     def __init__(
         self,
         entry: CatalogueEntry,
         backends: tuple[Backend, ...],
-        policy: Balancer[Backend],
+        balancer: Balancer[Backend],
         guard: Guard | None = None,
     ) -> None:
         self.name = entry.name
         self.entry = entry
-        self.policy = policy
-        # Shared: replaced as a whole, never edited, so that a policy may cache by identity.
+        self.balancer = balancer
+        # Shared: replaced as a whole, never edited, so that a balancer may cache by identity.
         self.backends = backends
         self.available = self.awake = backends
         # Those whose circuit is not closed, in the order in which they become half-open.
@@ -148,17 +148,17 @@ class Model:
         """The replica for the next attempt, None if there is none now. Whoever gets one makes an attempt on it."""
         if self.guard is not None:
             return self.guard.choose(self, key, tried)
-        return self.policy.choose(self.available, key, tried)
+        return self.balancer.choose(self.available, key, tried)
 
     def protect(self, guard: Guard) -> None:
         self._guard = guard
         self.refresh()
 
-    def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], policy: Balancer[Backend]) -> None:
+    def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], balancer: Balancer[Backend]) -> None:
         """Take a new version of the entry, or other replicas of it; what is in flight stays counted."""
         if entry is not self.entry:
             self.max_model_len = None
-        self.entry, self.policy = entry, policy
+        self.entry, self.balancer = entry, balancer
         if backends != self.backends:
             left = {*self.backends, *self.leaving}.difference(backends)
             self.leaving = tuple(backend for backend in left if backend.in_flight)
@@ -192,7 +192,7 @@ class Fleet:
     """Every Model by every name it answers to, kept across catalogue changes so that live state survives them."""
 
     def __init__(self, make_balancer: Callable[[BalancingName], Balancer[Backend]]) -> None:
-        self._make_policy = make_balancer
+        self._make_balancer = make_balancer
         self.models: dict[str, Model] = {}
         # name or alias -> Model; the one look-up that a request makes.
         self.by_name: dict[str, Model] = {}
@@ -227,12 +227,12 @@ class Fleet:
         if known is not None and known.entry == entry:
             return known
         backends = self._backends(entry, known)
-        policy = self._make_policy(entry.policy)
+        balancer = self._make_balancer(entry.balancing)
         if known is None:
             self._move((), backends)
-            return Model(entry, backends, policy, self._guard)
+            return Model(entry, backends, balancer, self._guard)
         self._move(known.backends, backends)
-        known.adopt(entry, backends, policy)
+        known.adopt(entry, backends, balancer)
         return known
 
     def resolve(self, name: str, addresses: Sequence[str], models: Iterable[str]) -> None:
@@ -244,7 +244,7 @@ class Fleet:
             if (model := self.models.get(user)) is not None:
                 backends = self._backends(model.entry, model, joining)
                 self._move(model.backends, backends)
-                model.adopt(model.entry, backends, model.policy)
+                model.adopt(model.entry, backends, model.balancer)
         self._forget_vacant()
 
     def _backends(self, entry: CatalogueEntry, known: Model | None, joining: bool = True) -> tuple[Backend, ...]:
@@ -257,7 +257,7 @@ class Fleet:
                 # Beside replicas that are warm a new one starts slowly.
                 backend.share = 0.0 if joining and known and known.backends else 1.0
             backend.full_weight = weight
-            backend.weigh(max(backend.share, first_share(entry.policy)))
+            backend.weigh(max(backend.share, first_share(entry.balancing)))
             backends.append(backend)
         return tuple(backends)
 
@@ -286,6 +286,6 @@ class Fleet:
                 self.origins.pop(origin.url, None)
 
 
-def first_share(policy: BalancingName) -> float:
+def first_share(balancing: BalancingName) -> float:
     """What a cold replica gets of its weight. With prefix affinity all: a weight that grows would move keys about."""
-    return 1.0 if policy == "prefix_affinity" else FIRST_SHARE
+    return 1.0 if balancing == "prefix_affinity" else FIRST_SHARE

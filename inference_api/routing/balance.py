@@ -1,6 +1,6 @@
-"""Choose a replica. Four pure policies: in-flight counts, a key and a source of randomness in, a replica out.
+"""Choose a replica. Four pure balancers: in-flight counts, a key and a source of randomness in, a replica out.
 
-What a policy has to precompute for a set of replicas it keeps until it is handed another tuple.
+What a balancer has to precompute for a set of replicas it keeps until it is handed another tuple.
 """
 
 import random
@@ -46,7 +46,7 @@ _AROUND = 1 << 64
 
 
 class Replica(Protocol):
-    """What a policy sees of a backend."""
+    """What a balancer sees of a backend."""
 
     @property
     def url(self) -> str: ...
@@ -70,12 +70,12 @@ class Balancer(Protocol[R]):
 
 
 def make_balancer(name: BalancingName, random: Random = random.random, reported: bool = False) -> Balancer[R]:
-    """A policy with a state of its own: one per model. `random` returns floats in [0, 1).
+    """A balancer with a state of its own: one per model. `random` returns floats in [0, 1).
 
-    `reported`: what the replicas say of others' requests counts too, where the policy goes by load alone.
+    `reported`: what the replicas say of others' requests counts too, where the balancer goes by load alone.
     """
-    policies = {**_POLICIES, **_REPORTED} if reported else _POLICIES
-    return policies[name](random)
+    balancers = {**_BALANCERS, **_REPORTED} if reported else _BALANCERS
+    return balancers[name](random)
 
 
 class RoundRobin(Generic[R]):
@@ -274,7 +274,7 @@ class PrefixAffinity(Generic[R]):
         self._age = len(replicas)
 
 
-_POLICIES: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
+_BALANCERS: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
     "round_robin": RoundRobin,
     "least_in_flight": LeastInFlight,
     "two_choices": TwoChoices,

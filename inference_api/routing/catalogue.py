@@ -323,7 +323,7 @@ class CatalogueEntry(_Entry):
     aliases: Annotated[tuple[ModelName, ...], FailFast()] = Field(default=(), max_length=256)
     hardware: Hardware | None = None
     served_model_name: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    policy: BalancingName = "two_choices"
+    balancing: BalancingName = "two_choices"
     timeouts: Timeouts = Timeouts()
     max_in_flight: int | None = Field(default=None, ge=1)
     credentials: Credentials | Literal["passthrough"] | None = None

@@ -82,10 +82,10 @@ class Faults:
         self._breaker.released(backend.circuit, owner)
 
     def choose(self, model: Model, key: str, backend: Backend, owner: Owner) -> Backend:
-        """Who gets a request that the policy gives to `backend`, which is compared."""
+        """Who gets a request that the balancer gives to `backend`, which is compared."""
 
         def other() -> Backend | None:
-            return model.policy.choose(model.available, key, [one for one in model.backends if one.compared])
+            return model.balancer.choose(model.available, key, [one for one in model.backends if one.compared])
 
         return self._comparisons.assign(backend, other, owner)
 
@@ -165,7 +165,7 @@ def _charge(model: Model) -> None:
     settled = [backend for backend in model.available if backend.share == 1.0]
     least = min((backend.recent / backend.weight for backend in settled), default=0.0)
     # Where keys decide who gets a request, they decide who gets the bad ones, too.
-    keyed = model.entry.policy == "prefix_affinity"
+    keyed = model.entry.balancing == "prefix_affinity"
     for backend in model.backends:
         usual = least * backend.weight
         beyond = backend.recent - usual - _DEVIATIONS * sqrt(usual) - _CHANCE

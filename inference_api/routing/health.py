@@ -143,8 +143,8 @@ class Health:
             return self._choose_sole(model, model.awake[0], tried, now)
         if tried:
             # A request that has failed once is the probe only where nothing else is left.
-            return model.policy.choose(model.available, key, tried) or self._probe(model, tried, now)
-        backend = self._probe(model, tried, now) or model.policy.choose(model.available, key, tried)
+            return model.balancer.choose(model.available, key, tried) or self._probe(model, tried, now)
+        backend = self._probe(model, tried, now) or model.balancer.choose(model.available, key, tried)
         if backend is None or not backend.compared:
             return backend
         return self._faults.choose(model, key, backend, self._owner())
@@ -279,7 +279,7 @@ class Health:
     def _bring_back(self, backend: Backend) -> None:
         model = self._fleet.models.get(backend.model)
         if model is not None and backend.usable:
-            backend.weigh(first_share(model.entry.policy))
+            backend.weigh(first_share(model.entry.balancing))
         self._refresh_one(backend, reweighed=backend.usable)
 
     def _refresh(self, origin: Origin) -> None:

@@ -410,7 +410,7 @@ class _Common(NamedTuple):
     lines: bytes
     timeout: Timeout
     deadline: float
-    # For the policy, see routing.affinity
+    # For the balancer, see routing.affinity
     key: str
 
 

@@ -87,11 +87,11 @@ def test_what_the_product_decides_is_what_it_decides() -> None:
     assert many == pytest.approx(MEASURED.scrape_kb, rel=0.1)
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "least_in_flight", "two_choices", "prefix_affinity"])
-def test_the_simulation_says_what_is_quoted(policy: BalancingName) -> None:
-    """The column that is cheap to make; a change of a policy that moves it is a reason to make the others anew, too."""
-    result = simulate(Case(policy, 16, 0.8))
-    quoted = next(row for row in rows("policy, 4 slots") if row[0] == policy)
+@pytest.mark.parametrize("balancing", ["round_robin", "least_in_flight", "two_choices", "prefix_affinity"])
+def test_the_simulation_says_what_is_quoted(balancing: BalancingName) -> None:
+    """The column that is cheap to make; a change that moves it is a reason to make the others anew, too."""
+    result = simulate(Case(balancing, 16, 0.8))
+    quoted = next(row for row in rows("policy, 4 slots") if row[0] == balancing)
     assert quoted[-1] == f"{quantile(result.waits, 0.99):.2f}"
 
 

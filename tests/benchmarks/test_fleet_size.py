@@ -16,8 +16,8 @@ def test_every_replica_has_its_series_and_costs_less_than_half_a_kilobyte() -> N
 
 def test_only_least_in_flight_looks_at_every_replica() -> None:
     least, two, affine = (
-        fleet_size.choosing_us(fleet_size.build(1, 1000, policy))
-        for policy in ("least_in_flight", "two_choices", "prefix_affinity")
+        fleet_size.choosing_us(fleet_size.build(1, 1000, balancing))
+        for balancing in ("least_in_flight", "two_choices", "prefix_affinity")
     )
     assert min(two, affine) > 0
     assert least > 5 * max(two, affine)

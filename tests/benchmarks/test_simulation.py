@@ -13,7 +13,7 @@ from benchmarks.queues import Case, Event, Server, Sessions, Simulation, simulat
 from benchmarks.samples import quantile
 from inference_api.routing.catalogue import BalancingName
 
-POLICIES: tuple[BalancingName, ...] = get_args(BalancingName)
+BALANCING: tuple[BalancingName, ...] = get_args(BalancingName)
 # At 0.7 sixteen routers have less than one request in flight at each of the replicas.
 CASE = Case("two_choices", routers=4, utilisation=0.7, replicas=20, requests=4_000)
 ALONE = Case("round_robin", routers=1, utilisation=0.5, replicas=1, slots=1, saving=0, requests=60_000)
@@ -41,15 +41,15 @@ def test_several_slots_wait_as_long_as_erlang_says() -> None:
 
 
 def test_queues_are_as_long_as_little_says() -> None:
-    """Mean queue = arrivals per unit of time x mean wait, whatever the policy."""
+    """Mean queue = arrivals per unit of time x mean wait, whatever the balancing."""
     case = replace(CASE, utilisation=0.9, saving=0, requests=60_000)
     result = simulate(case)
     assert fmean(result.queues) == pytest.approx(case.utilisation * case.slots * fmean(result.waits), rel=0.1)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_slots_are_as_busy_as_the_work_that_comes(policy: BalancingName) -> None:
-    result = simulate(replace(CASE, policy=policy, sigma=0.5, requests=12_000))
+@pytest.mark.parametrize("balancing", BALANCING)
+def test_the_slots_are_as_busy_as_the_work_that_comes(balancing: BalancingName) -> None:
+    result = simulate(replace(CASE, balancing=balancing, sigma=0.5, requests=12_000))
     expected = CASE.utilisation * (1 - CASE.saving * result.hit_rate)
     assert result.busy == pytest.approx(expected, abs=0.03)
 
@@ -57,10 +57,10 @@ def test_the_slots_are_as_busy_as_the_work_that_comes(policy: BalancingName) -> 
 # Every request ends once
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("balancing", BALANCING)
 @pytest.mark.parametrize("event", ["none", "slow", "dies"])
-def test_every_request_ends_once(policy: BalancingName, event: Event) -> None:
-    result = simulate(replace(CASE, policy=policy, event=event, utilisation=0.9, requests=1_500))
+def test_every_request_ends_once(balancing: BalancingName, event: Event) -> None:
+    result = simulate(replace(CASE, balancing=balancing, event=event, utilisation=0.9, requests=1_500))
     assert result.completed + result.cut == 1_500
     assert bool(result.cut) == bool(result.repeats) == (event == "dies")
 
@@ -75,7 +75,7 @@ def test_nothing_is_left_in_flight(event: Event) -> None:
 
 @pytest.mark.parametrize("routers", [1, 8])
 def test_each_router_learns_by_five_failures_that_a_replica_died(routers: int) -> None:
-    run = Simulation(replace(CASE, policy="round_robin", event="dies", routers=routers, utilisation=0.5))
+    run = Simulation(replace(CASE, balancing="round_robin", event="dies", routers=routers, utilisation=0.5))
     result = run.run()
     assert result.cut + result.repeats == 5 * routers
     assert {len(router.views) for router in run.routers} == {19}
@@ -84,9 +84,9 @@ def test_each_router_learns_by_five_failures_that_a_replica_died(routers: int) -
 # The same again
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_seed_decides_on_everything(policy: BalancingName) -> None:
-    case = replace(CASE, policy=policy, event="dies", requests=1_000)
+@pytest.mark.parametrize("balancing", BALANCING)
+def test_the_seed_decides_on_everything(balancing: BalancingName) -> None:
+    case = replace(CASE, balancing=balancing, event="dies", requests=1_000)
     assert simulate(case) == simulate(case)
     assert simulate(case).waits != simulate(replace(case, seed=2)).waits
 
@@ -94,7 +94,7 @@ def test_the_seed_decides_on_everything(policy: BalancingName) -> None:
 def test_the_requests_are_the_same_for_every_policy() -> None:
     """With a slot for everybody nobody waits, and the work is all that is left to differ."""
     roomy = replace(CASE, slots=200, replicas=2, utilisation=0.5, saving=0, requests=2_000)
-    busy = [simulate(replace(roomy, policy=policy)).busy for policy in POLICIES]
+    busy = [simulate(replace(roomy, balancing=balancing)).busy for balancing in BALANCING]
     assert busy == pytest.approx(busy[:1] * len(busy))
 
 
@@ -103,7 +103,7 @@ def test_the_requests_are_the_same_for_every_policy() -> None:
 
 def test_two_choices_wait_less_than_a_round_robin() -> None:
     case = replace(CASE, utilisation=0.9, routers=1, requests=12_000)
-    robin, two = (simulate(replace(case, policy=policy)) for policy in ("round_robin", "two_choices"))
+    robin, two = (simulate(replace(case, balancing=balancing)) for balancing in ("round_robin", "two_choices"))
     assert quantile(two.waits, 0.99) < quantile(robin.waits, 0.99) / 2
     assert fmean(two.queues) < fmean(robin.queues) / 2
     assert two.imbalance < robin.imbalance
@@ -117,7 +117,7 @@ def test_routers_that_see_less_balance_worse() -> None:
 
 
 def test_affinity_finds_the_prefixes_that_others_find_by_chance() -> None:
-    two, affine = (simulate(replace(CASE, policy=policy)) for policy in ("two_choices", "prefix_affinity"))
+    two, affine = (simulate(replace(CASE, balancing=balancing)) for balancing in ("two_choices", "prefix_affinity"))
     assert affine.hit_rate > 2 * two.hit_rate
     assert affine.busy < two.busy
 
@@ -132,7 +132,8 @@ def test_affinity_finds_nearly_as_many_where_each_router_sees_a_part() -> None:
 
 def test_a_slow_replica_gets_less_of_those_who_count_only() -> None:
     robin, least = (
-        simulate(replace(CASE, event="slow", policy=policy, routers=1)) for policy in ("round_robin", "least_in_flight")
+        simulate(replace(CASE, event="slow", balancing=balancing, routers=1))
+        for balancing in ("round_robin", "least_in_flight")
     )
     assert robin.odd_share == pytest.approx(1, abs=0.02)
     assert least.odd_share < 0.8

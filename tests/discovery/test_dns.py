@@ -165,14 +165,14 @@ async def test_an_answer_that_says_the_same_changes_nothing() -> None:
     discovery = Discovery(fleet, names)
     await discovery.look()
     model = fleet.models["m"]
-    before, policy, model.max_model_len = model.backends, model.policy, 4096
+    before, balancing, model.max_model_len = model.backends, model.balancer, 4096
     names.say("a", ["10.0.0.2", "10.0.0.1", "10.0.0.1"])
     await discovery.look()
 
     assert model.backends is before
     names.say("a", ["10.0.0.2"])
     await discovery.look()
-    assert (model.policy is policy, model.max_model_len) == (True, 4096)
+    assert (model.balancer is balancing, model.max_model_len) == (True, 4096)
 
 
 async def test_a_replica_that_comes_back_still_has_what_it_had_in_flight() -> None:

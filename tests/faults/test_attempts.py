@@ -234,7 +234,9 @@ async def test_t26_all_replicas_refuse_connections(start_engine: Start, start_ro
 async def test_t27_a_replica_that_swallows_connections(start_engine: Start, start_router: Start) -> None:
     engine = await start_engine()
     with full_listener() as hole:
-        served = await start_router(models=at(engine.url, hole, policy="round_robin"), connect_timeout=0.8, **UNCHECKED)
+        served = await start_router(
+            models=at(engine.url, hole, balancing="round_robin"), connect_timeout=0.8, **UNCHECKED
+        )
         async with quiet(served):
             took = []
             for number in range(4):
@@ -264,7 +266,7 @@ async def test_t37_no_attempt_starts_after_the_deadline(start_engine: Start, sta
     engine = await start_engine()
     with full_listener() as hole:
         served = await start_router(
-            models=at(engine.url, hole, policy="round_robin"), connect_timeout=30, total_timeout=1, **UNCHECKED
+            models=at(engine.url, hole, balancing="round_robin"), connect_timeout=30, total_timeout=1, **UNCHECKED
         )
         async with quiet(served):
             answers = [await served.chat() for _ in range(2)]
@@ -357,7 +359,7 @@ async def test_t30_one_dying_replica_costs_no_client_anything(start_engine: Star
         line.reset()
 
     dying, alive = await start_engine(die_together), await start_engine()
-    served = await start_router(dying, alive, entry={"policy": "round_robin"}, **FRESH)
+    served = await start_router(dying, alive, entry={"balancing": "round_robin"}, **FRESH)
     async with quiet(served):
         asking = [asyncio.create_task(ask_raw(served.port, CHAT)) for _ in range(60)]
         await until(lambda: len(dying.requests) == 30)
@@ -415,7 +417,7 @@ async def test_t33_a_status_is_tried_again_if_the_settings_say_so(
     code: int, more: tuple[int, ...], start_engine: Start, start_router: Start
 ) -> None:
     bad, good = await start_engine(status(code)), await start_engine()
-    served = await start_router(bad, good, entry={"policy": "round_robin"}, retry_on_status=frozenset({503, *more}))
+    served = await start_router(bad, good, entry={"balancing": "round_robin"}, retry_on_status=frozenset({503, *more}))
     async with quiet(served):
         answers = [await served.client.post(URL, json=numbered(number)) for number in range(4)]
 
@@ -427,7 +429,7 @@ async def test_t33_a_status_is_tried_again_if_the_settings_say_so(
 
 async def test_t34_a_replica_that_asks_for_a_rest_has_it(start_engine: Start, start_router: Start) -> None:
     tired, awake = await start_engine(status(429, b"retry-after: 7\r\n")), await start_engine()
-    served = await start_router(tired, awake, entry={"policy": "round_robin"}, retry_on_status=frozenset({429}))
+    served = await start_router(tired, awake, entry={"balancing": "round_robin"}, retry_on_status=frozenset({429}))
     async with quiet(served):
         answers = [await served.client.post(URL, json=numbered(number)) for number in range(20)]
 
@@ -438,7 +440,7 @@ async def test_t34_a_replica_that_asks_for_a_rest_has_it(start_engine: Start, st
 async def test_t34_a_rest_may_be_asked_for_by_a_date(start_engine: Start, start_router: Start) -> None:
     date = formatdate(time.time() + 20, usegmt=True).encode()
     tired, awake = await start_engine(status(503, b"retry-after: %b\r\n" % date)), await start_engine()
-    served = await start_router(tired, awake, entry={"policy": "round_robin"})
+    served = await start_router(tired, awake, entry={"balancing": "round_robin"})
     async with quiet(served):
         answers = [await served.client.post(URL, json=numbered(number)) for number in range(20)]
 
@@ -467,7 +469,7 @@ async def test_t35_repeats_have_a_budget(start_engine: Start, start_router: Star
 
     broken, healthy = await start_engine(reset), await start_engine(slow)
     served: Served = await start_router(
-        broken, healthy, entry={"policy": "round_robin"}, breaker_failures=10**6, **FRESH
+        broken, healthy, entry={"balancing": "round_robin"}, breaker_failures=10**6, **FRESH
     )
     # It has been failing for a while, or its end would be a reason to send everything elsewhere.
     served.router.fleet.models["m"].backends[0].origin.failures = 1
@@ -526,7 +528,7 @@ async def test_t38_a_request_that_kills_replicas_kills_two(
 
     engines: list[FakeEngine] = [await start_engine(mortal) for _ in range(4)]
     # Three, so that a request finds a replica that lives, in whatever order they are.
-    served = await start_router(*engines, entry={"policy": "round_robin"}, max_attempts=3)
+    served = await start_router(*engines, entry={"balancing": "round_robin"}, max_attempts=3)
     async with quiet(served):
         async with sdk(served) as api:
             if warm:
@@ -585,7 +587,7 @@ async def test_t40_an_answer_before_the_end_of_the_request(start_router: Start) 
 async def test_t41_a_replica_that_hangs_holds_up_nobody_else(start_engine: Start, start_router: Start) -> None:
     stuck, well = await start_engine(hang), await start_engine()
     models = [*at(stuck.url), {"name": "n", "backends": [{"url": well.url}]}]
-    models += [{"name": "both", "backends": [{"url": stuck.url}, {"url": well.url}], "policy": "least_in_flight"}]
+    models += [{"name": "both", "backends": [{"url": stuck.url}, {"url": well.url}], "balancing": "least_in_flight"}]
     served = await start_router(models=models)
     async with quiet(served), AsyncExitStack() as stack:
         for number in range(256):

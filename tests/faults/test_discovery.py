@@ -89,7 +89,7 @@ async def read_to(body: AsyncIterator[bytes], mark: bytes) -> bytes:
 
 async def test_t54_a_record_that_is_removed_is_not_used_any_more(pods: Pods, start_router: Start) -> None:
     engines, records = await pods(3), Records()
-    served = await serve(start_router, engines, records, entry={"policy": "round_robin"})
+    served = await serve(start_router, engines, records, entry={"balancing": "round_robin"})
     for _ in range(6):
         assert (await served.chat()).status_code == 200
     assert [len(engine.requests) for engine in engines] == [2, 2, 2]
@@ -251,13 +251,13 @@ async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(pods: Pods
     assert {"ok", "client_gone", "upstream_5xx"} <= outcomes
 
 
-@pytest.mark.parametrize("policy", ["two_choices", "least_in_flight", "round_robin"])
+@pytest.mark.parametrize("balancing", ["two_choices", "least_in_flight", "round_robin"])
 async def test_t59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly(
-    pods: Pods, start_router: Start, policy: str
+    pods: Pods, start_router: Start, balancing: str
 ) -> None:
     gate, records = Gate(), Records()
     engines = await pods(2, gate)
-    served = await serve(start_router, engines, records, entry={"policy": policy})
+    served = await serve(start_router, engines, records, entry={"balancing": balancing})
     asking = [asyncio.create_task(served.chat(stream=True)) for _ in range(8)]
     await until(lambda: sum(len(engine.requests) for engine in engines) == 8)
     gate.opened.set()
@@ -268,7 +268,7 @@ async def test_t59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly
 
 async def test_t59_a_key_whose_home_is_dead_is_answered_by_another(pods: Pods, start_router: Start) -> None:
     engines, records = await pods(3), Records()
-    served = await serve(start_router, engines, records, entry={"policy": "prefix_affinity"})
+    served = await serve(start_router, engines, records, entry={"balancing": "prefix_affinity"})
     for _ in range(3):
         await served.chat()
     [home] = [engine for engine in engines if engine.requests]

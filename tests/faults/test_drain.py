@@ -171,7 +171,7 @@ async def test_t83_a_second_signal_does_not_wait(tmp_path: Path, start_engine: S
     assert (code, log_of(out)[-1]["event"]) == (0, "stopped")
     assert b'"code":"router_shutting_down"' in rest
     assert not rest.endswith(LAST_CHUNK)
-    # The policy says two seconds, of a machine with nothing else to do.
+    # The balancing says two seconds, of a machine with nothing else to do.
     assert took < 4
 
 

@@ -45,14 +45,14 @@ async def flag(served: Any, name: str, engine: FakeEngine) -> float:
 
 
 @pytest.mark.parametrize(
-    ("status", "policy"),
+    ("status", "balancing"),
     [(500, "two_choices"), (401, "least_in_flight"), (404, "round_robin"), (500, "prefix_affinity")],
 )
 async def test_a_replica_that_fails_at_once_gets_a_few_requests_and_then_none(
-    status: int, policy: str, start_engine: Start, start_router: Start
+    status: int, balancing: str, start_engine: Start, start_router: Start
 ) -> None:
     broken, *well = [await start_engine(error(status)), await start_engine(slow), await start_engine(slow)]
-    served = await start_router(broken, *well, entry={"policy": policy})
+    served = await start_router(broken, *well, entry={"balancing": balancing})
     number = 0
 
     async def ask() -> int:
@@ -71,16 +71,16 @@ async def test_a_replica_that_fails_at_once_gets_a_few_requests_and_then_none(
     assert await flag(served, "circuit_open", broken) == (status >= 500)
 
 
-@pytest.mark.parametrize("policy", ["two_choices", "least_in_flight", "round_robin", "prefix_affinity"])
+@pytest.mark.parametrize("balancing", ["two_choices", "least_in_flight", "round_robin", "prefix_affinity"])
 @pytest.mark.parametrize("status", [400, 500])
 async def test_a_request_that_every_replica_refuses_changes_nothing(
-    status: int, policy: str, start_engine: Start, start_router: Start
+    status: int, balancing: str, start_engine: Start, start_router: Start
 ) -> None:
     async def script(request: Received, line: Line) -> None:
         await (error(status) if b"wrong" in request.body else answer)(request, line)
 
     engines = [await start_engine(script) for _ in "abc"]
-    served = await start_router(*engines, entry={"policy": policy})
+    served = await start_router(*engines, entry={"balancing": balancing})
     model = served.router.fleet.models["m"]
     wrong = [{"role": "user", "content": "wrong"}]
 

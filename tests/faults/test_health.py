@@ -205,7 +205,7 @@ async def test_a_replica_that_is_down_costs_a_few_attempts_and_then_none(
     start_engine: Start, start_router: Start
 ) -> None:
     dead, alive = await start_engine(), await start_engine()
-    served = await start_router(dead, alive, entry={"policy": "round_robin"})
+    served = await start_router(dead, alive, entry={"balancing": "round_robin"})
     await dead.stop()
 
     answers = [await served.chat() for _ in range(40)]
@@ -218,7 +218,7 @@ async def test_a_replica_that_is_down_costs_a_few_attempts_and_then_none(
 
 async def test_a_probe_that_fails_is_answered_by_another_replica(start_engine: Start, start_router: Start) -> None:
     dead, alive = await start_engine(), await start_engine()
-    served = await start_router(dead, alive, entry={"policy": "round_robin"}, breaker_cooldown=0.05)
+    served = await start_router(dead, alive, entry={"balancing": "round_robin"}, breaker_cooldown=0.05)
     await dead.stop()
 
     for _ in range(60):
@@ -240,7 +240,7 @@ async def test_broken_streams_silence_and_503_open_a_circuit(
     script: Script, start_engine: Start, start_router: Start
 ) -> None:
     broken, alive = await start_engine(script), await start_engine()
-    served = await start_router(broken, alive, entry={"policy": "round_robin"})
+    served = await start_router(broken, alive, entry={"balancing": "round_robin"})
 
     for _ in range(10):
         async with raw_client(served.port) as client:
@@ -258,7 +258,7 @@ async def test_broken_streams_silence_and_503_open_a_circuit(
 
 async def test_t51_with_most_replicas_out_all_are_used(start_engine: Start, start_router: Start) -> None:
     engines = [await start_engine(UNAVAILABLE), await start_engine(UNAVAILABLE), *[await start_engine() for _ in "cd"]]
-    served = await start_router(*engines, entry={"policy": "round_robin"}, max_attempts=1, breaker_cooldown=3600)
+    served = await start_router(*engines, entry={"balancing": "round_robin"}, max_attempts=1, breaker_cooldown=3600)
 
     async def traffic() -> list[int]:
         """Requests at each engine, of forty."""
@@ -325,7 +325,7 @@ async def test_a_replica_that_fails_its_health_checks_gets_no_requests_until_it_
             await answer(request, line)
 
     sick, well = await start_server(script), await start_server(answer)
-    served = await start_router(sick, well, health_interval=0.05, entry={"policy": "round_robin"})
+    served = await start_router(sick, well, health_interval=0.05, entry={"balancing": "round_robin"})
     await eventually(lambda: is_up(served, sick), 0)
     assert await served.metric("inference_api_backend_probe_failures_total", backend=label(sick), kind="health") >= 3
     assert (await served.client.get("/readyz")).status_code == 200
@@ -364,7 +364,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_soon")
 async def test_t53_a_hung_engine_is_out_although_its_health_is_200(start_engine: Start, start_router: Start) -> None:
     hung, well = await start_engine(hang), await start_engine()
-    served = await start_router(hung, well, health_interval=0.05, entry={"policy": "round_robin"})
+    served = await start_router(hung, well, health_interval=0.05, entry={"balancing": "round_robin"})
     async with AsyncExitStack() as stack:
         for document in (CHAT, STREAM) * 3:
             client = await stack.enter_async_context(raw_client(served.port))
@@ -406,7 +406,7 @@ async def test_t53_a_busy_engine_is_not_out(start_server: Start, start_router: S
 
     engine, other = await start_server(busy), await start_server(answer)
     served = await start_router(
-        engine, other, health_interval=0.05, health_timeout=0.1, entry={"policy": "round_robin"}
+        engine, other, health_interval=0.05, health_timeout=0.1, entry={"balancing": "round_robin"}
     )
 
     async with asyncio.timeout(10):
@@ -427,7 +427,7 @@ async def test_t85_a_sleeping_engine_gets_no_requests_although_its_health_is_200
     """It looks idle, and would hold each request until somebody wakes it."""
     sleeper, other = await start_engine(), await start_engine()
     sleeper.page, other.page = sleep_state(0), sleep_state(1)
-    served = await start_router(sleeper, other, health_interval=0.05, entry={"policy": "round_robin"}, **settings)
+    served = await start_router(sleeper, other, health_interval=0.05, entry={"balancing": "round_robin"}, **settings)
     await eventually(lambda: is_asleep(served, sleeper), 1)
     sleeper.script = hang
 
@@ -470,7 +470,7 @@ async def test_t61_a_clock_that_jumps_moves_no_cooldown(
     jump: float, start_engine: Start, start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing, well = await start_engine(UNAVAILABLE), await start_engine()
-    served = await start_router(failing, well, breaker_cooldown=0.5, entry={"policy": "round_robin"})
+    served = await start_router(failing, well, breaker_cooldown=0.5, entry={"balancing": "round_robin"})
     real, loop = time.time, asyncio.get_running_loop()
     opened = 0.0
     while not await is_open(served, failing):

@@ -303,7 +303,7 @@ async def test_t71_json_that_is_made_to_hurt_is_refused_and_quickly(lab: Lab) ->
         answers[name] = answer.status
         assert set(orjson.loads(answer.body)["error"]) == {"message", "type", "param", "code"}
         assert len(answer.body) < 500
-        # The policy says 50 ms; a machine may be slow and coverage dear, recursion and squares are slower.
+        # The balancing says 50 ms; a machine may be slow and coverage dear, recursion and squares are slower.
         assert time.process_time() - began < 10, name
 
     assert answers == {name: status for name, (_, status) in BOMBS.items()}

@@ -27,7 +27,7 @@ from tests.faults.lab import URL, Lab, flooding, outcomes
 
 pytestmark = pytest.mark.anyio
 Leave = Callable[[Line], None]
-# The policy says one second; a busy machine is given two.
+# The balancing says one second; a busy machine is given two.
 SOON = 2.0
 
 
@@ -126,7 +126,7 @@ def black_hole(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def hole_and(*others: FakeEngine, hole: str) -> list[dict[str, Any]]:
     backends = [{"url": url} for url in (hole, *(engine.url for engine in others))]
-    return [{"name": "m", "policy": "least_in_flight", "backends": backends}]
+    return [{"name": "m", "balancing": "least_in_flight", "backends": backends}]
 
 
 async def test_t11_leaving_while_it_connects_is_the_end_of_it(black_hole: str, lab: Lab) -> None:

@@ -75,7 +75,7 @@ async def test_t81_five_times_the_load_costs_the_excess_and_nothing_else(tmp_pat
     # There is room for 100; this machine may have other things to do.
     assert len(answers) - len(refused) > SECONDS / EACH * SLOTS / 4
     assert len(refused) > SLOTS
-    # The policy says 100 ms for each probe and 50 for each refusal: most are in time, and few so late as a machine is
+    # The balancing says 100 ms for each probe and 50 for each refusal: most are in time, and few so late as a machine is
     # that has other things to do.
     assert median(probes) < 0.1
     assert sorted(probes)[len(probes) * 9 // 10] < 1

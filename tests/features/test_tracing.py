@@ -245,7 +245,7 @@ async def test_a_replica_that_was_looked_up_has_its_name_and_its_address(
 async def test_a_replica_without_a_port_has_that_of_its_scheme(start_router: Start, spans: Spans) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=COMPLETION))
     backends = [{"url": "http://engine.test"}, {"url": "https://engine.test/v2"}]
-    models = [{"name": "m", "backends": backends, "policy": "round_robin"}]
+    models = [{"name": "m", "backends": backends, "balancing": "round_robin"}]
     served = await start_router(models=models, transport=transport, tracing=spans.tracing)
     await send(served, CHAT)
     await send(served, CHAT)
@@ -286,7 +286,7 @@ async def test_a_replica_that_cannot_be_reached_is_an_attempt(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     backends = [{"url": f"http://127.0.0.1:{free_port()}"}, {"url": (await start_engine()).url}]
-    models = [{"name": "m", "backends": backends, "policy": "round_robin"}]
+    models = [{"name": "m", "backends": backends, "balancing": "round_robin"}]
     served = await start_router(models=models, tracing=spans.tracing)
     await send(served, CHAT)
     await send(served, CHAT)

@@ -337,7 +337,7 @@ def test_a_conversation_has_one_prefix_however_large_it_grows() -> None:
         {"role": "user", "content": [{"type": "text", "text": "a"}]},
     ]
     more = [{"role": "assistant", "content": "b, " * 1000}, {"role": "user", "content": "c"}]
-    affine = {"policy": "prefix_affinity"}
+    affine = {"balancing": "prefix_affinity"}
 
     prefixes = [
         read({"messages": opening + more * turns, "model": "m"}, entry=affine).prefix for turns in (0, 10, 100, 1000)

@@ -56,7 +56,7 @@ async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dic
             {"name": "uneven", "served_model_name": "m", "backends": [{"url": engines[0]}, {"url": failing.url}]},
             {"name": "gone", "backends": [{"url": "http://gone.test", "discovery": "dns"}]},
         ]
-        models[0]["policy"] = models[2]["policy"] = "round_robin"
+        models[0]["balancing"] = models[2]["balancing"] = "round_robin"
         registry = await stack.enter_async_context(ScriptedServer(every_other({"models": models})))
         router = await start_router(
             models=models,

@@ -145,7 +145,7 @@ async def everything(start_engine: Start, start_router: Start) -> AsyncIterator[
     backends = [{"url": engine.url} for engine in (silent, dead)] + [unknown | {"discovery": "dns"}]
     async with ScriptedServer(telling) as engine:
         served = await start_router(
-            models=[{"name": "m", "backends": [{"url": engine.url}, *backends], "policy": "round_robin"}],
+            models=[{"name": "m", "backends": [{"url": engine.url}, *backends], "balancing": "round_robin"}],
             resolve=nobody,
             registry_url="http://127.0.0.1:9",
             load_signal_interval=1,
@@ -671,7 +671,7 @@ async def test_attempts_are_counted_by_how_they_ended(start_engine: Start, start
 
 async def test_each_attempt_is_its_own_backends(start_engine: Start, start_router: Start) -> None:
     dead, alive = await start_engine(), await start_engine()
-    served = await start_router(dead, alive, entry={"policy": "round_robin"})
+    served = await start_router(dead, alive, entry={"balancing": "round_robin"})
     await dead.stop()
     for _ in range(10):
         assert (await served.chat()).status_code == 200

@@ -23,7 +23,7 @@ EVERY_FIELD = {
     "aliases": ["short"],
     "hardware": {"gpu": "nvidia-l4", "gpu_count": 2, "gpu_memory_gib": 22.5},
     "served_model_name": "tgi",
-    "policy": "round_robin",
+    "balancing": "round_robin",
     "timeouts": {"first_byte": 3, "idle": None},
     "max_in_flight": 9,
     "credentials": {"env": "BACKEND_TOKEN"},
@@ -49,8 +49,8 @@ def test_what_is_listed_parses_to_what_was_put(store: Store, raw: dict[str, Any]
 
 
 def test_a_document_has_only_the_keys_that_were_set(store: Store) -> None:
-    stored, _ = store.put(entry("a", policy="two_choices"), now=7)
-    assert json.loads(stored.body) == {"name": "a", "policy": "two_choices", "created": 7}
+    stored, _ = store.put(entry("a", balancing="two_choices"), now=7)
+    assert json.loads(stored.body) == {"name": "a", "balancing": "two_choices", "created": 7}
 
 
 def test_models_keep_their_order_when_replaced_and_when_reopened(database: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_body_that_is_not_json_is_a_bad_request(client: httpx.Client, body: by
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
-        ({"policy": "random"}, "policy", "policy: Input should be 'round_robin'"),
+        ({"balancing": "random"}, "balancing", "balancing: Input should be 'round_robin'"),
         ({"backends": [{"url": "ftp://x"}]}, "backends.0.url", "must start with http:// or https://"),
         ({"backends": [{"url": "http://169.254.169.254"}]}, "backends.0.url", "link-local"),
         ({"backend": []}, "backend", "backend: Extra inputs are not permitted"),

@@ -87,9 +87,9 @@ def test_the_same_url_under_two_models_is_two_backends_of_one_origin(fleet: Flee
     assert set(fleet.origins) == {"http://a", "http://b"}
 
 
-@pytest.mark.parametrize("policy", ["two_choices", "least_in_flight"])
-def test_what_one_model_has_at_an_address_counts_in_the_choices_of_the_others(fleet: Fleet, policy: str) -> None:
-    update(fleet, entry("a", "b", policy=policy), entry("a", name="n"))
+@pytest.mark.parametrize("balancing", ["two_choices", "least_in_flight"])
+def test_what_one_model_has_at_an_address_counts_in_the_choices_of_the_others(fleet: Fleet, balancing: str) -> None:
+    update(fleet, entry("a", "b", balancing=balancing), entry("a", name="n"))
     fleet.models["n"].backends[0].origin.in_flight = 1
 
     assert {fleet.models["m"].choose("") for _ in range(50)} == {fleet.models["m"].backends[1]}
@@ -153,7 +153,7 @@ def test_a_model_that_is_gone_is_unknown_and_comes_back_new(fleet: Fleet) -> Non
 def test_an_entry_that_says_the_same_changes_nothing(fleet: Fleet) -> None:
     update(fleet, entry("a", "b"))
     model = fleet.models["m"]
-    before = (model.entry, model.policy, model.backends, model.available)
+    before = (model.entry, model.balancer, model.backends, model.available)
     model.max_model_len = 4096
 
     update(fleet, entry("a", "b"))
@@ -161,25 +161,25 @@ def test_an_entry_that_says_the_same_changes_nothing(fleet: Fleet) -> None:
     assert fleet.models["m"] is model
     assert all(
         old is new
-        for old, new in zip(before, (model.entry, model.policy, model.backends, model.available), strict=True)
+        for old, new in zip(before, (model.entry, model.balancer, model.backends, model.available), strict=True)
     )
     assert model.max_model_len == 4096
 
 
 def test_another_policy_is_a_new_policy_over_the_same_replicas(fleet: Fleet) -> None:
-    update(fleet, entry("a", "b", policy="round_robin"))
+    update(fleet, entry("a", "b", balancing="round_robin"))
     model = fleet.models["m"]
-    backends, policy = model.backends, model.policy
+    backends, balancing = model.backends, model.balancer
 
-    update(fleet, entry("a", "b", policy="least_in_flight"))
+    update(fleet, entry("a", "b", balancing="least_in_flight"))
 
-    assert type(model.policy) is not type(policy)
+    assert type(model.balancer) is not type(balancing)
     assert model.backends is backends
     assert model.choose("") in backends
 
 
 def test_a_model_chooses_by_its_policy_what_has_not_been_tried(fleet: Fleet) -> None:
-    update(fleet, entry("a", "b", policy="round_robin"))
+    update(fleet, entry("a", "b", balancing="round_robin"))
     model = fleet.models["m"]
     a, b = model.backends
 
@@ -190,9 +190,9 @@ def test_a_model_chooses_by_its_policy_what_has_not_been_tried(fleet: Fleet) -> 
 
 
 def test_each_model_has_a_policy_of_its_own(fleet: Fleet) -> None:
-    update(fleet, entry("a", policy="round_robin"), entry("a", name="n", policy="round_robin"))
+    update(fleet, entry("a", balancing="round_robin"), entry("a", name="n", balancing="round_robin"))
 
-    assert fleet.models["m"].policy is not fleet.models["n"].policy
+    assert fleet.models["m"].balancer is not fleet.models["n"].balancer
 
 
 def test_a_new_version_of_an_entry_forgets_what_the_engine_told(fleet: Fleet) -> None:
@@ -219,13 +219,13 @@ def test_the_available_replicas_are_another_tuple_only_when_the_set_changes(flee
 
 
 def test_a_new_weight_counts_from_the_next_choice(fleet: Fleet) -> None:
-    update(fleet, {"name": "m", "policy": "round_robin", "backends": [{"url": "http://a"}, {"url": "http://b"}]})
+    update(fleet, {"name": "m", "balancing": "round_robin", "backends": [{"url": "http://a"}, {"url": "http://b"}]})
     model = fleet.models["m"]
-    model.policy.choose(model.available, "")
+    model.balancer.choose(model.available, "")
     heavier = [{"url": "http://a", "weight": 9}, {"url": "http://b"}]
-    update(fleet, {"name": "m", "policy": "round_robin", "backends": heavier})
+    update(fleet, {"name": "m", "balancing": "round_robin", "backends": heavier})
 
-    chosen = [model.policy.choose(model.available, "") for _ in range(100)]
+    chosen = [model.balancer.choose(model.available, "") for _ in range(100)]
 
     assert sum(backend is model.backends[0] for backend in chosen) == 90
 
@@ -245,7 +245,7 @@ def test_a_model_without_replicas_can_be_named(fleet: Fleet) -> None:
     update(fleet, {"name": "m"})
     model = fleet.models["m"]
 
-    assert model.policy.choose(model.available, "") is None
+    assert model.balancer.choose(model.available, "") is None
 
 
 # Backend

@@ -1,4 +1,4 @@
-"""Every policy keeps one contract; each one keeps its own promise on top; and a conversation keeps its key."""
+"""Every balancing keeps one contract; each one keeps its own promise on top; and a conversation keeps its key."""
 
 import re
 import string
@@ -35,7 +35,7 @@ def loaded(load: Loads) -> tuple[Backend, ...]:
     return replicas
 
 
-def policy(name: BalancingName, seed: int = 1) -> Balancer[Backend]:
+def balancing(name: BalancingName, seed: int = 1) -> Balancer[Backend]:
     return make_balancer(name, Random(seed).random)
 
 
@@ -56,7 +56,7 @@ def pile(chooser: Balancer[Backend], replicas: Sequence[Backend], requests: int)
 def test_each_choice_is_an_untried_replica_until_none_is_left(
     name: BalancingName, load: Loads, key: str, seed: int
 ) -> None:
-    replicas, chooser = loaded(load), policy(name, seed)
+    replicas, chooser = loaded(load), balancing(name, seed)
     tried: list[Backend] = []
     while (chosen := chooser.choose(replicas, key, tried)) is not None:
         assert chosen in replicas
@@ -77,14 +77,14 @@ def test_the_extremes_of_randomness_are_harmless(name: BalancingName, load: Load
 @every_policy
 def test_a_single_replica_is_always_chosen(name: BalancingName) -> None:
     (only,) = replicas = replicas_of(3)
-    chooser = policy(name)
+    chooser = balancing(name)
     assert pile(chooser, replicas, 20) == [20]
     assert chooser.choose(replicas, "", [only]) is None
 
 
 @every_policy
 def test_no_replicas_is_no_choice(name: BalancingName) -> None:
-    chooser = policy(name)
+    chooser = balancing(name)
     assert chooser.choose((), "key") is None
     assert chooser.choose(replicas_of(1), "key") is not None
     assert chooser.choose((), "key") is None
@@ -92,7 +92,7 @@ def test_no_replicas_is_no_choice(name: BalancingName) -> None:
 
 @every_policy
 def test_a_new_set_takes_effect_at_once(name: BalancingName) -> None:
-    replicas, chooser = replicas_of(1, 1, 1, 1), policy(name)
+    replicas, chooser = replicas_of(1, 1, 1, 1), balancing(name)
     pile(chooser, replicas, 10)
     fewer = replicas[2:]
     assert {chooser.choose(fewer, f"key-{n}") for n in range(50)} <= set(fewer)
@@ -104,7 +104,7 @@ def test_a_new_set_takes_effect_at_once(name: BalancingName) -> None:
 @every_policy
 @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 5), (0.5, 0.25, 0.25, 1)])
 def test_requests_in_flight_follow_the_weights(name: BalancingName, weights: tuple[float, ...]) -> None:
-    shares = pile(policy(name), replicas_of(*weights), 4000)
+    shares = pile(balancing(name), replicas_of(*weights), 4000)
     # Hashing is less even, and its bound lets a replica exceed its share by a quarter.
     tolerance = 0.35 if name == "prefix_affinity" else 0.02
     for share, weight in zip(shares, weights, strict=True):
@@ -113,7 +113,7 @@ def test_requests_in_flight_follow_the_weights(name: BalancingName, weights: tup
 
 @every_policy
 def test_an_idle_fleet_is_used_as_a_whole(name: BalancingName) -> None:
-    replicas, chooser = replicas_of(*[1] * 8), policy(name)
+    replicas, chooser = replicas_of(*[1] * 8), balancing(name)
     chosen = Counter(chooser.choose(replicas, f"key-{number}") for number in range(4000))
     assert min(chosen[replica] for replica in replicas) > 300
     assert max(chosen.values()) < 750
@@ -122,14 +122,14 @@ def test_an_idle_fleet_is_used_as_a_whole(name: BalancingName) -> None:
 @every_policy
 def test_the_same_seed_makes_the_same_choices(name: BalancingName) -> None:
     weights = [1, 2, 1, 3, 1]
-    assert pile(policy(name, 7), replicas_of(*weights), 99) == pile(policy(name, 7), replicas_of(*weights), 99)
+    assert pile(balancing(name, 7), replicas_of(*weights), 99) == pile(balancing(name, 7), replicas_of(*weights), 99)
 
 
 # round_robin
 
 
 def test_round_robin_takes_each_in_turn() -> None:
-    replicas, chooser = replicas_of(1, 1, 1), policy("round_robin")
+    replicas, chooser = replicas_of(1, 1, 1), balancing("round_robin")
     order = [chooser.choose(replicas, "") for _ in range(9)]
     assert order[:3] == order[3:6] == order[6:]
     assert set(order[:3]) == set(replicas)
@@ -140,7 +140,7 @@ def test_round_robin_takes_each_in_turn() -> None:
 @example(weights=[1] * 30 + [30], seed=1)
 def test_round_robin_is_smooth(weights: list[int], seed: int) -> None:
     """In any stretch of requests, a replica is less than three requests away from its share."""
-    replicas, chooser = replicas_of(*weights), policy("round_robin", seed)
+    replicas, chooser = replicas_of(*weights), balancing("round_robin", seed)
     chosen: Counter[Backend | None] = Counter()
     ahead = {replica: [0.0] for replica in replicas}
     for number in range(1, 301):
@@ -151,13 +151,13 @@ def test_round_robin_is_smooth(weights: list[int], seed: int) -> None:
 
 
 def test_round_robin_does_not_forget_the_lightest() -> None:
-    replicas, chooser = replicas_of(1000, 0.001), policy("round_robin")
+    replicas, chooser = replicas_of(1000, 0.001), balancing("round_robin")
     assert 1 <= Counter(chooser.choose(replicas, "") for _ in range(1100))[replicas[1]] <= 2
 
 
 def test_routers_that_start_together_do_not_go_round_in_step() -> None:
     replicas = replicas_of(*[1] * 8)
-    assert len({policy("round_robin", seed).choose(replicas, "") for seed in range(30)}) > 4
+    assert len({balancing("round_robin", seed).choose(replicas, "") for seed in range(30)}) > 4
 
 
 # least_in_flight
@@ -165,13 +165,13 @@ def test_routers_that_start_together_do_not_go_round_in_step() -> None:
 
 def test_least_in_flight_takes_the_least_for_its_weight() -> None:
     replicas = loaded([(1, 3), (4, 8), (2, 5)])
-    assert policy("least_in_flight").choose(replicas, "") is replicas[1]
-    assert policy("least_in_flight").choose(replicas, "", [replicas[1]]) is replicas[2]
+    assert balancing("least_in_flight").choose(replicas, "") is replicas[1]
+    assert balancing("least_in_flight").choose(replicas, "", [replicas[1]]) is replicas[2]
 
 
 def test_least_in_flight_breaks_ties_by_weight() -> None:
     replicas = replicas_of(1, 3)
-    chooser = policy("least_in_flight")
+    chooser = balancing("least_in_flight")
     chosen = Counter(chooser.choose(replicas, "") for _ in range(4000))
     assert chosen[replicas[1]] == pytest.approx(3000, rel=0.05)
 
@@ -181,23 +181,23 @@ def test_least_in_flight_breaks_ties_by_weight() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_two_choices_splits_eight_simultaneous_requests_evenly(seed: int) -> None:
-    assert pile(policy("two_choices", seed), replicas_of(1, 1), 8) == [4, 4]
-    assert pile(policy("two_choices", seed), replicas_of(3, 1), 8) == [6, 2]
+    assert pile(balancing("two_choices", seed), replicas_of(1, 1), 8) == [4, 4]
+    assert pile(balancing("two_choices", seed), replicas_of(3, 1), 8) == [6, 2]
 
 
 def test_two_choices_never_takes_the_most_loaded() -> None:
     for load in ([(1.0, 2), (1.0, 9), (1.0, 3)], [(1.0, 2), (2.0, 19), (1.5, 3)]):
-        replicas, chooser = loaded(load), policy("two_choices")
+        replicas, chooser = loaded(load), balancing("two_choices")
         assert {chooser.choose(replicas, "") for _ in range(200)} == {replicas[0], replicas[2]}
 
 
 def test_two_choices_is_far_more_even_than_random() -> None:
     """100 replicas, 10,000 requests: one random choice ends with about 130 on the fullest, two with about 103."""
-    assert max(pile(policy("two_choices"), replicas_of(*[1] * 100), 10_000)) <= 105
+    assert max(pile(balancing("two_choices"), replicas_of(*[1] * 100), 10_000)) <= 105
 
 
 def test_two_choices_draws_by_weight() -> None:
-    replicas, chooser = replicas_of(1, 1, 6), policy("two_choices")
+    replicas, chooser = replicas_of(1, 1, 6), balancing("two_choices")
     seen = Counter(chooser.choose(replicas, "") for _ in range(4000))
     # The heavy one is in a pair unless both light ones are drawn: 2 * 1/8 * 1/7 = 3.6 %.
     assert 4000 - seen[replicas[2]] == pytest.approx(4000 / 28, rel=0.25)
@@ -206,7 +206,7 @@ def test_two_choices_draws_by_weight() -> None:
 def test_two_choices_draws_the_second_by_weight_too() -> None:
     light, other, full = replicas = replicas_of(1, 1, 6)
     full.origin.in_flight = 1000
-    chooser = policy("two_choices")
+    chooser = balancing("two_choices")
     seen = Counter(chooser.choose(replicas, "") for _ in range(4000))
     assert seen[full] == 0
     assert seen[light] == pytest.approx(seen[other], rel=0.15)
@@ -225,7 +225,7 @@ def test_two_choices_are_distinct_even_where_rounding_says_otherwise() -> None:
 
 
 def test_prefix_affinity_spreads_requests_without_a_key() -> None:
-    replicas, chooser = replicas_of(1, 1), policy("prefix_affinity")
+    replicas, chooser = replicas_of(1, 1), balancing("prefix_affinity")
     for _ in range(8):
         chosen = chooser.choose(replicas, "")
         assert chosen is not None
@@ -234,7 +234,7 @@ def test_prefix_affinity_spreads_requests_without_a_key() -> None:
 
 
 def test_prefix_affinity_gives_a_retry_the_next_on_the_ring() -> None:
-    replicas, chooser = replicas_of(*[1] * 8), policy("prefix_affinity")
+    replicas, chooser = replicas_of(*[1] * 8), balancing("prefix_affinity")
     home = chooser.choose(replicas, "key")
     assert home is not None
     second = chooser.choose(replicas, "key", [home])
@@ -246,7 +246,7 @@ def test_prefix_affinity_gives_a_retry_the_next_on_the_ring() -> None:
 
 def test_prefix_affinity_uses_a_full_replica_when_all_others_were_tried() -> None:
     idle, busy = replicas = loaded([(1, 0), (1, 50)])
-    assert {policy("prefix_affinity").choose(replicas, f"key-{n}", [idle]) for n in range(20)} == {busy}
+    assert {balancing("prefix_affinity").choose(replicas, f"key-{n}", [idle]) for n in range(20)} == {busy}
 
 
 # The key

@@ -63,7 +63,7 @@ def test_yaml_and_json_say_the_same(tmp_path: Path, suffix: str) -> None:
 def test_what_an_entry_leaves_out_has_the_documented_value() -> None:
     entry = parsed({"name": "m"})["m"]
 
-    assert (entry.version, entry.owner, entry.engine, entry.policy) == ("1", "unknown", "vllm", "two_choices")
+    assert (entry.version, entry.owner, entry.engine, entry.balancing) == ("1", "unknown", "vllm", "two_choices")
     assert (entry.backends, entry.aliases, entry.created) == ((), (), 0)
     assert {entry.served_model_name, entry.max_in_flight, entry.credentials, entry.hardware} == {None}
     assert entry.timeouts.idle is None
@@ -126,7 +126,7 @@ def test_a_document_without_a_list_of_models_is_refused(document: Any) -> None:
         ({"hardware": {"cpu": 1}}, "model 'bad': hardware.cpu: Extra inputs are not permitted"),
         ({"backends": [{"url": "http://x", "w": 1}]}, "model 'bad': backends.0.w: Extra inputs are not permitted"),
         ({"engine": "ollama"}, "model 'bad': engine: Input should be 'vllm', 'tgi', 'sglang', 'llamacpp' or 'openai'"),
-        ({"policy": "random"}, "model 'bad': policy: Input should be 'round_robin', 'least_in_flight'"),
+        ({"balancing": "random"}, "model 'bad': balancing: Input should be 'round_robin', 'least_in_flight'"),
         ({"timeouts": {"idle": 0}}, "model 'bad': timeouts.idle: Input should be greater than 0"),
         ({"timeouts": {"total": float("inf")}}, "model 'bad': timeouts.total: Input should be a finite number"),
         ({"engine_fields": "yes"}, "model 'bad': engine_fields: Input should be 'refuse' or 'allow'"),

@@ -15,7 +15,7 @@ from inference_api.routing.backend import Backend, Model
 from inference_api.routing.catalogue import parse_catalogue
 from tests.routing.ward import Request, Ward
 
-POLICIES = ["two_choices", "least_in_flight", "round_robin", "prefix_affinity"]
+BALANCING = ["two_choices", "least_in_flight", "round_robin", "prefix_affinity"]
 # Of a replica that fails in one way or in several: status and outcome of its answers.
 REFUSING = [[(401, Outcome.UPSTREAM_4XX)], [(404, Outcome.UPSTREAM_4XX)]]
 BROKEN = [
@@ -70,9 +70,9 @@ def set_aside(ward: Ward, answers: list[Answer] | None = None) -> Backend:
 
 
 @pytest.mark.parametrize("answers", REFUSING + BROKEN)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_replica_that_fails_gets_a_few_requests_and_then_none(policy: str, answers: list[Answer]) -> None:
-    ward = Ward("a", "b", "c", policy=policy)
+@pytest.mark.parametrize("balancing", BALANCING)
+def test_a_replica_that_fails_gets_a_few_requests_and_then_none(balancing: str, answers: list[Answer]) -> None:
+    ward = Ward("a", "b", "c", balancing=balancing)
 
     counts = asked(ward, failing("a", answers), 400)
 
@@ -115,10 +115,10 @@ def test_a_stream_of_errors_beside_good_answers_of_old_streams_is_found() -> Non
     assert ward.available == "bc"
 
 
-@pytest.mark.parametrize("policy", ["two_choices", "least_in_flight"])
-def test_one_that_often_fails_and_quickly_is_not_asked_more_often_for_it(policy: str) -> None:
+@pytest.mark.parametrize("balancing", ["two_choices", "least_in_flight"])
+def test_one_that_often_fails_and_quickly_is_not_asked_more_often_for_it(balancing: str) -> None:
     """Its in-flight count is always the lowest; the others have four each."""
-    ward = Ward("a", "b", policy=policy)
+    ward = Ward("a", "b", balancing=balancing)
     a, b = ward.backends
     b.origin.in_flight = 4
     number = 0
@@ -223,10 +223,10 @@ def test_an_address_that_is_down_as_well_is_tried_when_both_circuits_are_due() -
 # Errors that all give
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("balancing", BALANCING)
 @pytest.mark.parametrize("answer", [(400, Outcome.UPSTREAM_4XX), (500, Outcome.UPSTREAM_5XX), (200, Outcome.TRUNCATED)])
-def test_requests_that_all_refuse_put_nobody_out(policy: str, answer: Answer) -> None:
-    ward = Ward("a", "b", "c", policy=policy)
+def test_requests_that_all_refuse_put_nobody_out(balancing: str, answer: Answer) -> None:
+    ward = Ward("a", "b", "c", balancing=balancing)
 
     counts = Counter[str]()
     for _ in range(20):
@@ -235,12 +235,12 @@ def test_requests_that_all_refuse_put_nobody_out(policy: str, answer: Answer) ->
 
     assert (ward.model.open, ward.model.available) == ((), ward.backends)
     assert all(backend.extra == 0 for backend in ward.backends)
-    if policy != "prefix_affinity":
+    if balancing != "prefix_affinity":
         assert max(counts.values()) < 1.2 * 2000 / 3
 
 
 @given(
-    policy=st.sampled_from(POLICIES),
+    balancing=st.sampled_from(BALANCING),
     answer=st.sampled_from([(400, Outcome.UPSTREAM_4XX), (500, Outcome.UPSTREAM_5XX), (None, Outcome.PROTOCOL_ERROR)]),
     count=st.integers(2, 5),
     # Of each request: whether all refuse it, and the session it is of.
@@ -249,10 +249,10 @@ def test_requests_that_all_refuse_put_nobody_out(policy: str, answer: Answer) ->
 )
 @settings(max_examples=150, deadline=None)
 def test_whoever_asks_whatever_others_refuse_too_changes_nothing(
-    policy: str, answer: Answer, count: int, requests: list[tuple[bool, str]], every: int
+    balancing: str, answer: Answer, count: int, requests: list[tuple[bool, str]], every: int
 ) -> None:
     """In bursts, in every n-th place, by one session or by many."""
-    ward = Ward(*"abcde"[:count], policy=policy)
+    ward = Ward(*"abcde"[:count], balancing=balancing)
     before = [backend.weight for backend in ward.backends]
     for number, (bad, key) in enumerate(requests):
         refused = bad or number % every == 0
@@ -268,7 +268,7 @@ def test_whoever_asks_whatever_others_refuse_too_changes_nothing(
 
 
 def test_a_session_that_is_refused_moves_few_of_the_others() -> None:
-    ward = Ward("a", "b", "c", policy="prefix_affinity")
+    ward = Ward("a", "b", "c", balancing="prefix_affinity")
     homes = {str(key): ward.model.choose(str(key)) for key in range(60)}
     home = ward.model.choose("bad")
     moved = 0
@@ -290,7 +290,7 @@ def test_a_session_that_is_refused_moves_few_of_the_others() -> None:
 
 def test_in_every_third_place_of_three_replicas_in_turn() -> None:
     """All bad requests come to the same one, and all good ones to the others."""
-    ward = Ward("a", "b", "c", policy="round_robin")
+    ward = Ward("a", "b", "c", balancing="round_robin")
 
     for number in range(3000):
         ask(ward, lambda backend, bad=number % 3 == 0: (400, Outcome.UPSTREAM_4XX) if bad else WELL)  # type: ignore[misc]

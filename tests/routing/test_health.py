@@ -391,7 +391,7 @@ def test_a_replica_that_comes_back_in_a_panic_starts_slowly_too() -> None:
     ward.check(a, True, True)
 
     assert ward.model.panic
-    # A policy reads the weights of a tuple once.
+    # A balancer reads the weights of a tuple once.
     assert ward.model.available is not before
     assert shares(ward) == [0.1, 1.0, 1.0, 1.0, 1.0]
 
@@ -761,9 +761,9 @@ def part_of_a(ward: Ward) -> float:
     return part
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "two_choices", "least_in_flight"])
-def test_a_replica_that_comes_back_gets_its_weight_within_half_a_minute(policy: str) -> None:
-    ward = Ward("a", "b", policy=policy)
+@pytest.mark.parametrize("balancing", ["round_robin", "two_choices", "least_in_flight"])
+def test_a_replica_that_comes_back_gets_its_weight_within_half_a_minute(balancing: str) -> None:
+    ward = Ward("a", "b", balancing=balancing)
     a, _ = ward.backends
     ward.look()
     ward.check(a, False, False, False, True, True)
@@ -808,7 +808,7 @@ def test_when_all_have_their_weight_the_tuple_is_no_longer_replaced() -> None:
 
 
 def test_prefix_affinity_keeps_its_ring() -> None:
-    ward = Ward("a", "b", "c", policy="prefix_affinity")
+    ward = Ward("a", "b", "c", balancing="prefix_affinity")
     a = ward.backends[0]
     homes = {key: ward.model.choose(key) for key in map(str, range(100))}
     ward.check(a, False, False, False)
@@ -829,7 +829,7 @@ def test_a_model_that_turns_to_prefix_affinity_has_full_weights_at_once() -> Non
     ward.list("a", "b")
     assert shares(ward) == [1.0, 0.1]
 
-    ward.list("a", "b", policy="prefix_affinity")
+    ward.list("a", "b", balancing="prefix_affinity")
 
     assert shares(ward) == [1.0, 1.0]
 
@@ -837,10 +837,10 @@ def test_a_model_that_turns_to_prefix_affinity_has_full_weights_at_once() -> Non
 # Any order of events
 
 
-@given(data=st.data(), count=st.integers(1, 5), policy=st.sampled_from(["two_choices", "prefix_affinity"]))
-def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: int, policy: str) -> None:
+@given(data=st.data(), count=st.integers(1, 5), balancing=st.sampled_from(["two_choices", "prefix_affinity"]))
+def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: int, balancing: str) -> None:
     """Only an only replica that refuses may be nobody; and the list is what the replicas' states say."""
-    ward = Ward(*"abcde"[:count], policy=policy)
+    ward = Ward(*"abcde"[:count], balancing=balancing)
     for _ in range(data.draw(st.integers(0, 60))):
         backend = data.draw(st.sampled_from(ward.backends))
         event = data.draw(st.sampled_from(["attempt", "open", "check", "look", "choose"]))

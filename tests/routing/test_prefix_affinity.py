@@ -235,7 +235,7 @@ class AlwaysHome:
         return home and replicas[self._twins.index(home)]
 
 
-def simulate(policy: Balancer[Backend], weights: Sequence[float] = (1,) * 8, seed: int = 3) -> Result:
+def simulate(balancing: Balancer[Backend], weights: Sequence[float] = (1,) * 8, seed: int = 3) -> Result:
     """400 conversations of 2 to 8 turns in 200 s; every cache holds about a third of what is alive at a time."""
     rng, replicas = Random(seed), replicas_of(*weights)
     caches = {replica: PrefixCache(blocks=1500) for replica in replicas}
@@ -255,7 +255,7 @@ def simulate(policy: Balancer[Backend], weights: Sequence[float] = (1,) * 8, see
                 heapq.heappush(events, (now + rng.expovariate(1 / 8), number, session, None))
             continue
         allowed = {replica: capacity(replica, replicas) for replica in replicas}
-        chosen = policy.choose(replicas, affinity_key("m", session.fields, None))
+        chosen = balancing.choose(replicas, affinity_key("m", session.fields, None))
         assert chosen is not None
         chosen.origin.in_flight += 1
         excess = max(excess, chosen.origin.in_flight - allowed[chosen])

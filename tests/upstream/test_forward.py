@@ -51,7 +51,7 @@ def call_to(label: str = "chat_completions", **more: Any) -> Call:
 
 def model_of(*urls: str, **more: Any) -> Model:
     entry = CatalogueEntry(
-        name="m", backends=tuple(BackendEntry(url=url) for url in urls), **{"policy": "round_robin", **more}
+        name="m", backends=tuple(BackendEntry(url=url) for url in urls), **{"balancing": "round_robin", **more}
     )
     fleet = Fleet(lambda name: make_balancer(name, random.Random(1).random))
     fleet.update({"m": entry})
@@ -84,7 +84,7 @@ class Jitter(random.Random):
 
 
 class FirstChoice:
-    """A policy: the first that has not been tried."""
+    """A balancer: the first that has not been tried."""
 
     def choose(self, replicas: Sequence[Backend], key: str, tried: Collection[Backend] = ()) -> Backend | None:
         return next((replica for replica in replicas if replica not in tried), None)
@@ -552,11 +552,11 @@ async def test_a_busy_model_has_a_budget_of_repeats_however_well_it_stands() -> 
     assert desk.forward._budget.drawn("m") == 0
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
-async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(policy: str) -> None:
+@pytest.mark.parametrize("balancing", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
+async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(balancing: str) -> None:
     urls = [f"http://r{number}:1" for number in range(6)]
     for good in range(6):
-        desk, model = Desk(REFUSED, REFUSED, 200), model_of(*urls, policy=policy)
+        desk, model = Desk(REFUSED, REFUSED, 200), model_of(*urls, balancing=balancing)
         for number, backend in enumerate(model.backends):
             backend.origin.failures = int(number != good)
 
@@ -568,7 +568,7 @@ async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(polic
 
 async def test_only_what_a_replica_in_good_standing_failed_is_repeated_freely() -> None:
     desk, model = Desk(STALE, STALE, 200, attempts=3), model_of(*REPLICAS)
-    model.policy = FirstChoice()
+    model.balancer = FirstChoice()
     model.backends[1].origin.failures = model.backends[2].origin.failures = 1
 
     reply = await desk.forward(call_to(), model)
@@ -625,7 +625,7 @@ async def test_a_choice_that_fails_gives_its_permit_back() -> None:
             return None if tried else replicas[0]
 
     desk, model = Desk(503), model_of(*REPLICAS)
-    model.policy = Closing()
+    model.balancer = Closing()
 
     reply = await desk.forward(call_to(), model)
 
@@ -719,7 +719,7 @@ async def test_equal_requests_that_die_with_their_replica_did_not_kill_it() -> N
 
     desk, model = Desk(), model_of(*REPLICAS[:2])
     dying, alive = model.backends
-    model.policy = FirstChoice()
+    model.balancer = FirstChoice()
     forward = desk.over(httpx.MockTransport(handle))
     calls = [asyncio.ensure_future(forward(call_to(), model)) for _ in range(5)]
 
@@ -751,10 +751,13 @@ def busy_for(seconds: int, status: int = 503) -> httpx.Response:
     return httpx.Response(status, headers={"retry-after": str(seconds)}, stream=Body())
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
+@pytest.mark.parametrize("balancing", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_replica_that_asks_for_a_rest_has_it(status: int, policy: str) -> None:
-    desk, model = Desk(busy_for(7, status), retry_on_status=frozenset({status})), model_of(*REPLICAS, policy=policy)
+async def test_a_replica_that_asks_for_a_rest_has_it(status: int, balancing: str) -> None:
+    desk, model = (
+        Desk(busy_for(7, status), retry_on_status=frozenset({status})),
+        model_of(*REPLICAS, balancing=balancing),
+    )
 
     await finish(await desk.forward(call_to(), model))
     tired = desk.hosts[0]
@@ -1138,7 +1141,7 @@ async def test_all_attempts_share_one_deadline() -> None:
 
 
 async def test_equal_prompts_meet_the_same_replica_if_the_policy_says_so() -> None:
-    desk, model = Desk(), model_of(*REPLICAS, policy="prefix_affinity")
+    desk, model = Desk(), model_of(*REPLICAS, balancing="prefix_affinity")
 
     for _ in range(6):
         await finish(await desk.forward(call_to(prefix="a"), model))
