@@ -158,7 +158,7 @@ class Router:
     def __init__(self, case: Case, servers: Sequence[Server], number: int) -> None:
         random = Random(f"{case.seed} router {number}").random
         self._balancer: Balancer[View] = make_balancer(case.balancing, random, reported=case.signal > 0)
-        # All there are, and those whose circuit is closed: replaced as a whole, so that a balancer may cache by identity.
+        # All, and those whose circuit is closed: replaced as a whole, so that a balancer may cache by identity.
         self.known = self.views = tuple(View(server) for server in servers)
 
     def choose(self, key: str, tried: Collection[View] = ()) -> View:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds: the router's own questions to a replica are too far apart to share a connection.
+# Seconds: the router's own questions to a backend are too far apart to share a connection.
 _OWN_KEEPALIVE = 0.1
 # Seconds that a scrape on OPS_PORT leaves to the event loop after every slice.
 _BESIDE = 0.001
@@ -281,7 +281,7 @@ class Router:
             finder.wake()
 
     def _forget_backends(self) -> None:
-        """Of replicas that left the catalogue, connections are closed as they become idle, and series are dropped."""
+        """Of backends that left the catalogue, connections are closed as they become idle, and series are dropped."""
         self.metrics.forget_backends()
         origins = {b.url for model in self.fleet.models.values() for b in model.backends}
         for transport in (self.transport, self._own_transport):

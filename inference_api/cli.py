@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ABOUT = """\
 A thin OpenAI-compatible inference router: a client names a model, the router finds it in a registry or in a
-static catalogue, chooses a replica, and relays the answer byte for byte.
+static catalogue, chooses a backend, and relays the answer byte for byte.
 """
 
 _EXAMPLE = """\

@@ -38,7 +38,7 @@ class RouterError(Exception):
     type = "server_error"
     code = "internal_error"
     outcome = Outcome.REFUSED
-    # For the log only: how many replicas were tried, and the last of them.
+    # For the log only: how many backends were tried, and the last of them.
     attempts = 0
     backend: str | None = None
 
@@ -129,7 +129,7 @@ class UpstreamError(RouterError):
     status = 502
 
     def __init__(self, message: str, outcome: Outcome, *, final: bool = False) -> None:
-        # `final`: every replica was tried, or a repetition would do harm or cost as much again; tell the SDK not to.
+        # `final`: every backend was tried, or a repetition would do harm or cost as much again; tell the SDK not to.
         super().__init__(message, headers=[NOT_AGAIN] if final else [])
         self.outcome = outcome
 

@@ -21,7 +21,7 @@ class Outcome(StrEnum):
     UPSTREAM_5XX = "upstream_5xx"
     CONNECT_FAILED = "connect_failed"
     RESET = "reset"
-    # A reused connection that the replica had closed before the request came: no fault of the replica.
+    # A reused connection that the backend had closed before the request came: no fault of the backend.
     STALE = "stale"
     PROTOCOL_ERROR = "protocol_error"
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"

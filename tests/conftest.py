@@ -156,7 +156,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-days", "2", "-subj", "/CN=replica", "-addext", "subjectAltName=IP:127.0.0.1,DNS:one.test"),
+            *("-days", "2", "-subj", "/CN=backend", "-addext", "subjectAltName=IP:127.0.0.1,DNS:one.test"),
             *("-keyout", "key.pem", "-out", "cert.pem"),
         ],
         cwd=folder,

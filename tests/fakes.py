@@ -362,7 +362,7 @@ async def in_background(coroutine: Coroutine[Any, Any, Any]) -> AsyncIterator[as
             await task
 
 
-# A replica that cannot be reached, or not for long
+# A backend that cannot be reached, or not for long
 
 
 @contextmanager

@@ -181,7 +181,7 @@ async def test_a_stream_that_ends_without_done_is_not_complete(start_engine: Sta
     assert served.lines[0]["outcome"] == "truncated"
 
 
-async def test_a_refused_connection_is_tried_on_another_replica(start_engine: Start, start_router: Start) -> None:
+async def test_a_refused_connection_is_tried_on_another_backend(start_engine: Start, start_router: Start) -> None:
     dead, alive = await start_engine(), await start_engine()
     served = await start_router(dead, alive)
     await dead.stop()

@@ -1,6 +1,6 @@
-"""From a host name to replicas: the names of backends with `discovery: dns` are looked up again and again.
+"""From a host name to backends: the names of backends with `discovery: dns` are looked up again and again.
 
-Every address of a name is a replica, and the router connects to the address that was checked, not to the name: what
+Every address of a name is a backend, and the router connects to the address that was checked, not to the name: what
 the name means a moment later is of no consequence. An address that is gone gets no new requests, and its streams run
 to their end. A name that cannot be looked up, or suddenly has no address, keeps those it had.
 """

@@ -1,4 +1,4 @@
-"""From a Service to replicas, as its cluster's API server tells it: EndpointSlices are listed, and then watched.
+"""From a Service to backends, as its cluster's API server tells it: EndpointSlices are listed, and then watched.
 
 For backends with `discovery: dns` whose host name is that of a Service, if DISCOVERY is `endpointslices`; the others
 are looked up by `discovery`. One round is a list, and watches that go on from where it was, until it is time for the
@@ -62,10 +62,10 @@ class Rhythm:
 
 
 class EndpointSlices:
-    """Keeps the replicas of a Fleet at what EndpointSlices say. `relist`: seconds between two lists, +-20 %.
+    """Keeps the backends of a Fleet at what EndpointSlices say. `relist`: seconds between two lists, +-20 %.
 
     `failures` counts by why something was of no use; `rand` gives [0, 1), `now` seconds. `on_leave` is called when
-    replicas have gone.
+    backends have gone.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class EndpointSlices:
             await asyncio.gather(*(watch.task for watch in self._watches.values()), return_exceptions=True)
 
     async def known(self) -> None:
-        """Returns once there has been a list of every namespace; after 30 s, once there is one of any, or any replica.
+        """Returns once there has been a list of every namespace; after 30 s, once there is one of any, or any backend.
 
         A new router that may not list (no Role, no way to the API server) would otherwise be ready with nobody to send
         to, and a rollout would replace with its like all those that do know. One namespace alone is no reason to wait
@@ -133,7 +133,7 @@ class EndpointSlices:
                 if not told:
                     told = True
                     logger.warning(
-                        "not ready: the Services of %r have never been listed, nor is a replica known", missing
+                        "not ready: the Services of %r have never been listed, nor is a backend known", missing
                     )
             await asyncio.sleep(_LOOK)
 
@@ -191,7 +191,7 @@ class EndpointSlices:
             self._on_leave()
 
     def _found(self, service: Service, url: str, located: Located, models: Iterable[str]) -> bool:
-        """True: replicas have gone."""
+        """True: backends have gone."""
         self._remark(service, url, located)
         known = self._fleet.addresses.get(url)
         if known == located.urls:

@@ -21,7 +21,7 @@ _AT_ONCE = 16
 
 
 class EngineFacts:
-    """Keeps `Model.max_model_len` what the first replica that tells it says: an engine may come back with another one.
+    """Keeps `Model.max_model_len` what the first backend that tells it says: an engine may come back with another one.
 
     Silence leaves what was known.
     """
@@ -104,7 +104,7 @@ class EngineFacts:
 
 
 def _asked(model: Model) -> tuple[Backend, ...]:
-    """Of many replicas a few, and those first that answer."""
+    """Of many backends a few, and those first that answer."""
     return (model.available or model.backends)[:3]
 
 

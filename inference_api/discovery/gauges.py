@@ -37,7 +37,7 @@ TELL_SLEEP = frozenset(engine for engine, series in _SERIES.items() if any(kind 
 
 
 class Reading(NamedTuple):
-    """What a replica says of itself: requests it works on, requests it has waiting, used share of its KV cache."""
+    """What a backend says of itself: requests it works on, requests it has waiting, used share of its KV cache."""
 
     running: float
     waiting: float

@@ -1,8 +1,8 @@
-"""Asks the replicas what only they know: whether they sleep, and, if LOAD_SIGNAL_INTERVAL says so, their load.
+"""Asks the backends what only they know: whether they sleep, and, if LOAD_SIGNAL_INTERVAL says so, their load.
 
-A router knows exactly what it has in flight itself. What other routers, and other clients, have put on a replica only
-the replica can tell. The signal is added to the own count, and dropped when it is old: then balancing is what it is
-without it. A sleeping replica passes its health checks, looks idle, and never answers: it is asked by default.
+A router knows exactly what it has in flight itself. What other routers, and other clients, have put on a backend only
+the backend can tell. The signal is added to the own count, and dropped when it is old: then balancing is what it is
+without it. A sleeping backend passes its health checks, looks idle, and never answers: it is asked by default.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ _STALE_AFTER = 2.0
 
 
 class LoadSignal:
-    """Reads `/metrics` of every replica of an engine that is known to tell, every `every` seconds, +-20 %.
+    """Reads `/metrics` of every backend of an engine that is known to tell, every `every` seconds, +-20 %.
 
     `sleep_only`: only whether it sleeps, and only of those that have been silent since the last look: an engine takes
     milliseconds to make that page, and one that sends tokens is awake. `heard(url)`: when the last byte of an answer
     came, in seconds of `clock`.
-    `on_failure` hears of each replica that did not tell its load, `on_sleep` of each that did tell whether it sleeps;
+    `on_failure` hears of each backend that did not tell its load, `on_sleep` of each that did tell whether it sleeps;
     None: it has not told for too long. `wall`: Unix seconds.
-    The transport should not be that of the requests: a replica that only answers a scrape has not shown that it works.
+    The transport should not be that of the requests: a backend that only answers a scrape has not shown that it works.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LoadSignal:
         self._rand = rand
         # When the last look began
         self._looked = clock()
-        # By URL: when a replica last told, and which did not the last time it was asked
+        # By URL: when a backend last told, and which did not the last time it was asked
         self._told: dict[str, float] = {}
         self._silent: set[str] = set()
 
@@ -78,12 +78,12 @@ class LoadSignal:
                 await self.look()
             except Exception:
                 # The boundary of a background task: without the signal, balancing is what it is without it.
-                logger.exception("asking the replicas for their load failed")
+                logger.exception("asking the backends for their load failed")
             pause = self._every * (0.8 + 0.4 * self._rand())
             await asyncio.sleep(max(0.0, began + pause - self._clock()))
 
     async def look(self) -> None:
-        """Ask every replica once, a few at a time, for at most one interval; then drop what is old."""
+        """Ask every backend once, a few at a time, for at most one interval; then drop what is old."""
         last, self._looked = self._looked, self._clock()
         engines = self._engines()
         # Those that were silent come last, so that they can delay only each other.
@@ -142,7 +142,7 @@ class LoadSignal:
         gauges = Gauges(engine, self._sleep_only)
         try:
             if response.status_code != 200:
-                raise ValueError(f"the replica answered with the status {response.status_code}")
+                raise ValueError(f"the backend answered with the status {response.status_code}")
             async for data in stream:
                 gauges.feed(data)
                 if gauges.complete:

@@ -152,7 +152,7 @@ def port_of(url: str, ports: tuple[tuple[str, int], ...]) -> int | None:
 
 
 class Located(NamedTuple):
-    """The replicas of a URL, as `catalogue.Replica` writes them, and what kept others from being one.
+    """The backends of a URL, as `catalogue.Address` writes them, and what kept others from being one.
 
     `refused`: addresses that no backend may have. `portless`: there were endpoints whose port could not be told.
     """
@@ -165,7 +165,7 @@ class Located(NamedTuple):
 def locate(url: str, slices: Iterable[Slice]) -> Located:
     """Where the pods of a Service take requests that are meant for `url`, from all slices of the Service.
 
-    A pod that is in two slices, because it moves between them or has addresses of both families, is one replica.
+    A pod that is in two slices, because it moves between them or has addresses of both families, is one backend.
     """
     urls: set[str] = set()
     refused: set[str] = set()

@@ -194,7 +194,7 @@ class Attempt:
 
     @property
     def lines(self) -> bytes:
-        """The context that the replica gets, as lines of a request head."""
+        """The context that the backend gets, as lines of a request head."""
         context = self._span.get_span_context()
         lines = b"traceparent: 00-%032x-%016x-%02x\r\n" % (context.trace_id, context.span_id, context.trace_flags)
         if context.trace_state:
@@ -202,7 +202,7 @@ class Attempt:
         return lines
 
     def ended(self, outcome: Outcome) -> None:
-        """The replica has nothing to do with the request any more."""
+        """The backend has nothing to do with the request any more."""
         if not self.relayed:
             self.close(outcome)
 
@@ -299,7 +299,7 @@ class TracedObservation(Account):
 
 
 class TracedForward(Forward):
-    """A Forward whose attempts have spans, and carry their context to the replica in place of the client's."""
+    """A Forward whose attempts have spans, and carry their context to the backend in place of the client's."""
 
     @override
     async def _attempt(

@@ -151,7 +151,7 @@ class Metrics:
             series.forget()
 
     def forget_backends(self) -> None:
-        """Drop the series of replicas that have left; with pod addresses they would pile up with every rollout."""
+        """Drop the series of backends that have left; with pod addresses they would pile up with every rollout."""
         known = {(name, backend.label) for name, model in self.fleet().items() for backend in model.backends}
         self.attempts.forget(lambda key: key[:2] in known)
         self.probe_failures.forget(lambda key: key[:2] in known)

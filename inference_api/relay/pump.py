@@ -1,8 +1,8 @@
-"""Moves one body from a replica to the client, chunk by chunk: the hot loop of a stream.
+"""Moves one body from a backend to the client, chunk by chunk: the hot loop of a stream.
 
-What one read of the replica's connection brought is written to the client within the same turn of the event loop,
+What one read of the backend's connection brought is written to the client within the same turn of the event loop,
 and no task wakes for it. The ASGI `send` is a coroutine that suspends only while the client's write buffer is full, so
-it is stepped by hand. Only when it does suspend is the replica's connection paused, and the pump's task woken to see it
+it is stepped by hand. Only when it does suspend is the backend's connection paused, and the pump's task woken to see it
 through: back-pressure with at most one read in memory. (docs/adr/0002 has the measurement.)
 """
 

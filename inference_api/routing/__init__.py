@@ -1,1 +1,1 @@
-"""From a model name to the replica that will answer: registry, backends, balancing."""
+"""From a model name to the backend that will answer: registry, backends, balancing."""

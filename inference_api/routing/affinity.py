@@ -1,4 +1,4 @@
-"""The key by which requests that share the beginning of a prompt find the same replica. Pure."""
+"""The key by which requests that share the beginning of a prompt find the same backend. Pure."""
 
 from collections.abc import Mapping
 from hashlib import blake2b

@@ -1,4 +1,4 @@
-"""What lives behind a catalogue entry: a Backend is one replica with its live state, a Model is the set of them."""
+"""What lives behind a catalogue entry: a Backend is one backend with its live state, a Model is the set of them."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -6,15 +6,15 @@ from typing import Protocol
 
 from inference_api.routing.balance import Balancer
 from inference_api.routing.breaker import Circuit, due
-from inference_api.routing.catalogue import BalancingName, CatalogueEntry, replicas
+from inference_api.routing.catalogue import BalancingName, CatalogueEntry, addresses_of
 from inference_api.routing.origin import Origin
 
-# What a replica that is new, or back, gets of its weight at first.
+# What a backend that is new, or back, gets of its weight at first.
 FIRST_SHARE = 0.1
 
 
 class Backend:
-    """One replica of a model: an address that may serve other models too, and this model's part of it.
+    """One backend of a model: an address that may serve other models too, and this model's part of it.
 
     `in_flight` is exact on every path: admission and drain stand on it; balancing goes by `origin.in_flight`.
     """
@@ -93,13 +93,13 @@ class Backend:
 
 
 class Guard(Protocol):
-    """Chooses for a Model while a circuit of a replica is not closed, or one is compared with the others."""
+    """Chooses for a Model while a circuit of a backend is not closed, or one is compared with the others."""
 
     def choose(self, model: "Model", key: str, tried: Collection[Backend]) -> Backend | None: ...
 
 
 class Model:
-    """A resolved name: its catalogue entry, its replicas, and what they have in flight together."""
+    """A resolved name: its catalogue entry, its backends, and what they have in flight together."""
 
     __slots__ = (
         "_guard",
@@ -145,7 +145,7 @@ class Model:
         self.refresh()
 
     def choose(self, key: str, tried: Collection[Backend] = ()) -> Backend | None:
-        """The replica for the next attempt, None if there is none now. Whoever gets one makes an attempt on it."""
+        """The backend for the next attempt, None if there is none now. Whoever gets one makes an attempt on it."""
         if self.guard is not None:
             return self.guard.choose(self, key, tried)
         return self.balancer.choose(self.available, key, tried)
@@ -155,7 +155,7 @@ class Model:
         self.refresh()
 
     def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], balancer: Balancer[Backend]) -> None:
-        """Take a new version of the entry, or other replicas of it; what is in flight stays counted."""
+        """Take a new version of the entry, or other backends of it; what is in flight stays counted."""
         if entry is not self.entry:
             self.max_model_len = None
         self.entry, self.balancer = entry, balancer
@@ -166,7 +166,7 @@ class Model:
             self.refresh()
 
     def refresh(self, reweighed: bool = False) -> None:
-        """Decide anew which replicas are available, because one has changed its state or (`reweighed`) its share.
+        """Decide anew which backends are available, because one has changed its state or (`reweighed`) its share.
 
         All are, if more than half should not be: then it is the judgement that is wrong, or the rest would be crushed.
         And so is an only one: trying it is all that can be done. Those that sleep are no matter of judgement: they say
@@ -196,10 +196,10 @@ class Fleet:
         self.models: dict[str, Model] = {}
         # name or alias -> Model; the one look-up that a request makes.
         self.by_name: dict[str, Model] = {}
-        # Of the backends with `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of replicas, see
+        # Of the backends with `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of backends, see
         # `endpointslices`. A host name is no URL.
         self.addresses: dict[str, Sequence[str]] = {}
-        # URL -> Origin, of all replicas, and of those that left and have not yet ended what they have in flight.
+        # URL -> Origin, of all backends, and of those that left and have not yet ended what they have in flight.
         self.origins: dict[str, Origin] = {}
         self._vacant: set[Origin] = set()
         self._guard: Guard | None = None
@@ -213,7 +213,7 @@ class Fleet:
             model.protect(guard)
 
     def update(self, catalogue: Mapping[str, CatalogueEntry]) -> None:
-        """Make the fleet what the catalogue says. Replicas that left finish what they have in flight."""
+        """Make the fleet what the catalogue says. Backends that left finish what they have in flight."""
         models = {entry.name: self._model(entry) for entry in catalogue.values()}
         for gone in self.models.keys() - models.keys():
             self._move(self.models[gone].backends, ())
@@ -250,11 +250,11 @@ class Fleet:
     def _backends(self, entry: CatalogueEntry, known: Model | None, joining: bool = True) -> tuple[Backend, ...]:
         by_url = {} if known is None else {backend.url: backend for backend in (*known.leaving, *known.backends)}
         backends = []
-        for url, weight in replicas(entry.backends, self.addresses):
+        for url, weight in addresses_of(entry.backends, self.addresses):
             backend, origin = by_url.get(url), self._origin(url)
             if backend is None or backend.origin is not origin:
                 backend = Backend(entry.name, url, origin=origin)
-                # Beside replicas that are warm a new one starts slowly.
+                # Beside backends that are warm a new one starts slowly.
                 backend.share = 0.0 if joining and known and known.backends else 1.0
             backend.full_weight = weight
             backend.weigh(max(backend.share, first_share(entry.balancing)))
@@ -268,7 +268,7 @@ class Fleet:
         return origin
 
     def _move(self, before: Sequence[Backend], after: Sequence[Backend]) -> None:
-        """Tell the origins of a model's replicas which of these they serve now."""
+        """Tell the origins of a model's backends which of these they serve now."""
         if before == after:
             return
         for backend in set(before).difference(after):
@@ -287,5 +287,5 @@ class Fleet:
 
 
 def first_share(balancing: BalancingName) -> float:
-    """What a cold replica gets of its weight. With prefix affinity all: a weight that grows would move keys about."""
+    """What a cold backend gets of its weight. With prefix affinity all: a weight that grows would move keys about."""
     return 1.0 if balancing == "prefix_affinity" else FIRST_SHARE

@@ -1,6 +1,6 @@
-"""Choose a replica. Four pure balancers: in-flight counts, a key and a source of randomness in, a replica out.
+"""Choose a backend. Four pure balancers: in-flight counts, a key and a source of randomness in, a backend out.
 
-What a balancer has to precompute for a set of replicas it keeps until it is handed another tuple.
+What a balancer has to precompute for a set of backends it keeps until it is handed another tuple.
 """
 
 import random
@@ -16,20 +16,20 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from inference_api.routing.catalogue import BalancingName
 
-# A full replica may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
-# Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot replicas.
+# A full backend may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
+# Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot backends.
 _BOUND = 1.25
 # And so many times the square root of its share more, for that is how far counts scatter by themselves: a router that
-# is one of many has few requests at each replica, and without this its keys leave their homes for noise. With 2 the
-# fullest replica is too full.
+# is one of many has few requests at each backend, and without this its keys leave their homes for noise. With 2 the
+# fullest backend is too full.
 _NOISE = 1.0
-# Points on the ring for a replica of average weight, and places on it that a key has, of which the one with the nearest
-# point counts: its part of the keys is then 4 % off its share, and 14 % where a ring of many replicas has 8 points of
+# Points on the ring for a backend of average weight, and places on it that a key has, of which the one with the nearest
+# point counts: its part of the keys is then 4 % off its share, and 14 % where a ring of many backends has 8 points of
 # each (9 and 36 % with one place): Appleton, O'Reilly, "Multi-probe consistent hashing" (2015).
 _POINTS = 128
 _PROBES = 4
 _PLACES = f">{_PROBES}Q"
-# From so many replicas on, the total in flight is not counted for every choice, see PrefixAffinity.
+# From so many backends on, the total in flight is not counted for every choice, see PrefixAffinity.
 _COUNTED = 32
 
 
@@ -45,7 +45,7 @@ class Load(Protocol):
 _AROUND = 1 << 64
 
 
-class Replica(Protocol):
+class BackendView(Protocol):
     """What a balancer sees of a backend."""
 
     @property
@@ -58,21 +58,21 @@ class Replica(Protocol):
     def origin(self) -> Load: ...
 
 
-R = TypeVar("R", bound=Replica)
+R = TypeVar("R", bound=BackendView)
 Random = Callable[[], float]
 _in_flight = attrgetter("origin.in_flight")
 
 
 class Balancer(Protocol[R]):
-    """Chooses one of `replicas` that is not in `tried`, or None when nothing is left."""
+    """Chooses one of `backends` that is not in `tried`, or None when nothing is left."""
 
-    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
+    def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
 
 
 def make_balancer(name: BalancingName, random: Random = random.random, reported: bool = False) -> Balancer[R]:
     """A balancer with a state of its own: one per model. `random` returns floats in [0, 1).
 
-    `reported`: what the replicas say of others' requests counts too, where the balancer goes by load alone.
+    `reported`: what the backends say of others' requests counts too, where the balancer goes by load alone.
     """
     balancers = {**_BALANCERS, **_REPORTED} if reported else _BALANCERS
     return balancers[name](random)
@@ -83,26 +83,26 @@ class RoundRobin(Generic[R]):
 
     def __init__(self, random: Random) -> None:
         self._random = random
-        self._replicas: Sequence[R] = ()
+        self._backends: Sequence[R] = ()
         self._slots: list[R] = []
         self._next = 0
 
-    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
-        if replicas is not self._replicas:
-            self._learn(replicas)
+    def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+        if backends is not self._backends:
+            self._learn(backends)
         if not self._slots:
             return None
         turn = self._next
         if tried:
-            # A repetition is nobody's turn: if it were, a bad replica would be first in line every time.
-            return next((replica for replica in self._slots[turn:] + self._slots[:turn] if replica not in tried), None)
+            # A repetition is nobody's turn: if it were, a bad backend would be first in line every time.
+            return next((backend for backend in self._slots[turn:] + self._slots[:turn] if backend not in tried), None)
         self._next = turn + 1 if turn + 1 < len(self._slots) else 0
         return self._slots[turn]
 
-    def _learn(self, replicas: Sequence[R]) -> None:
-        self._replicas = replicas
-        self._slots = _schedule(replicas)
-        # Routers that start together, or see the same replica leave, must not go round in step.
+    def _learn(self, backends: Sequence[R]) -> None:
+        self._backends = backends
+        self._slots = _schedule(backends)
+        # Routers that start together, or see the same backend leave, must not go round in step.
         self._next = int(self._random() * len(self._slots))
 
 
@@ -112,27 +112,27 @@ class LeastInFlight(Generic[R]):
     def __init__(self, random: Random) -> None:
         self._random = random
 
-    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+    def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
         if tried:
-            replicas = [replica for replica in replicas if replica not in tried]
-        if not replicas:
+            backends = [backend for backend in backends if backend not in tried]
+        if not backends:
             return None
-        loads = self._loads(replicas)
+        loads = self._loads(backends)
         least = min(loads)
-        equals = [replica for replica, load in zip(replicas, loads, strict=True) if load == least]
+        equals = [backend for backend, load in zip(backends, loads, strict=True) if load == least]
         return equals[_draw(_ends(equals), self._random())]
 
-    def _loads(self, replicas: Sequence[R]) -> list[float]:
-        return [(replica.origin.in_flight + replica.extra) / replica.weight for replica in replicas]
+    def _loads(self, backends: Sequence[R]) -> list[float]:
+        return [(backend.origin.in_flight + backend.extra) / backend.weight for backend in backends]
 
 
 class LeastReported(LeastInFlight[R]):
-    """The same, with what the replicas report of others' requests."""
+    """The same, with what the backends report of others' requests."""
 
-    def _loads(self, replicas: Sequence[R]) -> list[float]:
+    def _loads(self, backends: Sequence[R]) -> list[float]:
         return [
-            (replica.origin.in_flight + replica.origin.reported + replica.extra) / replica.weight
-            for replica in replicas
+            (backend.origin.in_flight + backend.origin.reported + backend.extra) / backend.weight
+            for backend in backends
         ]
 
 
@@ -141,39 +141,39 @@ class TwoChoices(Generic[R]):
 
     def __init__(self, random: Random) -> None:
         self._random = random
-        self._replicas: Sequence[R] = ()
+        self._backends: Sequence[R] = ()
         # Running sums of the weights; None when all weights are equal.
         self._ends: list[float] | None = None
 
-    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+    def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
         if tried:
             left = type(self)(self._random)
-            return left.choose([replica for replica in replicas if replica not in tried], key)
-        if replicas is not self._replicas:
-            self._replicas, self._ends = replicas, self._learn(replicas)
-        n = len(replicas)
+            return left.choose([backend for backend in backends if backend not in tried], key)
+        if backends is not self._backends:
+            self._backends, self._ends = backends, self._learn(backends)
+        n = len(backends)
         if n < 2:
-            return replicas[0] if n else None
+            return backends[0] if n else None
         if self._ends is not None:
-            return self._choose_weighted(replicas, self._ends)
+            return self._choose_weighted(backends, self._ends)
         i = int(self._random() * n)
         j = int(self._random() * (n - 1))
-        first, second = replicas[i], replicas[j + (j >= i)]
+        first, second = backends[i], backends[j + (j >= i)]
         return first if first.origin.in_flight + first.extra <= second.origin.in_flight + second.extra else second
 
-    def _learn(self, replicas: Sequence[R]) -> list[float] | None:
-        return None if _alike(replicas) else _ends(replicas)
+    def _learn(self, backends: Sequence[R]) -> list[float] | None:
+        return None if _alike(backends) else _ends(backends)
 
-    def _choose_weighted(self, replicas: Sequence[R], ends: list[float]) -> R:
+    def _choose_weighted(self, backends: Sequence[R], ends: list[float]) -> R:
         i = _draw(ends, self._random())
-        first = replicas[i]
+        first = backends[i]
         # The second comes from what the first leaves, by weight; drawing until they differ could take long.
         at = self._random() * (ends[-1] - first.weight)
         if at >= ends[i] - first.weight:
             at += first.weight
         j = bisect(ends, at, 0, len(ends) - 1)
         # Only rounding can bring the first again.
-        second = replicas[j if j != i else i - 1]
+        second = backends[j if j != i else i - 1]
         return first if self._is_lighter(first, second) else second
 
     def _is_lighter(self, first: R, second: R) -> bool:
@@ -183,10 +183,10 @@ class TwoChoices(Generic[R]):
 
 
 class TwoReported(TwoChoices[R]):
-    """The same, with what the replicas report of others' requests; always the weighted way, so only one place asks."""
+    """The same, with what the backends report of others' requests; always the weighted way, so only one place asks."""
 
-    def _learn(self, replicas: Sequence[R]) -> list[float] | None:
-        return _ends(replicas)
+    def _learn(self, backends: Sequence[R]) -> list[float] | None:
+        return _ends(backends)
 
     def _is_lighter(self, first: R, second: R) -> bool:
         load = first.origin.in_flight + first.origin.reported + first.extra
@@ -195,18 +195,18 @@ class TwoReported(TwoChoices[R]):
 
 
 class PrefixAffinity(Generic[R]):
-    """Consistent hashing with bounded loads: equal keys meet the same replica, and so its prefix cache, unless it is
-    full; then the one that its keys would go to if it left. Routers agree without talking, and a replica that comes or
+    """Consistent hashing with bounded loads: equal keys meet the same backend, and so its prefix cache, unless it is
+    full; then the one that its keys would go to if it left. Routers agree without talking, and a backend that comes or
     goes moves only its own share of the keys.
 
-    With s its share of all that is in flight, this request included, a replica is full at `_BOUND` s + `_NOISE`
-    sqrt(s), rounded up. An idle home needs no total. Otherwise it is counted, and from `_COUNTED` replicas on only once
+    With s its share of all that is in flight, this request included, a backend is full at `_BOUND` s + `_NOISE`
+    sqrt(s), rounded up. An idle home needs no total. Otherwise it is counted, and from `_COUNTED` backends on only once
     in n / `_COUNTED` choices, so that the cost of a choice does not grow with n: s is then about 1 / `_COUNTED` off.
     """
 
     def __init__(self, random: Random) -> None:
         self._keyless: TwoChoices[R] = TwoChoices(random)
-        self._replicas: Sequence[R] = ()
+        self._backends: Sequence[R] = ()
         self._points: list[int] = []
         self._owners: list[R] = []
         self._weight = 0.0
@@ -214,12 +214,12 @@ class PrefixAffinity(Generic[R]):
         # Choices since the total was counted.
         self._age = 0
 
-    def choose(self, replicas: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
-        if replicas is not self._replicas:
-            self._learn(replicas)
+    def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
+        if backends is not self._backends:
+            self._learn(backends)
         self._age += 1
-        if not key or not replicas:
-            return self._keyless.choose(replicas, key, tried)
+        if not key or not backends:
+            return self._keyless.choose(backends, key, tried)
         digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8 * _PROBES).digest()
         places = unpack(_PLACES, digest)
         home = self._home(places)
@@ -233,7 +233,7 @@ class PrefixAffinity(Generic[R]):
             if owner not in tried and _has_room(owner, unit):
                 return owner
         # Only those already tried have room.
-        return self._keyless.choose(replicas, key, tried)
+        return self._keyless.choose(backends, key, tried)
 
     def _home(self, places: Sequence[int]) -> R:
         points, found, nearest = self._points, 0, _AROUND
@@ -257,21 +257,21 @@ class PrefixAffinity(Generic[R]):
             heapreplace(ways, (points[at + 1] - place, at + 1, place))
 
     def _count(self) -> int:
-        if self._age > len(self._replicas) // _COUNTED:
-            self._total = sum(map(_in_flight, self._replicas))
+        if self._age > len(self._backends) // _COUNTED:
+            self._total = sum(map(_in_flight, self._backends))
             self._age = 0
         return self._total
 
-    def _learn(self, replicas: Sequence[R]) -> None:
-        self._replicas = replicas
-        self._weight = sum(replica.weight for replica in replicas)
-        ring = _ring(replicas, self._weight)
+    def _learn(self, backends: Sequence[R]) -> None:
+        self._backends = backends
+        self._weight = sum(backend.weight for backend in backends)
+        ring = _ring(backends, self._weight)
         self._points = sorted(ring)
         self._owners = [ring[point] for point in self._points]
         # Behind the last one comes the first one again.
         self._points += [point + _AROUND for point in self._points[:1]]
         self._owners += self._owners[:1]
-        self._age = len(replicas)
+        self._age = len(backends)
 
 
 _BALANCERS: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
@@ -287,18 +287,18 @@ _REPORTED: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
 }
 
 
-def _has_room(replica: Replica, unit: float) -> bool:
+def _has_room(backend: BackendView, unit: float) -> bool:
     """Whether it may have one more, if each unit of weight should have `unit` with it."""
-    share = unit * replica.weight
-    return replica.origin.in_flight < _BOUND * share + _NOISE * sqrt(share)
+    share = unit * backend.weight
+    return backend.origin.in_flight < _BOUND * share + _NOISE * sqrt(share)
 
 
-def _alike(replicas: Sequence[Replica]) -> bool:
-    return len({replica.weight for replica in replicas}) <= 1
+def _alike(backends: Sequence[BackendView]) -> bool:
+    return len({backend.weight for backend in backends}) <= 1
 
 
-def _ends(replicas: Sequence[Replica]) -> list[float]:
-    return list(accumulate(replica.weight for replica in replicas))
+def _ends(backends: Sequence[BackendView]) -> list[float]:
+    return list(accumulate(backend.weight for backend in backends))
 
 
 def _draw(ends: list[float], at: float) -> int:
@@ -306,31 +306,31 @@ def _draw(ends: list[float], at: float) -> int:
     return bisect(ends, at * ends[-1], 0, len(ends) - 1)
 
 
-def _schedule(replicas: Sequence[R]) -> list[R]:
+def _schedule(backends: Sequence[R]) -> list[R]:
     """One round: everyone at least once, as often as its weight says, at even distances."""
-    if _alike(replicas):
-        return list(replicas)
-    slots = max(1024, 4 * len(replicas))
-    total = sum(replica.weight for replica in replicas)
+    if _alike(backends):
+        return list(backends)
+    slots = max(1024, 4 * len(backends))
+    total = sum(backend.weight for backend in backends)
     places: list[tuple[float, int]] = []
-    for number, replica in enumerate(replicas):
-        times = max(1, round(slots * replica.weight / total))
-        # Multiples of the golden ratio spread out: replicas of equal weight must not all have their turn together.
+    for number, backend in enumerate(backends):
+        times = max(1, round(slots * backend.weight / total))
+        # Multiples of the golden ratio spread out: backends of equal weight must not all have their turn together.
         offset = number * 0.6180339887 % 1
         places += [((turn + offset) / times, number) for turn in range(times)]
-    return [replicas[number] for _, number in sorted(places)]
+    return [backends[number] for _, number in sorted(places)]
 
 
-def _ring(replicas: Sequence[R], total: float) -> dict[int, R]:
+def _ring(backends: Sequence[R], total: float) -> dict[int, R]:
     """Point -> owner. The points follow from the URL alone, so every router finds the same ones in any order.
 
     Their number goes by weight, in a unit that changes as rarely as can be, because most keys move when it does: the
-    power of 16 next to the mean weight. Beyond 256 replicas it is the next power, to build any ring in milliseconds.
+    power of 16 next to the mean weight. Beyond 256 backends it is the next power, to build any ring in milliseconds.
     """
     ring: dict[int, R] = {}
-    unit = 16 ** round(log(total / min(len(replicas), 64), 16)) if replicas else 1
-    for replica in replicas:
-        count = max(1, round(_POINTS * replica.weight / unit))
+    unit = 16 ** round(log(total / min(len(backends), 64), 16)) if backends else 1
+    for backend in backends:
+        count = max(1, round(_POINTS * backend.weight / unit))
         # shake_128 is as long as it is asked to be, and a longer one begins with the shorter one.
-        ring |= dict.fromkeys(unpack(f">{count}Q", shake_128(replica.url.encode()).digest(8 * count)), replica)
+        ring |= dict.fromkeys(unpack(f">{count}Q", shake_128(backend.url.encode()).digest(8 * count)), backend)
     return ring

@@ -1,4 +1,4 @@
-"""The circuit breaker of a replica. Pure: what happened, who it happened to, and the time in; the circuit's state out.
+"""The circuit breaker of a backend. Pure: what happened, who it happened to, and the time in; the circuit's state out.
 
     closed      `threshold` failures in a row                          -> open
     open        `cooldown` seconds later, +-20 %                       -> half-open
@@ -7,8 +7,8 @@
                     it fails                                           -> open
                     it ends without a verdict, because its client left -> half-open, and the next request is the probe
 
-While a circuit is not closed only the probe is listened to: what began before it opened says how the replica was, and a
-replica that is shutting down finishes its old streams while it refuses new connections.
+While a circuit is not closed only the probe is listened to: what began before it opened says how the backend was, and a
+backend that is shutting down finishes its old streams while it refuses new connections.
 """
 
 import math
@@ -24,7 +24,7 @@ class Owner(Protocol):
 
 
 class Circuit:
-    """What a breaker keeps of a replica."""
+    """What a breaker keeps of a backend."""
 
     __slots__ = ("cooldown", "failures", "opened", "probe", "probed")
 
@@ -85,7 +85,7 @@ class Breaker:
         return True
 
     def suspect(self, circuit: Circuit, now: float) -> None:
-        """Make the circuit half-open: its replica may be well again, and one request is to find out."""
+        """Make the circuit half-open: its backend may be well again, and one request is to find out."""
         circuit.failures = max(circuit.failures, 1)
         _open(circuit, now, 0.0)
 

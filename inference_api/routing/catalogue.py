@@ -182,9 +182,9 @@ def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 
 
 class BackendEntry(_Entry):
-    """One replica: its base URL and its share of the traffic, relative to its siblings.
+    """One backend: its base URL and its share of the traffic, relative to its siblings.
 
-    With `discovery: dns` it is as many replicas as its host name has addresses, each with this weight.
+    With `discovery: dns` it is as many backends as its host name has addresses, each with this weight.
     """
 
     url: str = Field(max_length=2048)
@@ -207,8 +207,8 @@ class BackendEntry(_Entry):
         return urlsplit(self.url).hostname or ""
 
 
-class Replica(NamedTuple):
-    """One replica that a BackendEntry stands for.
+class Address(NamedTuple):
+    """One backend that a BackendEntry stands for.
 
     `url` is the entry's; where its host name was looked up, with the address after a `#`. No other URL has a fragment.
     """
@@ -217,21 +217,21 @@ class Replica(NamedTuple):
     weight: float
 
 
-def replicas(entries: Iterable[BackendEntry], addresses: Mapping[str, Sequence[str]]) -> list[Replica]:
-    """The replicas of these entries; `addresses` has what is known of those that are to be found.
+def addresses_of(entries: Iterable[BackendEntry], addresses: Mapping[str, Sequence[str]]) -> list[Address]:
+    """The backends of these entries; `addresses` has what is known of those that are to be found.
 
-    By host name what it was looked up to, or by URL the URLs of its replicas, where an entry's Service is watched.
-    What two names lead to is one replica, so that none gets two shares, or has two series of one label.
+    By host name what it was looked up to, or by URL the URLs of its backends, where an entry's Service is watched.
+    What two names lead to is one backend, so that none gets two shares, or has two series of one label.
     """
     entries = tuple(entries)
-    found = [Replica(entry.url, entry.weight) for entry in entries if entry.discovery == "static"]
-    taken = {replica.url.partition("://")[2] for replica in found}
+    found = [Address(entry.url, entry.weight) for entry in entries if entry.discovery == "static"]
+    taken = {backend.url.partition("://")[2] for backend in found}
     for entry in entries:
         for url in _found(entry, addresses) if entry.discovery == "dns" else ():
             place = place_of(url)
             if place not in taken:
                 taken.add(place)
-                found.append(Replica(url, entry.weight))
+                found.append(Address(url, entry.weight))
     return found[:MAX_BACKENDS]
 
 
@@ -241,7 +241,7 @@ def _found(entry: BackendEntry, addresses: Mapping[str, Sequence[str]]) -> Seque
 
 
 def place_of(url: str) -> str:
-    """host:port/path of a Replica, the host being the address if it was looked up."""
+    """host:port/path of a Address, the host being the address if it was looked up."""
     rest, _, address = url.partition("://")[2].partition("#")
     if not address:
         return rest

@@ -1,12 +1,12 @@
-"""Decides what errors do to a replica that the model's other replicas do not give.
+"""Decides what errors do to a backend that the model's other backends do not give.
 
 An error in an answer may be the fault of the request, or of what the router takes for an error. Two things follow.
 
-At once: a replica that answers with errors is quicker than one that works, and looks idle. Where it has given more of
+At once: a backend that answers with errors is quicker than one that works, and looks idle. Where it has given more of
 them than the others lately, they count as requests in flight.
 
-After several in a row they are compared (`comparison`). If that shows that it is the replica, its own circuit opens,
-for this model alone: a replica may lack one adapter, or refuse one key, and serve everything else.
+After several in a row they are compared (`comparison`). If that shows that it is the backend, its own circuit opens,
+for this model alone: a backend may lack one adapter, or refuse one key, and serve everything else.
 """
 
 import logging
@@ -27,9 +27,9 @@ _PAUSE = 10.0
 
 # What remains of the recent errors after each second; so they last for about half a minute. Less than one is none.
 _FADING = 0.967
-# So many more than the others chance may give a replica, and standard deviations of what all have.
+# So many more than the others chance may give a backend, and standard deviations of what all have.
 _CHANCE, _DEVIATIONS = 8, 3.0
-# In a model that has more replicas, who has more than the others is found once a second, not with every error.
+# In a model that has more backends, who has more than the others is found once a second, not with every error.
 _MANY = 64
 
 # Errors that are not a status, or not known by it.
@@ -160,7 +160,7 @@ def _is_comparable(model: Model, backend: Backend) -> bool:
 
 
 def _charge(model: Model) -> None:
-    """What every replica has given, by its weight, the requests may have brought; what one has beyond that counts."""
+    """What every backend has given, by its weight, the requests may have brought; what one has beyond that counts."""
     # One that is new has not met as many requests as the others.
     settled = [backend for backend in model.available if backend.share == 1.0]
     least = min((backend.recent / backend.weight for backend in settled), default=0.0)

@@ -1,13 +1,13 @@
-"""Decides which replicas are available: by what became of requests, by health checks, and by silence.
+"""Decides which backends are available: by what became of requests, by health checks, and by silence.
 
-A replica is out while a circuit of it is not closed (`breaker`), and while its address fails its health checks
+A backend is out while a circuit of it is not closed (`breaker`), and while its address fails its health checks
 (`prober`), sleeps (`load`), or is stuck: it has requests and has not sent a byte for a minute, whatever its /health
 says. One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request only
 looks at the result.
 
 There are two circuits. What never was an answer, and 502, 503 and 504, say that the address cannot serve: a few in a
 row open the circuit of the address, for all of its models. Any other error a request or a dialect may cause; whether it
-is the replica's, and its own circuit opens, is decided in `faults`.
+is the backend's, and its own circuit opens, is decided in `faults`.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from inference_api.routing.origin import Origin
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 1.0
-# Failures in a row until a replica is out, passes in a row until it is back.
+# Failures in a row until a backend is out, passes in a row until it is back.
 _OUT_AFTER, _IN_AFTER = 3, 2
 # So many requests and so many seconds without a byte; longer where the first byte of an answer may take longer.
 _CROWD = 3
@@ -32,7 +32,7 @@ _STUCK_AFTER = 60.0
 _USUAL_FIRST_BYTE = 120.0
 # Seconds from the first share of the weight to all of it.
 _SLOW_START = 30.0
-# A model's only replica is tried this often while it refuses connections.
+# A model's only backend is tried this often while it refuses connections.
 _SOLE_COOLDOWN = 1.0
 
 _OK = Outcome.OK
@@ -51,11 +51,11 @@ def _task() -> Owner:
 
 
 class Health:
-    """Hears of every attempt and every health check, and looks at all replicas once a second.
+    """Hears of every attempt and every health check, and looks at all backends once a second.
 
-    `heard(url)`: when a byte last came from a replica, in seconds of `clock`. `connect`, `first_byte`: the timeouts, in
+    `heard(url)`: when a byte last came from a backend, in seconds of `clock`. `connect`, `first_byte`: the timeouts, in
     seconds, of models that have none of their own. `owner()`: whose attempt it is that is chosen for or reported; a
-    request is one task from choice to end, and that is how a probe is told from other attempts on its replica. `rand`
+    request is one task from choice to end, and that is how a probe is told from other attempts on its backend. `rand`
     gives [0, 1).
     """
 
@@ -272,7 +272,7 @@ class Health:
         return [model for model in models if model is not None]
 
     def _come_back(self, origin: Origin) -> None:
-        """One reason less for its replicas to be out; those of which it was the last one start slowly."""
+        """One reason less for its backends to be out; those of which it was the last one start slowly."""
         for backend in origin.backends:
             self._bring_back(backend)
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # How often it looks for addresses that are new.
 _ENROL_EVERY = 1.0
-# A thousand replicas, every tenth of them hung, take about 50 at a time.
+# A thousand backends, every tenth of them hung, take about 50 at a time.
 _AT_ONCE = 128
 # Engines that are well may take longer than most: SGLang generates a token first, and gives up after 20 s itself; in
 # llama.cpp all threads that could answer may be waiting for a long prompt.
@@ -29,7 +29,7 @@ class Prober:
 
     It is asked once, whatever the number of its models.
 
-    That is a pass for engines without a /health, too. A timeout while bytes of other answers come from the replica
+    That is a pass for engines without a /health, too. A timeout while bytes of other answers come from the backend
     (`heard(url)`: when the last one did, in loop time) is no verdict: it is busy. `every`: seconds between two checks,
     +-20 %; `patience`: seconds for one, at least, see `_LEAST_PATIENCE`. `transport` should not be the one that carries
     the traffic.

@@ -1,4 +1,4 @@
-"""One connection to a replica, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
+"""One connection to a backend, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -43,9 +43,9 @@ class Disconnected(httpx.ReadError):
 
     @property
     def stale(self) -> bool:
-        """The replica had closed the idle connection already when the request was written to it.
+        """The backend had closed the idle connection already when the request was written to it.
 
-        The news of that takes a round trip. One that comes later is of a replica that had the request in its hands.
+        The news of that takes a round trip. One that comes later is of a backend that had the request in its hands.
         """
         return self.silent and self.reused and self.waited < _RACE
 
@@ -55,7 +55,7 @@ class Closed(httpx.ReadError):
 
 
 class Malformed(httpx.RemoteProtocolError):
-    """The replica did not speak HTTP/1.1."""
+    """The backend did not speak HTTP/1.1."""
 
 
 class FirstByteTimeout(httpx.ReadTimeout):
@@ -231,7 +231,7 @@ class ResponseStream(httpx.AsyncByteStream):
 
 
 class BackendConnection(asyncio.Protocol):
-    """One connection to a replica, and at most one response on it at a time.
+    """One connection to a backend, and at most one response on it at a time.
 
     Invariant: its pool holds it as idle if and only if `stream` is None, its last response ended cleanly, and no byte
     has come since.
@@ -328,7 +328,7 @@ class BackendConnection(asyncio.Protocol):
     def resume(self, stream: ResponseStream) -> None:
         if self.stream is stream and self._paused and self.transport is not None:
             self._paused = False
-            # The reader's pause was not the replica's silence.
+            # The reader's pause was not the backend's silence.
             self._last_read = self.loop.time()
             self.transport.resume_reading()
 
@@ -339,7 +339,7 @@ class BackendConnection(asyncio.Protocol):
         self._disarm()
         self.pool.discard(self)
         if self.transport is not None:
-            # Not close(): it would wait for a stuck replica to read the rest of a request.
+            # Not close(): it would wait for a stuck backend to read the rest of a request.
             self.transport.abort()
 
     def fail(self, error: httpx.TransportError) -> None:
@@ -381,13 +381,13 @@ class BackendConnection(asyncio.Protocol):
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:
             if not stream.complete:
-                self.fail(Malformed(f"the replica sent {_reason(exc)}"))
+                self.fail(Malformed(f"the backend sent {_reason(exc)}"))
                 return None
             # What followed a complete response was no response; the one we have is good.
             self._poisoned = True
         if not self._head_done:
             if self._received > MAX_HEAD:
-                self.fail(Malformed(f"the replica sent a response head of more than {MAX_HEAD} bytes"))
+                self.fail(Malformed(f"the backend sent a response head of more than {MAX_HEAD} bytes"))
             return None
         if stream.complete:
             if fresh and stream.status == 200 and self._keep_alive and not self._poisoned:
@@ -420,7 +420,7 @@ class BackendConnection(asyncio.Protocol):
             stream.complete = True
             stream.deliver()
         else:
-            message = "the replica closed the connection"
+            message = "the backend closed the connection"
             waited = self.loop.time() - self._last_read
             stream.fail(Disconnected(message, received=self._received, reused=self._reused, waited=waited))
 
@@ -533,9 +533,9 @@ class BackendConnection(asyncio.Protocol):
         if self._deadline is not None and due >= self._deadline:
             self.fail(TotalTimeout("the answer did not end in time"))
         elif not self._head_done and self._first_byte is not None and due >= self._first_byte:
-            self.fail(FirstByteTimeout("the replica did not begin to answer in time"))
+            self.fail(FirstByteTimeout("the backend did not begin to answer in time"))
         elif self._head_done and not self._paused and self._idle is not None and due >= self._last_read + self._idle:
-            self.fail(IdleTimeout("the replica fell silent"))
+            self.fail(IdleTimeout("the backend fell silent"))
         elif (soonest := self._soonest(now)) is not None:
             self._set_timer(soonest)
 

@@ -82,7 +82,7 @@ class Dialer:
         # A name may be made to resolve to what a URL may not name.
         allowed = [address for address in addresses if self._may_reach(address)]
         if not allowed:
-            raise httpx.ConnectError("the replica's name leads to an address that no backend may have")
+            raise httpx.ConnectError("the backend's name leads to an address that no backend may have")
         if len(allowed) == 1:
             return await attempt(allowed[0])
         return await race(in_turn(allowed, self._avoid())[:_MOST], attempt, self._delay, self._note)

@@ -1,4 +1,4 @@
-"""The attempt loop: choose a replica, send, classify what came, and repeat only where that is known to be safe."""
+"""The attempt loop: choose a backend, send, classify what came, and repeat only where that is known to be safe."""
 
 import asyncio
 import random
@@ -68,7 +68,7 @@ class Reason(StrEnum):
 class GiveUp(StrEnum):
     """Why an attempt is not repeated."""
 
-    # It may have been executed, or there is no attempt or no replica left.
+    # It may have been executed, or there is no attempt or no backend left.
     NEVER = "never"
     LATE = "late"
     BUDGET_EXHAUSTED = "budget_exhausted"
@@ -86,10 +86,10 @@ class Failure(NamedTuple):
     outcome: Outcome
     # None: it may not be repeated
     reason: Reason | None
-    # It was never sent, or its replica was in good standing when it was: a replica that dies takes many requests with
+    # It was never sent, or its backend was in good standing when it was: a backend that dies takes many requests with
     # it at once, and to send them elsewhere moves load and adds none.
     free: bool
-    # The replica had the request in its hands and said nothing; it may have executed it.
+    # The backend had the request in its hands and said nothing; it may have executed it.
     silent: bool = False
     # An answer after all, though not the one that is wanted
     reply: Reply | None = None
@@ -108,9 +108,9 @@ def outcome_of(exc: BaseException) -> Outcome:
 def classify(exc: httpx.TransportError, backend: Backend, route: Route, free: bool) -> Failure:
     """Whether a failed attempt may be repeated; nothing has gone to the client yet.
 
-    Not connected: the request was never sent. A reused connection that ends at once and without a byte: the replica had
+    Not connected: the request was never sent. A reused connection that ends at once and without a byte: the backend had
     closed it before the request came (of 257 such failures in a measurement, none had been executed). Any other that
-    ends without a byte: the replica may have executed the request, so only where a second execution does no harm.
+    ends without a byte: the backend may have executed the request, so only where a second execution does no harm.
     Anything else may do harm.
     """
     outcome = outcome_of(exc)
@@ -203,7 +203,7 @@ class Forward:
             try:
                 if failure.reply is not None:
                     await failure.reply.aclose(failure.outcome)
-                # Lost to a connection once: not to that of another replica again.
+                # Lost to a connection once: not to that of another backend again.
                 fresh = failure.reason in (Reason.STALE, Reason.RESET)
                 reply = await self._attempt(call, common, backend, len(past) + 1, self._ending(permit), fresh)
             except BaseException as exc:
@@ -225,7 +225,7 @@ class Forward:
         ended: Callable[[Backend, Outcome], None],
         fresh: bool,
     ) -> Reply:
-        """Send to one replica. It has the call in flight from here to the end of the Reply, which `ended` hears of.
+        """Send to one backend. It has the call in flight from here to the end of the Reply, which `ended` hears of.
 
         `features.tracing` wraps this.
         """
@@ -293,7 +293,7 @@ class Forward:
     def _delay(self, model: Model, past: list[Failure]) -> float:
         """Seconds until the next attempt.
 
-        None to another replica after a failure to reach the first: it has nothing to recover from, and the client
+        None to another backend after a failure to reach the first: it has nothing to recover from, and the client
         waits. A busy one may say that all are, and the same one again may just be restarting.
         """
         if past[-1].reason is not Reason.STATUS and _others(model, past):
@@ -308,7 +308,7 @@ class Forward:
         if failure.reason is None or len(past) >= self._limits.attempts:
             return GiveUp.NEVER
         if failure.reason is Reason.STATUS and model.panic:
-            return GiveUp.NEVER  # what is left of the replicas has enough to do
+            return GiveUp.NEVER  # what is left of the backends has enough to do
         resting = self._retry_after.at(self._clock()) if failure.reason is Reason.STATUS else ()
         if failure.reason is not Reason.STALE and not _others(model, past, resting):
             return GiveUp.NEVER
@@ -324,7 +324,7 @@ class Forward:
         return self._budget.draw(model.name, model.in_flight) or GiveUp.BUDGET_EXHAUSTED
 
     def _is_poison(self, call: Call, past: list[Failure]) -> bool:
-        """Whether replicas die of this very request: it must not meet another one. Silence twice is enough for that."""
+        """Whether backends die of this very request: it must not meet another one. Silence twice is enough for that."""
         failure = past[-1]
         if failure.silent:
             # What looked like an idle connection's end was perhaps the first death.
@@ -337,7 +337,7 @@ class Forward:
         failure = past[-1]
         tried = [failure.backend for failure in past]
         only = failure.reason is Reason.STATUS
-        # Replicas often die together; one that has been failing is not what this request needs now.
+        # Backends often die together; one that has been failing is not what this request needs now.
         failing = [backend for backend in model.backends if backend.origin.failures]
         backend = self._awake(model, key, [*tried, *failing], only=True) or self._awake(model, key, tried, only)
         if backend is None and failure.reason is Reason.STALE:
@@ -345,7 +345,7 @@ class Forward:
         return backend
 
     def _awake(self, model: Model, key: str, tried: Collection[Backend] = (), only: bool = False) -> Backend | None:
-        """A replica that does not rest; if all do, any: none said that it is out. `only`: then None."""
+        """A backend that does not rest; if all do, any: none said that it is out. `only`: then None."""
         backend, resting = model.choose(key, tried), self._retry_after.at(self._clock())
         if backend not in resting:
             return backend
@@ -366,7 +366,7 @@ class Forward:
         return failure.reply
 
     def _hasten(self, reply: Reply, model: Model) -> None:
-        """If all replicas rest, the client may come back when the first of them is ready."""
+        """If all backends rest, the client may come back when the first of them is ready."""
         now, own = self._clock(), retry_after(reply.headers, self._wall())
         others = [backend for backend in model.available if backend is not reply.backend]
         resting = self._retry_after.at(now)
@@ -451,7 +451,7 @@ def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:
 
 
 def _others(model: Model, past: list[Failure], resting: Collection[Backend] = ()) -> bool:
-    """Whether the model has a replica that has not been tried."""
+    """Whether the model has a backend that has not been tried."""
     tried = [failure.backend for failure in past]
     return any(backend not in tried and backend not in resting for backend in model.available)
 

@@ -1,4 +1,4 @@
-"""Response heads that a replica repeats byte for byte, but for the date and the digits of the length. Sans-IO.
+"""Response heads that a backend repeats byte for byte, but for the date and the digits of the length. Sans-IO.
 
 Equal bytes parse equally, so an answer that begins with a head known by now needs no parser (docs/adr/0008).
 """
@@ -74,7 +74,7 @@ class RepeatedHeads:
 
     def __init__(self) -> None:
         self.newest: RepeatedHead | None = None
-        # Learnt at the 2nd, 4th, 8th ... answer that had to be parsed: a replica that varies them costs nothing soon.
+        # Learnt at the 2nd, 4th, 8th ... answer that had to be parsed: a backend that varies them costs nothing soon.
         self._parsed = 0
         self._learn_at = 2
 

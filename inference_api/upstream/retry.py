@@ -1,4 +1,4 @@
-"""What keeps repeats from doing harm: a budget, a memory of requests that kill, rest for replicas that asked for it.
+"""What keeps repeats from doing harm: a budget, a memory of requests that kill, rest for backends that asked for it.
 
 Pure, and asked only after an attempt has failed.
 """
@@ -18,17 +18,17 @@ from inference_api.routing.backend import Backend
 
 # Bytes at either end of a body by which it is known again
 _HASHED = 2 * 1024 * 1024
-# Envoy's: enough for a small model to survive a replica's restart.
+# Envoy's: enough for a small model to survive a backend's restart.
 _LEAST = 3
 # Seconds; Envoy's.
 _BACK_OFF = 0.025
 _LONGEST_BACK_OFF = 0.25
-# Seconds. A replica that wants a longer rest is asked again after this one.
+# Seconds. A backend that wants a longer rest is asked again after this one.
 _LONGEST_REST = 30.0
 # Seconds, and bodies.
 _MEMORY = 60.0
 _SUSPECTS = 1024
-# Seconds. A replica that dies breaks all of its connections at once, and that is one death.
+# Seconds. A backend that dies breaks all of its connections at once, and that is one death.
 _ONE_DEATH = 1.0
 
 
@@ -82,12 +82,12 @@ FREE = Permit(None)
 
 class _Suspicion(NamedTuple):
     deaths: int
-    # Label of a replica -> when it last died of it
+    # Label of a backend -> when it last died of it
     last: dict[str, float]
 
 
 class PoisonGuard:
-    """Requests whose body was at the scene when replicas died.
+    """Requests whose body was at the scene when backends died.
 
     A body is kept as a digest with a key of this process, so that what is in memory tells nothing of a prompt.
     """
@@ -97,20 +97,20 @@ class PoisonGuard:
         self._key = os.urandom(32)
         self._known: TTLCache[bytes, _Suspicion] = TTLCache(_SUSPECTS, _MEMORY, timer=clock)
 
-    def accuse(self, body: bytes, replicas: Collection[str]) -> bool:
-        """These replicas (by label) went silent over `body`; whether it is guilty now."""
+    def accuse(self, body: bytes, backends: Collection[str]) -> bool:
+        """These backends (by label) went silent over `body`; whether it is guilty now."""
         digest, now = self._digest(body), self._clock()
         deaths, last = self._known.get(digest, _Suspicion(0, {}))
-        for replica in replicas:
-            if now - last.get(replica, -_ONE_DEATH) >= _ONE_DEATH:
+        for backend in backends:
+            if now - last.get(backend, -_ONE_DEATH) >= _ONE_DEATH:
                 deaths += 1
-                last = last | {replica: now}
+                last = last | {backend: now}
         # Each accusation is remembered for a minute anew, so two deaths on record are never more than that apart.
         self._known[digest] = _Suspicion(deaths, last)
         return deaths > 1
 
     def guilty(self, body: bytes) -> bool:
-        """Whether replicas died of it twice, each time within a minute of the one before."""
+        """Whether backends died of it twice, each time within a minute of the one before."""
         if not self._known:
             return False
         suspect = self._known.get(self._digest(body))
@@ -127,7 +127,7 @@ class PoisonGuard:
 
 
 class RetryAfter(dict[Backend, float]):
-    """The replicas that said Retry-After, and until when they are left alone; empty nearly always."""
+    """The backends that said Retry-After, and until when they are left alone; empty nearly always."""
 
     def rest(self, backend: Backend, seconds: float, now: float) -> None:
         self[backend] = now + min(seconds, _LONGEST_REST)

@@ -1,4 +1,4 @@
-"""The port to the replicas: an httpx transport with one connection pool per origin.
+"""The port to the backends: an httpx transport with one connection pool per origin.
 
 It differs from httpx's own where a router suffers (docs/adr/0001): a request cancelled at any point closes its
 connection and leaks nothing, no pool is ever scanned, bytes beyond the end of a response are never given to the next
@@ -65,7 +65,7 @@ class Pool:
         self.heads = RepeatedHeads()
 
     def take(self) -> BackendConnection | None:
-        """An idle connection that the replica should still hold open, or None."""
+        """An idle connection that the backend should still hold open, or None."""
         if not self._idle:
             return None
         connection, _ = self._idle.popitem()
@@ -82,12 +82,12 @@ class Pool:
             async with asyncio.timeout(seconds):
                 return await self._dialer.dial(self._attempt, seconds)
         except TimeoutError as exc:
-            raise httpx.ConnectTimeout("no connection to the replica in time") from exc
+            raise httpx.ConnectTimeout("no connection to the backend in time") from exc
         except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
             if isinstance(exc, OSError) and exc.errno in LACKS:
-                # The lack is ours; the replica has done nothing.
+                # The lack is ours; the backend has done nothing.
                 raise httpx.PoolTimeout("no file descriptor or port left for a connection") from exc
-            raise httpx.ConnectError("no connection to the replica") from exc
+            raise httpx.ConnectError("no connection to the backend") from exc
 
     async def _attempt(self, address: str) -> BackendConnection:
         connection = BackendConnection(self, self._loop)
@@ -148,7 +148,7 @@ class Pool:
 class Transport(httpx.AsyncBaseTransport):
     """An httpx transport over one Pool per origin.
 
-    `keepalive`: seconds an idle connection may be reused; must be below the replica's own (vLLM closes after 5).
+    `keepalive`: seconds an idle connection may be reused; must be below the backend's own (vLLM closes after 5).
     `tls`: gives the context for a new connection to an https origin; by default the system's trust.
     `resolver`: what knows the addresses of host names, by default one of its own.
     `may_reach`: whether a connection may lead to an IP address.

@@ -18,7 +18,7 @@ from inference_api.discovery.dns import Discovery
 from inference_api.discovery.resolver import Resolver, resolve
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
-from inference_api.routing.catalogue import BackendEntry, is_usable_address, parse_catalogue, place_of, replicas
+from inference_api.routing.catalogue import BackendEntry, addresses_of, is_usable_address, parse_catalogue, place_of
 from tests.discovery.names import Names
 from tests.fakes import until
 
@@ -59,7 +59,7 @@ def running(discovery: Discovery) -> Iterator[None]:
 # What an entry stands for
 
 
-def test_a_static_entry_is_one_replica_and_a_name_as_many_as_it_has_addresses() -> None:
+def test_a_static_entry_is_one_backend_and_a_name_as_many_as_it_has_addresses() -> None:
     entries = [
         BackendEntry(url="http://name:8000/base", weight=3, discovery="dns"),
         BackendEntry(url="http://plain:8000", weight=2),
@@ -68,9 +68,9 @@ def test_a_static_entry_is_one_replica_and_a_name_as_many_as_it_has_addresses() 
     ]
     addresses = {"name": ["10.0.0.7", "fd00::7"], "other": ["10.0.0.7", "fd00::8"], "plain": ["10.0.0.9"]}
 
-    found = replicas(entries, addresses)
+    found = addresses_of(entries, addresses)
 
-    assert [(place_of(replica.url), replica.weight) for replica in found] == [
+    assert [(place_of(backend.url), backend.weight) for backend in found] == [
         ("plain:8000", 2),
         ("10.0.0.7:8000/base", 3),
         ("[fd00::7]:8000/base", 3),
@@ -79,25 +79,25 @@ def test_a_static_entry_is_one_replica_and_a_name_as_many_as_it_has_addresses() 
     ]
 
 
-def test_what_two_names_lead_to_is_one_replica() -> None:
+def test_what_two_names_lead_to_is_one_backend() -> None:
     entries = [
         BackendEntry(url="http://a:80", discovery="dns"),
         BackendEntry(url="http://b:80", discovery="dns"),
         BackendEntry(url="http://10.0.0.1:80"),
     ]
 
-    found = replicas(entries, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
+    found = addresses_of(entries, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
 
-    assert [place_of(replica.url) for replica in found] == ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]
+    assert [place_of(backend.url) for backend in found] == ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]
 
 
-def test_a_model_has_no_more_replicas_by_name_than_it_may_list() -> None:
+def test_a_model_has_no_more_backends_by_name_than_it_may_list() -> None:
     addresses = [f"10.0.{i // 250}.{i % 250}" for i in range(5000)]
 
-    assert len(replicas([BackendEntry(url="http://a", discovery="dns")], {"a": addresses})) == 4096
+    assert len(addresses_of([BackendEntry(url="http://a", discovery="dns")], {"a": addresses})) == 4096
 
 
-def test_a_replica_found_by_name_goes_by_its_address_and_speaks_of_the_name() -> None:
+def test_a_backend_found_by_name_goes_by_its_address_and_speaks_of_the_name() -> None:
     backend = Backend("m", "https://llama.svc:8443/base#10.0.0.7")
 
     url, target = backend.address("/v1/models")
@@ -124,7 +124,7 @@ def test_an_address_is_usable_by_the_rule_for_literal_ones(address: str) -> None
 # Looking
 
 
-async def test_every_address_is_a_replica_once_the_first_look_is_done() -> None:
+async def test_every_address_is_a_backend_once_the_first_look_is_done() -> None:
     fleet = fleet_of(dns("a", weight=2), {"url": "http://plain:1"})
     await Discovery(fleet, Names(a=["10.0.0.2", "10.0.0.1"])).start()
 
@@ -143,7 +143,7 @@ async def test_a_name_is_looked_up_once_for_all_models_that_use_it() -> None:
     assert labels(fleet, "n") == ["10.0.0.1:8000", "10.0.0.2:8000"]
 
 
-async def test_addresses_come_and_go_and_those_that_stay_are_the_same_replicas() -> None:
+async def test_addresses_come_and_go_and_those_that_stay_are_the_same_backends() -> None:
     names, left = Names(a=["10.0.0.1", "10.0.0.2"]), []
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names, on_leave=lambda: left.append(labels(fleet)))
@@ -175,7 +175,7 @@ async def test_an_answer_that_says_the_same_changes_nothing() -> None:
     assert (model.balancer is balancing, model.max_model_len) == (True, 4096)
 
 
-async def test_a_replica_that_comes_back_still_has_what_it_had_in_flight() -> None:
+async def test_a_backend_that_comes_back_still_has_what_it_had_in_flight() -> None:
     names = Names(a=["10.0.0.1", "10.0.0.2"])
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names)
@@ -433,7 +433,7 @@ async def test_the_machines_resolver_knows_localhost() -> None:
     assert "127.0.0.1" in await resolve("localhost")
 
 
-async def test_a_router_finds_replicas_by_the_machines_resolver(start_engine: Start, start_router: Start) -> None:
+async def test_a_router_finds_backends_by_the_machines_resolver(start_engine: Start, start_router: Start) -> None:
     engine = await start_engine()
     entry = {"url": f"http://localhost:{engine.port}", "discovery": "dns"}
     served = await start_router(models=[{"name": "m", "backends": [entry]}])

@@ -81,7 +81,7 @@ async def watching(
 # What the fleet is told
 
 
-async def test_the_pods_of_a_service_are_replicas_when_the_start_is_over(api: FakeApi) -> None:
+async def test_the_pods_of_a_service_are_backends_when_the_start_is_over(api: FakeApi) -> None:
     api.put(document("llama-1", "llama", "10.0.0.2", endpoint("10.0.0.9", ready=False)))
     api.put(document("llama-2", "llama", "10.0.0.1"))
     api.put(document("other-1", "other", "10.0.0.3"))
@@ -93,7 +93,7 @@ async def test_the_pods_of_a_service_are_replicas_when_the_start_is_over(api: Fa
     assert fleet.models["m"].backends[1].host == b"llama:8000"
 
 
-async def test_pods_come_and_go_as_the_watch_says_and_those_that_stay_are_the_same_replicas(api: FakeApi) -> None:
+async def test_pods_come_and_go_as_the_watch_says_and_those_that_stay_are_the_same_backends(api: FakeApi) -> None:
     api.put(document("s", "llama", "10.0.0.1", "10.0.0.2"))
     fleet, left = fleet_of(m=[backend("llama")]), list[list[str]]()
     async with watching(fleet, api, on_leave=lambda: left.append(labels(fleet))):
@@ -107,7 +107,7 @@ async def test_pods_come_and_go_as_the_watch_says_and_those_that_stay_are_the_sa
         api.remove("s")
         await until(lambda: labels(fleet) == ["10.0.0.4:8000"])
 
-    # Nothing has left when replicas only come.
+    # Nothing has left when backends only come.
     assert left == [["10.0.0.2:8000", "10.0.0.3:8000"], ["10.0.0.4:8000"]]
     assert (api.lists, api.watches) == (1, 1)
 
@@ -350,7 +350,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "backends",
     [[backend("llama.secret"), {"url": "http://plain:1"}], [backend("llama.secret"), backend("llama.models")]],
-    ids=["a replica that needs no list", "a namespace that was listed, though it has nobody"],
+    ids=["a backend that needs no list", "a namespace that was listed, though it has nobody"],
 )
 async def test_what_can_be_served_is_not_held_up_for_ever(
     backends: list[dict[str, Any]], api: FakeApi, hurry: None, caplog: pytest.LogCaptureFixture
@@ -518,7 +518,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 
 
 @pytest.mark.parametrize("fault", LIST_FAULTS)
-async def test_a_list_of_no_use_leaves_the_last_good_replicas(
+async def test_a_list_of_no_use_leaves_the_last_good_backends(
     fault: str, api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "inference_api")

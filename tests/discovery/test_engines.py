@@ -197,20 +197,20 @@ async def test_a_refused_connection_is_passed_over(start: Start, transport: Tran
     assert await learned(fleet_of(gone.url, good.url), transport) == 4096
 
 
-async def test_a_replica_that_does_not_know_is_passed_over(start: Start, transport: Transport) -> None:
+async def test_a_backend_that_does_not_know_is_passed_over(start: Start, transport: Transport) -> None:
     silent, telling = await start(raw(json_response({}, "404 Not Found"))), await start(cards(("m", 4096)))
 
     assert await learned(fleet_of(silent.url, telling.url), transport) == 4096
 
 
-async def test_of_several_replicas_the_first_that_tells_is_believed(start: Start, transport: Transport) -> None:
+async def test_of_several_backends_the_first_that_tells_is_believed(start: Start, transport: Transport) -> None:
     first, second = await start(cards(("m", 1024))), await start(cards(("m", 2048)))
 
     assert await learned(fleet_of(first.url, second.url), transport) == 1024
     assert second.requests == []
 
 
-async def test_of_many_replicas_only_a_few_are_asked(start: Start, transport: Transport) -> None:
+async def test_of_many_backends_only_a_few_are_asked(start: Start, transport: Transport) -> None:
     server = await start(raw(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", close=True))
 
     assert await learned(fleet_of(*(f"{server.url}/{number}" for number in range(20))), transport) is None
@@ -231,7 +231,7 @@ async def test_a_hung_engine_does_not_keep_the_others_from_being_asked(start: St
     await until(lambda: hung.open == 0)
 
 
-async def test_a_model_without_replicas_is_nothing_to_ask(transport: Transport) -> None:
+async def test_a_model_without_backends_is_nothing_to_ask(transport: Transport) -> None:
     assert await learned(fleet_of(), transport) is None
 
 

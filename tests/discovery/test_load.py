@@ -1,4 +1,4 @@
-"""Asking replicas for their load, and whether they sleep: what engines say, what counts, and what must not."""
+"""Asking backends for their load, and whether they sleep: what engines say, what counts, and what must not."""
 
 import asyncio
 from collections.abc import Callable
@@ -262,7 +262,7 @@ class Asking:
         )
 
     async def look(self) -> list[float]:
-        """What others have put on each replica, after one look."""
+        """What others have put on each backend, after one look."""
         async with asyncio.timeout(20):
             await self.signal.look()
         return [backend.origin.reported for backend in self.backends]
@@ -355,7 +355,7 @@ SILENT: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("fault", SILENT)
-async def test_a_replica_that_does_not_tell_counts_as_without_the_signal(
+async def test_a_backend_that_does_not_tell_counts_as_without_the_signal(
     start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(load_module, "_PATIENCE", 0.8)
@@ -387,7 +387,7 @@ async def test_what_is_old_is_dropped(start: Start, transport: Transport) -> Non
     assert await asking.look() == [2]
 
 
-async def test_a_replica_that_comes_back_brings_nothing_old(start: Start, transport: Transport) -> None:
+async def test_a_backend_that_comes_back_brings_nothing_old(start: Start, transport: Transport) -> None:
     server = await start(page(4, 0))
     asking = Asking(transport, server.url)
     await asking.look()
@@ -403,7 +403,7 @@ async def test_a_replica_that_comes_back_brings_nothing_old(start: Start, transp
     assert (backend.origin.reported, backend.origin.reading) == (0, None)
 
 
-async def test_a_replica_that_tells_again_is_not_put_last(
+async def test_a_backend_that_tells_again_is_not_put_last(
     start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_module, "_AT_ONCE", 1)
@@ -427,7 +427,7 @@ async def test_a_replica_that_tells_again_is_not_put_last(
     assert asked == ["again", "silent"]
 
 
-async def test_replicas_that_hang_delay_only_each_other(
+async def test_backends_that_hang_delay_only_each_other(
     start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_module, "_AT_ONCE", 2)
@@ -446,7 +446,7 @@ async def test_it_goes_on_until_cancelled_and_outlives_faults(
     asking = Asking(transport, server.url, every=0.02)
     models, asking.fleet.models = asking.fleet.models, None  # type: ignore[assignment]
     task = asyncio.create_task(asking.signal.run())
-    await until(lambda: "asking the replicas for their load failed" in caplog.messages)
+    await until(lambda: "asking the backends for their load failed" in caplog.messages)
     asking.fleet.models = models
     await until(lambda: len(server.requests) > 2)
     task.cancel()
@@ -464,7 +464,7 @@ def telling(text: str) -> Script:
 
 
 @pytest.mark.parametrize("sleep_only", [False, True])
-async def test_a_replica_tells_when_it_sleeps_and_when_it_wakes(
+async def test_a_backend_tells_when_it_sleeps_and_when_it_wakes(
     start: Start, transport: Transport, sleep_only: bool
 ) -> None:
     server = await start(telling(sleep_states(0) + VLLM))
@@ -480,7 +480,7 @@ async def test_a_replica_tells_when_it_sleeps_and_when_it_wakes(
 
 
 @pytest.mark.parametrize("fault", SILENT)
-async def test_a_replica_that_does_not_tell_whether_it_sleeps_is_awake_and_has_not_failed(
+async def test_a_backend_that_does_not_tell_whether_it_sleeps_is_awake_and_has_not_failed(
     start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(load_module, "_PATIENCE", 0.3)
@@ -550,47 +550,47 @@ async def test_a_long_page_is_left_when_it_has_told(start: Start, transport: Tra
 # Balancing by it
 
 
-def replicas_of(*loads: tuple[float, int, float]) -> tuple[Backend, ...]:
+def backends_of(*loads: tuple[float, int, float]) -> tuple[Backend, ...]:
     """Weight, in flight, reported."""
-    replicas = []
+    backends = []
     for number, (weight, in_flight, reported) in enumerate(loads):
-        replica = Backend("m", f"http://r{number}", weight)
-        replica.origin.in_flight, replica.origin.reported = in_flight, reported
-        replicas.append(replica)
-    return tuple(replicas)
+        backend = Backend("m", f"http://r{number}", weight)
+        backend.origin.in_flight, backend.origin.reported = in_flight, reported
+        backends.append(backend)
+    return tuple(backends)
 
 
-def shares(name: Any, replicas: tuple[Backend, ...], reported: bool) -> list[int]:
+def shares(name: Any, backends: tuple[Backend, ...], reported: bool) -> list[int]:
     chooser: Balancer[Backend] = make_balancer(name, Random(1).random, reported)
-    chosen = [chooser.choose(replicas, "") for _ in range(300)]
-    return [chosen.count(replica) for replica in replicas]
+    chosen = [chooser.choose(backends, "") for _ in range(300)]
+    return [chosen.count(backend) for backend in backends]
 
 
 @pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
 def test_what_others_have_put_there_counts_where_it_is_asked_for(name: Any) -> None:
-    replicas = replicas_of((1, 1, 5), (1, 2, 0))
+    backends = backends_of((1, 1, 5), (1, 2, 0))
 
-    assert shares(name, replicas, reported=False) == [300, 0]
-    assert shares(name, replicas, reported=True) == [0, 300]
+    assert shares(name, backends, reported=False) == [300, 0]
+    assert shares(name, backends, reported=True) == [0, 300]
 
 
 @pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
 def test_it_counts_by_weight(name: Any) -> None:
-    assert shares(name, replicas_of((4, 1, 5), (1, 2, 0)), reported=True)[1] == 0
-    assert shares(name, replicas_of((1, 1, 5), (4, 2, 0)), reported=True)[0] == 0
+    assert shares(name, backends_of((4, 1, 5), (1, 2, 0)), reported=True)[1] == 0
+    assert shares(name, backends_of((1, 1, 5), (4, 2, 0)), reported=True)[0] == 0
 
 
 def test_of_two_choices_it_is_the_one_that_would_be_less_loaded_with_the_request() -> None:
     """2 / 1 and 7 / 4, though it has 1 / 1 and 6 / 4 now; 1 / 1 and 1 / 4."""
-    assert shares("two_choices", replicas_of((1, 1, 0), (4, 6, 0)), reported=True) == [0, 300]
-    assert shares("two_choices", replicas_of((1, 0, 0), (4, 0, 0)), reported=True) == [0, 300]
+    assert shares("two_choices", backends_of((1, 1, 0), (4, 6, 0)), reported=True) == [0, 300]
+    assert shares("two_choices", backends_of((1, 0, 0), (4, 0, 0)), reported=True) == [0, 300]
 
 
 @pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
 def test_without_a_reading_it_is_as_if_nobody_asked(name: Any) -> None:
-    replicas = replicas_of((1, 2, 0), (1, 1, 0), (1, 3, 0))
+    backends = backends_of((1, 2, 0), (1, 1, 0), (1, 3, 0))
 
-    plain, asked = (shares(name, replicas, reported) for reported in (False, True))
+    plain, asked = (shares(name, backends, reported) for reported in (False, True))
     # The busiest of three is never the less loaded of two.
     assert plain[2] == asked[2] == 0
     assert sum(plain) == sum(asked) == 300
@@ -603,10 +603,10 @@ def test_policies_that_go_by_something_else_stay_as_they_are(name: Any) -> None:
 
 @pytest.mark.parametrize("name", ["two_choices", "least_in_flight"])
 def test_a_repetition_goes_by_it_too(name: Any) -> None:
-    replicas = replicas_of((1, 0, 0), (1, 0, 9), (1, 1, 0))
+    backends = backends_of((1, 0, 0), (1, 0, 9), (1, 1, 0))
     chooser: Balancer[Backend] = make_balancer(name, Random(1).random, reported=True)
 
-    assert {chooser.choose(replicas, "", [replicas[0]]) for _ in range(50)} == {replicas[2]}
+    assert {chooser.choose(backends, "", [backends[0]]) for _ in range(50)} == {backends[2]}
 
 
 async def test_a_router_that_asks_shows_what_it_learned_and_goes_by_it(start: Start, start_router: Start) -> None:
@@ -630,7 +630,7 @@ async def test_a_router_that_asks_shows_what_it_learned_and_goes_by_it(start: St
     assert await served.metric("inference_api_backend_running_requests", **labels) == 8
     assert await served.metric("inference_api_backend_queue_depth", **labels) == 1
     assert await served.metric("inference_api_backend_last_scrape_timestamp_seconds", **labels) > 0
-    # A replica that only answers scrapes has not been heard to answer requests.
+    # A backend that only answers scrapes has not been heard to answer requests.
     heard, scrapes = served.router.transport.last_read(first.url), len(first.requests)
     await until(lambda: len(first.requests) > scrapes + 1)
     assert served.router.transport.last_read(first.url) == heard

@@ -107,7 +107,7 @@ def test_ports_that_are_not_tcp_are_none_and_one_without_a_number_is_any() -> No
     assert slices(raw | {"ports": None})[0].ports == ()
 
 
-def test_a_replica_is_a_url_with_its_port_and_address() -> None:
+def test_a_backend_is_a_url_with_its_port_and_address() -> None:
     found = located(document("s", "llama", "10.0.0.2", "10.0.0.1"), url="http://llama/base")
 
     assert found == Located(("http://llama:8000/base#10.0.0.1", "http://llama:8000/base#10.0.0.2"), (), False)
@@ -123,14 +123,14 @@ def test_pods_of_one_service_may_have_their_port_at_different_numbers() -> None:
     )
 
 
-def test_a_pod_with_both_families_is_one_replica_by_its_ipv4_address() -> None:
+def test_a_pod_with_both_families_is_one_backend_by_its_ipv4_address() -> None:
     six = document("a", "llama", endpoint("fd00::1", "one"), endpoint("fd00::2", "two"), family="IPv6")
     four = document("b", "llama", endpoint("10.0.0.1", "one"))
 
     assert located(six, four).urls == (f"{URL}#10.0.0.1", f"{URL}#fd00::2")
 
 
-def test_a_pod_that_moves_between_slices_is_one_replica_and_there_if_one_of_them_says_so() -> None:
+def test_a_pod_that_moves_between_slices_is_one_backend_and_there_if_one_of_them_says_so() -> None:
     ready, gone = endpoint("10.0.0.1", "one"), endpoint("10.0.0.1", "one", ready=False, serving=False)
 
     assert located(document("a", "llama", ready), document("b", "llama", ready)).urls == (f"{URL}#10.0.0.1",)

@@ -15,8 +15,8 @@ from tests.e2e.processes import BIN, Process, logs, stopping, until
 VENV = os.environ.get("E2E_VENV")
 if VENV is None:
     collect_ignore_glob = ["test_*.py"]
-# Two replicas of one model, so that there is one to lose.
-REPLICAS = {"llama-3-8b": 2, "mistral-7b": 1, "gpt2": 1}
+# Two backends of one model, so that there is one to lose.
+BACKENDS = {"llama-3-8b": 2, "mistral-7b": 1, "gpt2": 1}
 ENGINE_ENVIRON = {
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -53,8 +53,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # It leaves a model with one replica.
-    items.sort(key=lambda item: item.path.name == "test_replica_loss.py")
+    # It leaves a model with one backend.
+    items.sort(key=lambda item: item.path.name == "test_backend_loss.py")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -76,7 +76,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     subprocess.run([f"{VENV}/bin/python", str(make_models), str(models)], check=True, capture_output=True)
     by_model: Engines = {}
     with stopping() as started:
-        for name, count in REPLICAS.items():
+        for name, count in BACKENDS.items():
             command = [f"{VENV}/bin/vllm", "serve", str(models / name), "--served-model-name", name, *ENGINE_OPTIONS]
             started += (Process(f"{name}-{number}", command, home, **ENGINE_ENVIRON) for number in range(count))
             by_model[name] = started[-count:]
@@ -89,8 +89,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 def catalogue(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A catalogue of all engines. Mistral has an alias, which its engine does not know."""
     entries = [
-        {"name": name, "owner": "ml-platform", "created": 1700000000, "backends": [{"url": e.url} for e in replicas]}
-        for name, replicas in engines.items()
+        {"name": name, "owner": "ml-platform", "created": 1700000000, "backends": [{"url": e.url} for e in backends]}
+        for name, backends in engines.items()
     ]
     entries[1] |= {"aliases": ["mistral"], "served_model_name": "mistral-7b"}
     path = tmp_path_factory.mktemp("catalogue") / "catalogue.yaml"
@@ -143,6 +143,6 @@ def unfinished(engine: Process) -> float:
 @pytest.fixture
 def idle_engines(engines: Engines) -> Engines:
     """The engines, once nothing is left in them of what earlier tests asked for."""
-    everyone = [engine for replicas in engines.values() for engine in replicas if engine.alive]
+    everyone = [engine for backends in engines.values() for engine in backends if engine.alive]
     assert until(lambda: not any(unfinished(engine) for engine in everyone), seconds=30)
     return engines

@@ -26,7 +26,7 @@ POSITIONS = 1024
 # event loop may see to nothing else before a generation ends: no departures, no metrics.
 WIDTH = 512
 SENTENCES = [
-    "The router picks a healthy replica and relays the answer byte for byte.",
+    "The router picks a healthy backend and relays the answer byte for byte.",
     "A client that leaves cancels the generation, in every phase of the request.",
     "The quick brown fox jumps over the lazy dog while the five boxing wizards jump quickly.",
     "Once upon a time there was a model with two layers and very little to say.",

@@ -76,7 +76,7 @@ class Quiescence:
 
 
 def _stands(task: asyncio.Task[object]) -> bool:
-    """Whether it is there for as long as what it is for: the test, a replica, a watch of the fake cluster."""
+    """Whether it is there for as long as what it is for: the test, a backend, a watch of the fake cluster."""
     return any(name in repr(task.get_coro()) for name in ("TestRunner", "Prober._watch", "Event.wait"))
 
 

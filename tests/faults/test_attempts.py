@@ -197,10 +197,10 @@ async def test_t20_a_storm_of_clients_that_leave(start_engine: Start, start_rout
     assert len(served.lines) <= storm + 100
 
 
-# Replicas that cannot be reached
+# Backends that cannot be reached
 
 
-async def test_t25_one_of_two_replicas_refuses_connections(start_engine: Start, start_router: Start) -> None:
+async def test_t25_one_of_two_backends_refuses_connections(start_engine: Start, start_router: Start) -> None:
     dead, alive = await start_engine(), await start_engine()
     served = await start_router(dead, alive)
     await dead.stop()
@@ -217,7 +217,7 @@ async def test_t25_one_of_two_replicas_refuses_connections(start_engine: Start, 
     assert await served.metric("inference_api_backend_circuit_open", backend=label) == 1
 
 
-async def test_t26_all_replicas_refuse_connections(start_engine: Start, start_router: Start) -> None:
+async def test_t26_all_backends_refuse_connections(start_engine: Start, start_router: Start) -> None:
     engines = [await start_engine() for _ in range(3)]
     served = await start_router(*engines)
     for engine in engines:
@@ -231,7 +231,7 @@ async def test_t26_all_replicas_refuse_connections(start_engine: Start, start_ro
     assert served.lines[0]["attempts"] == 2
 
 
-async def test_t27_a_replica_that_swallows_connections(start_engine: Start, start_router: Start) -> None:
+async def test_t27_a_backend_that_swallows_connections(start_engine: Start, start_router: Start) -> None:
     engine = await start_engine()
     with full_listener() as hole:
         served = await start_router(
@@ -278,7 +278,7 @@ async def test_t37_no_attempt_starts_after_the_deadline(start_engine: Start, sta
 # Connections that were idle
 
 
-async def test_t28_replicas_that_close_idle_connections_just_then(start_router: Start) -> None:
+async def test_t28_backends_that_close_idle_connections_just_then(start_router: Start) -> None:
     keepalive, clients, rounds = 0.1, 60, 20
     stale = 0.0
 
@@ -307,7 +307,7 @@ async def test_t28_replicas_that_close_idle_connections_just_then(start_router: 
     assert stale > 0
 
 
-async def test_t29_a_connection_is_given_up_before_the_replica_closes_it(start_router: Start) -> None:
+async def test_t29_a_connection_is_given_up_before_the_backend_closes_it(start_router: Start) -> None:
     with impatient(keepalive=0.6) as engine:
         served = await start_router(engine, upstream_keepalive=0.3)
         async with quiet(served):
@@ -322,10 +322,10 @@ async def test_t29_a_connection_is_given_up_before_the_replica_closes_it(start_r
     assert Settings().upstream_keepalive < 4.9
 
 
-# Replicas that go silent
+# Backends that go silent
 
 
-async def test_t30_a_reset_without_a_byte_is_tried_on_one_other_replica(
+async def test_t30_a_reset_without_a_byte_is_tried_on_one_other_backend(
     start_engine: Start, start_router: Start
 ) -> None:
     engines = [await start_engine(reset) for _ in range(3)]
@@ -350,8 +350,8 @@ async def test_t30_a_reset_is_final_where_a_second_run_does_harm(start_engine: S
     assert requests(*engines) == 1
 
 
-async def test_t30_one_dying_replica_costs_no_client_anything(start_engine: Start, start_router: Start) -> None:
-    """Also equal requests, all in the hands of a replica at its death."""
+async def test_t30_one_dying_backend_costs_no_client_anything(start_engine: Start, start_router: Start) -> None:
+    """Also equal requests, all in the hands of a backend at its death."""
     gate = asyncio.Event()
 
     async def die_together(request: Received, line: Line) -> None:
@@ -408,7 +408,7 @@ async def test_t32_nothing_is_tried_again_once_the_client_has_a_byte(start_engin
     assert requests(*engines) == 1
 
 
-# Replicas that say no
+# Backends that say no
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 408, 409, 422, 429, 500, 501, 502, 503, 504])
@@ -427,7 +427,7 @@ async def test_t33_a_status_is_tried_again_if_the_settings_say_so(
     assert await served.metric("inference_api_retries_total", reason="status") == (2 if repeated else 0)
 
 
-async def test_t34_a_replica_that_asks_for_a_rest_has_it(start_engine: Start, start_router: Start) -> None:
+async def test_t34_a_backend_that_asks_for_a_rest_has_it(start_engine: Start, start_router: Start) -> None:
     tired, awake = await start_engine(status(429, b"retry-after: 7\r\n")), await start_engine()
     served = await start_router(tired, awake, entry={"balancing": "round_robin"}, retry_on_status=frozenset({429}))
     async with quiet(served):
@@ -494,12 +494,12 @@ def sdk(served: Served) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="unused", max_retries=2)
 
 
-@pytest.mark.parametrize(("replicas", "attempts"), [(1, 3), (2, 2), (3, 6)])
+@pytest.mark.parametrize(("backends", "attempts"), [(1, 3), (2, 2), (3, 6)])
 async def test_t36_the_sdk_and_the_router_do_not_multiply(
-    replicas: int, attempts: int, start_engine: Start, start_router: Start
+    backends: int, attempts: int, start_engine: Start, start_router: Start
 ) -> None:
-    """What a sole replica says is for the SDK to judge; of two, both were asked; of three, one might still answer."""
-    engines = [await start_engine(status(503, b"retry-after-ms: 1\r\n")) for _ in range(replicas)]
+    """What a sole backend says is for the SDK to judge; of two, both were asked; of three, one might still answer."""
+    engines = [await start_engine(status(503, b"retry-after-ms: 1\r\n")) for _ in range(backends)]
     served = await start_router(*engines)
     async with quiet(served), sdk(served) as api:
         with pytest.raises(openai.InternalServerError) as caught:
@@ -513,7 +513,7 @@ async def test_t36_the_sdk_and_the_router_do_not_multiply(
 
 
 @pytest.mark.parametrize("warm", [False, True])
-async def test_t38_a_request_that_kills_replicas_kills_two(
+async def test_t38_a_request_that_kills_backends_kills_two(
     warm: bool, start_engine: Start, start_router: Start
 ) -> None:
     killed: list[asyncio.Task[None]] = []
@@ -527,7 +527,7 @@ async def test_t38_a_request_that_kills_replicas_kills_two(
         await answer(request, line)
 
     engines: list[FakeEngine] = [await start_engine(mortal) for _ in range(4)]
-    # Three, so that a request finds a replica that lives, in whatever order they are.
+    # Three, so that a request finds a backend that lives, in whatever order they are.
     served = await start_router(*engines, entry={"balancing": "round_robin"}, max_attempts=3)
     async with quiet(served):
         async with sdk(served) as api:
@@ -584,7 +584,7 @@ async def test_t40_an_answer_before_the_end_of_the_request(start_router: Start) 
     assert connections == 10
 
 
-async def test_t41_a_replica_that_hangs_holds_up_nobody_else(start_engine: Start, start_router: Start) -> None:
+async def test_t41_a_backend_that_hangs_holds_up_nobody_else(start_engine: Start, start_router: Start) -> None:
     stuck, well = await start_engine(hang), await start_engine()
     models = [*at(stuck.url), {"name": "n", "backends": [{"url": well.url}]}]
     models += [{"name": "both", "backends": [{"url": stuck.url}, {"url": well.url}], "balancing": "least_in_flight"}]
@@ -691,7 +691,7 @@ async def test_t44_cookies_go_from_nobody_to_nobody(start_engine: Start, start_r
     assert engine.requests[0].header("host") == f"localhost:{engine.port}"
 
 
-async def test_t45_the_environment_does_not_bend_the_way_to_a_replica(
+async def test_t45_the_environment_does_not_bend_the_way_to_a_backend(
     start_engine: Start, start_router: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trap, engine = await start_engine(), await start_engine()

@@ -452,7 +452,7 @@ async def test_an_engine_that_only_pings_is_silent(ping: bytes, begun: bytes, fr
 
 
 @pytest.mark.parametrize("framed", [True, False])
-async def test_pings_are_not_heard_of_a_replica(framed: bool, lab: Lab) -> None:
+async def test_pings_are_not_heard_of_a_backend(framed: bool, lab: Lab) -> None:
     go_on = asyncio.Event()
 
     async def script(request: Received, line: Line) -> None:

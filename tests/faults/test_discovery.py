@@ -1,4 +1,4 @@
-"""Replicas that come, go, move and come back behind their name, on real sockets: nothing is lost or miscounted."""
+"""Backends that come, go, move and come back behind their name, on real sockets: nothing is lost or miscounted."""
 
 import asyncio
 import random
@@ -195,7 +195,7 @@ async def close_after(request: Received, line: Line) -> None:
     line.close()
 
 
-async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(pods: Pods, start_router: Start) -> None:
+async def test_t58_nothing_is_miscounted_however_backends_come_and_go(pods: Pods, start_router: Start) -> None:
     """Requests that end well, fail, hang and are left, while the records change all the time: every count ends at 0."""
     rand = random.Random(58)
 
@@ -226,7 +226,7 @@ async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(pods: Pods
             await change(served, records, *rand.sample(engines, rand.randint(1, 4)))
             seen.update(model.backends)
             assert all(backend.in_flight >= 0 for backend in seen)
-            # One replica has one count, also when it has left with requests and come back.
+            # One backend has one count, also when it has left with requests and come back.
             busy = [backend.label for backend in seen if backend.in_flight]
             assert len(busy) == len(set(busy))
             await asyncio.sleep(0.01)
@@ -252,7 +252,7 @@ async def test_t58_nothing_is_miscounted_however_replicas_come_and_go(pods: Pods
 
 
 @pytest.mark.parametrize("balancing", ["two_choices", "least_in_flight", "round_robin"])
-async def test_t59_eight_simultaneous_requests_on_two_idle_replicas_split_evenly(
+async def test_t59_eight_simultaneous_requests_on_two_idle_backends_split_evenly(
     pods: Pods, start_router: Start, balancing: str
 ) -> None:
     gate, records = Gate(), Records()
@@ -312,7 +312,7 @@ async def test_t60_an_address_that_moves_takes_new_requests_and_keeps_old_stream
     assert [line["backend"] for line in served.lines][-1] == f"127.0.0.2:{old.port}"
 
 
-async def test_t60_a_replica_that_is_removed_and_added_again_mid_stream_is_not_taken_for_idle(
+async def test_t60_a_backend_that_is_removed_and_added_again_mid_stream_is_not_taken_for_idle(
     pods: Pods, start_router: Start
 ) -> None:
     gate, records = Gate(), Records()

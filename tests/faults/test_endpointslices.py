@@ -1,4 +1,4 @@
-"""Replicas that come, go and drain as a cluster's API says, on real sockets: nothing is lost, or sent too late."""
+"""Backends that come, go and drain as a cluster's API says, on real sockets: nothing is lost, or sent too late."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

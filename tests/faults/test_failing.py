@@ -1,4 +1,4 @@
-"""A replica that answers with errors beside others that do not, and requests that all of them refuse."""
+"""A backend that answers with errors beside others that do not, and requests that all of them refuse."""
 
 import asyncio
 from collections import Counter
@@ -48,7 +48,7 @@ async def flag(served: Any, name: str, engine: FakeEngine) -> float:
     ("status", "balancing"),
     [(500, "two_choices"), (401, "least_in_flight"), (404, "round_robin"), (500, "prefix_affinity")],
 )
-async def test_a_replica_that_fails_at_once_gets_a_few_requests_and_then_none(
+async def test_a_backend_that_fails_at_once_gets_a_few_requests_and_then_none(
     status: int, balancing: str, start_engine: Start, start_router: Start
 ) -> None:
     broken, *well = [await start_engine(error(status)), await start_engine(slow), await start_engine(slow)]
@@ -73,7 +73,7 @@ async def test_a_replica_that_fails_at_once_gets_a_few_requests_and_then_none(
 
 @pytest.mark.parametrize("balancing", ["two_choices", "least_in_flight", "round_robin", "prefix_affinity"])
 @pytest.mark.parametrize("status", [400, 500])
-async def test_a_request_that_every_replica_refuses_changes_nothing(
+async def test_a_request_that_every_backend_refuses_changes_nothing(
     status: int, balancing: str, start_engine: Start, start_router: Start
 ) -> None:
     async def script(request: Received, line: Line) -> None:

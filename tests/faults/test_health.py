@@ -1,4 +1,4 @@
-"""Replicas that fail, hang, refuse and come back, behind a whole router: what its clients notice of it."""
+"""Backends that fail, hang, refuse and come back, behind a whole router: what its clients notice of it."""
 
 import asyncio
 import time
@@ -201,7 +201,7 @@ async def test_t50_a_probe_that_is_a_long_stream_closes_when_its_answer_begins(
     assert {response.status_code for response in answers} == {200}
 
 
-async def test_a_replica_that_is_down_costs_a_few_attempts_and_then_none(
+async def test_a_backend_that_is_down_costs_a_few_attempts_and_then_none(
     start_engine: Start, start_router: Start
 ) -> None:
     dead, alive = await start_engine(), await start_engine()
@@ -216,7 +216,7 @@ async def test_a_replica_that_is_down_costs_a_few_attempts_and_then_none(
     assert [await is_open(served, engine) for engine in (dead, alive)] == [1, 0]
 
 
-async def test_a_probe_that_fails_is_answered_by_another_replica(start_engine: Start, start_router: Start) -> None:
+async def test_a_probe_that_fails_is_answered_by_another_backend(start_engine: Start, start_router: Start) -> None:
     dead, alive = await start_engine(), await start_engine()
     served = await start_router(dead, alive, entry={"balancing": "round_robin"}, breaker_cooldown=0.05)
     await dead.stop()
@@ -253,10 +253,10 @@ async def test_broken_streams_silence_and_503_open_a_circuit(
     assert len(broken.requests) == count
 
 
-# Panic, and the only replica
+# Panic, and the only backend
 
 
-async def test_t51_with_most_replicas_out_all_are_used(start_engine: Start, start_router: Start) -> None:
+async def test_t51_with_most_backends_out_all_are_used(start_engine: Start, start_router: Start) -> None:
     engines = [await start_engine(UNAVAILABLE), await start_engine(UNAVAILABLE), *[await start_engine() for _ in "cd"]]
     served = await start_router(*engines, entry={"balancing": "round_robin"}, max_attempts=1, breaker_cooldown=3600)
 
@@ -280,7 +280,7 @@ async def test_t51_with_most_replicas_out_all_are_used(start_engine: Start, star
     assert await traffic() == [10, 10, 10, 10]
 
 
-async def test_t52_an_only_replica_is_tried_once_a_second_and_is_back_at_once(
+async def test_t52_an_only_backend_is_tried_once_a_second_and_is_back_at_once(
     start_engine: Start, start_router: Start
 ) -> None:
     engine: FakeEngine = await start_engine()
@@ -313,7 +313,7 @@ async def test_t52_an_only_replica_is_tried_once_a_second_and_is_back_at_once(
 # Health checks and the watchdog
 
 
-async def test_a_replica_that_fails_its_health_checks_gets_no_requests_until_it_passes(
+async def test_a_backend_that_fails_its_health_checks_gets_no_requests_until_it_passes(
     start_server: Start, start_router: Start
 ) -> None:
     healthy = False

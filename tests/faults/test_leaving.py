@@ -151,7 +151,7 @@ async def test_t11_leaving_while_it_sends_reaches_no_engine(lab: Lab) -> None:
     assert engine.requests == []
 
 
-async def test_t12_leaving_on_the_way_to_the_second_replica_is_the_end_of_it(black_hole: str, lab: Lab) -> None:
+async def test_t12_leaving_on_the_way_to_the_second_backend_is_the_end_of_it(black_hole: str, lab: Lab) -> None:
     async def script(request: Received, line: Line) -> None:
         line.reset()
 

@@ -75,8 +75,7 @@ async def test_t81_five_times_the_load_costs_the_excess_and_nothing_else(tmp_pat
     # There is room for 100; this machine may have other things to do.
     assert len(answers) - len(refused) > SECONDS / EACH * SLOTS / 4
     assert len(refused) > SLOTS
-    # The balancing says 100 ms for each probe and 50 for each refusal: most are in time, and few so late as a machine is
-    # that has other things to do.
+    # 100 ms are allowed for a probe and 50 for a refusal: most are in time, and few so late as a busy machine is.
     assert median(probes) < 0.1
     assert sorted(probes)[len(probes) * 9 // 10] < 1
     assert median(refusals) < 0.05
@@ -150,7 +149,7 @@ def no_files_left() -> Iterator[None]:
             os.close(number)
 
 
-async def test_t82_a_router_without_files_is_overloaded_and_its_replica_not_to_blame(lab: Lab) -> None:
+async def test_t82_a_router_without_files_is_overloaded_and_its_backend_not_to_blame(lab: Lab) -> None:
     served = await lab.router(engine := await lab.engine(), upstream_keepalive=0.05)
     await served.client.get("/healthz")
     await until(lambda: engine.open == 0)

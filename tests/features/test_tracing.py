@@ -1,4 +1,4 @@
-"""The spans of a request: what is in them, that they end however the request ends, and what the replicas are told."""
+"""The spans of a request: what is in them, that they end however the request ends, and what the backends are told."""
 
 import asyncio
 import logging
@@ -227,7 +227,7 @@ async def test_an_alias_is_the_routers_word_and_the_engine_has_its_own(
     assert told(attempt)["gen_ai.provider.name"] == "tgi"
 
 
-async def test_a_replica_that_was_looked_up_has_its_name_and_its_address(
+async def test_a_backend_that_was_looked_up_has_its_name_and_its_address(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     async def resolve(host: str) -> list[str]:
@@ -242,7 +242,7 @@ async def test_a_replica_that_was_looked_up_has_its_name_and_its_address(
     assert told(attempt).items() >= {"server.address": "engine.test", "network.peer.address": "127.0.0.1"}.items()
 
 
-async def test_a_replica_without_a_port_has_that_of_its_scheme(start_router: Start, spans: Spans) -> None:
+async def test_a_backend_without_a_port_has_that_of_its_scheme(start_router: Start, spans: Spans) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=COMPLETION))
     backends = [{"url": "http://engine.test"}, {"url": "https://engine.test/v2"}]
     models = [{"name": "m", "backends": backends, "balancing": "round_robin"}]
@@ -282,7 +282,7 @@ async def test_every_repeat_is_an_attempt_of_its_own(start_engine: Start, start_
     assert sent == sorted(f"00-{TRACE}-{ids(span)[1]}-01" for span in (first, second))
 
 
-async def test_a_replica_that_cannot_be_reached_is_an_attempt(
+async def test_a_backend_that_cannot_be_reached_is_an_attempt(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     backends = [{"url": f"http://127.0.0.1:{free_port()}"}, {"url": (await start_engine()).url}]

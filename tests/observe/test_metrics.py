@@ -911,7 +911,7 @@ def test_a_failed_check_of_an_address_counts_for_each_of_its_models() -> None:
     assert [scrape("backend_probe_failures_total", model_name=name, kind="health") for name in ("m", "n")] == [1, 1]
 
 
-def test_failed_checks_are_forgotten_with_the_replica() -> None:
+def test_failed_checks_are_forgotten_with_the_backend() -> None:
     fleet = Fleet(make_balancer)
     metrics = Metrics(lambda: fleet.models)
     listed = {"name": "m", "backends": [{"url": "http://a"}, {"url": "http://b"}]}

@@ -62,7 +62,7 @@ def test_what_is_in_flight_stays_counted_when_the_catalogue_changes(fleet: Fleet
     assert [(backend.label, backend.in_flight) for backend in model.backends] == [("c", 0), ("b", 1), ("a", 2)]
 
 
-def test_a_replica_that_left_ends_what_it_has_and_gets_no_more(fleet: Fleet) -> None:
+def test_a_backend_that_left_ends_what_it_has_and_gets_no_more(fleet: Fleet) -> None:
     update(fleet, entry("a", "b"))
     model = fleet.models["m"]
     gone = model.backends[0]
@@ -166,7 +166,7 @@ def test_an_entry_that_says_the_same_changes_nothing(fleet: Fleet) -> None:
     assert model.max_model_len == 4096
 
 
-def test_another_policy_is_a_new_policy_over_the_same_replicas(fleet: Fleet) -> None:
+def test_another_policy_is_a_new_policy_over_the_same_backends(fleet: Fleet) -> None:
     update(fleet, entry("a", "b", balancing="round_robin"))
     model = fleet.models["m"]
     backends, balancing = model.backends, model.balancer
@@ -205,7 +205,7 @@ def test_a_new_version_of_an_entry_forgets_what_the_engine_told(fleet: Fleet) ->
     assert fleet.models["m"].max_model_len is None
 
 
-def test_the_available_replicas_are_another_tuple_only_when_the_set_changes(fleet: Fleet) -> None:
+def test_the_available_backends_are_another_tuple_only_when_the_set_changes(fleet: Fleet) -> None:
     update(fleet, entry("a", "b"))
     model = fleet.models["m"]
     backends = model.available
@@ -241,7 +241,7 @@ def test_the_version_grows_with_every_update(fleet: Fleet) -> None:
     assert versions == sorted(set(versions))
 
 
-def test_a_model_without_replicas_can_be_named(fleet: Fleet) -> None:
+def test_a_model_without_backends_can_be_named(fleet: Fleet) -> None:
     update(fleet, {"name": "m"})
     model = fleet.models["m"]
 
@@ -263,7 +263,7 @@ def test_a_backend_knows_its_host_header_and_base_path(url: str, host: bytes, ba
     assert backend.address("/v1/models") is backend.address("/v1/models")
 
 
-def test_two_replicas_behind_one_host_have_labels_of_their_own() -> None:
+def test_two_backends_behind_one_host_have_labels_of_their_own() -> None:
     assert Backend("m", "http://gateway/a").label != Backend("m", "http://gateway/b").label
 
 

@@ -24,28 +24,28 @@ loads: st.SearchStrategy[Loads] = st.lists(st.tuples(st.floats(0.001, 1000), st.
 keys = st.text(max_size=20)
 
 
-def replicas_of(*weights: float) -> tuple[Backend, ...]:
+def backends_of(*weights: float) -> tuple[Backend, ...]:
     return tuple(Backend("m", f"http://r{number}:8000", weight) for number, weight in enumerate(weights))
 
 
 def loaded(load: Loads) -> tuple[Backend, ...]:
-    replicas = replicas_of(*(weight for weight, _ in load))
-    for replica, (_, in_flight) in zip(replicas, load, strict=True):
-        replica.origin.in_flight = in_flight
-    return replicas
+    backends = backends_of(*(weight for weight, _ in load))
+    for backend, (_, in_flight) in zip(backends, load, strict=True):
+        backend.origin.in_flight = in_flight
+    return backends
 
 
 def balancing(name: BalancingName, seed: int = 1) -> Balancer[Backend]:
     return make_balancer(name, Random(seed).random)
 
 
-def pile(chooser: Balancer[Backend], replicas: Sequence[Backend], requests: int) -> list[int]:
-    """How many requests each replica has after `requests` that do not end, each with a key of its own."""
+def pile(chooser: Balancer[Backend], backends: Sequence[Backend], requests: int) -> list[int]:
+    """How many requests each backend has after `requests` that do not end, each with a key of its own."""
     for number in range(requests):
-        chosen = chooser.choose(replicas, f"key-{number}")
+        chosen = chooser.choose(backends, f"key-{number}")
         assert chosen is not None
         chosen.origin.in_flight += 1
-    return [replica.origin.in_flight for replica in replicas]
+    return [backend.origin.in_flight for backend in backends]
 
 
 # The contract
@@ -53,59 +53,59 @@ def pile(chooser: Balancer[Backend], replicas: Sequence[Backend], requests: int)
 
 @settings(deadline=None, max_examples=50)
 @given(name=st.sampled_from(NAMES), load=loads, key=keys, seed=st.integers(0, 99))
-def test_each_choice_is_an_untried_replica_until_none_is_left(
+def test_each_choice_is_an_untried_backend_until_none_is_left(
     name: BalancingName, load: Loads, key: str, seed: int
 ) -> None:
-    replicas, chooser = loaded(load), balancing(name, seed)
+    backends, chooser = loaded(load), balancing(name, seed)
     tried: list[Backend] = []
-    while (chosen := chooser.choose(replicas, key, tried)) is not None:
-        assert chosen in replicas
+    while (chosen := chooser.choose(backends, key, tried)) is not None:
+        assert chosen in backends
         assert chosen not in tried
         tried.append(chosen)
-    assert set(tried) == set(replicas)
+    assert set(tried) == set(backends)
 
 
 @settings(deadline=None)
 @given(name=st.sampled_from(NAMES), load=loads.filter(len), draws=st.lists(st.sampled_from([0.0, 1 - 2**-53])))
 def test_the_extremes_of_randomness_are_harmless(name: BalancingName, load: Loads, draws: list[float]) -> None:
-    replicas, source = loaded(load), iter(draws)
+    backends, source = loaded(load), iter(draws)
     chooser: Balancer[Backend] = make_balancer(name, lambda: next(source, 0.5))
     for _ in range(5):
-        assert chooser.choose(replicas, "") in replicas
+        assert chooser.choose(backends, "") in backends
 
 
 @every_policy
-def test_a_single_replica_is_always_chosen(name: BalancingName) -> None:
-    (only,) = replicas = replicas_of(3)
+def test_a_single_backend_is_always_chosen(name: BalancingName) -> None:
+    (only,) = backends = backends_of(3)
     chooser = balancing(name)
-    assert pile(chooser, replicas, 20) == [20]
-    assert chooser.choose(replicas, "", [only]) is None
+    assert pile(chooser, backends, 20) == [20]
+    assert chooser.choose(backends, "", [only]) is None
 
 
 @every_policy
-def test_no_replicas_is_no_choice(name: BalancingName) -> None:
+def test_no_backends_is_no_choice(name: BalancingName) -> None:
     chooser = balancing(name)
     assert chooser.choose((), "key") is None
-    assert chooser.choose(replicas_of(1), "key") is not None
+    assert chooser.choose(backends_of(1), "key") is not None
     assert chooser.choose((), "key") is None
 
 
 @every_policy
 def test_a_new_set_takes_effect_at_once(name: BalancingName) -> None:
-    replicas, chooser = replicas_of(1, 1, 1, 1), balancing(name)
-    pile(chooser, replicas, 10)
-    fewer = replicas[2:]
+    backends, chooser = backends_of(1, 1, 1, 1), balancing(name)
+    pile(chooser, backends, 10)
+    fewer = backends[2:]
     assert {chooser.choose(fewer, f"key-{n}") for n in range(50)} <= set(fewer)
-    for replica in replicas:
-        replica.origin.in_flight = 0
-    assert {chooser.choose(replicas, f"key-{n}") for n in range(50)} & set(replicas[:2])
+    for backend in backends:
+        backend.origin.in_flight = 0
+    assert {chooser.choose(backends, f"key-{n}") for n in range(50)} & set(backends[:2])
 
 
 @every_policy
 @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 5), (0.5, 0.25, 0.25, 1)])
 def test_requests_in_flight_follow_the_weights(name: BalancingName, weights: tuple[float, ...]) -> None:
-    shares = pile(balancing(name), replicas_of(*weights), 4000)
-    # Hashing is less even, and its bound lets a replica exceed its share by a quarter.
+    shares = pile(balancing(name), backends_of(*weights), 4000)
+    # Hashing is less even, and its bound lets a backend exceed its share by a quarter.
     tolerance = 0.35 if name == "prefix_affinity" else 0.02
     for share, weight in zip(shares, weights, strict=True):
         assert share == pytest.approx(4000 * weight / sum(weights), rel=tolerance)
@@ -113,67 +113,67 @@ def test_requests_in_flight_follow_the_weights(name: BalancingName, weights: tup
 
 @every_policy
 def test_an_idle_fleet_is_used_as_a_whole(name: BalancingName) -> None:
-    replicas, chooser = replicas_of(*[1] * 8), balancing(name)
-    chosen = Counter(chooser.choose(replicas, f"key-{number}") for number in range(4000))
-    assert min(chosen[replica] for replica in replicas) > 300
+    backends, chooser = backends_of(*[1] * 8), balancing(name)
+    chosen = Counter(chooser.choose(backends, f"key-{number}") for number in range(4000))
+    assert min(chosen[backend] for backend in backends) > 300
     assert max(chosen.values()) < 750
 
 
 @every_policy
 def test_the_same_seed_makes_the_same_choices(name: BalancingName) -> None:
     weights = [1, 2, 1, 3, 1]
-    assert pile(balancing(name, 7), replicas_of(*weights), 99) == pile(balancing(name, 7), replicas_of(*weights), 99)
+    assert pile(balancing(name, 7), backends_of(*weights), 99) == pile(balancing(name, 7), backends_of(*weights), 99)
 
 
 # round_robin
 
 
 def test_round_robin_takes_each_in_turn() -> None:
-    replicas, chooser = replicas_of(1, 1, 1), balancing("round_robin")
-    order = [chooser.choose(replicas, "") for _ in range(9)]
+    backends, chooser = backends_of(1, 1, 1), balancing("round_robin")
+    order = [chooser.choose(backends, "") for _ in range(9)]
     assert order[:3] == order[3:6] == order[6:]
-    assert set(order[:3]) == set(replicas)
+    assert set(order[:3]) == set(backends)
 
 
 @settings(deadline=None)
 @given(weights=st.lists(st.integers(1, 9), min_size=2, max_size=12), seed=st.integers(0, 99))
 @example(weights=[1] * 30 + [30], seed=1)
 def test_round_robin_is_smooth(weights: list[int], seed: int) -> None:
-    """In any stretch of requests, a replica is less than three requests away from its share."""
-    replicas, chooser = replicas_of(*weights), balancing("round_robin", seed)
+    """In any stretch of requests, a backend is less than three requests away from its share."""
+    backends, chooser = backends_of(*weights), balancing("round_robin", seed)
     chosen: Counter[Backend | None] = Counter()
-    ahead = {replica: [0.0] for replica in replicas}
+    ahead = {backend: [0.0] for backend in backends}
     for number in range(1, 301):
-        chosen[chooser.choose(replicas, "")] += 1
-        for replica in replicas:
-            ahead[replica].append(chosen[replica] - number * replica.weight / sum(weights))
+        chosen[chooser.choose(backends, "")] += 1
+        for backend in backends:
+            ahead[backend].append(chosen[backend] - number * backend.weight / sum(weights))
     assert max(max(drift) - min(drift) for drift in ahead.values()) < 3
 
 
 def test_round_robin_does_not_forget_the_lightest() -> None:
-    replicas, chooser = replicas_of(1000, 0.001), balancing("round_robin")
-    assert 1 <= Counter(chooser.choose(replicas, "") for _ in range(1100))[replicas[1]] <= 2
+    backends, chooser = backends_of(1000, 0.001), balancing("round_robin")
+    assert 1 <= Counter(chooser.choose(backends, "") for _ in range(1100))[backends[1]] <= 2
 
 
 def test_routers_that_start_together_do_not_go_round_in_step() -> None:
-    replicas = replicas_of(*[1] * 8)
-    assert len({balancing("round_robin", seed).choose(replicas, "") for seed in range(30)}) > 4
+    backends = backends_of(*[1] * 8)
+    assert len({balancing("round_robin", seed).choose(backends, "") for seed in range(30)}) > 4
 
 
 # least_in_flight
 
 
 def test_least_in_flight_takes_the_least_for_its_weight() -> None:
-    replicas = loaded([(1, 3), (4, 8), (2, 5)])
-    assert balancing("least_in_flight").choose(replicas, "") is replicas[1]
-    assert balancing("least_in_flight").choose(replicas, "", [replicas[1]]) is replicas[2]
+    backends = loaded([(1, 3), (4, 8), (2, 5)])
+    assert balancing("least_in_flight").choose(backends, "") is backends[1]
+    assert balancing("least_in_flight").choose(backends, "", [backends[1]]) is backends[2]
 
 
 def test_least_in_flight_breaks_ties_by_weight() -> None:
-    replicas = replicas_of(1, 3)
+    backends = backends_of(1, 3)
     chooser = balancing("least_in_flight")
-    chosen = Counter(chooser.choose(replicas, "") for _ in range(4000))
-    assert chosen[replicas[1]] == pytest.approx(3000, rel=0.05)
+    chosen = Counter(chooser.choose(backends, "") for _ in range(4000))
+    assert chosen[backends[1]] == pytest.approx(3000, rel=0.05)
 
 
 # two_choices
@@ -181,72 +181,72 @@ def test_least_in_flight_breaks_ties_by_weight() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_two_choices_splits_eight_simultaneous_requests_evenly(seed: int) -> None:
-    assert pile(balancing("two_choices", seed), replicas_of(1, 1), 8) == [4, 4]
-    assert pile(balancing("two_choices", seed), replicas_of(3, 1), 8) == [6, 2]
+    assert pile(balancing("two_choices", seed), backends_of(1, 1), 8) == [4, 4]
+    assert pile(balancing("two_choices", seed), backends_of(3, 1), 8) == [6, 2]
 
 
 def test_two_choices_never_takes_the_most_loaded() -> None:
     for load in ([(1.0, 2), (1.0, 9), (1.0, 3)], [(1.0, 2), (2.0, 19), (1.5, 3)]):
-        replicas, chooser = loaded(load), balancing("two_choices")
-        assert {chooser.choose(replicas, "") for _ in range(200)} == {replicas[0], replicas[2]}
+        backends, chooser = loaded(load), balancing("two_choices")
+        assert {chooser.choose(backends, "") for _ in range(200)} == {backends[0], backends[2]}
 
 
 def test_two_choices_is_far_more_even_than_random() -> None:
-    """100 replicas, 10,000 requests: one random choice ends with about 130 on the fullest, two with about 103."""
-    assert max(pile(balancing("two_choices"), replicas_of(*[1] * 100), 10_000)) <= 105
+    """100 backends, 10,000 requests: one random choice ends with about 130 on the fullest, two with about 103."""
+    assert max(pile(balancing("two_choices"), backends_of(*[1] * 100), 10_000)) <= 105
 
 
 def test_two_choices_draws_by_weight() -> None:
-    replicas, chooser = replicas_of(1, 1, 6), balancing("two_choices")
-    seen = Counter(chooser.choose(replicas, "") for _ in range(4000))
+    backends, chooser = backends_of(1, 1, 6), balancing("two_choices")
+    seen = Counter(chooser.choose(backends, "") for _ in range(4000))
     # The heavy one is in a pair unless both light ones are drawn: 2 * 1/8 * 1/7 = 3.6 %.
-    assert 4000 - seen[replicas[2]] == pytest.approx(4000 / 28, rel=0.25)
+    assert 4000 - seen[backends[2]] == pytest.approx(4000 / 28, rel=0.25)
 
 
 def test_two_choices_draws_the_second_by_weight_too() -> None:
-    light, other, full = replicas = replicas_of(1, 1, 6)
+    light, other, full = backends = backends_of(1, 1, 6)
     full.origin.in_flight = 1000
     chooser = balancing("two_choices")
-    seen = Counter(chooser.choose(replicas, "") for _ in range(4000))
+    seen = Counter(chooser.choose(backends, "") for _ in range(4000))
     assert seen[full] == 0
     assert seen[light] == pytest.approx(seen[other], rel=0.15)
 
 
 def test_two_choices_are_distinct_even_where_rounding_says_otherwise() -> None:
-    """1000.003 - 1000 is a little more than 0.003, so that the second draw falls on the first replica again."""
-    light, heavy = replicas = replicas_of(0.003, 1000)
+    """1000.003 - 1000 is a little more than 0.003, so that the second draw falls on the first backend again."""
+    light, heavy = backends = backends_of(0.003, 1000)
     heavy.origin.in_flight = 10**7
     draws = iter([0.5, 1 - 2**-53])
     chooser: Balancer[Backend] = make_balancer("two_choices", lambda: next(draws))
-    assert chooser.choose(replicas, "") is light
+    assert chooser.choose(backends, "") is light
 
 
 # prefix_affinity
 
 
 def test_prefix_affinity_spreads_requests_without_a_key() -> None:
-    replicas, chooser = replicas_of(1, 1), balancing("prefix_affinity")
+    backends, chooser = backends_of(1, 1), balancing("prefix_affinity")
     for _ in range(8):
-        chosen = chooser.choose(replicas, "")
+        chosen = chooser.choose(backends, "")
         assert chosen is not None
         chosen.origin.in_flight += 1
-    assert [replica.origin.in_flight for replica in replicas] == [4, 4]
+    assert [backend.origin.in_flight for backend in backends] == [4, 4]
 
 
 def test_prefix_affinity_gives_a_retry_the_next_on_the_ring() -> None:
-    replicas, chooser = replicas_of(*[1] * 8), balancing("prefix_affinity")
-    home = chooser.choose(replicas, "key")
+    backends, chooser = backends_of(*[1] * 8), balancing("prefix_affinity")
+    home = chooser.choose(backends, "key")
     assert home is not None
-    second = chooser.choose(replicas, "key", [home])
+    second = chooser.choose(backends, "key", [home])
     home.origin.in_flight = 2
-    assert chooser.choose(replicas, "key") is second, "a full home spills to where a retry goes"
-    without = tuple(replica for replica in replicas if replica is not home)
+    assert chooser.choose(backends, "key") is second, "a full home spills to where a retry goes"
+    without = tuple(backend for backend in backends if backend is not home)
     assert chooser.choose(without, "key") is second, "and so does a home that left"
 
 
-def test_prefix_affinity_uses_a_full_replica_when_all_others_were_tried() -> None:
-    idle, busy = replicas = loaded([(1, 0), (1, 50)])
-    assert {balancing("prefix_affinity").choose(replicas, f"key-{n}", [idle]) for n in range(20)} == {busy}
+def test_prefix_affinity_uses_a_full_backend_when_all_others_were_tried() -> None:
+    idle, busy = backends = loaded([(1, 0), (1, 50)])
+    assert {balancing("prefix_affinity").choose(backends, f"key-{n}", [idle]) for n in range(20)} == {busy}
 
 
 # The key

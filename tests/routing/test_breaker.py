@@ -79,7 +79,7 @@ def test_the_cooldown_is_a_fifth_more_or_less(seed: int) -> None:
     assert 100 + 0.8 * COOLDOWN <= due(circuit) <= 100 + 1.2 * COOLDOWN
 
 
-def test_cooldowns_differ_so_that_replicas_do_not_come_back_together() -> None:
+def test_cooldowns_differ_so_that_backends_do_not_come_back_together() -> None:
     breaker, circuits = Breaker(1, COOLDOWN, Random(1).random), [closed() for _ in range(10)]
     for circuit in circuits:
         breaker.failed(circuit, 0.0, Request())
@@ -203,7 +203,7 @@ class Traffic(RuleBasedStateMachine):
             self.probes.append(request)
         else:
             assert not was_half_open or self.probes, "the place of a probe was not given back"
-        # Let through or not: with all circuits open, a model uses its replicas all the same.
+        # Let through or not: with all circuits open, a model uses its backends all the same.
         self.requests.append(request)
 
     @precondition(lambda self: self.requests)

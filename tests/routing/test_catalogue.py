@@ -270,7 +270,7 @@ def test_however_many_entries_are_refused_the_lines_about_them_are_few() -> None
     assert catalogue.problems[-1] == "and 4900 more"
 
 
-def test_a_million_replicas_are_refused_in_seconds() -> None:
+def test_a_million_backends_are_refused_in_seconds() -> None:
     began = time.perf_counter()
 
     assert "at most 4096" in problem(backends=[{"url": "http://x"}] * 1_000_000)
@@ -383,7 +383,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("url", [*LINK_LOCAL, *METADATA, *OTHER_SPELLINGS, *UNUSABLE])
-def test_an_address_that_is_nobodys_replica_is_refused(url: str) -> None:
+def test_an_address_that_is_nobodys_backend_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"unusable address|no usable host|not a URL"):
         check_backend_url(url)
 

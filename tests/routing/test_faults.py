@@ -1,4 +1,4 @@
-"""What errors do to a replica: much if the others do not give them, and nothing at all if they do."""
+"""What errors do to a backend: much if the others do not give them, and nothing at all if they do."""
 
 import logging
 import weakref
@@ -16,7 +16,7 @@ from inference_api.routing.catalogue import parse_catalogue
 from tests.routing.ward import Request, Ward
 
 BALANCING = ["two_choices", "least_in_flight", "round_robin", "prefix_affinity"]
-# Of a replica that fails in one way or in several: status and outcome of its answers.
+# Of a backend that fails in one way or in several: status and outcome of its answers.
 REFUSING = [[(401, Outcome.UPSTREAM_4XX)], [(404, Outcome.UPSTREAM_4XX)]]
 BROKEN = [
     [(500, Outcome.UPSTREAM_5XX)],
@@ -41,7 +41,7 @@ def ask(ward: Ward, answer: Callable[[Backend], Answer], key: str = "", model: M
 
 
 def asked(ward: Ward, answer: Callable[[Backend], Answer], times: int, keys: int = 20) -> Counter[str]:
-    """How often each replica was asked."""
+    """How often each backend was asked."""
     return Counter(ask(ward, answer, str(number % keys)).label for number in range(times))
 
 
@@ -59,7 +59,7 @@ def failing(host: str, answers: list[Answer]) -> Callable[[Backend], Answer]:
 
 
 def set_aside(ward: Ward, answers: list[Answer] | None = None) -> Backend:
-    """The first replica, once it is out."""
+    """The first backend, once it is out."""
     a = ward.backends[0]
     asked(ward, failing(a.label, answers or [(500, Outcome.UPSTREAM_5XX)]), 200)
     assert a not in ward.model.available
@@ -71,7 +71,7 @@ def set_aside(ward: Ward, answers: list[Answer] | None = None) -> Backend:
 
 @pytest.mark.parametrize("answers", REFUSING + BROKEN)
 @pytest.mark.parametrize("balancing", BALANCING)
-def test_a_replica_that_fails_gets_a_few_requests_and_then_none(balancing: str, answers: list[Answer]) -> None:
+def test_a_backend_that_fails_gets_a_few_requests_and_then_none(balancing: str, answers: list[Answer]) -> None:
     ward = Ward("a", "b", "c", balancing=balancing)
 
     counts = asked(ward, failing("a", answers), 400)
@@ -288,7 +288,7 @@ def test_a_session_that_is_refused_moves_few_of_the_others() -> None:
     assert ward.model.choose("bad") is home
 
 
-def test_in_every_third_place_of_three_replicas_in_turn() -> None:
+def test_in_every_third_place_of_three_backends_in_turn() -> None:
     """All bad requests come to the same one, and all good ones to the others."""
     ward = Ward("a", "b", "c", balancing="round_robin")
 
@@ -297,7 +297,7 @@ def test_in_every_third_place_of_three_replicas_in_turn() -> None:
         assert ward.model.available is ward.backends
 
 
-def test_an_only_replica_is_never_out() -> None:
+def test_an_only_backend_is_never_out() -> None:
     ward = Ward("a")
 
     asked(ward, lambda backend: (500, Outcome.UPSTREAM_5XX), 1000)
@@ -305,7 +305,7 @@ def test_an_only_replica_is_never_out() -> None:
     assert (ward.available, ward.model.guard) == ("a", None)
 
 
-def test_a_replica_without_others_to_compare_it_with_is_used() -> None:
+def test_a_backend_without_others_to_compare_it_with_is_used() -> None:
     ward = Ward("a", "b")
     ward.open(ward.backends[1])
 
@@ -328,7 +328,7 @@ def test_what_shows_nothing_ends() -> None:
     assert ward.model.guard is None
 
 
-def test_a_replica_that_leaves_while_it_is_compared_leaves_nothing() -> None:
+def test_a_backend_that_leaves_while_it_is_compared_leaves_nothing() -> None:
     ward = Ward("a", "b")
     a = ward.backends[0]
     for _ in range(3):
@@ -362,7 +362,7 @@ def test_a_request_whose_client_leaves_while_it_is_compared_is_forgotten() -> No
 
 
 def errors(ward: Ward, **given: int) -> list[int]:
-    """What so many errors of each replica add to its load."""
+    """What so many errors of each backend add to its load."""
     for backend in ward.backends:
         for _ in range(given[backend.label]):
             ward.attempt(backend, Outcome.UPSTREAM_4XX, 400)
@@ -381,7 +381,7 @@ def test_errors_that_all_have_given_count_nothing_nor_does_what_chance_may_do() 
     assert errors(Ward("a", "b", "c"), a=130, b=100, c=110) == [0, 0, 0]
 
 
-def test_a_heavier_replica_meets_more_of_them() -> None:
+def test_a_heavier_backend_meets_more_of_them() -> None:
     backends: list[dict[str, Any]] = [{"url": "http://a", "weight": 4}, {"url": "http://b"}]
     ward = Ward()
     ward.list(backends=backends)
@@ -403,7 +403,7 @@ def test_they_fade() -> None:
     assert (a.extra, a.recent) == (0, 0.0)
 
 
-def test_a_replica_that_starts_slowly_has_met_few_and_sets_no_measure() -> None:
+def test_a_backend_that_starts_slowly_has_met_few_and_sets_no_measure() -> None:
     ward = Ward("a", "b")
     errors(ward, a=50, b=50)
     ward.list("a", "b", "c")

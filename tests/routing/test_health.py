@@ -35,7 +35,7 @@ NEITHER = [
 
 
 @pytest.mark.parametrize("outcome", BAD)
-def test_a_replica_whose_attempts_fail_gets_no_more(outcome: Outcome) -> None:
+def test_a_backend_whose_attempts_fail_gets_no_more(outcome: Outcome) -> None:
     ward = Ward("a", "b", "c")
     a, b, c = ward.backends
     for _ in range(4):
@@ -71,7 +71,7 @@ def test_other_statuses_do_not_count(status: int) -> None:
 
 
 @pytest.mark.parametrize("outcome", NEITHER)
-def test_what_says_nothing_of_a_replica_neither_counts_nor_clears(outcome: Outcome) -> None:
+def test_what_says_nothing_of_a_backend_neither_counts_nor_clears(outcome: Outcome) -> None:
     ward = Ward("a", "b")
     a, _ = ward.backends
     for _ in range(4):
@@ -123,7 +123,7 @@ def test_operators_are_told_once_of_each_change(caplog: pytest.LogCaptureFixture
 
 
 def adapters(*names: str) -> Ward:
-    """Each of these models has the replicas a and b."""
+    """Each of these models has the backends a and b."""
     ward = Ward()
     entry = {"backends": [{"url": "http://a"}, {"url": "http://b"}]}
     ward.fleet.update(parse_catalogue({"models": [{"name": name, **entry} for name in names]}))
@@ -254,7 +254,7 @@ def test_the_head_of_another_requests_answer_closes_nothing() -> None:
     [
         (Outcome.RESET, None),
         (Outcome.UPSTREAM_5XX, 503),
-        # Without these one request after the other would be the probe of a replica that answers so at once.
+        # Without these one request after the other would be the probe of a backend that answers so at once.
         (Outcome.UPSTREAM_5XX, 500),
         (Outcome.PROTOCOL_ERROR, None),
     ],
@@ -327,7 +327,7 @@ def test_of_several_that_are_due_each_has_a_probe_and_the_one_that_waits_longest
     assert ward.chosen() == set(others)
 
 
-def test_a_replica_that_fails_its_health_checks_is_not_probed() -> None:
+def test_a_backend_that_fails_its_health_checks_is_not_probed() -> None:
     ward = Ward("a", "b")
     a, b = ward.backends
     ward.open(a)
@@ -340,7 +340,7 @@ def test_a_replica_that_fails_its_health_checks_is_not_probed() -> None:
     assert ward.choose() is a
 
 
-# Panic, and the only replica
+# Panic, and the only backend
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_panic_is_told_once_and_ends_when_enough_are_back(caplog: pytest.LogCapt
     assert (ward.model.panic, ward.available) == (False, "bd")
 
 
-def test_a_replica_that_comes_back_in_a_panic_starts_slowly_too() -> None:
+def test_a_backend_that_comes_back_in_a_panic_starts_slowly_too() -> None:
     ward = Ward("a", "b", "c", "d", "e")
     a, b, c, d, _ = ward.backends
     for backend in (a, b, c, d):
@@ -396,7 +396,7 @@ def test_a_replica_that_comes_back_in_a_panic_starts_slowly_too() -> None:
     assert shares(ward) == [0.1, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_a_model_without_replicas_has_nobody_and_no_panic() -> None:
+def test_a_model_without_backends_has_nobody_and_no_panic() -> None:
     ward = Ward()
     ward.look()
 
@@ -404,7 +404,7 @@ def test_a_model_without_replicas_has_nobody_and_no_panic() -> None:
 
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in BAD if outcome is not Outcome.CONNECT_FAILED])
-def test_an_only_replica_is_never_out(outcome: Outcome) -> None:
+def test_an_only_backend_is_never_out(outcome: Outcome) -> None:
     ward = Ward("a")
     [a] = ward.backends
     ward.check(a, False, False, False)
@@ -417,7 +417,7 @@ def test_an_only_replica_is_never_out(outcome: Outcome) -> None:
     assert (ward.model.panic, ward.available) == (False, "a")
 
 
-def test_an_only_replica_that_refuses_is_tried_once_a_second() -> None:
+def test_an_only_backend_that_refuses_is_tried_once_a_second() -> None:
     ward = Ward("a")
     [a] = ward.backends
     ward.open(a, outcome=Outcome.CONNECT_FAILED)
@@ -441,7 +441,7 @@ def test_an_only_replica_that_refuses_is_tried_once_a_second() -> None:
     assert ward.chosen() == {a}
 
 
-def test_an_only_replica_that_was_connected_to_is_no_longer_kept_from_requests() -> None:
+def test_an_only_backend_that_was_connected_to_is_no_longer_kept_from_requests() -> None:
     """A JSON answer may take its time; nobody should be turned away for as long as the probe waits for one."""
     ward = Ward("a", timeouts={"connect": 3})
     [a] = ward.backends
@@ -457,7 +457,7 @@ def test_an_only_replica_that_was_connected_to_is_no_longer_kept_from_requests()
     assert ward.choose(a) is None
 
 
-def test_the_last_replica_of_several_is_an_only_one_from_then_on() -> None:
+def test_the_last_backend_of_several_is_an_only_one_from_then_on() -> None:
     ward = Ward("a", "b")
     a, _ = ward.backends
     ward.open(a, outcome=Outcome.CONNECT_FAILED)
@@ -493,7 +493,7 @@ def test_three_failed_checks_and_it_is_out_two_passes_and_it_is_back(results: st
     assert ward.available == available
 
 
-def test_what_is_known_of_a_replica_survives_a_change_of_the_catalogue() -> None:
+def test_what_is_known_of_a_backend_survives_a_change_of_the_catalogue() -> None:
     ward = Ward("a", "b", "c", "d", "e")
     a, b, *_ = ward.backends
     ward.open(a)
@@ -506,7 +506,7 @@ def test_what_is_known_of_a_replica_survives_a_change_of_the_catalogue() -> None
     assert ward.choose() is a
 
 
-def test_what_is_still_heard_of_a_replica_that_left_changes_nothing() -> None:
+def test_what_is_still_heard_of_a_backend_that_left_changes_nothing() -> None:
     ward = Ward("a", "b")
     a, _ = ward.backends
     ward.list("b", "c")
@@ -530,7 +530,7 @@ def busy(ward: Ward, count: int = 3) -> Backend:
     return a
 
 
-def test_a_replica_with_requests_and_without_a_byte_for_a_minute_is_out() -> None:
+def test_a_backend_with_requests_and_without_a_byte_for_a_minute_is_out() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
     ward.look(times=59)
@@ -559,7 +559,7 @@ def test_two_requests_may_wait_as_long_as_they_like() -> None:
     assert ward.available == "ab"
 
 
-def test_a_replica_that_is_heard_now_and_then_is_busy_and_not_stuck() -> None:
+def test_a_backend_that_is_heard_now_and_then_is_busy_and_not_stuck() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
 
@@ -580,7 +580,7 @@ def test_where_first_bytes_may_take_longer_silence_may_last_longer() -> None:
     assert ward.available == "b"
 
 
-def test_a_stuck_replica_is_back_when_bytes_flow() -> None:
+def test_a_stuck_backend_is_back_when_bytes_flow() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
     ward.look(times=100)
@@ -593,7 +593,7 @@ def test_a_stuck_replica_is_back_when_bytes_flow() -> None:
     assert a.share == pytest.approx(0.1, abs=0.05)
 
 
-def test_a_stuck_replica_whose_requests_gave_up_is_tried_once_a_check_has_passed() -> None:
+def test_a_stuck_backend_whose_requests_gave_up_is_tried_once_a_check_has_passed() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
     b = ward.backends[1]
@@ -614,7 +614,7 @@ def test_a_stuck_replica_whose_requests_gave_up_is_tried_once_a_check_has_passed
     assert ward.available == "ab"
 
 
-def test_a_stuck_replica_without_a_passed_check_stays_out() -> None:
+def test_a_stuck_backend_without_a_passed_check_stays_out() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
     ward.check(a, True)
@@ -629,7 +629,7 @@ def test_a_stuck_replica_without_a_passed_check_stays_out() -> None:
 # Sleep
 
 
-def test_a_sleeping_replica_is_out_and_has_not_failed(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sleeping_backend_is_out_and_has_not_failed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     ward = Ward("a", "b")
     a, b = ward.backends
@@ -652,7 +652,7 @@ def test_a_sleeping_replica_is_out_and_has_not_failed(caplog: pytest.LogCaptureF
     assert told == [(logging.INFO, "a backend is asleep"), (logging.INFO, "a backend is not asleep any more")]
 
 
-def test_a_replica_that_was_stuck_before_it_was_known_to_sleep_is_not_stuck() -> None:
+def test_a_backend_that_was_stuck_before_it_was_known_to_sleep_is_not_stuck() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
     ward.look(times=100)
@@ -706,7 +706,7 @@ def test_the_only_one_that_is_awake_is_kept_from_requests_while_it_refuses_conne
     assert [ward.choose(), ward.choose()] == [b, None]
 
 
-def test_a_circuit_that_is_open_stays_so_while_the_replica_sleeps() -> None:
+def test_a_circuit_that_is_open_stays_so_while_the_backend_sleeps() -> None:
     ward = Ward("a", "b")
     a, b = ward.backends
     ward.open(a)
@@ -732,7 +732,7 @@ def test_a_new_model_at_an_address_that_sleeps_is_asleep_there() -> None:
     assert {backend.label for backend in other.available} == {"a", "b"}
 
 
-def test_what_a_replica_that_left_says_of_its_sleep_changes_nothing() -> None:
+def test_what_a_backend_that_left_says_of_its_sleep_changes_nothing() -> None:
     ward = Ward("a", "b")
     a, _ = ward.backends
     ward.list("b")
@@ -762,7 +762,7 @@ def part_of_a(ward: Ward) -> float:
 
 
 @pytest.mark.parametrize("balancing", ["round_robin", "two_choices", "least_in_flight"])
-def test_a_replica_that_comes_back_gets_its_weight_within_half_a_minute(balancing: str) -> None:
+def test_a_backend_that_comes_back_gets_its_weight_within_half_a_minute(balancing: str) -> None:
     ward = Ward("a", "b", balancing=balancing)
     a, _ = ward.backends
     ward.look()
@@ -779,7 +779,7 @@ def test_a_replica_that_comes_back_gets_its_weight_within_half_a_minute(balancin
     assert part_of_a(ward) == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_new_replica_beside_others_starts_slowly_by_its_own_weight() -> None:
+def test_a_new_backend_beside_others_starts_slowly_by_its_own_weight() -> None:
     ward = Ward("a", "b")
     assert shares(ward) == [1.0, 1.0]
     backends = [{"url": "http://a"}, {"url": "http://b"}, {"url": "http://c", "weight": 4}]
@@ -839,7 +839,7 @@ def test_a_model_that_turns_to_prefix_affinity_has_full_weights_at_once() -> Non
 
 @given(data=st.data(), count=st.integers(1, 5), balancing=st.sampled_from(["two_choices", "prefix_affinity"]))
 def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: int, balancing: str) -> None:
-    """Only an only replica that refuses may be nobody; and the list is what the replicas' states say."""
+    """Only an only backend that refuses may be nobody; and the list is what the backends' states say."""
     ward = Ward(*"abcde"[:count], balancing=balancing)
     for _ in range(data.draw(st.integers(0, 60))):
         backend = data.draw(st.sampled_from(ward.backends))

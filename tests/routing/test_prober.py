@@ -168,7 +168,7 @@ async def test_a_timeout_while_bytes_of_other_answers_come_is_no_verdict(start: 
 # Again and again
 
 
-async def test_each_replica_is_asked_again_and_again_and_reported(start: Start, transport: Transport) -> None:
+async def test_each_backend_is_asked_again_and_again_and_reported(start: Start, transport: Transport) -> None:
     good, bad = await start(HEALTHY), await start(raw(json_response({}, "503 Service Unavailable")))
     ward = Round(transport, good.url, bad.url)
     first, second = (backend.origin for backend in ward.backends)
@@ -225,7 +225,7 @@ async def test_those_that_come_are_asked_and_those_that_left_are_not(
         assert repr(ward.prober) == "<Prober of 3 addresses>"
 
 
-async def test_a_hung_replica_does_not_keep_the_others_from_being_asked(start: Start, transport: Transport) -> None:
+async def test_a_hung_backend_does_not_keep_the_others_from_being_asked(start: Start, transport: Transport) -> None:
     hung, good = await start(hang), await start(HEALTHY)
     ward = Round(transport, *(f"{hung.url}/{number}" for number in range(20)), good.url)
 

@@ -30,12 +30,12 @@ async def test_the_connection_goes_to_the_address_and_the_request_names_the_host
 ) -> None:
     engine = await start_engine()
     # Nobody could look this name up.
-    url = f"http://replica.invalid:{engine.port}"
+    url = f"http://backend.invalid:{engine.port}"
     request = httpx.Request("POST", f"{url}/v1/x", content=b"{}", extensions={"origin": f"{url}#127.0.0.1"})
     response = await transport.handle_async_request(request)
 
     assert response.status_code == 200
-    assert engine.requests[0].header("host") == f"replica.invalid:{engine.port}"
+    assert engine.requests[0].header("host") == f"backend.invalid:{engine.port}"
     assert f"<Pool 127.0.0.1:{engine.port}:" in repr(transport)
     assert isinstance(response.stream, httpx.AsyncByteStream)
     await response.stream.aclose()
@@ -55,7 +55,7 @@ async def test_a_fragment_of_a_url_is_no_address(start_engine: Start, transport:
 async def test_two_addresses_of_a_name_have_connections_of_their_own(start_engine: Start, transport: Transport) -> None:
     first = await start_engine()
     async with FakeEngine(host="127.0.0.2", port=first.port) as second:
-        url = f"http://replica.invalid:{first.port}"
+        url = f"http://backend.invalid:{first.port}"
         for address in ("127.0.0.1", "127.0.0.2", "127.0.0.1"):
             assert await get(transport, url, f"{url}#{address}") == 200
 

@@ -1,4 +1,4 @@
-"""One exchange on a connection: what a replica may send, in what pieces, how late, and what comes of it."""
+"""One exchange on a connection: what a backend may send, in what pieces, how late, and what comes of it."""
 
 import asyncio
 import os
@@ -154,7 +154,7 @@ async def test_without_a_length_a_reset_is_no_end(start_engine: Start, transport
 @pytest.mark.parametrize(
     "head", [b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5", b"HTTP/1.0 200 OK\r\ncontent-length: 5"]
 )
-async def test_a_replica_that_says_close_is_not_asked_again_on_that_connection(
+async def test_a_backend_that_says_close_is_not_asked_again_on_that_connection(
     head: bytes, start_engine: Start, transport: Transport
 ) -> None:
     engine = await start_engine(raw(head + b"\r\n\r\nhello"))
@@ -373,7 +373,7 @@ async def test_a_head_of_240_kib_is_fine_whatever_comes_with_it(start_engine: St
 
 
 @pytest.mark.parametrize("end", [Line.close, Line.reset])
-async def test_a_replica_that_says_nothing_at_all(
+async def test_a_backend_that_says_nothing_at_all(
     end: Callable[[Line], None], start_engine: Start, transport: Transport
 ) -> None:
     async def script(request: Received, line: Line) -> None:
@@ -388,7 +388,7 @@ async def test_a_replica_that_says_nothing_at_all(
     assert "0 active, 0 idle" in repr(transport)
 
 
-async def test_a_replica_that_goes_away_from_a_used_connection(start_engine: Start, transport: Transport) -> None:
+async def test_a_backend_that_goes_away_from_a_used_connection(start_engine: Start, transport: Transport) -> None:
     async def script(request: Received, line: Line) -> None:
         if len(engine.requests) == 1:
             await line.send(OK)
@@ -406,7 +406,7 @@ async def test_a_replica_that_goes_away_from_a_used_connection(start_engine: Sta
     assert engine.connections == 1
 
 
-async def test_a_replica_that_held_a_request_for_long_was_not_a_stale_connection(
+async def test_a_backend_that_held_a_request_for_long_was_not_a_stale_connection(
     start_engine: Start, transport: Transport
 ) -> None:
     async def script(request: Received, line: Line) -> None:
@@ -520,7 +520,7 @@ async def test_the_deadline_holds_whatever_comes(first: bytes, start_engine: Sta
     assert "0 active, 0 idle" in repr(transport)
 
 
-async def test_a_reader_that_waits_is_not_the_replicas_silence(start_engine: Start, transport: Transport) -> None:
+async def test_a_reader_that_waits_is_not_the_backends_silence(start_engine: Start, transport: Transport) -> None:
     engine = await start_engine(raw(CHUNKED + DATA, *[DATA] * 20, LAST_CHUNK))
     stream = await stream_of(transport, engine, timeout={"first_byte": 0.8, "idle": 0.8})
 
@@ -609,7 +609,7 @@ async def test_a_connection_says_what_it_does(start_engine: Start, transport: Tr
 # Pulled
 
 
-async def test_a_reader_that_waits_stops_the_replica(start_engine: Start, transport: Transport) -> None:
+async def test_a_reader_that_waits_stops_the_backend(start_engine: Start, transport: Transport) -> None:
     sent = 0
 
     async def script(request: Received, line: Line) -> None:
@@ -788,7 +788,7 @@ async def test_a_sink_is_told_of_a_break_that_came_before_it(start_engine: Start
     assert (sink.data, sink.complete, len(sink.errors)) == (b"hello", 0, 1)
 
 
-async def test_a_sink_can_stop_the_replica(start_engine: Start, transport: Transport) -> None:
+async def test_a_sink_can_stop_the_backend(start_engine: Start, transport: Transport) -> None:
     sent = 0
 
     async def script(request: Received, line: Line) -> None:

@@ -42,7 +42,7 @@ Start = Callable[..., Any]
 ROUTES = {route.label: route for route in INFERENCE_ROUTES}
 JSON = (b"content-type", b"application/json")
 BODY = orjson.dumps(CHAT)
-REPLICAS = ("http://a:1", "http://b:1", "http://c:1")
+BACKENDS = ("http://a:1", "http://b:1", "http://c:1")
 
 
 def call_to(label: str = "chat_completions", **more: Any) -> Call:
@@ -86,8 +86,8 @@ class Jitter(random.Random):
 class FirstChoice:
     """A balancer: the first that has not been tried."""
 
-    def choose(self, replicas: Sequence[Backend], key: str, tried: Collection[Backend] = ()) -> Backend | None:
-        return next((replica for replica in replicas if replica not in tried), None)
+    def choose(self, backends: Sequence[Backend], key: str, tried: Collection[Backend] = ()) -> Backend | None:
+        return next((backend for backend in backends if backend not in tried), None)
 
 
 class Desk:
@@ -146,7 +146,7 @@ def in_flight(model: Model) -> list[int]:
 
 STALE = Disconnected("gone", received=0, reused=True)
 SILENT = Disconnected("gone", received=0, reused=False)
-# A used connection, but the replica had the request for two seconds.
+# A used connection, but the backend had the request for two seconds.
 DIED = Disconnected("gone", received=0, reused=True, waited=2.0)
 PARTIAL = Disconnected("gone", received=17, reused=False)
 PARTIAL_REUSED = Disconnected("gone", received=17, reused=True)
@@ -162,10 +162,10 @@ UNREACHED = httpx.ConnectTimeout("late")
     ("error", "outcome"),
     [(REFUSED, Outcome.CONNECT_FAILED), (UNREACHED, Outcome.CONNECT_FAILED), (STALE, Outcome.STALE)],
 )
-async def test_a_request_that_was_not_taken_goes_to_another_replica(
+async def test_a_request_that_was_not_taken_goes_to_another_backend(
     label: str, error: Exception, outcome: Outcome
 ) -> None:
-    desk, model = Desk(error), model_of(*REPLICAS)
+    desk, model = Desk(error), model_of(*BACKENDS)
 
     reply = await desk.forward(call_to(label), model)
 
@@ -177,7 +177,7 @@ async def test_a_request_that_was_not_taken_goes_to_another_replica(
     assert in_flight(model) == [0, 0, 0]
 
 
-async def test_a_stale_connection_is_replaced_at_the_same_replica_if_there_is_no_other() -> None:
+async def test_a_stale_connection_is_replaced_at_the_same_backend_if_there_is_no_other() -> None:
     desk, model = Desk(STALE), model_of("http://a:1")
 
     await finish(await desk.forward(call_to("responses"), model))
@@ -187,7 +187,7 @@ async def test_a_stale_connection_is_replaced_at_the_same_replica_if_there_is_no
     assert desk.outcomes == [Outcome.STALE, Outcome.OK]
 
 
-async def test_a_refused_connection_is_not_tried_again_at_the_same_replica() -> None:
+async def test_a_refused_connection_is_not_tried_again_at_the_same_backend() -> None:
     desk, model = Desk(REFUSED), model_of("http://a:1")
 
     with pytest.raises(NoBackend):
@@ -199,7 +199,7 @@ async def test_a_refused_connection_is_not_tried_again_at_the_same_replica() -> 
 @pytest.mark.parametrize("label", [label for label in ROUTES if label != "responses"])
 @pytest.mark.parametrize("error", [SILENT, DIED])
 async def test_silence_is_tried_once_more(error: Exception, label: str) -> None:
-    desk, model = Desk(error), model_of(*REPLICAS)
+    desk, model = Desk(error), model_of(*BACKENDS)
 
     reply = await desk.forward(call_to(label), model)
 
@@ -211,7 +211,7 @@ async def test_silence_is_tried_once_more(error: Exception, label: str) -> None:
 
 @pytest.mark.parametrize("error", [SILENT, DIED])
 async def test_silence_is_final_where_a_second_run_does_harm(error: Exception) -> None:
-    desk, model = Desk(error), model_of(*REPLICAS)
+    desk, model = Desk(error), model_of(*BACKENDS)
 
     with pytest.raises(UpstreamReset):
         await desk.forward(call_to("responses"), model)
@@ -221,7 +221,7 @@ async def test_silence_is_final_where_a_second_run_does_harm(error: Exception) -
 
 
 async def test_silence_is_not_tried_more_than_once_more_however_many_attempts_there_are() -> None:
-    desk, model = Desk(SILENT, SILENT, SILENT, attempts=3), model_of(*REPLICAS)
+    desk, model = Desk(SILENT, SILENT, SILENT, attempts=3), model_of(*BACKENDS)
 
     with pytest.raises(UpstreamReset):
         await desk.forward(call_to(), model)
@@ -229,7 +229,7 @@ async def test_silence_is_not_tried_more_than_once_more_however_many_attempts_th
     assert len(desk.requests) == 2
 
 
-async def test_silence_of_the_only_replica_is_not_tried_again() -> None:
+async def test_silence_of_the_only_backend_is_not_tried_again() -> None:
     desk, model = Desk(SILENT), model_of("http://a:1")
 
     with pytest.raises(UpstreamReset):
@@ -238,9 +238,9 @@ async def test_silence_of_the_only_replica_is_not_tried_again() -> None:
     assert desk.hosts == ["a"]
 
 
-async def test_a_503_goes_to_another_replica_and_its_body_is_closed() -> None:
+async def test_a_503_goes_to_another_backend_and_its_body_is_closed() -> None:
     busy = Body(b"busy")
-    desk, model = Desk(httpx.Response(503, stream=busy)), model_of(*REPLICAS)
+    desk, model = Desk(httpx.Response(503, stream=busy)), model_of(*BACKENDS)
 
     reply = await desk.forward(call_to(), model)
 
@@ -251,7 +251,7 @@ async def test_a_503_goes_to_another_replica_and_its_body_is_closed() -> None:
     assert in_flight(model) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("urls", [REPLICAS[:1], REPLICAS])
+@pytest.mark.parametrize("urls", [BACKENDS[:1], BACKENDS])
 async def test_the_last_503_is_the_answer(urls: tuple[str, ...]) -> None:
     bodies = [Body(b"first"), Body(b"second")]
     desk, model = Desk(*(httpx.Response(503, stream=body) for body in bodies)), model_of(*urls)
@@ -267,8 +267,8 @@ async def test_the_last_503_is_the_answer(urls: tuple[str, ...]) -> None:
 async def test_which_statuses_are_tried_again_is_a_setting(status: int) -> None:
     by_default, chosen = Desk(status), Desk(status, retry_on_status=frozenset({status}))
 
-    first = await by_default.forward(call_to(), model_of(*REPLICAS))
-    second = await chosen.forward(call_to(), model_of(*REPLICAS))
+    first = await by_default.forward(call_to(), model_of(*BACKENDS))
+    second = await chosen.forward(call_to(), model_of(*BACKENDS))
 
     assert (first.status, second.status) == (status, 200)
     await first.aclose(Outcome.UPSTREAM_5XX)
@@ -279,7 +279,7 @@ async def test_which_statuses_are_tried_again_is_a_setting(status: int) -> None:
 async def test_an_answer_is_an_answer(status: int) -> None:
     desk = Desk(status)
 
-    reply = await desk.forward(call_to(), model_of(*REPLICAS))
+    reply = await desk.forward(call_to(), model_of(*BACKENDS))
 
     assert (reply.status, reply.attempts) == (status, 1)
     await reply.aclose(Outcome.of_status(status))
@@ -304,7 +304,7 @@ async def test_an_answer_is_an_answer(status: int) -> None:
 async def test_what_may_have_been_executed_is_not_tried_again(
     error: Exception, outcome: Outcome, kind: type[RouterError]
 ) -> None:
-    desk, model = Desk(error), model_of(*REPLICAS)
+    desk, model = Desk(error), model_of(*BACKENDS)
 
     with pytest.raises(kind) as caught:
         await desk.forward(call_to(), model)
@@ -320,22 +320,22 @@ async def test_one_attempt_is_one_attempt(error: Exception) -> None:
     desk = Desk(error, attempts=1)
 
     with pytest.raises(RouterError):
-        await desk.forward(call_to(), model_of(*REPLICAS))
+        await desk.forward(call_to(), model_of(*BACKENDS))
 
     assert len(desk.requests) == 1
 
 
 async def test_one_attempt_passes_a_503_through() -> None:
-    reply = await Desk(503, attempts=1).forward(call_to(), model_of(*REPLICAS))
+    reply = await Desk(503, attempts=1).forward(call_to(), model_of(*BACKENDS))
 
     assert reply.status == 503
     await reply.aclose(Outcome.UPSTREAM_5XX)
 
 
-async def test_three_attempts_reach_three_replicas() -> None:
+async def test_three_attempts_reach_three_backends() -> None:
     desk = Desk(REFUSED, 503, attempts=3)
 
-    reply = await desk.forward(call_to(), model_of(*REPLICAS))
+    reply = await desk.forward(call_to(), model_of(*BACKENDS))
 
     assert (reply.status, reply.attempts) == (200, 3)
     assert sorted(desk.hosts) == ["a", "b", "c"]
@@ -345,12 +345,12 @@ async def test_three_attempts_reach_three_replicas() -> None:
 
 async def test_the_last_failure_is_the_one_that_is_told() -> None:
     with pytest.raises(UpstreamProtocolError):
-        await Desk(REFUSED, Malformed("junk")).forward(call_to(), model_of(*REPLICAS))
+        await Desk(REFUSED, Malformed("junk")).forward(call_to(), model_of(*BACKENDS))
     with pytest.raises(NoBackend):
-        await Desk(503, REFUSED).forward(call_to(), model_of(*REPLICAS[:2]))
+        await Desk(503, REFUSED).forward(call_to(), model_of(*BACKENDS[:2]))
 
 
-async def test_a_model_without_replicas_has_no_backend() -> None:
+async def test_a_model_without_backends_has_no_backend() -> None:
     desk = Desk()
 
     with pytest.raises(NoBackend) as caught:
@@ -364,15 +364,15 @@ async def test_a_model_without_replicas_has_no_backend() -> None:
 @pytest.mark.parametrize(
     ("errors", "urls", "final"),
     [
-        ((PARTIAL,), REPLICAS[:1], True),
-        ((PARTIAL,), REPLICAS[:2], False),
-        ((SILENT, SILENT), REPLICAS[:2], True),
-        ((SILENT, REFUSED), REPLICAS, False),
-        ((SILENT, SILENT), REPLICAS, True),
-        ((Malformed("junk"),), REPLICAS[:1], True),
-        ((Malformed("junk"),), REPLICAS, False),
-        ((FirstByteTimeout("late"),), REPLICAS, True),
-        ((TotalTimeout("late"),), REPLICAS, True),
+        ((PARTIAL,), BACKENDS[:1], True),
+        ((PARTIAL,), BACKENDS[:2], False),
+        ((SILENT, SILENT), BACKENDS[:2], True),
+        ((SILENT, REFUSED), BACKENDS, False),
+        ((SILENT, SILENT), BACKENDS, True),
+        ((Malformed("junk"),), BACKENDS[:1], True),
+        ((Malformed("junk"),), BACKENDS, False),
+        ((FirstByteTimeout("late"),), BACKENDS, True),
+        ((TotalTimeout("late"),), BACKENDS, True),
     ],
 )
 async def test_an_sdk_is_told_not_to_repeat_what_cannot_succeed(
@@ -397,16 +397,16 @@ async def test_no_error_names_a_backend(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", [REFUSED, UNREACHED, STALE, SILENT])
-async def test_another_replica_is_tried_at_once(error: Exception) -> None:
+async def test_another_backend_is_tried_at_once(error: Exception) -> None:
     desk = Desk(error, jitter=1000)
 
     async with asyncio.timeout(10):
-        await finish(await desk.forward(call_to(), model_of(*REPLICAS)))
+        await finish(await desk.forward(call_to(), model_of(*BACKENDS)))
 
     assert len(desk.requests) == 2
 
 
-@pytest.mark.parametrize(("first", "urls"), [(503, REPLICAS), (STALE, REPLICAS[:1])])
+@pytest.mark.parametrize(("first", "urls"), [(503, BACKENDS), (STALE, BACKENDS[:1])])
 async def test_a_client_that_leaves_during_a_pause_is_not_served_again(
     first: Exception | int, urls: tuple[str, ...]
 ) -> None:
@@ -434,7 +434,7 @@ async def test_a_client_that_leaves_while_it_is_tried_again_gives_its_permit_bac
         await asyncio.sleep(30)
         raise AssertionError("never")
 
-    desk, model = Desk(), model_of(*REPLICAS)
+    desk, model = Desk(), model_of(*BACKENDS)
     weaken(model)
     forward = desk.over(httpx.MockTransport(handle))
     calling = asyncio.ensure_future(forward(call_to(), model))
@@ -452,7 +452,7 @@ async def test_a_client_that_leaves_while_it_is_tried_again_gives_its_permit_bac
 
 @pytest.mark.parametrize("error", [REFUSED, STALE, SILENT])
 async def test_no_attempt_starts_after_the_deadline(error: Exception) -> None:
-    desk, model = Desk(error, total=0.0), model_of(*REPLICAS)
+    desk, model = Desk(error, total=0.0), model_of(*BACKENDS)
 
     with pytest.raises(UpstreamTimeout) as caught:
         await desk.forward(call_to(), model)
@@ -467,7 +467,7 @@ async def test_no_pause_goes_beyond_the_deadline() -> None:
     desk = Desk(503, jitter=1000, total=20.0)
 
     async with asyncio.timeout(10):
-        reply = await desk.forward(call_to(), model_of(*REPLICAS))
+        reply = await desk.forward(call_to(), model_of(*BACKENDS))
 
     assert (reply.status, len(desk.requests)) == (503, 1)
     assert not_again(reply) is False
@@ -482,7 +482,7 @@ def alternately(*results: Exception | int, times: int) -> list[Exception | int]:
 
 
 def weaken(model: Model) -> None:
-    """Its replicas have been failing already."""
+    """Its backends have been failing already."""
     for backend in model.backends:
         backend.origin.failures = 1
 
@@ -492,8 +492,8 @@ def not_again(reply: Reply) -> bool:
 
 
 @pytest.mark.parametrize("error", [REFUSED, STALE, SILENT])
-async def test_a_replica_that_dies_may_take_any_number_with_it(error: Exception) -> None:
-    desk, model = Desk(*alternately(error, 200, times=10)), model_of(*REPLICAS)
+async def test_a_backend_that_dies_may_take_any_number_with_it(error: Exception) -> None:
+    desk, model = Desk(*alternately(error, 200, times=10)), model_of(*BACKENDS)
 
     replies = [await desk.forward(call_to(body=b"%d" % number), model) for number in range(10)]
 
@@ -504,8 +504,8 @@ async def test_a_replica_that_dies_may_take_any_number_with_it(error: Exception)
 
 
 @pytest.mark.parametrize(("error", "kind"), [(STALE, UpstreamReset), (SILENT, UpstreamReset)])
-async def test_a_model_whose_replicas_fail_has_a_budget_of_repeats(error: Exception, kind: type[RouterError]) -> None:
-    desk, model = Desk(*alternately(error, 200, times=3), error, error, 200), model_of(*REPLICAS)
+async def test_a_model_whose_backends_fail_has_a_budget_of_repeats(error: Exception, kind: type[RouterError]) -> None:
+    desk, model = Desk(*alternately(error, 200, times=3), error, error, 200), model_of(*BACKENDS)
     weaken(model)
     replies = [await desk.forward(call_to(body=b"%d" % number), model) for number in range(3)]
 
@@ -525,7 +525,7 @@ async def test_a_model_whose_replicas_fail_has_a_budget_of_repeats(error: Except
 
 
 async def test_what_was_never_sent_is_repeated_freely() -> None:
-    desk, model = Desk(*alternately(REFUSED, 200, times=9)), model_of(*REPLICAS)
+    desk, model = Desk(*alternately(REFUSED, 200, times=9)), model_of(*BACKENDS)
     weaken(model)
 
     replies = [await desk.forward(call_to(), model) for _ in range(9)]
@@ -537,7 +537,7 @@ async def test_what_was_never_sent_is_repeated_freely() -> None:
 
 
 async def test_a_busy_model_has_a_budget_of_repeats_however_well_it_stands() -> None:
-    desk, model = Desk(*[503, 200] * 3, 503, 503, 200, retry_budget=0.1), model_of(*REPLICAS)
+    desk, model = Desk(*[503, 200] * 3, 503, 503, 200, retry_budget=0.1), model_of(*BACKENDS)
     replies = [await desk.forward(call_to(), model) for _ in range(3)]
 
     replies.append(await desk.forward(call_to(), model))
@@ -553,7 +553,7 @@ async def test_a_busy_model_has_a_budget_of_repeats_however_well_it_stands() -> 
 
 
 @pytest.mark.parametrize("balancing", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
-async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(balancing: str) -> None:
+async def test_a_repeat_goes_to_a_backend_in_good_standing_if_there_is_one(balancing: str) -> None:
     urls = [f"http://r{number}:1" for number in range(6)]
     for good in range(6):
         desk, model = Desk(REFUSED, REFUSED, 200), model_of(*urls, balancing=balancing)
@@ -566,8 +566,8 @@ async def test_a_repeat_goes_to_a_replica_in_good_standing_if_there_is_one(balan
         assert f"r{good}" in desk.hosts
 
 
-async def test_only_what_a_replica_in_good_standing_failed_is_repeated_freely() -> None:
-    desk, model = Desk(STALE, STALE, 200, attempts=3), model_of(*REPLICAS)
+async def test_only_what_a_backend_in_good_standing_failed_is_repeated_freely() -> None:
+    desk, model = Desk(STALE, STALE, 200, attempts=3), model_of(*BACKENDS)
     model.balancer = FirstChoice()
     model.backends[1].origin.failures = model.backends[2].origin.failures = 1
 
@@ -585,7 +585,7 @@ async def test_a_client_that_leaves_while_a_busy_answer_is_closed_gives_its_perm
             await super().aclose()
             await asyncio.sleep(30)
 
-    desk, model = Desk(httpx.Response(503, stream=(busy := Stuck())), jitter=0.0), model_of(*REPLICAS)
+    desk, model = Desk(httpx.Response(503, stream=(busy := Stuck())), jitter=0.0), model_of(*BACKENDS)
     calling = asyncio.ensure_future(desk.forward(call_to(), model))
     await until(lambda: busy.closed)
     assert desk.forward._budget.drawn("m") == 1
@@ -602,7 +602,7 @@ async def test_a_client_that_leaves_while_a_busy_answer_is_closed_gives_its_perm
 async def test_repeats_that_wait_for_their_pause_count_in_the_budget() -> None:
     """Otherwise those that wait would pass one after another, and nearly every request would be sent twice."""
     busy = Desk(*[503] * 30, jitter=1000.0)
-    model = model_of(*REPLICAS)
+    model = model_of(*BACKENDS)
     calling = [asyncio.ensure_future(busy.forward(call_to(body=b"%d" % number), model)) for number in range(30)]
     await until(lambda: sum(call.done() for call in calling) == 27)
 
@@ -621,10 +621,10 @@ async def test_a_choice_that_fails_gives_its_permit_back() -> None:
     class Closing(FirstChoice):
         """All circuits open while the client waits."""
 
-        def choose(self, replicas: Sequence[Backend], key: str, tried: Collection[Backend] = ()) -> Backend | None:
-            return None if tried else replicas[0]
+        def choose(self, backends: Sequence[Backend], key: str, tried: Collection[Backend] = ()) -> Backend | None:
+            return None if tried else backends[0]
 
-    desk, model = Desk(503), model_of(*REPLICAS)
+    desk, model = Desk(503), model_of(*BACKENDS)
     model.balancer = Closing()
 
     reply = await desk.forward(call_to(), model)
@@ -641,7 +641,7 @@ async def test_a_choice_that_fails_gives_its_permit_back() -> None:
 async def test_a_repeat_is_counted_by_its_reason(error: Exception | int, reason: str) -> None:
     desk = Desk(error)
 
-    await finish(await desk.forward(call_to(), model_of(*REPLICAS)))
+    await finish(await desk.forward(call_to(), model_of(*BACKENDS)))
 
     assert desk.retries == [reason]
 
@@ -649,7 +649,7 @@ async def test_a_repeat_is_counted_by_its_reason(error: Exception | int, reason:
 async def test_an_answer_is_told_of_at_its_head() -> None:
     desk = Desk(REFUSED, 503, 200, attempts=3)
 
-    reply = await desk.forward(call_to(), model_of(*REPLICAS))
+    reply = await desk.forward(call_to(), model_of(*BACKENDS))
 
     assert [status for _, status in desk.answers] == [503, 200]
     assert desk.answers[-1] == (reply.backend.label, 200)
@@ -659,8 +659,8 @@ async def test_an_answer_is_told_of_at_its_head() -> None:
 # Requests that kill
 
 
-async def test_a_request_that_two_replicas_died_of_meets_no_third() -> None:
-    desk, model = Desk(*[SILENT] * 4, 200, attempts=3), model_of(*REPLICAS)
+async def test_a_request_that_two_backends_died_of_meets_no_third() -> None:
+    desk, model = Desk(*[SILENT] * 4, 200, attempts=3), model_of(*BACKENDS)
 
     refusals = []
     for _ in range(3):
@@ -677,7 +677,7 @@ async def test_a_request_that_two_replicas_died_of_meets_no_third() -> None:
 
 
 async def test_a_request_that_kills_may_be_repeated_where_it_reached_nobody() -> None:
-    desk, model = Desk(SILENT, SILENT, REFUSED, 200, attempts=3), model_of(*REPLICAS)
+    desk, model = Desk(SILENT, SILENT, REFUSED, 200, attempts=3), model_of(*BACKENDS)
     with pytest.raises(UpstreamReset):
         await desk.forward(call_to(), model)
 
@@ -689,7 +689,7 @@ async def test_a_request_that_kills_may_be_repeated_where_it_reached_nobody() ->
 
 
 async def test_a_first_death_may_look_like_a_stale_connection() -> None:
-    desk, model = Desk(STALE, SILENT, STALE), model_of(*REPLICAS)
+    desk, model = Desk(STALE, SILENT, STALE), model_of(*BACKENDS)
 
     with pytest.raises(UpstreamReset) as first:
         await desk.forward(call_to(), model)
@@ -702,7 +702,7 @@ async def test_a_first_death_may_look_like_a_stale_connection() -> None:
 
 
 async def test_stale_connections_alone_make_nobody_a_suspect() -> None:
-    desk, model = Desk(*alternately(STALE, 200, times=5)), model_of(*REPLICAS)
+    desk, model = Desk(*alternately(STALE, 200, times=5)), model_of(*BACKENDS)
 
     for _ in range(5):
         await finish(await desk.forward(call_to(), model))
@@ -711,13 +711,13 @@ async def test_stale_connections_alone_make_nobody_a_suspect() -> None:
     assert desk.retries == ["stale"] * 5
 
 
-async def test_equal_requests_that_die_with_their_replica_did_not_kill_it() -> None:
+async def test_equal_requests_that_die_with_their_backend_did_not_kill_it() -> None:
     async def handle(request: httpx.Request) -> httpx.Response:
         if request.url.host == "a":
             raise SILENT
         return await desk.handle(request)
 
-    desk, model = Desk(), model_of(*REPLICAS[:2])
+    desk, model = Desk(), model_of(*BACKENDS[:2])
     dying, alive = model.backends
     model.balancer = FirstChoice()
     forward = desk.over(httpx.MockTransport(handle))
@@ -732,7 +732,7 @@ async def test_equal_requests_that_die_with_their_replica_did_not_kill_it() -> N
 
 
 async def test_a_request_that_may_be_sent_once_is_watched_too() -> None:
-    desk, model = Desk(SILENT, SILENT), model_of(*REPLICAS)
+    desk, model = Desk(SILENT, SILENT), model_of(*BACKENDS)
 
     final = []
     for _ in range(2):
@@ -744,7 +744,7 @@ async def test_a_request_that_may_be_sent_once_is_watched_too() -> None:
     assert final == [False, True]
 
 
-# Replicas that ask for a rest
+# Backends that ask for a rest
 
 
 def busy_for(seconds: int, status: int = 503) -> httpx.Response:
@@ -753,10 +753,10 @@ def busy_for(seconds: int, status: int = 503) -> httpx.Response:
 
 @pytest.mark.parametrize("balancing", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_replica_that_asks_for_a_rest_has_it(status: int, balancing: str) -> None:
+async def test_a_backend_that_asks_for_a_rest_has_it(status: int, balancing: str) -> None:
     desk, model = (
         Desk(busy_for(7, status), retry_on_status=frozenset({status})),
-        model_of(*REPLICAS, balancing=balancing),
+        model_of(*BACKENDS, balancing=balancing),
     )
 
     await finish(await desk.forward(call_to(), model))
@@ -774,7 +774,7 @@ async def test_a_replica_that_asks_for_a_rest_has_it(status: int, balancing: str
 
 
 async def test_a_status_that_is_not_tried_again_gives_no_rest() -> None:
-    desk, model = Desk(busy_for(7, 429)), model_of(*REPLICAS[:2])
+    desk, model = Desk(busy_for(7, 429)), model_of(*BACKENDS[:2])
 
     first = await desk.forward(call_to(), model)
     for _ in range(3):
@@ -787,7 +787,7 @@ async def test_a_status_that_is_not_tried_again_gives_no_rest() -> None:
 
 @pytest.mark.parametrize("seconds", [(5, 20), (20, 5)])
 async def test_if_all_rest_the_shortest_rest_is_told(seconds: tuple[int, int]) -> None:
-    desk, model = Desk(*map(busy_for, seconds)), model_of(*REPLICAS[:2])
+    desk, model = Desk(*map(busy_for, seconds)), model_of(*BACKENDS[:2])
 
     reply = await desk.forward(call_to(), model)
 
@@ -796,7 +796,7 @@ async def test_if_all_rest_the_shortest_rest_is_told(seconds: tuple[int, int]) -
 
 
 async def test_if_all_rest_the_answer_says_when_the_first_of_them_is_ready() -> None:
-    desk, model = Desk(busy_for(5), busy_for(20), busy_for(9)), model_of(*REPLICAS[:2])
+    desk, model = Desk(busy_for(5), busy_for(20), busy_for(9)), model_of(*BACKENDS[:2])
 
     first = await desk.forward(call_to(), model)
     desk.now += 1.5
@@ -812,7 +812,7 @@ async def test_if_all_rest_the_answer_says_when_the_first_of_them_is_ready() -> 
         await reply.aclose(Outcome.UPSTREAM_5XX)
 
 
-async def test_the_only_replicas_rest_is_told_as_it_is() -> None:
+async def test_the_only_backends_rest_is_told_as_it_is() -> None:
     desk, model = Desk(busy_for(120), busy_for(60)), model_of("http://a:1")
 
     for seconds in (b"120", b"60"):
@@ -824,8 +824,8 @@ async def test_the_only_replicas_rest_is_told_as_it_is() -> None:
     assert (await desk.forward(call_to(), model)).status == 200
 
 
-async def test_a_replica_that_rests_is_better_than_none() -> None:
-    desk, model = Desk(busy_for(9), 200, REFUSED), model_of(*REPLICAS[:2])
+async def test_a_backend_that_rests_is_better_than_none() -> None:
+    desk, model = Desk(busy_for(9), 200, REFUSED), model_of(*BACKENDS[:2])
     await finish(await desk.forward(call_to(), model))
 
     await finish(await desk.forward(call_to(), model))
@@ -834,8 +834,8 @@ async def test_a_replica_that_rests_is_better_than_none() -> None:
     assert rest == [other, tired]
 
 
-async def test_a_busy_replica_is_not_a_reason_to_wake_another() -> None:
-    desk, model = Desk(busy_for(9), 200, 503), model_of(*REPLICAS[:2])
+async def test_a_busy_backend_is_not_a_reason_to_wake_another() -> None:
+    desk, model = Desk(busy_for(9), 200, 503), model_of(*BACKENDS[:2])
     await finish(await desk.forward(call_to(), model))
 
     reply = await desk.forward(call_to(), model)
@@ -845,12 +845,12 @@ async def test_a_busy_replica_is_not_a_reason_to_wake_another() -> None:
 
 
 @pytest.mark.parametrize(("status", "told"), [(503, True), (429, True)])
-async def test_an_sdk_is_told_when_every_replica_was_tried(status: int, told: bool) -> None:
+async def test_an_sdk_is_told_when_every_backend_was_tried(status: int, told: bool) -> None:
     statuses = frozenset({status})
     own = httpx.Response(status, headers={"x-should-retry": "true"}, stream=Body())
     desk = Desk(status, own, retry_on_status=statuses)
 
-    reply = await desk.forward(call_to(), model_of(*REPLICAS[:2]))
+    reply = await desk.forward(call_to(), model_of(*BACKENDS[:2]))
 
     assert [value for name, value in reply.headers if name == b"x-should-retry"] == [b"false"]
     await reply.aclose(Outcome.UPSTREAM_5XX)
@@ -874,10 +874,10 @@ _REPEATABLE = {"refused", "unreached", "stale", "silent", "died", "busy", "tired
     st.booleans(),
 )
 async def test_whatever_happens_the_rules_hold(
-    names: list[str], attempts: int, replicas: int, label: str, weak: bool
+    names: list[str], attempts: int, backends: int, label: str, weak: bool
 ) -> None:
     results = [busy_for(3) if name == "tired" else _RESULTS[name] for name in names]
-    desk, model = Desk(*results, attempts=attempts, jitter=0.0), model_of(*REPLICAS[:replicas])
+    desk, model = Desk(*results, attempts=attempts, jitter=0.0), model_of(*BACKENDS[:backends])
     if weak:
         weaken(model)
     seen = 0
@@ -899,12 +899,12 @@ async def test_whatever_happens_the_rules_hold(
         hosts = [request.url.host for request in mine]
         for number in range(1, count):
             again = what[number - 1] == "stale" and hosts[number] == hosts[number - 1]
-            assert hosts[number] not in hosts[:number] or (again and len(set(hosts[:number])) == replicas)
+            assert hosts[number] not in hosts[:number] or (again and len(set(hosts[:number])) == backends)
         lost = [name in ("stale", "silent", "died") for name in what]
         assert [request.extensions["fresh"] for request in mine] == [False, *lost[: count - 1]]
         if what[-1] in ("ok", "bad", "error", "slow down"):
             assert (b"x-should-retry", b"false") not in hints
-        assert in_flight(model) == [0] * replicas
+        assert in_flight(model) == [0] * backends
         assert desk.forward._budget.drawn("m") == 0
     assert len(desk.ended) == len(desk.requests)
 
@@ -1011,7 +1011,7 @@ async def test_a_real_backend_gets_base_route_and_query(start_engine: Start, tra
 
 
 async def test_every_attempt_has_a_request_id_of_its_own() -> None:
-    desk, model = Desk(REFUSED), model_of(*REPLICAS)
+    desk, model = Desk(REFUSED), model_of(*BACKENDS)
 
     for _ in range(3):
         await finish(await desk.forward(call_to(request_id="same"), model))
@@ -1045,7 +1045,7 @@ async def test_no_credentials_come_from_a_client_that_has_none() -> None:
 
 
 async def test_credentials_go_with_every_attempt() -> None:
-    desk, model = Desk(REFUSED), model_of(*REPLICAS, credentials={"env": "BACKEND_TOKEN"})
+    desk, model = Desk(REFUSED), model_of(*BACKENDS, credentials={"env": "BACKEND_TOKEN"})
     forward = desk.over(httpx.MockTransport(desk.handle), tokens={"BACKEND_TOKEN": "secret"})
 
     await finish(await forward(call_to(), model))
@@ -1058,7 +1058,7 @@ async def test_credentials_go_with_every_attempt() -> None:
     [("client", b"-9"), ("ignore", b"0"), ("caller", b"0"), (0, b"0"), (-(2**63), b"%d" % -(2**63))],
 )
 async def test_how_urgent_a_request_is_the_entry_decides(priority: Any, sent: bytes) -> None:
-    desk, model = Desk(REFUSED), model_of(*REPLICAS, priority=priority)
+    desk, model = Desk(REFUSED), model_of(*BACKENDS, priority=priority)
     body = b'{"model":"m","messages":[],"priority":-9}'
     call = call_to(headers=[JSON, (b"x-vllm-priority", b"-9")], body=body)
 
@@ -1134,14 +1134,14 @@ async def test_a_changed_entry_changes_the_timeouts() -> None:
 async def test_all_attempts_share_one_deadline() -> None:
     desk = Desk(REFUSED)
 
-    await finish(await desk.forward(call_to(), model_of(*REPLICAS)))
+    await finish(await desk.forward(call_to(), model_of(*BACKENDS)))
 
     first, second = (request.extensions["deadline"] for request in desk.requests)
     assert first == second
 
 
-async def test_equal_prompts_meet_the_same_replica_if_the_policy_says_so() -> None:
-    desk, model = Desk(), model_of(*REPLICAS, balancing="prefix_affinity")
+async def test_equal_prompts_meet_the_same_backend_if_the_policy_says_so() -> None:
+    desk, model = Desk(), model_of(*BACKENDS, balancing="prefix_affinity")
 
     for _ in range(6):
         await finish(await desk.forward(call_to(prefix="a"), model))
@@ -1161,7 +1161,7 @@ async def test_the_headers_of_any_transport_come_in_lower_case() -> None:
 # The same with real sockets
 
 
-async def test_a_replica_that_closed_the_connection_meanwhile_is_asked_again(
+async def test_a_backend_that_closed_the_connection_meanwhile_is_asked_again(
     start_engine: Start, transport: Transport
 ) -> None:
     async def script(request: Received, line: Line) -> None:
@@ -1183,7 +1183,7 @@ async def test_a_replica_that_closed_the_connection_meanwhile_is_asked_again(
 
 
 @pytest.mark.parametrize("end", [Line.close, Line.reset])
-async def test_a_replica_that_dies_silently_is_replaced(
+async def test_a_backend_that_dies_silently_is_replaced(
     end: Callable[[Line], None], start_engine: Start, transport: Transport
 ) -> None:
     async def script(request: Received, line: Line) -> None:
@@ -1217,7 +1217,7 @@ async def test_a_head_that_breaks_off_is_not_tried_again(
     assert sum(len(engine.requests) for engine in engines) == 1
 
 
-async def test_a_503_of_one_replica_is_answered_by_another(start_engine: Start, transport: Transport) -> None:
+async def test_a_503_of_one_backend_is_answered_by_another(start_engine: Start, transport: Transport) -> None:
     async def script(request: Received, line: Line) -> None:
         served.append(request)
         await line.send(json_response(COMPLETION, "503 Busy" if len(served) == 1 else "200 OK"))
@@ -1233,7 +1233,7 @@ async def test_a_503_of_one_replica_is_answered_by_another(start_engine: Start, 
     assert "0 active" in repr(transport)
 
 
-async def test_a_dead_replica_costs_nobody_anything(start_engine: Start, transport: Transport) -> None:
+async def test_a_dead_backend_costs_nobody_anything(start_engine: Start, transport: Transport) -> None:
     dead, alive = await start_engine(), await start_engine()
     await dead.stop()
     desk, model = Desk(), model_of(dead.url, alive.url)

@@ -1,4 +1,4 @@
-"""What keeps repeats from doing harm: the budget, the suspects, the replicas that rest, the back-off."""
+"""What keeps repeats from doing harm: the budget, the suspects, the backends that rest, the back-off."""
 
 import random
 from typing import Any
@@ -97,7 +97,7 @@ def test_never_more_than_allowed_and_all_come_back(share: float, steps: list[tup
 # PoisonGuard
 
 
-def test_a_body_is_guilty_when_two_replicas_died_of_it() -> None:
+def test_a_body_is_guilty_when_two_backends_died_of_it() -> None:
     suspects = PoisonGuard(Clock())
 
     assert not suspects.accuse(b"bad", ["a"])
@@ -122,7 +122,7 @@ def test_two_deaths_may_be_told_at_once() -> None:
     assert PoisonGuard(Clock()).accuse(b"bad", ["a", "b"])
 
 
-def test_what_breaks_on_one_replica_at_once_is_one_death() -> None:
+def test_what_breaks_on_one_backend_at_once_is_one_death() -> None:
     clock = Clock()
     suspects = PoisonGuard(clock)
 
@@ -178,24 +178,24 @@ def test_a_verdict_follows_from_the_last_minutes(steps: list[tuple[bytes, str, f
     clock = Clock()
     suspects = PoisonGuard(clock)
     deaths: dict[bytes, list[tuple[float, str]]] = {b"x": [], b"y": []}
-    for body, replica, pause in steps:
+    for body, backend, pause in steps:
         clock.now += pause
         known = deaths[body]
         if known and clock.now - known[-1][0] >= 60:
             known.clear()
-        if not any(who == replica and clock.now - when < 1 for when, who in known):
-            known.append((clock.now, replica))
+        if not any(who == backend and clock.now - when < 1 for when, who in known):
+            known.append((clock.now, backend))
 
-        assert suspects.accuse(body, [replica]) == suspects.guilty(body) == (len(known) > 1)
+        assert suspects.accuse(body, [backend]) == suspects.guilty(body) == (len(known) > 1)
 
 
-# Replicas that rest
+# Backends that rest
 
 # Wed, 21 Oct 2026 12:00:00 GMT
 NOON = 1792584000.0
 
 
-def test_a_replica_rests_as_long_as_it_asked_and_no_longer_than_30_seconds() -> None:
+def test_a_backend_rests_as_long_as_it_asked_and_no_longer_than_30_seconds() -> None:
     a, b, resting = Backend("m", "http://a"), Backend("m", "http://b"), RetryAfter()
     assert not resting
 

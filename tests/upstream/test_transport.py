@@ -313,7 +313,7 @@ async def test_a_connection_that_is_too_old_is_not_reused_even_if_there_was_no_t
     await transport.aclose()
 
 
-async def test_a_connection_that_the_replica_closes_is_forgotten(start_engine: Start, transport: Transport) -> None:
+async def test_a_connection_that_the_backend_closes_is_forgotten(start_engine: Start, transport: Transport) -> None:
     engine = await start_engine(raw(OK, close=True))
     await ask(transport, engine)
     await until(lambda: "0 idle" in repr(transport))
@@ -329,16 +329,16 @@ async def test_a_connection_that_ends_in_the_same_turn_of_the_loop_is_a_stale_on
         listener.setblocking(False)
         request = httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/")
         asking = asyncio.create_task(transport.handle_async_request(request))
-        replica, _ = await loop.sock_accept(listener)
-        await loop.sock_recv(replica, 65536)
-        await loop.sock_sendall(replica, OK)
+        backend, _ = await loop.sock_accept(listener)
+        await loop.sock_recv(backend, 65536)
+        await loop.sock_sendall(backend, OK)
         assert await body_of((await asking).stream) == BODY  # type: ignore[arg-type]
 
         rung = loop.create_future()
         loop.add_reader(bell, rung.set_result, None)
         await asyncio.sleep(0.01)
         ringer.send(b"x")
-        replica.close()
+        backend.close()
         await rung
         assert "1 idle" in repr(transport)
         loop.remove_reader(bell)
@@ -393,7 +393,7 @@ async def test_an_answer_before_the_end_of_the_request_ends_the_connection(trans
         await asyncio.wait_for(gone.wait(), 5)
 
 
-async def test_replicas_do_not_share_connections(start_engine: Start, transport: Transport) -> None:
+async def test_backends_do_not_share_connections(start_engine: Start, transport: Transport) -> None:
     one, other = await start_engine(), await start_engine(hang)
     waiting = [asyncio.create_task(ask(transport, other)) for _ in range(5)]
     await until(lambda: len(other.requests) == 5)
@@ -418,7 +418,7 @@ async def test_an_origin_may_be_given_apart(start_engine: Start, transport: Tran
 # Leaving
 
 
-async def test_replicas_that_are_gone_lose_their_idle_connections(start_engine: Start, transport: Transport) -> None:
+async def test_backends_that_are_gone_lose_their_idle_connections(start_engine: Start, transport: Transport) -> None:
     stays, goes = await start_engine(), await start_engine()
     for engine in (stays, goes):
         await ask(transport, engine, origin=engine.url)
@@ -431,7 +431,7 @@ async def test_replicas_that_are_gone_lose_their_idle_connections(start_engine: 
     assert await ask(transport, goes, origin=goes.url) == (200, BODY)
 
 
-async def test_a_stream_of_a_replica_that_is_gone_runs_to_its_end(start_engine: Start, transport: Transport) -> None:
+async def test_a_stream_of_a_backend_that_is_gone_runs_to_its_end(start_engine: Start, transport: Transport) -> None:
     async def script(request: Received, line: Line) -> None:
         await line.send(SSE_HEAD)
         await gate.wait()
@@ -493,7 +493,7 @@ async def test_a_refused_connection(start_engine: Start, transport: Transport) -
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL])
-async def test_a_lack_of_our_own_is_not_the_replicas_fault(
+async def test_a_lack_of_our_own_is_not_the_backends_fault(
     number: int, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen with a limit of open files (tests/faults) and in a network namespace of ten ports; here it is raised."""
@@ -574,7 +574,7 @@ async def secure_engine(certificate: Path) -> AsyncIterator[SecureEngine]:
         yield engine
 
 
-async def test_a_replica_behind_tls(secure_engine: SecureEngine, certificate: Path) -> None:
+async def test_a_backend_behind_tls(secure_engine: SecureEngine, certificate: Path) -> None:
     transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
     body = os.urandom(2**20)
 
@@ -625,7 +625,7 @@ async def test_a_certificate_for_another_name_is_refused(secure_engine: SecureEn
     await transport.aclose()
 
 
-async def test_a_replica_without_tls_is_refused_when_tls_is_asked_for(transport: Transport) -> None:
+async def test_a_backend_without_tls_is_refused_when_tls_is_asked_for(transport: Transport) -> None:
     async with plain_server(b"HTTP/1.1 400 Bad Request\r\n\r\n") as (port, _):
         with pytest.raises(httpx.ConnectError):
             await transport.handle_async_request(httpx.Request("GET", f"https://127.0.0.1:{port}/"))
@@ -747,7 +747,7 @@ async def test_a_storm_of_cancellations_leaves_nothing(start_engine: Start, tran
     await until(lambda: engine.open == 0)
 
 
-async def test_it_knows_when_a_replica_was_last_heard(start_engine: Callable[..., Any]) -> None:
+async def test_it_knows_when_a_backend_was_last_heard(start_engine: Callable[..., Any]) -> None:
     engine, silent = await start_engine(), await start_engine()
     loop = asyncio.get_running_loop()
     async with Transport() as transport:

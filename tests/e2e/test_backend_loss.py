@@ -1,4 +1,4 @@
-"""A replica that dies under load takes with it only the streams that had begun, and none of those looks complete."""
+"""A backend that dies under load takes with it only the streams that had begun, and none of those looks complete."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
