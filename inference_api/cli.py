@@ -139,12 +139,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--host", help="listen address")
             command.add_argument("--port", help="listen port")
             command.add_argument("--registry-url", metavar="URL", help="base URL of the model registry")
-    text = "start toy engines, a registry and the router in front of them, on this machine"
+    text = "start fake engines, a registry and the router in front of them, on this machine"
     command = commands.add_parser("demo", help=text, description=f"{text[0].upper()}{text[1:]}. Ctrl-C stops it all.")
     command.set_defaults(run=demo)
     command.add_argument("--host", default="127.0.0.1", help="address of the router")
     command.add_argument("--port", type=int, default=8000, help="port of the router")
-    command.add_argument("--tokens-per-second", type=float, default=40, help="speed of a toy engine, per request")
+    command.add_argument("--tokens-per-second", type=float, default=40, help="speed of an engine, per request")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""The demo: toy engines, a registry and the real router on one machine, without a GPU."""
+"""The demo: fake engines, a registry and the real router on one machine, without a GPU."""

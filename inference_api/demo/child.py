@@ -1,6 +1,7 @@
 """A child process of the demo: its output is kept in a file, and it does not outlive the demo."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ class Child:
     def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.name = name
         self._log = log
+        self._arguments = arguments
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "inference_api.demo.leash", str(os.getpid()), *arguments],
+                [sys.executable, "-m", "inference_api.demo.die_with_parent", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -29,6 +31,11 @@ class Child:
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
+
+    @property
+    def command(self) -> str:
+        """The shell command that starts the same again, as a process that the demo does not own."""
+        return shlex.join([sys.executable, "-m", *self._arguments])
 
     def last_lines(self, count: int = 10) -> str:
         lines = self._log.read_text(errors="replace").splitlines()[-count:]

@@ -1,7 +1,12 @@
-"""A toy engine: on the wire it is like vLLM, paced and cancellable; what it says is that it is a toy."""
+"""The one fake engine that speaks: on the wire it is like vLLM, paced and cancellable; it says that it is a demo model.
+
+It serves the demo, and the tests that need a whole API. tests/fakes.py has the engines that are scripted byte by byte,
+benchmarks/engine.py the one that costs nothing.
+"""
 
 import argparse
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,9 +18,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from inference_api.demo.responses import JSON
-from inference_api.demo.schema import EngineError
-from inference_api.demo.serving import Engine
+from inference_api.demo import media, pooling
+from inference_api.demo.chat import Chat, Completion
+from inference_api.demo.generation import JSON
+from inference_api.demo.media import Transcription
+from inference_api.demo.messages import Messages
+from inference_api.demo.requests import (
+    BatchRequest,
+    ChatRequest,
+    CompletionRequest,
+    CountRequest,
+    DetokenizeRequest,
+    EngineError,
+    ImageRequest,
+    InputRequest,
+    MessagesRequest,
+    ResponsesRequest,
+    ScoreRequest,
+    SpeechRequest,
+    TokenizeRequest,
+    TranscriptionRequest,
+)
+from inference_api.demo.responses import Responses
+from inference_api.demo.serving import Engine, Handler
 
 # As vLLM: an idle connection is closed after 5 s, and a stop does not wait for what is being generated.
 _KEEP_ALIVE = 5
@@ -31,26 +56,57 @@ def create_engine(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
 ) -> Starlette:
-    """An ASGI app that serves one toy model; the same request gets the same text and token counts."""
+    """An ASGI app that serves one demo model; the same request gets the same text and token counts."""
     engine = Engine(model, tokens_per_second, max_model_len, clock, sleep, new_id)
+    pages = {
+        "/v1/models": engine.models,
+        "/health": engine.health,
+        "/version": engine.version,
+        "/metrics": engine.metrics,
+    }
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", engine.chat, methods=["POST"]),
-            Route("/v1/completions", engine.completions, methods=["POST"]),
-            Route("/v1/embeddings", engine.embeddings, methods=["POST"]),
-            Route("/tokenize", engine.tokenize, methods=["POST"]),
-            Route("/detokenize", engine.detokenize, methods=["POST"]),
-            Route("/v1/models", engine.models),
-            Route("/health", engine.health),
-            Route("/version", engine.version),
-            Route("/metrics", engine.metrics),
+            *(Route(path, handler, methods=["POST"]) for path, handler in _handlers(engine).items()),
+            *(Route(path, handler) for path, handler in pages.items()),
         ],
-        exception_handlers={EngineError: _refuse, HTTPException: _no_route},
+        exception_handlers={EngineError: _reject, HTTPException: _no_route},
     )
 
 
-async def _refuse(request: Request, exc: Exception) -> Response:
+def _handlers(engine: Engine) -> dict[str, Handler]:
+    """All that is POSTed, by path."""
+    rerank, score = engine.answers(ScoreRequest, pooling.rerank), engine.answers(ScoreRequest, pooling.score)
+    transcribe = engine.generates(TranscriptionRequest, Transcription)
+    return {
+        "/v1/chat/completions": engine.generates(ChatRequest, Chat),
+        "/v1/chat/completions/batch": engine.generates(BatchRequest, Chat),
+        "/v1/completions": engine.generates(CompletionRequest, Completion),
+        "/v1/responses": engine.generates(ResponsesRequest, Responses),
+        "/v1/messages": engine.generates(MessagesRequest, Messages),
+        "/v1/messages/count_tokens": engine.answers(CountRequest, engine.count_tokens),
+        "/v1/embeddings": engine.answers(InputRequest, pooling.embeddings),
+        "/pooling": engine.answers(InputRequest, pooling.pooling),
+        "/classify": engine.answers(InputRequest, pooling.classify),
+        "/v1/moderations": engine.answers(InputRequest, pooling.moderate),
+        "/v1/score": score,
+        "/score": score,
+        "/v1/rerank": rerank,
+        "/rerank": rerank,
+        "/v1/audio/transcriptions": transcribe,
+        "/v1/audio/translations": transcribe,
+        "/v1/audio/speech": engine.answers(SpeechRequest, media.speech),
+        "/v1/images/generations": engine.answers(ImageRequest, media.images),
+        "/tokenize": engine.answers(TokenizeRequest, engine.tokenize),
+        "/detokenize": engine.answers(DetokenizeRequest, engine.detokenize),
+    }
+
+
+async def _reject(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, EngineError)
+    error = exc.body["error"]
+    # As vLLM: what the fields' types forbid is told in OpenAI's words even here.
+    if request.url.path.startswith("/v1/messages") and error["type"] != "Bad Request":
+        return JSON({"type": "error", "error": {"type": error["type"], "message": error["message"]}}, exc.status)
     return JSON(exc.body, exc.status)
 
 
@@ -68,12 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-model-len", type=int, default=4096)
     given = parser.parse_args(arguments)
     app = create_engine(given.model, tokens_per_second=given.tokens_per_second, max_model_len=given.max_model_len)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    # Health checks and scrapes would hide the requests.
+    logging.getLogger("uvicorn.access").addFilter(lambda record: '"GET ' not in record.getMessage())
     uvicorn.run(
         app,
         host=given.host,
         port=given.port,
         log_config=None,
-        access_log=False,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_STOP_AFTER,
     )

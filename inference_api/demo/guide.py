@@ -7,9 +7,10 @@ _HELLO = [{"role": "user", "content": "Hello"}]
 _GUIDE = """\
 The demo runs at {url}.
 
-llama-3-8b (two replicas), mistral-7b and gpt2 are toys here: programs that repeat what you say at {pace:g} tokens a
-second, without a GPU, a neural network or any intelligence. What stands in front of them is real: this project's
-router, which reads its catalogue from this project's model registry.
+llama-3-8b (two backends, alias llama3), mistral-7b and gpt2 are demo models: programs that repeat what you say at
+{pace:g} tokens a second, without a GPU, a neural network or any intelligence. They call a tool when you say a word of
+its name, and fill in JSON schemas. What stands in front of them is real: this project's router, which reads its
+catalogue from this project's model registry.
 
 Ask:
 
@@ -26,22 +27,23 @@ client = OpenAI(base_url="{url}/v1", api_key="unused")
 answer = client.chat.completions.create(model="gpt2", messages={hello})
 print(answer.choices[0].message.content)
 
-Take one replica of llama-3-8b away, ask again, and the other one answers:
+Stop one backend of llama-3-8b, ask again, and the other one answers; the demo then prints how to start it again:
 
-kill {replica}
+kill {backend}
 
 The output of every process is in {logs} until the demo ends. Ctrl-C ends it.
 """
 
 
-def guide(url: str, tokens_per_second: float, replica: int, logs: str) -> str:
+def guide(url: str, tokens_per_second: float, backend: int, logs: str) -> str:
+    """The text; `backend` is the process to kill, `logs` a directory."""
     return _GUIDE.format(
         url=url,
         pace=tokens_per_second,
         ask=_curl("curl", url, {"model": "llama-3-8b", "messages": _HELLO}),
         stream=_curl("curl -N", url, {"model": "mistral-7b", "stream": True, "messages": _HELLO}),
         hello=json.dumps(_HELLO),
-        replica=replica,
+        backend=backend,
         logs=logs,
     )
 

@@ -1,4 +1,4 @@
-"""`inference-api demo`: toy engines, a registry and the real router as processes of this machine, until Ctrl-C."""
+"""`inference-api demo`: fake engines, a registry and the real router as processes of this machine, until Ctrl-C."""
 
 import errno
 import os
@@ -23,6 +23,7 @@ _POLL = 0.1
 _DRAIN, _PATIENCE = 2, 10.0
 
 _ENGINES = ("llama-3-8b", "llama-3-8b", "mistral-7b", "gpt2")
+_ALIASES = {"llama-3-8b": ["llama3"]}
 
 Stopping = list[int]
 
@@ -130,22 +131,22 @@ class Demo:
                 if child.name == "router":
                     raise DemoError(f"{child}; the last lines of its output:\n{child.last_lines()}")
                 missed.add(child.name)
-                print(f"{child}; the router goes on without it.", flush=True)
+                print(f"{child}; the router goes on without it. To start it again:\n\n{child.command}\n", flush=True)
             time.sleep(_POLL)
 
     def _write_catalogue(self, ports: list[int]) -> Path:
         """One file for both: the registry is filled from it, and the router falls back to it."""
+        urls: dict[str, list[str]] = {}
+        for model, port in zip(_ENGINES, ports, strict=True):
+            urls.setdefault(model, []).append(f"http://127.0.0.1:{port}")
         models = [
             {
                 "name": name,
                 "owner": "demo",
-                "backends": [
-                    {"url": f"http://127.0.0.1:{port}"}
-                    for model, port in zip(_ENGINES, ports, strict=True)
-                    if model == name
-                ],
+                "aliases": _ALIASES.get(name, []),
+                "backends": [{"url": url} for url in found],
             }
-            for name in dict.fromkeys(_ENGINES)
+            for name, found in urls.items()
         ]
         path = self._directory / "catalogue.yaml"
         path.write_text(yaml.safe_dump({"models": models}, sort_keys=False))

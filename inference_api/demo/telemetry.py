@@ -1,4 +1,4 @@
-"""What a toy engine tells of itself on /metrics: those of vLLM's series that a dashboard of engines is made of."""
+"""The engine's /metrics: those of vLLM's series that a dashboard of engines is made of."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from inference_api.demo.toy import Generation
+from inference_api.demo.model import Generation
 from inference_api.observe.metrics import TPOT_BUCKETS, TTFT_BUCKETS
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
@@ -16,7 +16,7 @@ _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 _LATENCY_BUCKETS = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
-# What the toy's cache would hold, in requests of full length.
+# The size of the cache that it claims, in requests of full length.
 _CACHE_SLOTS = 16
 
 

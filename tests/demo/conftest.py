@@ -1,4 +1,4 @@
-"""Toy engines on real sockets."""
+"""Engines on real sockets."""
 
 import threading
 import time
@@ -39,7 +39,7 @@ def serve() -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[httpx.Client]:
-    """A client of a toy engine that is too fast to notice its pace."""
+    """A client of an engine that is too fast to notice its pace."""
     app = create_engine("llama-3-8b", tokens_per_second=1e6, max_model_len=200, clock=lambda: 1700000000.5)
     with _served(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         yield client

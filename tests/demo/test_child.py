@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_api.demo import leash
+from inference_api.demo import die_with_parent
 from inference_api.demo.child import Child
 
 Start = Callable[..., Child]
@@ -25,7 +25,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def run(text: str, *arguments: str) -> Child:
         (tmp_path / "child_under_test.py").write_text(text)
         environment = {"PYTHONPATH": str(tmp_path)}
-        children.append(Child("toy", ["child_under_test", *arguments], tmp_path / "toy.log", environment))
+        children.append(Child("model", ["child_under_test", *arguments], tmp_path / "model.log", environment))
         return children[-1]
 
     yield run
@@ -38,7 +38,7 @@ def test_a_child_gets_its_arguments_and_its_output_is_kept(start: Start) -> None
     child.wait(30)
     assert child.ended
     assert child.last_lines() == "    begun a b"
-    assert str(child) == f"toy (process {child.pid}) ended with exit code 0"
+    assert str(child) == f"model (process {child.pid}) ended with exit code 0"
 
 
 def test_only_the_last_lines_are_shown(start: Start) -> None:
@@ -55,7 +55,7 @@ def test_a_child_without_output_says_so(start: Start) -> None:
 
 def test_a_child_is_terminated(start: Start) -> None:
     child = start("import time\ntime.sleep(60)")
-    assert str(child) == f"toy (process {child.pid}) runs"
+    assert str(child) == f"model (process {child.pid}) runs"
     child.terminate()
     child.wait(30)
     assert str(child).endswith("ended with signal SIGTERM")
@@ -74,6 +74,6 @@ def test_nothing_is_run_for_a_parent_that_has_ended_already() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     ran = subprocess.run(
-        [sys.executable, "-m", leash.__name__, str(gone.pid), "this"], capture_output=True, check=False
+        [sys.executable, "-m", die_with_parent.__name__, str(gone.pid), "this"], capture_output=True, check=False
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (1, b"", b"")

@@ -1,4 +1,4 @@
-"""The toy engine on a real socket, seen by a plain HTTP client."""
+"""The engine on a real socket, seen by a plain HTTP client."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_a_chat_answer_has_the_text_and_the_token_counts(engine: httpx.Client) -
     choice, usage = answer["choices"][0], answer["usage"]
     assert (answer["object"], answer["model"], answer["created"]) == ("chat.completion", "llama-3-8b", 1700000000)
     assert choice["message"]["role"] == "assistant"
-    assert choice["message"]["content"].startswith("I am a toy model named llama-3-8b, not a language model.")
+    assert choice["message"]["content"].startswith("I am a demo model named llama-3-8b, not a language model.")
     assert choice["finish_reason"] == "stop"
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
@@ -89,11 +89,11 @@ def test_the_limit_of_tokens_is_kept(engine: httpx.Client, field: str) -> None:
     assert answer["usage"]["completion_tokens"] == 3
 
 
-@pytest.mark.parametrize("stop", [" toy", ["not in it", " toy"]])
+@pytest.mark.parametrize("stop", [" demo", ["not in it", " demo"]])
 def test_a_stop_string_ends_the_answer_before_it(engine: httpx.Client, stop: Any) -> None:
     choice = engine.post("/v1/chat/completions", json={**HELLO, "stop": stop}).json()["choices"][0]
     assert choice["message"]["content"] == "I am a"
-    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", " toy")
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", " demo")
 
 
 def test_n_choices_are_streamed_side_by_side(engine: httpx.Client) -> None:
@@ -173,7 +173,7 @@ def test_tokenize_counts_messages_as_the_prompt_of_a_chat(engine: httpx.Client) 
 def test_the_model_card_and_the_version_do_not_claim_a_real_model(engine: httpx.Client) -> None:
     (card,) = engine.get("/v1/models").json()["data"]
     assert (card["id"], card["max_model_len"], card["owned_by"]) == ("llama-3-8b", 200, "inference-api-demo")
-    assert engine.get("/version").json()["version"].endswith("+toy")
+    assert engine.get("/version").json()["version"].endswith("+demo")
     assert engine.get("/health").status_code == 200
 
 
@@ -221,6 +221,56 @@ def test_tokenize_refuses_to_count_nothing(engine: httpx.Client) -> None:
 def test_an_unknown_route_or_method_is_answered_as_fastapi_does(engine: httpx.Client, path: str, status: int) -> None:
     response = engine.get(path)
     assert (response.status_code, list(response.json())) == (status, ["detail"])
+
+
+def test_a_batch_of_chats_gets_one_choice_for_each(engine: httpx.Client) -> None:
+    asked = {"messages": [[{"role": "user", "content": word}] for word in ("one", "two")]}
+    answer = engine.post("/v1/chat/completions/batch", json=asked).json()
+    contents = [choice["message"]["content"].rpartition(" ")[2] for choice in answer["choices"]]
+    assert (contents, [choice["index"] for choice in answer["choices"]]) == (["one", "two"], [0, 1])
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
+def test_the_document_with_the_words_of_the_query_is_first(engine: httpx.Client, path: str) -> None:
+    asked = {"query": "red apples", "documents": ["blue sky", "apples are red", "red"], "top_n": 2}
+    answer = engine.post(path, json=asked).json()
+    assert [(result["index"], result["document"]["text"]) for result in answer["results"]] == [
+        (1, "apples are red"),
+        (2, "red"),
+    ]
+    assert answer["results"][0]["relevance_score"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+@pytest.mark.parametrize(
+    ("one", "many", "scores"), [("a b", ["a b", "a c", "d"], [1, 1 / 3, 0]), (["a", "b"], ["a", "a"], [1, 0])]
+)
+def test_texts_are_scored_in_pairs(engine: httpx.Client, path: str, one: Any, many: Any, scores: list[float]) -> None:
+    data = engine.post(path, json={"text_1": one, "text_2": many}).json()["data"]
+    assert [item["score"] for item in data] == pytest.approx(scores)
+
+
+def test_pooling_gives_the_vectors_of_embeddings(engine: httpx.Client) -> None:
+    asked = {"input": ["a", "b"], "dimensions": 4}
+    pooled = engine.post("/pooling", json=asked).json()["data"]
+    embedded = engine.post("/v1/embeddings", json=asked).json()["data"]
+    assert [item["data"] for item in pooled] == [item["embedding"] for item in embedded]
+    chat = engine.post("/v1/embeddings", json=HELLO).json()
+    assert chat["usage"]["prompt_tokens"] == 3
+
+
+def test_a_text_is_in_its_likeliest_class(engine: httpx.Client) -> None:
+    for item in engine.post("/classify", json={"input": ["a", "b", "c"]}).json()["data"]:
+        assert sum(item["probs"]) == pytest.approx(1)
+        assert item["label"] == f"LABEL_{item['probs'].index(max(item['probs']))}"
+
+
+def test_an_upload_needs_a_file_in_a_form(engine: httpx.Client) -> None:
+    for answer in (
+        engine.post("/v1/audio/transcriptions", json={}),
+        engine.post("/v1/audio/transcriptions", data={"model": "llama-3-8b"}, files={"other": b""}),
+    ):
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "Bad Request")
 
 
 def test_tokens_come_at_the_given_pace(serve: Callable[[ASGIApp], str]) -> None:

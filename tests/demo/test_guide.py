@@ -5,9 +5,9 @@ import pytest
 from inference_api.demo.guide import base_url, guide
 
 
-def test_the_guide_says_that_the_models_are_toys() -> None:
+def test_the_guide_says_that_the_models_are_fakes() -> None:
     text = guide("http://127.0.0.1:8000", 40, 1234, "/tmp/demo")
-    assert "toys here: programs that repeat what you say at 40 tokens a\nsecond, without a GPU" in text
+    assert "are demo models: programs that repeat what you say at\n40 tokens a second, without a GPU" in text
     assert "kill 1234" in text.splitlines()
 
 

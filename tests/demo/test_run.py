@@ -19,7 +19,9 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from inference_api.demo.run import Demo, DemoError, run_demo, stop_signals
+from inference_api.demo.run import Demo, DemoError, _answers, run_demo, stop_signals
+
+HELLO = {"model": "llama-3-8b", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 class Running(NamedTuple):
@@ -94,7 +96,7 @@ def test_the_printed_curl_commands_work_as_printed(demo: Running) -> None:
     answered = subprocess.run(["sh", "-c", ask], capture_output=True, text=True, check=True).stdout
     streamed = subprocess.run(["sh", "-c", stream], capture_output=True, text=True, check=True).stdout
     content = json.loads(answered)["choices"][0]["message"]["content"]
-    assert content.startswith("I am a toy model named llama-3-8b, not a language model.")
+    assert content.startswith("I am a demo model named llama-3-8b, not a language model.")
     assert streamed.count("data: ") > 40
     assert streamed.endswith("data: [DONE]\n\n")
 
@@ -102,7 +104,7 @@ def test_the_printed_curl_commands_work_as_printed(demo: Running) -> None:
 def test_the_printed_python_works_as_printed(demo: Running) -> None:
     (code,) = re.findall(r"^from openai.*?^print.*?$", demo.printed, re.MULTILINE | re.DOTALL)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.startswith("I am a toy model named gpt2, not a language model.")
+    assert ran.stdout.startswith("I am a demo model named gpt2, not a language model.")
     assert ran.stdout.endswith("You said: Hello\n")
 
 
@@ -113,17 +115,37 @@ def test_the_models_come_from_the_registry(demo: Running) -> None:
     assert [card["id"] for card in listed["data"]] == ["llama-3-8b", "mistral-7b", "gpt2"]
 
 
-def test_the_printed_kill_takes_a_replica_away_and_the_other_answers(demo: Running) -> None:
+def test_a_model_has_an_alias(demo: Running) -> None:
+    assert httpx.post(f"{demo.url}/v1/chat/completions", json={**HELLO, "model": "llama3"}, trust_env=False).is_success
+
+
+def test_the_announced_logs_of_engines_have_their_requests(demo: Running) -> None:
+    httpx.post(f"{demo.url}/v1/chat/completions", json={**HELLO, "model": "gpt2"}, trust_env=False)
+    (directory,) = re.findall(r"every process is in (\S+)", demo.printed)
+    (log,) = Path(directory).glob("gpt2*.log")
+    assert '"POST /v1/chat/completions HTTP/1.1" 200' in log.read_text()
+    assert "GET /health" not in log.read_text()
+
+
+def test_the_printed_kill_takes_a_backend_away_and_the_printed_command_brings_it_back(demo: Running) -> None:
     (command,) = re.findall(r"^kill \d+$", demo.printed, re.MULTILINE)
     subprocess.run(["sh", "-c", command], check=True)
     assert demo.process.stdout is not None
     while "llama-3-8b on port" not in (line := demo.process.stdout.readline()):
         assert line
     assert "the router goes on without it" in line
-    asked = {"model": "llama-3-8b", "messages": [{"role": "user", "content": "Hello"}]}
     for _ in range(6):
-        response = httpx.post(f"{demo.url}/v1/chat/completions", json=asked, trust_env=False)
+        response = httpx.post(f"{demo.url}/v1/chat/completions", json=HELLO, trust_env=False)
         assert response.status_code == 200
+
+    again = [demo.process.stdout.readline() for _ in range(3)][1].strip()
+    port = re.findall(r"on port (\d+)", line)[0]
+    with subprocess.Popen(["sh", "-c", f"exec {again}"], stderr=subprocess.DEVNULL) as engine:
+        with httpx.Client(trust_env=False) as client:
+            until(lambda: _answers(client, f"http://127.0.0.1:{port}/health"))
+            (card,) = client.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        engine.terminate()
+    assert card["id"] == "llama-3-8b"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")

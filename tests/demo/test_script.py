@@ -53,6 +53,7 @@ def test_a_missing_environment_is_made_and_installed_into(clone: Path) -> None:
     command(clone / "bin" / "python3", f'if [ "$1" = -m ]; then mkdir -p {venv}; mv pip {venv}/pip; fi')
     ran = run(clone, "--help")
     assert (ran.returncode, ran.stdout) == (0, "demo --help\n")
+    assert ran.stderr.startswith("scripts/demo: the first run makes .venv and installs into it")
 
 
 def test_a_failed_installation_is_shown_and_stops(clone: Path) -> None:

@@ -1,10 +1,10 @@
-"""What a toy engine tells of itself, by vLLM's names."""
+"""The engine's metrics, by vLLM's names."""
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from inference_api.demo.model import Generation
 from inference_api.demo.telemetry import Record, Telemetry
-from inference_api.demo.toy import Generation
 from inference_api.discovery.gauges import Gauges
 
 TWO = (Generation(["a", "b", "c"], "stop"), Generation(["a"], "length"))

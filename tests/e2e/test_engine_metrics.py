@@ -16,7 +16,7 @@ def test_the_series_of_vllm_are_called_what_we_call_them(engines: Engines) -> No
     expressions = [expression for _, expression in chart_files.panel_expressions()]
     expressions += [rule["expr"] for rule in chart_files.rules()]
     used = {name for expression in expressions for name in chart_files.metrics(expression) if name.startswith("vllm:")}
-    toy = chart_files.sample_names(Telemetry("gpt2", 10).page().decode())
+    demo = chart_files.sample_names(Telemetry("gpt2", 10).page().decode())
 
     assert len(used) > 10
-    assert used | toy <= exported
+    assert used | demo <= exported

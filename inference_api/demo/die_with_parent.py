@@ -1,4 +1,4 @@
-"""`python -m inference_api.demo.leash PARENT MODULE ...`: MODULE ends when PARENT does, even by `kill -9`."""
+"""`python -m inference_api.demo.die_with_parent PARENT MODULE ...`: MODULE ends when PARENT does, even by `kill -9`."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The toy model behind the demo's engines: text from text, by rule. It has no weights and does not claim any."""
+"""The demo model: text from text, by rule. It has no weights and does not claim any."""
 
 import hashlib
 import math
@@ -13,11 +13,12 @@ _WORD = re.compile(r" ?\S+|\s")
 
 
 class Generation(NamedTuple):
-    """One generated answer, token by token, and why it ended."""
+    """One generated answer, token by token, and why it ended; with a `tool`, the text is the arguments for it."""
 
     tokens: list[str]
     finish_reason: str
     stop_reason: str | None = None
+    tool: str | None = None
 
     @property
     def text(self) -> str:
@@ -30,7 +31,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def token_id(token: str) -> int:
-    """The bytes of the token as a number, so that every replica reads it back without a vocabulary."""
+    """The bytes of the token as a number, so that every engine reads it back without a vocabulary."""
     return int.from_bytes(b"\x01" + token.encode())
 
 
@@ -41,10 +42,16 @@ def token_text(number: int) -> str:
     return raw[1:].decode(errors="replace") if raw.startswith(b"\x01") else f"<{number}>"
 
 
+def logprobs(token: str, count: int) -> list[tuple[str, float]]:
+    """The `count` likeliest tokens in the place of `token`, itself first, with their log probabilities."""
+    own = -round(hashlib.sha256(token.encode()).digest()[0] / 256, 4)
+    return [(token, own), *((f" other{n}", own - n) for n in range(1, count))]
+
+
 def reply(model: str, said: str) -> str:
-    """What the toy answers: the same to the same words, on every replica."""
+    """The answer: the same to the same words, on every engine."""
     return (
-        f"I am a toy model named {model}, not a language model. I run without a GPU, I understand nothing, "
+        f"I am a demo model named {model}, not a language model. I run without a GPU, I understand nothing, "
         f"and I answer the same words with the same words. You said: {said}"
     )
 
@@ -67,6 +74,15 @@ def embed(text: str, dimensions: int) -> list[float]:
     length = math.hypot(*raw)
     # Rounded to what 32 bits hold, so that the float and the base64 form of one vector are equal.
     return list(struct.unpack(f"<{dimensions}f", struct.pack(f"<{dimensions}f", *(n / length for n in raw))))
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", text.lower()))
+
+
+def likeness(one: str, other: str) -> float:
+    """The share of words that two texts have in common, from 0 to 1."""
+    return len(words(one) & words(other)) / max(1, len(words(one) | words(other)))
 
 
 def _pieces(word: str) -> list[str]:

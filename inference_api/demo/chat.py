@@ -1,0 +1,136 @@
+"""/v1/chat/completions, its /batch, and /v1/completions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from inference_api.demo import model
+from inference_api.demo.generation import Event, Work
+from inference_api.demo.model import Generation
+
+
+class Choices:
+    """An answer that is a list of choices, in the chunks that OpenAI began with."""
+
+    prefix = kind = chunk_kind = ""
+    end = b"data: [DONE]\n\n"
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def document(self) -> dict[str, Any]:
+        choices = [self.choice(index, generation) for index, generation in enumerate(self.work.generations)]
+        return {**self._head(self.kind), "choices": choices, "usage": self.work.usage}
+
+    def opening(self) -> Iterator[Event]:
+        return iter(())
+
+    def token(self, index: int, position: int, token: str) -> Iterator[Event]:
+        for content in self.pieces(index, position, token):
+            end = {"finish_reason": None, "stop_reason": None, "token_ids": None}
+            logprobs = self.logprobs([token], self.work.generations[index].tokens[:position])
+            yield self.chunk({"index": index, **content, "logprobs": logprobs, **end})
+
+    def closing(self) -> Iterator[Event]:
+        for index, generation in enumerate(self.work.generations):
+            yield self.chunk({"index": index, **self.empty, "logprobs": None, **_end(generation)})
+        if self.work.asked.include_usage:
+            yield self.chunk(usage=self.work.usage)
+
+    def chunk(self, *choices: dict[str, Any], **more: Any) -> Event:
+        return {**self._head(self.chunk_kind), "choices": choices, **more}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"{self.prefix}-{self.work.id}",
+            "object": kind,
+            "created": self.work.created,
+            "model": self.work.model,
+        }
+
+    # What a choice is made of
+
+    empty: dict[str, Any]
+
+    def choice(self, index: int, generation: Generation) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def pieces(self, index: int, position: int, token: str) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+    def logprobs(self, tokens: list[str], before: list[str]) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+class Chat(Choices):
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    empty = {"delta": {"content": ""}}
+
+    def choice(self, index: int, generation: Generation) -> dict[str, Any]:
+        called, text = generation.tool is not None, generation.text
+        calls = [self._call(index, generation.tool, text)] if called else []
+        message = {"role": "assistant", "content": None if called else text, "refusal": None, "tool_calls": calls}
+        logprobs = self.logprobs(generation.tokens, [])
+        return {"index": index, "message": message, "logprobs": logprobs, **_end(generation)}
+
+    def opening(self) -> Iterator[Event]:
+        for index in range(len(self.work.generations)):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            # vLLM has this key in the first chunk only.
+            yield self.chunk(choice, prompt_token_ids=None)
+
+    def pieces(self, index: int, position: int, token: str) -> Iterator[dict[str, Any]]:
+        tool = self.work.generations[index].tool
+        if tool is None:
+            yield {"delta": {"content": token}}
+            return
+        if position == 0:
+            yield {"delta": {"tool_calls": [{"index": 0, **self._call(index, tool, "")}]}}
+        yield {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": token}}]}}
+
+    def logprobs(self, tokens: list[str], before: list[str]) -> dict[str, Any] | None:
+        count = self.work.asked.alternatives
+        if count is None:
+            return None
+        content = []
+        for token in tokens:
+            likeliest = [
+                {"token": text, "logprob": value, "bytes": list(text.encode())}
+                for text, value in model.logprobs(token, count)
+            ]
+            content.append({**likeliest[0], "top_logprobs": likeliest[:count]})
+        return {"content": content}
+
+    def _call(self, index: int, name: str | None, arguments: str) -> dict[str, Any]:
+        function = {"name": name, "arguments": arguments}
+        return {"id": f"chatcmpl-tool-{self.work.id}-{index}", "type": "function", "function": function}
+
+
+class Completion(Choices):
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    empty = {"text": ""}
+
+    def choice(self, index: int, generation: Generation) -> dict[str, Any]:
+        logprobs = self.logprobs(generation.tokens, [])
+        return {"index": index, "text": generation.text, "logprobs": logprobs, **_end(generation)}
+
+    def pieces(self, index: int, position: int, token: str) -> Iterator[dict[str, Any]]:
+        yield {"text": token}
+
+    def logprobs(self, tokens: list[str], before: list[str]) -> dict[str, Any] | None:
+        count = self.work.asked.alternatives
+        if count is None:
+            return None
+        likeliest = [model.logprobs(token, count) for token in tokens]
+        start = len("".join(before))
+        return {
+            "text_offset": [start + len("".join(tokens[:position])) for position in range(len(tokens))],
+            "token_logprobs": [first[0][1] for first in likeliest],
+            "tokens": tokens,
+            "top_logprobs": [dict(one) for one in likeliest],
+        }
+
+
+def _end(generation: Generation) -> dict[str, Any]:
+    reason = "tool_calls" if generation.tool and generation.finish_reason == "stop" else generation.finish_reason
+    return {"finish_reason": reason, "stop_reason": generation.stop_reason, "token_ids": None}
