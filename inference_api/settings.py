@@ -40,25 +40,25 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1, description="listen address")
     port: Port = Field(default=8000, description="listen port")
     ops_port: Port | None = Field(
-        default=None, description="/metrics, and the probes too, on a port and thread of their own"
+        default=None, description="port of /metrics and the probes, with a thread of its own; unset: the main port"
     )
-    catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON catalogue file, the static fallback")
+    catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON file of the static catalogue")
     registry_url: str | None = Field(default=None, description="base URL of the model registry")
     registry_token: SecretStr | None = Field(default=None, description="bearer token that the model registry asks for")
-    registry_refresh: Seconds = Field(default=15, description="seconds between two looks at the registry")
+    registry_refresh: Seconds = Field(default=15, description="seconds between two polls of the registry, +-20 %")
     registry_required: Literal["off", "on"] = Field(
-        default="off", description="on: not ready before the registry has answered, whatever the static catalogue"
+        default="off", description="on: /readyz is 503 until the registry has answered once, whatever the static catalogue"
     )
     discovery: Literal["dns", "endpointslices"] = Field(
         default="dns",
-        description="how `discovery: dns` finds the pods of a Service: dns, or endpointslices by the cluster's API",
+        description="how `discovery: dns` finds backends: by DNS, or by the EndpointSlices of the cluster's API",
     )
     discovery_interval: Seconds = Field(
-        default=5, description="seconds between two look-ups of host names with `discovery: dns`"
+        default=5, description="seconds between two look-ups of host names with `discovery: dns`, +-20 %"
     )
     load_signal_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0,
-        description="seconds between two reads of the backends' own metrics, for balancing; 0: not for balancing",
+        description="seconds between two reads of the backends' own metrics, for balancing, +-20 %; 0: off",
     )
     connect_timeout: Seconds = Field(default=2, description="seconds to connect to a backend")
     first_byte_timeout: Seconds = Field(default=120, description="seconds until a backend's response head")
@@ -67,37 +67,37 @@ class Settings(BaseSettings):
     stream_timeout: Seconds = Field(default=3600, description="seconds for a streamed answer")
     header_timeout: Seconds = Field(default=10, description="seconds for a client to send its request head")
     body_timeout: Seconds = Field(default=60, description="seconds for a client to send its request body")
-    write_stall_timeout: Seconds = Field(default=60, description="seconds for which a client may not read")
+    write_stall_timeout: Seconds = Field(default=60, description="seconds until a client that does not read is reset")
     keepalive_timeout: Seconds = Field(default=75, description="seconds an idle client connection is kept")
     max_connection_age: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0, description="seconds after which a client connection ends with its next answer, +-10 %; 0: never"
+        default=0, description="seconds after which a client connection closes with its next answer, +-10 %; 0: never"
     )
     upstream_keepalive: Seconds = Field(
         default=3, description="seconds an idle backend connection is kept; vLLM closes at 5"
     )
     max_body_bytes: Count = Field(default=32 * 1024 * 1024, description="largest request body")
     max_buffered_bytes: Count = Field(
-        default=256 * 1024 * 1024, description="bytes of bodies in memory, of those that do not come with their head"
+        default=256 * 1024 * 1024, description="bytes of request bodies in memory; bodies that arrive with their head do not count"
     )
-    max_in_flight: Count = Field(default=1000, description="requests in the process at once; more get 503")
-    max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(default=2, description="attempts per request")
+    max_in_flight: Count = Field(default=1000, description="requests in progress at once, counted from the end of their body; more get 503")
+    max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(default=2, description="attempts per request, the first one included")
     retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.2, description="repeats at once, as a share of a model's requests in flight; 3 are always allowed"
+        default=0.2, description="retries at once, as a share of a model's requests in flight; 3 are always allowed"
     )
     retry_on_status: Annotated[frozenset[int], NoDecode] = Field(
-        default=frozenset({503}), description="statuses of a backend that may be retried, of 429 502 503 504"
+        default=frozenset({503}), description="statuses of a backend that may be retried: of 429, 502, 503, 504"
     )
     forward_headers: Annotated[frozenset[str], NoDecode] = Field(
-        default=frozenset(), description="more request headers to pass to backends, comma-separated"
+        default=frozenset(), description="more request headers to pass to backends, for example x-vllm-priority"
     )
     breaker_failures: Count = Field(default=5, description="consecutive failures that open a backend's circuit")
-    breaker_cooldown: Seconds = Field(default=60, description="seconds an open circuit waits for its probe")
-    health_interval: Seconds = Field(default=10, description="seconds between two health probes of a backend")
-    health_timeout: Seconds = Field(default=5, description="seconds for a health probe")
+    breaker_cooldown: Seconds = Field(default=60, description="seconds until an open circuit lets one request through, +-20 %")
+    health_interval: Seconds = Field(default=10, description="seconds between two health checks of a backend, +-20 %")
+    health_timeout: Seconds = Field(default=5, description="seconds for one health check")
     drain_delay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0, description="seconds to keep accepting after SIGTERM"
     )
-    drain_timeout: Seconds = Field(default=570, description="seconds to wait for streams after that")
+    drain_timeout: Seconds = Field(default=570, description="seconds to wait for requests in progress after that")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level to log")
     log_format: Literal["json", "console"] | None = Field(
         default=None, description="json or console; unset: console on a terminal"

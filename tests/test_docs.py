@@ -1,85 +1,102 @@
-"""The README says what is true: every setting, metric, error, route and file it names exists, and none is missing."""
+"""The documents are true: every setting, metric, error, route and file they name exists, and none is missing."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from inference_api.errors import RouterError
 from inference_api.http.pipeline import INFERENCE_ROUTES
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
+from inference_api.routing.catalogue import load_catalogue
 from inference_api.routing.registry import RegistryStatus
-from inference_api.settings import Settings
+from inference_api.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted(
-    path for pattern in ("*.md", "docs/**/*.md", "k8s/**/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern)
-)
+DOCS = ROOT / "docs"
+PATTERNS = ("*.md", "docs/**/*.md", "k8s/**/*.md", "examples/**/*.md", "benchmarks/*.md", ".github/**/*.md")
+DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+# It names what there was.
+CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 
 
-def test_every_setting_is_told_and_no_other() -> None:
-    section = README.partition("## Configuration")[2].partition("## What it tells")[0]
-
-    told = {name.lower() for name in re.findall(r"`([A-Z_]+)`", section)} - {"inference_api_port"}
-
-    assert told == set(Settings.model_fields)
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-def test_the_defaults_are_those_of_the_settings() -> None:
-    for row in re.findall(r"^\| `[A-Z_`/ ]+.*$", README.partition("## Configuration")[2], re.MULTILINE):
-        names, _, default = (cell.strip() for cell in row.strip("|").split("|"))
-        for name, value in zip(re.findall(r"`([A-Z_]+)`", names), default.split(" / "), strict=False):
-            actual = Settings.model_fields[name.lower()].default
-            if isinstance(actual, (int, float)) and actual is not None:
-                assert float(value) == actual, name
+def test_the_configuration_page_is_made_from_the_settings() -> None:
+    made = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "configuration.py"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+    assert made.stdout == (DOCS / "configuration.md").read_text(), "run scripts/configuration.py --write"
 
 
-def test_every_metric_is_told_with_its_labels() -> None:
-    rows = re.findall(r"^\| `(inference_api_\w+)` \| (\w+) \| ?([\w, ]*?) ?\|$", README, re.MULTILINE)
-    told = {name: (kind, labels.split(", ") if labels else []) for name, kind, labels in rows}
+def test_every_metric_is_documented_with_its_labels() -> None:
+    page = (DOCS / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(inference_api_\w+)` \| (\w+) \| ?([\w, ]*?) ?\| \S.* \|$", page, re.MULTILINE)
+    documented = {name: (kind, labels.split(", ") if labels else []) for name, kind, labels in rows}
 
-    for family in Families(Metrics(dict), lambda: RegistryStatus("static", 0, 0.0, {}))():
-        name = family.name + ("_total" if family.kind == "counter" else "")
-        assert told.pop(name) == (family.kind, list(family.labels))
-    assert told == {}
+    exported = {
+        family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))
+        for family in Families(Metrics(dict), lambda: RegistryStatus("static", 0, 0.0, {}))()
+    }
+
+    assert documented == exported
+    assert len(rows) == len(documented)
 
 
-def test_every_error_code_is_told() -> None:
+def test_every_error_code_is_documented() -> None:
+    page = (DOCS / "http.md").read_text()
+
     def leaves(kind: type[RouterError]) -> list[type[RouterError]]:
         found = [leaf for child in kind.__subclasses__() for leaf in leaves(child)]
         return found or [kind]
 
     for kind in leaves(RouterError):
-        assert f"`{kind.code}`" in README, kind.__name__
-        assert re.search(rf"^\| {kind.status} \|.*`{kind.code}`", README, re.MULTILINE), kind.__name__
+        assert re.search(rf"^\| {kind.status} \|.*`{kind.code}`", page, re.MULTILINE), kind.__name__
 
 
 @pytest.mark.parametrize("path", [route.path for route in INFERENCE_ROUTES])
-def test_every_route_is_told(path: str) -> None:
-    assert f"`{path}`" in README
+def test_every_route_is_documented(path: str) -> None:
+    assert f"`{path}`" in (DOCS / "http.md").read_text()
 
 
-def test_every_link_and_script_exists() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for script in set(re.findall(r"scripts/[\w-]+", README)):
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "routing.md"], ids=name)
+def test_a_catalogue_in_a_document_is_valid(page: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(# catalogue\.yaml.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    path = tmp_path / "catalogue.yaml"
+
+    for block in blocks:
+        path.write_text(block)
+        catalogue = load_catalogue(path)
+        assert not catalogue.problems
+        assert len(catalogue) == len(yaml.safe_load(block)["models"])
+    assert blocks
+
+
+def test_every_decision_is_in_the_index() -> None:
+    index = (DOCS / "adr" / "index.md").read_text()
+
+    assert re.findall(r"\((\d{4}-[\w-]+\.md)\)", index) == sorted(path.name for path in DOCS.glob("adr/0*.md"))
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_every_link_script_and_setting_exists(path: Path) -> None:
+    text = path.read_text()
+
+    for target in re.findall(r"\]\((?![a-z]+:)([^)#\s]+)[^)]*\)", text):
+        assert (path.parent / target).exists(), target
+    for script in re.findall(r"(?<![\w./-])scripts/[\w.-]*\w", text):
         assert (ROOT / script).exists(), script
+    settings = {PREFIX + field.upper() for field in Settings.model_fields}
+    assert set(re.findall(rf"{PREFIX}[A-Z_]*[A-Z]", text)) <= settings
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_nothing_is_left_to_be_filled_in(path: Path) -> None:
     assert re.findall(r"@@|\b(?:TODO|TBD|FIXME|XXX)\b", path.read_text()) == []
-
-
-def test_every_module_of_the_picture_exists() -> None:
-    picture = README.partition("## How it works")[2].partition("A request is one task")[0]
-    folder = ""
-    for line in picture.splitlines():
-        if found := re.match(r"\s+[|v]?\s*(\w+)/\s+(.*)", line):
-            folder, line = found.group(1), found.group(2)
-        if folder and (names := re.match(r"[\s|]*((?:\w+, )*\w+)  ", line + "  ")):
-            for name in names.group(1).split(", "):
-                if name not in ("client", "v"):
-                    assert (ROOT / "inference_api" / folder / f"{name}.py").exists(), f"{folder}/{name}"

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from registry_stub.metrics import Counted, Metrics
 from registry_stub.store import Store
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "metrics.md").read_text()
 
 
 def counts(client: httpx.Client) -> dict[str, float]:
@@ -97,7 +97,7 @@ def test_promtool_finds_nothing_to_complain_about(client: httpx.Client) -> None:
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
-def test_the_readme_lists_them(client: httpx.Client) -> None:
+def test_the_documentation_lists_them(client: httpx.Client) -> None:
     families = set(re.findall(r"^# TYPE (model_registry_\S+) ", client.get("/metrics").text, re.MULTILINE))
 
-    assert set(re.findall(r"`(model_registry_\w+)`", README)) == {f for f in families if not f.endswith("_created")}
+    assert set(re.findall(r"`(model_registry_\w+)`", PAGE)) == {f for f in families if not f.endswith("_created")}
