@@ -47,7 +47,8 @@ class Settings(BaseSettings):
     registry_token: SecretStr | None = Field(default=None, description="bearer token that the model registry asks for")
     registry_refresh: Seconds = Field(default=15, description="seconds between two polls of the registry, +-20 %")
     registry_required: Literal["off", "on"] = Field(
-        default="off", description="on: /readyz is 503 until the registry has answered once, whatever the static catalogue"
+        default="off",
+        description="on: /readyz is 503 until the registry has answered once, whatever the static catalogue",
     )
     discovery: Literal["dns", "endpointslices"] = Field(
         default="dns",
@@ -77,10 +78,15 @@ class Settings(BaseSettings):
     )
     max_body_bytes: Count = Field(default=32 * 1024 * 1024, description="largest request body")
     max_buffered_bytes: Count = Field(
-        default=256 * 1024 * 1024, description="bytes of request bodies in memory; bodies that arrive with their head do not count"
+        default=256 * 1024 * 1024,
+        description="bytes of request bodies in memory; bodies that arrive with their head do not count",
     )
-    max_in_flight: Count = Field(default=1000, description="requests in progress at once, counted from the end of their body; more get 503")
-    max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(default=2, description="attempts per request, the first one included")
+    max_in_flight: Count = Field(
+        default=1000, description="requests in progress at once, counted from the end of their body; more get 503"
+    )
+    max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=2, description="attempts per request, the first one included"
+    )
     retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.2, description="retries at once, as a share of a model's requests in flight; 3 are always allowed"
     )
@@ -88,10 +94,13 @@ class Settings(BaseSettings):
         default=frozenset({503}), description="statuses of a backend that may be retried: of 429, 502, 503, 504"
     )
     forward_headers: Annotated[frozenset[str], NoDecode] = Field(
-        default=frozenset(), description="more request headers to pass to backends, for example x-vllm-priority"
+        default=frozenset(),
+        description="more request headers to pass to backends, for example x-vllm-priority; comma-separated",
     )
     breaker_failures: Count = Field(default=5, description="consecutive failures that open a backend's circuit")
-    breaker_cooldown: Seconds = Field(default=60, description="seconds until an open circuit lets one request through, +-20 %")
+    breaker_cooldown: Seconds = Field(
+        default=60, description="seconds until an open circuit lets one request through, +-20 %"
+    )
     health_interval: Seconds = Field(default=10, description="seconds between two health checks of a backend, +-20 %")
     health_timeout: Seconds = Field(default=5, description="seconds for one health check")
     drain_delay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
