@@ -119,17 +119,22 @@ class Usage(NamedTuple):
 
 
 class Reply:
-    """An open answer of a backend. Whoever does not return it closes it; closing twice is closing once."""
+    """An open answer. Whoever does not return it closes it; closing twice is closing once.
 
-    __slots__ = ("_on_end", "attempts", "backend", "headers", "status", "stream")
+    `backend` is None where no backend gave it (a cached answer, a vote). `extra`: headers for this client only, beside
+    those of the backend. `taps`: who sees the bytes of this answer; none: the fast path stays open. `filter`: which
+    events of a stream the client does not get. `attempts`: how many backends were tried.
+    """
+
+    __slots__ = ("_on_end", "attempts", "backend", "ended", "extra", "filter", "headers", "status", "stream", "taps")
 
     def __init__(
         self,
         status: int,
         headers: RawHeaders,
         stream: httpx.AsyncByteStream,
-        backend: "Backend",
-        on_end: Callable[["Backend", Outcome], None],
+        backend: "Backend | None" = None,
+        on_end: "Callable[[Reply, Outcome], None] | None" = None,
         attempts: int = 1,
     ) -> None:
         self.status = status
@@ -137,7 +142,15 @@ class Reply:
         self.stream = stream
         self.backend = backend
         self.attempts = attempts
-        self._on_end: Callable[[Backend, Outcome], None] | None = on_end
+        self.extra: RawHeaders = []
+        self.taps: tuple[Tap, ...] = ()
+        self.filter: EventFilter | None = None
+        self.ended = False
+        self._on_end = [] if on_end is None else [on_end]
+
+    def on_end(self, ended: "Callable[[Reply, Outcome], None]") -> None:
+        """Call `ended` once, when the exchange ends; the last one added is called first."""
+        self._on_end.append(ended)
 
     async def aclose(self, outcome: Outcome) -> None:
         """End the exchange with the backend, if it has not ended."""
@@ -145,18 +158,30 @@ class Reply:
             await self.stream.aclose()
 
     def end(self, outcome: Outcome) -> bool:
-        """Count the exchange as ended: the in-flight count falls here and nowhere else. False: it was already.
+        """Count the exchange as ended: the in-flight counts fall here and nowhere else. False: it was already.
 
         The stream is the caller's to close then, unless it is at its end.
         """
-        on_end, self._on_end = self._on_end, None
-        if on_end is None:
+        if self.ended:
             return False
-        on_end(self.backend, outcome)
+        self.ended = True
+        for ended in reversed(self._on_end):
+            ended(self, outcome)
         return True
 
     def __repr__(self) -> str:
-        return f"<Reply {self.status} from {self.backend.label}{'' if self._on_end else ' closed'}>"
+        by = "no backend" if self.backend is None else self.backend.label
+        return f"<Reply {self.status} from {by}{' closed' if self.ended else ''}>"
+
+
+class EventFilter(NamedTuple):
+    """Keeps single events of a stream from the client: those with `marker` in them, unless `keeps` says otherwise.
+
+    `keeps` gets the bytes of one whole event, and may remember what it says.
+    """
+
+    marker: bytes
+    keeps: Callable[[bytes], bool]
 
 
 class Direct(Protocol):

@@ -39,7 +39,8 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.relay.usage import Counts, usage_of
 from inference_api.routing.backend import Backend, Model
-from inference_api.upstream.forward import Forward
+from inference_api.upstream.forward import Forward, outcome_of
+from inference_api.upstream.retry import Permit
 
 if TYPE_CHECKING:
     from inference_api.upstream.forward import _Common
@@ -308,18 +309,18 @@ class TracedForward(Forward):
         common: "_Common",
         backend: Backend,
         number: int,
-        ended: Callable[[Backend, Outcome], None],
+        permit: "Permit",
         fresh: bool,
     ) -> Reply:
         attempt = _current.get().attempt(call, backend, number)
-
-        def traced(backend: Backend, outcome: Outcome) -> None:
-            attempt.ended(outcome)
-            ended(backend, outcome)
-
         lines = _CLIENTS_CONTEXT.sub(b"", common.lines) + attempt.lines
-        reply = await super()._attempt(call, common._replace(lines=lines), backend, number, traced, fresh)
+        try:
+            reply = await super()._attempt(call, common._replace(lines=lines), backend, number, permit, fresh)
+        except BaseException as exc:
+            attempt.ended(outcome_of(exc))
+            raise
         attempt.status = reply.status
+        reply.on_end(lambda reply, outcome: attempt.ended(outcome))
         return reply
 
 

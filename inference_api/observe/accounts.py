@@ -84,7 +84,7 @@ class Account:
 
     def answered(self, reply: Reply) -> None:
         """A backend has answered; what follows is its body."""
-        self.backend = reply.backend.label
+        self.backend = None if reply.backend is None else reply.backend.label
         self.attempts = reply.attempts
 
     def interrupted(self, exc: asyncio.CancelledError, relay: Relay | None) -> Outcome:

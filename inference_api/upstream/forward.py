@@ -174,7 +174,7 @@ class Forward:
             raise NoBackend(model.name, asleep=bool(model.backends) and not model.awake)
         failures = backend.origin.failures
         try:
-            reply = await self._attempt(call, common, backend, 1, self._ended, False)
+            reply = await self._attempt(call, common, backend, 1, FREE, False)
         except httpx.TransportError as exc:
             failure = classify(exc, backend, call.route, not failures)
         else:
@@ -205,7 +205,7 @@ class Forward:
                     await failure.reply.aclose(failure.outcome)
                 # Lost to a connection once: not to that of another backend again.
                 fresh = failure.reason in (Reason.STALE, Reason.RESET)
-                reply = await self._attempt(call, common, backend, len(past) + 1, self._ending(permit), fresh)
+                reply = await self._attempt(call, common, backend, len(past) + 1, permit, fresh)
             except BaseException as exc:
                 permit.release()
                 if not isinstance(exc, httpx.TransportError):
@@ -222,10 +222,10 @@ class Forward:
         common: "_Common",
         backend: Backend,
         number: int,
-        ended: Callable[[Backend, Outcome], None],
+        permit: Permit,
         fresh: bool,
     ) -> Reply:
-        """Send to one backend. It has the call in flight from here to the end of the Reply, which `ended` hears of.
+        """Send to one backend. It has the call in flight, and `permit` is drawn, until the Reply ends.
 
         `features.tracing` wraps this.
         """
@@ -252,10 +252,13 @@ class Forward:
                 headers = [(name.lower(), value) for name, value in response.headers.raw]
         except BaseException as exc:
             exc.attempt = backend.label, number  # type: ignore[attr-defined]
-            ended(backend, outcome_of(exc))
+            self._count_end(backend, outcome_of(exc))
             raise
         self._on_answer(backend, status)
-        return Reply(status, headers, stream, backend, ended, number)
+        reply = Reply(status, headers, stream, backend, self._ended, number)
+        if permit is not FREE:
+            reply.on_end(lambda reply, outcome: permit.release())
+        return reply
 
     def _common(self, call: Call, model: Model) -> "_Common":
         body = _body(call, model)
@@ -269,22 +272,20 @@ class Forward:
         size = len(body) if isinstance(body, bytes) else size_of(body)
         return _Common(body, self._lines(call, model, size), self._timeout(model), deadline, call.prefix)
 
-    def _ended(self, backend: Backend, outcome: Outcome) -> None:
+    def _ended(self, reply: Reply, outcome: Outcome) -> None:
+        assert reply.backend is not None
+        self._count_end(reply.backend, outcome)
+
+    def _count_end(self, backend: Backend, outcome: Outcome) -> None:
         backend.in_flight -= 1
         backend.origin.in_flight -= 1
         self._on_attempt(backend, outcome)
 
     # Only after a failure
 
-    def _ending(self, permit: Permit) -> Callable[[Backend, Outcome], None]:
-        def ended(backend: Backend, outcome: Outcome) -> None:
-            permit.release()
-            self._ended(backend, outcome)
-
-        return ended
-
     def _busy(self, reply: Reply) -> Failure:
         """The failure that an answer with one of the statuses is that may be retried."""
+        assert reply.backend is not None
         seconds = retry_after(reply.headers, self._wall())
         if seconds and reply.status in (429, 503):
             self._retry_after.rest(reply.backend, seconds, self._clock())

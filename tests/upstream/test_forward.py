@@ -652,6 +652,7 @@ async def test_an_answer_is_told_of_at_its_head() -> None:
     reply = await desk.forward(call_to(), model_of(*BACKENDS))
 
     assert [status for _, status in desk.answers] == [503, 200]
+    assert reply.backend is not None
     assert desk.answers[-1] == (reply.backend.label, 200)
     await reply.aclose(Outcome.OK)
 
