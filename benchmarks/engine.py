@@ -1,5 +1,8 @@
 """A stand-in for vLLM that costs next to nothing: canned answers, and streams paced so that every event travels alone.
 
+It exists beside inference_api.demo.engine, which answers the whole API, because a measurement must be of the router:
+this one does almost nothing, and benchmarks/baseline.json holds for its bytes and its pace.
+
 python -m benchmarks.engine --port 9000
 """
 

@@ -1,4 +1,8 @@
-"""What stands in for the world: engines scripted byte by byte on real sockets, and clients that misbehave."""
+"""What stands in for the world: engines scripted byte by byte on real sockets, and clients that misbehave.
+
+These engines say only what a test scripts, even what no engine should; the one that answers the whole API is
+inference_api.demo.engine.
+"""
 
 import asyncio
 import socket
@@ -48,6 +52,11 @@ class Line:
             self.writer.write(part)
             await self.writer.drain()
             await asyncio.sleep(0)
+
+    @property
+    def left(self) -> bool:
+        """Whether the peer has closed the connection and all that it sent was read."""
+        return self.writer.is_closing() or self.reader.at_eof()
 
     async def gone(self) -> None:
         """Wait until the peer has closed the connection."""
@@ -125,17 +134,7 @@ class FakeEngine:
             if self._stopped:  # taken by the loop before the end, and come to us after it
                 line.reset()
             while not writer.is_closing():
-                request = await read_request(reader, line.number)
-                if request.method == "GET":
-                    self.asked.append(request.target)
-                    await self.page(request, line)
-                    continue
-                self.requests.append(request)
-                self.busy += 1
-                try:
-                    await self.script(request, line)
-                finally:
-                    self.busy -= 1
+                await self.serve(await read_request(reader, line.number), line)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except asyncio.CancelledError:
@@ -144,6 +143,19 @@ class FakeEngine:
             self._tasks.discard(task)
             self.open -= 1
             writer.close()
+
+    async def serve(self, request: Received, line: Line) -> None:
+        """Answer one request."""
+        if request.method == "GET":
+            self.asked.append(request.target)
+            await self.page(request, line)
+            return
+        self.requests.append(request)
+        self.busy += 1
+        try:
+            await self.script(request, line)
+        finally:
+            self.busy -= 1
 
 
 async def read_request(reader: asyncio.StreamReader, connection: int = 0) -> Received:
@@ -235,28 +247,9 @@ async def hang(request: Received, line: Line) -> None:
 class ScriptedServer(FakeEngine):
     """A raw HTTP/1.1 server whose script answers every request, GET too: a registry, or an engine seen by a probe."""
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self.connections += 1
-        self.open += 1
-        line = Line(reader, writer, self.connections)
-        try:
-            if self._stopped:  # taken by the loop before the end, and come to us after it
-                line.reset()
-            while not writer.is_closing():
-                request = await read_request(reader, line.number)
-                self.requests.append(request)
-                await self.script(request, line)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        except asyncio.CancelledError:
-            line.reset()
-        finally:
-            self._tasks.discard(task)
-            self.open -= 1
-            writer.close()
+    async def serve(self, request: Received, line: Line) -> None:
+        self.requests.append(request)
+        await self.script(request, line)
 
 
 # Clients

@@ -1,6 +1,7 @@
 """An engine that misbehaves at random: every answer holds the nonce of its request, every execution is written down.
 
-The journal is one file for all engines, appended to in the order of events: `S nonce` a request was executed, `A nonce`
+Beside the engines of tests/fakes.py, on whose sockets it stands, because it is killed as a process of its own. The
+journal is one file for all engines, appended to in the order of events: `S nonce` a request was executed, `A nonce`
 the first byte of its answer went out.
 """
 
@@ -8,12 +9,11 @@ import argparse
 import asyncio
 import os
 import random
-import socket
-import struct
-from typing import cast
 
 import orjson
 import uvloop
+
+from tests.fakes import DONE, LAST_CHUNK, SSE_HEAD, FakeEngine, Line, Received, chunk, json_response
 
 # Share of each among the requests that go wrong.
 FAULTS = {
@@ -28,122 +28,91 @@ FAULTS = {
     "surplus": 1,
     "slow": 4,
 }
-_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
+_ERROR = b'data: {"error": {"message": "engine", "code": 500}}\n\n'
 
 
-class Engine(asyncio.Protocol):
-    """One connection; one request at a time, as HTTP/1.1 without pipelining has it."""
+class Engine(FakeEngine):
+    """`faults`: the share of requests that go wrong; `journal`: an open file."""
 
-    def __init__(self, faults: float, journal: int) -> None:
+    def __init__(self, port: int, faults: float, journal: int) -> None:
+        super().__init__(port=port)
         self._faults = faults
         self._journal = journal
-        self._buffer = b""
-        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._task: asyncio.Task[None] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        head, found, rest = self._buffer.partition(b"\r\n\r\n")
-        if not found:
+    async def serve(self, request: Received, line: Line) -> None:
+        if request.method == "GET":
+            await line.send(json_response({}))
             return
-        length = 0
-        for line in head.lower().split(b"\r\n"):
-            if line.startswith(b"content-length:"):
-                length = int(line[15:])
-        if len(rest) >= length:
-            self._buffer = rest[length:]
-            if head.startswith(b"POST"):
-                self._task = asyncio.get_running_loop().create_task(self._answer(orjson.loads(rest[:length])))
-            else:
-                self._write(_HEAD % b"application/json" + b"content-length: 2\r\n\r\n{}")
-
-    async def _answer(self, request: dict[str, object]) -> None:
-        nonce = str(request["user"])
-        stream = bool(request.get("stream"))
-        fault = ""
-        if random.random() < self._faults:
-            fault = random.choices(list(FAULTS), list(FAULTS.values()))[0]
+        asked = orjson.loads(request.body)
+        nonce, stream = str(asked["user"]), bool(asked.get("stream"))
+        spoiled = random.random() < self._faults
+        fault = random.choices(list(FAULTS), list(FAULTS.values()))[0] if spoiled else ""
         if fault == "unavailable":
-            self._write(b"HTTP/1.1 503 No\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
+            await line.send(json_response({}, "503 No"))
             return
-        os.write(self._journal, f"S {nonce}\n".encode())
+        self._note("S", nonce)
         await asyncio.sleep(random.expovariate(1 / 0.02) if fault != "slow" else 0.7)
         if fault == "reset_unanswered":
-            self._reset()
+            line.reset()
         elif fault == "silence":
-            await asyncio.sleep(3600)
+            await line.gone()
+            line.close()
+        elif line.left:
+            line.close()
         else:
-            os.write(self._journal, f"A {nonce}\n".encode())
+            self._note("A", nonce)
             if fault == "garbage":
-                self._write(b"SSH-2.0-OpenSSH_9.2\r\n")
-                self._transport.close()
-            elif stream:
-                await self._stream(nonce, fault)
+                await line.send(b"SSH-2.0-OpenSSH_9.2\r\n")
+                line.close()
             else:
-                self._whole(nonce, fault)
+                await (self._stream if stream else self._whole)(line, nonce, fault)
 
-    def _whole(self, nonce: str, fault: str) -> None:
-        body = orjson.dumps({"nonce": nonce, "filler": "x" * random.randrange(3000), "usage": {"prompt_tokens": 1}})
-        head = _HEAD % b"application/json" + b"content-length: %d\r\n\r\n" % len(body)
+    async def _whole(self, line: Line, nonce: str, fault: str) -> None:
+        filler = "x" * random.randrange(3000)
+        answer = json_response({"nonce": nonce, "filler": filler, "usage": {"prompt_tokens": 1}})
         if fault in ("reset_in_stream", "cut_in_event"):
-            self._write(head + body[:-1])
-            self._transport.close()
+            await line.send(answer[:-1])
+            line.close()
         else:
-            self._write(head + body + (b"HTTP/1.1 200 OK\r\n" if fault == "surplus" else b""))
+            await line.send(answer + (b"HTTP/1.1 200 OK\r\n" if fault == "surplus" else b""))
 
-    async def _stream(self, nonce: str, fault: str) -> None:
-        self._write(_HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n")
+    async def _stream(self, line: Line, nonce: str, fault: str) -> None:
+        await line.send(SSE_HEAD)
         count = random.randrange(1, 30)
         breaks_at = random.randrange(count)
         for number in range(count):
-            event = (
-                b"data: " + orjson.dumps({"nonce": nonce, "n": number, "filler": "y" * random.randrange(200)}) + b"\n\n"
-            )
+            filler = "y" * random.randrange(200)
+            event = b"data: " + orjson.dumps({"nonce": nonce, "n": number, "filler": filler}) + b"\n\n"
             if number == breaks_at and fault == "reset_in_stream":
-                self._reset()
+                line.reset()
                 return
             if number == breaks_at and fault == "cut_in_event":
-                self._chunk(event[:20])
-                self._transport.close()
+                await line.send(chunk(event[:20]))
+                line.close()
                 return
-            self._chunk(event)
+            await _send_chunk(line, event)
             await asyncio.sleep(0.7 if fault == "slow" and number == breaks_at else random.expovariate(1 / 0.01))
         if fault == "error_event":
-            self._chunk(b'data: {"error": {"message": "engine", "code": 500}}\n\n')
+            await _send_chunk(line, _ERROR)
         if fault != "no_done":
-            self._chunk(b"data: [DONE]\n\n")
-        self._write(b"0\r\n\r\n" + (b"data: poison\n\n" if fault == "surplus" else b""))
+            await _send_chunk(line, DONE)
+        await line.send(LAST_CHUNK + (b"data: poison\n\n" if fault == "surplus" else b""))
 
-    def _chunk(self, data: bytes) -> None:
-        # In one piece or in two: the router must not mind.
-        frame = b"%x\r\n%b\r\n" % (len(data), data)
-        at = random.randrange(len(frame)) if random.random() < 0.2 else 0
-        if at:
-            self._write(frame[:at])
-        self._write(frame[at:])
+    def _note(self, kind: str, nonce: str) -> None:
+        os.write(self._journal, f"{kind} {nonce}\n".encode())
 
-    def _write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(data)
 
-    def _reset(self) -> None:
-        raw = self._transport.get_extra_info("socket")
-        if raw is not None and not self._transport.is_closing():
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._transport.abort()
+async def _send_chunk(line: Line, data: bytes) -> None:
+    # In one piece or in two: the router must not mind.
+    frame = chunk(data)
+    at = random.randrange(1, len(frame)) if random.random() < 0.2 else len(frame)
+    await line.send(*(part for part in (frame[:at], frame[at:]) if part))
 
 
 async def serve(port: int, faults: float, journal: str) -> None:
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    server = await asyncio.get_running_loop().create_server(lambda: Engine(faults, file), "127.0.0.1", port)
-    await server.serve_forever()
+    async with Engine(port, faults, file):
+        await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
