@@ -150,7 +150,7 @@ def _seed(store: Store, path: Path) -> None:
     if store.snapshot.models or store.problems:
         log.info("the database has models already; the catalogue %s is not read", path)
         return
-    catalogue = load_catalogue(path)
+    catalogue = load_catalogue(path, "--catalogue")
     for problem in catalogue.problems:
         _print_refused(f"catalogue {str(path)!r}", problem)
     store.seed(catalogue.values(), int(time.time()))

@@ -3,7 +3,7 @@
 import ipaddress
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -22,6 +22,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from inference_api.routing import wording
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
 BalancingName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
@@ -69,7 +71,6 @@ _NO_CREDENTIALS = frozenset(
 )
 # IPv6 ranges whose low 32 bits are an IPv4 address: compatible, and NAT64.
 _EMBEDDING = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b::/96"))
-_SHOWN_ERRORS = 3
 # A model that has more is refused; a name that has more addresses is used in part.
 MAX_BACKENDS = 4096
 # Beyond these a document is not a catalogue but an attack or an accident; up to them it is below 100 MB of memory.
@@ -182,7 +183,7 @@ def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 
 
 class BackendEntry(_Entry):
-    """One backend: its base URL and its share of the traffic, relative to its siblings.
+    """One backend: its base URL and its share of the traffic, relative to its siblings. A URL alone is one, too.
 
     With `discovery: dns` it is as many backends as its host name has addresses, each with this weight.
     """
@@ -190,6 +191,11 @@ class BackendEntry(_Entry):
     url: str = Field(max_length=2048)
     weight: float = Field(default=1.0, gt=0, le=1000)
     discovery: DiscoveryName = "static"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
     @field_validator("url")
     @classmethod
@@ -403,41 +409,74 @@ def _entry(raw: Any, taken: set[str]) -> CatalogueEntry | ValidationError | str:
     return entry
 
 
-def load_catalogue(path: Path) -> Catalogue:
-    """Read a YAML or JSON catalogue file. Raises CatalogueError with the path and the fix."""
+def load_catalogue(path: Path, named_by: str = "INFERENCE_API_CATALOGUE or --catalogue") -> Catalogue:
+    """Read a YAML or JSON catalogue file. Raises CatalogueError with the path and the fix: what it was `named_by`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        fix = "INFERENCE_API_CATALOGUE or --catalogue must name a file that can"
+        fix = f"{named_by} must name a file that can"
         raise CatalogueError(f"catalogue {str(path)!r} cannot be read: {reason}; {fix}") from None
     try:
-        document = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
-    except (ValueError, RecursionError, yaml.YAMLError) as exc:
-        reason = " ".join(str(exc).split())
-        raise CatalogueError(f"catalogue {str(path)!r} is not {_format(path)}: {reason}") from None
-    try:
-        return parse_catalogue(document)
+        return parse_catalogue(_document(path, text))
     except CatalogueError as exc:
         raise CatalogueError(f"catalogue {str(path)!r}: {exc}") from None
 
 
+def _document(path: Path, text: str) -> Any:
+    try:
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_once)
+        return yaml.load(text, Loader=_Loader)
+    except CatalogueError:
+        raise
+    except (ValueError, RecursionError, yaml.YAMLError) as exc:
+        raise CatalogueError(f"it is not {_format(path)}: {' '.join(str(exc).split())}") from None
+
+
 def describe(exc: ValidationError) -> str:
-    """A pydantic error as one sentence: the first offending keys by their paths, with the reasons."""
-    errors = exc.errors(include_url=False, include_context=False, include_input=False)
-    told = [f"{_place(error['loc'])}: {error['msg'].removeprefix('Value error, ')}" for error in errors[:_SHOWN_ERRORS]]
-    if len(errors) > _SHOWN_ERRORS:
-        told.append(f"and {len(errors) - _SHOWN_ERRORS} more")
-    return "; ".join(told)
+    """What is wrong with an entry, as one sentence."""
+    return wording.describe(exc, _KEYS)
 
 
-def _place(location: tuple[int | str, ...]) -> str:
-    parts = [str(part)[:64] for part in location]
-    return ".".join(part if part.isidentifier() or part.isdigit() else repr(part) for part in parts) or "entry"
+# The known keys of an entry, and of its parts
+_KEYS: Mapping[str, Collection[str]] = {
+    "": CatalogueEntry.model_fields,
+    "backends": BackendEntry.model_fields,
+    "hardware": Hardware.model_fields,
+    "timeouts": Timeouts.model_fields,
+    "credentials": Credentials.model_fields,
+}
 
 
 # The C loader is about 8 x faster; 10,000 models are read in seconds instead of a minute.
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """Refuses a key that a mapping has twice, of which YAML's own loader drops the first in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise CatalogueError(f"the key {key.value[:64]!r} is given twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which has no lines any more."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CatalogueError(f"the key {twice[:64]!r} is given twice")
+    return made
 
 
 def _format(path: Path) -> str:

@@ -121,25 +121,27 @@ def test_a_document_without_a_list_of_models_is_refused(document: Any) -> None:
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ({"backend": []}, "model 'bad': backend: Extra inputs are not permitted"),
-        ({"timeouts": {"ttft": 1}}, "model 'bad': timeouts.ttft: Extra inputs are not permitted"),
-        ({"hardware": {"cpu": 1}}, "model 'bad': hardware.cpu: Extra inputs are not permitted"),
-        ({"backends": [{"url": "http://x", "w": 1}]}, "model 'bad': backends.0.w: Extra inputs are not permitted"),
-        ({"engine": "ollama"}, "model 'bad': engine: Input should be 'vllm', 'tgi', 'sglang', 'llamacpp' or 'openai'"),
-        ({"balancing": "random"}, "model 'bad': balancing: Input should be 'round_robin', 'least_in_flight'"),
-        ({"timeouts": {"idle": 0}}, "model 'bad': timeouts.idle: Input should be greater than 0"),
-        ({"timeouts": {"total": float("inf")}}, "model 'bad': timeouts.total: Input should be a finite number"),
-        ({"engine_fields": "yes"}, "model 'bad': engine_fields: Input should be 'refuse' or 'allow'"),
-        ({"max_in_flight": 0}, "model 'bad': max_in_flight: Input should be greater than or equal to 1"),
-        ({"backends": [{"url": "http://x", "weight": 0}]}, "backends.0.weight: Input should be greater than 0"),
-        ({"backends": [{"url": "http://x", "weight": 1e9}]}, "backends.0.weight: Input should be less than or equal"),
-        ({"backends": [{"url": "http://x", "weight": float("nan")}]}, "backends.0.weight: Input should be"),
-        ({"backends": "http://x"}, "model 'bad': backends: Input should be a valid tuple"),
+        ({"backend": []}, "model 'bad': unknown key 'backend'; did you mean 'backends'?"),
+        ({"timeouts": {"ttft": 1}}, "model 'bad': timeouts: unknown key 'ttft'"),
+        ({"hardware": {"cpu": 1}}, "model 'bad': hardware: unknown key 'cpu'"),
+        ({"backends": [{"url": "http://x", "w": 1}]}, "model 'bad': backends.0: unknown key 'w'"),
+        ({"engine": "ollama"}, "model 'bad': engine 'ollama': must be vllm, tgi, sglang, llamacpp or openai; openai for"),
+        ({"balancing": "random"}, "model 'bad': balancing 'random': must be round_robin, least_in_flight"),
+        ({"timeouts": {"idle": 0}}, "model 'bad': timeouts.idle 0: must be greater than 0"),
+        ({"timeouts": {"total": float("inf")}}, "model 'bad': timeouts.total inf: must be a finite number"),
+        ({"engine_fields": "yes"}, "model 'bad': engine_fields 'yes': must be refuse or allow"),
+        ({"max_in_flight": 0}, "model 'bad': max_in_flight 0: must be greater than or equal to 1"),
+        ({"backends": [{"url": "http://x", "weight": 0}]}, "backends.0.weight 0: must be greater than 0"),
+        ({"backends": [{"url": "http://x", "weight": 1e9}]}, "backends.0.weight 1000000000.0: must be less than or equal"),
+        ({"backends": [{"url": "http://x", "weight": float("nan")}]}, "backends.0.weight nan: must be"),
+        ({"backends": "http://x"}, "model 'bad': backends must be a list: [\"http://x\"]"),
+        ({"aliases": "a2"}, "model 'bad': aliases must be a list: [a2]"),
+        ({"backends": [5]}, "backends.0 must be a URL, or {url: "),
         ({"backends": [{"url": "http://x/"}, {"url": "http://x"}]}, "the same backend url is listed twice"),
         ({"backends": [{}]}, "model 'bad': backends.0.url: Field required"),
         (
             {"backends": [{"url": "http://x", "discovery": "consul"}]},
-            "backends.0.discovery: Input should be 'static' or",
+            "backends.0.discovery 'consul': must be static or",
         ),
         (
             {"backends": [{"url": "http://10.0.0.1", "discovery": "dns"}]},
@@ -149,25 +151,26 @@ def test_a_document_without_a_list_of_models_is_refused(document: Any) -> None:
             {"backends": [{"url": "http://[::1]:8", "discovery": "dns"}]},
             "backends.0: `discovery: dns` needs a host name",
         ),
-        ({"credentials": "secret"}, "model 'bad': credentials"),
-        ({"credentials": {"env": "AWS_SECRET_ACCESS_KEY"}}, "model 'bad': credentials"),
+        ({"credentials": "secret"}, "model 'bad': credentials must be {env: BACKEND_...}, {file: "),
+        ({"credentials": {"env": "NOPE_TOKEN"}}, "credentials.env 'NOPE_TOKEN': the name must begin with BACKEND_"),
+        ({"credentials": {"env": "sk-abcdef"}}, "credentials.env: the name must begin with BACKEND_"),
         ({"credentials": {"env": "BACKEND_A B"}}, "model 'bad': credentials"),
         ({"credentials": {}}, "file: give either `env` or `file`"),
         ({"credentials": {"env": "BACKEND_A", "file": "/BACKEND_A"}}, "file: give either `env` or `file`"),
-        ({"credentials": {"file": "/etc/shadow"}}, "file: String should match pattern"),
-        ({"credentials": {"file": "BACKEND_A"}}, "file: String should match pattern"),
+        ({"credentials": {"file": "/etc/shadow"}}, "file: the path must be absolute"),
+        ({"credentials": {"file": "BACKEND_A"}}, "file: the path must be absolute"),
         ({"credentials": {"file": "/run/../BACKEND_A"}}, "file: the path must not have '.' or '..'"),
-        ({"credentials": {"env": "BACKEND_A", "header": "X-Key"}}, "header: String should match pattern"),
+        ({"credentials": {"env": "BACKEND_A", "header": "X-Key"}}, "header: must match pattern"),
         ({"credentials": {"env": "BACKEND_A", "header": "content-length"}}, "header: the header 'content-length'"),
         (
             {"credentials": {"env": "BACKEND_A", "header": "transfer-encoding"}},
             "header: the header 'transfer-encoding'",
         ),
-        ({"credentials": {"env": "BACKEND_A", "scheme": "a b"}}, "scheme: String should match pattern"),
-        ({"served_model_name": ""}, "model 'bad': served_model_name: String should have at least 1 character"),
-        ({"aliases": ["good one"]}, "model 'bad': aliases.0: String should match pattern"),
-        ({"created": -1}, "model 'bad': created: Input should be greater than or equal to 0"),
-        ({"version": None}, "model 'bad': version: Input should be a valid string"),
+        ({"credentials": {"env": "BACKEND_A", "scheme": "a b"}}, "scheme: must match pattern"),
+        ({"served_model_name": ""}, "model 'bad': served_model_name: must have at least 1 character"),
+        ({"aliases": ["good one"]}, "model 'bad': aliases.0 'good one': no spaces"),
+        ({"created": -1}, "model 'bad': created -1: must be greater than or equal to 0"),
+        ({"version": None}, "model 'bad': version: must be a valid string"),
     ],
 )
 def test_a_bad_entry_is_refused_alone_with_a_sentence_that_names_the_key(entry: dict[str, Any], sentence: str) -> None:
@@ -194,7 +197,33 @@ def test_a_name_may_have_slashes_and_colons(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "m\n", "a\nb", "m{}", '{le="1"}', "a b", "/m", "-m", "m\x1b[0m", "é", "m" * 129])
 def test_a_name_that_could_break_a_line_or_a_label_is_refused(name: str) -> None:
-    assert "name: String should match pattern" in problem(name=name)
+    assert f"name {name[:64]!r}: no spaces" in problem(name=name)
+
+
+def test_a_backend_may_be_its_url_alone() -> None:
+    assert parsed({"name": "m", "backends": ["http://a/v1"]}) == parsed({"name": "m", "backends": [{"url": "http://a"}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("c.yaml", "models: []\nmodels: []", "the key 'models' is given twice, in lines 1 and 2"),
+        ("c.yaml", "models:\n- name: a\n  engine: tgi\n  name: b", "the key 'name' is given twice, in lines 2 and 4"),
+        ("c.json", '{"models": [{"name": "a", "name": "b"}]}', "the key 'name' is given twice"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    (tmp_path / name).write_text(text)
+
+    with pytest.raises(CatalogueError, match=reason):
+        load_catalogue(tmp_path / name)
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("models:\n- &a {name: a, engine: tgi}\n- {<<: *a, name: b}")
+
+    assert [entry.engine for entry in load_catalogue(path).values()] == ["tgi", "tgi"]
 
 
 def test_numbers_are_taken_where_text_is_due() -> None:
@@ -436,7 +465,7 @@ def test_a_url_that_httpx_would_not_take_is_refused(url: str) -> None:
 
 
 def test_a_url_of_any_length_is_refused_in_a_short_sentence() -> None:
-    assert "backends.0.url: String should have at most 2048 characters" in problem(
+    assert "backends.0.url: must have at most 2048 characters" in problem(
         backends=[{"url": "http://" + "a" * 1_000_000}]
     )
     assert len(problem(backends=[{"url": "ftp://" + "a" * 2000}])) < 400
