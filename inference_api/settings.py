@@ -107,6 +107,9 @@ class Settings(BaseSettings):
         default=0, description="seconds to keep accepting after SIGTERM"
     )
     drain_timeout: Seconds = Field(default=570, description="seconds to wait for requests in progress after that")
+    validation_status: Literal["422", "400"] = Field(
+        default="422", description="status of `validation_error`; 400 for clients that expect vLLM's"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level to log")
     log_format: Literal["json", "console"] | None = Field(
         default=None, description="json or console; unset: console on a terminal"
@@ -192,9 +195,12 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         settings = Settings(**values)  # type: ignore[arg-type]
     except ValidationError as exc:
         for error in exc.errors(include_url=False, include_context=False, include_input=False):
-            reason = error["msg"].removeprefix("Value error, ")
+            reason = _reason(error["type"], error["msg"])
             if error["loc"]:
                 name = str(error["loc"][0])
+                if values[name].startswith("tcp://"):
+                    # Kubernetes sets NAME_PORT for each Service of the namespace; ours is one of our name.
+                    reason += "; Kubernetes sets it for a Service of that name: `enableServiceLinks: false` in the pod"
                 shown = "***" if name in _SECRETS else _PASSWORD.sub(r"\1***@", values[name])[:80]
                 reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
             problems.append(reason)
@@ -224,7 +230,19 @@ def wants_traces(environ: Mapping[str, str]) -> bool:
     return True
 
 
+def _reason(kind: str, message: str) -> str:
+    """pydantic's message in the words of an operator."""
+    if kind == "int_parsing":
+        return "must be a whole number"
+    if kind == "float_parsing":
+        return "must be a number"
+    if kind == "literal_error":
+        return message.replace("Input should be ", "must be one of ").replace(" or ", ", ").replace("'", "")
+    return re.sub(r"^(Input|String) should ", "must ", message.removeprefix("Value error, "))
+
+
 def _unknown(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name.upper(), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else "`inference-api serve --help` lists the variables"
+    names = {one.removeprefix(PREFIX): one for one in known}
+    close = difflib.get_close_matches(name.upper().removeprefix(PREFIX), names, n=1)
+    hint = f"did you mean {names[close[0]]}?" if close else "`inference-api serve --help` lists the variables"
     return f"{name}: there is no such setting; {hint}"

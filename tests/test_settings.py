@@ -45,6 +45,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "health_timeout": ("12", 12.0),
     "drain_delay": ("13", 13.0),
     "drain_timeout": ("14", 14.0),
+    "validation_status": ("400", "400"),
     "log_level": ("debug", "debug"),
     "log_format": ("console", "console"),
 }
@@ -102,6 +103,17 @@ def test_an_unknown_variable_is_named_with_what_may_be_meant(name: str, meant: s
     assert refusal(**{name: "1"}) == message
 
 
+def test_a_prefix_in_common_is_no_resemblance() -> None:
+    assert "did you mean" not in refusal(FOO="1")
+
+
+def test_a_port_that_kubernetes_has_set_is_told_with_the_way_out() -> None:
+    message = refusal(port="tcp://10.0.0.1:8000")
+
+    assert message.startswith("INFERENCE_API_PORT='tcp://10.0.0.1:8000': must be a whole number; ")
+    assert "`enableServiceLinks: false`" in message
+
+
 def test_a_variable_that_resembles_nothing_points_at_the_list() -> None:
     assert refusal(zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz="1").endswith("`inference-api serve --help` lists the variables")
 
@@ -109,16 +121,16 @@ def test_a_variable_that_resembles_nothing_points_at_the_list() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("port", "http", "valid integer"),
+        ("port", "http", "must be a whole number"),
         ("port", "0", "greater than or equal to 1"),
         ("port", "65536", "less than or equal to 65535"),
-        ("port", "", "valid integer"),
-        ("port", "8000.5", "valid integer"),
+        ("port", "", "must be a whole number"),
+        ("port", "8000.5", "must be a whole number"),
         ("ops_port", "-1", "greater than or equal to 1"),
         ("connect_timeout", "0", "greater than 0"),
         ("connect_timeout", "nan", "finite number"),
         ("stream_timeout", "inf", "finite number"),
-        ("idle_timeout", "2s", "valid number"),
+        ("idle_timeout", "2s", "must be a number"),
         ("max_attempts", "4", "less than or equal to 3"),
         ("max_body_bytes", "0", "greater than or equal to 1"),
         ("max_buffered_bytes", "33554431", "INFERENCE_API_MAX_BODY_BYTES=33554432 would not fit"),
@@ -131,14 +143,14 @@ def test_a_variable_that_resembles_nothing_points_at_the_list() -> None:
         ("registry_url", "http://h/?x=1", "without ? and #"),
         ("retry_budget", "1.1", "less than or equal to 1"),
         ("drain_delay", "-1", "greater than or equal to 0"),
-        ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
-        ("log_format", "xml", "'json' or 'console'"),
+        ("log_level", "loud", "must be one of debug, info, warning, error"),
+        ("log_format", "xml", "must be one of json, console"),
         ("registry_url", "registry:8081", "must be an http:// or https:// URL"),
         ("registry_url", "ftp://registry", "must be an http:// or https:// URL"),
         ("registry_url", "http://", "must be an http:// or https:// URL"),
         ("registry_url", "http://[::1", "Invalid IPv6 URL"),
         ("retry_on_status", "503,500", "500 cannot be retried safely; use some of 429, 502, 503, 504"),
-        ("retry_on_status", "all", "valid integer"),
+        ("retry_on_status", "all", "must be a whole number"),
         ("forward_headers", "x-a,x b", "'x b' is not a header name"),
         ("forward_headers", "x-ü", "'x-ü' is not a header name"),
         ("forward_headers", "x:1", "'x:1' is not a header name"),

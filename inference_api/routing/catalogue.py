@@ -463,7 +463,8 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise CatalogueError(f"the key {key.value[:64]!r} is given twice, in lines {lines[key.value]} and {line}")
+                twice = f"the key {key.value[:64]!r} is given twice"
+                raise CatalogueError(f"{twice}, in lines {lines[key.value]} and {line}")
             lines[key.value] = line
         made: dict[Any, Any] = super().construct_mapping(node, deep)
         return made

@@ -125,14 +125,14 @@ def test_a_document_without_a_list_of_models_is_refused(document: Any) -> None:
         ({"timeouts": {"ttft": 1}}, "model 'bad': timeouts: unknown key 'ttft'"),
         ({"hardware": {"cpu": 1}}, "model 'bad': hardware: unknown key 'cpu'"),
         ({"backends": [{"url": "http://x", "w": 1}]}, "model 'bad': backends.0: unknown key 'w'"),
-        ({"engine": "ollama"}, "model 'bad': engine 'ollama': must be vllm, tgi, sglang, llamacpp or openai; openai for"),
+        ({"engine": "ollama"}, "model 'bad': engine 'ollama': must be vllm, tgi, sglang, llamacpp or openai; openai"),
         ({"balancing": "random"}, "model 'bad': balancing 'random': must be round_robin, least_in_flight"),
         ({"timeouts": {"idle": 0}}, "model 'bad': timeouts.idle 0: must be greater than 0"),
         ({"timeouts": {"total": float("inf")}}, "model 'bad': timeouts.total inf: must be a finite number"),
         ({"engine_fields": "yes"}, "model 'bad': engine_fields 'yes': must be refuse or allow"),
         ({"max_in_flight": 0}, "model 'bad': max_in_flight 0: must be greater than or equal to 1"),
         ({"backends": [{"url": "http://x", "weight": 0}]}, "backends.0.weight 0: must be greater than 0"),
-        ({"backends": [{"url": "http://x", "weight": 1e9}]}, "backends.0.weight 1000000000.0: must be less than or equal"),
+        ({"backends": [{"url": "http://x", "weight": 1e9}]}, "backends.0.weight 1000000000.0: must be less than"),
         ({"backends": [{"url": "http://x", "weight": float("nan")}]}, "backends.0.weight nan: must be"),
         ({"backends": "http://x"}, "model 'bad': backends must be a list: [\"http://x\"]"),
         ({"aliases": "a2"}, "model 'bad': aliases must be a list: [a2]"),
@@ -201,7 +201,9 @@ def test_a_name_that_could_break_a_line_or_a_label_is_refused(name: str) -> None
 
 
 def test_a_backend_may_be_its_url_alone() -> None:
-    assert parsed({"name": "m", "backends": ["http://a/v1"]}) == parsed({"name": "m", "backends": [{"url": "http://a"}]})
+    assert parsed({"name": "m", "backends": ["http://a/v1"]}) == parsed(
+        {"name": "m", "backends": [{"url": "http://a"}]}
+    )
 
 
 @pytest.mark.parametrize(
