@@ -26,14 +26,14 @@ class Measured:
     """CPU of a streamed event, accepting the request included; the dear end of what was measured."""
     client_us: float = 85
     """CPU of a client's connection: accept, learn its head, close."""
-    replica_us: float = 60
-    """CPU of a connection to a replica that could not be reused."""
+    backend_us: float = 60
+    """CPU of a connection to a backend that could not be reused."""
     idle_mb: float = 43
     stream_kb: float = 22
     own_files: int = 48
     """Kept for itself by `server/server.py`."""
     scrape_kb: float = 467
-    """Of /metrics with 1,000 replicas, by `benchmarks.fleet_size`."""
+    """Of /metrics with 1,000 backends, by `benchmarks.fleet_size`."""
 
 
 MEASURED = Measured()
@@ -42,7 +42,7 @@ MEASURED = Measured()
 TARGET, LIMIT = 0.6, 0.9
 # Linux: ip_local_port_range 32768-60999, and how long a port is not used again after a close.
 PORTS, TIME_WAIT = 60_999 - 32_768 + 1, 60
-REPLICAS = 1_000
+BACKENDS = 1_000
 # Names to look up with `discovery: dns`, and questions for each: Kubernetes tries its search list first (ndots 5).
 NAMES, QUESTIONS = 100, 3
 TOKENS_PER_ANSWER = 500
@@ -69,7 +69,7 @@ class Plan:
     @property
     def cores(self) -> float:
         """That are busy, if there were no other work."""
-        connections = self.measured.client_us + self.measured.replica_us
+        connections = self.measured.client_us + self.measured.backend_us
         return (self.events * self.measured.event_us + self.requests * connections) / 1e6
 
     @property
@@ -94,17 +94,17 @@ class Plan:
     @property
     def checks(self) -> float:
         """Health checks of a pod per second, each a connection of its own."""
-        return REPLICAS / DEFAULTS.health_interval
+        return BACKENDS / DEFAULTS.health_interval
 
     @property
     def connects(self) -> float:
-        """To replicas, per pod and second, if none is reused."""
+        """To backends, per pod and second, if none is reused."""
         return self.requests / self.pods + self.checks
 
     @property
-    def in_flight_per_replica(self) -> float:
+    def in_flight_per_backend(self) -> float:
         """That one router sees; balancing is worth what this is worth."""
-        return self.streams / self.pods / REPLICAS
+        return self.streams / self.pods / BACKENDS
 
 
 def after_rollout(waves: int) -> list[float]:
@@ -136,11 +136,11 @@ def measured_table(measured: Measured = MEASURED) -> str:
         ("CPU of a JSON request, connections kept", f"{measured.json_us:g} us", bench),
         ("CPU of a streamed event", f"{measured.event_us:g} us", "the same; its request included, over 100 events"),
         ("CPU of a new connection of a client", f"{measured.client_us:g} us", connections),
-        ("CPU of a new connection to a replica", f"{measured.replica_us:g} us", "the same"),
+        ("CPU of a new connection to a backend", f"{measured.backend_us:g} us", "the same"),
         ("memory (RSS), idle", f"{measured.idle_mb:g} MB", bench),
         ("memory of an open stream", f"{measured.stream_kb:g} KB", streams),
         ("files kept for itself", f"{measured.own_files}", "`inference_api/server/server.py`"),
-        ("a scrape of `/metrics`, 1,000 replicas", f"{measured.scrape_kb:g} KB", "`python -m benchmarks.fleet_size`"),
+        ("a scrape of `/metrics`, 1,000 backends", f"{measured.scrape_kb:g} KB", "`python -m benchmarks.fleet_size`"),
     )
     return _table(("what", "figure", "by"), rows, ("---", "---:", "---"))
 
@@ -152,7 +152,7 @@ def derived_list(measured: Measured = MEASURED) -> str:
     memory = measured.idle_mb + measured.stream_kb * per_core / 1e3
     quiet = measured.idle_mb + measured.stream_kb * 10
     rolled = after_rollout(4)
-    restart = LARGE.streams_per_pod * (measured.client_us + measured.replica_us + measured.json_us) / 1e6
+    restart = LARGE.streams_per_pod * (measured.client_us + measured.backend_us + measured.json_us) / 1e6
     lines = (
         f"a core at {_percent(TARGET)} passes {events:,.0f} events/s, or {requests:,.0f} JSON requests/s;",
         f"that is {per_core:,.0f} streams of 20 tokens/s, in {memory:,.0f} MB;",
@@ -161,16 +161,16 @@ def derived_list(measured: Measured = MEASURED) -> str:
         f"512 MiB hold {in_512:,.0f} streams, so memory comes before the core below {events / in_512:.1f} events/s "
         "of each;",
         f"no row needs more than {max(plan.files for plan in PLANS):,} files in a pod;",
-        f"a replica that makes 2,500 tokens/s costs {2500 * measured.event_us / 1e6 / TARGET:.2f} of a core here;",
+        f"a backend that makes 2,500 tokens/s costs {2500 * measured.event_us / 1e6 / TARGET:.2f} of a core here;",
         f"10,000 silent streams are {quiet:,.0f} MB in one process;",
         f"a microsecond per event more or less is {LARGE.events / 1e6 / TARGET:.1f} pods of the {LARGE.pods} for "
         f"{LARGE.streams:,} streams of {LARGE.rate:g} tokens/s;",
-        f"these {LARGE.pods} pods ask {REPLICAS:,} replicas for their health {LARGE.pods * LARGE.checks:,.0f} times a "
+        f"these {LARGE.pods} pods ask {BACKENDS:,} backends for their health {LARGE.pods * LARGE.checks:,.0f} times a "
         f"second, {LARGE.pods / DEFAULTS.health_interval:.1f} times each, and show Prometheus "
         f"{LARGE.pods * measured.scrape_kb / 1e3:,.0f} MB per scrape;",
-        f"each of them opens up to {LARGE.connects:,.0f} connections/s to replicas, and has up to "
-        f"{LARGE.connects * TIME_WAIT:,.0f} closed ones in TIME_WAIT, {LARGE.connects * TIME_WAIT / REPLICAS:.0f} of "
-        f"{PORTS:,} ports per replica;",
+        f"each of them opens up to {LARGE.connects:,.0f} connections/s to backends, and has up to "
+        f"{LARGE.connects * TIME_WAIT:,.0f} closed ones in TIME_WAIT, {LARGE.connects * TIME_WAIT / BACKENDS:.0f} of "
+        f"{PORTS:,} ports per backend;",
         f"with `discovery: dns` and {NAMES} names of the form service.namespace.svc these pods ask for "
         f"{LARGE.pods * NAMES * QUESTIONS / DEFAULTS.discovery_interval:,.0f} addresses a second, each name tried "
         f"{QUESTIONS} times along the search list; with DISCOVERY=endpointslices for none, over one watch per pod and "
@@ -186,13 +186,13 @@ def derived_list(measured: Measured = MEASURED) -> str:
 def plans_table(plans: Sequence[Plan] = PLANS) -> str:
     headings = (
         "streams", "tokens/s each", "events/s", "cores busy", "pods", "streams per pod", "RSS per pod", "files per pod",
-        "connects/s per pod", "in flight per pod and replica",
+        "connects/s per pod", "in flight per pod and backend",
     )  # fmt: skip
     rows = (
         (
             f"{plan.streams:,}", f"{plan.rate:g}", f"{plan.events:,.0f}", f"{plan.cores:.1f}", f"{plan.pods}",
             f"{plan.streams_per_pod:,}", f"{plan.rss_mb:.0f} MB", f"{plan.files:,}", f"{plan.connects:.0f}",
-            f"{plan.in_flight_per_replica:.1f}",
+            f"{plan.in_flight_per_backend:.1f}",
         )
         for plan in plans
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a new connection costs the router: CPU of a JSON request when its client's, or its replica's, is not kept.
+"""What a new connection costs the router: CPU of a JSON request when its client's, or its backend's, is not kept.
 
 python -m benchmarks.connections --rounds 5
 """
@@ -24,7 +24,7 @@ from benchmarks.processes import free_port, running
 
 _CONNECTIONS, _BATCHES = 16, 100
 _LOAD = replace(LOADS["json"], connections=_CONNECTIONS, count=_CONNECTIONS * _BATCHES)
-# So short that an idle connection to the replica is always too old.
+# So short that an idle connection to the backend is always too old.
 _NEVER = 1e-9
 
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = {
             "both kept": (keeping, _kept),
             "new from each client": (keeping, _new),
-            "new to the replica": (closing, _kept),
+            "new to the backend": (closing, _kept),
         }
         samples: dict[str, list[float]] = {name: [] for name in cases}
         for turn in range(rounds + 1):

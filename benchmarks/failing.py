@@ -1,12 +1,12 @@
-"""What a replica that answers with errors gets of the requests, and what bad requests do to replicas: a simulation.
+"""What a backend that answers with errors gets of the requests, and what bad requests do to backends: a simulation.
 
 python -m benchmarks.failing --seeds 5
 
 Policies, circuits, comparison and load are the router's own code (`inference_api.routing`), with a clock that jumps.
 A good answer takes an exponential time with a mean of one service; an error a hundredth of it, but where it is said to
 be slow. Clients wait for an answer and ask again at once, as workers of a batch job do, so that whoever answers quickly
-is asked often. The first table has a replica that fails; its fair share of the requests is 1. The second one has
-replicas that are well, and requests that every one of them refuses.
+is asked often. The first table has a backend that fails; its fair share of the requests is 1. The second one has
+backends that are well, and requests that every one of them refuses.
 """
 
 import argparse
@@ -42,9 +42,9 @@ class Case:
     balancing: BalancingName
     failing: Failing | None = None
     refused: Refused | None = None
-    replicas: int = 3
+    backends: int = 3
     clients: int = 5
-    """For each replica."""
+    """For each backend."""
     service: float = 1.0
     """Seconds of a good answer, mean."""
     lasts: float = 300.0
@@ -62,13 +62,13 @@ class Answer(NamedTuple):
 class Result:
     case: Case
     share: float = 0.0
-    """Requests of the first replica over the fair share; where it recovers, of the last quarter."""
+    """Requests of the first backend over the fair share; where it recovers, of the last quarter."""
     errors: float = 0.0
     """Errors over requests."""
     out: int = 0
     """Circuits that opened."""
     moved: float = 0.0
-    """How much more than the fair share of the good requests one replica gets. One place in turn is another's turn."""
+    """How much more than the fair share of the good requests one backend gets. One place in turn is another's turn."""
 
 
 class Task:
@@ -87,7 +87,7 @@ class Simulation:
         self.task = Task()
         self.random = Random(f"{case}")
         self.fleet = Fleet(lambda name: make_balancer(name, self.random.random))
-        urls = [{"url": f"http://r{number}"} for number in range(case.replicas)]
+        urls = [{"url": f"http://r{number}"} for number in range(case.backends)]
         self.fleet.update(parse_catalogue({"models": [{"name": "m", "balancing": case.balancing, "backends": urls}]}))
         self.model = self.fleet.models["m"]
         breaker = Breaker(rand=self.random.random)
@@ -104,7 +104,7 @@ class Simulation:
         self._end = case.lasts * case.service
 
     def run(self) -> Result:
-        for _ in range(self.case.replicas * self.case.clients):
+        for _ in range(self.case.backends * self.case.clients):
             self._after(self.random.random() * self.case.service, self._ask)
         self._after(1.0, self._look)
         while self._events:
@@ -115,10 +115,10 @@ class Simulation:
         asked = self.late if self.case.failing == "recovers" else self.asked
         return Result(
             self.case,
-            share=asked[first] * self.case.replicas / asked.total(),
+            share=asked[first] * self.case.backends / asked.total(),
             errors=self.errors / self.asked.total(),
             out=self.out,
-            moved=max(self.good.values()) * self.case.replicas / self.good.total() - 1,
+            moved=max(self.good.values()) * self.case.backends / self.good.total() - 1,
         )
 
     def _after(self, seconds: float, act: Callable[[], None]) -> None:
@@ -167,7 +167,7 @@ class Simulation:
             case "nine of ten":
                 return self.random.random() < 0.9
             case "one place in turn":
-                return self.turn % self.case.replicas == 0
+                return self.turn % self.case.backends == 0
 
     def _answer(self, backend: Backend, refused: bool) -> Answer:
         good = Answer(self.random.expovariate(1.0), 200, Outcome.OK)
@@ -226,17 +226,17 @@ def _moved(cases: Sequence[Case]) -> tuple[str, ...]:
 
 
 def _with(case: Case, refused: Refused | None) -> Case:
-    return Case(case.balancing, None, refused, case.replicas, case.clients, case.service, case.lasts, case.seed)
+    return Case(case.balancing, None, refused, case.backends, case.clients, case.service, case.lasts, case.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, kind, default in (
-        ("replicas", int, 3), ("clients", int, 5), ("service", float, 1.0), ("lasts", float, 300.0), ("seeds", int, 5)
+        ("backends", int, 3), ("clients", int, 5), ("service", float, 1.0), ("lasts", float, 300.0), ("seeds", int, 5)
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
     given = parser.parse_args(argv)
-    shape = (given.replicas, given.clients, given.service, given.lasts)
+    shape = (given.backends, given.clients, given.service, given.lasts)
     seeds = range(1, given.seeds + 1)
     policies: tuple[BalancingName, ...] = get_args(BalancingName)
     failing: tuple[Failing, ...] = get_args(Failing)
@@ -246,14 +246,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in failing
         for balancing in policies
     ]
-    print("\n".join(table("One replica fails", ("how", "balancing", "its share", "worst seed", "errors"), rows)))
+    print("\n".join(table("One backend fails", ("how", "balancing", "its share", "worst seed", "errors"), rows)))
     rows = [
         (kind, balancing, *_moved([Case(balancing, None, kind, *shape, seed) for seed in seeds]))
         for kind in refused
         for balancing in policies
     ]
     headings = ("refused by all", "balancing", "circuits opened", "most asked", "most asked, nothing refused")
-    print("\n".join(table("No replica fails", headings, rows)))
+    print("\n".join(table("No backend fails", headings, rows)))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""What a catalogue of many replicas costs a router: a scrape of /metrics, a choice by each balancing, and memory.
+"""What a catalogue of many backends costs a router: a scrape of /metrics, a choice by each balancing, and memory.
 
-python -m benchmarks.fleet_size --models 1 --replicas 1000
-python -m benchmarks.fleet_size --models 100 --replicas 1 --routes 3
+python -m benchmarks.fleet_size --models 1 --backends 1000
+python -m benchmarks.fleet_size --models 100 --backends 1 --routes 3
 """
 
 import argparse
@@ -29,12 +29,12 @@ _ROUTES = ("chat_completions", "completions", "responses", "messages")
 _CHOICES = 2_000
 
 
-def build(models: int, replicas: int, balancing: BalancingName = "two_choices") -> Fleet:
-    """A fleet of so many models, each of so many replicas, that has chosen once for each."""
+def build(models: int, backends: int, balancing: BalancingName = "two_choices") -> Fleet:
+    """A fleet of so many models, each of so many backends, that has chosen once for each."""
     catalogue = parse_catalogue(
         {
             "models": [
-                {"name": f"model-{m}", "balancing": balancing, "backends": _backends(m, replicas)}
+                {"name": f"model-{m}", "balancing": balancing, "backends": _backends(m, backends)}
                 for m in range(models)
             ]
         }
@@ -46,13 +46,13 @@ def build(models: int, replicas: int, balancing: BalancingName = "two_choices") 
     return fleet
 
 
-def _backends(model: int, replicas: int) -> list[dict[str, str]]:
-    places = range(model * replicas, (model + 1) * replicas)
+def _backends(model: int, backends: int) -> list[dict[str, str]]:
+    places = range(model * backends, (model + 1) * backends)
     return [{"url": f"http://10.{place >> 16}.{place >> 8 & 255}.{place & 255}:8000"} for place in places]
 
 
 def used(fleet: Fleet, routes: int = 1) -> Families:
-    """Every model has answered streams and JSON on so many routes, and every replica a request."""
+    """Every model has answered streams and JSON on so many routes, and every backend a request."""
     metrics = Metrics(lambda: fleet.models)
     for model in fleet.models.values():
         for route in _ROUTES[:routes]:
@@ -96,7 +96,7 @@ async def scraping(families: Families) -> tuple[int, float, list[float]]:
 
 
 def choosing_us(fleet: Fleet, busy: int = 2) -> float:
-    """CPU of one choice, when every replica has up to `busy` requests in flight."""
+    """CPU of one choice, when every backend has up to `busy` requests in flight."""
     random = Random(1).random
     model = next(iter(fleet.models.values()))
     for backend in model.backends:
@@ -111,23 +111,23 @@ def choosing_us(fleet: Fleet, busy: int = 2) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=int, default=1)
-    parser.add_argument("--replicas", type=int, default=1000, help="of each model, default 1000")
+    parser.add_argument("--backends", type=int, default=1000, help="of each model, default 1000")
     parser.add_argument("--routes", type=int, default=1, choices=range(1, len(_ROUTES) + 1), help="that were asked for")
     arguments = parser.parse_args(argv)
-    fleet = build(arguments.models, arguments.replicas)
+    fleet = build(arguments.models, arguments.backends)
     page = scrape(fleet, arguments.routes)
     samples = page.count(b"\n") - page.count(b"\n# ")
     compressed, took, slices = min(
         (asyncio.run(scraping(used(fleet, arguments.routes))) for _ in range(5)), key=lambda found: found[1]
     )
     print(
-        f"{arguments.models} models of {arguments.replicas} replicas: {samples:,} samples, {len(page) / 1e3:,.0f} KB, "
+        f"{arguments.models} models of {arguments.backends} backends: {samples:,} samples, {len(page) / 1e3:,.0f} KB, "
         f"{compressed / 1e3:,.0f} KB compressed, {took * 1e3:.0f} ms a scrape in {len(slices)} slices, "
         f"99 % of them up to {slices[int(len(slices) * 0.99) - 1] * 1e3:.1f} ms, the longest {slices[-1] * 1e3:.1f} ms"
     )
     for balancing in get_args(BalancingName):
         tracemalloc.start()
-        fleet = build(arguments.models, arguments.replicas, balancing)
+        fleet = build(arguments.models, arguments.backends, balancing)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         print(f"{balancing}: {choosing_us(fleet):.1f} us per choice, {peak / 1e6:.1f} MB at most while it is built")

@@ -1,4 +1,4 @@
-"""The model behind `simulation`: replicas with slots, queues and prefix caches, and routers that share no state."""
+"""The model behind `simulation`: backends with slots, queues and prefix caches, and routers that share no state."""
 
 import heapq
 import math
@@ -20,7 +20,7 @@ _BREAKER_FAILURES = 5
 # Of a cell's requests, those at the beginning that are not counted: queues and caches are empty then, and at a load of
 # 0.8 with 4 slots they take some 60 mean services to fill.
 _WARM_UP = 0.5
-# How often the loads of the replicas are compared.
+# How often the loads of the backends are compared.
 _LOOKS = 200
 
 
@@ -32,10 +32,10 @@ class Case:
     routers: int
     utilisation: float
     event: Event = "none"
-    """To one replica: half speed all the time, or death in the middle."""
-    replicas: int = 100
+    """To one backend: half speed all the time, or death in the middle."""
+    backends: int = 100
     slots: int = 4
-    """Requests that a replica works on at once."""
+    """Requests that a backend works on at once."""
     requests: int = 40_000
     sigma: float = 1.0
     """Of the log-normal service times: 0 all equal, 0.83 as varied as exponential ones, more: a heavier tail."""
@@ -46,16 +46,16 @@ class Case:
     saving: float = 0.3
     """Share of the service that a cached prefix saves."""
     cached: int = 32
-    """Sessions whose prefix a replica remembers, the last ones used."""
+    """Sessions whose prefix a backend remembers, the last ones used."""
     signal: float = 0.0
-    """Between two times that a router asks the replicas for their load; 0: never."""
+    """Between two times that a router asks the backends for their load; 0: never."""
     seed: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be simulated."""
         least = {
             "routers": 1,
-            "replicas": 1,
+            "backends": 1,
             "slots": 1,
             "requests": 10,
             "turns": 1,
@@ -68,8 +68,8 @@ class Case:
                 raise ValueError(f"{name} must be {value} at least")
         if not self.utilisation > 0 or not 0 <= self.saving < 1 or self.cached < 0:
             raise ValueError("utilisation must be above 0, saving from 0 to below 1, cached 0 at least")
-        if self.event == "dies" and self.replicas < 2:
-            raise ValueError("replicas must be 2 at least where one dies")
+        if self.event == "dies" and self.backends < 2:
+            raise ValueError("backends must be 2 at least where one dies")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +79,19 @@ class Result:
     case: Case
     waits: Sequence[float]
     queues: Sequence[int]
-    """Requests that wait at a replica, for each replica and moment, sorted."""
+    """Requests that wait at a backend, for each backend and moment, sorted."""
     imbalance: float
-    """Requests at the fullest replica over the mean of all, averaged over moments."""
+    """Requests at the fullest backend over the mean of all, averaged over moments."""
     hit_rate: float
     busy: float
     """Share of the slots that were taken, averaged over the same moments."""
     completed: int
     cut: int
-    """Requests that the dead replica was working on."""
+    """Requests that the dead backend was working on."""
     repeats: int
-    """Attempts that the dead replica refused, or took along from its queue; each was repeated elsewhere."""
+    """Attempts that the dead backend refused, or took along from its queue; each was repeated elsewhere."""
     odd_share: float
-    """Requests that the slow or dying replica served, over the mean of all."""
+    """Requests that the slow or dying backend served, over the mean of all."""
     odd_waits: Sequence[float]
 
 
@@ -109,7 +109,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Server:
-    """A replica: slots, a queue, a cache of prefixes."""
+    """A backend: slots, a queue, a cache of prefixes."""
 
     url: str
     slots: int
@@ -136,7 +136,7 @@ class Server:
 
 
 class View:
-    """A replica as one router sees it; what a balancing is handed."""
+    """A backend as one router sees it; what a balancing is handed."""
 
     __slots__ = ("extra", "failures", "in_flight", "origin", "reported", "server", "url", "weight")
 
@@ -153,7 +153,7 @@ class View:
 
 
 class Router:
-    """A balancer, and what it knows of the replicas: its own requests."""
+    """A balancer, and what it knows of the backends: its own requests."""
 
     def __init__(self, case: Case, servers: Sequence[Server], number: int) -> None:
         random = Random(f"{case.seed} router {number}").random
@@ -163,7 +163,7 @@ class Router:
 
     def choose(self, key: str, tried: Collection[View] = ()) -> View:
         view = self._balancer.choose(self.views, key, tried)
-        assert view is not None, "a model's last replica does not die here"
+        assert view is not None, "a model's last backend does not die here"
         return view
 
     def failed(self, view: View) -> None:
@@ -173,7 +173,7 @@ class Router:
             self.views = tuple(other for other in self.views if other is not view)
 
     def ask(self) -> None:
-        """What the replicas have of others, as `discovery.load` reckons it."""
+        """What the backends have of others, as `discovery.load` reckons it."""
         for view in self.views:
             view.reported = max(0.0, view.server.load - view.in_flight)
 
@@ -204,12 +204,12 @@ class Simulation:
     def __init__(self, case: Case) -> None:
         # Configuration
         self._case = case
-        self._rate = case.utilisation * case.replicas * case.slots
+        self._rate = case.utilisation * case.backends * case.slots
         self._warm = int(case.requests * _WARM_UP)
         self._mu = -(case.sigma**2) / 2
         # What is simulated
         self._random = Random(f"{case.seed} requests")
-        self.servers = [Server(f"http://r{n}:8000", case.slots, case.cached) for n in range(case.replicas)]
+        self.servers = [Server(f"http://r{n}:8000", case.slots, case.cached) for n in range(case.backends)]
         self._odd = self.servers[0]
         self.routers = [Router(case, self.servers, number) for number in range(case.routers)]
         self._sessions = Sessions(max(1, round(self._rate * case.pause)), case.turns, self._random)
@@ -309,7 +309,7 @@ class Simulation:
 
     def _complete(self, job: Job) -> None:
         server = job.view.server
-        # The replica died over it, it has ended already.
+        # The backend died over it, it has ended already.
         if job not in server.running:
             return
         server.running.remove(job)

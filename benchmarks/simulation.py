@@ -1,16 +1,16 @@
-"""How the balancing policies do when several routers share replicas but not what they know: a simulation.
+"""How the balancing policies do when several routers share backends but not what they know: a simulation.
 
-python -m benchmarks.simulation --replicas 1000 --routers 8 --seed 1
+python -m benchmarks.simulation --backends 1000 --routers 8 --seed 1
 
 The policies and their keys are the router's own code (`inference_api.routing`), the rest is a model, in `queues`.
-A replica works on so many requests at once, each as fast as if it were alone, and keeps the others in a queue. The
+A backend works on so many requests at once, each as fast as if it were alone, and keeps the others in a queue. The
 unit of time is the mean service of a request whose prefix is not cached. A router counts what it has in flight itself,
-and no more, unless --signal has it ask the replicas. Requests are a Poisson stream, each a turn of a random session, by
+and no more, unless --signal has it ask the backends. Requests are a Poisson stream, each a turn of a random session, by
 a random router; the load is what is offered if nothing were cached. Equal arguments give equal tables, and the requests
 of a cell are the same for every balancing.
 
 What it leaves out: batches that slow each other down, prefill beside decode, retries of answers that were begun, health
-checks, slow start, and the probe of a replica that died.
+checks, slow start, and the probe of a backend that died.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from benchmarks.samples import quantile
 from inference_api.routing.catalogue import BalancingName
 
 # Those of a Case that every cell of a run has in common.
-_SHARED = ("replicas", "slots", "requests", "sigma", "turns", "pause", "saving", "cached", "signal", "seed")
+_SHARED = ("backends", "slots", "requests", "sigma", "turns", "pause", "saving", "cached", "signal", "seed")
 _TITLES: dict[Event, str] = {
-    "none": "All replicas are well",
-    "slow": "One replica works at half speed",
-    "dies": "One replica dies in the middle",
+    "none": "All backends are well",
+    "slow": "One backend works at half speed",
+    "dies": "One backend dies in the middle",
 }
 _HEADINGS = ("balancing", "routers", "load", "mean wait", "p99 wait", "p99 queue", "max/mean", "hits", "busy")
 _ODD_HEADINGS: dict[Event, tuple[str, ...]] = {
@@ -89,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
     add("--policies", _list_of(_one_of(policies)), ",".join(policies), "comma-separated")
     add("--routers", _list_of(int), "1,4,16", "comma-separated")
     add("--utilisations", _list_of(float), "0.5,0.7,0.9", "loads, comma-separated")
-    add("--events", _list_of(_one_of(events)), ",".join(events), "what happens to one replica, comma-separated")
-    add("--event-utilisation", float, "0.7", "the load when something happens to one replica")
+    add("--events", _list_of(_one_of(events)), ",".join(events), "what happens to one backend, comma-separated")
+    add("--event-utilisation", float, "0.7", "the load when something happens to one backend")
     for field in fields(Case):
         if field.name in _SHARED:
             add(f"--{field.name}", type(field.default), str(field.default), "of every case")

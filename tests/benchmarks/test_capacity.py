@@ -54,7 +54,7 @@ def test_the_table_follows_from_the_formulas() -> None:
         streams, rate, events, cores, pods, each, rss, files, connects, in_flight = map(number, row)
         assert events == streams * rate
         answers = events / 500
-        exact = (events * MEASURED.event_us + answers * (MEASURED.client_us + MEASURED.replica_us)) / 1e6
+        exact = (events * MEASURED.event_us + answers * (MEASURED.client_us + MEASURED.backend_us)) / 1e6
         assert cores == round(exact, 1)
         assert exact / pods <= 0.6
         assert exact / (pods - 1) <= 0.9
@@ -69,7 +69,7 @@ def test_the_table_follows_from_the_formulas() -> None:
 @pytest.mark.parametrize(("streams", "pods"), [(1_000, 2), (1_900, 3), (2_000, 3), (24_000, 20)])
 def test_there_are_pods_enough_for_one_of_them_to_die(streams: int, pods: int) -> None:
     """A stream is 0.0005 of a core: 0.5 cores are one pod and one to spare; 0.95 are too much for one that is left."""
-    assert Plan(streams, 20, Measured(event_us=25, client_us=0, replica_us=0)).pods == pods
+    assert Plan(streams, 20, Measured(event_us=25, client_us=0, backend_us=0)).pods == pods
 
 
 def test_a_rollout_leaves_every_client_somewhere_and_the_first_pods_with_most() -> None:

@@ -1,4 +1,4 @@
-"""The router's own code in the simulation: what a replica that fails gets, and that bad requests move nobody."""
+"""The router's own code in the simulation: what a backend that fails gets, and that bad requests move nobody."""
 
 from typing import get_args
 
@@ -12,7 +12,7 @@ BALANCING = get_args(BalancingName)
 
 @pytest.mark.parametrize("failing", [kind for kind in get_args(Failing) if kind not in ("half", "recovers")])
 @pytest.mark.parametrize("balancing", BALANCING)
-def test_a_replica_that_fails_gets_a_tenth_of_its_share_at_most(balancing: BalancingName, failing: Failing) -> None:
+def test_a_backend_that_fails_gets_a_tenth_of_its_share_at_most(balancing: BalancingName, failing: Failing) -> None:
     assert simulate(Case(balancing, failing, lasts=60.0)).share <= 0.1
 
 

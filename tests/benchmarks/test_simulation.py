@@ -14,9 +14,9 @@ from benchmarks.samples import quantile
 from inference_api.routing.catalogue import BalancingName
 
 BALANCING: tuple[BalancingName, ...] = get_args(BalancingName)
-# At 0.7 sixteen routers have less than one request in flight at each of the replicas.
-CASE = Case("two_choices", routers=4, utilisation=0.7, replicas=20, requests=4_000)
-ALONE = Case("round_robin", routers=1, utilisation=0.5, replicas=1, slots=1, saving=0, requests=60_000)
+# At 0.7 sixteen routers have less than one request in flight at each of the backends.
+CASE = Case("two_choices", routers=4, utilisation=0.7, backends=20, requests=4_000)
+ALONE = Case("round_robin", routers=1, utilisation=0.5, backends=1, slots=1, saving=0, requests=60_000)
 
 
 # Theory
@@ -74,7 +74,7 @@ def test_nothing_is_left_in_flight(event: Event) -> None:
 
 
 @pytest.mark.parametrize("routers", [1, 8])
-def test_each_router_learns_by_five_failures_that_a_replica_died(routers: int) -> None:
+def test_each_router_learns_by_five_failures_that_a_backend_died(routers: int) -> None:
     run = Simulation(replace(CASE, balancing="round_robin", event="dies", routers=routers, utilisation=0.5))
     result = run.run()
     assert result.cut + result.repeats == 5 * routers
@@ -93,7 +93,7 @@ def test_the_seed_decides_on_everything(balancing: BalancingName) -> None:
 
 def test_the_requests_are_the_same_for_every_policy() -> None:
     """With a slot for everybody nobody waits, and the work is all that is left to differ."""
-    roomy = replace(CASE, slots=200, replicas=2, utilisation=0.5, saving=0, requests=2_000)
+    roomy = replace(CASE, slots=200, backends=2, utilisation=0.5, saving=0, requests=2_000)
     busy = [simulate(replace(roomy, balancing=balancing)).busy for balancing in BALANCING]
     assert busy == pytest.approx(busy[:1] * len(busy))
 
@@ -123,14 +123,14 @@ def test_affinity_finds_the_prefixes_that_others_find_by_chance() -> None:
 
 
 def test_affinity_finds_nearly_as_many_where_each_router_sees_a_part() -> None:
-    """Sixteen routers with two requests at each replica; by its share alone each would find two thirds of them."""
-    case = Case("prefix_affinity", routers=1, utilisation=0.9, replicas=20, slots=32, cached=256, requests=16_000)
+    """Sixteen routers with two requests at each backend; by its share alone each would find two thirds of them."""
+    case = Case("prefix_affinity", routers=1, utilisation=0.9, backends=20, slots=32, cached=256, requests=16_000)
     one, many = simulate(case), simulate(replace(case, routers=16))
     assert many.hit_rate > 0.88 * one.hit_rate
     assert quantile(many.waits, 0.99) < 0.5
 
 
-def test_a_slow_replica_gets_less_of_those_who_count_only() -> None:
+def test_a_slow_backend_gets_less_of_those_who_count_only() -> None:
     robin, least = (
         simulate(replace(CASE, event="slow", balancing=balancing, routers=1))
         for balancing in ("round_robin", "least_in_flight")
@@ -156,7 +156,7 @@ def test_a_session_has_as_many_turns_as_it_is_told() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"slots": 0}, {"replicas": 1, "event": "dies"}, {"saving": 1.0}, {"utilisation": 0.0}, {"sigma": -1.0}],
+    [{"slots": 0}, {"backends": 1, "event": "dies"}, {"saving": 1.0}, {"utilisation": 0.0}, {"sigma": -1.0}],
 )
 def test_what_cannot_be_simulated_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -167,7 +167,7 @@ def test_what_cannot_be_simulated_is_refused(bad: dict[str, Any]) -> None:
 
 
 def test_the_command_prints_a_row_for_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
-    size = ["--replicas", "10", "--requests", "200", "--seed", "7"]
+    size = ["--backends", "10", "--requests", "200", "--seed", "7"]
     assert simulation.main([*size, "--routers", "1,2", "--utilisations", "0.5,0.9"]) == 0
     text = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.count("|") > 2]

@@ -47,7 +47,7 @@ async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dic
         breaking = await start_engine(either(sse(event(), then=Line.reset), raw(json_response({}, "500 No"))))
         cutting = await start_engine(cut)
         failing = await start_engine(raw(json_response({}, "500 No")))
-        # Beside two live replicas a dead one, and one that fails requests but no checks: these are repeated elsewhere.
+        # Beside two live backends a dead one, and one that fails requests but no checks: these are repeated elsewhere.
         several = [*engines, f"http://127.0.0.1:{free_port()}", cutting.url]
         models = [
             {"name": "m", "backends": [{"url": url} for url in several]},
