@@ -25,7 +25,8 @@ from inference_api.models import Outcome
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.breaker import Breaker
-from inference_api.routing.catalogue import BalancingName, parse_catalogue
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.entries import BalancingName
 from inference_api.routing.health import Health
 
 Failing = Literal["500", "401", "404", "a mix", "slowly", "breaks off", "half", "recovers"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.balance import Balancer, make_balancer
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 
 Event = Literal["none", "slow", "dies"]
 

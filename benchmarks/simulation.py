@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 from benchmarks.queues import Case, Event, Result, simulate
 from benchmarks.samples import quantile
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 
 # Those of a Case that every cell of a run has in common.
 _SHARED = ("backends", "slots", "requests", "sigma", "turns", "pause", "saving", "cached", "signal", "seed")

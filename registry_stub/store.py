@@ -9,7 +9,8 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from inference_api.routing.catalogue import CatalogueEntry, describe
+from inference_api.routing.catalogue import describe
+from inference_api.routing.entries import CatalogueEntry
 from registry_stub.conditional import etag_of
 from registry_stub.database import Database
 

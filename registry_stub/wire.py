@@ -6,7 +6,8 @@ import orjson
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from inference_api.routing.catalogue import CatalogueEntry, describe
+from inference_api.routing.catalogue import describe
+from inference_api.routing.entries import CatalogueEntry
 from registry_stub import conditional
 from registry_stub.errors import Refused
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from inference_api.routing.catalogue import Engine
+from inference_api.routing.entries import Engine
 
 # Far above what an engine sends; more is not listened to.
 _MAX_BYTES = 4 << 20

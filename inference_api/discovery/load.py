@@ -16,7 +16,7 @@ import httpx
 
 from inference_api.discovery.gauges import TELL_LOAD, TELL_SLEEP, Gauges
 from inference_api.routing.backend import Fleet
-from inference_api.routing.catalogue import Engine
+from inference_api.routing.entries import Engine
 from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)

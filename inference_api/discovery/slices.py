@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from inference_api.routing.catalogue import MAX_BACKENDS, is_usable_address
+from inference_api.routing.entries import MAX_BACKENDS
+from inference_api.routing.urls import is_usable_address
 
 SERVICE_LABEL = "kubernetes.io/service-name"
 # RFC 1123, as Kubernetes has it: these go into URLs and selectors as they are.

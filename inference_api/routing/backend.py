@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
+from inference_api.routing.addresses import addresses_of
 from inference_api.routing.balance import Balancer
 from inference_api.routing.breaker import Circuit, due
-from inference_api.routing.catalogue import BalancingName, CatalogueEntry, addresses_of
+from inference_api.routing.entries import BalancingName, CatalogueEntry
 from inference_api.routing.origin import Origin
 
 # What a backend that is new, or back, gets of its weight at first.

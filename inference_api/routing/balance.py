@@ -14,7 +14,7 @@ from operator import attrgetter
 from struct import unpack
 from typing import Any, Generic, Protocol, TypeVar
 
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 
 # A full backend may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
 # Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot backends.

@@ -5,8 +5,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from inference_api.routing.addresses import place_of
 from inference_api.routing.breaker import Circuit
-from inference_api.routing.catalogue import place_of
 
 if TYPE_CHECKING:
     from inference_api.discovery.gauges import Reading

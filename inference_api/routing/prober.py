@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx
 
 from inference_api.routing.backend import Fleet
-from inference_api.routing.catalogue import Engine
+from inference_api.routing.entries import Engine
 from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)

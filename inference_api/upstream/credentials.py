@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from inference_api.headers import header_lines
-from inference_api.routing.catalogue import CatalogueEntry, Credentials
+from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.routing.files import Changes
 
 logger = logging.getLogger(__name__)

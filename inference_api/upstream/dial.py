@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import httpx
 
 from inference_api.discovery.resolver import Resolver
-from inference_api.routing.catalogue import is_address, is_usable_address
+from inference_api.routing.urls import is_address, is_usable_address
 
 # File descriptors, and ports to connect from
 LACKS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)

@@ -23,7 +23,7 @@ from inference_api.errors import (
 from inference_api.headers import header_lines
 from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
 from inference_api.routing.backend import Backend, Model
-from inference_api.routing.catalogue import CatalogueEntry
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.upstream.connection import Disconnected, IdleTimeout, Timeout, TotalTimeout
 from inference_api.upstream.credentials import with_token
 from inference_api.upstream.retry import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after

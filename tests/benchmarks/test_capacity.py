@@ -12,7 +12,7 @@ from benchmarks import capacity, fleet_size, simulation
 from benchmarks.capacity import MEASURED, Measured, Plan, after_rollout
 from benchmarks.queues import Case, simulate
 from benchmarks.samples import quantile
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 from inference_api.server import server
 from inference_api.settings import Settings
 

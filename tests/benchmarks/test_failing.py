@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from benchmarks.failing import Case, Failing, Refused, main, simulate
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 
 BALANCING = get_args(BalancingName)
 

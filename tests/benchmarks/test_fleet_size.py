@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from benchmarks import fleet_size
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 
 
 def test_every_backend_has_its_series_and_costs_less_than_half_a_kilobyte() -> None:

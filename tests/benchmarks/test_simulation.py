@@ -11,7 +11,7 @@ import pytest
 from benchmarks import simulation
 from benchmarks.queues import Case, Event, Server, Sessions, Simulation, simulate
 from benchmarks.samples import quantile
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 
 BALANCING: tuple[BalancingName, ...] = get_args(BalancingName)
 # At 0.7 sixteen routers have less than one request in flight at each of the backends.

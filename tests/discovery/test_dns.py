@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from inference_api.discovery import dns as discovery_module
 from inference_api.discovery.dns import Discovery
 from inference_api.discovery.resolver import Resolver, resolve
+from inference_api.routing.addresses import addresses_of, place_of
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
-from inference_api.routing.catalogue import BackendEntry, addresses_of, is_usable_address, parse_catalogue, place_of
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.entries import BackendEntry
+from inference_api.routing.urls import is_usable_address
 from tests.discovery.names import Names
 from tests.fakes import until
 

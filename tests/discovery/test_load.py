@@ -15,7 +15,8 @@ from inference_api.discovery.gauges import Gauges, Reading
 from inference_api.discovery.load import LoadSignal
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import Balancer, make_balancer
-from inference_api.routing.catalogue import Engine, parse_catalogue
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.entries import Engine
 from inference_api.routing.origin import Origin
 from inference_api.upstream.transport import Transport
 from tests.fakes import Line, Received, Script, chunk, hang, json_response, raw, until

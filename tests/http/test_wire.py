@@ -26,7 +26,7 @@ from inference_api.http.wire import model_card, model_list, read_body
 from inference_api.models import Asked, Call, RawHeaders, Route
 from inference_api.routing.backend import Model
 from inference_api.routing.balance import make_balancer
-from inference_api.routing.catalogue import CatalogueEntry
+from inference_api.routing.entries import CatalogueEntry
 from tests.conftest import Served
 from tests.fakes import FakeEngine, form
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from inference_api.headers import NEVER_FORWARDED
-from inference_api.routing.catalogue import BackendEntry, CatalogueEntry, Hardware, Timeouts
+from inference_api.routing.entries import BackendEntry, CatalogueEntry, Hardware, Timeouts
 from inference_api.settings import PREFIX, Settings, SettingsError, load_settings
 from tests.k8s.charts import CHART, CLUSTERS, ROOT
 

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
-from inference_api.routing.catalogue import CatalogueEntry, parse_catalogue
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.entries import CatalogueEntry
 from registry_stub.app import create_app
 from registry_stub.store import Store
 

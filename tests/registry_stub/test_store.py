@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_api.routing.catalogue import CatalogueEntry, parse_catalogue
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.entries import CatalogueEntry
 from registry_stub.database import StoreError
 from registry_stub.store import NameTaken, Store, Stored
 

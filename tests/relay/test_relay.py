@@ -25,7 +25,7 @@ from inference_api.relay.relay import Relay
 from inference_api.relay.typed_events import follow
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
-from inference_api.routing.catalogue import BackendEntry, CatalogueEntry
+from inference_api.routing.entries import BackendEntry, CatalogueEntry
 from inference_api.upstream.connection import IdleTimeout, Malformed, ResponseStream, TotalTimeout
 from inference_api.upstream.forward import Forward, Limits
 from inference_api.upstream.transport import Transport

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend
 from inference_api.routing.balance import Balancer, make_balancer
-from inference_api.routing.catalogue import BalancingName
+from inference_api.routing.entries import BalancingName
 
 NAMES: tuple[BalancingName, ...] = get_args(BalancingName)
 every_policy = pytest.mark.parametrize("name", NAMES)

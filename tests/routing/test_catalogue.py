@@ -11,13 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from inference_api.routing.catalogue import (
-    Catalogue,
-    CatalogueError,
-    check_backend_url,
-    load_catalogue,
-    parse_catalogue,
-)
+from inference_api.routing.catalogue import Catalogue, CatalogueError, load_catalogue, parse_catalogue
+from inference_api.routing.urls import check_backend_url
 from inference_api.settings import DEFAULT_CATALOGUE
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from inference_api.routing.catalogue import CatalogueEntry, Credentials, parse_catalogue
+from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.upstream.credentials import Tokens, with_token
 
 

@@ -17,7 +17,7 @@ from inference_api.http.pipeline import INFERENCE_ROUTES
 from inference_api.models import Call, Outcome, Reply
 from inference_api.routing.backend import Backend, Fleet, Model
 from inference_api.routing.balance import make_balancer
-from inference_api.routing.catalogue import BackendEntry, CatalogueEntry
+from inference_api.routing.entries import BackendEntry, CatalogueEntry
 from inference_api.upstream.connection import Disconnected, FirstByteTimeout, IdleTimeout, Malformed, TotalTimeout
 from inference_api.upstream.forward import Forward, Limits, outcome_of
 from inference_api.upstream.transport import Transport

@@ -1,0 +1,174 @@
+"""The entries of a catalogue: one model each, in the same shape in the file, in the registry and in its API."""
+
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from inference_api.routing.urls import check_backend_url, is_address
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
+BalancingName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
+Engine = Literal["vllm", "tgi", "sglang", "llamacpp", "openai"]
+DiscoveryName = Literal["static", "dns"]
+Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+# Headers that tell where a message ends, or where it goes: whoever may name these could smuggle requests.
+_NO_CREDENTIALS = frozenset(
+    {
+        "accept-encoding",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "cookie",
+        "expect",
+        "host",
+        "http2-settings",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-request-id",
+    }
+)
+# A model that has more is refused; a name that has more addresses is used in part.
+MAX_BACKENDS = 4096
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, hide_input_in_errors=True)
+
+
+class BackendEntry(_Entry):
+    """One backend: its base URL and its share of the traffic, relative to its siblings. A URL alone is one, too.
+
+    With `discovery: dns` it is as many backends as its host name has addresses, each with this weight.
+    """
+
+    url: str = Field(max_length=2048)
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    discovery: DiscoveryName = "static"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, url: str) -> str:
+        return check_backend_url(url)
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Self:
+        if self.discovery == "dns" and is_address(self.host):
+            raise ValueError("`discovery: dns` needs a host name in the url, and this is an address")
+        return self
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+
+class Hardware(_Entry):
+    """What a model runs on; carried through to /v1/models, not acted on."""
+
+    gpu: str | None = None
+    gpu_count: int | None = Field(default=None, ge=0)
+    gpu_memory_gib: float | None = Field(default=None, ge=0)
+
+
+class Timeouts(_Entry):
+    """Seconds, per model; None takes the router's setting."""
+
+    connect: Seconds | None = None
+    first_byte: Seconds | None = None
+    idle: Seconds | None = None
+    total: Seconds | None = None
+
+
+class Credentials(_Entry):
+    """The token for the backends, by the environment variable or the file that holds it; a file is read again.
+
+    Only names that begin with BACKEND_: a catalogue must not be able to send the router's other secrets anywhere.
+    It goes out as `header: scheme token`; the scheme is Bearer where the header is `authorization`, else none.
+    """
+
+    env: Annotated[str, StringConstraints(pattern=r"^BACKEND_[A-Z0-9_]{1,100}$")] | None = None
+    file: Annotated[str, StringConstraints(pattern=r"^/(.*/)?BACKEND_[A-Z0-9_]{1,100}$", max_length=1024)] | None = (
+        Field(default=None, validate_default=True)
+    )
+    header: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")] = "authorization"
+    scheme: Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{0,32}$")] | None = None
+
+    @field_validator("file")
+    @classmethod
+    def _file(cls, path: str | None, info: ValidationInfo) -> str | None:
+        # One that is refused is not here.
+        if "env" in info.data and (info.data["env"] is None) == (path is None):
+            raise ValueError("give either `env` or `file`")
+        if path is not None and not {".", ".."}.isdisjoint(path.split("/")):
+            raise ValueError("the path must not have '.' or '..' in it")
+        return path
+
+    @field_validator("header")
+    @classmethod
+    def _header(cls, name: str) -> str:
+        if name in _NO_CREDENTIALS:
+            raise ValueError(f"the header {name!r} frames or routes a request and cannot carry a token")
+        return name
+
+    @property
+    def source(self) -> str:
+        """What its token is known by."""
+        return self.env or self.file or ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the token."""
+        scheme = self.scheme if self.scheme is not None else "Bearer" * (self.header == "authorization")
+        return f"{scheme} " if scheme else ""
+
+
+class CatalogueEntry(_Entry):
+    """One model of the catalogue; the same shape in the file, in the registry and in its API."""
+
+    name: ModelName
+    version: str = Field(default="1", max_length=128)
+    owner: str = Field(default="unknown", max_length=128)
+    engine: Engine = "vllm"
+    # Fail fast: a hostile list of a million bad items must not take a minute to refuse.
+    backends: Annotated[tuple[BackendEntry, ...], FailFast()] = Field(default=(), max_length=MAX_BACKENDS)
+    aliases: Annotated[tuple[ModelName, ...], FailFast()] = Field(default=(), max_length=256)
+    hardware: Hardware | None = None
+    served_model_name: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    balancing: BalancingName = "two_choices"
+    timeouts: Timeouts = Timeouts()
+    max_in_flight: int | None = Field(default=None, ge=1)
+    credentials: Credentials | Literal["passthrough"] | None = None
+    # Whether clients may send what only those should who run the engines
+    engine_fields: Literal["refuse", "allow"] = "refuse"
+    # Who says how urgent a request is: an int64 that vLLM takes, lower is earlier
+    priority: Literal["client", "ignore", "caller"] | Int64 = "client"
+    created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
+
+    @field_validator("backends")
+    @classmethod
+    def _distinct(cls, backends: tuple[BackendEntry, ...]) -> tuple[BackendEntry, ...]:
+        urls = [b.url for b in backends]
+        if len(set(urls)) != len(urls):
+            raise ValueError("the same backend url is listed twice")
+        return backends
