@@ -68,14 +68,15 @@ def certificate(tmp_path: Path) -> Path:
 
 @pytest.mark.anyio
 @pytest.mark.skipif(NGINX is None, reason="there is no nginx here (apt-get install nginx)")
-async def test_nginx_ends_tls_and_passes_events_as_they_come(tmp_path: Path, certificate: Path) -> None:
+async def test_nginx_ends_tls_checks_the_key_and_passes_events_as_they_come(tmp_path: Path, certificate: Path) -> None:
     assert NGINX is not None
     async with FakeEngine() as engine, command(tmp_path, engine) as router:
         port = free_port()
         config = (EXAMPLES / "nginx-tls" / "nginx.conf").read_text()
         for name, value in (
             ("CERTIFICATE", str(certificate)),
-            ("KEY;", f"{tmp_path}/key.pem;"),
+            ("CERT-KEY", f"{tmp_path}/key.pem"),
+            ("API-KEY", "sk-Example"),
             ("127.0.0.1:8000", f"127.0.0.1:{router.port}"),
             ("8443", f"127.0.0.1:{port}"),
         ):
@@ -88,7 +89,13 @@ async def test_nginx_ends_tls_and_passes_events_as_they_come(tmp_path: Path, cer
         try:
             trust = ssl.create_default_context(cafile=certificate)
             async with httpx.AsyncClient(base_url=f"https://localhost:{port}", verify=trust, trust_env=False) as client:
+                client.headers["authorization"] = "Bearer sk-Example"
                 answer = await _first_answer(client)
+                anthropic = await client.get("/v1/models", headers={"authorization": "", "x-api-key": "sk-Example"})
+                refused = [
+                    await client.get("/v1/models", headers={"authorization": value})
+                    for value in ("", "Bearer sk-example", "Bearer sk-Example2", "sk-Example")
+                ]
                 body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
                 async with client.stream("POST", "/v1/chat/completions", json=body) as stream:
                     text = "".join([part async for part in stream.aiter_text()])
@@ -97,6 +104,8 @@ async def test_nginx_ends_tls_and_passes_events_as_they_come(tmp_path: Path, cer
             await process.wait()
 
     assert answer.json()["data"][0]["id"] == "m"
+    assert anthropic.status_code == 200
+    assert {(each.status_code, each.json()["error"]["code"]) for each in refused} == {(401, "invalid_api_key")}
     assert text.endswith("data: [DONE]\n\n")
 
 
