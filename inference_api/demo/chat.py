@@ -9,16 +9,20 @@ from inference_api.demo.model import Generation
 
 
 class Choices:
-    """An answer that is a list of choices, in the chunks that OpenAI began with."""
+    """An answer that is a list of choices, in the chunks that OpenAI began with; here with deltas of text alone."""
 
     prefix = kind = chunk_kind = ""
+    empty: dict[str, Any] = {"delta": {"content": ""}}
     end = b"data: [DONE]\n\n"
 
     def __init__(self, work: Work) -> None:
         self.work = work
 
-    def document(self) -> dict[str, Any]:
-        choices = [self.choice(index, generation) for index, generation in enumerate(self.work.generations)]
+    def document(self) -> dict[str, Any] | str:
+        choices = [
+            {"index": index, **self.whole(index, one), "logprobs": self.logprobs(one.tokens, []), **_end(one)}
+            for index, one in enumerate(self.work.generations)
+        ]
         return {**self._head(self.kind), "choices": choices, "usage": self.work.usage}
 
     def opening(self) -> Iterator[Event]:
@@ -26,51 +30,40 @@ class Choices:
 
     def token(self, index: int, position: int, token: str) -> Iterator[Event]:
         for content in self.pieces(index, position, token):
-            end = {"finish_reason": None, "stop_reason": None, "token_ids": None}
             logprobs = self.logprobs([token], self.work.generations[index].tokens[:position])
+            end = {"finish_reason": None, "stop_reason": None, "token_ids": None}
             yield self.chunk({"index": index, **content, "logprobs": logprobs, **end})
 
     def closing(self) -> Iterator[Event]:
         for index, generation in enumerate(self.work.generations):
             yield self.chunk({"index": index, **self.empty, "logprobs": None, **_end(generation)})
-        if self.work.asked.include_usage:
+        if (options := self.work.asked.stream_options) and options.include_usage:
             yield self.chunk(usage=self.work.usage)
 
     def chunk(self, *choices: dict[str, Any], **more: Any) -> Event:
         return {**self._head(self.chunk_kind), "choices": choices, **more}
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": f"{self.prefix}-{self.work.id}",
-            "object": kind,
-            "created": self.work.created,
-            "model": self.work.model,
-        }
-
-    # What a choice is made of
-
-    empty: dict[str, Any]
-
-    def choice(self, index: int, generation: Generation) -> dict[str, Any]:
-        raise NotImplementedError
+    def whole(self, index: int, generation: Generation) -> dict[str, Any]:
+        return {"text": generation.text}
 
     def pieces(self, index: int, position: int, token: str) -> Iterator[dict[str, Any]]:
-        raise NotImplementedError
+        yield {"delta": {"content": token}}
 
     def logprobs(self, tokens: list[str], before: list[str]) -> dict[str, Any] | None:
-        raise NotImplementedError
+        return None
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        work = self.work
+        return {"id": f"{self.prefix}-{work.id}", "object": kind, "created": work.created, "model": work.model}
 
 
 class Chat(Choices):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    empty = {"delta": {"content": ""}}
 
-    def choice(self, index: int, generation: Generation) -> dict[str, Any]:
-        called, text = generation.tool is not None, generation.text
-        calls = [self._call(index, generation.tool, text)] if called else []
-        message = {"role": "assistant", "content": None if called else text, "refusal": None, "tool_calls": calls}
-        logprobs = self.logprobs(generation.tokens, [])
-        return {"index": index, "message": message, "logprobs": logprobs, **_end(generation)}
+    def whole(self, index: int, generation: Generation) -> dict[str, Any]:
+        tool, text = generation.tool, generation.text
+        said = {"content": None, "tool_calls": [self._call(index, tool, text)]} if tool else {"content": text}
+        return {"message": {"role": "assistant", "refusal": None, "tool_calls": [], **said}}
 
     def opening(self) -> Iterator[Event]:
         for index in range(len(self.work.generations)):
@@ -82,7 +75,7 @@ class Chat(Choices):
     def pieces(self, index: int, position: int, token: str) -> Iterator[dict[str, Any]]:
         tool = self.work.generations[index].tool
         if tool is None:
-            yield {"delta": {"content": token}}
+            yield from super().pieces(index, position, token)
             return
         if position == 0:
             yield {"delta": {"tool_calls": [{"index": 0, **self._call(index, tool, "")}]}}
@@ -101,7 +94,7 @@ class Chat(Choices):
             content.append({**likeliest[0], "top_logprobs": likeliest[:count]})
         return {"content": content}
 
-    def _call(self, index: int, name: str | None, arguments: str) -> dict[str, Any]:
+    def _call(self, index: int, name: str, arguments: str) -> dict[str, Any]:
         function = {"name": name, "arguments": arguments}
         return {"id": f"chatcmpl-tool-{self.work.id}-{index}", "type": "function", "function": function}
 
@@ -109,10 +102,6 @@ class Chat(Choices):
 class Completion(Choices):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
     empty = {"text": ""}
-
-    def choice(self, index: int, generation: Generation) -> dict[str, Any]:
-        logprobs = self.logprobs(generation.tokens, [])
-        return {"index": index, "text": generation.text, "logprobs": logprobs, **_end(generation)}
 
     def pieces(self, index: int, position: int, token: str) -> Iterator[dict[str, Any]]:
         yield {"text": token}

@@ -18,27 +18,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from inference_api.demo import media, pooling
+from inference_api.demo import media, pooling, requests
 from inference_api.demo.chat import Chat, Completion
 from inference_api.demo.generation import JSON
 from inference_api.demo.media import Transcription
 from inference_api.demo.messages import Messages
-from inference_api.demo.requests import (
-    BatchRequest,
-    ChatRequest,
-    CompletionRequest,
-    CountRequest,
-    DetokenizeRequest,
-    EngineError,
-    ImageRequest,
-    InputRequest,
-    MessagesRequest,
-    ResponsesRequest,
-    ScoreRequest,
-    SpeechRequest,
-    TokenizeRequest,
-    TranscriptionRequest,
-)
+from inference_api.demo.requests import EngineError
 from inference_api.demo.responses import Responses
 from inference_api.demo.serving import Engine, Handler
 
@@ -75,39 +60,39 @@ def create_engine(
 
 def _handlers(engine: Engine) -> dict[str, Handler]:
     """All that is POSTed, by path."""
-    rerank, score = engine.answers(ScoreRequest, pooling.rerank), engine.answers(ScoreRequest, pooling.score)
-    transcribe = engine.generates(TranscriptionRequest, Transcription)
+    rerank, score = engine.answers(requests.Score, pooling.rerank), engine.answers(requests.Score, pooling.score)
+    transcribe = engine.generates(requests.Transcribe, Transcription)
     return {
-        "/v1/chat/completions": engine.generates(ChatRequest, Chat),
-        "/v1/chat/completions/batch": engine.generates(BatchRequest, Chat),
-        "/v1/completions": engine.generates(CompletionRequest, Completion),
-        "/v1/responses": engine.generates(ResponsesRequest, Responses),
-        "/v1/messages": engine.generates(MessagesRequest, Messages),
-        "/v1/messages/count_tokens": engine.answers(CountRequest, engine.count_tokens),
-        "/v1/embeddings": engine.answers(InputRequest, pooling.embeddings),
-        "/pooling": engine.answers(InputRequest, pooling.pooling),
-        "/classify": engine.answers(InputRequest, pooling.classify),
-        "/v1/moderations": engine.answers(InputRequest, pooling.moderate),
+        "/v1/chat/completions": engine.generates(requests.Chat, Chat),
+        "/v1/chat/completions/batch": engine.generates(requests.Batch, Chat),
+        "/v1/completions": engine.generates(requests.Complete, Completion),
+        "/v1/responses": engine.generates(requests.Respond, Responses),
+        "/v1/messages": engine.generates(requests.Anthropic, Messages),
+        "/v1/messages/count_tokens": engine.answers(requests.Chat, engine.count_tokens),
+        "/v1/embeddings": engine.answers(requests.Pool, pooling.embeddings),
+        "/pooling": engine.answers(requests.Pool, pooling.pooling),
+        "/classify": engine.answers(requests.Pool, pooling.classify),
+        "/v1/moderations": engine.answers(requests.Pool, pooling.moderate),
         "/v1/score": score,
         "/score": score,
         "/v1/rerank": rerank,
         "/rerank": rerank,
         "/v1/audio/transcriptions": transcribe,
         "/v1/audio/translations": transcribe,
-        "/v1/audio/speech": engine.answers(SpeechRequest, media.speech),
-        "/v1/images/generations": engine.answers(ImageRequest, media.images),
-        "/tokenize": engine.answers(TokenizeRequest, engine.tokenize),
-        "/detokenize": engine.answers(DetokenizeRequest, engine.detokenize),
+        "/v1/audio/speech": engine.answers(requests.Speak, media.speech),
+        "/v1/images/generations": engine.answers(requests.Draw, media.images),
+        "/tokenize": engine.answers(requests.Pool, engine.tokenize),
+        "/detokenize": engine.answers(requests.Detokenize, engine.detokenize),
     }
 
 
 async def _reject(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, EngineError)
-    error = exc.body["error"]
+    error = exc.error
     # As vLLM: what the fields' types forbid is told in OpenAI's words even here.
     if request.url.path.startswith("/v1/messages") and error["type"] != "Bad Request":
         return JSON({"type": "error", "error": {"type": error["type"], "message": error["message"]}}, exc.status)
-    return JSON(exc.body, exc.status)
+    return JSON({"error": error}, exc.status)
 
 
 async def _no_route(request: Request, exc: Exception) -> Response:

@@ -10,7 +10,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from inference_api.demo.model import Generation
-from inference_api.demo.requests import GenerationRequest
+from inference_api.demo.requests import Generate
 
 Event = dict[str, Any]
 
@@ -18,7 +18,7 @@ Event = dict[str, Any]
 class Work(NamedTuple):
     """A checked request and the answers to it; `id` has no prefix, `created` is in seconds."""
 
-    asked: GenerationRequest
+    asked: Generate
     id: str
     created: int
     model: str

@@ -4,6 +4,10 @@ import json
 
 _HELLO = [{"role": "user", "content": "Hello"}]
 
+_WEATHER = [{"role": "user", "content": "How is the weather in Rome?"}]
+_CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+_TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": _CITY}}
+
 _GUIDE = """\
 The demo runs at {url}.
 
@@ -19,6 +23,10 @@ Ask:
 Ask, and watch the answer come:
 
 {stream}
+
+Have it call a tool:
+
+{tool}
 
 Ask with the OpenAI SDK (pip install openai):
 
@@ -42,6 +50,7 @@ def guide(url: str, tokens_per_second: float, backend: int, logs: str) -> str:
         pace=tokens_per_second,
         ask=_curl("curl", url, {"model": "llama-3-8b", "messages": _HELLO}),
         stream=_curl("curl -N", url, {"model": "mistral-7b", "stream": True, "messages": _HELLO}),
+        tool=_curl("curl", url, {"model": "llama3", "messages": _WEATHER, "tools": [_TOOL]}),
         hello=json.dumps(_HELLO),
         backend=backend,
         logs=logs,

@@ -37,7 +37,8 @@ def instance(schema: Any, root: Schema | None = None, depth: int = 0) -> Any:
             return instance(choices[-1 if depth > _DEEP else 0], root, depth + 1)
     if schema.get("enum"):
         return schema["enum"][0]
-    return _BUILDERS.get(_type_of(schema), _nothing)(schema, root, depth)
+    build = _BUILDERS.get(_type_of(schema))
+    return build(schema, root, depth) if build else None
 
 
 def _type_of(schema: Schema) -> str:
@@ -84,23 +85,11 @@ def _number(schema: Schema, root: Schema, depth: int) -> float:
     return next((n for n in candidates if low <= n <= high and above < n < below), 0)
 
 
-def _integer(schema: Schema, root: Schema, depth: int) -> int:
-    return int(_number(schema, root, depth))
-
-
-def _boolean(schema: Schema, root: Schema, depth: int) -> bool:
-    return True
-
-
-def _nothing(schema: Schema, root: Schema, depth: int) -> None:
-    return None
-
-
 _BUILDERS: Mapping[str, Callable[[Schema, Schema, int], Any]] = {
     "object": _object,
     "array": _array,
     "string": _string,
     "number": _number,
-    "integer": _integer,
-    "boolean": _boolean,
+    "integer": lambda *place: int(_number(*place)),
+    "boolean": lambda *place: True,
 }

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from inference_api.demo import model
 from inference_api.demo.chat import Choices
 from inference_api.demo.pooling import Card
-from inference_api.demo.requests import ImageRequest, SpeechRequest, TranscriptionRequest
+from inference_api.demo.requests import Draw, Speak, Transcribe
 
 _RATE = 8000
 # Of 16-bit sound at 16 kHz, whatever it is really.
@@ -24,28 +24,22 @@ class Transcription(Choices):
     """It says how long the audio is, not what is in it."""
 
     prefix, chunk_kind = "trsc", "transcription.chunk"
-    empty = {"delta": {"content": ""}}
 
-    def document(self) -> dict[str, Any] | str:  # type: ignore[override]
-        assert isinstance(self.work.asked, TranscriptionRequest)
+    def document(self) -> dict[str, Any] | str:
         asked, text = self.work.asked, self.work.generations[0].text
+        assert isinstance(asked, Transcribe)
         seconds = -(-asked.size // _BYTES_A_SECOND)
-        if asked.response_format == "text":
-            return text
-        if asked.response_format == "verbose_json":
-            segment = {"id": 0, "start": 0.0, "end": float(seconds), "text": text}
-            language = asked.language or "en"
-            return {"text": text, "language": language, "duration": float(seconds), "segments": [segment]}
-        return {"text": text, "usage": {"type": "duration", "seconds": seconds}}
-
-    def pieces(self, index: int, position: int, token: str) -> Any:
-        yield {"delta": {"content": token}}
-
-    def logprobs(self, tokens: list[str], before: list[str]) -> None:
-        return None
+        end = float(seconds)
+        segments = [{"id": 0, "start": 0.0, "end": end, "text": text}]
+        forms: dict[str, dict[str, Any] | str] = {
+            "text": text,
+            "json": {"text": text, "usage": {"type": "duration", "seconds": seconds}},
+            "verbose_json": {"text": text, "language": asked.language, "duration": end, "segments": segments},
+        }
+        return forms[asked.format]
 
 
-def speech(asked: SpeechRequest, card: Card) -> Response:
+def speech(asked: Speak, card: Card) -> Response:
     """A tenth of a second of silence for each token."""
     samples = bytes(2 * _RATE // 10 * len(model.tokenize(asked.input)))
     if asked.response_format == "pcm":
@@ -57,10 +51,10 @@ def speech(asked: SpeechRequest, card: Card) -> Response:
     return Response(file.getvalue(), media_type="audio/wav")
 
 
-def images(asked: ImageRequest, card: Card) -> dict[str, Any]:
+def images(asked: Draw, card: Card) -> dict[str, Any]:
     """One colour for each prompt and image."""
-    width, height = map(int, (asked.size or "64x64").split("x"))
-    pictures = [_png(width, height, f"{asked.prompt}{number}") for number in range(asked.n or 1)]
+    width, height = map(int, asked.size.split("x"))
+    pictures = [_png(width, height, f"{asked.prompt}{number}") for number in range(asked.n)]
     data = [{"b64_json": base64.b64encode(picture).decode()} for picture in pictures]
     return {"created": card.created, "data": data, "output_format": "png"}
 

@@ -58,7 +58,7 @@ def reply(model: str, said: str) -> str:
 
 def generate(text: str, limit: int, stop: Sequence[str] = ()) -> Generation:
     """Cut `text` before the first of the `stop` strings in it, and after `limit` tokens."""
-    found = sorted((text.find(s), s) for s in stop if s in text)
+    found = sorted((text.find(s), s) for s in stop if s and s in text)
     end, matched = found[0] if found else (len(text), None)
     tokens = tokenize(text[:end])
     if len(tokens) > limit:

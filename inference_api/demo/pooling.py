@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from inference_api.demo import model
 from inference_api.demo.generation import usage
-from inference_api.demo.requests import InputRequest, Prompt, ScoreRequest
+from inference_api.demo.requests import Pool, Prompt, Score
 
 _DIMENSIONS = 64
 _LABELS = ("LABEL_0", "LABEL_1")
@@ -28,19 +28,17 @@ class Card(NamedTuple):
         return {**head, "data": data, "usage": usage(sum(prompt.length for prompt in prompts))}
 
 
-def embeddings(asked: InputRequest, card: Card) -> dict[str, Any]:
-    data = [
-        {"index": index, "object": "embedding", "embedding": vector} for index, vector in enumerate(_vectors(asked))
-    ]
+def embeddings(asked: Pool, card: Card) -> dict[str, Any]:
+    data = [{"index": n, "object": "embedding", "embedding": vector} for n, vector in enumerate(_vectors(asked))]
     return card.listed("embd", data, asked.prompts)
 
 
-def pooling(asked: InputRequest, card: Card) -> dict[str, Any]:
-    data = [{"index": index, "object": "pooling", "data": vector} for index, vector in enumerate(_vectors(asked))]
+def pooling(asked: Pool, card: Card) -> dict[str, Any]:
+    data = [{"index": n, "object": "pooling", "data": vector} for n, vector in enumerate(_vectors(asked))]
     return card.listed("pool", data, asked.prompts)
 
 
-def classify(asked: InputRequest, card: Card) -> dict[str, Any]:
+def classify(asked: Pool, card: Card) -> dict[str, Any]:
     """The first number of the vector decides between two labels."""
     data: list[dict[str, Any]] = []
     for index, prompt in enumerate(asked.prompts):
@@ -51,7 +49,7 @@ def classify(asked: InputRequest, card: Card) -> dict[str, Any]:
     return card.listed("classify", data, asked.prompts)
 
 
-def moderate(asked: InputRequest, card: Card) -> dict[str, Any]:
+def moderate(asked: Pool, card: Card) -> dict[str, Any]:
     """A text is in each category that it names."""
     results = []
     for prompt in asked.prompts:
@@ -63,7 +61,7 @@ def moderate(asked: InputRequest, card: Card) -> dict[str, Any]:
     return {"id": f"modr-{card.id}", "model": card.model, "results": results}
 
 
-def score(asked: ScoreRequest, card: Card) -> dict[str, Any]:
+def score(asked: Score, card: Card) -> dict[str, Any]:
     """One text with each of many, or the first with the first and so on."""
     ones, many = _listed(asked.one), _listed(asked.many)
     pairs = zip(ones * len(many) if len(ones) == 1 else ones, many, strict=False)
@@ -71,7 +69,7 @@ def score(asked: ScoreRequest, card: Card) -> dict[str, Any]:
     return card.listed("score", data, [Prompt(text) for text in (*ones, *many)])
 
 
-def rerank(asked: ScoreRequest, card: Card) -> dict[str, Any]:
+def rerank(asked: Score, card: Card) -> dict[str, Any]:
     """The documents with the words of the query first."""
     query, documents = _listed(asked.one)[0], _listed(asked.many)
     results = [
@@ -85,7 +83,7 @@ def rerank(asked: ScoreRequest, card: Card) -> dict[str, Any]:
     return {"id": f"rerank-{card.id}", "model": card.model, "usage": used, "results": top}
 
 
-def _vectors(asked: InputRequest) -> list[list[float] | str]:
+def _vectors(asked: Pool) -> list[list[float] | str]:
     vectors = [model.embed(prompt.text, asked.dimensions or _DIMENSIONS) for prompt in asked.prompts]
     if asked.encoding_format == "base64":
         return [base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() for vector in vectors]

@@ -5,7 +5,7 @@ from itertools import count
 from typing import Any
 
 from inference_api.demo.generation import Event, Work
-from inference_api.demo.requests import ResponsesRequest
+from inference_api.demo.requests import Respond
 
 
 class Responses:
@@ -14,7 +14,7 @@ class Responses:
     end = b""
 
     def __init__(self, work: Work) -> None:
-        assert isinstance(work.asked, ResponsesRequest)
+        assert isinstance(work.asked, Respond)
         self._work, self._asked = work, work.asked
         (self._generation,) = work.generations
         self._whole = self._generation.finish_reason == "stop"

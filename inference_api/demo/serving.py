@@ -15,19 +15,10 @@ from inference_api.demo import model
 from inference_api.demo.generation import API, JSON, EventStream, Work, stream
 from inference_api.demo.instances import instance
 from inference_api.demo.pooling import Card
-from inference_api.demo.requests import (
-    CountRequest,
-    DetokenizeRequest,
-    EngineError,
-    GenerationRequest,
-    ModelRequest,
-    TokenizeRequest,
-    bad_request,
-    parse,
-)
+from inference_api.demo.requests import Asked, Chat, Detokenize, EngineError, Generate, Pool, parse
 from inference_api.demo.telemetry import Record, Telemetry
 
-_Asked = TypeVar("_Asked", bound=ModelRequest)
+_Read = TypeVar("_Read", bound=Asked)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -55,7 +46,7 @@ class Engine:
 
     # Generation
 
-    def generates(self, kind: type[GenerationRequest], api: type[API]) -> Handler:
+    def generates(self, kind: type[Generate], api: type[API]) -> Handler:
         """The handler of a route that reads a `kind` and answers in the layout of `api`."""
 
         async def handle(request: Request) -> Response:
@@ -90,38 +81,38 @@ class Engine:
         await self._sleep(self._interval)
         record.step()
 
-    def _work(self, asked: GenerationRequest, card: Card) -> Work:
+    def _work(self, asked: Generate, card: Card) -> Work:
         prompts = asked.prompts
         limit = self._limit(asked.limit, max(prompt.length for prompt in prompts))
         generations = [self._answer(asked, said, limit) for said in asked.said for _ in range(asked.n or 1)]
         return Work(asked, *card, sum(prompt.length for prompt in prompts), generations)
 
-    def _answer(self, asked: GenerationRequest, said: str, limit: int) -> model.Generation:
+    def _answer(self, asked: Generate, said: str, limit: int) -> model.Generation:
         if tool := asked.tool(said):
-            written = orjson.dumps(instance({"type": "object", **tool.parameters})).decode()
+            written = _written({"type": "object", **tool.parameters}, "tools")
             return model.generate(written, limit)._replace(tool=tool.name)
         schema = asked.schema_asked
-        text = model.reply(self._name, said) if schema is None else orjson.dumps(instance(schema)).decode()
-        return model.generate(text, limit, asked.stops)
+        text = model.reply(self._name, said) if schema is None else _written(schema, "response_format")
+        return model.generate(text, limit, [asked.stop] if isinstance(asked.stop, str) else asked.stop or [])
 
     def _limit(self, asked: int | None, prompt_tokens: int) -> int:
         room = self._max_model_len - prompt_tokens
         if asked is not None and asked < 1:
-            raise bad_request(f"max_tokens must be at least 1, got {asked}.", "max_tokens")
+            raise EngineError(f"max_tokens must be at least 1, got {asked}.", "max_tokens")
         if asked is not None and asked > self._max_model_len:
             message = f"max_tokens={asked} cannot be greater than max_model_len={self._max_model_len}."
-            raise bad_request(message, "max_tokens")
+            raise EngineError(message, "max_tokens")
         if room < (asked or 1):
             message = (
                 f"This model's maximum context length is {self._max_model_len} tokens. However, your request has "
                 f"{prompt_tokens} input tokens and asks for {asked or 1} more."
             )
-            raise bad_request(message, "input_text")
+            raise EngineError(message, "input_text")
         return asked or room
 
     # Everything else
 
-    def answers(self, kind: type[_Asked], make: Callable[[_Asked, Card], dict[str, Any] | Response]) -> Handler:
+    def answers(self, kind: type[_Read], make: Callable[[_Read, Card], dict[str, Any] | Response]) -> Handler:
         """The handler of a route that reads a `kind` and answers at once."""
 
         async def handle(request: Request) -> Response:
@@ -130,14 +121,14 @@ class Engine:
 
         return handle
 
-    def count_tokens(self, asked: CountRequest, card: Card) -> dict[str, Any]:
+    def count_tokens(self, asked: Chat, card: Card) -> dict[str, Any]:
         return {"input_tokens": asked.prompts[0].length}
 
-    def tokenize(self, asked: TokenizeRequest, card: Card) -> dict[str, Any]:
-        ids = [model.token_id(token) for token in model.tokenize(asked.text)]
+    def tokenize(self, asked: Pool, card: Card) -> dict[str, Any]:
+        ids = [model.token_id(token) for token in model.tokenize(asked.prompts[0].text)]
         return {"count": len(ids), "max_model_len": self._max_model_len, "tokens": ids, "token_strs": None}
 
-    def detokenize(self, asked: DetokenizeRequest, card: Card) -> dict[str, Any]:
+    def detokenize(self, asked: Detokenize, card: Card) -> dict[str, Any]:
         return {"prompt": "".join(model.token_text(number) for number in asked.tokens)}
 
     async def models(self, request: Request) -> Response:
@@ -162,14 +153,22 @@ class Engine:
     async def metrics(self, request: Request) -> Response:
         return Response(self._telemetry.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _read(self, request: Request, kind: type[_Asked]) -> _Asked:
+    async def _read(self, request: Request, kind: type[_Read]) -> _Read:
         asked = parse(kind, await _body(request))
         if asked.model and asked.model != self._name:
-            raise EngineError(404, "NotFoundError", f"The model `{asked.model}` does not exist.", "model")
+            raise EngineError(f"The model `{asked.model}` does not exist.", "model", "NotFoundError", 404)
         return asked
 
     def _card(self, request: Request) -> Card:
         return Card(request.headers.get("x-request-id") or self._new_id(), int(self._clock()), self._name)
+
+
+def _written(schema: dict[str, Any], field: str) -> str:
+    """The JSON of what fits a schema."""
+    try:
+        return orjson.dumps(instance(schema)).decode()
+    except (AttributeError, LookupError, TypeError, ValueError) as exc:
+        raise EngineError(f"The schema in `{field}` cannot be used: {exc}", field) from None
 
 
 async def _body(request: Request) -> bytes | dict[str, Any]:
@@ -177,10 +176,9 @@ async def _body(request: Request) -> bytes | dict[str, Any]:
     wanted = "multipart/form-data" if request.url.path.startswith("/v1/audio/trans") else "application/json"
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != wanted:
-        raise EngineError(400, "Bad Request", f"The content type must be {wanted}, not {content_type!r}.", "body")
+        raise EngineError(f"The content type must be {wanted}, not {content_type!r}.", "body", "Bad Request")
     if wanted == "application/json":
         return await request.body()
     async with request.form() as form:
         file = form.get("file")
-        size = {"size": len(await file.read())} if isinstance(file, UploadFile) else {}
-        return {**{name: value for name, value in form.items() if isinstance(value, str)}, **size}
+        return {**form, "file": len(await file.read()) if isinstance(file, UploadFile) else None}

@@ -12,12 +12,27 @@ from inference_api.observe.metrics import TPOT_BUCKETS, TTFT_BUCKETS
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
-# Seconds, as in vLLM.
-_LATENCY_BUCKETS = (
-    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
-)  # fmt: skip
-# The size of the cache that it claims, in requests of full length.
+# The cache that it claims, in requests of full length.
 _CACHE_SLOTS = 16
+# Seconds, as in vLLM.
+_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+_REASONS = ("stop", "length", "abort")
+_COUNTERS = {
+    "num_preemptions": "Preemptions.",
+    "prefix_cache_queries": "Prompt tokens looked for in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "prompt_tokens": "Tokens of prompts.",
+    "generation_tokens": "Tokens generated.",
+}
+_HISTOGRAMS = {
+    "time_to_first_token": ("Seconds to the first token.", TTFT_BUCKETS),
+    "inter_token_latency": ("Seconds between two tokens.", TPOT_BUCKETS),
+    "e2e_request_latency": ("Seconds of a request.", _BUCKETS),
+    "request_queue_time": ("Seconds in the queue.", _BUCKETS),
+    "request_prefill_time": ("Seconds to the first token, without the queue.", _BUCKETS),
+    "request_decode_time": ("Seconds from the first token to the last.", _BUCKETS),
+}
 
 
 class Telemetry:
@@ -25,38 +40,29 @@ class Telemetry:
 
     def __init__(self, model: str, max_model_len: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
-        self._room = _CACHE_SLOTS * max_model_len
+        self._registry = CollectorRegistry()
         self._running: list[Record] = []
-        self._gauges()
-        self.preemptions = self._counter("num_preemptions", "Preemptions.")
-        self.queried = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.")
-        self.hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
-        self._success = Counter(
-            "vllm:request_success", "Requests that ended.", [*self._labels, "finished_reason"], registry=self._registry
-        )
-        for reason in ("stop", "length", "abort"):
-            self._success.labels(**self._labels, finished_reason=reason)
-        self.first_token = self._histogram("time_to_first_token", "Seconds to the first token.", TTFT_BUCKETS)
-        self.inter_token = self._histogram("inter_token_latency", "Seconds between two tokens.", TPOT_BUCKETS)
-        self.whole = self._histogram("e2e_request_latency", "Seconds of a request.")
-        self.queued = self._histogram("request_queue_time", "Seconds in the queue.")
-        self.prefill = self._histogram("request_prefill_time", "Seconds to the first token, without the queue.")
-        self.decode = self._histogram("request_decode_time", "Seconds from the first token to the last.")
+        self._room = _CACHE_SLOTS * max_model_len
+        self._one(Gauge, "num_requests_running", "Requests that run.").set_function(lambda: len(self._running))
+        self._one(Gauge, "num_requests_waiting", "Requests in the queue.")
+        self._one(Gauge, "kv_cache_usage_perc", "Used share of the cache, from 0 to 1.").set_function(self._cache_usage)
+        states = self._several(Gauge, "engine_sleep_state", "1: in this state.", "sleep_state", _SLEEP_STATES)
+        states["awake"].set(1)
+        self.count = {name: self._one(Counter, name, text) for name, text in _COUNTERS.items()}
+        self.ended = self._several(Counter, "request_success", "Requests that ended.", "finished_reason", _REASONS)
+        self.seconds = {
+            name: self._one(Histogram, f"{name}_seconds", text, buckets=buckets)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
 
     def page(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def ended(self, reason: str) -> None:
-        self._success.labels(**self._labels, finished_reason=reason).inc()
-
     @contextmanager
     def running(self, record: "Record") -> Iterator[None]:
-        """Count a request as running, and when it is over as what became of it."""
+        """Count a request as running, and when it is over by its outcome."""
         self._running.append(record)
         record.begin()
         try:
@@ -65,31 +71,17 @@ class Telemetry:
             self._running.remove(record)
             record.end()
 
-    def _gauges(self) -> None:
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "num_requests_running": ("Requests that are worked on.", lambda: len(self._running)),
-            "num_requests_waiting": ("Requests in the queue.", lambda: 0),
-            "kv_cache_usage_perc": ("Used share of the cache; 1 is all of it.", self._cache_usage),
-        }
-        for name, (text, value) in gauges.items():
-            self._labelled(Gauge, name, text).set_function(value)
-        names = [*self._labels, "sleep_state"]
-        states = Gauge("vllm:engine_sleep_state", "1: the engine is in this state.", names, registry=self._registry)
-        for state in ("awake", "weights_offloaded", "discard_all"):
-            states.labels(**self._labels, sleep_state=state).set(state == "awake")
-
     def _cache_usage(self) -> float:
         return min(1.0, sum(record.held for record in self._running) / self._room)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return self._labelled(Counter, name, text)
+    def _one(self, kind: type[_Metric], name: str, text: str, **more: Any) -> _Metric:
+        return kind(f"vllm:{name}", text, list(self._labels), registry=self._registry, **more).labels(**self._labels)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float] = _LATENCY_BUCKETS) -> Histogram:
-        return self._labelled(Histogram, f"{name}_seconds", text, buckets=buckets)
-
-    def _labelled(self, kind: type[_Metric], name: str, text: str, **more: Any) -> _Metric:
-        metric = kind(f"vllm:{name}", text, list(self._labels), registry=self._registry, **more)
-        return metric.labels(**self._labels)
+    def _several(
+        self, kind: type[_Metric], name: str, text: str, label: str, values: Sequence[str]
+    ) -> dict[str, _Metric]:
+        metric = kind(f"vllm:{name}", text, [*self._labels, label], registry=self._registry)
+        return {value: metric.labels(**self._labels, **{label: value}) for value in values}
 
 
 class Record:
@@ -116,26 +108,26 @@ class Record:
 
     def step(self) -> None:
         """All choices have one token more, those excepted that are complete."""
-        telemetry, now = self._telemetry, self._telemetry.clock()
+        count, seconds, now = self._telemetry.count, self._telemetry.seconds, self._telemetry.clock()
         before, self._steps = self._generated, self._steps + 1
-        telemetry.generation_tokens.inc(self._generated - before)
+        count["generation_tokens"].inc(self._generated - before)
         if self._steps > 1:
-            telemetry.inter_token.observe(now - self._last)
+            seconds["inter_token_latency"].observe(now - self._last)
         else:
             self._first = now
-            telemetry.queried.inc(self._prompt_tokens)
-            telemetry.prompt_tokens.inc(self._prompt_tokens)
-            telemetry.first_token.observe(now - self._began)
+            count["prefix_cache_queries"].inc(self._prompt_tokens)
+            count["prompt_tokens"].inc(self._prompt_tokens)
+            seconds["time_to_first_token"].observe(now - self._began)
         self._last = now
 
     def end(self) -> None:
-        telemetry = self._telemetry
+        ended, seconds = self._telemetry.ended, self._telemetry.seconds
         if self._steps < max(len(generation.tokens) for generation in self._generations):
-            telemetry.ended("abort")
+            ended["abort"].inc()
             return
         for generation in self._generations:
-            telemetry.ended(generation.finish_reason)
-        telemetry.whole.observe(self._last - self._began)
-        telemetry.queued.observe(0)
-        telemetry.prefill.observe(self._first - self._began)
-        telemetry.decode.observe(self._last - self._first)
+            ended[generation.finish_reason].inc()
+        seconds["e2e_request_latency"].observe(self._last - self._began)
+        seconds["request_queue_time"].observe(0)
+        seconds["request_prefill_time"].observe(self._first - self._began)
+        seconds["request_decode_time"].observe(self._last - self._first)

@@ -214,13 +214,29 @@ def test_another_content_type_is_refused(engine: httpx.Client) -> None:
 
 
 def test_tokenize_refuses_to_count_nothing(engine: httpx.Client) -> None:
-    assert engine.post("/tokenize", json={}).json()["error"]["message"] == "body: `prompt` or `messages` is needed."
+    assert (
+        engine.post("/tokenize", json={}).json()["error"]["message"]
+        == "body: `input`, `prompt` or `messages` is needed."
+    )
 
 
 @pytest.mark.parametrize(("path", "status"), [("/v1/nope", 404), ("/v1/chat/completions", 405)])
 def test_an_unknown_route_or_method_is_answered_as_fastapi_does(engine: httpx.Client, path: str, status: int) -> None:
     response = engine.get(path)
     assert (response.status_code, list(response.json())) == (status, ["detail"])
+
+
+@pytest.mark.parametrize("schema", [{"$ref": 5}, {"enum": 5}, {"type": "string", "minLength": "long"}])
+def test_a_schema_that_is_none_is_refused(engine: httpx.Client, schema: Any) -> None:
+    asked = {**HELLO, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    answer = engine.post("/v1/chat/completions", json=asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_what_has_one_answer_only_refuses_more(engine: httpx.Client, path: str) -> None:
+    answer = engine.post(path, json={**HELLO, "input": "Hello", "max_tokens": 5, "n": 2})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body.n")
 
 
 def test_a_batch_of_chats_gets_one_choice_for_each(engine: httpx.Client) -> None:

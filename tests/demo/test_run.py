@@ -19,7 +19,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from inference_api.demo.run import Demo, DemoError, _answers, run_demo, stop_signals
+from inference_api.demo.run import Demo, DemoError, run_demo, stop_signals
 
 HELLO = {"model": "llama-3-8b", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -76,6 +76,13 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -92,13 +99,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_printed_curl_commands_work_as_printed(demo: Running) -> None:
-    ask, stream = re.findall(r"^curl .*$", demo.printed, re.MULTILINE)
-    answered = subprocess.run(["sh", "-c", ask], capture_output=True, text=True, check=True).stdout
-    streamed = subprocess.run(["sh", "-c", stream], capture_output=True, text=True, check=True).stdout
+    commands = re.findall(r"^curl .*$", demo.printed, re.MULTILINE)
+    answered, streamed, called = [
+        subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout for command in commands
+    ]
     content = json.loads(answered)["choices"][0]["message"]["content"]
     assert content.startswith("I am a demo model named llama-3-8b, not a language model.")
     assert streamed.count("data: ") > 40
     assert streamed.endswith("data: [DONE]\n\n")
+    (call,) = json.loads(called)["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "get_weather", "arguments": '{"city":"demo"}'}
 
 
 def test_the_printed_python_works_as_printed(demo: Running) -> None:
@@ -141,9 +151,8 @@ def test_the_printed_kill_takes_a_backend_away_and_the_printed_command_brings_it
     again = [demo.process.stdout.readline() for _ in range(3)][1].strip()
     port = re.findall(r"on port (\d+)", line)[0]
     with subprocess.Popen(["sh", "-c", f"exec {again}"], stderr=subprocess.DEVNULL) as engine:
-        with httpx.Client(trust_env=False) as client:
-            until(lambda: _answers(client, f"http://127.0.0.1:{port}/health"))
-            (card,) = client.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        until(lambda: answers(f"http://127.0.0.1:{port}/health"))
+        (card,) = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json()["data"]
         engine.terminate()
     assert card["id"] == "llama-3-8b"
 
