@@ -83,6 +83,15 @@ def _entry(raw: Any, taken: set[str]) -> CatalogueEntry | ValidationError | str:
 
 def load_catalogue(path: Path, named_by: str = "INFERENCE_API_CATALOGUE or --catalogue") -> Catalogue:
     """Read a YAML or JSON catalogue file. Raises CatalogueError with the path and the fix: what it was `named_by`."""
+    document = read_document(path, named_by)
+    try:
+        return parse_catalogue(document)
+    except CatalogueError as exc:
+        raise CatalogueError(f"catalogue {str(path)!r}: {exc}") from None
+
+
+def read_document(path: Path, named_by: str = "INFERENCE_API_CATALOGUE or --catalogue") -> Any:
+    """What a catalogue file says, decoded and not yet checked. Raises CatalogueError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
@@ -90,7 +99,7 @@ def load_catalogue(path: Path, named_by: str = "INFERENCE_API_CATALOGUE or --cat
         fix = f"{named_by} must name a file that can"
         raise CatalogueError(f"catalogue {str(path)!r} cannot be read: {reason}; {fix}") from None
     try:
-        return parse_catalogue(_document(path, text))
+        return _document(path, text)
     except CatalogueError as exc:
         raise CatalogueError(f"catalogue {str(path)!r}: {exc}") from None
 

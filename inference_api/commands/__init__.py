@@ -1,0 +1,1 @@
+"""The commands of `inference-api`: one module each."""

@@ -1,0 +1,67 @@
+"""`inference-api check`: whether settings and catalogue are valid, and what in them is probably not meant."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+from inference_api.commands.configuration import is_packaged, read_catalogue, settings_of, size_of, tracing_of
+from inference_api.commands.connect import connect
+from inference_api.routing.catalogue import Catalogue, CatalogueEntry, Credentials, read_document
+from inference_api.settings import Settings
+from inference_api.upstream.credentials import read_token
+
+PACKAGED = (
+    "no catalogue is named, so the packaged one is used, with its names of Services; set INFERENCE_API_CATALOGUE, or "
+    "use `serve --backend NAME=URL`"
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0: valid; 1: a backend failed `--connect`. Raises SettingsError or CatalogueError for what is not valid."""
+    settings = settings_of(arguments)
+    catalogue = read_catalogue(settings.catalogue)
+    if (tracing := tracing_of(os.environ)) is not None:
+        tracing.close()
+    for warning in _warnings(settings, catalogue):
+        print(f"warning: {warning}", file=sys.stderr)
+    if arguments.connect:
+        return connect(settings, catalogue, os.environ)
+    print(f"settings and catalogue are valid: {size_of(catalogue)} in {settings.catalogue}")
+    return 0
+
+
+def _warnings(settings: Settings, catalogue: Catalogue) -> Iterator[str]:
+    if is_packaged(settings) and settings.registry_url is None:
+        yield PACKAGED
+    if not catalogue:
+        yield f"{settings.catalogue}: `models` is an empty list"
+    for entry in catalogue.values():
+        yield from _warnings_of(entry, os.environ)
+    for name, url in _urls(read_document(settings.catalogue)):
+        if url.rstrip("/").endswith("/v1"):
+            yield f"model {name!r}: the url {url!r} ends in /v1, which is left out: every route has its own /v1"
+
+
+def _warnings_of(entry: CatalogueEntry, environ: Mapping[str, str]) -> Iterator[str]:
+    if not entry.backends:
+        yield f"model {entry.name!r} has no backends: every request for it is a 503"
+    credentials = entry.credentials
+    if not isinstance(credentials, Credentials):
+        return
+    if credentials.env is not None and not environ.get(credentials.env):
+        yield f"model {entry.name!r}: the variable {credentials.env} is not set, so its backends are asked without a token"
+    if credentials.file is not None:
+        try:
+            read_token(credentials.file)
+        except (OSError, ValueError) as exc:
+            reason = (exc.strerror if isinstance(exc, OSError) else None) or exc
+            yield f"model {entry.name!r}: the token of {credentials.file} cannot be used: {reason}"
+
+
+def _urls(document: dict[str, list[dict[str, object]]]) -> Iterator[tuple[str, str]]:
+    """The URLs as they are written, of a document that is valid."""
+    for entry in document["models"]:
+        backends = entry.get("backends")
+        for backend in backends if isinstance(backends, list) else ():
+            yield str(entry["name"]), str(backend["url"] if isinstance(backend, dict) else backend)

@@ -1,0 +1,109 @@
+"""What the commands share: the settings of a command line, its catalogue, and tables."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from inference_api.routing.catalogue import Catalogue, CatalogueEntry, CatalogueError, describe, load_catalogue
+from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings, wants_traces
+
+if TYPE_CHECKING:
+    from inference_api.features.tracing import Tracing
+
+# Those of `serve` that stand for a variable.
+_OPTIONS = ("host", "port", "catalogue", "registry_url")
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The settings of the environment and of the options, which come first. Raises SettingsError."""
+    environ: dict[str, str] = dict(os.environ)
+    options: Mapping[str, object] = vars(arguments)
+    for name in _OPTIONS:
+        value = options.get(name)
+        if value is not None:
+            environ[PREFIX + name.upper()] = str(value)
+    if options.get("backend") and (named := _names_catalogue(options)):
+        raise SettingsError(f"--backend stands for a catalogue, and {named} names one: use either of them")
+    return load_settings(environ)
+
+
+def _names_catalogue(options: Mapping[str, object]) -> str | None:
+    if options.get("catalogue") is not None:
+        return "--catalogue"
+    return next((name for name in os.environ if name.upper() == f"{PREFIX}CATALOGUE"), None)
+
+
+def tracing_of(environ: Mapping[str, str]) -> "Tracing | None":
+    """Tracing, if OpenTelemetry's variables ask for it. Raises SettingsError."""
+    if not wants_traces(environ):
+        return None
+    try:
+        from inference_api.features.tracing import otlp_tracing
+    except ModuleNotFoundError as exc:
+        raise SettingsError(
+            f"OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, but OpenTelemetry is not installed ({exc}); "
+            "pip install 'inference-api[otel]', or unset it"
+        ) from None
+    try:
+        return otlp_tracing()
+    except ValueError as exc:
+        raise SettingsError(f"OpenTelemetry does not take one of its variables (OTEL_...): {exc}") from None
+
+
+def catalogue_of(backends: Sequence[str]) -> Catalogue:
+    """The catalogue that options `--backend NAME=URL` make. Raises CatalogueError naming the option."""
+    urls: dict[str, list[str]] = {}
+    for option in backends:
+        name, equals, url = option.partition("=")
+        if not (name and equals and url):
+            example = "--backend llama-3-8b=http://10.0.0.11:8000"
+            raise CatalogueError(f"--backend {_without_password(option)!r}: must be NAME=URL, as in {example}")
+        urls.setdefault(name, []).append(url)
+    entries = []
+    for name, found in urls.items():
+        try:
+            entries.append(CatalogueEntry.model_validate({"name": name, "backends": found}))
+        except ValidationError as exc:
+            raise CatalogueError(f"--backend {name[:64]}=...: {describe(exc)}") from None
+    return Catalogue(entries)
+
+
+def _without_password(option: str) -> str:
+    return "***" if "@" in option else option[:80]
+
+
+def read_catalogue(path: Path) -> Catalogue:
+    """The catalogue of a file, all of whose entries can be used. Raises CatalogueError with a line for each other."""
+    catalogue = load_catalogue(path)
+    if catalogue.problems:
+        raise CatalogueError("\n".join(f"{path}: {problem}" for problem in catalogue.problems))
+    return catalogue
+
+
+def size_of(catalogue: Catalogue) -> str:
+    """How much is in it: `1 model, 3 backends`."""
+    return f"{counted(len(catalogue), 'model')}, {counted(backends_of(catalogue), 'backend')}"
+
+
+def backends_of(catalogue: Catalogue) -> int:
+    return sum(len(entry.backends) for entry in catalogue.values())
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def is_packaged(settings: Settings) -> bool:
+    """Whether nobody has said which models there are."""
+    return settings.catalogue == DEFAULT_CATALOGUE
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as columns of text, the last one as long as it is."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = ("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

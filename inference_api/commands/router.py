@@ -1,0 +1,31 @@
+"""Asks a running router what it answers itself."""
+
+from typing import Any
+
+import httpx
+
+_PATIENCE = 10.0
+
+
+class NotReachable(Exception):
+    """The router did not answer, or not with what was asked for; the message names the URL."""
+
+
+def ask(url: str, path: str) -> Any:
+    """The JSON document at `path` of the router at `url`, which may end in /v1. Raises NotReachable."""
+    asked = url.rstrip("/").removesuffix("/v1") + path
+    try:
+        # Not by a proxy of the environment: it is often on this machine.
+        response = httpx.get(asked, timeout=_PATIENCE, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        raise NotReachable(f"{asked}: {exc or type(exc).__name__}") from None
+    if response.status_code != 200:
+        hint = "; with INFERENCE_API_OPS_PORT set it is on that port" if path == "/backends" else ""
+        raise NotReachable(f"{asked}: answered {response.status_code}{hint}")
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+        raise NotReachable(f"{asked}: its answer is not that of an inference-api")
+    return document

@@ -1,0 +1,68 @@
+"""`inference-api serve`: the router, until SIGTERM."""
+
+import argparse
+import logging
+import os
+import signal
+
+from inference_api.app import Router
+from inference_api.commands.configuration import catalogue_of, is_packaged, settings_of, tracing_of
+from inference_api.commands.summary import Summary
+from inference_api.discovery.cluster import Cluster, ClusterError, in_cluster
+from inference_api.errors import answer_validation_with
+from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled
+from inference_api.server.server import handling, run_server
+from inference_api.settings import PREFIX, Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 after SIGTERM or SIGINT. Raises SettingsError or CatalogueError if it cannot start."""
+    # While there is nothing to read again, before the server and after it, the signal must not end the process either.
+    with handling({signal.SIGHUP: signal.SIG_IGN}):
+        return _serve(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    settings = settings_of(arguments)
+    given = catalogue_of(arguments.backend) if arguments.backend else None
+    access_log = configure_logging(settings.log_level, settings.log_format)
+    log_unhandled()
+    answer_validation_with(int(settings.validation_status))
+    cluster, tracing = _cluster(settings), tracing_of(os.environ)
+    # Set by the Dockerfile, and no setting: nobody is to have an opinion of what was built.
+    built = os.environ.get("IMAGE_REVISION", "")
+    try:
+        router = Router(
+            settings,
+            catalogue=given,
+            tokens=os.environ,
+            access_log=access_log,
+            dropped_lines=dropped_lines,
+            cluster=cluster,
+            tracing=tracing,
+            revision=built,
+        )
+        source = _source(settings, given is not None)
+        run_server(router, settings, Summary(settings, router.fleet, source, tracing is not None).tell)
+    finally:
+        if tracing is not None:
+            tracing.close()
+    logger.info("stopped")
+    return 0
+
+
+def _source(settings: Settings, given: bool) -> str:
+    if given:
+        return "--backend"
+    return "packaged" if is_packaged(settings) else str(settings.catalogue)
+
+
+def _cluster(settings: Settings) -> Cluster | None:
+    if settings.discovery == "dns":
+        return None
+    try:
+        return in_cluster(os.environ)
+    except ClusterError as exc:
+        raise SettingsError(f"{PREFIX}DISCOVERY={settings.discovery}: {exc}") from None

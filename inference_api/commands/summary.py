@@ -1,0 +1,73 @@
+"""What `serve` says of itself at its start."""
+
+import ipaddress
+import logging
+
+from inference_api.commands.check import PACKAGED
+from inference_api.commands.configuration import counted
+from inference_api.routing.backend import Fleet
+from inference_api.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_MODELS = 20
+
+
+class Summary:
+    """One event `serving`, and warnings of what is probably not meant.
+
+    `source`: the file of the static catalogue, `packaged`, or `--backend`.
+    """
+
+    def __init__(self, settings: Settings, fleet: Fleet, source: str, tracing: bool) -> None:
+        self._settings = settings
+        self._fleet = fleet
+        self._source = source
+        self._tracing = tracing
+
+    def tell(self, address: str) -> None:
+        """`address`: where clients are listened to, as a URL has it."""
+        settings, models = self._settings, self._fleet.models
+        names = list(models)
+        backends = sum(len(model.backends) for model in models.values())
+        shown = names if len(names) <= _SHOWN_MODELS else [*names[:_SHOWN_MODELS], f"{len(names) - _SHOWN_MODELS} more"]
+        fields: dict[str, object] = {
+            "address": address,
+            "ops_port": settings.ops_port,
+            "models": shown,
+            "backends": backends,
+            "catalogue": self._source,
+            "registry": settings.registry_url,
+            "features": self._features(),
+        }
+        if settings.ops_port is None:
+            del fields["ops_port"]
+        logger.info("serving", extra={"fields": fields})
+        if self._source == "packaged" and settings.registry_url is None:
+            logger.warning("serve without a catalogue: %s", PACKAGED)
+        if not is_loopback(settings.host):
+            logger.warning(
+                "anybody who can reach %s can use every model: there is no authentication and no TLS; listen on "
+                "127.0.0.1, or put a gateway in front",
+                address,
+            )
+
+    def _features(self) -> list[str]:
+        settings = self._settings
+        on = {
+            "tracing": self._tracing,
+            "load_signal": settings.load_signal_interval > 0,
+            "endpointslices": settings.discovery == "endpointslices",
+            "ops_port": settings.ops_port is not None,
+        }
+        return [name for name, is_on in on.items() if is_on]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

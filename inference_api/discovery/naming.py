@@ -1,0 +1,35 @@
+"""Whether an engine knows a model by the name that requests for it have."""
+
+from typing import Any
+
+from inference_api.routing.catalogue import CatalogueEntry, Engine
+
+# They take any name, and answer with the one model that they have.
+IGNORES_NAMES: frozenset[Engine] = frozenset({"tgi", "llamacpp"})
+_SHOWN = 3
+_LONGEST = 256
+
+
+def names_in(document: Any) -> list[str] | None:
+    """The names in an answer to GET /v1/models; None if it is none."""
+    cards = document.get("data") if isinstance(document, dict) else None
+    if not isinstance(cards, list):
+        return None
+    return [card["id"] for card in cards if isinstance(card, dict) and isinstance(card.get("id"), str)]
+
+
+def misnamed(entry: CatalogueEntry, names: list[str]) -> str | None:
+    """What an engine with these `names` serves instead of the entry's model, and the fix; None if it serves that."""
+    if (entry.served_model_name or entry.name) in names:
+        return None
+    if not names:
+        return "serves no model"
+    shown = [f'"{_printable(name)}"' for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        shown.append(f"{len(names) - _SHOWN} more")
+    fix = f"set served_model_name: {shown[0]}" if len(names) == 1 else "set served_model_name to one of them"
+    return f"serves {', '.join(shown)}; {fix}"
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in name[:_LONGEST])
