@@ -35,7 +35,7 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
-from inference_api.routing.files import CatalogueFile, Reloader
+from inference_api.routing.files import Reloader, static_source
 from inference_api.routing.health import Health
 from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
@@ -64,13 +64,15 @@ class Router:
     """The router's parts, joined. `app` serves requests; `ops` serves probes and metrics on a port of their own.
 
     With a `cluster`, its API tells which pods a Service has, and DNS only what the other names mean. `tokens`: the
-    variables of the environment. Raises CatalogueError when the static catalogue cannot be read.
+    variables of the environment. `catalogue` stands for the file of the settings. Raises CatalogueError when the
+    static catalogue cannot be read.
     """
 
     def __init__(
         self,
         settings: Settings,
         *,
+        catalogue: Catalogue | None = None,
         tokens: Mapping[str, str] | None = None,
         access_log: Callable[[Fields], None] | None = None,
         dropped_lines: Callable[[], int] = int,
@@ -97,7 +99,7 @@ class Router:
         self._slices = self._watch(cluster, rand) if cluster else None
         self._finders = [finder for finder in (self.discovery, self._slices) if finder]
         self._client = registry_client or self._registry_client(settings)
-        self._catalogue = CatalogueFile(settings.catalogue, self._prepare)
+        self._catalogue = static_source(settings.catalogue, catalogue, self._prepare)
         self.registry = self._make_registry(settings, rand)
         self._catalogue.take = self.registry.replace_static
         self._reloader = Reloader((self._catalogue, self._tokens, self._trust))

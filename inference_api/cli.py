@@ -113,12 +113,12 @@ def _add_models(commands: _Commands) -> None:
 
 
 def _add_demo(commands: _Commands) -> None:
-    text = "start toy engines, a registry and the router in front of them, on this machine"
+    text = "start fake engines, a registry and the router in front of them, on this machine"
     command = _added(commands, "demo", text, f"{text[0].upper()}{text[1:]}. Ctrl-C stops it all.")
     command.set_defaults(run=demo)
     command.add_argument("--host", default="127.0.0.1", help="address of the router")
     command.add_argument("--port", type=int, default=8000, help="port of the router")
-    command.add_argument("--tokens-per-second", type=float, default=40, help="speed of a toy engine, per request")
+    command.add_argument("--tokens-per-second", type=float, default=40, help="speed of an engine, per request")
 
 
 def _configured(commands: _Commands, name: str, text: str) -> argparse.ArgumentParser:

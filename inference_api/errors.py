@@ -116,6 +116,11 @@ class InvalidRequest(_ClientError):
     status, code = 422, "validation_error"
 
 
+def answer_validation_with(status: int) -> None:
+    """Give InvalidRequest this status from now on, in the whole process: VALIDATION_STATUS."""
+    InvalidRequest.status = status
+
+
 class InternalError(RouterError):
     outcome = Outcome.INTERNAL_ERROR
 

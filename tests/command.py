@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -59,22 +59,23 @@ async def command(
     environ: Mapping[str, str] = MappingProxyType({}),
     files: int | None = None,
     stdout: int | None = None,
+    options: Sequence[str] = (),
     **settings: Any,
 ) -> AsyncIterator[Command]:
     """The command, started; whether it is ready, or ends, is for the test to see.
 
     `entry` adds to the model `m`; `files` is its limit of open ones; `stdout` takes its log, else a file does; other
-    keywords are settings.
+    keywords are settings, None for those that are not to be set; `options` are those of the command line.
     """
     port = free_port()
     chosen = {"catalogue": catalogue_of(tmp_path, *engines, **entry), "port": port, **settings}
-    variables = {f"INFERENCE_API_{name.upper()}": str(value) for name, value in chosen.items()}
+    variables = {f"INFERENCE_API_{name.upper()}": str(value) for name, value in chosen.items() if value is not None}
     limited = [] if files is None else ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(files)]
     output = tmp_path / f"router-{port}"
     # Not pipes: a router must not wait for a test to read its log.
     with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
         process = await asyncio.create_subprocess_exec(
-            *(*limited, sys.executable, "-m", "inference_api", "serve"),
+            *(*limited, sys.executable, "-m", "inference_api", "serve", *options),
             env={**os.environ, **variables, **environ},
             stdout=out if stdout is None else stdout,
             stderr=err,

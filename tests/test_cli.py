@@ -30,6 +30,7 @@ models:
     owner: ml-platform
     backends: [{url: http://a:8000}, {url: http://b:8000}]
     balancing: round_robin
+    aliases: [llama3, l3]
   - {name: idle, engine: tgi}
 """
 
@@ -67,7 +68,7 @@ def stopped(*argv: str) -> int:
 # Help
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("check",), ("models",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("serve",), ("check",), ("status",), ("models",), ("demo",)])
 def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped(*command, "--help") == 0
 
@@ -80,7 +81,7 @@ def test_the_help_names_the_commands_and_a_way_to_begin(capsys: pytest.CaptureFi
     stopped("--help")
 
     out = capsys.readouterr().out
-    assert all(f"\n    {name} " in out for name in ("serve", "check", "models", "demo"))
+    assert all(f"\n    {name} " in out for name in ("serve", "check", "status", "models", "demo"))
     assert "\n  inference-api demo\n" in out
 
 
@@ -125,12 +126,14 @@ def test_a_command_line_that_makes_no_sense_shows_the_usage(
 def test_check_says_that_all_is_well(catalogue: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--catalogue", str(catalogue)]) == 0
 
-    assert capsys.readouterr() == (f"settings and catalogue are valid: 2 models in {catalogue}\n", "")
+    out, err = capsys.readouterr()
+    assert out == f"settings and catalogue are valid: 2 models, 2 backends in {catalogue}\n"
+    assert err == "warning: model 'idle' has no backends: every request for it is a 503\n"
 
 
 def test_check_reads_the_packaged_catalogue_when_nothing_is_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 0
-    assert "3 models in " in capsys.readouterr().out
+    assert "3 models, 3 backends in " in capsys.readouterr().out
 
 
 def test_check_names_every_bad_entry(catalogue: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +144,7 @@ def test_check_names_every_bad_entry(catalogue: Path, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     first, second = err.splitlines()
     assert out == ""
-    assert first.startswith(f"inference-api: {catalogue}: model 'a': polizy: ")
+    assert first.startswith(f"inference-api: {catalogue}: model 'a': unknown key 'polizy'")
     assert second.startswith(f"inference-api: {catalogue}: model 'c': backends.0.url: ")
 
 
@@ -221,9 +224,9 @@ def test_models_are_listed_in_a_table(catalogue: Path, capsys: pytest.CaptureFix
     assert main(["models", "--catalogue", str(catalogue)]) == 0
 
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "BACKENDS"],
-        ["llama-3-8b", "3", "ml-platform", "vllm", "round_robin", "http://a:8000", "http://b:8000"],
-        ["idle", "1", "unknown", "tgi", "two_choices", "none"],
+        ["MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "ALIASES", "BACKENDS"],
+        ["llama-3-8b", "3", "ml-platform", "vllm", "round_robin", "llama3,l3", "http://a:8000", "http://b:8000"],
+        ["idle", "1", "unknown", "tgi", "two_choices", "none", "none"],
     ]
 
 
@@ -241,7 +244,7 @@ def test_a_catalogue_without_models_is_a_table_without_rows(
     catalogue.write_text("models: []")
 
     assert main(["models", "--catalogue", str(catalogue)]) == 0
-    assert capsys.readouterr().out.splitlines() == ["MODEL  VERSION  OWNER  ENGINE  BALANCING  BACKENDS"]
+    assert capsys.readouterr().out.splitlines() == ["MODEL  VERSION  OWNER  ENGINE  BALANCING  ALIASES  BACKENDS"]
 
 
 # serve

@@ -1,13 +1,20 @@
 """`inference-api check`: whether settings and catalogue are valid, and what in them is probably not meant."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping
 
-from inference_api.commands.configuration import is_packaged, read_catalogue, settings_of, size_of, tracing_of
+from inference_api.commands.configuration import (
+    environment,
+    is_packaged,
+    read_catalogue,
+    settings_of,
+    size_of,
+    tracing_of,
+)
 from inference_api.commands.connect import connect
-from inference_api.routing.catalogue import Catalogue, CatalogueEntry, Credentials, read_document
+from inference_api.routing.catalogue import Catalogue, read_document
+from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.settings import Settings
 from inference_api.upstream.credentials import read_token
 
@@ -21,12 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
     """0: valid; 1: a backend failed `--connect`. Raises SettingsError or CatalogueError for what is not valid."""
     settings = settings_of(arguments)
     catalogue = read_catalogue(settings.catalogue)
-    if (tracing := tracing_of(os.environ)) is not None:
+    if (tracing := tracing_of(environment())) is not None:
         tracing.close()
     for warning in _warnings(settings, catalogue):
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.connect:
-        return connect(settings, catalogue, os.environ)
+        return connect(settings, catalogue, environment())
     print(f"settings and catalogue are valid: {size_of(catalogue)} in {settings.catalogue}")
     return 0
 
@@ -37,7 +44,7 @@ def _warnings(settings: Settings, catalogue: Catalogue) -> Iterator[str]:
     if not catalogue:
         yield f"{settings.catalogue}: `models` is an empty list"
     for entry in catalogue.values():
-        yield from _warnings_of(entry, os.environ)
+        yield from _warnings_of(entry, environment())
     for name, url in _urls(read_document(settings.catalogue)):
         if url.rstrip("/").endswith("/v1"):
             yield f"model {name!r}: the url {url!r} ends in /v1, which is left out: every route has its own /v1"
@@ -50,7 +57,7 @@ def _warnings_of(entry: CatalogueEntry, environ: Mapping[str, str]) -> Iterator[
     if not isinstance(credentials, Credentials):
         return
     if credentials.env is not None and not environ.get(credentials.env):
-        yield f"model {entry.name!r}: the variable {credentials.env} is not set, so its backends are asked without a token"
+        yield f"model {entry.name!r}: the variable {credentials.env} of its credentials is not set; no token is sent"
     if credentials.file is not None:
         try:
             read_token(credentials.file)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from inference_api.routing.catalogue import Catalogue, CatalogueEntry, CatalogueError, describe, load_catalogue
+from inference_api.routing.catalogue import Catalogue, CatalogueError, describe, load_catalogue
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings, wants_traces
 
 if TYPE_CHECKING:
@@ -18,9 +19,14 @@ if TYPE_CHECKING:
 _OPTIONS = ("host", "port", "catalogue", "registry_url")
 
 
+def environment() -> Mapping[str, str]:
+    """The variables of the process."""
+    return os.environ
+
+
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings of the environment and of the options, which come first. Raises SettingsError."""
-    environ: dict[str, str] = dict(os.environ)
+    environ: dict[str, str] = dict(environment())
     options: Mapping[str, object] = vars(arguments)
     for name in _OPTIONS:
         value = options.get(name)
@@ -34,7 +40,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def _names_catalogue(options: Mapping[str, object]) -> str | None:
     if options.get("catalogue") is not None:
         return "--catalogue"
-    return next((name for name in os.environ if name.upper() == f"{PREFIX}CATALOGUE"), None)
+    return next((name for name in environment() if name.upper() == f"{PREFIX}CATALOGUE"), None)
 
 
 def tracing_of(environ: Mapping[str, str]) -> "Tracing | None":
@@ -105,5 +111,5 @@ def is_packaged(settings: Settings) -> bool:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as columns of text, the last one as long as it is."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    lines = ("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    padded = ([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]] for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)

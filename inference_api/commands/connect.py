@@ -9,8 +9,10 @@ import httpx
 from inference_api.commands.configuration import table
 from inference_api.discovery.naming import IGNORES_NAMES, misnamed, names_in
 from inference_api.models import Outcome
+from inference_api.routing.addresses import place_of
+from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.causes import cause_of
-from inference_api.routing.catalogue import BackendEntry, Catalogue, CatalogueEntry, Credentials, place_of
+from inference_api.routing.entries import BackendEntry, CatalogueEntry, Credentials
 from inference_api.settings import Settings
 from inference_api.upstream.credentials import read_token
 
@@ -64,6 +66,8 @@ async def _ask(
     except (httpx.TimeoutException, TimeoutError):
         return _failed(entry, place, Outcome.FIRST_BYTE_TIMEOUT, f"no answer within {_PATIENCE:.0f} s")
     except httpx.ProtocolError as exc:
+        if "disconnected" in str(exc):
+            return _failed(entry, place, Outcome.RESET, "the backend closed the connection without an answer")
         return _failed(entry, place, Outcome.PROTOCOL_ERROR, str(exc))
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         return _failed(entry, place, Outcome.RESET, str(exc) or type(exc).__name__)

@@ -8,6 +8,8 @@ from inference_api.commands.configuration import settings_of, table
 from inference_api.commands.router import NotReachable, ask
 from inference_api.routing.catalogue import load_catalogue
 
+Rows = list[tuple[str, ...]]
+
 
 def run(arguments: argparse.Namespace) -> int:
     """0, or 3 if the router cannot be asked."""
@@ -23,8 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _listed(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
-    rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "ALIASES", "BACKENDS")]
+def _listed(arguments: argparse.Namespace) -> Rows:
+    rows: Rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "ALIASES", "BACKENDS")]
     for entry in load_catalogue(settings_of(arguments).catalogue).values():
         backends = " ".join(backend.url for backend in entry.backends) or "none"
         aliases = ",".join(entry.aliases) or "none"
@@ -32,12 +34,10 @@ def _listed(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
     return rows
 
 
-def _served(cards: list[Any]) -> list[tuple[str, ...]]:
-    rows = [("MODEL", "VERSION", "OWNER", "CONTEXT", "ALIASES")]
+def _served(cards: list[Any]) -> Rows:
+    rows: Rows = [("MODEL", "VERSION", "OWNER", "CONTEXT", "ALIASES")]
     for card in cards:
         aliases = ",".join(card.get("aliases") or ()) or "none"
         context = str(card.get("max_model_len") or "unknown")
         rows.append((card["id"], str(card.get("version", "")), str(card.get("owned_by", "")), context, aliases))
     return rows
-
-

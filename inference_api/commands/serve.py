@@ -2,11 +2,10 @@
 
 import argparse
 import logging
-import os
 import signal
 
 from inference_api.app import Router
-from inference_api.commands.configuration import catalogue_of, is_packaged, settings_of, tracing_of
+from inference_api.commands.configuration import catalogue_of, environment, is_packaged, settings_of, tracing_of
 from inference_api.commands.summary import Summary
 from inference_api.discovery.cluster import Cluster, ClusterError, in_cluster
 from inference_api.errors import answer_validation_with
@@ -30,14 +29,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     access_log = configure_logging(settings.log_level, settings.log_format)
     log_unhandled()
     answer_validation_with(int(settings.validation_status))
-    cluster, tracing = _cluster(settings), tracing_of(os.environ)
+    cluster, tracing = _cluster(settings), tracing_of(environment())
     # Set by the Dockerfile, and no setting: nobody is to have an opinion of what was built.
-    built = os.environ.get("IMAGE_REVISION", "")
+    built = environment().get("IMAGE_REVISION", "")
     try:
         router = Router(
             settings,
             catalogue=given,
-            tokens=os.environ,
+            tokens=environment(),
             access_log=access_log,
             dropped_lines=dropped_lines,
             cluster=cluster,
@@ -63,6 +62,6 @@ def _cluster(settings: Settings) -> Cluster | None:
     if settings.discovery == "dns":
         return None
     try:
-        return in_cluster(os.environ)
+        return in_cluster(environment())
     except ClusterError as exc:
         raise SettingsError(f"{PREFIX}DISCOVERY={settings.discovery}: {exc}") from None

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rows(backends: list[Any], now: float) -> list[tuple[str, ...]]:
-    rows = [("MODEL", "BACKEND", "STATE", "SINCE", "IN FLIGHT", "REASON")]
+    rows: list[tuple[str, ...]] = [("MODEL", "BACKEND", "STATE", "SINCE", "IN FLIGHT", "REASON")]
     for backend in backends:
         since = backend.get("since")
         ago = "-" if since is None else age(now - since / 1000)

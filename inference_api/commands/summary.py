@@ -4,7 +4,6 @@ import ipaddress
 import logging
 
 from inference_api.commands.check import PACKAGED
-from inference_api.commands.configuration import counted
 from inference_api.routing.backend import Fleet
 from inference_api.settings import Settings
 

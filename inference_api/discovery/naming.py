@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from inference_api.routing.catalogue import CatalogueEntry, Engine
+from inference_api.routing.entries import CatalogueEntry, Engine
 
 # They take any name, and answer with the one model that they have.
 IGNORES_NAMES: frozenset[Engine] = frozenset({"tgi", "llamacpp"})

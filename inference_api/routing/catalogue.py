@@ -30,6 +30,15 @@ class Catalogue(dict[str, CatalogueEntry]):
         self.problems = list(problems)
 
 
+def dated(catalogue: Catalogue, created: Mapping[str, int]) -> Catalogue:
+    """The catalogue with these times, Unix seconds by name, in the entries that have none."""
+    entries = [
+        entry if entry.created else entry.model_copy(update={"created": created[entry.name]})
+        for entry in catalogue.values()
+    ]
+    return Catalogue(entries, catalogue.problems)
+
+
 def parse_catalogue(document: Any) -> Catalogue:
     """Check a decoded catalogue, `{"models": [...]}`; a bad entry is refused alone.
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from inference_api.routing.catalogue import Catalogue, CatalogueError, load_catalogue
+from inference_api.routing.catalogue import Catalogue, CatalogueError, dated, load_catalogue
 from inference_api.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -73,13 +73,21 @@ class CatalogueFile:
         self._prepare = prepare
         self._changes = Changes(path)
         self._complaint = ""
+        # When the file that first named a model was written, Unix seconds
+        self._created: dict[str, int] = {}
         self.take: Callable[[Catalogue], None] = lambda catalogue: None
 
     def load(self) -> Catalogue:
         """For the start, when entries may be refused one by one. Raises CatalogueError."""
-        catalogue = load_catalogue(self._path)
+        catalogue = self._dated(load_catalogue(self._path))
         self._prepare(catalogue)
         return catalogue
+
+    def _dated(self, catalogue: Catalogue) -> Catalogue:
+        """With a time in each entry, the same as before in one that was there before: it did not change by that."""
+        written = int(self._path.stat().st_mtime)
+        self._created = {name: self._created.get(name, written) for name in catalogue}
+        return dated(catalogue, self._created)
 
     def look(self, now: bool) -> Callable[[], None] | None:
         if not self._changes.settled(now):
@@ -102,6 +110,29 @@ class CatalogueFile:
         if complaint != self._complaint:
             self._complaint = complaint
             logger.warning("the catalogue was not read again, the last one stays: %s", complaint)
+
+
+class GivenCatalogue:
+    """A catalogue that is no file's and stays as it is."""
+
+    def __init__(self, catalogue: Catalogue, prepare: Callable[[Catalogue], None]) -> None:
+        self._catalogue = catalogue
+        self._prepare = prepare
+        self.take: Callable[[Catalogue], None] = lambda catalogue: None
+
+    def load(self) -> Catalogue:
+        self._prepare(self._catalogue)
+        return self._catalogue
+
+    def look(self, now: bool) -> None:
+        """Nothing changes it."""
+
+
+def static_source(
+    path: Path, given: Catalogue | None, prepare: Callable[[Catalogue], None]
+) -> CatalogueFile | GivenCatalogue:
+    """Where the static catalogue comes from: the file, unless one is `given`."""
+    return CatalogueFile(path, prepare) if given is None else GivenCatalogue(given, prepare)
 
 
 class Reloader:

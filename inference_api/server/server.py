@@ -49,8 +49,11 @@ _FORCED = 1.0
 _OWN_FILES = 48
 
 
-def run_server(router: Router, settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had."""
+def run_server(router: Router, settings: Settings, on_listen: Callable[[str], None] = lambda address: None) -> None:
+    """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had.
+
+    `on_listen` gets the address, as a URL has it, once there are sockets.
+    """
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.port, "PORT")))
@@ -59,7 +62,7 @@ def run_server(router: Router, settings: Settings) -> None:
             stack.enter_context(ops_thread(router.ops, ops_listener, _deadlines(settings)))
         config = server_config(router.app, settings, router.refused)
         server = Server(config, settings.drain_delay, router.drain, router.reload)
-        logger.info("serving", extra={"fields": {"address": _authority(*listener.getsockname()[:2])}})
+        on_listen(_authority(*listener.getsockname()[:2]))
         # What is there now stays for good: the collector need not look at it again, request after request.
         gc.collect()
         gc.freeze()

@@ -1,0 +1,292 @@
+"""The commands as a newcomer and an operator use them: real engines, and a real router where one is asked."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inference_api.cli import main
+from inference_api.routing.causes import cause_of
+from tests.command import command, log_of, ready
+from tests.conftest import Served
+from tests.fakes import CHAT, FakeEngine, hang, json_response, raw, until
+from tests.ports import free_port
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+
+
+def written(tmp_path: Path, *models: Any) -> str:
+    path = tmp_path / "catalogue.yaml"
+    path.write_text(yaml.safe_dump({"models": list(models)}))
+    return str(path)
+
+
+async def run(*argv: str, **environ: str) -> tuple[int, list[str], list[str]]:
+    """A command as a process: (exit code, lines of stdout, lines of stderr)."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "inference_api", *argv),
+        env={**os.environ, **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode is not None
+    return process.returncode, out.decode().splitlines(), err.decode().splitlines()
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("argv", "usage", "said"),
+    [
+        (
+            ("serve", "--prot", "1"),
+            "usage: inference-api serve",
+            "unrecognized arguments: --prot 1; did you mean --port?",
+        ),
+        (("serve", "--zzz"), "usage: inference-api serve", "unrecognized arguments: --zzz\n"),
+        (("check", "--conect"), "usage: inference-api check", "did you mean --connect?"),
+    ],
+)
+def test_an_option_that_is_unknown_is_told_with_the_usage_of_its_command(
+    argv: tuple[str, ...], usage: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+
+    err = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert err.startswith(usage)
+    assert said in err
+
+
+# serve --backend
+
+
+async def test_serve_takes_models_from_its_options(tmp_path: Path, start_engine: Start) -> None:
+    engines: list[FakeEngine] = [await start_engine() for _ in range(3)]
+    options = [f"--backend=m={engine.url}" for engine in engines[:2]] + [f"--backend=org/n={engines[2].url}"]
+    async with command(tmp_path, options=options, catalogue=None) as router:
+        await ready(router.client)
+        models = (await router.client.get("/v1/models")).json()["data"]
+        answer = await router.client.post("/v1/chat/completions", json=CHAT | {"model": "org/n"})
+        code, out, err = await router.stop()
+
+    assert ([model["id"] for model in models], answer.status_code) == (["m", "org/n"], 200)
+    assert len(engines[2].requests) == 1
+    assert (code, err) == (0, "")
+    serving = log_of(out)[0]
+    assert (serving["models"], serving["backends"], serving["catalogue"]) == (["m", "org/n"], 3, "--backend")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "line"),
+    [
+        (["m"], {}, "--backend 'm': must be NAME=URL, as in --backend llama-3-8b=http://10.0.0.11:8000"),
+        (["m="], {}, "--backend 'm=': must be NAME=URL"),
+        (["=http://u:secret@h"], {}, "--backend '***': must be NAME=URL"),
+        (
+            ["m=ftp://h"],
+            {},
+            "--backend m=...: backends.0.url: backend url 'ftp://h' must start with http:// or https://",
+        ),
+        (["my model=http://h"], {}, "--backend my model=...: name 'my model': no spaces"),
+        (["m=http://h", "--catalogue", "c.yaml"], {}, "--backend stands for a catalogue, and --catalogue names one"),
+        (["m=http://h"], {"INFERENCE_API_CATALOGUE": "c"}, "and INFERENCE_API_CATALOGUE names one"),
+    ],
+)
+def test_a_backend_that_makes_no_sense_is_refused(
+    argv: list[str],
+    environ: dict[str, str],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    assert main(["serve", "--backend", *argv]) == 2
+
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("inference-api: --backend ")
+    assert line in err
+
+
+# check
+
+
+def test_check_warns_of_what_is_probably_not_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("BACKEND_TOKEN", raising=False)
+    catalogue = written(
+        tmp_path,
+        {"name": "a"},
+        {"name": "b", "backends": ["http://b/v1"], "credentials": {"env": "BACKEND_TOKEN"}},
+        {"name": "c", "backends": [{"url": "http://c"}], "credentials": {"file": f"{tmp_path}/BACKEND_C"}},
+    )
+
+    assert main(["check", "--catalogue", catalogue]) == 0
+
+    out, err = capsys.readouterr()
+    assert out == f"settings and catalogue are valid: 3 models, 2 backends in {catalogue}\n"
+    assert err.splitlines() == [
+        "warning: model 'a' has no backends: every request for it is a 503",
+        "warning: model 'b': the variable BACKEND_TOKEN of its credentials is not set; no token is sent",
+        f"warning: model 'c': the token of {tmp_path}/BACKEND_C cannot be used: No such file or directory",
+        "warning: model 'b': the url 'http://b/v1' ends in /v1, which is left out: every route has its own /v1",
+    ]
+
+
+def test_check_warns_of_a_catalogue_without_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    catalogue = written(tmp_path)
+
+    assert main(["check", "--catalogue", catalogue]) == 0
+    assert capsys.readouterr().err == f"warning: {catalogue}: `models` is an empty list\n"
+
+
+def test_check_warns_of_the_packaged_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    assert capsys.readouterr().err.startswith("warning: no catalogue is named, so the packaged one is used")
+
+
+def test_one_model_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "--catalogue", written(tmp_path, {"name": "a", "backends": ["http://a", "http://b", "http://c"]})])
+
+    assert "valid: 1 model, 3 backends in " in capsys.readouterr().out
+
+
+# check --connect
+
+
+def serving_models(engine: FakeEngine, *names: str) -> None:
+    engine.page = raw(json_response({"object": "list", "data": [{"id": name} for name in names]}))
+
+
+async def test_check_connects_to_every_backend(tmp_path: Path, start_engine: Start) -> None:
+    hub = "mistralai/Mistral-7B"
+    good, other, many, locked = [await start_engine() for _ in range(4)]
+    serving_models(good, "a", "b")
+    serving_models(other, hub)
+    serving_models(many, "x", "y")
+    locked.page = raw(json_response({}, "401 Unauthorized"))
+    dead = f"http://127.0.0.1:{free_port()}"
+    catalogue = written(
+        tmp_path,
+        {"name": "a", "backends": [good.url, dead]},
+        {"name": "mistral-7b", "backends": [other.url, many.url]},
+        {"name": "served", "served_model_name": "mistralai/Mistral-7B", "backends": [other.url]},
+        {"name": "any", "engine": "tgi", "backends": [other.url]},
+        {"name": "locked", "backends": [locked.url]},
+    )
+
+    code, out, err = await run("check", "--connect", "--catalogue", catalogue)
+
+    rows = [line.split(maxsplit=3) for line in out]
+    places = [url.removeprefix("http://") for url in (good.url, dead, other.url, many.url, locked.url)]
+    assert (code, err) == (1, [])
+    assert rows == [
+        ["MODEL", "BACKEND", "RESULT", "DETAIL"],
+        ["a", places[0], "ok"],
+        ["a", places[1], "failed", "connect_failed: connection refused"],
+        [
+            "mistral-7b",
+            places[2],
+            "name",
+            'serves "mistralai/Mistral-7B"; set served_model_name: "mistralai/Mistral-7B"',
+        ],
+        ["mistral-7b", places[3], "name", 'serves "x", "y"; set served_model_name to one of them'],
+        ["served", places[2], "ok"],
+        ["any", places[2], "ok"],
+        ["locked", places[4], "failed", "upstream_4xx: 401 Unauthorized for /v1/models; set its credentials"],
+    ]
+
+
+async def test_check_sends_the_credentials_of_the_entry(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine()
+    sent: list[str | None] = []
+
+    async def page(request: Any, line: Any) -> None:
+        sent.append(request.header("x-api-key"))
+        await line.send(json_response({"data": [{"id": "m"}]}))
+
+    engine.page = page
+    entry = {"name": "m", "backends": [engine.url], "credentials": {"env": "BACKEND_KEY", "header": "x-api-key"}}
+
+    code, out, _ = await run("check", "--connect", "--catalogue", written(tmp_path, entry), BACKEND_KEY="s3cret")
+
+    assert (code, sent) == (0, ["s3cret"])
+    assert "s3cret" not in "".join(out)
+
+
+@pytest.mark.parametrize(
+    ("page", "detail"),
+    [
+        (raw(b"", close=True), "reset: "),
+        (raw(b"nonsense\r\n\r\n", close=True), "protocol_error: "),
+        (raw(json_response({"data": 5})), "protocol_error: the answer to /v1/models is not a list of models"),
+        (raw(json_response({}, "500 Internal Server Error")), "upstream_5xx: 500 Internal Server Error"),
+    ],
+)
+async def test_check_tells_how_a_backend_failed(tmp_path: Path, start_engine: Start, page: Any, detail: str) -> None:
+    engine = await start_engine(hang)
+    engine.page = page
+
+    code, out, _ = await run(
+        "check", "--connect", "--catalogue", written(tmp_path, {"name": "m", "backends": [engine.url]})
+    )
+
+    assert code == 1
+    assert f"  failed  {detail}" in out[1]
+
+
+def test_the_cause_of_a_failure_is_the_systems_word() -> None:
+    outer = OSError("All connection attempts failed")
+    outer.__cause__ = ExceptionGroup("", [ConnectionRefusedError(111, "Connection refused"), OSError(1, "x")])
+
+    assert cause_of(outer) == "connection refused"
+    assert cause_of(TimeoutError()) == "no answer in time"
+    assert cause_of(ValueError()) == "ValueError"
+
+
+# models --url
+
+
+async def test_models_of_a_running_router(start_engine: Start, start_router: Start) -> None:
+    served: Served = await start_router(await start_engine(), entry={"aliases": ["m1", "m2"], "owner": "team"})
+    await until(lambda: served.router.fleet.models["m"].max_model_len)
+
+    code, out, err = await run("models", "--url", f"{served.url}/v1")
+
+    assert (code, err) == (0, [])
+    assert [line.split() for line in out] == [
+        ["MODEL", "VERSION", "OWNER", "CONTEXT", "ALIASES"],
+        ["m", "1", "team", "1024", "m1,m2"],
+    ]
+
+
+@pytest.mark.parametrize("argv", [("models",), ("status",)])
+async def test_a_router_that_is_not_there_is_exit_code_3(argv: tuple[str, ...]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+
+    code, out, err = await run(*argv, "--url", url)
+
+    assert (code, out, len(err)) == (3, [], 1)
+    assert err[0].startswith(f"inference-api: {url}/")
+    assert "refused" in err[0]
+
+
+async def test_static_models_were_created_when_their_file_was_written(start_router: Start, tmp_path: Path) -> None:
+    served: Served = await start_router(models=[{"name": "m", "owner": "team"}, {"name": "n", "created": 5}])
+    cards = (await served.client.get("/v1/models")).json()["data"]
+
+    written_at = int((tmp_path / "catalogue.json").stat().st_mtime)
+    assert [(card["owned_by"], card["created"]) for card in cards] == [("team", written_at), ("unknown", 5)]
