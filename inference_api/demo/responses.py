@@ -17,7 +17,7 @@ class Responses:
         assert isinstance(work.asked, Respond)
         self._work, self._asked = work, work.asked
         (self._generation,) = work.generations
-        self._whole = self._generation.finish_reason == "stop"
+        self._status = "completed" if self._generation.finish_reason == "stop" else "incomplete"
         self._numbers = count()
         self._item_id = f"{'fc' if self._generation.tool else 'msg'}_{work.id}"
         self._place = {"item_id": self._item_id, "output_index": 0}
@@ -32,7 +32,7 @@ class Responses:
         tokens = {"input_tokens": work.prompt_tokens, "output_tokens": work.completion_tokens}
         usage = {**tokens, "total_tokens": work.usage["total_tokens"], **details}
         text = self._generation.text
-        return self._response("completed" if self._whole else "incomplete", [self._item(text, self._status)], usage)
+        return self._response(self._status, [self._item(text, self._status)], usage)
 
     def opening(self) -> Iterator[Event]:
         for kind in ("created", "in_progress"):
@@ -55,12 +55,8 @@ class Responses:
             yield self._event("output_text.done", **self._part_place, text=text, logprobs=[])
             yield self._event("content_part.done", **self._part_place, part=_part(text))
         yield self._event("output_item.done", output_index=0, item=self._item(text, self._status))
-        document = self.document()
-        yield self._event(document["status"], response=document)
-
-    @property
-    def _status(self) -> str:
-        return "completed" if self._whole else "incomplete"
+        # As vLLM: of what was cut, only the status says so.
+        yield self._event("completed", response=self.document())
 
     def _event(self, kind: str, **fields: Any) -> Event:
         return {"type": f"response.{kind}", "sequence_number": next(self._numbers), **fields}

@@ -213,6 +213,8 @@ async def test_a_response_that_is_cut_is_incomplete(sdk: AsyncOpenAI) -> None:
     assert (answer.status, answer.output_text) == ("incomplete", "I am a")
     assert answer.incomplete_details is not None
     assert answer.incomplete_details.reason == "max_output_tokens"
+    async with sdk.responses.stream(model=MODEL, input="Hello", max_output_tokens=3) as stream:
+        assert (await stream.get_final_response()).status == "incomplete"
 
 
 async def test_a_response_calls_a_tool(sdk: AsyncOpenAI) -> None:
