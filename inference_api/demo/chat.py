@@ -82,9 +82,9 @@ class Chat(Choices):
         yield {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": token}}]}}
 
     def logprobs(self, tokens: list[str], before: list[str]) -> dict[str, Any] | None:
-        count = self.work.asked.alternatives
-        if count is None:
+        if not self.work.asked.logprobs:
             return None
+        count = self.work.asked.top_logprobs or 0
         content = []
         for token in tokens:
             likeliest = [
@@ -107,10 +107,9 @@ class Completion(Choices):
         yield {"text": token}
 
     def logprobs(self, tokens: list[str], before: list[str]) -> dict[str, Any] | None:
-        count = self.work.asked.alternatives
-        if count is None:
+        if self.work.asked.logprobs is None:
             return None
-        likeliest = [model.logprobs(token, count) for token in tokens]
+        likeliest = [model.logprobs(token, self.work.asked.logprobs) for token in tokens]
         start = len("".join(before))
         return {
             "text_offset": [start + len("".join(tokens[:position])) for position in range(len(tokens))],

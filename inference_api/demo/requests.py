@@ -148,7 +148,9 @@ class Generate(Asked):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
-    user: str | None = None
+    # A number of tokens in completions, yes or no in chats.
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     format: ResponseFormat | None = Field(None, validation_alias="response_format")
 
     @model_validator(mode="after")
@@ -172,11 +174,6 @@ class Generate(Asked):
         form = self.format
         return form.json_schema if isinstance(form, ResponseFormat) and form.type != "text" else None
 
-    @property
-    def alternatives(self) -> int | None:
-        """How many tokens are wanted with their log probabilities in each place; None: no log probabilities."""
-        return None
-
     def tool(self, said: str) -> Tool | None:
         """The tool that is called instead of an answer."""
         return None
@@ -184,15 +181,10 @@ class Generate(Asked):
 
 class Complete(Generate):
     prompt: _Texts | _Tokens
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def prompts(self) -> list[Prompt]:
         return prompts_of(self.prompt)
-
-    @property
-    def alternatives(self) -> int | None:
-        return self.logprobs
 
 
 class Chat(Generate):
@@ -202,8 +194,6 @@ class Chat(Generate):
     system: System = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "Chat":
@@ -221,10 +211,6 @@ class Chat(Generate):
     @property
     def said(self) -> list[str]:
         return [last_words(self.messages)]
-
-    @property
-    def alternatives(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
 
     def tool(self, said: str) -> Tool | None:
         """The chosen one; else the first with a word of its name in what was said, unless that is answered already."""

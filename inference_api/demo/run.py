@@ -65,11 +65,22 @@ class Demo:
         url = base_url(host, port)
         registry, *engines = _free_ports(1 + len(_ENGINES))
         catalogue = self._write_catalogue(engines)
-        self._start_engines(engines, tokens_per_second)
-        self._start_registry(registry, catalogue)
+        for model, own in zip(_ENGINES, engines, strict=True):
+            options = ("--model", model, "--port", str(own), "--tokens-per-second", f"{tokens_per_second:g}")
+            self.start(f"{model} on port {own}", "inference_api.demo.engine", *options)
+        database = str(self._directory / "registry.sqlite3")
+        files = ("--database", database, "--catalogue", str(catalogue))
+        self.start("registry", "registry_stub", "serve", "--host", "127.0.0.1", "--port", str(registry), *files)
         # The router is last: it finds the registry, and healthy engines, at its first look.
         self.wait_for([f"http://127.0.0.1:{registry}/healthz", *(f"http://127.0.0.1:{n}/health" for n in engines)])
-        self._start_router(host, port, registry, catalogue)
+        self._environment |= {
+            "INFERENCE_API_HOST": host,
+            "INFERENCE_API_PORT": str(port),
+            "INFERENCE_API_REGISTRY_URL": f"http://127.0.0.1:{registry}",
+            "INFERENCE_API_CATALOGUE": str(catalogue),
+            "INFERENCE_API_DRAIN_TIMEOUT": str(_DRAIN),
+        }
+        self.start("router", "inference_api", "serve")
         self.wait_for([f"{url}/readyz"])
         if not self._stopping:
             print(guide(url, tokens_per_second, self._children[0].pid, str(self._directory)), flush=True)
@@ -89,26 +100,6 @@ class Demo:
         if not self._stopping:
             log = self._directory / f"{name.replace(' ', '-')}.log"
             self._children.append(Child(name, arguments, log, self._environment))
-
-    def _start_engines(self, ports: list[int], tokens_per_second: float) -> None:
-        for model, port in zip(_ENGINES, ports, strict=True):
-            options = ("--model", model, "--port", str(port), "--tokens-per-second", str(tokens_per_second))
-            self.start(f"{model} on port {port}", "inference_api.demo.engine", *options)
-
-    def _start_registry(self, port: int, catalogue: Path) -> None:
-        database = str(self._directory / "registry.sqlite3")
-        options = ("--host", "127.0.0.1", "--port", str(port), "--database", database, "--catalogue", str(catalogue))
-        self.start("registry", "registry_stub", "serve", *options)
-
-    def _start_router(self, host: str, port: int, registry: int, catalogue: Path) -> None:
-        self._environment |= {
-            "INFERENCE_API_HOST": host,
-            "INFERENCE_API_PORT": str(port),
-            "INFERENCE_API_REGISTRY_URL": f"http://127.0.0.1:{registry}",
-            "INFERENCE_API_CATALOGUE": str(catalogue),
-            "INFERENCE_API_DRAIN_TIMEOUT": str(_DRAIN),
-        }
-        self.start("router", "inference_api", "serve")
 
     def wait_for(self, urls: list[str]) -> None:
         deadline = time.monotonic() + self._ready_within
