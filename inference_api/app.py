@@ -41,8 +41,12 @@ from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
 from inference_api.settings import Settings
+from inference_api.upstream.attempt import SendAttempt, SendToBackend
 from inference_api.upstream.credentials import Tokens
-from inference_api.upstream.forward import Forward, Limits
+from inference_api.upstream.forward import Forward
+from inference_api.upstream.limits import Limits
+from inference_api.upstream.prepare import Prepare
+from inference_api.upstream.retry import RetryPolicy
 from inference_api.upstream.transport import Transport
 from inference_api.upstream.trust import Trust
 
@@ -238,9 +242,11 @@ class Router:
         seen.end(error.outcome)
 
     def _make_forward(self, settings: Settings, rand: random.Random) -> Forward:
-        limits, on_answer, on_retry = _limits(settings), self.health.answered, self.metrics.retry
-        kind = Forward if self._tracing is None else self._tracing.forward
-        return kind(self.transport, limits, self._attempted, self._tokens, rand, on_answer=on_answer, on_retry=on_retry)
+        limits = _limits(settings)
+        send: SendAttempt = SendToBackend(self.transport, self._attempted, self.health.answered, rand)
+        if self._tracing is not None:
+            send = self._tracing.attempts(send)
+        return Forward(send, Prepare(limits, self._tokens), RetryPolicy(limits, rand.random), self.metrics.retry)
 
     def _make_prober(self, settings: Settings, rand: random.Random) -> Prober:
         every, patience = settings.health_interval, settings.health_timeout

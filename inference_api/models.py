@@ -94,6 +94,8 @@ class Call(NamedTuple):
     body: bytes
     headers: RawHeaders
     request_id: str
+    # The backends of its attempts, in order: each attempt adds its own.
+    tried: "list[Backend]"
     query: bytes = b""
     # What it said in the fields that are no prompt
     fields: Mapping[str, Any] = {}

@@ -1,18 +1,18 @@
 """Traces by OpenTelemetry, the extra `otel`: a SERVER span for each inference request, a CLIENT span for each attempt.
 
 Loaded only where traces are asked for, and attached from outside, so that it costs nothing elsewhere: a layer around
-each inference route begins the trace, an Accounts ends it with what it saw, and a Forward gives every attempt a span,
-and a `traceparent`, of its own. The names are those of the HTTP and GenAI conventions (docs/tracing.md). Nothing of a
-prompt, a completion or a key gets into a span.
+each inference route begins the trace, an Accounts ends it with what it saw, and a wrapper of the attempt seam gives
+each attempt a span, and a `traceparent`, of its own. The names are those of the HTTP and GenAI conventions
+(docs/tracing.md). Nothing of a prompt, a completion or a key gets into a span.
 """
 
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -39,11 +39,8 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.relay.usage import Counts, usage_of
 from inference_api.routing.backend import Backend, Model
-from inference_api.upstream.forward import Forward, outcome_of
-from inference_api.upstream.retry import Permit
-
-if TYPE_CHECKING:
-    from inference_api.upstream.forward import _Common
+from inference_api.upstream.attempt import Attempt, SendAttempt
+from inference_api.upstream.failures import outcome_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +61,6 @@ class Tracing:
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer("inference_api", __version__)
-        self.forward: type[Forward] = TracedForward
 
     def layer(self, app: ASGIApp, route: Route) -> ASGIApp:
         """Around an inference route."""
@@ -73,6 +69,10 @@ class Tracing:
     def accounts(self, metrics: Metrics, access_log: Callable[[Fields], None] | None) -> Accounts:
         """For what is inside the layer."""
         return TracedObserver(metrics, access_log)
+
+    def attempts(self, send: SendAttempt) -> SendAttempt:
+        """Around each attempt."""
+        return TracedAttempts(send)
 
     def close(self, seconds: float = _PATIENCE) -> None:
         """Send what has not been sent; what the collector does not take within `seconds` is lost."""
@@ -106,7 +106,7 @@ class Trace:
     def __init__(self, tracer: Tracer, route: Route, scope: Scope) -> None:
         self._tracer = tracer
         self._operation = _OPERATIONS.get(route.label, route.label)
-        self._attempt: Attempt | None = None
+        self._attempt: AttemptSpan | None = None
         self.model: Model | None = None
         attributes: dict[str, Any] = {
             "http.request.method": "POST",
@@ -127,7 +127,7 @@ class Trace:
         context = self._span.get_span_context()
         return {"trace_id": format_trace_id(context.trace_id), "span_id": format_span_id(context.span_id)}
 
-    def attempt(self, call: Call, backend: Backend, number: int) -> "Attempt":
+    def attempt(self, call: Call, backend: Backend, number: int) -> "AttemptSpan":
         """Begin an attempt; the one before it has ended."""
         model = self.model
         assert model is not None
@@ -150,7 +150,7 @@ class Trace:
             attributes["http.request.resend_count"] = number - 1
         inside = set_span_in_context(self._span, Context())
         span = self._tracer.start_span(f"{self._operation} {served}", inside, SpanKind.CLIENT, attributes)
-        self._attempt = Attempt(span)
+        self._attempt = AttemptSpan(span)
         return self._attempt
 
     def relaying(self) -> None:
@@ -181,7 +181,7 @@ class Trace:
         span.end()
 
 
-class Attempt:
+class AttemptSpan:
     """The CLIENT span of one attempt. That of the answer is closed with its request, when all is known."""
 
     __slots__ = ("_began", "_closed", "_span", "relayed", "status")
@@ -257,9 +257,9 @@ class TracedObservation(Account):
         self.first: float | None = None
 
     @override
-    def resolved(self, model: Model) -> None:
+    def resolved(self, model: Model, tried: Sequence[Backend] = ()) -> None:
         self._trace.model = model
-        super().resolved(model)
+        super().resolved(model, tried)
 
     @override
     def answered(self, reply: Reply) -> None:
@@ -299,28 +299,23 @@ class TracedObservation(Account):
         return attributes
 
 
-class TracedForward(Forward):
-    """A Forward whose attempts have spans, and carry their context to the backend in place of the client's."""
+class TracedAttempts:
+    """A SendAttempt whose attempts have spans, and carry their context to the backend in place of the client's."""
 
-    @override
-    async def _attempt(
-        self,
-        call: Call,
-        common: "_Common",
-        backend: Backend,
-        number: int,
-        permit: "Permit",
-        fresh: bool,
-    ) -> Reply:
-        attempt = _current.get().attempt(call, backend, number)
-        lines = _CLIENTS_CONTEXT.sub(b"", common.lines) + attempt.lines
+    def __init__(self, send: SendAttempt) -> None:
+        self._send = send
+
+    async def __call__(self, attempt: Attempt) -> Reply:
+        span = _current.get().attempt(attempt.call, attempt.backend, attempt.number)
+        prepared = attempt.prepared
+        lines = _CLIENTS_CONTEXT.sub(b"", prepared.lines) + span.lines
         try:
-            reply = await super()._attempt(call, common._replace(lines=lines), backend, number, permit, fresh)
+            reply = await self._send(attempt._replace(prepared=prepared._replace(lines=lines)))
         except BaseException as exc:
-            attempt.ended(outcome_of(exc))
+            span.ended(outcome_of(exc))
             raise
-        attempt.status = reply.status
-        reply.on_end(lambda reply, outcome: attempt.ended(outcome))
+        span.status = reply.status
+        reply.on_end(lambda reply, outcome: span.ended(outcome))
         return reply
 
 

@@ -105,8 +105,8 @@ class Inference:
             outcome = await reject(error, seen, send)
         except ClientGone:
             outcome = _left(cycle, seen)
-        except asyncio.CancelledError as exc:
-            outcome = seen.interrupted(exc, relay)
+        except asyncio.CancelledError:
+            outcome = seen.interrupted(relay)
             if not watcher.gone:
                 outcome = await _shut_down(relay, seen, send)
                 raise
@@ -143,7 +143,7 @@ class Inference:
             raise overloaded("The router")
         if limit is not None and model.in_flight >= limit:
             raise overloaded(f"The model {model.name!r}")
-        seen.resolved(model)
+        seen.resolved(model, call.tried)
         return call, model
 
 

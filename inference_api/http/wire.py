@@ -84,6 +84,7 @@ def make_call(
         body,
         head.forwarded,
         request_id,
+        [],
         query,
         fields,
         prefix,

@@ -1,7 +1,6 @@
 """What is noted about one request from its head to the end of its answer: the tap that feeds metrics and access log."""
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +10,7 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.relay.relay import Relay
 from inference_api.relay.usage import Counts, counts
-from inference_api.routing.backend import Model
+from inference_api.routing.backend import Backend, Model
 
 _UNKNOWN: Counts = (None, None, None, None)
 
@@ -39,6 +38,7 @@ class Account:
         "_first",
         "_model",
         "_received",
+        "_tried",
         "attempts",
         "backend",
         "body_bytes",
@@ -57,6 +57,7 @@ class Account:
         self._began = self._received = accounts.clock()
         self._first = 0.0
         self._model: Model | None = None
+        self._tried: Sequence[Backend] = ()
         self.route = route
         self.request_id = ""
         # Only names of the catalogue become labels, so that clients cannot make series.
@@ -75,9 +76,10 @@ class Account:
         """The rest of the body took its time to come; that time is not the router's."""
         self._received = self._accounts.clock()
 
-    def resolved(self, model: Model) -> None:
-        """The request is now one of this model's."""
+    def resolved(self, model: Model, tried: Sequence[Backend] = ()) -> None:
+        """The request is now one of this model's; `tried` has the backends of its attempts as they are made."""
         self._model = model
+        self._tried = tried
         self.model_name = model.name
         model.in_flight += 1
         self._accounts.metrics.overhead(self.route, self._accounts.clock() - self._received)
@@ -87,11 +89,12 @@ class Account:
         self.backend = None if reply.backend is None else reply.backend.label
         self.attempts = reply.attempts
 
-    def interrupted(self, exc: asyncio.CancelledError, relay: Relay | None) -> Outcome:
-        """Somebody does not want it any more. `exc` has what `forward` noted of an attempt that was under way."""
+    def interrupted(self, relay: Relay | None) -> Outcome:
+        """Somebody does not want it any more."""
         if relay is not None:
             return relay.outcome
-        self.backend, self.attempts = getattr(exc, "attempt", (None, 0))
+        if self._tried:
+            self.backend, self.attempts = self._tried[-1].label, len(self._tried)
         return Outcome.CLIENT_GONE
 
     def refused(self, error: RouterError, status: int, size: int) -> None:

@@ -8,6 +8,7 @@ import httptools
 import httpx
 
 from inference_api.models import RawHeaders
+from inference_api.upstream.failures import Disconnected, FirstByteTimeout, IdleTimeout, Malformed, TotalTimeout
 from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
 from inference_api.upstream.rewrite import Content
 
@@ -18,56 +19,10 @@ MAX_HEAD = 256 * 1024
 HIGH_WATER = 64 * 1024
 # From here on joining head and body would copy more than a second buffer costs.
 _JOIN = 16 * 1024
-# Seconds; a hundred round trips within a cluster, so that a busy event loop makes no difference.
-_RACE = 1.0
-
 
 # Length of a whole chunk without extensions -> where its data begins, and how it does, as uvicorn and hyper write it.
 _SIZE_LINES = {len(b"%x" % n) + n + 4: (len(b"%x" % n) + 2, (b"%x\r\n" % n, b"%X\r\n" % n)) for n in range(1, 4096)}
 _NO_SIZE = (0, (b"", b""))
-
-
-class Disconnected(httpx.ReadError):
-    """The connection ended before the response did, `waited` seconds after the request or the answer's last byte."""
-
-    def __init__(self, message: str, *, received: int, reused: bool, waited: float = 0.0) -> None:
-        super().__init__(message)
-        self.received = received
-        self.reused = reused
-        self.waited = waited
-
-    @property
-    def silent(self) -> bool:
-        """Not one byte of a response came."""
-        return self.received == 0
-
-    @property
-    def stale(self) -> bool:
-        """The backend had closed the idle connection already when the request was written to it.
-
-        The news of that takes a round trip. One that comes later is of a backend that had the request in its hands.
-        """
-        return self.silent and self.reused and self.waited < _RACE
-
-
-class Closed(httpx.ReadError):
-    """The router itself closed the connection, before the response ended."""
-
-
-class Malformed(httpx.RemoteProtocolError):
-    """The backend did not speak HTTP/1.1."""
-
-
-class FirstByteTimeout(httpx.ReadTimeout):
-    """No response head within `first_byte` seconds."""
-
-
-class IdleTimeout(httpx.ReadTimeout):
-    """Nothing of the body for `idle` seconds, but signs of life."""
-
-
-class TotalTimeout(httpx.ReadTimeout):
-    """The `deadline` passed."""
 
 
 class Timeout(NamedTuple):

@@ -1,170 +1,184 @@
-"""What keeps repeats from doing harm: a budget, a memory of requests that kill, rest for backends that asked for it.
+"""What follows a failed attempt: another one, after which pause and on which backend, or none. Sans-IO."""
 
-Pure, and asked only after an attempt has failed.
-"""
-
-import os
-from collections.abc import Callable, Collection
-from datetime import UTC
-from email.utils import parsedate_to_datetime
-from hashlib import blake2b
-from math import ceil
+import random
+from collections.abc import Callable, Collection, Sequence
+from enum import StrEnum
+from time import monotonic, time
 from typing import NamedTuple
 
-from cachetools import TTLCache
-
-from inference_api.models import RawHeaders
-from inference_api.routing.backend import Backend
-
-# Bytes at either end of a body by which it is known again
-_HASHED = 2 * 1024 * 1024
-# Envoy's: enough for a small model to survive a backend's restart.
-_LEAST = 3
-# Seconds; Envoy's.
-_BACK_OFF = 0.025
-_LONGEST_BACK_OFF = 0.25
-# Seconds. A backend that wants a longer rest is asked again after this one.
-_LONGEST_REST = 30.0
-# Seconds, and bodies.
-_MEMORY = 60.0
-_SUSPECTS = 1024
-# Seconds. A backend that dies breaks all of its connections at once, and that is one death.
-_ONE_DEATH = 1.0
+from inference_api.errors import (
+    NoBackend,
+    Overloaded,
+    RouterError,
+    UpstreamProtocolError,
+    UpstreamReset,
+    UpstreamTimeout,
+)
+from inference_api.models import Call, Outcome, Reply
+from inference_api.routing.backend import Backend, Model
+from inference_api.upstream.failures import Failure, Reason
+from inference_api.upstream.limits import Limits
+from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
 
 
-def back_off(repeat: int, random: float) -> float:
-    """Seconds to wait before the `repeat`th repeat, from 1; `random` is in [0, 1): full jitter."""
-    return random * min(_BACK_OFF * 2.0 ** (repeat - 1), _LONGEST_BACK_OFF)
+class Why(StrEnum):
+    """Why an attempt is not repeated."""
+
+    # It may have been executed, or there is no attempt or no backend left.
+    NEVER = "never"
+    LATE = "late"
+    BUDGET_EXHAUSTED = "budget_exhausted"
+    POISON = "poison"
+
+    @property
+    def is_limit(self) -> bool:
+        """An SDK must not try again either, although it could."""
+        return self in (Why.BUDGET_EXHAUSTED, Why.POISON)
 
 
-class Budget:
-    """How many repeats a model may have at once: `share` of its requests in flight, and always three."""
+class Retry(NamedTuple):
+    """Repeat, after `delay` seconds. Whoever gets it releases the permit, at the end of the next answer."""
 
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._drawn: dict[str, int] = {}
-
-    def draw(self, model: str, in_flight: int) -> "Permit | None":
-        """Leave for one repeat, or None if the budget is spent."""
-        drawn = self._drawn.get(model, 0)
-        if drawn >= max(_LEAST, int(self._share * in_flight)):
-            return None
-        self._drawn[model] = drawn + 1
-        return Permit(lambda: self._return(model))
-
-    def drawn(self, model: str) -> int:
-        return self._drawn.get(model, 0)
-
-    def _return(self, model: str) -> None:
-        self._drawn[model] -= 1
-        if not self._drawn[model]:
-            del self._drawn[model]
+    delay: float
+    permit: Permit
+    # Lost to a connection once: not to that of another backend again.
+    fresh: bool
 
 
-class Permit:
-    """Leave for one repeat, from before it is sent to the end of its answer's body."""
+class GiveUp(NamedTuple):
+    """Do not repeat. `final`: an SDK must be told not to try again either."""
 
-    __slots__ = ("_on_release",)
-
-    def __init__(self, on_release: Callable[[], None] | None) -> None:
-        self._on_release = on_release
-
-    def release(self) -> None:
-        """Give it back; doing so again does nothing."""
-        on_release, self._on_release = self._on_release, None
-        if on_release is not None:
-            on_release()
+    why: Why
+    final: bool
 
 
-# For a repeat that needs none
-FREE = Permit(None)
+class RetryPolicy:
+    """Decides what follows a failure, and keeps what all calls share for that: touched only after one.
 
-
-class _Suspicion(NamedTuple):
-    deaths: int
-    # Label of a backend -> when it last died of it
-    last: dict[str, float]
-
-
-class PoisonGuard:
-    """Requests whose body was at the scene when backends died.
-
-    A body is kept as a digest with a key of this process, so that what is in memory tells nothing of a prompt.
+    `rand` gives [0, 1), `clock` seconds, `wall` Unix seconds.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        rand: Callable[[], float] = random.random,
+        clock: Callable[[], float] = monotonic,
+        wall: Callable[[], float] = time,
+    ) -> None:
+        self.retry_on_status = limits.retry_on_status
+        self._attempts = limits.attempts
+        self._rand = rand
         self._clock = clock
-        self._key = os.urandom(32)
-        self._known: TTLCache[bytes, _Suspicion] = TTLCache(_SUSPECTS, _MEMORY, timer=clock)
+        self._wall = wall
+        self.budget = Budget(limits.retry_budget)
+        self.poison_guard = PoisonGuard(clock)
+        self.resting = RetryAfter()
 
-    def accuse(self, body: bytes, backends: Collection[str]) -> bool:
-        """These backends (by label) went silent over `body`; whether it is guilty now."""
-        digest, now = self._digest(body), self._clock()
-        deaths, last = self._known.get(digest, _Suspicion(0, {}))
-        for backend in backends:
-            if now - last.get(backend, -_ONE_DEATH) >= _ONE_DEATH:
-                deaths += 1
-                last = last | {backend: now}
-        # Each accusation is remembered for a minute anew, so two deaths on record are never more than that apart.
-        self._known[digest] = _Suspicion(deaths, last)
-        return deaths > 1
+    def busy(self, backend: Backend, reply: Reply) -> Failure:
+        """The failure that an answer with one of the statuses is that may be retried."""
+        seconds = retry_after(reply.headers, self._wall())
+        if seconds and reply.status in (429, 503):
+            self.resting.rest(backend, seconds, self._clock())
+        return Failure(backend, Outcome.of_status(reply.status), Reason.STATUS, free=False, reply=reply)
 
-    def guilty(self, body: bytes) -> bool:
-        """Whether backends died of it twice, each time within a minute of the one before."""
-        if not self._known:
-            return False
-        suspect = self._known.get(self._digest(body))
-        return suspect is not None and suspect.deaths > 1
+    def decide(self, call: Call, model: Model, past: Sequence[Failure], left: float) -> Retry | GiveUp:
+        """What follows the last of the failures; `left`: seconds until the call's deadline.
 
-    def __len__(self) -> int:
-        return len(self._known)
+        A permit is drawn before the pause: calls that wait are repeats, too, and count.
+        """
+        failure, delay = past[-1], self._delay(model, past)
+        why = self._why_not(call, model, past, left - delay)
+        if why is not None:
+            return self.give_up(model, past, why)
+        permit = FREE if failure.free else self.budget.draw(model.name, model.in_flight)
+        if permit is None:
+            return self.give_up(model, past, Why.BUDGET_EXHAUSTED)
+        return Retry(delay, permit, failure.reason in (Reason.STALE, Reason.RESET))
 
-    def _digest(self, body: bytes) -> bytes:
-        """Of a large body not of all of it, which would stop the event loop."""
-        digest = blake2b(b"%d" % len(body), digest_size=16, key=self._key)
-        digest.update(body if len(body) <= 2 * _HASHED else body[:_HASHED] + body[-_HASHED:])
-        return digest.digest()
+    def give_up(self, model: Model, past: Sequence[Failure], why: Why) -> GiveUp:
+        # A single busy backend may well answer the next time.
+        all_tried = not _others(model, past) and (past[-1].reply is None or len(past) > 1)
+        return GiveUp(why, why.is_limit or all_tried)
+
+    def choose(self, model: Model, key: str, past: Sequence[Failure]) -> Backend | None:
+        """The backend for the next attempt. Use at once: choosing may claim the half-open probe."""
+        failure = past[-1]
+        tried = [failure.backend for failure in past]
+        only = failure.reason is Reason.STATUS
+        # Prefer backends without recent failures: backends often fail together.
+        failing = [backend for backend in model.backends if backend.origin.failures]
+        backend = self.rested(model, key, [*tried, *failing], only=True) or self.rested(model, key, tried, only)
+        if backend is None and failure.reason is Reason.STALE:
+            backend = failure.backend
+        return backend
+
+    def rested(self, model: Model, key: str, tried: Collection[Backend] = (), only: bool = False) -> Backend | None:
+        """A backend that did not ask for a pause; if all did, any of them, but None if `only`."""
+        backend, resting = model.choose(key, tried), self.resting.at(self._clock())
+        if backend not in resting:
+            return backend
+        other = model.choose(key, [*tried, *resting])
+        return backend if other is None and not only else other
+
+    def _delay(self, model: Model, past: Sequence[Failure]) -> float:
+        """Seconds until the next attempt.
+
+        0 if another backend follows one that could not be reached: it has nothing to recover from, and the client
+        waits. A busy one may say that all are, and the same one again may just be restarting.
+        """
+        if past[-1].reason is not Reason.STATUS and _others(model, past):
+            return 0.0
+        return back_off(len(past), self._rand())
+
+    def _why_not(self, call: Call, model: Model, past: Sequence[Failure], left: float) -> Why | None:
+        failure = past[-1]
+        if self._is_poison(call, past):
+            return Why.POISON
+        if failure.reason is None or len(past) >= self._attempts:
+            return Why.NEVER
+        if failure.reason is Reason.STATUS and model.panic:
+            return Why.NEVER  # what is left of the backends has enough to do
+        resting = self.resting.at(self._clock()) if failure.reason is Reason.STATUS else ()
+        if failure.reason is not Reason.STALE and not _others(model, past, resting):
+            return Why.NEVER
+        return Why.LATE if left <= 0 else None
+
+    def _is_poison(self, call: Call, past: Sequence[Failure]) -> bool:
+        """Whether backends die of this very request: no other one may get it. Two that fell silent are enough."""
+        failure = past[-1]
+        if failure.silent:
+            # What looked like an idle connection's end was perhaps the first death.
+            scene = [failure.backend.label for failure in past if failure.silent or failure.reason is Reason.STALE]
+            return self.poison_guard.accuse(call.body, scene)
+        return failure.reason is Reason.STALE and self.poison_guard.guilty(call.body)
 
 
-class RetryAfter(dict[Backend, float]):
-    """The backends that said Retry-After, and until when they are left alone; empty nearly always."""
-
-    def rest(self, backend: Backend, seconds: float, now: float) -> None:
-        self[backend] = now + min(seconds, _LONGEST_REST)
-
-    def at(self, now: float) -> list[Backend]:
-        """Who rests at `now`; the others are forgotten."""
-        for backend in [backend for backend, until in self.items() if until <= now]:
-            del self[backend]
-        return list(self)
+def _others(model: Model, past: Sequence[Failure], resting: Collection[Backend] = ()) -> bool:
+    """Whether the model has a backend that has not been tried."""
+    tried = [failure.backend for failure in past]
+    return any(backend not in tried and backend not in resting for backend in model.available)
 
 
-def retry_after(headers: RawHeaders, now: float) -> int | None:
-    """The seconds that a Retry-After header asks for, or None; `now` is Unix seconds.
-
-    A date is compared with the answer's own Date, if it has one: the clock of its host may be wrong.
-    """
-    value = _value_of(headers, b"retry-after")
-    if value.isdigit():
-        return int(value) if len(value) < 10 else None
-    until = _unix(value)
-    if until is None:
-        return None
-    said = _unix(_value_of(headers, b"date"))
-    return max(0, ceil(until - (now if said is None else said)))
+def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterError:
+    """The error that the client gets where no attempt gave an answer."""
+    error = _error(past[-1].outcome, model.name, give_up)
+    error.attempts = len(past)
+    error.backend = past[-1].backend.label
+    return error
 
 
-def _value_of(headers: RawHeaders, name: bytes) -> bytes:
-    return next((value for key, value in headers if key == name), b"")
-
-
-def _unix(date: bytes) -> float | None:
-    """Unix seconds of an HTTP date in any of its three forms, or None. It is in UTC, whether it says so or not."""
-    # Much longer ones are none, and would only cost time.
-    if not date or len(date) > 64:
-        return None
-    try:
-        parsed = parsedate_to_datetime(date.decode("ascii"))
-        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return None
+def _error(outcome: Outcome, model: str, give_up: GiveUp) -> RouterError:
+    why, final = give_up
+    if why is Why.LATE:
+        return UpstreamTimeout("The model did not answer in time.", Outcome.TOTAL_TIMEOUT, final=True)
+    if outcome is Outcome.SHED:
+        return Overloaded("The router has no connection left for this request.", retry_after=1)
+    if outcome is Outcome.CONNECT_FAILED:
+        # Nothing was executed, and Retry-After says when it may work; unless there are too many repeats.
+        return NoBackend(model, final=why.is_limit)
+    if outcome in (Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT):
+        # A repetition would cost another generation of the same length.
+        return UpstreamTimeout("The model did not answer in time.", outcome, final=True)
+    if outcome is Outcome.PROTOCOL_ERROR:
+        return UpstreamProtocolError("The model's backend gave an answer that is not valid HTTP.", outcome, final=final)
+    return UpstreamReset("The model's backend closed the connection before it answered.", Outcome.RESET, final=final)

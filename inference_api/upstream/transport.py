@@ -27,8 +27,9 @@ import httpx
 from inference_api.discovery.resolver import Resolver
 from inference_api.headers import header_lines
 from inference_api.routing.urls import is_usable_address
-from inference_api.upstream.connection import BackendConnection, Closed, ResponseStream, Timeout, TotalTimeout
+from inference_api.upstream.connection import BackendConnection, ResponseStream, Timeout
 from inference_api.upstream.dial import LACKS, Dialer
+from inference_api.upstream.failures import Closed, TotalTimeout
 from inference_api.upstream.repeated_head import RepeatedHeads
 from inference_api.upstream.rewrite import Content
 from inference_api.upstream.trust import Trust

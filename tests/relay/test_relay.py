@@ -26,8 +26,13 @@ from inference_api.relay.typed_events import follow
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.entries import BackendEntry, CatalogueEntry
-from inference_api.upstream.connection import IdleTimeout, Malformed, ResponseStream, TotalTimeout
-from inference_api.upstream.forward import Forward, Limits
+from inference_api.upstream.attempt import SendToBackend
+from inference_api.upstream.connection import ResponseStream
+from inference_api.upstream.failures import IdleTimeout, Malformed, TotalTimeout
+from inference_api.upstream.forward import Forward
+from inference_api.upstream.limits import Limits
+from inference_api.upstream.prepare import Prepare
+from inference_api.upstream.retry import RetryPolicy
 from inference_api.upstream.transport import Transport
 from tests.fakes import (
     CHAT,
@@ -176,7 +181,7 @@ def pushing(start_engine: Start, transport: Transport) -> Desk:
 
 
 def relay_of(reply: Reply, label: str = "chat_completions", **more: Any) -> Relay:
-    return Relay(reply, Call(ROUTES[label], "m", False, b"", [], "rid"), **{"taps": (), **more})
+    return Relay(reply, Call(ROUTES[label], "m", False, b"", [], "rid", []), **{"taps": (), **more})
 
 
 async def test_a_stream_passes_unchanged(desk: Desk) -> None:
@@ -774,7 +779,7 @@ def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
     fleet = Fleet(make_balancer)
     fleet.update({"m": CatalogueEntry(name="m", backends=(BackendEntry(url=url),))})
     observer = Accounts(Metrics(lambda: fleet.models), None)
-    forward = Forward(transport, Limits())
+    forward = Forward(SendToBackend(transport), Prepare(Limits(), {}), RetryPolicy(Limits()))
     gate = Gate(observer, lambda name: fleet.by_name[name], forward, RequestHeaders(), lambda: "minted", lambda: (tap,))
     return Inference(ROUTES["chat_completions"], gate, Admission())
 

@@ -18,8 +18,19 @@ from inference_api.models import Call, Outcome, Reply
 from inference_api.routing.backend import Backend, Fleet, Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.entries import BackendEntry, CatalogueEntry
-from inference_api.upstream.connection import Disconnected, FirstByteTimeout, IdleTimeout, Malformed, TotalTimeout
-from inference_api.upstream.forward import Forward, Limits, outcome_of
+from inference_api.upstream.attempt import Attempt, SendAttempt, SendToBackend
+from inference_api.upstream.failures import (
+    Disconnected,
+    FirstByteTimeout,
+    IdleTimeout,
+    Malformed,
+    TotalTimeout,
+    outcome_of,
+)
+from inference_api.upstream.forward import Forward
+from inference_api.upstream.limits import Limits
+from inference_api.upstream.prepare import Prepare
+from inference_api.upstream.retry import RetryPolicy
 from inference_api.upstream.transport import Transport
 from tests.fakes import (
     CHAT,
@@ -46,7 +57,7 @@ BACKENDS = ("http://a:1", "http://b:1", "http://c:1")
 
 
 def call_to(label: str = "chat_completions", **more: Any) -> Call:
-    return Call(ROUTES[label], "m", False, BODY, [JSON], "rid")._replace(**more)
+    return Call(ROUTES[label], "m", False, BODY, [JSON], "rid", [])._replace(**more)
 
 
 def model_of(*urls: str, **more: Any) -> Model:
@@ -103,17 +114,26 @@ class Desk:
         self.rand = random.Random(1) if jitter is None else Jitter(jitter)
         self.forward = self.over(httpx.MockTransport(self.handle), **limits)
 
-    def over(self, transport: httpx.AsyncBaseTransport, tokens: dict[str, str] | None = None, **limits: Any) -> Forward:
-        return Forward(
-            transport,
-            Limits(**limits),
-            self.note,
-            tokens or {},
-            self.rand,
-            on_answer=lambda backend, status: self.answers.append((backend.label, status)),
-            on_retry=lambda model, reason: self.retries.append(reason),
-            clock=lambda: self.now,
+    def over(
+        self,
+        transport: httpx.AsyncBaseTransport,
+        tokens: dict[str, str] | None = None,
+        wrap: Callable[[SendAttempt], SendAttempt] = lambda send: send,
+        **limits: Any,
+    ) -> Forward:
+        common = Limits(**limits)
+        self.policy = RetryPolicy(common, self.rand.random, lambda: self.now)
+        send = SendToBackend(
+            transport, self.note, lambda backend, status: self.answers.append((backend.label, status)), self.rand
         )
+        return Forward(
+            wrap(send), Prepare(common, tokens or {}), self.policy, lambda model, reason: self.retries.append(reason)
+        )
+
+    @property
+    def permits(self) -> int:
+        """That are drawn."""
+        return self.policy.budget.drawn("m")
 
     def note(self, backend: Backend, outcome: Outcome) -> None:
         self.ended.append((backend.label, outcome))
@@ -439,13 +459,13 @@ async def test_a_client_that_leaves_while_it_is_tried_again_gives_its_permit_bac
     forward = desk.over(httpx.MockTransport(handle))
     calling = asyncio.ensure_future(forward(call_to(), model))
     await until(lambda: len(desk.requests) == 2)
-    assert forward._budget.drawn("m") == 1
+    assert desk.permits == 1
 
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await calling
 
-    assert forward._budget.drawn("m") == 0
+    assert desk.permits == 0
     assert desk.outcomes == [Outcome.RESET, Outcome.CLIENT_GONE]
     assert in_flight(model) == [0, 0, 0]
 
@@ -531,7 +551,7 @@ async def test_what_was_never_sent_is_repeated_freely() -> None:
     replies = [await desk.forward(call_to(), model) for _ in range(9)]
 
     assert [reply.attempts for reply in replies] == [2] * 9
-    assert desk.forward._budget.drawn("m") == 0
+    assert desk.permits == 0
     for reply in replies:
         await reply.aclose(Outcome.OK)
 
@@ -549,7 +569,7 @@ async def test_a_busy_model_has_a_budget_of_repeats_however_well_it_stands() -> 
     assert desk.retries == ["status"] * 3 + ["budget_exhausted", "status"]
     for reply in replies:
         await reply.aclose(Outcome.OK)
-    assert desk.forward._budget.drawn("m") == 0
+    assert desk.permits == 0
 
 
 @pytest.mark.parametrize("balancing", ["round_robin", "two_choices", "least_in_flight", "prefix_affinity"])
@@ -574,9 +594,9 @@ async def test_only_what_a_backend_in_good_standing_failed_is_repeated_freely() 
     reply = await desk.forward(call_to(), model)
 
     assert desk.hosts == ["a", "b", "c"]
-    assert desk.forward._budget.drawn("m") == 1
+    assert desk.permits == 1
     await reply.aclose(Outcome.OK)
-    assert desk.forward._budget.drawn("m") == 0
+    assert desk.permits == 0
 
 
 async def test_a_client_that_leaves_while_a_busy_answer_is_closed_gives_its_permit_back() -> None:
@@ -588,13 +608,13 @@ async def test_a_client_that_leaves_while_a_busy_answer_is_closed_gives_its_perm
     desk, model = Desk(httpx.Response(503, stream=(busy := Stuck())), jitter=0.0), model_of(*BACKENDS)
     calling = asyncio.ensure_future(desk.forward(call_to(), model))
     await until(lambda: busy.closed)
-    assert desk.forward._budget.drawn("m") == 1
+    assert desk.permits == 1
 
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await calling
 
-    assert desk.forward._budget.drawn("m") == 0
+    assert desk.permits == 0
     assert len(desk.requests) == 1
     assert in_flight(model) == [0, 0, 0]
 
@@ -606,14 +626,14 @@ async def test_repeats_that_wait_for_their_pause_count_in_the_budget() -> None:
     calling = [asyncio.ensure_future(busy.forward(call_to(body=b"%d" % number), model)) for number in range(30)]
     await until(lambda: sum(call.done() for call in calling) == 27)
 
-    assert busy.forward._budget.drawn("m") == 3
+    assert busy.permits == 3
     assert busy.retries == ["budget_exhausted"] * 27
     for call in calling:
         call.cancel()
     for result in await asyncio.gather(*calling, return_exceptions=True):
         if isinstance(result, Reply):
             await result.aclose(Outcome.UPSTREAM_5XX)
-    assert busy.forward._budget.drawn("m") == 0
+    assert busy.permits == 0
     assert in_flight(model) == [0, 0, 0]
 
 
@@ -630,7 +650,7 @@ async def test_a_choice_that_fails_gives_its_permit_back() -> None:
     reply = await desk.forward(call_to(), model)
 
     assert (reply.status, not_again(reply), desk.retries) == (503, False, [])
-    assert desk.forward._budget.drawn("m") == 0
+    assert desk.permits == 0
     await reply.aclose(Outcome.UPSTREAM_5XX)
 
 
@@ -768,7 +788,7 @@ async def test_a_backend_that_asks_for_a_rest_has_it(status: int, balancing: str
     assert tired not in desk.hosts[1:]
 
     desk.now += 0.2
-    assert not desk.forward._retry_after.at(desk.now)
+    assert not desk.policy.resting.at(desk.now)
     for number in range(60):
         await finish(await desk.forward(call_to(prefix=f"s{number}"), model))
     assert tired in desk.hosts[21:]
@@ -786,28 +806,14 @@ async def test_a_status_that_is_not_tried_again_gives_no_rest() -> None:
     await first.aclose(Outcome.UPSTREAM_4XX)
 
 
-@pytest.mark.parametrize("seconds", [(5, 20), (20, 5)])
-async def test_if_all_rest_the_shortest_rest_is_told(seconds: tuple[int, int]) -> None:
-    desk, model = Desk(*map(busy_for, seconds)), model_of(*BACKENDS[:2])
-
-    reply = await desk.forward(call_to(), model)
-
-    assert [value for name, value in reply.headers if name == b"retry-after"] == [b"5"]
-    await reply.aclose(Outcome.UPSTREAM_5XX)
-
-
-async def test_if_all_rest_the_answer_says_when_the_first_of_them_is_ready() -> None:
+async def test_if_all_rest_the_request_is_still_sent_once() -> None:
     desk, model = Desk(busy_for(5), busy_for(20), busy_for(9)), model_of(*BACKENDS[:2])
 
     first = await desk.forward(call_to(), model)
-    desk.now += 1.5
     second = await desk.forward(call_to(), model)
 
-    hints = [[value for name, value in reply.headers if name == b"retry-after"] for reply in (first, second)]
-    # Nobody is asked twice at once, and all resting is no reason to refuse.
     assert [first.attempts, second.attempts] == [2, 1]
-    assert hints[0] == [b"5"]
-    assert hints[1] in ([b"4"], [b"9"])
+    assert (b"retry-after", b"20") in first.headers
     assert not_again(first)
     for reply in (first, second):
         await reply.aclose(Outcome.UPSTREAM_5XX)
@@ -906,7 +912,7 @@ async def test_whatever_happens_the_rules_hold(
         if what[-1] in ("ok", "bad", "error", "slow down"):
             assert (b"x-should-retry", b"false") not in hints
         assert in_flight(model) == [0] * backends
-        assert desk.forward._budget.drawn("m") == 0
+        assert desk.permits == 0
     assert len(desk.ended) == len(desk.requests)
 
 
@@ -936,7 +942,7 @@ async def test_a_bug_below_leaves_the_counts_right(failure: Exception) -> None:
         await desk.forward(call_to(), model)
 
     assert in_flight(model) == [0]
-    assert len(desk.ended) == 1
+    assert desk.outcomes == [Outcome.INTERNAL_ERROR]
 
 
 async def test_a_cancelled_attempt_is_a_client_that_left(start_engine: Start, transport: Transport) -> None:
@@ -960,6 +966,40 @@ def test_every_transport_error_has_an_outcome() -> None:
 
     assert all(outcome_of(kind("x")) is not Outcome.CLIENT_GONE for kind in kinds)
     assert outcome_of(asyncio.CancelledError()) is Outcome.CLIENT_GONE
+
+
+# The attempt seam
+
+
+async def test_a_wrapper_sees_each_attempt_and_may_change_its_lines() -> None:
+    desk, model, seen = Desk(REFUSED), model_of(*BACKENDS), list[Attempt]()
+
+    def wrap(send: SendAttempt) -> SendAttempt:
+        async def wrapped(attempt: Attempt) -> Reply:
+            seen.append(attempt)
+            lines = attempt.prepared.lines + b"x-attempt: %d\r\n" % attempt.number
+            return await send(attempt._replace(prepared=attempt.prepared._replace(lines=lines)))
+
+        return wrapped
+
+    call = call_to()
+
+    await finish(await desk.over(httpx.MockTransport(desk.handle), wrap=wrap)(call, model))
+
+    assert [request.headers["x-attempt"] for request in desk.requests] == ["1", "2"]
+    assert [attempt.tried for attempt in seen] == [(), (seen[0].backend,)]
+    assert call.tried == [attempt.backend for attempt in seen]
+
+
+async def test_an_answer_that_no_backend_gave_needs_no_attempt() -> None:
+    desk, model, call = Desk(), model_of(*BACKENDS), call_to()
+
+    async def cached(attempt: Attempt) -> Reply:
+        return Reply(200, [], Body())
+
+    await finish(await desk.over(httpx.MockTransport(desk.handle), wrap=lambda send: cached)(call, model))
+
+    assert (desk.requests, desk.ended, call.tried) == ([], [], [])
 
 
 # What an attempt says

@@ -16,14 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.upstream.connection import (
-    BackendConnection,
-    Closed,
-    Disconnected,
-    ResponseStream,
-    Timeout,
-    TotalTimeout,
-)
+from inference_api.upstream.connection import BackendConnection, ResponseStream, Timeout
+from inference_api.upstream.failures import Closed, Disconnected, TotalTimeout
 from inference_api.upstream.transport import Pool, Transport, request_head
 from tests.fakes import (
     COMPLETION,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.routing.backend import Backend
-from inference_api.upstream.retry import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
+from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
 
 
 class Clock:

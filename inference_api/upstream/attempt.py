@@ -1,0 +1,126 @@
+"""The attempt seam: one request to one backend, and what takes it to a Reply.
+
+A feature that acts on single attempts (a span for each, a header of its own) wraps one SendAttempt into another:
+
+    def wrap(send: SendAttempt) -> SendAttempt:
+        async def wrapped(attempt: Attempt) -> Reply:
+            prepared = attempt.prepared._replace(lines=attempt.prepared.lines + b"x-trace: 1\r\n")
+            return await send(attempt._replace(prepared=prepared))
+
+        return wrapped
+
+It may change the header lines, and gets the Reply or the exception: nothing else.
+"""
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, Protocol
+
+import httpx
+
+from inference_api.models import Call, Outcome, Reply
+from inference_api.routing.backend import Backend, Model
+from inference_api.upstream.failures import outcome_of
+from inference_api.upstream.prepare import Prepared
+from inference_api.upstream.transport import Transport, request_head
+
+
+class Attempt(NamedTuple):
+    """One request to `backend`. `tried`: the backends of the attempts before it, in order; `fresh`: the connection
+    must be a new one, because an old one broke.
+    """
+
+    call: Call
+    model: Model
+    backend: Backend
+    tried: tuple[Backend, ...]
+    prepared: Prepared
+    fresh: bool
+
+    @property
+    def number(self) -> int:
+        """From 1."""
+        return len(self.tried) + 1
+
+
+class SendAttempt(Protocol):
+    """Takes an Attempt to its Reply. Raises httpx.TransportError."""
+
+    def __call__(self, attempt: Attempt) -> Awaitable[Reply]: ...
+
+
+class SendToBackend:
+    """Sends over the transport. The backend has the call in flight until the Reply ends.
+
+    `on_answer` gets the status of each answer at its head, `on_attempt` how each attempt ended at the end of its body.
+    """
+
+    def __init__(
+        self,
+        transport: httpx.AsyncBaseTransport,
+        on_attempt: Callable[[Backend, Outcome], None] = lambda backend, outcome: None,
+        on_answer: Callable[[Backend, int], None] = lambda backend, status: None,
+        rand: random.Random | None = None,
+    ) -> None:
+        self._transport = transport
+        self._on_attempt = on_attempt
+        self._on_answer = on_answer
+        self._random_bits = (rand or random.Random()).getrandbits
+
+    async def __call__(self, attempt: Attempt) -> Reply:
+        call, _, backend, tried, prepared, fresh = attempt
+        url, target = backend.address(call.route.path)
+        if call.query:
+            target += b"?" + call.query
+        # Engines key generations by the request id: every attempt has one that no other has.
+        request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
+        lines = b"host: %b\r\nx-request-id: %b\r\n%b" % (backend.host, request_id, prepared.lines)
+        transport = self._transport
+        stream: httpx.AsyncByteStream
+        call.tried.append(backend)
+        backend.in_flight += 1
+        backend.origin.in_flight += 1
+        try:
+            if isinstance(transport, Transport):
+                head = request_head("POST", target, lines)
+                stream = await transport.send(
+                    backend.url, url, head, prepared.body, prepared.timeout, prepared.deadline, fresh
+                )
+                status, headers = stream.status, stream.headers
+            else:
+                response = await transport.handle_async_request(_request(url, target, lines, prepared, fresh))
+                status, stream = response.status_code, _body_of(response)
+                headers = [(name.lower(), value) for name, value in response.headers.raw]
+        except BaseException as exc:
+            self._count_end(backend, outcome_of(exc))
+            raise
+        self._on_answer(backend, status)
+        return Reply(status, headers, stream, backend, self._ended, len(tried) + 1)
+
+    def _ended(self, reply: Reply, outcome: Outcome) -> None:
+        assert reply.backend is not None
+        self._count_end(reply.backend, outcome)
+
+    def _count_end(self, backend: Backend, outcome: Outcome) -> None:
+        backend.in_flight -= 1
+        backend.origin.in_flight -= 1
+        self._on_attempt(backend, outcome)
+
+
+def _request(url: httpx.URL, target: bytes, lines: bytes, prepared: Prepared, fresh: bool) -> httpx.Request:
+    """The same request for a transport that is not ours."""
+    headers = [tuple(line.split(b": ", 1)) for line in lines.split(b"\r\n")[:-1]]
+    extensions = {
+        "timeout": prepared.timeout._asdict(),
+        "deadline": prepared.deadline,
+        "target": target,
+        "fresh": fresh,
+    }
+    body = b"".join(prepared.body) if isinstance(prepared.body, tuple) else prepared.body
+    return httpx.Request("POST", url, headers=headers, content=body, extensions=extensions)  # type: ignore[arg-type]
+
+
+def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:
+    stream = response.stream
+    assert isinstance(stream, httpx.AsyncByteStream)
+    return stream

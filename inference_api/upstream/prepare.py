@@ -1,0 +1,90 @@
+"""Makes a call ready for its backends: the body, the header lines and the limits that all its attempts share."""
+
+from collections.abc import Mapping
+from time import monotonic
+from typing import NamedTuple
+
+from inference_api.headers import header_lines
+from inference_api.models import Call, RawHeaders
+from inference_api.routing.backend import Model
+from inference_api.routing.entries import CatalogueEntry
+from inference_api.upstream.connection import Timeout
+from inference_api.upstream.credentials import with_token
+from inference_api.upstream.limits import Limits
+from inference_api.upstream.rewrite import Content, replaced, rewrite_json, size_of
+
+
+class Prepared(NamedTuple):
+    """What is the same in all attempts of a call.
+
+    `lines`: the headers as lines of a head, without Host and X-Request-Id, which each attempt has of its own.
+    `deadline`: loop time. `key`: what the balancer goes by, see routing.affinity.
+    """
+
+    body: Content
+    lines: bytes
+    timeout: Timeout
+    deadline: float
+    key: str
+
+
+class Prepare:
+    """Takes a Call to what is sent of it. `tokens`: name of a variable, or path of a file -> token."""
+
+    def __init__(self, limits: Limits, tokens: Mapping[str, str]) -> None:
+        self._limits = limits
+        self._tokens = tokens
+        # Per model, for as long as its entry stays the same
+        self._timeouts: dict[str, tuple[CatalogueEntry, Timeout]] = {}
+
+    def __call__(self, call: Call, model: Model) -> Prepared:
+        entry = model.entry
+        # An alias is the router's word; the engine knows the model by its name.
+        served = entry.served_model_name or model.name
+        body: Content = call.body if served == call.model else _renamed(call, served)
+        total = self._limits.total
+        if call.stream:
+            total = self._limits.stream_total
+        elif entry.timeouts.total is not None:
+            total = entry.timeouts.total
+        # The clock of both event loops; to ask for the running one is a system call in Python 3.11.
+        deadline = monotonic() + total
+        size = len(body) if isinstance(body, bytes) else size_of(body)
+        known = self._timeouts.get(model.name)
+        timeout = known[1] if known is not None and known[0] is entry else self._timeout(model)
+        return Prepared(body, self._lines(call, entry, size), timeout, deadline, call.prefix)
+
+    def _lines(self, call: Call, entry: CatalogueEntry, size: int) -> bytes:
+        lines = call.lines
+        if entry.priority != "client":
+            lines = _prioritised(call.headers, entry.priority)
+        elif lines is None:
+            lines = header_lines(call.headers)
+        lines = b"accept-encoding: identity\r\ncontent-length: %d\r\n%b" % (size, lines)
+        credentials = entry.credentials
+        if credentials is not None:
+            if credentials == "passthrough":
+                if call.authorization is not None:
+                    lines += header_lines([(b"authorization", call.authorization)])
+            else:
+                lines = with_token(lines, credentials, self._tokens.get(credentials.source))
+        return lines
+
+    def _timeout(self, model: Model) -> Timeout:
+        limits, own = self._limits, model.entry.timeouts
+        timeout = Timeout(own.connect or limits.connect, own.first_byte or limits.first_byte, own.idle or limits.idle)
+        self._timeouts[model.name] = model.entry, timeout
+        return timeout
+
+
+def _renamed(call: Call, served: str) -> Content:
+    if not call.route.multipart:
+        return rewrite_json(call.body, served, call.model_at)
+    return call.body if call.model_at is None else replaced(call.body, call.model_at, served.encode())
+
+
+def _prioritised(headers: RawHeaders, priority: str | int) -> bytes:
+    """vLLM goes by the header rather than by the body's `priority`, so no byte of that need change."""
+    # Without API keys every caller is as urgent as any other.
+    own = (b"x-vllm-priority", b"%d" % (priority if isinstance(priority, int) else 0))
+    return header_lines([own, *(pair for pair in headers if pair[0] != own[0])])

@@ -1,0 +1,174 @@
+"""What keeps repeats from doing harm: a budget, a memory of requests that kill, rest for backends that asked for it.
+
+Pure, and asked only after an attempt has failed.
+"""
+
+import os
+from collections.abc import Callable, Collection
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from hashlib import blake2b
+from math import ceil
+from typing import NamedTuple
+
+from cachetools import TTLCache
+
+from inference_api.models import Outcome, RawHeaders, Reply
+from inference_api.routing.backend import Backend
+
+# Bytes at either end of a body by which it is known again
+_HASHED = 2 * 1024 * 1024
+# Envoy's: enough for a small model to survive a backend's restart.
+_LEAST = 3
+# Seconds; Envoy's.
+_BACK_OFF = 0.025
+_LONGEST_BACK_OFF = 0.25
+# Seconds. A backend that wants a longer rest is asked again after this one.
+_LONGEST_REST = 30.0
+# Seconds, and bodies.
+_MEMORY = 60.0
+_SUSPECTS = 1024
+# Seconds. A backend that dies breaks all of its connections at once, and that is one death.
+_ONE_DEATH = 1.0
+
+
+def back_off(repeat: int, random: float) -> float:
+    """Seconds to wait before the `repeat`th repeat, from 1; `random` is in [0, 1): full jitter."""
+    return random * min(_BACK_OFF * 2.0 ** (repeat - 1), _LONGEST_BACK_OFF)
+
+
+class Budget:
+    """How many repeats a model may have at once: `share` of its requests in flight, and always three."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._drawn: dict[str, int] = {}
+
+    def draw(self, model: str, in_flight: int) -> "Permit | None":
+        """Leave for one repeat, or None if the budget is spent."""
+        drawn = self._drawn.get(model, 0)
+        if drawn >= max(_LEAST, int(self._share * in_flight)):
+            return None
+        self._drawn[model] = drawn + 1
+        return Permit(lambda: self._return(model))
+
+    def drawn(self, model: str) -> int:
+        return self._drawn.get(model, 0)
+
+    def _return(self, model: str) -> None:
+        self._drawn[model] -= 1
+        if not self._drawn[model]:
+            del self._drawn[model]
+
+
+class Permit:
+    """Leave for one repeat, from before it is sent to the end of its answer's body."""
+
+    __slots__ = ("_on_release",)
+
+    def __init__(self, on_release: Callable[[], None] | None) -> None:
+        self._on_release = on_release
+
+    def release(self) -> None:
+        """Give it back; doing so again does nothing."""
+        on_release, self._on_release = self._on_release, None
+        if on_release is not None:
+            on_release()
+
+    def ended(self, reply: Reply, outcome: Outcome) -> None:
+        """For `Reply.on_end`."""
+        self.release()
+
+
+# For a repeat that needs none
+FREE = Permit(None)
+
+
+class _Suspicion(NamedTuple):
+    deaths: int
+    # Label of a backend -> when it last died of it
+    last: dict[str, float]
+
+
+class PoisonGuard:
+    """Requests whose body was at the scene when backends died.
+
+    A body is kept as a digest with a key of this process, so that what is in memory tells nothing of a prompt.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._key = os.urandom(32)
+        self._known: TTLCache[bytes, _Suspicion] = TTLCache(_SUSPECTS, _MEMORY, timer=clock)
+
+    def accuse(self, body: bytes, backends: Collection[str]) -> bool:
+        """These backends (by label) went silent over `body`; whether it is guilty now."""
+        digest, now = self._digest(body), self._clock()
+        deaths, last = self._known.get(digest, _Suspicion(0, {}))
+        for backend in backends:
+            if now - last.get(backend, -_ONE_DEATH) >= _ONE_DEATH:
+                deaths += 1
+                last = last | {backend: now}
+        # Each accusation is remembered for a minute anew, so two deaths on record are never more than that apart.
+        self._known[digest] = _Suspicion(deaths, last)
+        return deaths > 1
+
+    def guilty(self, body: bytes) -> bool:
+        """Whether backends died of it twice, each time within a minute of the one before."""
+        if not self._known:
+            return False
+        suspect = self._known.get(self._digest(body))
+        return suspect is not None and suspect.deaths > 1
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _digest(self, body: bytes) -> bytes:
+        """Of a large body not of all of it, which would stop the event loop."""
+        digest = blake2b(b"%d" % len(body), digest_size=16, key=self._key)
+        digest.update(body if len(body) <= 2 * _HASHED else body[:_HASHED] + body[-_HASHED:])
+        return digest.digest()
+
+
+class RetryAfter(dict[Backend, float]):
+    """The backends that said Retry-After, and until when they are left alone; empty nearly always."""
+
+    def rest(self, backend: Backend, seconds: float, now: float) -> None:
+        self[backend] = now + min(seconds, _LONGEST_REST)
+
+    def at(self, now: float) -> list[Backend]:
+        """Who rests at `now`; the others are forgotten."""
+        for backend in [backend for backend, until in self.items() if until <= now]:
+            del self[backend]
+        return list(self)
+
+
+def retry_after(headers: RawHeaders, now: float) -> int | None:
+    """The seconds that a Retry-After header asks for, or None; `now` is Unix seconds.
+
+    A date is compared with the answer's own Date, if it has one: the clock of its host may be wrong.
+    """
+    value = _value_of(headers, b"retry-after")
+    if value.isdigit():
+        return int(value) if len(value) < 10 else None
+    until = _unix(value)
+    if until is None:
+        return None
+    said = _unix(_value_of(headers, b"date"))
+    return max(0, ceil(until - (now if said is None else said)))
+
+
+def _value_of(headers: RawHeaders, name: bytes) -> bytes:
+    return next((value for key, value in headers if key == name), b"")
+
+
+def _unix(date: bytes) -> float | None:
+    """Unix seconds of an HTTP date in any of its three forms, or None. It is in UTC, whether it says so or not."""
+    # Much longer ones are none, and would only cost time.
+    if not date or len(date) > 64:
+        return None
+    try:
+        parsed = parsedate_to_datetime(date.decode("ascii"))
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
