@@ -21,6 +21,7 @@ from inference_api.discovery.load import LoadSignal
 from inference_api.discovery.resolver import Resolve, Resolver, resolve
 from inference_api.errors import RouterError
 from inference_api.http.admission import Admission
+from inference_api.http.backends import Backends
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pages import Models, Named, Observed, Probes, create_pages
 from inference_api.http.pipeline import INFERENCE_ROUTES, Dispatch, Gate, Inference
@@ -116,9 +117,11 @@ class Router:
         self._background = self._beside_requests(settings, rand)
         self.admission = Admission(settings.max_in_flight, settings.max_buffered_bytes)
         self.probes = self._make_probes(settings, self._exposition(settings, revision, dropped_lines))
-        gate = self._gate(settings, inside, self._make_forward(settings, rand), mint_id)
-        self.app = self._surface(gate, mint_id, ops=settings.ops_port is None)
-        self.ops: ASGIApp = Named(create_pages(self.probes.ops_routes()), mint_id)
+        policy = RetryPolicy(_limits(settings), rand.random)
+        forward = self._make_forward(settings, policy, rand)
+        self._ops_pages = [*self.probes.ops_routes(), *Backends(self.fleet, policy.resting.get).routes()]
+        self.app = self._surface(self._gate(settings, inside, forward, mint_id), mint_id, settings.ops_port is None)
+        self.ops: ASGIApp = Named(create_pages(self._ops_pages), mint_id)
 
     def _make_transport(self, keepalive: float, **more: Any) -> Transport:
         return Transport(keepalive=keepalive, tls=self._trust, resolver=self._resolver, **more)
@@ -189,7 +192,7 @@ class Router:
         # Registered a second time so that a wrong method on them is a 405 that says which one is right.
         pages = [Route(path, endpoint, methods=["POST"]) for path, endpoint in inference.items()]
         pages += Models(self.fleet, self.registry.resolve).routes()
-        pages += self.probes.ops_routes() if ops else self.probes.routes()
+        pages += self._ops_pages if ops else self.probes.routes()
         return Dispatch(inference, Named(Observed(create_pages(pages, self._lifespan), self._accounts), mint_id))
 
     def _beside_requests(self, settings: Settings, rand: random.Random) -> list[Run]:
@@ -241,12 +244,11 @@ class Router:
         seen.refused(error, error.status, size)
         seen.end(error.outcome)
 
-    def _make_forward(self, settings: Settings, rand: random.Random) -> Forward:
-        limits = _limits(settings)
+    def _make_forward(self, settings: Settings, policy: RetryPolicy, rand: random.Random) -> Forward:
         send: SendAttempt = SendToBackend(self.transport, self._attempted, self.health.answered, rand)
         if self._tracing is not None:
             send = self._tracing.attempts(send)
-        return Forward(send, Prepare(limits, self._tokens), RetryPolicy(limits, rand.random), self.metrics.retry)
+        return Forward(send, Prepare(_limits(settings), self._tokens), policy, self.metrics.retry)
 
     def _make_prober(self, settings: Settings, rand: random.Random) -> Prober:
         every, patience = settings.health_interval, settings.health_timeout

@@ -41,6 +41,8 @@ class RouterError(Exception):
     # For the log only: how many backends were tried, and the last of them.
     attempts = 0
     backend: str | None = None
+    # Why, where the message may not say it
+    why: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)
@@ -162,12 +164,24 @@ class _Unavailable(RouterError):
 class NoBackend(_Unavailable):
     code, outcome = "no_backend_available", Outcome.NO_BACKEND
 
-    def __init__(self, model: str, retry_after: int = 5, *, final: bool = False, asleep: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        retry_after: int = 5,
+        *,
+        final: bool = False,
+        asleep: bool = False,
+        none: bool = False,
+        why: str | None = None,
+    ) -> None:
         message = f"No backend of the model {printable(model)!r} can take a request now"
+        if none:
+            message = f"The model {printable(model)!r} has no backends"
         if asleep:
             # Somebody has to wake one first, and that takes a while.
             message, retry_after = f"{message}: all of them are asleep", 10
         super().__init__(f"{message}.", retry_after)
+        self.why = why
         if final:
             self.headers.append(NOT_AGAIN)
 

@@ -58,7 +58,7 @@ class Models:
 
 
 # Neither counted nor logged: they come every few seconds, and say nothing of the clients.
-_PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics"})
+_PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics", "/backends"})
 
 
 class Probes:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
+from inference_api.models import Outcome
 from inference_api.routing.addresses import addresses_of
 from inference_api.routing.balance import Balancer
 from inference_api.routing.breaker import Circuit, due
@@ -22,6 +23,7 @@ class Backend:
 
     __slots__ = (
         "address",
+        "changed",
         "circuit",
         "compared",
         "errors",
@@ -30,6 +32,7 @@ class Backend:
         "host",
         "in_flight",
         "label",
+        "last_error",
         "late",
         "model",
         "origin",
@@ -38,6 +41,7 @@ class Backend:
         "share",
         "spared",
         "url",
+        "was_usable",
         "weight",
     )  # fmt: skip
 
@@ -64,6 +68,10 @@ class Backend:
         self.compared = False
         self.spared = 0.0
         self.circuit = Circuit()
+        # For those who ask what is wrong: when it was last taken out or back, how an attempt last failed and when
+        self.was_usable = True
+        self.changed: float | None = None
+        self.last_error: tuple[Outcome, float] | None = None
 
     @property
     def closed(self) -> bool:
@@ -83,6 +91,11 @@ class Backend:
     def due(self) -> float:
         """When a request may try it, if one of its circuits is not closed."""
         return max(due(circuit) for circuit in (self.circuit, self.origin) if circuit.opened is not None)
+
+    def note(self, now: float) -> None:
+        """Something that keeps it from requests has begun or ended."""
+        if self.usable is not self.was_usable:
+            self.was_usable, self.changed = not self.was_usable, now
 
     def weigh(self, share: float) -> None:
         """Give it a share of its full weight; a balancer sees that with the next tuple it is handed."""

@@ -39,6 +39,9 @@ _OK = Outcome.OK
 # That an address can serve. What is neither this nor DOWN says nothing of it: a client that left, or the total timeout.
 _SERVED = frozenset({_OK, Outcome.UPSTREAM_4XX})
 
+# What is told as a backend's last error
+_ERRORS = DOWN | {Outcome.PROTOCOL_ERROR, Outcome.UPSTREAM_5XX, Outcome.TRUNCATED, Outcome.ERROR_EVENT}
+
 
 def _loop_time() -> float:
     return asyncio.get_running_loop().time()
@@ -109,6 +112,8 @@ class Health:
         self._faults.answered(backend, owner, self._clock(), status)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
+        if outcome in _ERRORS:
+            backend.last_error = outcome, self._clock()
         origin, owner = backend.origin, self._owner()
         if outcome in DOWN:
             self._failed(origin, owner, refused=outcome is Outcome.CONNECT_FAILED)
@@ -187,7 +192,7 @@ class Health:
         if origin.healthy and origin.streak <= -_OUT_AFTER:
             origin.healthy = False
             self._refresh(origin)
-            _tell(logging.WARNING, "a backend fails its health checks", origin)
+            _tell(logging.WARNING, "a backend fails its health checks", origin, cause=origin.cause)
         elif not origin.healthy and origin.streak >= _IN_AFTER:
             origin.healthy = True
             self._come_back(origin)
@@ -291,6 +296,7 @@ class Health:
         if model is None:
             return
         was_panic = model.panic
+        backend.note(self._clock())
         model.refresh(reweighed)
         if model.panic and not was_panic:
             fields = {"model": model.name, "backends": len(model.backends)}

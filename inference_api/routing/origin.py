@@ -26,6 +26,7 @@ class Origin(Circuit):
         "asleep",
         "backends",
         "base_path",
+        "cause",
         "crowded",
         "healthy",
         "host",
@@ -57,6 +58,8 @@ class Origin(Circuit):
         self.in_flight = 0
         # Its circuit opened because no connection could be made
         self.refused = False
+        # Why the last health check failed; None: it did not
+        self.cause: str | None = None
         # Health checks: passes in a row, or failures if negative, and when it last passed one
         self.healthy = True
         self.streak = 0

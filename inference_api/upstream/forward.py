@@ -6,9 +6,10 @@ from time import monotonic
 
 import httpx
 
-from inference_api.errors import NOT_AGAIN, NoBackend
+from inference_api.errors import NOT_AGAIN
 from inference_api.models import Call, Reply
 from inference_api.routing.backend import Backend, Model
+from inference_api.routing.standing import no_backend
 from inference_api.upstream.attempt import Attempt, SendAttempt
 from inference_api.upstream.failures import Failure, classify
 from inference_api.upstream.prepare import Prepare
@@ -45,7 +46,7 @@ class Forward:
         key = prepared.key
         backend = policy.rested(model, key) if policy.resting else model.choose(key)
         if backend is None:
-            raise NoBackend(model.name, asleep=bool(model.backends) and not model.awake)
+            raise no_backend(model, monotonic())
         past: list[Failure] = []
         tried: tuple[Backend, ...] = ()
         permit, fresh = FREE, False

@@ -16,6 +16,7 @@ from inference_api.errors import (
 )
 from inference_api.models import Call, Outcome, Reply
 from inference_api.routing.backend import Backend, Model
+from inference_api.routing.standing import SOON, why_not
 from inference_api.upstream.failures import Failure, Reason
 from inference_api.upstream.limits import Limits
 from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
@@ -164,6 +165,8 @@ def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterEr
     error = _error(past[-1].outcome, model.name, give_up)
     error.attempts = len(past)
     error.backend = past[-1].backend.label
+    if past[-1].outcome is Outcome.CONNECT_FAILED:
+        error.why = why_not(model, monotonic())
     return error
 
 
@@ -175,7 +178,7 @@ def _error(outcome: Outcome, model: str, give_up: GiveUp) -> RouterError:
         return Overloaded("The router has no connection left for this request.", retry_after=1)
     if outcome is Outcome.CONNECT_FAILED:
         # Nothing was executed, and Retry-After says when it may work; unless there are too many repeats.
-        return NoBackend(model, final=why.is_limit)
+        return NoBackend(model, SOON, final=why.is_limit)
     if outcome in (Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT):
         # A repetition would cost another generation of the same length.
         return UpstreamTimeout("The model did not answer in time.", outcome, final=True)

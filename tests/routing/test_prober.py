@@ -258,7 +258,7 @@ async def test_no_more_than_a_few_are_asked_at_once(
     assert 1 < most <= 8
 
 
-async def test_the_first_checks_are_spread_over_an_interval(transport: Transport) -> None:
+async def test_the_first_checks_are_spread() -> None:
     asked: list[str] = []
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -267,7 +267,9 @@ async def test_the_first_checks_are_spread_over_an_interval(transport: Transport
 
     # A draw of 0 comes at once; of 0.9, after 0.9 of an hour.
     draws = iter([0.9, 0.0, 0.9])
-    ward = Round(httpx.MockTransport(respond), "http://a", "http://b", every=3600.0, rand=lambda: next(draws))
+    ward = Round(
+        httpx.MockTransport(respond), "http://a", "http://b", first=3600.0, every=3600.0, rand=lambda: next(draws)
+    )
     async with running(ward.prober):
         await until(lambda: asked)
         await asyncio.sleep(0.05)
@@ -286,7 +288,7 @@ async def test_routers_that_started_together_do_not_go_on_asking_together(monkey
     for rand, first, others in ((0.0, 0.0, 80.0), (1.0, 100.0, 120.0)):
         pauses.clear()
         transport = httpx.MockTransport(lambda _: httpx.Response(200))
-        ward = Round(transport, "http://a", every=100.0, rand=lambda rand=rand: rand)
+        ward = Round(transport, "http://a", every=100.0, first=100.0, rand=lambda rand=rand: rand)
         with monkeypatch.context() as patch:
             patch.setattr(asyncio, "sleep", short)
             async with running(ward.prober):

@@ -1,0 +1,88 @@
+"""What is told of a backend to those who ask: whether it takes requests, since when not, and why."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from inference_api.errors import NoBackend
+from inference_api.routing.backend import Backend, Model
+from inference_api.routing.breaker import Circuit
+
+State = Literal["open", "half_open", "unhealthy", "stuck", "asleep", "resting", "recovering", "ready"]
+CircuitState = Literal["closed", "open", "half_open"]
+
+# Seconds for a client, where nobody accepts connections: it is a restart, or takes longer than any client waits.
+SOON = 1
+_SHOWN = 3
+
+
+class Standing(NamedTuple):
+    """`state` is the first that holds, in the order of State; `since`, `retry_at`: seconds of the loop's clock."""
+
+    state: State
+    circuit: CircuitState
+    reason: str | None = None
+    since: float | None = None
+    retry_at: float | None = None
+
+
+def standing(backend: Backend, now: float, resting: float | None = None) -> Standing:
+    """`resting`: until when it has asked to be left alone."""
+    origin, since = backend.origin, backend.changed
+    circuit = _circuit(backend, now)
+    if circuit != "closed":
+        return Standing(circuit, circuit, _reason(backend), since, None if circuit == "half_open" else backend.due)
+    if not origin.healthy:
+        return Standing("unhealthy", circuit, f"health check: {origin.cause or 'failed'}", since)
+    if origin.stuck is not None:
+        return Standing("stuck", circuit, "requests wait, and no byte comes", origin.stuck)
+    if origin.asleep:
+        return Standing("asleep", circuit, "it says that it sleeps", since)
+    if resting is not None and resting > now:
+        return Standing("resting", circuit, "it sent Retry-After", since, resting)
+    if backend.share < 1.0:
+        return Standing("recovering", circuit, "slow start", since)
+    return Standing("ready", circuit, None, since)
+
+
+def no_backend(model: Model, now: float) -> NoBackend:
+    """The error of a request for which there is nobody to try."""
+    refused = bool(model.awake) and all(backend.origin.refused for backend in model.awake)
+    return NoBackend(
+        model.name,
+        SOON if refused else 5,
+        asleep=bool(model.backends) and not model.awake,
+        none=not model.entry.backends,
+        why=why_not(model, now),
+    )
+
+
+def why_not(model: Model, now: float) -> str:
+    """Why its backends take no requests, for the log: `10.0.0.11:8000: connection refused`."""
+    if not model.backends:
+        return "no address is known of its backends" if model.entry.backends else "it has no backends"
+    told = [f"{backend.label}: {_cause(backend, now)}" for backend in model.backends[:_SHOWN]]
+    if len(model.backends) > _SHOWN:
+        told.append(f"and {len(model.backends) - _SHOWN} more")
+    return "; ".join(told)
+
+
+def _cause(backend: Backend, now: float) -> str:
+    if backend.origin.cause is not None:
+        return backend.origin.cause
+    if backend.last_error is not None:
+        return backend.last_error[0].value
+    state = standing(backend, now)
+    return state.reason or state.state
+
+
+def _circuit(backend: Backend, now: float) -> CircuitState:
+    opened: Sequence[Circuit] = [one for one in (backend.origin, backend.circuit) if one.opened is not None]
+    if not opened:
+        return "closed"
+    return "open" if now < backend.due else "half_open"
+
+
+def _reason(backend: Backend) -> str:
+    if backend.origin.opened is None and backend.refuses:
+        return "upstream_4xx"
+    return "failures in a row" if backend.last_error is None else backend.last_error[0].value
