@@ -35,8 +35,8 @@ class Prober:
 
     That is a pass for engines without a /health, too. A timeout while bytes of other answers come from the backend
     (`heard(url)`: when the last one did, in loop time) is no verdict: it is busy. `every`: seconds between two checks,
-    +-20 %, the first one within `first`; `patience`: seconds for one, at least, see `_LEAST_PATIENCE`. `transport` should not be the one that carries
-    the traffic.
+    +-20 %, the first one within `first`; `patience`: seconds for one, at least, see `_LEAST_PATIENCE`. `transport`
+    should not be the one that carries the traffic.
     """
 
     def __init__(

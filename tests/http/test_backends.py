@@ -64,6 +64,7 @@ async def test_a_backend_that_refuses_connections_is_told_with_time_and_reason(s
 async def test_a_backend_that_fails_its_health_checks_is_told_with_the_cause(
     start_engine: Start, start_router: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     engine = await start_engine()
     engine.page = raw(json_response({}, "500 Internal Server Error"))
     served: Served = await start_router(engine, await start_engine(), health_interval=0.02)
@@ -112,7 +113,7 @@ async def test_status_is_a_table_of_them(start_engine: Start, start_router: Star
     assert (code, err) == (1, [])
     assert out[0].split() == ["MODEL", "BACKEND", "STATE", "SINCE", "IN", "FLIGHT", "REASON"]
     assert out[1].split()[:3] == ["m", dead, "open"]
-    assert out[1].endswith(" s   0          connect_failed")
+    assert out[1].split()[4:] == ["s", "0", "connect_failed"]
     assert out[2].split() == ["n", place(engine), "ready", "-", "0", "-"]
 
     code, out, _ = await run("status", "--json", "--url", served.url)
