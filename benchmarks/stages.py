@@ -31,7 +31,7 @@ from inference_api.server import request_head
 from inference_api.server.cycle import CYCLE
 from inference_api.upstream import connection
 from inference_api.upstream import repeated_head as heads
-from inference_api.upstream.connection import ResponseStream
+from inference_api.upstream.response import ResponseStream
 
 EVENT = CASES[1]
 _WARM = 20

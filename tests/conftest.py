@@ -1,6 +1,7 @@
 """Fixtures: a clean environment, scripted engines, and a router on a real port in the test's own event loop."""
 
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -96,6 +97,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             cluster: Cluster | None = None,
             tokens: dict[str, str] | None = None,
             tracing: "Tracing | None" = None,
+            rand: random.Random | None = None,
             **settings: Any,
         ) -> Served:
             backends = [{"url": engine.url} for engine in engines]
@@ -104,8 +106,8 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
             chosen = Settings(catalogue=path, **settings)
-            more: dict[str, Any] = {"transport": transport, "resolve": resolve, "cluster": cluster, "tracing": tracing}
-            router = Router(chosen, tokens=tokens, access_log=lines.append, **more)
+            parts: dict[str, Any] = {"transport": transport, "resolve": resolve, "cluster": cluster, "tracing": tracing}
+            router = Router(chosen, tokens=tokens, access_log=lines.append, rand=rand, **parts)
             url = await stack.enter_async_context(serving(router, chosen))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
             return Served(router, url, client, lines)

@@ -10,7 +10,7 @@ from inference_api.errors import RouterError, UpstreamProtocolError
 from inference_api.models import Outcome
 from inference_api.relay.dialects import ends_in_abort, is_aborted, is_json
 from inference_api.relay.usage import find_usage
-from inference_api.upstream.connection import ResponseStream
+from inference_api.upstream.response import ResponseStream
 
 # Up to here an answer that claims to be JSON is parsed to see whether it is (2 us per KiB); above, at its ends.
 _PARSED = 1 << 16

@@ -16,8 +16,8 @@ from starlette.types import Send
 
 from inference_api.models import Direct, Outcome, Tap
 from inference_api.relay.events import EventTracker
-from inference_api.upstream.connection import ResponseStream
 from inference_api.upstream.failures import outcome_of
+from inference_api.upstream.response import ResponseStream
 
 
 class Pump:

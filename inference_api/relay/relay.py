@@ -20,8 +20,8 @@ from inference_api.relay.events import EventTracker
 from inference_api.relay.head import ReturnedHead
 from inference_api.relay.pump import Pump
 from inference_api.relay.typed_events import follow
-from inference_api.upstream.connection import ResponseStream
 from inference_api.upstream.failures import outcome_of
+from inference_api.upstream.response import ResponseStream
 
 # An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
 _HELD = 1 << 20

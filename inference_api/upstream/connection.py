@@ -1,36 +1,27 @@
 """One connection to a backend, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import httptools
 import httpx
 
 from inference_api.models import RawHeaders
-from inference_api.upstream.failures import Disconnected, FirstByteTimeout, IdleTimeout, Malformed, TotalTimeout
+from inference_api.upstream.deadlines import Deadlines, Timeout
+from inference_api.upstream.failures import Disconnected, Malformed
 from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
+from inference_api.upstream.response import ResponseStream
 from inference_api.upstream.rewrite import Content
 
 # An engine's head is below 1 KiB, but vLLM puts 0.1 KiB for each of up to 2,048 embeddings there, if they are asked for
 # as bytes. curl takes 300 KiB, so that nobody needs more.
 MAX_HEAD = 256 * 1024
-# What may wait in memory for a reader that pulls.
-HIGH_WATER = 64 * 1024
 # From here on joining head and body would copy more than a second buffer costs.
 _JOIN = 16 * 1024
 
 # Length of a whole chunk without extensions -> where its data begins, and how it does, as uvicorn and hyper write it.
 _SIZE_LINES = {len(b"%x" % n) + n + 4: (len(b"%x" % n) + 2, (b"%x\r\n" % n, b"%X\r\n" % n)) for n in range(1, 4096)}
 _NO_SIZE = (0, (b"", b""))
-
-
-class Timeout(NamedTuple):
-    """Seconds to connect, from the request to the head of the response, and between two reads of its body."""
-
-    connect: float | None = None
-    first_byte: float | None = None
-    idle: float | None = None
 
 
 class ConnectionPool(Protocol):
@@ -46,145 +37,6 @@ class ConnectionPool(Protocol):
     def discard(self, connection: "BackendConnection") -> None: ...
 
 
-class Sink(Protocol):
-    """Takes a response body as it arrives. Called from the event loop, must not raise."""
-
-    def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool | None:
-        """Body bytes of one read; `complete`: the message ended with them (they may be empty).
-
-        `frame`: what was read, if that is one whole chunk with `data` in it. True: all of it was a sign of life, and
-        nothing of the answer; for the clocks it has not come.
-        """
-        ...
-
-    def broken(self, error: httpx.TransportError) -> None:
-        """The body ended too early; nothing follows."""
-        ...
-
-
-class ResponseStream(httpx.AsyncByteStream):
-    """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
-
-    __slots__ = (
-        "_waiter", "_wanted", "complete", "connection", "error", "framed", "head", "headers", "known", "pieces", "sink",
-        "size", "status",
-    )  # fmt: skip
-
-    def __init__(self, connection: "BackendConnection") -> None:
-        self.connection = connection
-        # Head
-        self.status = 0
-        self.headers: RawHeaders = []
-        self.known: RepeatedHead | None = None
-        # Its end is told from that of the connection.
-        self.framed = True
-        self.head: asyncio.Future[None] = connection.loop.create_future()
-        # Body
-        self.pieces: list[bytes] = []
-        self.size = 0
-        self.complete = False
-        self.error: httpx.TransportError | None = None
-        self.sink: Sink | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._wanted = 0
-
-    # Called by the connection
-
-    def deliver(self) -> bool | None:
-        """Hand over what one read brought: to the sink, which says what it was, or to whoever waits for it."""
-        if self.sink is not None:
-            data = self.take()
-            return self.sink.data_received(data, self.complete) if data or self.complete else None
-        if self.complete or self.size > self._wanted:
-            if self.size > HIGH_WATER and not self.complete:
-                self.connection.pause(self)
-            self._wake()
-        return None
-
-    def fail(self, error: httpx.TransportError) -> None:
-        self.error = error
-        if not self.head.done():
-            self.head.set_exception(error)
-            # Whoever waited may have been cancelled; the error is then nobody's to retrieve.
-            self.head.exception()
-        elif self.sink is not None:
-            self.sink.broken(error)
-        self._wake()
-
-    # Called by the reader
-
-    def push_to(self, sink: Sink) -> None:
-        """From now on give the body to `sink` as it arrives, beginning with what is here already."""
-        self.sink = sink
-        self.resume()
-        if self.pieces or self.complete:
-            self.deliver()
-        if self.error is not None:
-            sink.broken(self.error)
-
-    def pause(self) -> None:
-        self.connection.pause(self)
-
-    def resume(self) -> None:
-        self.connection.resume(self)
-
-    def take(self) -> bytes:
-        """What has come of the body and was not taken yet."""
-        pieces = self.pieces
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        self.size = 0
-        return data
-
-    async def collect(self, limit: int) -> tuple[bytes, bool]:
-        """The body, and True, if it ends within `limit` bytes; else what came so far, and False.
-
-        Raises httpx.TransportError when it breaks off.
-        """
-        while not self.complete and self.size <= limit:
-            # No wake-up, and no pause, for each of the reads that it takes.
-            await self._arrival(limit)
-        return self.take(), self.complete
-
-    async def peek(self, wanted: int = 0) -> bytes:
-        """What has come of the body, once that is more than `wanted` bytes, or all; it stays to be read.
-
-        Raises httpx.TransportError when the body breaks off.
-        """
-        while not self.complete and self.size <= wanted:
-            await self._arrival(wanted)
-        return b"".join(self.pieces)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            if self.pieces:
-                data = self.take()
-                self.resume()
-                yield data
-            elif self.complete:
-                return
-            else:
-                await self._arrival()
-
-    async def aclose(self) -> None:
-        """Done with it. If the response had not ended, its connection is closed: the engine stops generating."""
-        self.connection.abandon(self)
-
-    async def _arrival(self, wanted: int = 0) -> None:
-        """Until more than so many bytes are here, or the body is complete."""
-        if self.error is not None:
-            raise self.error
-        self._wanted = wanted
-        self.resume()
-        self._waiter = self.connection.loop.create_future()
-        await self._waiter
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-
 class BackendConnection(asyncio.Protocol):
     """One connection to a backend, and at most one response on it at a time.
 
@@ -194,13 +46,11 @@ class BackendConnection(asyncio.Protocol):
 
     __slots__ = (
         "_between_chunks",
-        "_deadline",
+        "_deadlines",
         "_direct",
         "_due",
-        "_first_byte",
         "_head_done",
         "_headers",
-        "_idle",
         "_keep_alive",
         "_last_read",
         "_paused",
@@ -245,9 +95,7 @@ class BackendConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         self._last_read = 0.0
-        self._idle: float | None = None
-        self._first_byte: float | None = None
-        self._deadline: float | None = None
+        self._deadlines = Deadlines()
 
     # Exchange
 
@@ -260,7 +108,11 @@ class BackendConnection(asyncio.Protocol):
         self._head_done = self._keep_alive = self._between_chunks = self._direct = False
         stream = self.stream = ResponseStream(self)
         self._headers = stream.headers
-        self._arm(timeout, deadline)
+        now = self._last_read = self.loop.time()
+        soonest = self._deadlines.start(now, timeout, deadline)
+        # The timer of an earlier exchange will do, if it fires no later; setting one costs 3 us.
+        if soonest is not None and (self._timer is None or soonest < self._due):
+            self._set_timer(soonest)
         if isinstance(body, tuple):
             transport.writelines([head, *body])
         elif len(body) < _JOIN:
@@ -448,26 +300,6 @@ class BackendConnection(asyncio.Protocol):
 
     # Timers
 
-    def _arm(self, timeout: Timeout, deadline: float | None) -> None:
-        now = self._last_read = self.loop.time()
-        _, first_byte, self._idle = timeout
-        self._first_byte = None if first_byte is None else now + first_byte
-        self._deadline = deadline
-        soonest = self._soonest(now)
-        # The timer of an earlier exchange will do, if it fires no later; setting one costs 3 us.
-        if soonest is not None and (self._timer is None or soonest < self._due):
-            self._set_timer(soonest)
-
-    def _soonest(self, now: float) -> float | None:
-        soonest = None if self._head_done else self._first_byte
-        if self._idle is not None:
-            # Before the head, and while the reader makes a pause, silence does not count; look again later.
-            quiet = (self._last_read if self._head_done and not self._paused else now) + self._idle
-            soonest = quiet if soonest is None else min(soonest, quiet)
-        if self._deadline is not None and (soonest is None or self._deadline < soonest):
-            soonest = self._deadline
-        return soonest
-
     def _set_timer(self, due: float) -> None:
         self._disarm()
         self._due = due
@@ -482,17 +314,16 @@ class BackendConnection(asyncio.Protocol):
         self._timer = None
         if self.stream is None:
             return
-        # A timer may fire up to a clock tick early.
         now = self.loop.time()
-        due = now + 0.002
-        if self._deadline is not None and due >= self._deadline:
-            self.fail(TotalTimeout("the answer did not end in time"))
-        elif not self._head_done and self._first_byte is not None and due >= self._first_byte:
-            self.fail(FirstByteTimeout("the backend did not begin to answer in time"))
-        elif self._head_done and not self._paused and self._idle is not None and due >= self._last_read + self._idle:
-            self.fail(IdleTimeout("the backend fell silent"))
-        elif (soonest := self._soonest(now)) is not None:
+        error = self._deadlines.expired(now, self._head_done, self._silent_since())
+        if error is not None:
+            self.fail(error)
+        elif (soonest := self._deadlines.soonest(now, self._head_done, self._silent_since())) is not None:
             self._set_timer(soonest)
+
+    def _silent_since(self) -> float | None:
+        """None: before the head, and while the reader pauses, silence does not count."""
+        return self._last_read if self._head_done and not self._paused else None
 
     def __repr__(self) -> str:
         return f"<BackendConnection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"

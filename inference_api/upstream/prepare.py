@@ -8,8 +8,8 @@ from inference_api.headers import header_lines
 from inference_api.models import Call, RawHeaders
 from inference_api.routing.backend import Model
 from inference_api.routing.entries import CatalogueEntry
-from inference_api.upstream.connection import Timeout
 from inference_api.upstream.credentials import with_token
+from inference_api.upstream.deadlines import Timeout
 from inference_api.upstream.limits import Limits
 from inference_api.upstream.rewrite import Content, replaced, rewrite_json, size_of
 

@@ -27,11 +27,11 @@ from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.entries import BackendEntry, CatalogueEntry
 from inference_api.upstream.attempt import SendToBackend
-from inference_api.upstream.connection import ResponseStream
 from inference_api.upstream.failures import IdleTimeout, Malformed, TotalTimeout
 from inference_api.upstream.forward import Forward
 from inference_api.upstream.limits import Limits
 from inference_api.upstream.prepare import Prepare
+from inference_api.upstream.response import ResponseStream
 from inference_api.upstream.retry import RetryPolicy
 from inference_api.upstream.transport import Transport
 from tests.fakes import (

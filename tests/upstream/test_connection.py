@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inference_api.upstream.connection import BackendConnection, ResponseStream, Timeout
+from inference_api.upstream.connection import BackendConnection
+from inference_api.upstream.deadlines import Timeout
 from inference_api.upstream.failures import Disconnected, FirstByteTimeout, IdleTimeout, Malformed, TotalTimeout
 from inference_api.upstream.repeated_head import RepeatedHeads
+from inference_api.upstream.response import ResponseStream
 from inference_api.upstream.transport import Transport
 from tests.fakes import (
     COMPLETION,

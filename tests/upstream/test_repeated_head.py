@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_api.models import RawHeaders
-from inference_api.upstream.connection import BackendConnection, ResponseStream, Timeout
+from inference_api.upstream.connection import BackendConnection
+from inference_api.upstream.deadlines import Timeout
 from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
+from inference_api.upstream.response import ResponseStream
 
 DATE = b"date: Sat, 21 Nov 2026 10:00:00 GMT\r\n"
 HEAD = b"HTTP/1.1 200 OK\r\n" + DATE + b"server: uvicorn\r\ncontent-length: 2\r\ncontent-type: application/json\r\n\r\n"

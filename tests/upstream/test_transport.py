@@ -16,9 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.upstream.connection import BackendConnection, ResponseStream, Timeout
+from inference_api.upstream.connection import BackendConnection
+from inference_api.upstream.deadlines import Timeout
 from inference_api.upstream.failures import Closed, Disconnected, TotalTimeout
-from inference_api.upstream.transport import Pool, Transport, request_head
+from inference_api.upstream.pool import Pool
+from inference_api.upstream.response import ResponseStream
+from inference_api.upstream.transport import Transport, request_head
 from tests.fakes import (
     COMPLETION,
     LAST_CHUNK,
