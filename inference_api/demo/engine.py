@@ -36,7 +36,7 @@ def create_engine(
     model: str,
     *,
     tokens_per_second: float = 40,
-    max_model_len: int = 4096,
+    max_model_len: int = 131072,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tokens-per-second", type=float, default=40)
-    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--max-model-len", type=int, default=131072)
     given = parser.parse_args(arguments)
     app = create_engine(given.model, tokens_per_second=given.tokens_per_second, max_model_len=given.max_model_len)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)

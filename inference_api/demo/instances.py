@@ -1,10 +1,15 @@
 """JSON values from JSON schemas: what a model writes that is held to a schema."""
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 Schema = Mapping[str, Any]
+
+_DECODER = json.JSONDecoder()
 
 _FORMATS = {
     "date": "2026-01-31",
@@ -39,6 +44,16 @@ def instance(schema: Any, root: Schema | None = None, depth: int = 0) -> Any:
         return schema["enum"][0]
     build = _BUILDERS.get(_type_of(schema))
     return build(schema, root, depth) if build else None
+
+
+def schema_in(text: str) -> Schema | None:
+    """The first object with `properties` that is written in a text: some clients tell a model its schema so."""
+    for start in re.finditer(r"\{", text):
+        with suppress(ValueError):
+            found, _ = _DECODER.raw_decode(text, start.start())
+            if "properties" in found:
+                return found  # type: ignore[no-any-return]
+    return None
 
 
 def _type_of(schema: Schema) -> str:

@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from inference_api.demo import model
+from inference_api.demo.instances import Schema, schema_in
 
 _Some = Field(min_length=1)
 _Texts = str | Annotated[list[str], _Some]
 _Tokens = Annotated[list[int], _Some] | Annotated[list[list[int]], _Some]
+_ANY_OBJECT: Schema = {"properties": {"answer": {"const": "This is JSON."}}}
 _Read = TypeVar("_Read", bound="Asked")
 # Names of pydantic's own, in the place of an error.
 _INTERNAL = re.compile(r"\W|^(str|int|dict|list|constrained)")
@@ -121,8 +123,7 @@ class Tool(BaseModel):
 class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] = Field(
-        default={"properties": {"answer": {"const": "This is JSON."}}},
-        validation_alias=AliasChoices(AliasPath("json_schema", "schema"), "schema"),
+        default={}, validation_alias=AliasChoices(AliasPath("json_schema", "schema"), "schema")
     )
 
 
@@ -169,10 +170,12 @@ class Generate(Asked):
         return [prompt.text for prompt in self.prompts]
 
     @property
-    def schema_asked(self) -> dict[str, Any] | None:
-        """What the answer must fit; None: it is text."""
+    def schema_asked(self) -> Schema | None:
+        """The schema that the answer must fit; None: it is text."""
         form = self.format
-        return form.json_schema if isinstance(form, ResponseFormat) and form.type != "text" else None
+        if not isinstance(form, ResponseFormat) or form.type == "text":
+            return None
+        return form.json_schema if form.type == "json_schema" else schema_in(self.prompts[0].text) or _ANY_OBJECT
 
     def tool(self, said: str) -> Tool | None:
         """The tool that is called instead of an answer."""

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from inference_api import __version__
 from inference_api.demo import model
 from inference_api.demo.generation import API, JSON, EventStream, Work, stream
-from inference_api.demo.instances import instance
+from inference_api.demo.instances import Schema, instance
 from inference_api.demo.pooling import Card
 from inference_api.demo.requests import Asked, Chat, Detokenize, EngineError, Generate, Pool, parse
 from inference_api.demo.telemetry import Record, Telemetry
@@ -163,7 +163,7 @@ class Engine:
         return Card(request.headers.get("x-request-id") or self._new_id(), int(self._clock()), self._name)
 
 
-def _written(schema: dict[str, Any], field: str) -> str:
+def _written(schema: Schema, field: str) -> str:
     """The JSON of what fits a schema."""
     try:
         return orjson.dumps(instance(schema)).decode()

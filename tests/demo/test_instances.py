@@ -5,7 +5,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from inference_api.demo.instances import instance
+from inference_api.demo.instances import instance, schema_in
 
 TREE = {
     "$defs": {
@@ -66,3 +66,16 @@ def test_a_schema_that_holds_itself_ends() -> None:
 @pytest.mark.parametrize("schema", [True, {"$ref": "#/nowhere"}, {"$ref": "#"}, {"type": "unknown"}])
 def test_a_schema_that_cannot_be_met_is_null(schema: Any) -> None:
     assert instance(schema) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ('Fill {this}: {"properties": {}} or {"properties": {"a": {}}}', {"properties": {}}),
+        ('{"a": {"properties": 1}}', {"properties": 1}),
+        ("{1} { {", None),
+        ("", None),
+    ],
+)
+def test_a_schema_is_found_in_a_text(text: str, schema: Any) -> None:
+    assert schema_in(text) == schema

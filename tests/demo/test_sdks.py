@@ -146,6 +146,9 @@ async def test_parse_fills_a_pydantic_model(sdk: AsyncOpenAI) -> None:
 async def test_a_json_object(sdk: AsyncOpenAI) -> None:
     answer = await sdk.chat.completions.create(model=MODEL, messages=HELLO, response_format={"type": "json_object"})
     assert json.loads(answer.choices[0].message.content or "") == {"answer": "This is JSON."}
+    told: list[Any] = [{"role": "system", "content": f"{{Answer}} with JSON: {json.dumps(SCHEMA)}"}, *HELLO]
+    answer = await sdk.chat.completions.create(model=MODEL, messages=told, response_format={"type": "json_object"})
+    assert json.loads(answer.choices[0].message.content or "") == ARGUMENTS
 
 
 @pytest.mark.parametrize("stream", [False, True])
