@@ -27,7 +27,7 @@ from inference_api.observe.metrics import Metrics
 from inference_api.relay import relay
 from inference_api.relay.events import EventTracker
 from inference_api.routing.backend import Model
-from inference_api.server import request_head
+from inference_api.server import repeated_head as client_heads
 from inference_api.server.cycle import CYCLE
 from inference_api.upstream import connection
 from inference_api.upstream import repeated_head as heads
@@ -130,7 +130,7 @@ def _observation(client: Client) -> None:
 
 
 def _known_requests(client: Client) -> None:
-    request_head.RepeatedHead.body_at = lambda *_: 0  # type: ignore[method-assign]
+    client_heads.RepeatedHead.body_at = lambda *_: 0  # type: ignore[method-assign]
 
 
 def _known_answers(client: Client) -> None:

@@ -17,7 +17,8 @@ from inference_api.models import Asked, Call, Outcome, RawHeaders, Route, Send, 
 from inference_api.observe.accounts import Account, Accounts
 from inference_api.relay.relay import Relay
 from inference_api.routing.backend import Model
-from inference_api.server.cycle import CYCLE, Cycle, HeadCache
+from inference_api.server.cycle import CYCLE, Cycle
+from inference_api.server.repeated_head import HeadCache
 
 logger = logging.getLogger(__name__)
 

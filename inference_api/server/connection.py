@@ -20,7 +20,9 @@ from uvicorn.server import ServerState
 from inference_api.errors import BadRequest, Overloaded, RequestTimeout, RouterError, render
 from inference_api.server.cycle import STATUS_LINES, Cycle, OlderCycle, Rejection
 from inference_api.server.flow import Deadlines, Flow
-from inference_api.server.request_head import EMPTY_LINE, RepeatedHead, check_size, scope_of
+from inference_api.server.repeated_head import RepeatedHead, RepeatedHeads
+from inference_api.server.request_head import EMPTY_LINE, check_size, scope_of
+from inference_api.server.upgrade import DeclinedUpgrade
 
 # Pipelined requests that may wait, and how much of bodies may come before their requests have their turn. Reading goes
 # on while they wait, so that the end of the connection is noticed; what is beyond is not answered.
@@ -61,9 +63,9 @@ class ClientConnection(Flow):
     """One client connection. Requests on it are answered in their order, one at a time."""
 
     __slots__ = (
-        "_age_timer", "_app", "_blind", "_client", "_head", "_head_open", "_headers", "_idle_since", "_known",
-        "_learn_at", "_left", "_max_connections", "_old", "_on_refusal", "_overhead", "_parsed", "_parser", "_reading",
-        "_replayed_whole", "_replaying", "_running", "_server", "_state", "_tail", "_upgrading", "_url", "_waiting",
+        "_age_timer", "_app", "_blind", "_client", "_head", "_head_open", "_headers", "_heads", "_idle_since", "_left",
+        "_max_connections", "_old", "_on_refusal", "_overhead", "_parser", "_reading", "_running", "_server", "_state",
+        "_tail", "_upgrading", "_url", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -100,13 +102,10 @@ class ClientConnection(Flow):
         self._left, self._tail, self._overhead = 0, b"", 0
         # What is parsed may hold more than one end of a message: nothing behind the first is taken.
         self._blind = False
-        self._upgrading = self._replaying = self._replayed_whole = False
+        self._upgrading = False
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._known: RepeatedHead | None = None
-        # Heads parsed, and at which of them one is to be learnt: a client that varies them costs nothing soon.
-        self._parsed = 0
-        self._learn_at: float = 2
+        self._heads = RepeatedHeads()
         self._idle_since = 0.0
 
     # asyncio.Protocol
@@ -133,8 +132,9 @@ class ClientConnection(Flow):
             return
         # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
         between = self._reading is None and not self._head
-        if between and self._known is not None and (body_at := self._known.body_at(data)) and self._has_place():
-            self._begin(self._known, data[body_at:])
+        known = self._heads.newest
+        if between and known is not None and (body_at := known.body_at(data)) and self._has_place():
+            self._begin(known, data[body_at:])
             return
         try:
             self._feed(data)
@@ -145,8 +145,10 @@ class ClientConnection(Flow):
             else:
                 self._refuse(cause if isinstance(cause, RouterError) else BadRequest(f"Not valid HTTP/1.1: {exc}."))
             return
-        if self._parsed >= self._learn_at:
-            self._learn(data if between else b"")
+        if self._heads.due:
+            newest = self._waiting[-1] if self._waiting else self._running
+            repeatable = newest is not None and newest.repeatable
+            self._heads.learn(data if between else b"", newest.scope if newest is not None and repeatable else None)
         if self._head_open:
             if self._timer is None:
                 self._timer = self.loop.call_later(self._deadlines.header, self._late)
@@ -170,12 +172,6 @@ class ClientConnection(Flow):
             else:
                 self._waiting.pop()
                 self._take_no_more()
-
-    def _learn(self, data: bytes) -> None:
-        self._learn_at *= 2
-        newest = self._waiting[-1] if self._waiting else self._running
-        if newest is not None and newest.repeatable:
-            self._known = RepeatedHead.learn(data, newest.scope)
 
     def eof_received(self) -> bool:
         """A client that closes its half has left, as for nginx, Envoy and every engine behind us: work for it ends.
@@ -258,18 +254,11 @@ class ClientConnection(Flow):
         return len(data) if end < 0 else end + len(EMPTY_LINE)
 
     def _decline_upgrade(self) -> None:
-        """RFC 9110 7.8: an offer to upgrade may be ignored. httptools stops at it, so another parser goes on."""
-        lasts = self._parser.should_keep_alive()
-        self._parser = httptools.HttpRequestParser(self)
-        framing = [pair for pair in self._headers if pair[0] in (b"content-length", b"transfer-encoding")]
-        lines = [b"%b: %b\r\n" % pair for pair in framing]
-        if not lasts:
-            lines.append(b"connection: close\r\n")
-        self._replaying = True
-        self._replayed_whole = False
-        self._parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(lines) + b"\r\n")
-        self._replaying = self._upgrading = False
-        if self._replayed_whole or not framing:
+        """httptools stops at the offer, so another parser goes on."""
+        declined = DeclinedUpgrade(self, self._headers, self._parser.should_keep_alive())
+        self._parser = declined.parser
+        self._upgrading = False
+        if declined.whole:
             self.on_message_complete()
 
     # httptools callbacks
@@ -277,14 +266,12 @@ class ClientConnection(Flow):
     def on_message_begin(self) -> None:
         if self._blind:
             raise _Enough
-        if not self._replaying:
-            self._head_open = True
-            self._url = b""
-            self._headers = []
+        self._head_open = True
+        self._url = b""
+        self._headers = []
 
     def on_url(self, url: bytes) -> None:
-        if not self._replaying:
-            self._url += url
+        self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # What comes after the head is a trailer, and no header.
@@ -292,8 +279,6 @@ class ClientConnection(Flow):
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if self._replaying:
-            return
         head, self._head = self._head, b""
         self._head_open = False
         self._cancel_timer()
@@ -309,7 +294,7 @@ class ClientConnection(Flow):
         self._upgrading = parser.should_upgrade()
         expects_continue = version == "1.1" and values.get(b"expect", b"").lower() == b"100-continue"
         keep_alive = parser.should_keep_alive() and not (self._old or self._state.draining)
-        self._parsed += 1
+        self._heads.parsed()
         kind = Cycle if version == "1.1" else OlderCycle
         cycle = self._reading = kind(self, scope, keep_alive, expects_continue)
         self._queue(cycle)
@@ -347,9 +332,7 @@ class ClientConnection(Flow):
             self._reading.feed(body)
 
     def on_message_complete(self) -> None:
-        if self._replaying:
-            self._replayed_whole = True
-        if self._upgrading or self._reading is None or self._replaying:
+        if self._upgrading or self._reading is None:
             return
         self._cancel_timer()
         self._reading.end_of_body()
@@ -456,7 +439,7 @@ class ClientConnection(Flow):
         """The next answer is the last; one that has begun is not touched, however long it takes."""
         self._old = True
         # The short way for known heads does not ask.
-        self._known, self._learn_at = None, math.inf
+        self._heads.close()
         last = self._waiting[-1] if self._waiting else self._running
         if last is not None and not last.response_started:
             last.keep_alive = False

@@ -7,16 +7,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from starlette.types import Message, Scope
 
 from inference_api.errors import RouterError
-from inference_api.models import Outcome
+from inference_api.models import Outcome, RawHeaders
 from inference_api.observe.accounts import Account
-
-if TYPE_CHECKING:
-    from inference_api.server.connection import ClientConnection
+from inference_api.server.repeated_head import HeadCache
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +53,23 @@ class Rejection(NamedTuple):
         return self.error.outcome
 
 
-class HeadCache:
-    """What is known of a request head; the requests that repeat it byte for byte share one."""
+class Connection(Protocol):
+    """What a Cycle needs of the connection that it answers on."""
 
-    __slots__ = ("head",)
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    # Set while the client's buffer is full: done when it has drained
+    drained: asyncio.Future[None] | None
+    # The client has closed its half.
+    left: bool
 
-    def __init__(self) -> None:
-        # For the application: what it read from the headers.
-        self.head: Any = None
+    def write(self, data: bytes) -> None: ...
+    def resume_reading(self) -> None: ...
+    def cut(self, to_the_end: bool = False) -> None: ...
+    def default_headers(self) -> RawHeaders: ...
+    def default_lines(self) -> bytes: ...
+    def cycle_ended(self, cycle: "Cycle") -> None: ...
+    def forget(self, task: "asyncio.Task[None]") -> None: ...
 
 
 class Cycle:
@@ -94,7 +101,7 @@ class Cycle:
 
     def __init__(
         self,
-        protocol: "ClientConnection",
+        protocol: Connection,
         scope: Scope,
         keep_alive: bool,
         expects_continue: bool,

@@ -1,0 +1,62 @@
+"""The parser that goes on where an offer to upgrade stopped another one: RFC 9110 7.8 lets a server ignore offers."""
+
+from typing import Any, Protocol
+
+import httptools
+
+from inference_api.models import RawHeaders
+
+
+class Callbacks(Protocol):
+    """Those of httptools that a connection has."""
+
+    def on_message_begin(self) -> None: ...
+    def on_url(self, url: bytes) -> None: ...
+    def on_header(self, name: bytes, value: bytes) -> None: ...
+    def on_headers_complete(self) -> None: ...
+    def on_body(self, body: bytes) -> None: ...
+    def on_chunk_header(self) -> None: ...
+    def on_message_complete(self) -> None: ...
+
+
+class DeclinedUpgrade:
+    """Replays the framing of a head to a new parser, which then reads its body, and what follows, for `connection`."""
+
+    __slots__ = ("_connection", "_replaying", "on_body", "on_chunk_header", "parser", "whole")
+
+    def __init__(self, connection: Callbacks, headers: RawHeaders, keep_alive: bool) -> None:
+        self._connection = connection
+        # The replay has no body.
+        self.on_body, self.on_chunk_header = connection.on_body, connection.on_chunk_header
+        framing = [pair for pair in headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        lines = [b"%b: %b\r\n" % pair for pair in framing]
+        if not keep_alive:
+            lines.append(b"connection: close\r\n")
+        # The request has no body.
+        self.whole = not framing
+        self._replaying = True
+        self.parser: Any = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(lines) + b"\r\n")
+        self._replaying = False
+
+    def on_message_begin(self) -> None:
+        if not self._replaying:
+            self._connection.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._replaying:
+            self._connection.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._replaying:
+            self._connection.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self._replaying:
+            self._connection.on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if self._replaying:
+            self.whole = True
+        else:
+            self._connection.on_message_complete()
