@@ -12,7 +12,13 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # From the ground up: a module may import from its own layer and from those before it.
 LAYERS = (
     ("inference_api",),
-    ("inference_api.models", "inference_api.errors", "inference_api.threads", "inference_api.headers"),
+    (
+        "inference_api.models",
+        "inference_api.errors",
+        "inference_api.threads",
+        "inference_api.headers",
+        "inference_api.pace",
+    ),
     ("inference_api.settings",),
     ("inference_api.routing",),
     ("inference_api.discovery",),

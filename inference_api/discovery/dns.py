@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from inference_api.discovery.resolver import Resolve
+from inference_api.pace import spread
 from inference_api.routing.backend import Fleet
 from inference_api.routing.entries import MAX_BACKENDS
 from inference_api.routing.urls import is_usable_address
@@ -72,7 +73,7 @@ class Discovery:
         try:
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._every * (0.8 + 0.4 * self._rand())):
+                    async with asyncio.timeout(spread(self._every, self._rand())):
                         await self._woken.wait()
                 self._woken.clear()
                 try:

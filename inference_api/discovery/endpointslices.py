@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from inference_api.discovery.cluster import Api, ApiError, Cluster, Event
 from inference_api.discovery.slices import Located, Service, Slice, locate, read_slice, service_of
+from inference_api.pace import back_off, spread
 from inference_api.routing.backend import Fleet
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,10 @@ class Rhythm:
 
     def round(self) -> float:
         """Seconds from one list to the next."""
-        return self._relist * (0.8 + 0.4 * self._rand())
+        return spread(self._relist, self._rand())
 
     def pause(self, failed_in_a_row: int) -> float:
-        # Full jitter: many routers lost the server in the same moment, and must not come back in the same moment.
-        return self._rand() * min(self.longest, self._first * 2.0 ** min(failed_in_a_row - 1, 10))
+        return back_off(failed_in_a_row, self._first, self.longest, self._rand())
 
 
 class EndpointSlices:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import httpx
 import orjson
 
+from inference_api.pace import spread
 from inference_api.routing.backend import Backend, Fleet, Model
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class EngineFacts:
             except Exception:
                 # The boundary of a background task: what the engines say of themselves is not worth stopping for.
                 logger.exception("asking the engines failed")
-            await asyncio.sleep(self._every * (0.8 + 0.4 * self._rand()))
+            await asyncio.sleep(spread(self._every, self._rand()))
 
     async def look(self) -> None:
         """Ask about every model, a few at a time; an engine of many models is asked once for all of them."""

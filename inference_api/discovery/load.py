@@ -15,6 +15,7 @@ from contextlib import suppress
 import httpx
 
 from inference_api.discovery.gauges import TELL_LOAD, TELL_SLEEP, Gauges
+from inference_api.pace import spread
 from inference_api.routing.backend import Fleet
 from inference_api.routing.entries import Engine
 from inference_api.routing.origin import Origin
@@ -79,7 +80,7 @@ class LoadSignal:
             except Exception:
                 # The boundary of a background task: without the signal, balancing is what it is without it.
                 logger.exception("asking the backends for their load failed")
-            pause = self._every * (0.8 + 0.4 * self._rand())
+            pause = spread(self._every, self._rand())
             await asyncio.sleep(max(0.0, began + pause - self._clock()))
 
     async def look(self) -> None:

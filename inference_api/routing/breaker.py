@@ -16,6 +16,8 @@ import random
 from collections.abc import Callable
 from typing import Protocol
 
+from inference_api.pace import spread
+
 
 class Owner(Protocol):
     """Who has the probe: the request's task. A probe is over when its owner is, whatever was or was not reported."""
@@ -59,7 +61,7 @@ class Breaker:
     def open(self, circuit: Circuit, now: float) -> None:
         """Open it, or open it again, for a cooldown."""
         circuit.failures = max(circuit.failures, 1)
-        _open(circuit, now, self._cooldown * (0.8 + 0.4 * self._rand()))
+        _open(circuit, now, spread(self._cooldown, self._rand()))
 
     def succeeded(self, circuit: Circuit, owner: Owner | None) -> bool:
         """An attempt of `owner` was answered well. True when that closed the circuit."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import httpx
 
+from inference_api.pace import spread
 from inference_api.routing.backend import Fleet
 from inference_api.routing.causes import cause_of
 from inference_api.routing.entries import Engine
@@ -88,7 +89,7 @@ class Prober:
             except Exception:
                 # The boundary of a background task: one odd engine must not end the checks of the others.
                 logger.exception("a health check could not be made", extra={"fields": {"backend": origin.label}})
-            await asyncio.sleep(self._every * (0.8 + 0.4 * self._rand()))
+            await asyncio.sleep(spread(self._every, self._rand()))
         self._watched.discard(origin)
 
     async def check(self, origin: Origin) -> bool | None:

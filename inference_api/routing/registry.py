@@ -21,6 +21,7 @@ import orjson
 from cachetools import TTLCache
 
 from inference_api.errors import ModelNotFound, RegistryUnavailable
+from inference_api.pace import back_off, spread
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
 
@@ -140,10 +141,10 @@ class Registry:
 
     def _pause(self) -> float:
         if not self._failed_in_a_row:
-            return self._refresh_every * (0.8 + 0.4 * self._rand())
+            return spread(self._refresh_every, self._rand())
         # Full jitter: many routers lost the registry in the same moment, and must not come back in the same moment.
         first = min(_FIRST_BACKOFF, self._refresh_every)
-        return self._rand() * min(_LONGEST_BACKOFF, first * 2.0 ** min(self._failed_in_a_row - 1, 10))
+        return back_off(self._failed_in_a_row, first, _LONGEST_BACKOFF, self._rand())
 
     async def refresh(self) -> None:
         """One look. Whoever asks while one is under way waits for that one."""

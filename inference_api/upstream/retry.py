@@ -15,11 +15,15 @@ from inference_api.errors import (
     UpstreamTimeout,
 )
 from inference_api.models import Call, Outcome, Reply
+from inference_api.pace import back_off
 from inference_api.routing.backend import Backend, Model
 from inference_api.routing.standing import SOON, why_not
 from inference_api.upstream.failures import Failure, Reason
 from inference_api.upstream.limits import Limits
-from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
+from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, retry_after
+
+# Seconds, the first and the longest; Envoy's.
+_BACK_OFF = 0.025, 0.25
 
 
 class Why(StrEnum):
@@ -129,7 +133,7 @@ class RetryPolicy:
         """
         if past[-1].reason is not Reason.STATUS and _others(model, past):
             return 0.0
-        return back_off(len(past), self._rand())
+        return back_off(len(past), *_BACK_OFF, self._rand())
 
     def _why_not(self, call: Call, model: Model, past: Sequence[Failure], left: float) -> Why | None:
         failure = past[-1]

@@ -20,9 +20,6 @@ from inference_api.routing.backend import Backend
 _HASHED = 2 * 1024 * 1024
 # Envoy's: enough for a small model to survive a backend's restart.
 _LEAST = 3
-# Seconds; Envoy's.
-_BACK_OFF = 0.025
-_LONGEST_BACK_OFF = 0.25
 # Seconds. A backend that wants a longer rest is asked again after this one.
 _LONGEST_REST = 30.0
 # Seconds, and bodies.
@@ -30,11 +27,6 @@ _MEMORY = 60.0
 _SUSPECTS = 1024
 # Seconds. A backend that dies breaks all of its connections at once, and that is one death.
 _ONE_DEATH = 1.0
-
-
-def back_off(repeat: int, random: float) -> float:
-    """Seconds to wait before the `repeat`th repeat, from 1; `random` is in [0, 1): full jitter."""
-    return random * min(_BACK_OFF * 2.0 ** (repeat - 1), _LONGEST_BACK_OFF)
 
 
 class Budget:

@@ -1,14 +1,11 @@
-"""What keeps repeats from doing harm: the budget, the suspects, the backends that rest, the back-off."""
-
-import random
-from typing import Any
+"""What keeps repeats from doing harm: the budget, the poison guard, the backends that asked for a pause."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.routing.backend import Backend
-from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, back_off, retry_after
+from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, retry_after
 
 
 class Clock:
@@ -19,16 +16,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-# Back-off
-
-
-@pytest.mark.parametrize(("repeat", "longest"), [(1, 0.025), (2, 0.05), (3, 0.1), (4, 0.2), (5, 0.25), (20, 0.25)])
-def test_back_off_doubles_up_to_a_quarter_of_a_second(repeat: int, longest: float) -> None:
-    assert back_off(repeat, 0.0) == 0.0
-    assert back_off(repeat, 0.5) == longest / 2
-    assert back_off(repeat, 1.0) == longest
 
 
 # Budget
@@ -246,12 +233,3 @@ def test_a_date_is_seen_by_the_clock_that_it_was_written_by() -> None:
 
     assert [retry_after(headers, NOON + skew) for skew in (-3600, 0, 3600)] == [8, 8, 8]
     assert retry_after([(b"date", b"soon"), headers[1]], NOON) == 8
-
-
-def test_full_jitter_is_spread_over_the_whole_range() -> None:
-    rand = random.Random(1)
-    delays: Any = [back_off(1, rand.random()) for _ in range(1000)]
-
-    assert min(delays) < 0.001
-    assert max(delays) > 0.024
-    assert sum(delays) / 1000 == pytest.approx(0.0125, rel=0.1)
