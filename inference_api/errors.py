@@ -13,7 +13,7 @@ RouterError
 ClientGone                    not an answer: nobody is there to read one
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import orjson
 
@@ -41,8 +41,8 @@ class RouterError(Exception):
     # For the log only: how many backends were tried, and the last of them.
     attempts = 0
     backend: str | None = None
-    # Why, where the message may not say it
-    why: str | None = None
+    # What the log says beside the message, which goes to the client
+    logged: Mapping[str, str] = {}
 
     def __init__(self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)
@@ -69,15 +69,19 @@ class ModelNotFound(_ClientError):
     def __init__(self, name: str, known: Sequence[str]) -> None:
         listed = f" Known models: {', '.join(known)}." if 0 < len(known) <= 10 else " GET /v1/models lists them."
         super().__init__(f"The model {printable(name)!r} does not exist.{listed}", param="model")
+        self.logged = {"asked_model": printable(name)[:_SHOWN]}
 
 
 class UnknownURL(_ClientError):
     status, code = 404, "unknown_url"
 
-    def __init__(self, method: str, path: str) -> None:
-        super().__init__(
-            f"Unknown request URL: {printable(method)} {printable(path)}. See GET /v1/models to begin with."
-        )
+    def __init__(self, method: str, path: str, meant: str | None = None) -> None:
+        hint = "See GET /v1/models to begin with."
+        if meant is not None:
+            once = " The base URL ends in /v1 once." if meant.startswith("/v1/") else ""
+            hint = f"Did you mean {meant}?{once}"
+        super().__init__(f"Unknown request URL: {printable(method)} {printable(path)}. {hint}")
+        self.logged = {"path": printable(path)[:_SHOWN]}
 
 
 class MethodNotAllowed(_ClientError):
@@ -159,6 +163,7 @@ class _Unavailable(RouterError):
     def __init__(self, message: str, retry_after: int = 5) -> None:
         # 1..60: newer SDKs ignore more than 60 (node) or give up at more than 120 (python).
         super().__init__(message, headers=[(b"retry-after", b"%d" % min(max(retry_after, 1), 60))])
+        self.logged = {"why": message}
 
 
 class NoBackend(_Unavailable):
@@ -181,7 +186,8 @@ class NoBackend(_Unavailable):
             # Somebody has to wake one first, and that takes a while.
             message, retry_after = f"{message}: all of them are asleep", 10
         super().__init__(f"{message}.", retry_after)
-        self.why = why
+        if why is not None:
+            self.logged = {"why": why}
         if final:
             self.headers.append(NOT_AGAIN)
 
@@ -198,6 +204,7 @@ class RegistryUnavailable(_Unavailable):
         )
         super().__init__(message)
         self.param = "model"
+        self.logged = {"asked_model": printable(name)[:_SHOWN], "why": "the registry has not answered yet"}
 
 
 class Overloaded(_Unavailable):

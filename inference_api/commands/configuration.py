@@ -24,6 +24,11 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
+def takes_colours() -> bool:
+    """Whether a terminal that there may be is to have colours, see no-color.org."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings of the environment and of the options, which come first. Raises SettingsError."""
     environ: dict[str, str] = dict(environment())

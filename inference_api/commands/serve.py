@@ -5,7 +5,14 @@ import logging
 import signal
 
 from inference_api.app import Router
-from inference_api.commands.configuration import catalogue_of, environment, is_packaged, settings_of, tracing_of
+from inference_api.commands.configuration import (
+    catalogue_of,
+    environment,
+    is_packaged,
+    settings_of,
+    takes_colours,
+    tracing_of,
+)
 from inference_api.commands.summary import Summary
 from inference_api.discovery.cluster import Cluster, ClusterError, in_cluster
 from inference_api.errors import answer_validation_with
@@ -26,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     given = catalogue_of(arguments.backend) if arguments.backend else None
-    access_log = configure_logging(settings.log_level, settings.log_format)
+    access_log = configure_logging(settings.log_level, settings.log_format, colours=takes_colours())
     log_unhandled()
     answer_validation_with(int(settings.validation_status))
     cluster, tracing = _cluster(settings), tracing_of(environment())

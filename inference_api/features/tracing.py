@@ -34,7 +34,7 @@ from typing_extensions import override
 
 from inference_api import __version__
 from inference_api.models import Call, Outcome, RawHeaders, Reply, Route
-from inference_api.observe.accounts import Account, Accounts
+from inference_api.observe.accounts import Account, Accounts, Client
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.relay.usage import Counts, usage_of
@@ -239,8 +239,8 @@ class TracedObserver(Accounts):
     """Its Observations end the trace of the request."""
 
     @override
-    def begin(self, route: str) -> Account:
-        return TracedObservation(self, route, _current.get())
+    def begin(self, route: str, client: Client | None = None) -> Account:
+        return TracedObservation(self, route, client, _current.get())
 
 
 class TracedObservation(Account):
@@ -251,8 +251,8 @@ class TracedObservation(Account):
 
     __slots__ = ("_trace", "first")
 
-    def __init__(self, accounts: Accounts, route: str, trace: Trace) -> None:
-        super().__init__(accounts, route)
+    def __init__(self, accounts: Accounts, route: str, client: Client | None, trace: Trace) -> None:
+        super().__init__(accounts, route, client)
         self._trace = trace
         self.first: float | None = None
 

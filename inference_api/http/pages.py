@@ -17,6 +17,7 @@ from inference_api.errors import InternalError, MethodNotAllowed, RouterError, U
 from inference_api.http import wire
 from inference_api.http.head import RequestHeaders
 from inference_api.http.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
+from inference_api.http.suggestions import meant
 from inference_api.models import Outcome
 from inference_api.observe.accounts import Accounts
 from inference_api.observe.scrape import Exposition
@@ -176,7 +177,7 @@ class Observed:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        seen = self._accounts.begin("models" if path.startswith("/v1/models") else "other")
+        seen = self._accounts.begin("models" if path.startswith("/v1/models") else "other", scope.get("client"))
         seen.request_id = scope[_ID]
         scope[_SEEN] = seen
 
@@ -212,7 +213,9 @@ async def _http_error(request: Request, exc: HTTPException) -> Response:
         # Starlette joins a set, in an order that changes from process to process.
         allow = ", ".join(sorted((exc.headers or {}).get("Allow", "GET").split(", ")))
         return _error(request, MethodNotAllowed(request.method, request.scope["path"], allow))
-    return _error(request, UnknownURL(request.method, request.scope["path"]))
+    path = request.scope["path"]
+    known = (route.path for route in request.app.routes if isinstance(route, Route))
+    return _error(request, UnknownURL(request.method, path, meant(path, known)))
 
 
 async def _router_error(request: Request, exc: RouterError) -> Response:

@@ -75,7 +75,7 @@ class Inference:
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         gate, admission = self._gate, self._load
-        seen = gate.accounts.begin(self.route.label)
+        seen = gate.accounts.begin(self.route.label, scope.get("client"))
         cycle: Cycle | None = scope["extensions"].get(CYCLE) if "extensions" in scope else None
         watcher: DisconnectWatcher | Cycle = DisconnectWatcher(receive) if cycle is None else cycle
         relay: Relay | None = None
@@ -138,6 +138,8 @@ class Inference:
         seen.stream = fields.get("stream") or False
         model = self._gate.resolve(fields["model"])
         seen.model_name = model.name
+        if fields["model"] != model.name:
+            seen.more = {"asked_model": fields["model"]}
         call = wire.make_call(self.route, head, body, scope["query_string"], seen.request_id, asked, model)
         limit, admission = model.entry.max_in_flight, self._load
         if admission.in_flight > admission.max_in_flight:

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from starlette.types import Receive
 
-from inference_api.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
+from inference_api.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType, printable
 from inference_api.http.admission import Admission
 from inference_api.http.bodies import ENGINE_FIELDS, TRANSFERS, take_engine_fields
 from inference_api.http.head import RequestHead
@@ -57,9 +57,16 @@ def read(route: Route, head: RequestHead, body: bytes) -> Asked | Generator[None
         raise UnsupportedMediaType("The request body is compressed; send it without Content-Encoding.")
     kind = b"multipart/form-data" if route.multipart else b"application/json"
     if head.media_type != kind:
-        raise UnsupportedMediaType(f"The content type must be {kind.decode()}.")
+        raise _not_this_type(kind.decode(), head.media_type)
     reader = route.reader
     return reader.at_once(body) or reader.slices(body, head.content_type)
+
+
+def _not_this_type(kind: str, given: bytes) -> UnsupportedMediaType:
+    instead = f", not {printable(given.decode('latin-1'))!r}" if given else ""
+    # What curl sends by itself, with -d.
+    hint = f"; with curl: -H 'content-type: {kind}'" if kind == "application/json" else ""
+    return UnsupportedMediaType(f"The content type must be {kind}{instead}{hint}.")
 
 
 def make_call(

@@ -13,6 +13,8 @@ from inference_api.relay.usage import Counts, counts
 from inference_api.routing.backend import Backend, Model
 
 _UNKNOWN: Counts = (None, None, None, None)
+# The address and port that a request came from
+Client = tuple[str, int]
 
 
 class Accounts:
@@ -25,8 +27,8 @@ class Accounts:
         self.access_log = access_log
         self.clock = clock
 
-    def begin(self, route: str) -> "Account":
-        return Account(self, route)
+    def begin(self, route: str, client: Client | None = None) -> "Account":
+        return Account(self, route, client)
 
 
 class Account:
@@ -42,9 +44,11 @@ class Account:
         "attempts",
         "backend",
         "body_bytes",
+        "client",
         "code",
         "events",
         "model_name",
+        "more",
         "request_id",
         "route",
         "status",
@@ -52,7 +56,7 @@ class Account:
         "usage",
     )  # fmt: skip
 
-    def __init__(self, accounts: Accounts, route: str) -> None:
+    def __init__(self, accounts: Accounts, route: str, client: Client | None = None) -> None:
         self._accounts = accounts
         self._began = self._received = accounts.clock()
         self._first = 0.0
@@ -60,11 +64,14 @@ class Account:
         self._tried: Sequence[Backend] = ()
         self.route = route
         self.request_id = ""
+        self.client = client
         # Only names of the catalogue become labels, so that clients cannot make series.
         self.model_name = "unknown"
         self.stream = False
         self.status = 0
         self.code: str | None = None
+        # What the line has beside its usual fields
+        self.more: Mapping[str, str] | None = None
         self.backend: str | None = None
         self.attempts = 0
         self.body_bytes = 0
@@ -107,6 +114,8 @@ class Account:
     def rejected(self, error: RouterError) -> None:
         """Why the router itself answers as it does; the answer is still to be seen."""
         self.code = error.code
+        if error.logged:
+            self.more = {**(self.more or {}), **error.logged}
         self._accounts.metrics.refused(self.model_name, error.code)
 
     def finished(self, relay: Relay | None) -> None:
@@ -172,6 +181,7 @@ class Account:
             "route": self.route,
             "model": self.model_name,
             "backend": self.backend,
+            "client": None if self.client is None else self.client[0],
             "status": status,
             # `value` goes through a descriptor that costs more than the rest of the line.
             "outcome": outcome._value_,
@@ -185,6 +195,8 @@ class Account:
         }
         if self.code is not None:
             line["code"] = self.code
+        if self.more is not None:
+            line.update(self.more)
         if cached is not None:
             line["cached_tokens"] = cached
         if self.usage is None and self.events:

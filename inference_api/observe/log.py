@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import orjson
 
+from inference_api.observe.console import render_colours, render_console
 from inference_api.observe.writer import LogWriter, standard_output
 
 logger = logging.getLogger(__name__)
@@ -27,15 +28,17 @@ Render = Callable[[float, str, str, Fields], str]
 
 
 class AccessLog:
-    """One line per request, at level info."""
+    """One line per request, at level info; a warning where the router could not serve it."""
 
-    def __init__(self, writer: LogWriter, log_format: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, writer: LogWriter, render: Render, clock: Callable[[], float] = time.time) -> None:
         self._writer = writer
-        self._render = _renderer(log_format)
+        self._render = render
         self._clock = clock
 
     def __call__(self, fields: Fields) -> None:
-        self._writer.later(self._render(self._clock(), "info", "request", fields))
+        self._writer.later(
+            self._render(self._clock(), "warning" if fields.get("status") == 503 else "info", "request", fields)
+        )
 
 
 class LogHandler(logging.Handler):
@@ -80,8 +83,10 @@ class _Lines(logging.Formatter):
         return self._render(record.created, record.levelname.lower(), record.getMessage(), fields)
 
 
-def _renderer(log_format: str) -> Render:
-    return render_json if log_format == "json" else render_console
+def _renderer(log_format: str, colours: bool) -> Render:
+    if log_format == "json":
+        return render_json
+    return render_colours if colours else render_console
 
 
 def render_json(now: float, level: str, event: str, fields: Fields) -> str:
@@ -93,21 +98,16 @@ def render_json(now: float, level: str, event: str, fields: Fields) -> str:
         return json.dumps(line, default=str)
 
 
-def render_console(now: float, level: str, event: str, fields: Fields) -> str:
-    told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None and name != "exception")
-    # Only a traceback has lines of its own; anything else could forge one.
-    lines = [
-        f"{_timestamp(now)[11:23]} {level:<7} {event} {told}".rstrip(),
-        *str(fields.get("exception", "")).split("\n"),
-    ]
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines).rstrip("\n")
+def configure_logging(
+    level: str, log_format: str | None, stream: TextIO | None = None, colours: bool = True
+) -> AccessLog | None:
+    """Send the logging module here; the access log, or None at a level above info.
 
-
-def configure_logging(level: str, log_format: str | None, stream: TextIO | None = None) -> AccessLog | None:
-    """Send the logging module here; the access log, or None at a level above info."""
+    `colours`: whether a terminal may have them; nothing else does.
+    """
     stream = standard_output() if stream is None else stream
-    log_format = log_format or ("console" if stream.isatty() else "json")
-    render = _renderer(log_format)
+    terminal = stream.isatty()
+    render = _renderer(log_format or ("console" if terminal else "json"), colours and terminal)
     writer = LogWriter(stream, notice=lambda lines: _notice(render, lines))
     root = logging.getLogger()
     for handler in root.handlers:
@@ -119,7 +119,7 @@ def configure_logging(level: str, log_format: str | None, stream: TextIO | None 
     # They log request URLs and headers, at info and at debug.
     for name in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return AccessLog(writer, log_format) if root.level <= logging.INFO else None
+    return AccessLog(writer, render) if root.level <= logging.INFO else None
 
 
 def _notice(render: Render, lines: int) -> str:

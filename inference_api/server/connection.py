@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from inference_api.errors import BadRequest, Overloaded, RequestTimeout, RouterError, render
 from inference_api.server.cycle import STATUS_LINES, Cycle, OlderCycle, Rejection
 from inference_api.server.flow import Deadlines, Flow
+from inference_api.server.foreign import not_http
 from inference_api.server.repeated_head import RepeatedHead, RepeatedHeads
 from inference_api.server.request_head import EMPTY_LINE, check_size, scope_of
 from inference_api.server.upgrade import DeclinedUpgrade
@@ -143,7 +144,7 @@ class ClientConnection(Flow):
             if isinstance(cause, _Enough):
                 self._take_no_more()
             else:
-                self._refuse(cause if isinstance(cause, RouterError) else BadRequest(f"Not valid HTTP/1.1: {exc}."))
+                self._refuse(cause if isinstance(cause, RouterError) else not_http(data, exc))
             return
         if self._heads.due:
             newest = self._waiting[-1] if self._waiting else self._running

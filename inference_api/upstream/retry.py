@@ -170,7 +170,7 @@ def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterEr
     error.attempts = len(past)
     error.backend = past[-1].backend.label
     if past[-1].outcome is Outcome.CONNECT_FAILED:
-        error.why = why_not(model, monotonic())
+        error.logged = {"why": why_not(model, monotonic())}
     return error
 
 

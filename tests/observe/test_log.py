@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inference_api.observe.log import LogHandler, configure_logging, render_console, render_json
+from inference_api.observe.console import render_console
+from inference_api.observe.log import LogHandler, configure_logging, render_json
 from tests.fakes import CHAT, STREAM, Line, event, post, raw_client, sse, until
 
 pytestmark = pytest.mark.anyio
@@ -80,10 +81,58 @@ def test_an_access_line_is_one_json_object_with_utc_time_first() -> None:
 
 
 def test_a_console_line_is_text_without_what_is_not_known() -> None:
-    line = render_console(NOW, "warning", "request", {"model": "m", "backend": None, "status": 200})
+    line = render_console(
+        NOW, "warning", "a backend", {"model": "m", "backend": None, "cause": "no route", "logger": "x"}
+    )
 
-    assert line == "22:13:20.042 warning request model=m status=200"
+    assert line == '22:13:20.042 warning a backend model=m cause="no route" (x)'
     assert render_console(NOW, "info", "started", {}) == "22:13:20.042 info    started"
+
+
+REQUEST = {
+    "request_id": "4bf9", "route": "chat_completions", "model": "llama-3-8b", "backend": "10.0.0.11:8000",
+    "client": "::1", "status": 200, "outcome": "ok", "attempts": 1, "stream": False, "latency_ms": 12.34,
+    "ttft_ms": None, "prompt_tokens": 3,
+}  # fmt: skip
+
+
+def test_a_request_at_a_terminal_has_columns_and_its_id_last() -> None:
+    lines = [
+        render_console(NOW, "info", "request", REQUEST),
+        render_console(NOW, "warning", "request", REQUEST | {"status": 503, "latency_ms": 1500, "backend": None}),
+    ]
+
+    assert lines == [
+        "22:13:20.042 info    200   12.3ms llama-3-8b       10.0.0.11:8000        chat_completions client=::1 "
+        "prompt_tokens=3 4bf9",
+        "22:13:20.042 warning 503    1.50s llama-3-8b       -                     chat_completions client=::1 "
+        "prompt_tokens=3 4bf9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tty", "colours", "coloured"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+async def test_colours_are_for_terminals_that_take_them(
+    output: Output, tty: bool, colours: bool, coloured: bool
+) -> None:
+    output._tty = tty
+    log = configure_logging("info", "console", output, colours)
+    assert log is not None
+    log(REQUEST)
+    logging.getLogger("x").warning("odd")
+
+    assert ("\x1b[32m200\x1b[0m" in output.lines[0], "\x1b[33mwarning" in output.lines[1]) == (coloured, coloured)
+    assert (output.lines[0].count("\x1b[") > 0) == coloured
+
+
+async def test_a_request_that_the_router_could_not_serve_is_a_warning(output: Output) -> None:
+    log = configure_logging("info", "json", output)
+    assert log is not None
+    for status in (200, 404, 503):
+        log(REQUEST | {"status": status})
+
+    assert [line["level"] for line in output.events] == ["info", "info", "warning"]
 
 
 @given(st.lists(st.floats(0, 4e9), max_size=5))

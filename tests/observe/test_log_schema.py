@@ -138,8 +138,8 @@ def test_the_schema_is_one() -> None:
 
 LINE = {
     "time": "2026-11-21T15:00:00.123Z", "level": "info", "event": "request", "request_id": "a", "route": "other",
-    "model": "unknown", "backend": None, "status": 404, "outcome": "refused", "attempts": 0, "stream": False,
-    "latency_ms": 0.1, "ttft_ms": None, "prompt_tokens": None, "completion_tokens": None, "bytes": 100,
+    "model": "unknown", "backend": None, "client": "::1", "status": 404, "outcome": "refused", "attempts": 0,
+    "stream": False, "latency_ms": 0.1, "ttft_ms": None, "prompt_tokens": None, "completion_tokens": None, "bytes": 100,
 }  # fmt: skip
 
 
