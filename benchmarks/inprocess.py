@@ -24,7 +24,8 @@ from benchmarks import wire
 from benchmarks.candidates import Site, write_catalogue
 from benchmarks.engine import NOT_FOUND, PAGES, page_of, response
 from benchmarks.setup import Setup
-from inference_api.app import Router
+from inference_api.app import build
+from inference_api.core import Outside
 from inference_api.observe.log import configure_logging
 from inference_api.server.connection import ClientConnection, State
 from inference_api.server.server import server_config
@@ -187,8 +188,8 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
                     # Under valgrind a second is short, and a connection that came of age would be made again.
                     upstream_keepalive=_LONG,
                 )
-                router = Router(settings, access_log=configure_logging("info", "json", nowhere))
-                config = server_config(router.app, settings, router.refused)
+                router = build(settings, Outside(write_line=configure_logging("info", "json", nowhere)))
+                config = server_config(router.app, settings, router.rejected)
                 client, stop = loop.run_until_complete(_start(loop, config))
                 clients.append(client)
                 stops.append(stop)

@@ -17,12 +17,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import orjson
+from inference_api.observe.accounts import Account
 
 from benchmarks import wire
 from benchmarks.check import CASES, PLAIN, Case, fork, is_under_valgrind, try_case, under_valgrind
 from benchmarks.inprocess import Client, Loop, running
 from inference_api.models import Reply
-from inference_api.observe.accounts import Account
 from inference_api.observe.metrics import Metrics
 from inference_api.relay import relay
 from inference_api.relay.events import EventTracker

@@ -38,9 +38,6 @@ class RouterError(Exception):
     type = "server_error"
     code = "internal_error"
     outcome = Outcome.REFUSED
-    # For the log only: how many backends were tried, and the last of them.
-    attempts = 0
-    backend: str | None = None
     # What the log says beside the message, which goes to the client
     logged: Mapping[str, str] = {}
 

@@ -106,6 +106,23 @@ class Call(NamedTuple):
     lines: bytes | None = None
     # Where the model's name is in the body, quotes included, if somebody has looked.
     model_at: tuple[int, int] | None = None
+    # Who asks; None: everybody is anonymous.
+    caller: "Caller | None" = None
+    # The ASGI `state` of the request: what features keep of it between their parts, by a name of their own.
+    state: "Mapping[str, Any]" = {}
+
+
+class Caller(Protocol):
+    """Who asks: what a feature made of the credentials in a request head."""
+
+    @property
+    def id(self) -> str:
+        """A public name for logs and records; never a secret."""
+        ...
+
+    def may_use(self, model: str) -> bool:
+        """Whether the name may be shown to this caller, and asked for."""
+        ...
 
 
 class Usage(NamedTuple):

@@ -4,27 +4,27 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import hypothesis
 import orjson
 import pytest
 
-from inference_api.app import Router
+from inference_api.app import build
+from inference_api.application import Application
+from inference_api.core import Outside
 from inference_api.discovery import resolver
 from inference_api.discovery.cluster import Cluster
+from inference_api.feature import Feature
 from inference_api.observe.log import Fields
 from inference_api.server.server import Server, listen, server_config
 from inference_api.settings import Settings
 from inference_api.upstream.transport import Transport
 from tests.fakes import FakeEngine, Script, ScriptedServer, in_background, until
-
-if TYPE_CHECKING:
-    from inference_api.features.tracing import Tracing
 
 # Enough to find what is wrong in a rule, few enough for the suite to end within a minute; a file may say otherwise.
 hypothesis.settings.register_profile("suite", max_examples=40, deadline=None)
@@ -58,7 +58,7 @@ async def start_engine() -> AsyncIterator[Callable[..., Any]]:
 class Served:
     """A running router: `client` talks to it, `router` shows its insides, `lines` are its access log."""
 
-    def __init__(self, router: Router, url: str, client: httpx.AsyncClient, lines: list[Fields]) -> None:
+    def __init__(self, router: Application, url: str, client: httpx.AsyncClient, lines: list[Fields]) -> None:
         self.router = router
         self.url = url
         self.port = int(url.rsplit(":", 1)[1])
@@ -83,8 +83,8 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """`await start_router(engine, ..., key=value)` -> a Served router whose model `m` has these engines' URLs.
 
     `models=[...]` gives the whole catalogue instead; `entry={...}` adds to the model `m`; `resolve` stands in for DNS;
-    `cluster` tells of Services; `tokens` are the credentials that the environment would have; `tracing` is there if
-    spans are wanted; other keywords are settings.
+    `cluster` tells of Services; `tokens` are the credentials that the environment would have; `features` come
+    beside those that the settings turn on; other keywords are settings.
     """
     async with AsyncExitStack() as stack:
 
@@ -96,8 +96,8 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             resolve: resolver.Resolve = resolver.resolve,
             cluster: Cluster | None = None,
             tokens: dict[str, str] | None = None,
-            tracing: "Tracing | None" = None,
             rand: random.Random | None = None,
+            features: Sequence[Feature] = (),
             **settings: Any,
         ) -> Served:
             backends = [{"url": engine.url} for engine in engines]
@@ -106,8 +106,15 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
             chosen = Settings(catalogue=path, **settings)
-            parts: dict[str, Any] = {"transport": transport, "resolve": resolve, "cluster": cluster, "tracing": tracing}
-            router = Router(chosen, tokens=tokens, access_log=lines.append, rand=rand, **parts)
+            outside = Outside(
+                tokens or {},
+                write_line=lines.append,
+                transport=transport,
+                resolve=resolve,
+                cluster=cluster,
+                rand=rand,
+            )
+            router = build(chosen, outside, features)
             url = await stack.enter_async_context(serving(router, chosen))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
             return Served(router, url, client, lines)
@@ -116,10 +123,10 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
 
 
 @asynccontextmanager
-async def serving(router: Router, settings: Settings) -> AsyncIterator[str]:
+async def serving(router: Application, settings: Settings) -> AsyncIterator[str]:
     """Serve the router with the production server on a free port; the URL."""
     listener = listen("127.0.0.1", 0, "PORT")
-    server = Server(server_config(router.app, settings, getattr(router, "refused", lambda *_: None)))
+    server = Server(server_config(router.app, settings, getattr(router, "rejected", lambda *_: None)))
     async with in_background(server.serve(sockets=[listener])) as task:
         await until(lambda: server.started or task.done())
         try:

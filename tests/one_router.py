@@ -8,7 +8,8 @@ import httpx
 import orjson
 import pytest
 
-from inference_api.app import Router
+from inference_api.app import build
+from inference_api.core import Outside
 from inference_api.observe.log import Fields
 from inference_api.settings import Settings
 from tests.conftest import Served, serving
@@ -45,7 +46,7 @@ def _one_catalogue(_one_engine: FakeEngine, tmp_path_factory: pytest.TempPathFac
 async def _one_router(_one_catalogue: Path) -> AsyncIterator[Served]:
     settings = Settings(catalogue=_one_catalogue)
     lines: list[Fields] = []
-    router = Router(settings, access_log=lines.append)
+    router = build(settings, Outside(write_line=lines.append))
     async with (
         serving(router, settings) as url,
         httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client,

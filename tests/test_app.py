@@ -17,7 +17,8 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from inference_api.app import Router
+from inference_api.app import build
+from inference_api.core import Outside
 from inference_api.routing.catalogue import CatalogueError
 from inference_api.server.server import listen
 from inference_api.settings import Settings
@@ -88,10 +89,10 @@ async def test_a_model_is_served_as_long_as_the_registry_has_it(
         assert await source(served) == "registry"
         assert [(await served.chat(model=name)).status_code for name in ("first", "f", "m")] == [200, 200, 404]
         await put(client, "second", engine)
-        await until(lambda: "second" in served.router.fleet.models)
+        await until(lambda: "second" in served.router.core.fleet.models)
         assert (await served.chat(model="second")).status_code == 200
         await client.delete("/models/second")
-        await until(lambda: "second" not in served.router.fleet.models)
+        await until(lambda: "second" not in served.router.core.fleet.models)
         assert (await served.chat(model="second")).status_code == 404
 
 
@@ -106,15 +107,15 @@ async def test_a_registry_that_goes_away_is_not_missed(
         port = client.base_url.port
         assert port is not None
 
-    await until(lambda: served.router.registry.source != "registry")
+    await until(lambda: served.router.core.registry.source != "registry")
     assert await source(served) == "stale"
     assert (await served.chat(model="first")).status_code == 200
     assert await served.metric("inference_api_registry_models", source="stale") == 1
     async with registry(tmp_path / "registry.sqlite3", port) as client:
-        await until(lambda: served.router.registry.source != "stale")
+        await until(lambda: served.router.core.registry.source != "stale")
         assert await source(served) == "registry"
         await put(client, "back", engine)
-        await until(lambda: "back" in served.router.fleet.models)
+        await until(lambda: "back" in served.router.core.fleet.models)
 
 
 async def test_a_registry_that_asks_for_a_token_is_told_it(
@@ -175,7 +176,7 @@ async def test_a_registry_may_have_a_certificate_of_a_ca_of_ones_own(
         friend = await start_router(registry_url=url, registry_refresh=60)
 
     assert (await source(stranger), await source(friend)) == ("static", "registry")
-    assert list(friend.router.fleet.models) == ["theirs"]
+    assert list(friend.router.core.fleet.models) == ["theirs"]
 
 
 async def test_backends_that_leave_the_catalogue_lose_their_idle_connections(
@@ -236,10 +237,10 @@ async def test_the_synchronous_sdk_hangs_up_at_done_and_that_is_a_success(
 async def test_the_sdk_waits_as_long_as_it_is_told_and_tries_again(start_router: Start) -> None:
     served = await start_router(max_in_flight=1)
     # Somebody else's request, for as long as the first attempt takes.
-    served.router.admission.in_flight = 1
+    served.router.core.admission.in_flight = 1
 
     async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="KEY", max_retries=1) as client:
-        asyncio.get_running_loop().call_later(0.5, setattr, served.router.admission, "in_flight", 0)
+        asyncio.get_running_loop().call_later(0.5, setattr, served.router.core.admission, "in_flight", 0)
         with pytest.raises(openai.InternalServerError, match="No backend"):
             await client.chat.completions.create(model="m", messages=HELLO)
 
@@ -254,7 +255,7 @@ async def test_credentials_come_from_the_tokens_it_is_given(start_engine: Start,
     entry = {"name": "m", "backends": [{"url": engine.url}], "credentials": {"env": "BACKEND_TOKEN"}}
     settings = Settings(catalogue=tmp_path / "catalogue.json", forward_headers=frozenset({"x-tenant"}))
     settings.catalogue.write_bytes(orjson.dumps({"models": [entry]}))
-    router = Router(settings, tokens={"BACKEND_TOKEN": "backends-own"})
+    router = build(settings, Outside({"BACKEND_TOKEN": "backends-own"}))
 
     async with serving(router, settings) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         headers = {"authorization": "Bearer clients-own", "x-tenant": "t", "x-other": "o"}
@@ -270,7 +271,7 @@ async def test_a_router_with_a_known_source_of_randomness_mints_known_ids(tmp_pa
     settings.catalogue.write_text('{"models": []}')
 
     async def first_id() -> str:
-        router = Router(settings, rand=random.Random(7))
+        router = build(settings, Outside(rand=random.Random(7)))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(router.app), base_url="http://router") as client:
             return (await client.get("/v1/models")).headers["x-request-id"]
 
@@ -279,7 +280,7 @@ async def test_a_router_with_a_known_source_of_randomness_mints_known_ids(tmp_pa
 
 async def test_a_router_without_a_catalogue_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(CatalogueError, match="cannot be read"):
-        Router(Settings(catalogue=tmp_path / "missing.yaml"))
+        build(Settings(catalogue=tmp_path / "missing.yaml"))
 
 
 async def test_the_end_closes_what_the_router_opened(start_engine: Start, tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ async def test_the_end_closes_what_the_router_opened(start_engine: Start, tmp_pa
     registry_client = httpx.AsyncClient(base_url="http://127.0.0.1:1", trust_env=False)
     before = asyncio.all_tasks()
 
-    router = Router(settings, registry_client=registry_client)
+    router = build(settings, Outside(registry_client=registry_client))
     async with serving(router, settings) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         await client.post("/v1/score", json={"model": "m"})
         assert engine.open > 0
@@ -309,7 +310,7 @@ async def test_any_httpx_transport_can_carry_the_requests(tmp_path: Path) -> Non
     settings = Settings(catalogue=tmp_path / "catalogue.json")
     settings.catalogue.write_text('{"models": []}')
     registry_client = httpx.AsyncClient(base_url="http://registry", transport=httpx.MockTransport(listing))
-    router = Router(settings, transport=httpx.MockTransport(engine), registry_client=registry_client)
+    router = build(settings, Outside(transport=httpx.MockTransport(engine), registry_client=registry_client))
 
     async with serving(router, settings) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         answer = await client.post("/v1/score", json={"model": "r"})

@@ -27,6 +27,8 @@ LAYERS = (
     ("inference_api.observe",),
     ("inference_api.server",),
     ("inference_api.http",),
+    ("inference_api.feature",),
+    ("inference_api.core", "inference_api.application"),
     ("inference_api.features",),
     ("inference_api.app",),
     ("inference_api.commands",),
@@ -143,3 +145,13 @@ def test_the_environment_is_read_in_one_place() -> None:
     }
 
     assert readers == {"inference_api.settings", "inference_api.commands.configuration"}
+
+
+def test_features_are_known_to_the_composition_root_alone() -> None:
+    users = {name for name in CORE for other in imports(name) if other.startswith("inference_api.features")}
+
+    assert {name for name in users if not name.startswith("inference_api.features")} == {"inference_api.app"}
+
+
+def test_the_composition_root_fits_on_two_screens() -> None:
+    assert len((ROOT / "app.py").read_text().splitlines()) <= 120

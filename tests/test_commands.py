@@ -262,7 +262,7 @@ def test_the_cause_of_a_failure_is_the_systems_word() -> None:
 
 async def test_models_of_a_running_router(start_engine: Start, start_router: Start) -> None:
     served: Served = await start_router(await start_engine(), entry={"aliases": ["m1", "m2"], "owner": "team"})
-    await until(lambda: served.router.fleet.models["m"].max_model_len)
+    await until(lambda: served.router.core.fleet.models["m"].max_model_len)
 
     code, out, err = await run("models", "--url", f"{served.url}/v1")
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from inference_api.errors import RouterError
-from inference_api.http.pipeline import INFERENCE_ROUTES
+from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
 from inference_api.routing.catalogue import load_catalogue

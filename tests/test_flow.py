@@ -109,13 +109,13 @@ async def test_a_client_that_leaves_closes_the_engines_connection(
     async with raw_client(served.port) as client:
         await client.send(post("/v1/chat/completions", body))
         await until(lambda: engine.requests)
-        assert served.router.admission.in_flight == 1
+        assert served.router.core.admission.in_flight == 1
 
     await until(lambda: engine.busy == 0)
     await until(lambda: served.lines)
     assert served.lines[0]["outcome"] == "client_gone"
     assert served.lines[0]["status"] == 499
-    assert served.router.admission.in_flight == 0
+    assert served.router.core.admission.in_flight == 0
 
 
 async def test_a_client_that_leaves_mid_stream_closes_the_engines_connection(

@@ -4,15 +4,16 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping
 
+from inference_api.app import build
 from inference_api.commands.configuration import (
     environment,
     is_packaged,
     read_catalogue,
     settings_of,
     size_of,
-    tracing_of,
 )
 from inference_api.commands.connect import connect
+from inference_api.core import Outside
 from inference_api.routing.catalogue import Catalogue, read_document
 from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.settings import Settings
@@ -28,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     """0: valid; 1: a backend failed `--connect`. Raises SettingsError or CatalogueError for what is not valid."""
     settings = settings_of(arguments)
     catalogue = read_catalogue(settings.catalogue)
-    if (tracing := tracing_of(environment())) is not None:
-        tracing.close()
+    # Whatever the features refuse is refused here, too.
+    build(settings, Outside(environment())).close()
     for warning in _warnings(settings, catalogue):
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.connect:

@@ -4,16 +4,12 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from inference_api.routing.catalogue import Catalogue, CatalogueError, describe, load_catalogue
 from inference_api.routing.entries import CatalogueEntry
-from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings, wants_traces
-
-if TYPE_CHECKING:
-    from inference_api.features.tracing import Tracing
+from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings
 
 # Those of `serve` that stand for a variable.
 _OPTIONS = ("host", "port", "catalogue", "registry_url")
@@ -46,23 +42,6 @@ def _names_catalogue(options: Mapping[str, object]) -> str | None:
     if options.get("catalogue") is not None:
         return "--catalogue"
     return next((name for name in environment() if name.upper() == f"{PREFIX}CATALOGUE"), None)
-
-
-def tracing_of(environ: Mapping[str, str]) -> "Tracing | None":
-    """Tracing, if OpenTelemetry's variables ask for it. Raises SettingsError."""
-    if not wants_traces(environ):
-        return None
-    try:
-        from inference_api.features.tracing import otlp_tracing
-    except ModuleNotFoundError as exc:
-        raise SettingsError(
-            f"OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, but OpenTelemetry is not installed ({exc}); "
-            "pip install 'inference-api[otel]', or unset it"
-        ) from None
-    try:
-        return otlp_tracing()
-    except ValueError as exc:
-        raise SettingsError(f"OpenTelemetry does not take one of its variables (OTEL_...): {exc}") from None
 
 
 def catalogue_of(backends: Sequence[str]) -> Catalogue:

@@ -4,16 +4,10 @@ import argparse
 import logging
 import signal
 
-from inference_api.app import Router
-from inference_api.commands.configuration import (
-    catalogue_of,
-    environment,
-    is_packaged,
-    settings_of,
-    takes_colours,
-    tracing_of,
-)
+from inference_api.app import build
+from inference_api.commands.configuration import catalogue_of, environment, is_packaged, settings_of, takes_colours
 from inference_api.commands.summary import Summary
+from inference_api.core import Outside
 from inference_api.discovery.cluster import Cluster, ClusterError, in_cluster
 from inference_api.errors import answer_validation_with
 from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled
@@ -36,25 +30,22 @@ def _serve(arguments: argparse.Namespace) -> int:
     access_log = configure_logging(settings.log_level, settings.log_format, colours=takes_colours())
     log_unhandled()
     answer_validation_with(int(settings.validation_status))
-    cluster, tracing = _cluster(settings), tracing_of(environment())
     # Set by the Dockerfile, and no setting: nobody is to have an opinion of what was built.
     built = environment().get("IMAGE_REVISION", "")
+    outside = Outside(
+        environment(),
+        catalogue=given,
+        write_line=access_log,
+        dropped_lines=dropped_lines,
+        cluster=_cluster(settings),
+        revision=built,
+    )
+    application = build(settings, outside)
     try:
-        router = Router(
-            settings,
-            catalogue=given,
-            tokens=environment(),
-            access_log=access_log,
-            dropped_lines=dropped_lines,
-            cluster=cluster,
-            tracing=tracing,
-            revision=built,
-        )
         source = _source(settings, given is not None)
-        run_server(router, settings, Summary(settings, router.fleet, source, tracing is not None).tell)
+        run_server(application, settings, Summary(settings, application, source).tell)
     finally:
-        if tracing is not None:
-            tracing.close()
+        application.close()
     logger.info("stopped")
     return 0
 

@@ -3,8 +3,8 @@
 import ipaddress
 import logging
 
+from inference_api.application import Application
 from inference_api.commands.check import PACKAGED
-from inference_api.routing.backend import Fleet
 from inference_api.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -18,15 +18,14 @@ class Summary:
     `source`: the file of the static catalogue, `packaged`, or `--backend`.
     """
 
-    def __init__(self, settings: Settings, fleet: Fleet, source: str, tracing: bool) -> None:
+    def __init__(self, settings: Settings, application: Application, source: str) -> None:
         self._settings = settings
-        self._fleet = fleet
+        self._application = application
         self._source = source
-        self._tracing = tracing
 
     def tell(self, address: str) -> None:
         """`address`: where clients are listened to, as a URL has it."""
-        settings, models = self._settings, self._fleet.models
+        settings, models = self._settings, self._application.core.fleet.models
         names = list(models)
         backends = sum(len(model.backends) for model in models.values())
         shown = names if len(names) <= _SHOWN_MODELS else [*names[:_SHOWN_MODELS], f"{len(names) - _SHOWN_MODELS} more"]
@@ -54,12 +53,10 @@ class Summary:
     def _features(self) -> list[str]:
         settings = self._settings
         on = {
-            "tracing": self._tracing,
-            "load_signal": settings.load_signal_interval > 0,
             "endpointslices": settings.discovery == "endpointslices",
             "ops_port": settings.ops_port is not None,
         }
-        return [name for name, is_on in on.items() if is_on]
+        return [*self._application.features, *(name for name, is_on in on.items() if is_on)]
 
 
 def is_loopback(host: str) -> bool:

@@ -13,9 +13,11 @@ from typing import Any
 
 from starlette.types import Receive
 
+from inference_api.server.cycle import client_gone
+
 
 class DisconnectWatcher:
-    """While entered, cancels the task it was entered in when the client leaves; `gone` then says why."""
+    """While entered, cancels the task it was entered in when the client leaves; leaving it then raises ClientGone."""
 
     __slots__ = ("_receive", "_receiving", "_task", "_waits_for", "gone")
 
@@ -36,6 +38,8 @@ class DisconnectWatcher:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if self.gone and kind is asyncio.CancelledError:
+            client_gone(exc)
 
     def close(self) -> None:
         """Stop watching; a client that leaves from now on is none of this request's business."""

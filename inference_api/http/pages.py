@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,21 +15,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from inference_api import __version__
 from inference_api.errors import InternalError, MethodNotAllowed, RouterError, UnknownURL, render
 from inference_api.http import wire
-from inference_api.http.head import RequestHeaders
+from inference_api.http.accounts import ACCOUNT
 from inference_api.http.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
+from inference_api.http.pipeline import Resolve
 from inference_api.http.suggestions import meant
 from inference_api.models import Outcome
-from inference_api.observe.accounts import Accounts
+from inference_api.observe.account import Account
 from inference_api.observe.scrape import Exposition
-from inference_api.routing.backend import Fleet, Model
+from inference_api.routing.backend import Fleet
 from inference_api.routing.registry import Registry
-from inference_api.server.cycle import CYCLE, Cycle
 
 logger = logging.getLogger(__name__)
 
-# Keys of the ASGI scope.
-_ID = "inference_api.request_id"
-_SEEN = "inference_api.observation"
 # Seconds without a turn of the event loop: after the first nobody is to send requests here, after the second it is not
 # believed to recover, and is to be restarted.
 _LATE, _HUNG = 5.0, 30.0
@@ -38,28 +35,42 @@ _LATE, _HUNG = 5.0, 30.0
 class Models:
     """GET /v1/models and /v1/models/{id}. The list is rendered once per change of the fleet."""
 
-    def __init__(self, fleet: Fleet, resolve: Callable[[str], Model]) -> None:
+    def __init__(self, fleet: Fleet, resolve: Resolve) -> None:
         self._fleet = fleet
         self._resolve = resolve
         self._version = -1
         self._rendered = b""
 
     async def list_all(self, request: Request) -> Response:
+        caller = request.scope[ACCOUNT].caller
+        if caller is not None:
+            seen = [model for model in self._fleet.models.values() if caller.may_use(model.name)]
+            return Response(wire.model_list(seen), media_type="application/json")
         if self._version != self._fleet.version:
             self._version = self._fleet.version
             self._rendered = wire.model_list(self._fleet.models.values())
         return Response(self._rendered, media_type="application/json")
 
     async def retrieve(self, request: Request) -> Response:
-        model = self._resolve(request.path_params["model"])
+        model = self._resolve(request.path_params["model"], request.scope[ACCOUNT].caller)
         return Response(wire.json_bytes(wire.model_card(model)), media_type="application/json")
 
     def routes(self) -> list[Route]:
         return [Route("/v1/models", self.list_all), Route("/v1/models/{model:path}", self.retrieve)]
 
 
-# Neither counted nor logged: they come every few seconds, and say nothing of the clients.
+# Neither counted nor logged, as they come every few seconds and say nothing of the clients.
 _PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics", "/backends"})
+# For callers without keys, too.
+OPEN_PATHS = frozenset(
+    {"/health", "/healthz", "/readyz", "/metrics", "/version", "/openapi.json", "/docs", "/backends"}
+)
+
+
+class Finder(Protocol):
+    """What finds backends, and may need a while for the first time."""
+
+    async def known(self) -> None: ...
 
 
 class Probes:
@@ -85,6 +96,16 @@ class Probes:
         self._exposition = exposition
         self._silence = silence
         self.state = "starting"
+
+    async def open(self, finder: "Finder | None") -> None:
+        """Ready, once `finder` knows where to send requests."""
+        if finder is not None:
+            await finder.known()
+        if self.state == "starting":
+            self.state = "ready"
+
+    def drain(self) -> None:
+        self.state = "draining"
 
     async def healthz(self, request: Request) -> Response:
         if (self._silence() or 0.0) > _HUNG:
@@ -141,71 +162,42 @@ class Page(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-class Named:
-    """ASGI layer of these routes, and of those on OPS_PORT: a request id on every answer."""
+class _Noted:
+    """Wraps the pages: a request id on every answer, and status and size in the Account."""
 
-    def __init__(self, app: ASGIApp, mint_id: Callable[[], str]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._read_headers = RequestHeaders()
-        self._mint_id = mint_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = self._read_headers(scope["headers"]).request_id or self._mint_id()
-        scope[_ID] = request_id
+        account: Account = scope[ACCOUNT]
+        account.silent = scope["path"] in _PROBES
+        account.route = "models" if scope["path"].startswith("/v1/models") else "other"
 
-        async def named_send(message: Message) -> None:
+        async def noted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 others = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message["headers"] = [*others, (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        await self._app(scope, receive, named_send)
-
-
-class Observed:
-    """ASGI layer inside of Named: a count and a line for all but the probes."""
-
-    def __init__(self, app: ASGIApp, accounts: Accounts) -> None:
-        self._app = app
-        self._accounts = accounts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        path = scope["path"]
-        seen = self._accounts.begin("models" if path.startswith("/v1/models") else "other", scope.get("client"))
-        seen.request_id = scope[_ID]
-        scope[_SEEN] = seen
-
-        async def observed_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                seen.start(message["status"], [])
+                message["headers"] = [*others, (b"x-request-id", account.request_id.encode())]
+                account.status = message["status"]
+                account.outcome = Outcome.OK if account.status < 400 else Outcome.REFUSED
             else:
-                seen.chunk(message.get("body", b""))
+                account.size += len(message.get("body", b""))
             await send(message)
 
-        try:
-            await self._app(scope, receive, observed_send)
-        finally:
-            if path not in _PROBES:
-                cycle: Cycle | None = scope.get("extensions", {}).get(CYCLE)
-                answered = Outcome.OK if seen.status < 400 else Outcome.REFUSED
-                seen.end(answered if cycle is None or cycle.rejection is None else cycle.rejection.tell(seen))
+        await self._app(scope, receive, noted_send)
 
 
 def create_pages(
     routes: list[Route],
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
-) -> Starlette:
-    """The Starlette app of these routes; every error of it is in the OpenAI envelope."""
+) -> ASGIApp:
+    """The app of these routes; every error of it is in the OpenAI envelope."""
     handlers: dict[Any, Any] = {HTTPException: _http_error, RouterError: _router_error, Exception: _unexpected}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    return app
+    return _Noted(app)
 
 
 async def _http_error(request: Request, exc: HTTPException) -> Response:
@@ -227,9 +219,9 @@ async def _unexpected(request: Request, exc: Exception) -> Response:
 
 
 def _error(request: Request, error: RouterError) -> Response:
-    if (seen := request.scope.get(_SEEN)) is not None:
-        seen.rejected(error)
-    status, headers, body = render(error, request.scope.get(_ID, ""))
+    account: Account = request.scope[ACCOUNT]
+    account.explain(error)
+    status, headers, body = render(error, account.request_id)
     response = Response(body, status)
     response.raw_headers = headers
     return response

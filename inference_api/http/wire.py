@@ -5,13 +5,14 @@ from io import BytesIO
 from typing import Any
 
 import orjson
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from inference_api.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType, printable
 from inference_api.http.admission import Admission
 from inference_api.http.bodies import ENGINE_FIELDS, TRANSFERS, take_engine_fields
 from inference_api.http.head import RequestHead
 from inference_api.models import Asked, Call, Route
+from inference_api.observe.account import Account
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Model
 
@@ -69,11 +70,9 @@ def _not_this_type(kind: str, given: bytes) -> UnsupportedMediaType:
     return UnsupportedMediaType(f"The content type must be {kind}{instead}{hint}.")
 
 
-def make_call(
-    route: Route, head: RequestHead, body: bytes, query: bytes, request_id: str, asked: Asked, model: Model
-) -> Call:
+def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: Asked, model: Model) -> Call:
     """The Call of a request to `model`. Of what was read it keeps the few small fields. Raises InvalidRequest."""
-    entry, (fields, prompt, model_at) = model.entry, asked
+    head, entry, (fields, prompt, model_at) = account.head, model.entry, asked
     if not ENGINE_FIELDS.isdisjoint(fields):
         name = take_engine_fields(fields)
         if name is not None and entry.engine_fields == "refuse":
@@ -90,14 +89,16 @@ def make_call(
         fields.get("stream") or False,
         body,
         head.forwarded,
-        request_id,
+        account.request_id,
         [],
-        query,
+        scope["query_string"],
         fields,
         prefix,
         head.authorization,
         head.lines,
         model_at,
+        account.caller,
+        scope["state"],
     )
 
 

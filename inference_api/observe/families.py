@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from inference_api import __version__
-from inference_api.discovery.gauges import Reading
+from inference_api.observe.account import UNKNOWN
 from inference_api.observe.exposition import Family
 from inference_api.observe.exposition import Series as Shown
-from inference_api.observe.metrics import ABORTS, UNKNOWN, Metrics
+from inference_api.observe.metrics import ABORTS, Metrics
 from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend
 from inference_api.routing.registry import RegistryStatus
@@ -24,7 +24,7 @@ _FAULTS = (502, 503, 504)
 _FEW_MODELS = 100
 _CHAT = "chat_completions"
 _BY_ROUTE = ("model_name", "route")
-_BY_BACKEND = ("model_name", "backend")
+BY_BACKEND = ("model_name", "backend")
 
 
 class Families:
@@ -34,7 +34,8 @@ class Families:
 
     `discovery`: look-ups that were of no use, by reason. `draining`: whether the process has been asked to stop.
     `silence`: seconds since the event loop last came by, None if it need not. `revision`: of the source that was built.
-    `dropped_lines`: of the log, that could not be written. `clock`: Unix seconds.
+    `dropped_lines`: of the log, that could not be written. `clock`: Unix seconds. `collectors`: the
+    families of features.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Families:
         revision: str = "",
         dropped_lines: Callable[[], int] = int,
         clock: Callable[[], float] = time.time,
+        collectors: Sequence[Callable[[], Iterator[Family]]] = (),
     ) -> None:
         self._metrics = metrics
         self._registry = registry
@@ -56,32 +58,34 @@ class Families:
         self._revision = revision
         self._dropped_lines = dropped_lines
         self._clock = clock
+        self._collectors = tuple(collectors)
 
     def __call__(self) -> Iterator[Family]:
         yield from self._of_requests()
         yield from self._of_tokens()
         yield from self._of_attempts()
         yield from self._of_backends()
-        yield from self._of_load()
         yield from self._of_registry()
         yield from self._of_process()
+        for collect in self._collectors:
+            yield from collect()
 
     def _of_requests(self) -> Iterator[Family]:
         metrics = self._metrics
         text = "Requests answered, or given up."
-        yield _counter("requests", text, ("model_name", "route", "code", "stream"), self._requests())
+        yield counter("requests", text, ("model_name", "route", "code", "stream"), self._requests())
         text = "Seconds from the request head to the end of the answer."
         durations = (
             ((model, route, _flag(stream), code_class), histogram)
             for (model, route, stream, code_class), histogram in metrics.durations.snapshot().items()
         )
-        yield _seconds("request_duration", text, ("model_name", "route", "stream", "code_class"), durations)
+        yield seconds("request_duration", text, ("model_name", "route", "stream", "code_class"), durations)
         text = "Seconds from the whole request to its first attempt."
-        yield _seconds("overhead", text, ("route",), metrics.overheads.snapshot().items())
+        yield seconds("overhead", text, ("route",), metrics.overheads.snapshot().items())
         in_flight = (((name,), model.in_flight) for name, model in self._metrics.fleet().items())
-        yield _gauge("requests_in_flight", "Requests whose answer has not ended.", ("model_name",), in_flight)
+        yield gauge("requests_in_flight", "Requests whose answer has not ended.", ("model_name",), in_flight)
         text = "Requests turned away, by why."
-        yield _counter("rejected_requests", text, ("model_name", "reason"), self._rejections())
+        yield counter("rejected_requests", text, ("model_name", "reason"), self._rejections())
 
     def _requests(self) -> Iterator[Shown]:
         seen = self._metrics.requests.snapshot()
@@ -123,43 +127,43 @@ class Families:
     def _of_tokens(self) -> Iterator[Family]:
         metrics = self._metrics
         text = "Seconds to the first token of a streamed answer."
-        yield _seconds("time_to_first_token", text, _BY_ROUTE, metrics.first_tokens.snapshot().items())
+        yield seconds("time_to_first_token", text, _BY_ROUTE, metrics.first_tokens.snapshot().items())
         text = "Seconds per token after the first, if known."
-        yield _seconds("time_per_output_token", text, _BY_ROUTE, metrics.per_tokens.snapshot().items())
+        yield seconds("time_per_output_token", text, _BY_ROUTE, metrics.per_tokens.snapshot().items())
         text = "Tokens by `usage`; output_estimate counts events with a token."
         kinds = ("model_name", "type")
         counts = ((labels, histogram.sum) for labels, histogram in metrics.token_counts.snapshot().items())
-        yield _counter("tokens", text, kinds, counts)
+        yield counter("tokens", text, kinds, counts)
         text = "Tokens of one request."
         yield Family("histogram", "inference_api_request_tokens", text, kinds, metrics.token_counts.snapshot().items())
         text = "Answers that broke after a good head."
-        yield _counter("stream_aborts", text, ("model_name", "reason"), self._aborts())
+        yield counter("stream_aborts", text, ("model_name", "reason"), self._aborts())
 
     def _of_attempts(self) -> Iterator[Family]:
         metrics = self._metrics
         text = "Attempts, by how they ended."
-        yield _counter("upstream_attempts", text, (*_BY_BACKEND, "outcome"), _counts(metrics.attempts))
+        yield counter("upstream_attempts", text, (*BY_BACKEND, "outcome"), _counts(metrics.attempts))
         text = "Attempts repeated, and requests that were not because the budget was spent or they are poison."
-        yield _counter("retries", text, ("model_name", "reason"), _counts(metrics.retries))
+        yield counter("retries", text, ("model_name", "reason"), _counts(metrics.retries))
 
     def _of_backends(self) -> Iterator[Family]:
         text = "Attempts whose answer has not ended."
-        yield _gauge("backend_in_flight", text, _BY_BACKEND, self._each(lambda backend: backend.in_flight))
+        yield gauge("backend_in_flight", text, BY_BACKEND, self._each(lambda backend: backend.in_flight))
         text = "1: it passes its health checks and is not stuck."
-        yield _gauge("backend_up", text, _BY_BACKEND, self._each(lambda backend: backend.origin.up))
+        yield gauge("backend_up", text, BY_BACKEND, self._each(lambda backend: backend.origin.up))
         text = "1: failures keep all requests but a probe from it."
-        yield _gauge("backend_circuit_open", text, _BY_BACKEND, self._each(lambda backend: backend.failing))
+        yield gauge("backend_circuit_open", text, BY_BACKEND, self._each(lambda backend: backend.failing))
         text = "1: it answers with errors that the other backends do not give, and gets no requests but a probe."
         # Rare, and not worth a series of each: there is one while it is so.
         aside = self._each(lambda backend: None if backend.circuit.opened is None else True)
-        yield _gauge("backend_set_aside", text, _BY_BACKEND, aside)
+        yield gauge("backend_set_aside", text, BY_BACKEND, aside)
         text = "1: the backend says that it sleeps, so no request goes to it."
-        yield _gauge("backend_asleep", text, _BY_BACKEND, self._each(lambda backend: backend.origin.asleep))
+        yield gauge("backend_asleep", text, BY_BACKEND, self._each(lambda backend: backend.origin.asleep))
         text = "Times a backend failed a health check, or did not tell its metrics."
-        yield _counter("backend_probe_failures", text, (*_BY_BACKEND, "kind"), self._probe_failures())
+        yield counter("backend_probe_failures", text, (*BY_BACKEND, "kind"), self._probe_failures())
         text = "1: more than half of its backends are out, so all are used."
         panic = (((name,), model.panic) for name, model in self._metrics.fleet().items())
-        yield _gauge("panic_mode", text, ("model_name",), panic)
+        yield gauge("panic_mode", text, ("model_name",), panic)
 
     def _backends(self) -> Iterator[Backend]:
         return (backend for model in self._metrics.fleet().values() for backend in model.backends)
@@ -174,59 +178,45 @@ class Families:
             yield health, seen[health].count if health in seen else 0
             yield scrapes, seen[scrapes].count if scrapes in seen else None
 
-    def _of_load(self) -> Iterator[Family]:
-        def told(value: Callable[[Reading], float | None]) -> Iterator[Shown]:
-            return self._each(lambda backend: _of(backend.origin.reading, value))
-
-        text = "Requests the backend says it works on."
-        yield _gauge("backend_running_requests", text, _BY_BACKEND, told(lambda reading: reading.running))
-        text = "Requests the backend says it has waiting."
-        yield _gauge("backend_queue_depth", text, _BY_BACKEND, told(lambda reading: reading.waiting))
-        text = "Used share of the backend's KV cache."
-        yield _gauge("backend_kv_cache_usage_ratio", text, _BY_BACKEND, told(lambda reading: reading.kv_cache))
-        text = "When the backend last told its load, in Unix seconds."
-        scraped = self._each(lambda backend: backend.origin.scraped or None)
-        yield _gauge("backend_last_scrape_timestamp_seconds", text, _BY_BACKEND, scraped)
-
     def _of_registry(self) -> Iterator[Family]:
         status = self._registry()
         text = "Models that can be named, by where the catalogue came from."
         sources = ("registry", "stale", "static")
         models = (((source,), status.models if source == status.source else 0) for source in sources)
-        yield _gauge("registry_models", text, ("source",), models)
+        yield gauge("registry_models", text, ("source",), models)
         text = "When the registry last answered; 0: never."
-        yield _gauge("registry_last_success_timestamp_seconds", text, (), _alone(status.last_success))
+        yield gauge("registry_last_success_timestamp_seconds", text, (), _alone(status.last_success))
         text = "Looks at the registry that failed."
-        yield _counter("registry_sync_failures", text, ("reason",), _reasons(status.failures))
+        yield counter("registry_sync_failures", text, ("reason",), _reasons(status.failures))
         text = "Look-ups of backends' host names that were of no use."
-        yield _counter("discovery_failures", text, ("reason",), _reasons(self._discovery()))
+        yield counter("discovery_failures", text, ("reason",), _reasons(self._discovery()))
 
     def _of_process(self) -> Iterator[Family]:
         text = "1: the process has been asked to stop, and ends what it has in flight."
-        yield _gauge("draining", text, (), _alone(self._draining()))
+        yield gauge("draining", text, (), _alone(self._draining()))
         text = "Seconds by which the event loop was late for a timer."
-        yield _seconds("event_loop_lag", text, (), _alone(self._metrics.loop_lag))
+        yield seconds("event_loop_lag", text, (), _alone(self._metrics.loop_lag))
         text = "When the event loop last came by, in Unix seconds."
         silence = self._silence()
         # From a clock that nobody sets, so that a step of the other one is no hang.
         ticked = () if silence is None else _alone(self._clock() - silence)
-        yield _gauge("event_loop_last_tick_timestamp_seconds", text, (), ticked)
+        yield gauge("event_loop_last_tick_timestamp_seconds", text, (), ticked)
         text = "Lines of the log that could not be written in time."
-        yield _counter("log_lines_dropped", text, (), _alone(self._dropped_lines()))
+        yield counter("log_lines_dropped", text, (), _alone(self._dropped_lines()))
         text = "Always 1; the labels say what runs."
         built = [((__version__, self._revision, platform.python_version()), 1)]
-        yield _gauge("build_info", text, ("version", "revision", "python_version"), built)
+        yield gauge("build_info", text, ("version", "revision", "python_version"), built)
 
 
-def _counter(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
+def counter(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
     return Family("counter", f"inference_api_{name}", text, labels, series)
 
 
-def _gauge(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
+def gauge(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
     return Family("gauge", f"inference_api_{name}", text, labels, series)
 
 
-def _seconds(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
+def seconds(name: str, text: str, labels: Sequence[str], series: Iterable[Shown]) -> Family:
     return Family("histogram", f"inference_api_{name}_seconds", text, labels, series)
 
 
@@ -244,10 +234,6 @@ def _reasons(counts: Mapping[str, int]) -> Iterator[Shown]:
 
 def _zeros(model: str, reasons: Iterable[str], seen: Mapping[tuple[str, str], Count]) -> Iterator[Shown]:
     return (((model, reason), None if (model, reason) in seen else 0) for reason in reasons)
-
-
-def _of(reading: Reading | None, value: Callable[[Reading], float | None]) -> float | None:
-    return None if reading is None else value(reading)
 
 
 def _flag(value: bool) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from inference_api.models import Outcome
+from inference_api.observe.account import UNKNOWN, Record, shown_status
 from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend, Model
 from inference_api.routing.origin import Origin
@@ -48,8 +49,6 @@ _REJECTIONS = {
     "uri_too_long": "too_large",
     "shutting_down": "draining",
 }
-# The model of a request that names none of the catalogue.
-UNKNOWN = "unknown"
 
 
 class _Requests(Count):
@@ -99,31 +98,34 @@ class Metrics:
 
     # Written on the request path
 
-    def request(self, model: str, route: str, code: int, stream: bool, seconds: float) -> None:
-        cell = self.requests[model, route, code, stream]
+    def record(self, record: Record) -> None:
+        """A sink: count a finished request."""
+        model, route, took, first = record.model_name, record.route, record.took, record.first
+        cell = self.requests[model, route, shown_status(record), record.stream]
         cell.count += 1
-        cell.durations.observe(seconds)
-
-    def overhead(self, route: str, seconds: float) -> None:
-        self.overheads[route,].observe(seconds)
-
-    def first_token(self, model: str, route: str, seconds: float) -> None:
-        self.first_tokens[model, route].observe(seconds)
-
-    def per_token(self, model: str, route: str, seconds: float) -> None:
-        self.per_tokens[model, route].observe(seconds)
-
-    def tokens(self, model: str, kind: str, count: int) -> None:
-        self.token_counts[model, kind].observe(count)
-
-    def refused(self, model: str, code: str) -> None:
-        """The router answered with an error of its own; not every one of them rejects a request."""
-        reason = _REJECTIONS.get(code)
-        if reason is not None:
+        cell.durations.observe(took)
+        if record.overhead is not None:
+            self.overheads[route,].observe(record.overhead)
+        if record.code is not None and (reason := _REJECTIONS.get(record.code)) is not None:
             self.rejections[model, reason].count += 1
+        # The answer's head said that all was well; of a JSON answer too, if it was too large to be held.
+        if record.outcome is not Outcome.OK and 0 < record.status < 300:
+            self._abort(model, record.outcome)
+        if first is not None and record.status < 300:
+            self.first_tokens[model, route].observe(first)
+        prompt, cached, completion, _ = record.tokens
+        if prompt:
+            self.token_counts[model, "input"].observe(prompt)
+        if cached:
+            self.token_counts[model, "cached_input"].observe(cached)
+        if completion:
+            self.token_counts[model, "output"].observe(completion)
+            if first is not None and completion > 1:
+                self.per_tokens[model, route].observe((took - first) / (completion - 1))
+        elif record.events and completion is None:
+            self.token_counts[model, "output_estimate"].observe(record.events)
 
-    def stream_ended(self, model: str, outcome: Outcome) -> None:
-        """The answer's head said that all was well; of a JSON answer too, if it was too large to be held."""
+    def _abort(self, model: str, outcome: Outcome) -> None:
         reason = ABORTS.get(outcome)
         if reason is not None:
             self.aborts[model, reason].count += 1

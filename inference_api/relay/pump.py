@@ -7,7 +7,7 @@ through: back-pressure with at most one read in memory. (docs/adr/0002 has the m
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Generator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -70,7 +70,7 @@ class Pump:
             if isinstance(stream, ResponseStream):
                 await self._push(stream)
             else:
-                await self._pull(stream)
+                await self.pull(stream)
         except TimeoutError:
             return Outcome.CLIENT_GONE
         finally:
@@ -97,6 +97,11 @@ class Pump:
         async with asyncio.timeout(self._write_stall):
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         return self.verdict()
+
+    def skip(self, event: bytes) -> None:
+        """Follow an event that the client does not get."""
+        if self._feed is not None:
+            self._feed(event)
 
     # Pushed: Sink
 
@@ -178,7 +183,7 @@ class Pump:
 
     # Pulled: from any other httpx transport
 
-    async def _pull(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes]) -> None:
+    async def pull(self, stream: AsyncIterable[bytes]) -> None:
         try:
             async for data in stream:
                 if data:

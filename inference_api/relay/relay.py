@@ -4,7 +4,7 @@ The pushing itself, chunk by chunk, is in `pump`; here is what is decided once p
 """
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -13,10 +13,12 @@ import httpx
 from starlette.types import Send
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
-from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply, Tap
+from inference_api.headers import header_lines
+from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply
 from inference_api.relay.answers import Readable, hold, read_answer
 from inference_api.relay.dialects import Body, body_kind
 from inference_api.relay.events import EventTracker
+from inference_api.relay.filter import FilteringPump
 from inference_api.relay.head import ReturnedHead
 from inference_api.relay.pump import Pump
 from inference_api.relay.typed_events import follow
@@ -42,20 +44,20 @@ _CHOICES = re.compile(rb'"(?:n|best_of)"\s*:\s*(?!1\b)|"prompt"\s*:\s*\[')
 class Relay:
     """Relays one Reply and closes it.
 
-    `taps` see the answer as the client does. `write_stall`: seconds for which a client may not read before it is given
-    up. `before_end` is called just before the last byte goes out: from then on a client that leaves has not left early.
+    The taps of the Reply see the answer as the client does. `write_stall`: seconds for which a client may not read
+    before it is given up. `before_end` is called just before the last byte goes out: from then on a client that leaves
+    has not left early.
     """
 
     __slots__ = (
-        "_before_end", "_call", "_clock", "_direct", "_events", "_first_at", "_pumping", "_reply", "_size", "_taps",
-        "_usage", "_write_stall", "outcome", "started",
+        "_before_end", "_call", "_clock", "_direct", "_events", "_first_at", "_pumping", "_reply", "_size", "_usage",
+        "_write_stall", "outcome", "started",
     )  # fmt: skip
 
     def __init__(
         self,
         reply: Reply,
         call: Call,
-        taps: Sequence[Tap],
         write_stall: float = 60.0,
         before_end: Callable[[], None] = lambda: None,
         direct: Direct | None = None,
@@ -63,7 +65,6 @@ class Relay:
     ) -> None:
         self._reply = reply
         self._call = call
-        self._taps = taps
         self._write_stall = write_stall
         self._before_end = before_end
         self._direct = direct
@@ -111,6 +112,8 @@ class Relay:
                 reply.end(self.outcome)
             else:
                 await reply.aclose(self.outcome)
+            for tap in reply.taps:
+                tap.end(self.outcome)
         return self.outcome
 
     async def interrupt(self, send: Send) -> Outcome:
@@ -182,16 +185,18 @@ class Relay:
         self._size = len(body)
         length = head.length if status in (204, 304) else b"%d" % len(body)
         direct = self._direct
-        if direct is not None and length is not None and not self._taps:
+        if direct is not None and length is not None and not self._reply.taps:
             request_id = self._call.request_id.encode()
             lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
+            if self._reply.extra:
+                lines += header_lines(self._reply.extra)
             if direct.respond(status, lines, body):
                 self.started = True
                 # Nobody could leave in between: all of it was one turn of the event loop.
                 self._before_end()
                 return outcome
         await self._start(send, head.headers, length)
-        for tap in self._taps:
+        for tap in self._reply.taps:
             tap.chunk(body)
         self._before_end()
         await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -246,17 +251,18 @@ class Relay:
         return (isinstance(stream, ResponseStream) and stream.framed) or not _CHOICES.search(self._call.body)
 
     def _pump(self, send: Send, events: EventTracker | None) -> Pump:
-        pump = self._pumping = Pump(
-            send, self._taps, events, self._reply.status, self._write_stall, self._before_end, self._direct, self._clock
-        )
+        reply = self._reply
+        common = send, reply.taps, events, reply.status, self._write_stall, self._before_end, self._direct, self._clock
+        pump = Pump(*common) if reply.filter is None or events is None else FilteringPump(reply.filter, *common)
+        self._pumping = pump
         return pump
 
     async def _start(self, send: Send, headers: RawHeaders, length: bytes | None) -> None:
         self.started = True
-        headers = [*headers, (b"x-request-id", self._call.request_id.encode())]
+        headers = [*headers, (b"x-request-id", self._call.request_id.encode()), *self._reply.extra]
         if length is not None:
             headers.append((b"content-length", length))
-        for tap in self._taps:
+        for tap in self._reply.taps:
             tap.start(self._reply.status, headers)
         await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
 

@@ -69,13 +69,7 @@ class Balancer(Protocol[R]):
     def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
 
 
-def make_balancer(name: BalancingName, random: Random = random.random, reported: bool = False) -> Balancer[R]:
-    """A balancer with a state of its own: one per model. `random` returns floats in [0, 1).
-
-    `reported`: what the backends say of others' requests counts too, where the balancer goes by load alone.
-    """
-    balancers = {**_BALANCERS, **_REPORTED} if reported else _BALANCERS
-    return balancers[name](random)
+MakeBalancer = Callable[[Random], Balancer[Any]]
 
 
 class RoundRobin(Generic[R]):
@@ -117,23 +111,14 @@ class LeastInFlight(Generic[R]):
             backends = [backend for backend in backends if backend not in tried]
         if not backends:
             return None
-        loads = self._loads(backends)
+        loads = self.loads(backends)
         least = min(loads)
         equals = [backend for backend, load in zip(backends, loads, strict=True) if load == least]
-        return equals[_draw(_ends(equals), self._random())]
+        return equals[_draw(running_weights(equals), self._random())]
 
-    def _loads(self, backends: Sequence[R]) -> list[float]:
+    def loads(self, backends: Sequence[R]) -> list[float]:
+        """What each has to do for its weight."""
         return [(backend.origin.in_flight + backend.extra) / backend.weight for backend in backends]
-
-
-class LeastReported(LeastInFlight[R]):
-    """The same, with what the backends report of others' requests."""
-
-    def _loads(self, backends: Sequence[R]) -> list[float]:
-        return [
-            (backend.origin.in_flight + backend.origin.reported + backend.extra) / backend.weight
-            for backend in backends
-        ]
 
 
 class TwoChoices(Generic[R]):
@@ -150,7 +135,7 @@ class TwoChoices(Generic[R]):
             left = type(self)(self._random)
             return left.choose([backend for backend in backends if backend not in tried], key)
         if backends is not self._backends:
-            self._backends, self._ends = backends, self._learn(backends)
+            self._backends, self._ends = backends, self.ends(backends)
         n = len(backends)
         if n < 2:
             return backends[0] if n else None
@@ -161,8 +146,9 @@ class TwoChoices(Generic[R]):
         first, second = backends[i], backends[j + (j >= i)]
         return first if first.origin.in_flight + first.extra <= second.origin.in_flight + second.extra else second
 
-    def _learn(self, backends: Sequence[R]) -> list[float] | None:
-        return None if _alike(backends) else _ends(backends)
+    def ends(self, backends: Sequence[R]) -> list[float] | None:
+        """Running sums of the weights, or None if all are equal, which is chosen from faster."""
+        return None if _alike(backends) else running_weights(backends)
 
     def _choose_weighted(self, backends: Sequence[R], ends: list[float]) -> R:
         i = _draw(ends, self._random())
@@ -174,23 +160,12 @@ class TwoChoices(Generic[R]):
         j = bisect(ends, at, 0, len(ends) - 1)
         # Only rounding can bring the first again.
         second = backends[j if j != i else i - 1]
-        return first if self._is_lighter(first, second) else second
+        return first if self.is_lighter(first, second) else second
 
-    def _is_lighter(self, first: R, second: R) -> bool:
+    def is_lighter(self, first: R, second: R) -> bool:
+        """Whether the first would be less loaded than the second with this request."""
         # (in_flight + 1) / weight: how loaded each would be with this request.
         load, other = first.origin.in_flight + first.extra, second.origin.in_flight + second.extra
-        return (load + 1) * second.weight <= (other + 1) * first.weight
-
-
-class TwoReported(TwoChoices[R]):
-    """The same, with what the backends report of others' requests; always the weighted way, so only one place asks."""
-
-    def _learn(self, backends: Sequence[R]) -> list[float] | None:
-        return _ends(backends)
-
-    def _is_lighter(self, first: R, second: R) -> bool:
-        load = first.origin.in_flight + first.origin.reported + first.extra
-        other = second.origin.in_flight + second.origin.reported + second.extra
         return (load + 1) * second.weight <= (other + 1) * first.weight
 
 
@@ -274,17 +249,17 @@ class PrefixAffinity(Generic[R]):
         self._age = len(backends)
 
 
-_BALANCERS: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
+BALANCERS: dict[str, MakeBalancer] = {
     "round_robin": RoundRobin,
     "least_in_flight": LeastInFlight,
     "two_choices": TwoChoices,
     "prefix_affinity": PrefixAffinity,
 }
-# Apart, so that a comparison costs no more where nobody is asked.
-_REPORTED: dict[BalancingName, Callable[[Random], Balancer[Any]]] = {
-    "least_in_flight": LeastReported,
-    "two_choices": TwoReported,
-}
+
+
+def make_balancer(name: BalancingName, random: Random = random.random) -> Balancer[Any]:
+    """A balancer with a state of its own: one per model. `random` returns floats in [0, 1)."""
+    return BALANCERS[name](random)
 
 
 def _has_room(backend: BackendView, unit: float) -> bool:
@@ -297,7 +272,7 @@ def _alike(backends: Sequence[BackendView]) -> bool:
     return len({backend.weight for backend in backends}) <= 1
 
 
-def _ends(backends: Sequence[BackendView]) -> list[float]:
+def running_weights(backends: Sequence[BackendView]) -> list[float]:
     return list(accumulate(backend.weight for backend in backends))
 
 

@@ -21,6 +21,7 @@ import orjson
 from cachetools import TTLCache
 
 from inference_api.errors import ModelNotFound, RegistryUnavailable
+from inference_api.models import Caller
 from inference_api.pace import back_off, spread
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
@@ -91,7 +92,7 @@ class Registry:
         self._static = static
         self._take(static, "static catalogue")
 
-    def resolve(self, name: str) -> Model:
+    def resolve(self, name: str, caller: Caller | None = None) -> Model:
         """The Model of a name or alias. Raises ModelNotFound, or RegistryUnavailable if that is not known yet."""
         model = self._fleet.by_name.get(name)
         if model is None:

@@ -7,19 +7,16 @@ import asyncio
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import NamedTuple, Protocol
+from types import TracebackType
+from typing import NamedTuple, NoReturn, Protocol
 
 from starlette.types import Message, Scope
 
-from inference_api.errors import RouterError
-from inference_api.models import Outcome, RawHeaders
-from inference_api.observe.accounts import Account
+from inference_api.errors import ClientGone, RouterError
+from inference_api.models import RawHeaders
 from inference_api.server.repeated_head import HeadCache
 
 logger = logging.getLogger(__name__)
-
-# The name of the ASGI extension that is the Cycle itself: what it offers beside `receive` and `send` is below.
-CYCLE = "inference_api.cycle"
 
 # From here on joining head and body would copy more than a second buffer costs.
 _JOIN = 16 * 1024
@@ -46,12 +43,6 @@ class Rejection(NamedTuple):
     request_id: str
     size: int
 
-    def tell(self, seen: Account) -> Outcome:
-        """Whatever the application wanted to say, this is what the client got."""
-        seen.request_id = self.request_id
-        seen.refused(self.error, self.error.status, self.size)
-        return self.error.outcome
-
 
 class Connection(Protocol):
     """What a Cycle needs of the connection that it answers on."""
@@ -70,6 +61,20 @@ class Connection(Protocol):
     def default_lines(self) -> bytes: ...
     def cycle_ended(self, cycle: "Cycle") -> None: ...
     def forget(self, task: "asyncio.Task[None]") -> None: ...
+
+
+def client_gone(exc: BaseException | None) -> NoReturn:
+    """The running task was cancelled because its client left, and goes on. Raises ClientGone."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
+    raise ClientGone from exc
+
+
+def cycle_of(function: Callable[..., object]) -> "Cycle | None":
+    """The Cycle whose own `receive` or `send` this is; None for that of a layer, or of another server."""
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, Cycle) else None
 
 
 class Cycle:
@@ -124,7 +129,6 @@ class Cycle:
         # Somebody works on it who is to be cancelled when the client leaves; `gone`: and has been.
         self._watched = False
         self.gone = False
-        scope["extensions"] = {CYCLE: self}
         # Response
         self.response_started = False
         self.response_complete = False
@@ -216,15 +220,18 @@ class Cycle:
     def __enter__(self) -> "Cycle":
         """As a DisconnectWatcher: while entered, a client that leaves cancels the task; raises if it has left."""
         if self.disconnected or self._protocol.left:
-            self.gone = True
-            raise asyncio.CancelledError
+            raise ClientGone
         self._watched = True
         # Nobody may be reading the body any more, and a pause would hide the end of the connection.
         self._protocol.resume_reading()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._watched = False
+        if self.gone and kind is asyncio.CancelledError:
+            client_gone(exc)
 
     def close(self) -> None:
         """A client that leaves from now on is none of this request's business."""

@@ -33,7 +33,7 @@ class RepeatedHead(HeadCache):
         super().__init__()
         self._before = before
         self._after = after
-        self._scope = {name: value for name, value in scope.items() if name not in ("extensions", "state")}
+        self._scope = {name: value for name, value in scope.items() if name != "state"}
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self._length_at = [name for name, _ in self._headers].index(b"content-length")
 

@@ -26,7 +26,7 @@ from inference_api.settings import PREFIX, Settings, SettingsError
 logger = logging.getLogger(__name__)
 
 
-class Router(Protocol):
+class Served(Protocol):
     """What is served: `app` to clients, `ops` on OPS_PORT.
 
     `drain` is called when the process is asked to stop, `reload` when it is asked to read its configuration again.
@@ -37,7 +37,7 @@ class Router(Protocol):
 
     def drain(self) -> None: ...
     def reload(self) -> None: ...
-    def refused(self, error: RouterError, request_id: str, size: int) -> None: ...
+    def rejected(self, error: RouterError, request_id: str, size: int) -> None: ...
 
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
@@ -49,7 +49,7 @@ _FORCED = 1.0
 _OWN_FILES = 48
 
 
-def run_server(router: Router, settings: Settings, on_listen: Callable[[str], None] = lambda address: None) -> None:
+def run_server(served: Served, settings: Settings, on_listen: Callable[[str], None] = lambda address: None) -> None:
     """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had.
 
     `on_listen` gets the address, as a URL has it, once there are sockets.
@@ -59,9 +59,9 @@ def run_server(router: Router, settings: Settings, on_listen: Callable[[str], No
         listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.port, "PORT")))
         if settings.ops_port is not None:
             ops_listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.ops_port, "OPS_PORT")))
-            stack.enter_context(ops_thread(router.ops, ops_listener, _deadlines(settings)))
-        config = server_config(router.app, settings, router.refused)
-        server = Server(config, settings.drain_delay, router.drain, router.reload)
+            stack.enter_context(ops_thread(served.ops, ops_listener, _deadlines(settings)))
+        config = server_config(served.app, settings, served.rejected)
+        server = Server(config, settings.drain_delay, served.drain, served.reload)
         on_listen(_authority(*listener.getsockname()[:2]))
         # What is there now stays for good: the collector need not look at it again, request after request.
         gc.collect()

@@ -167,8 +167,6 @@ def _others(model: Model, past: Sequence[Failure], resting: Collection[Backend] 
 def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterError:
     """The error that the client gets where no attempt gave an answer."""
     error = _error(past[-1].outcome, model.name, give_up)
-    error.attempts = len(past)
-    error.backend = past[-1].backend.label
     if past[-1].outcome is Outcome.CONNECT_FAILED:
         error.logged = {"why": why_not(model, monotonic())}
     return error

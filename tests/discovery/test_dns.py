@@ -441,6 +441,6 @@ async def test_a_router_finds_backends_by_the_machines_resolver(start_engine: St
     entry = {"url": f"http://localhost:{engine.port}", "discovery": "dns"}
     served = await start_router(models=[{"name": "m", "backends": [entry]}])
 
-    assert f"127.0.0.1:{engine.port}" in labels(served.router.fleet)
+    assert f"127.0.0.1:{engine.port}" in labels(served.router.core.fleet)
     assert (await served.chat()).status_code == 200
     assert engine.requests[0].header("host") == f"localhost:{engine.port}"

@@ -40,7 +40,7 @@ async def learned(fleet: Fleet, transport: httpx.AsyncBaseTransport) -> int | No
 
 async def test_the_context_length_is_learned_and_shown(start_engine: Start, start_router: Start) -> None:
     served = await start_router(await start_engine())
-    model = served.router.fleet.models["m"]
+    model = served.router.core.fleet.models["m"]
     await until(lambda: model.max_model_len)
 
     [card] = (await served.client.get("/v1/models")).json()["data"]
@@ -61,7 +61,7 @@ async def test_a_list_of_the_models_is_made_again_when_a_length_is_learned(start
 async def test_an_engine_that_comes_back_with_another_length_is_believed(start: Start, start_router: Start) -> None:
     server = await start(cards(("m", 4096)))
     served = await start_router(server)
-    fleet, transport = served.router.fleet, served.router.transport
+    fleet, transport = served.router.core.fleet, served.router.core.transport
     await until(lambda: fleet.models["m"].max_model_len == 4096)
     version = fleet.version
     assert await learned(fleet, transport) == 4096

@@ -52,7 +52,7 @@ class Lab:
         served: Served = await self._start_router(*started, **settings)
         if started:
             # It asks its engines once for what only they know.
-            await until(lambda: served.router.fleet.models["m"].max_model_len is not None)
+            await until(lambda: served.router.core.fleet.models["m"].max_model_len is not None)
         self.quiescence.begin()
         return served
 

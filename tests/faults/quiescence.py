@@ -52,9 +52,9 @@ class Quiescence:
 
     def _in_flight(self) -> dict[str, int]:
         """What may be counted only while a request is under way; each is 0, and none is ever below."""
-        models = [model for served in self.routers for model in served.router.fleet.models.values()]
+        models = [model for served in self.routers for model in served.router.core.fleet.models.values()]
         return {
-            "requests": sum(served.router.admission.in_flight for served in self.routers),
+            "requests": sum(served.router.core.admission.in_flight for served in self.routers),
             "backends with requests": sum(b.in_flight != 0 for model in models for b in model.backends),
             "upstream connections in use": sum(active(served) for served in self.routers),
             "requests at engines": sum(engine.busy for engine in self.engines),
@@ -63,7 +63,7 @@ class Quiescence:
     def _close_idle(self) -> bool:
         """What is kept for the next request, or for the next look of the router's own, is not a leak."""
         for served in self.routers:
-            for transport in (served.router.transport, served.router._own_transport):
+            for transport in (served.router.core.transport, served.router.core.own_transport):
                 transport.retain(set())  # type: ignore[attr-defined]
         return True
 
@@ -82,7 +82,7 @@ def _stands(task: asyncio.Task[object]) -> bool:
 
 def active(served: Served) -> int:
     """Connections to engines that have a request on them."""
-    return sum(map(int, re.findall(r"(\d+) active", repr(served.router.transport))))
+    return sum(map(int, re.findall(r"(\d+) active", repr(served.router.core.transport))))
 
 
 def open_files() -> int:
@@ -128,14 +128,14 @@ class _Snapshot:
             assert asyncio.get_running_loop().time() < deadline, f"not quiet: {left}"
             if not left.keys() - {"files", "tasks"}:
                 # What is kept for the next request is not a leak; closing it ends its task at the engine.
-                self._served.router.transport.retain(set())  # type: ignore[attr-defined]
+                self._served.router.core.transport.retain(set())  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
 
     def _left(self) -> dict[str, object]:
         """What is not as it was, by its name; of a count that should be 0, any other is wrong, below it too."""
-        models = list(self._served.router.fleet.models.values())
+        models = list(self._served.router.core.fleet.models.values())
         left = {
-            "requests": self._served.router.admission.in_flight,
+            "requests": self._served.router.core.admission.in_flight,
             "requests of models": [model for model in models if model.in_flight],
             "requests at backends": [backend for model in models for backend in model.backends if backend.in_flight],
             "connections in use": max(0, active(self._served) - self._active),

@@ -484,10 +484,12 @@ async def test_t35_repeats_have_a_budget(start_engine: Start, start_router: Star
         broken, healthy, entry={"balancing": "round_robin"}, breaker_failures=10**6, **FRESH
     )
     # It has been failing for a while, or its end would be a reason to send everything elsewhere.
-    served.router.fleet.models["m"].backends[0].origin.failures = 1
+    served.router.core.fleet.models["m"].backends[0].origin.failures = 1
     async with quiet(served):
         asking = [asyncio.create_task(ask_raw(served.port, numbered(number))) for number in range(300)]
-        await until(lambda: len(broken.requests) == 150 and served.router.admission.in_flight == len(healthy.requests))
+        await until(
+            lambda: len(broken.requests) == 150 and served.router.core.admission.in_flight == len(healthy.requests)
+        )
         upstream = requests(broken, healthy)
         gate.set()
         answers = await asyncio.gather(*asking)

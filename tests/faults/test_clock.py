@@ -112,14 +112,14 @@ async def test_t61_a_jump_makes_neither_the_catalogue_nor_the_load_old(
 
     async with ScriptedServer(script) as server:
         served = await start_router(registry_url=server.url, registry_refresh=1, load_signal_interval=1)
-        [backend] = served.router.fleet.models["m"].backends
+        [backend] = served.router.core.fleet.models["m"].backends
         await until(lambda: backend.origin.reported == 3)
         real = time.time
         monkeypatch.setattr(time, "time", lambda: real() + jump)
         looks.clear()
         await until(lambda: looks.count("/models") >= 2 and looks.count("/metrics") >= 2)
 
-        assert served.router.registry.source == "registry"
+        assert served.router.core.registry.source == "registry"
         assert backend.origin.reported == 3
         # Shown as what the clock says, which is all that a wall clock is good for.
         shown = await served.metric("inference_api_registry_last_success_timestamp_seconds")

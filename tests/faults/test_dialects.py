@@ -144,7 +144,7 @@ async def test_an_error_of_the_engine_is_the_only_one(what: str, end: str, lab: 
     parts = (first, error, DONE) if end == "[DONE]" else (first, error)
     assert await passed(served, path, parts) == "error_event"
     assert await served.metric("inference_api_stream_aborts_total", reason="error_event") == 1
-    assert served.router.fleet.models["m"].backends[0].origin.failures == 0
+    assert served.router.core.fleet.models["m"].backends[0].origin.failures == 0
 
 
 async def test_a_client_that_leaves_at_an_error_has_seen_the_end(lab: Lab) -> None:
@@ -463,7 +463,7 @@ async def test_pings_are_not_heard_of_a_backend(framed: bool, lab: Lab) -> None:
 
     engine = await lab.engine(script)
     served = await lab.router(engine)
-    transport = served.router.transport
+    transport = served.router.core.transport
     assert isinstance(transport, Transport)
     async with raw_client(served.port) as client, asyncio.timeout(10):
         await client.send(post(URL, STREAM))

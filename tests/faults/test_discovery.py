@@ -60,11 +60,11 @@ async def serve(start_router: Start, engines: list[FakeEngine], records: Records
 
 async def change(served: Served, records: Records, *engines: FakeEngine) -> None:
     records.addresses = [engine.host for engine in engines]
-    await served.router.discovery.look()
+    await served.router.core.discovery.look()
 
 
 def labels(served: Served) -> list[str]:
-    return [backend.label for backend in served.router.fleet.models["m"].backends]
+    return [backend.label for backend in served.router.core.fleet.models["m"].backends]
 
 
 class Gate:
@@ -125,7 +125,7 @@ async def test_t54_a_name_that_the_registry_adds_is_looked_up_at_once(pods: Pods
         settings: dict[str, Any] = {"registry_url": registry.url, "registry_refresh": 3600, "discovery_interval": 3600}
         served = await start_router(models=[], resolve=records, **settings)
         registry.script = raw(json_response({"models": [{"name": "m", "backends": [backend]}]}))
-        await served.router.registry.refresh()
+        await served.router.core.registry.refresh()
 
         await until(lambda: len(labels(served)) == 2)
         assert (await served.chat()).status_code == 200
@@ -137,7 +137,7 @@ async def test_t54_a_name_server_that_is_down_hides_nothing_for_ever(pods: Pods,
     served = await serve(start_router, engines, records)
     records.down = True
     for _ in range(3):
-        await served.router.discovery.look()
+        await served.router.core.discovery.look()
     assert len(labels(served)) == 2
     # The pod is gone already; its address is tried, and the request goes to the other one.
     await engines[0].stop()
@@ -158,15 +158,15 @@ async def test_t57_a_name_that_is_bound_to_a_forbidden_address_later_leads_nowhe
     [engine], records = await pods(1), Records()
     served = await serve(start_router, [engine], records)
     records.addresses = [address]
-    await served.router.discovery.look()
+    await served.router.core.discovery.look()
     assert (await served.chat()).status_code == 200
     assert sum("is refused" in message or "are refused" in message for message in caplog.messages) == 1
 
     # Beside a good one it is left out.
     records.addresses = [address, engine.host]
-    await served.router.discovery.look()
+    await served.router.core.discovery.look()
     assert labels(served) == [f"127.0.0.2:{engine.port}"]
-    assert address not in repr(served.router.transport)
+    assert address not in repr(served.router.core.transport)
 
 
 async def test_t57_the_connection_goes_to_the_address_that_was_checked(pods: Pods, start_router: Start) -> None:
@@ -218,7 +218,7 @@ async def test_t58_nothing_is_miscounted_however_backends_come_and_go(pods: Pods
     served = await serve(
         start_router, engines, records, first_byte_timeout=0.3, idle_timeout=0.3, upstream_keepalive=0.2
     )
-    model = served.router.fleet.models["m"]
+    model = served.router.core.fleet.models["m"]
     seen: set[Backend] = set()
 
     async def churn() -> None:
@@ -245,7 +245,7 @@ async def test_t58_nothing_is_miscounted_however_backends_come_and_go(pods: Pods
 
     await until(lambda: len(served.lines) >= 1 and model.in_flight == 0, seconds=10)
     await until(lambda: all(backend.in_flight == 0 for backend in seen), seconds=10)
-    assert served.router.admission.in_flight == 0
+    assert served.router.core.admission.in_flight == 0
     await until(lambda: not any(engine.busy for engine in engines))
     outcomes = {line["outcome"] for line in served.lines}
     assert {"ok", "client_gone", "upstream_5xx"} <= outcomes
@@ -323,7 +323,7 @@ async def test_t60_a_backend_that_is_removed_and_added_again_mid_stream_is_not_t
     await until(lambda: sum(len(engine.requests) for engine in engines) == 4)
     await change(served, records, engines[1])
     await change(served, records, *engines)
-    model = served.router.fleet.models["m"]
+    model = served.router.core.fleet.models["m"]
     assert [backend.in_flight for backend in model.backends] == [2, 2]
 
     gate.opened.set()

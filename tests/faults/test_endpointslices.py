@@ -49,7 +49,7 @@ async def serve(start_router: Start, api: FakeApi, **more: Any) -> Served:
 
 
 def labels(served: Served) -> list[str]:
-    return [backend.label for backend in served.router.fleet.models["m"].backends]
+    return [backend.label for backend in served.router.core.fleet.models["m"].backends]
 
 
 async def test_t54_a_pod_that_drains_ends_its_streams_and_gets_no_new_requests(
@@ -90,7 +90,7 @@ async def test_t54_while_the_api_is_away_what_was_known_serves(api: FakeApi, pod
     put(api, *engines)
     served = await serve(start_router, api)
     await api.stop()
-    await until(lambda: served.router.discovery.failures["connect"])
+    await until(lambda: served.router.core.discovery.failures["connect"])
 
     assert len(labels(served)) == 2
     for _ in range(5):
@@ -176,10 +176,10 @@ async def test_t54_a_service_that_the_registry_adds_is_watched_at_once(
     put(api, *engines)
     served = await serve(start_router, api)
     entry = {"url": "http://llama:80", "discovery": "dns"}
-    fleet, catalogue = served.router.fleet, served.router.fleet.models["m"].entry
+    fleet, catalogue = served.router.core.fleet, served.router.core.fleet.models["m"].entry
     other = catalogue.model_validate({"name": "n", "backends": [entry]})
     fleet.update({"m": catalogue, "n": other})
-    served.router._catalogue_changed()
+    served.router.core._catalogue_changed()
 
     await until(lambda: fleet.models["n"].backends)
     assert (await served.chat(model="n")).status_code == 200

@@ -81,7 +81,7 @@ async def test_a_request_that_every_backend_refuses_changes_nothing(
 
     engines = [await start_engine(script) for _ in "abc"]
     served = await start_router(*engines, entry={"balancing": balancing})
-    model = served.router.fleet.models["m"]
+    model = served.router.core.fleet.models["m"]
     wrong = [{"role": "user", "content": "wrong"}]
 
     for number in range(200):
@@ -112,9 +112,9 @@ async def test_one_that_is_well_again_is_found(start_engine: Start, start_router
             assert await ask() == 200
             await asyncio.sleep(0.01)
     # It starts with a tenth of its weight.
-    assert [backend.share < 0.5 for backend in served.router.fleet.models["m"].backends] == [True, False, False]
+    assert [backend.share < 0.5 for backend in served.router.core.fleet.models["m"].backends] == [True, False, False]
     before = len(broken.requests)
     async with asyncio.timeout(40):
         while len(broken.requests) == before:
             assert await counting(100, ask)() == Counter({200: 100})
-    await until(lambda: served.router.fleet.models["m"].in_flight == 0)
+    await until(lambda: served.router.core.fleet.models["m"].in_flight == 0)

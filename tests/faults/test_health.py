@@ -347,11 +347,11 @@ async def test_what_the_router_asks_for_itself_is_no_sign_of_life(start_engine: 
     engine = await start_engine()
     served = await start_router(engine, health_interval=0.02)
 
-    await until(lambda: served.router.fleet.models["m"].max_model_len and engine.connections > 5)
-    assert served.router.transport.last_read(engine.url) == 0
+    await until(lambda: served.router.core.fleet.models["m"].max_model_len and engine.connections > 5)
+    assert served.router.core.transport.last_read(engine.url) == 0
 
     await served.chat()
-    assert served.router.transport.last_read(engine.url) > 0
+    assert served.router.core.transport.last_read(engine.url) > 0
 
 
 @pytest.fixture

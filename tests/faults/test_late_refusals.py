@@ -62,7 +62,7 @@ async def test_what_is_logged_is_what_the_client_got(path: str, lab: Lab) -> Non
 async def nobody_is_to_blame(lab: Lab, count: int) -> None:
     """All of them are counted, none as a fault of ours; the fixtures look at the log and what is left."""
     [served] = lab.quiescence.routers
-    await until(lambda: len(served.lines) == count and served.router.admission.in_flight == 0)
+    await until(lambda: len(served.lines) == count and served.router.core.admission.in_flight == 0)
     assert {line["outcome"] for line in served.lines} <= {"refused", "client_gone"}
     assert {line["status"] for line in served.lines} <= {400, 404, 405, 408, 499}
     assert 'code="500"' not in (await served.client.get("/metrics")).text

@@ -11,7 +11,7 @@ import httpx
 import orjson
 import pytest
 
-from inference_api.http.pipeline import INFERENCE_ROUTES
+from inference_api.http.routes import INFERENCE_ROUTES
 from tests.command import command, log_of, ready
 from tests.fakes import CHAT, Line, Received, Script, answer, event, form, json_response, post, raw, raw_client, sse
 from tests.faults.lab import URL, Lab, answers, refusal_of, talk

@@ -52,7 +52,7 @@ async def test_t08_fifty_clients_that_leave_in_mid_stream_end_fifty_generations(
             await client.send(post(URL, STREAM))
         for client in clients:
             await client.reader.readuntil(b"data: ")
-        assert served.router.admission.in_flight == engine.busy == 50
+        assert served.router.core.admission.in_flight == engine.busy == 50
         for client in clients:
             leave(client)
         await left(lab)
@@ -134,7 +134,7 @@ async def test_t11_leaving_while_it_connects_is_the_end_of_it(black_hole: str, l
 
     async with raw_client(served.port) as client:
         await client.send(post(URL, CHAT))
-        await until(lambda: served.router.fleet.models["m"].in_flight == 1)
+        await until(lambda: served.router.core.fleet.models["m"].in_flight == 1)
 
     await until(lambda: outcomes(served) == ["client_gone"], SOON)
 
@@ -145,7 +145,7 @@ async def test_t11_leaving_while_it_sends_reaches_no_engine(lab: Lab) -> None:
 
     async with raw_client(served.port) as client:
         await client.send(post(URL, {**CHAT, "x": "y" * 10_000})[:-1])
-        await until(lambda: served.router.admission.buffered)
+        await until(lambda: served.router.core.admission.buffered)
 
     await until(lambda: outcomes(served) == ["client_gone"], SOON)
     assert engine.requests == []
@@ -157,7 +157,7 @@ async def test_t12_leaving_on_the_way_to_the_second_backend_is_the_end_of_it(bla
 
     engine = await lab.engine(script)
     served = await lab.router(models=hole_and(engine, hole=black_hole), connect_timeout=30)
-    hole = served.router.fleet.models["m"].backends[0]
+    hole = served.router.core.fleet.models["m"].backends[0]
 
     # Whichever the first one meets first, the second one is sent to the engine, and from there to the hole.
     async with raw_client(served.port) as one, raw_client(served.port) as other:

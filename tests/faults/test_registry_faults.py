@@ -12,7 +12,8 @@ import httpx
 import orjson
 import pytest
 
-from inference_api.app import Router
+from inference_api.app import build
+from inference_api.application import Application
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import Catalogue
@@ -88,7 +89,7 @@ async def test_t55_requests_go_on_while_the_registry_is_down(
     assert [response.status_code for response in answers] == [200] * 20
     # One look at a time, however long it takes.
     assert most == 1
-    await until(lambda: served.router.registry.source == "stale")
+    await until(lambda: served.router.core.registry.source == "stale")
     ready = await served.client.get("/readyz")
     assert (ready.status_code, ready.json()) == (200, {"status": "ready", "catalogue": "stale", "models": 1})
     assert await served.metric("inference_api_registry_last_success_timestamp_seconds") == answered
@@ -105,12 +106,12 @@ async def test_t55_an_empty_list_is_believed_only_when_it_is_said_twice_in_a_row
     assert (await served.chat()).status_code == 200
     assert (await served.client.get("/readyz")).json()["catalogue"] == "static"
     server.script = raw(close=True)
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
     server.script = empty
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
     assert (await served.chat()).status_code == 200
 
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
     assert (await served.chat()).status_code == 404
     assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "registry", "models": 0}
 
@@ -151,7 +152,7 @@ async def test_t55_a_cold_start_is_not_ready_before_the_registry_has_been_tried(
     catalogue = tmp_path / "catalogue.json"
     catalogue.write_bytes(orjson.dumps({"models": [{"name": "m", "backends": [{"url": engine.url}]}]}))
     settings = Settings(catalogue=catalogue, registry_url=server.url, ops_port=1)
-    router = Router(settings)
+    router = build(settings)
     with listen("127.0.0.1", 0, "OPS_PORT") as listener, ops_thread(router.ops, listener):
         url = "http://127.0.0.1:{1}".format(*listener.getsockname())
         async with httpx.AsyncClient(base_url=url, trust_env=False) as probe:
@@ -199,13 +200,13 @@ async def test_t55_a_name_is_denied_only_after_the_registry_has_answered(
     assert (probe.status_code, probe.json()["status"]) == (ready, "ready" if ready == 200 else "registry_unavailable")
 
     away = False
-    await until(lambda: not served.router.registry.awaited)
+    await until(lambda: not served.router.core.registry.awaited)
     assert (await served.chat(model="nope")).json()["error"]["code"] == "model_not_found"
     probe = await served.client.get("/readyz")
     assert (probe.json()["status"], probe.json()["models"]) == ("ready", 1)
 
 
-async def started(router: Router, settings: Settings, probe: httpx.AsyncClient) -> tuple[int, str, int]:
+async def started(router: Application, settings: Settings, probe: httpx.AsyncClient) -> tuple[int, str, int]:
     """Readiness, the catalogue, and what a request gets, once the router takes requests."""
     async with serving(router, settings) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         ready = await probe.get("/readyz")
@@ -228,7 +229,7 @@ async def test_t56_two_thousand_requests_at_the_time_of_a_look_are_one_look(
 
     server = await registry(script)
     served = await start_router(registry_url=server.url, registry_refresh=3600)
-    herd = [asyncio.create_task(served.router.registry.refresh()) for _ in range(2000)]
+    herd = [asyncio.create_task(served.router.core.registry.refresh()) for _ in range(2000)]
     await until(lambda: looks == 2)
     # None of these asks for one, and none waits for the one that is under way.
     for _ in range(20):
@@ -276,12 +277,12 @@ async def test_t57_hostile_entries_are_refused_alone_and_nobody_connects_to_them
     server = await registry(raw(json_response({"models": [good[0], *hostile, good[1]]})))
     served = await start_router(registry_url=server.url, registry_refresh=3600)
 
-    assert list(served.router.fleet.models) == ["m", "last"]
+    assert list(served.router.core.fleet.models) == ["m", "last"]
     refused = [message for message in caplog.messages if "is refused" in message]
     assert len(refused) == len(hostile)
     assert all("\n" not in line and len(line) < 2000 and "pw" not in line for line in refused)
     assert [(await served.chat(model=name)).status_code for name in ("m", "last", "n")] == [200, 200, 404]
-    assert list(served.router.transport._pools) == [engine.url]
+    assert list(served.router.core.transport._pools) == [engine.url]
 
 
 async def test_t57_a_million_models_are_no_catalogue(
@@ -292,7 +293,7 @@ async def test_t57_a_million_models_are_no_catalogue(
     served = await start_router(registry_url=server.url, registry_refresh=3600)
     server.script = raw(json_response({"models": [{}] * 1_000_000}))
     began = time.monotonic()
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
 
     assert time.monotonic() - began < 20
     assert (await served.chat()).status_code == 200
@@ -315,7 +316,7 @@ async def test_t57_an_answer_without_an_end_is_cut(start_engine: Start, start_ro
     server = await registry(listing(await start_engine()))
     served = await start_router(registry_url=server.url, registry_refresh=3600)
     server.script = pour
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
 
     assert (await served.chat()).status_code == 200
     assert await served.metric("inference_api_registry_sync_failures_total", reason="garbage") == 1
@@ -332,7 +333,7 @@ async def test_t57_series_do_not_pile_up_with_models_that_come_and_go(
     sizes, page = [], ""
     for number in range(30):
         server.script = listing(engine, name=f"model-{number}")
-        await served.router.registry.refresh()
+        await served.router.core.registry.refresh()
         assert (await served.chat(model=f"model-{number}")).status_code == 200
         await until(lambda expected=number + 1: len(served.lines) == expected)  # type: ignore[misc]
         page = (await served.client.get("/metrics")).text

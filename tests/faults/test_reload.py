@@ -245,7 +245,7 @@ async def test_what_is_known_of_backends_outlives_a_new_catalogue(
     await dead.stop()
     running = await start_router(models=[entry("m", engine), entry("d", dead)], breaker_failures=1)
     assert (await running.chat(model="d")).status_code == 503
-    fleet = running.router.fleet
+    fleet = running.router.core.fleet
     (before,), (broken,) = fleet.models["m"].backends, fleet.models["d"].backends
     async with running.client.stream("POST", URL, json=STREAM) as response:
         chunks = response.aiter_raw()

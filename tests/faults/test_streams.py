@@ -177,7 +177,7 @@ async def test_t06_an_error_event_before_done_passes_and_is_no_success(code: int
         assert (await served.chat(stream=True)).content == FIVE[0] + error + DONE
     assert outcomes(served) == ["error_event"] * 6
     # As for a status 500: what one request does to an engine must not put it out for all.
-    assert served.router.fleet.models["m"].backends[0].origin.failures == 0
+    assert served.router.core.fleet.models["m"].backends[0].origin.failures == 0
     assert await served.metric("inference_api_stream_aborts_total", reason="error_event") == 6
 
 

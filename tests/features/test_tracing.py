@@ -106,7 +106,7 @@ async def test_an_answer_has_a_span_of_the_request_and_one_of_the_attempt(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     engine = await start_engine()
-    served = await start_router(engine, tracing=spans.tracing, entry={"engine": "vllm"})
+    served = await start_router(engine, features=[spans.tracing], entry={"engine": "vllm"})
     await send(served, CHAT, b"x-request-id: id-1\r\n")
     request, [attempt] = await spans.ended()
 
@@ -149,7 +149,7 @@ async def test_a_stream_tells_when_its_first_token_came(start_engine: Start, sta
         await asyncio.sleep(0.1)
         await answer(request, line)
 
-    served = await start_router(await start_engine(slow), tracing=spans.tracing)
+    served = await start_router(await start_engine(slow), features=[spans.tracing])
     await send(served, STREAM)
     request, [attempt] = await spans.ended()
 
@@ -172,7 +172,7 @@ OPERATIONS: list[tuple[str, Any, str]] = [
 
 
 async def test_a_route_is_an_operation(start_engine: Start, start_router: Start, spans: Spans) -> None:
-    served = await start_router(await start_engine(), tracing=spans.tracing)
+    served = await start_router(await start_engine(), features=[spans.tracing])
     for number, (path, document, operation) in enumerate(OPERATIONS, 1):
         await send(served, document, path=path + "/")
         request, attempts = await spans.ended(number)
@@ -182,7 +182,7 @@ async def test_a_route_is_an_operation(start_engine: Start, start_router: Start,
 
 
 async def test_an_upload_has_spans(start_engine: Start, start_router: Start, spans: Spans) -> None:
-    served = await start_router(await start_engine(), tracing=spans.tracing)
+    served = await start_router(await start_engine(), features=[spans.tracing])
     body = form(b'content-disposition: form-data; name="model"\r\n\r\nm')
     head = {"content-type": "multipart/form-data; boundary=B"}
     await served.client.post("/v1/audio/transcriptions", content=body, headers=head)
@@ -206,7 +206,7 @@ async def test_tokens_are_those_that_the_engine_counted(start_engine: Start, sta
         await line.send(json_response(COMPLETION | {"usage": USAGES[len(engine.requests) - 1][0]}))
 
     engine = await start_engine(count)
-    served = await start_router(engine, tracing=spans.tracing)
+    served = await start_router(engine, features=[spans.tracing])
     for number, (usage, counts) in enumerate(USAGES, 1):
         await send(served, CHAT)
         attempt = (await spans.ended(number))[1][-1]
@@ -219,7 +219,7 @@ async def test_an_alias_is_the_routers_word_and_the_engine_has_its_own(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     entry = {"served_model_name": "tgi", "engine": "tgi", "aliases": ["a"]}
-    served = await start_router(await start_engine(), tracing=spans.tracing, entry=entry)
+    served = await start_router(await start_engine(), features=[spans.tracing], entry=entry)
     await send(served, CHAT | {"model": "a"})
     request, [attempt] = await spans.ended()
 
@@ -235,7 +235,7 @@ async def test_a_backend_that_was_looked_up_has_its_name_and_its_address(
 
     engine = await start_engine()
     models = [{"name": "m", "backends": [{"url": f"http://engine.test:{engine.port}", "discovery": "dns"}]}]
-    served = await start_router(models=models, resolve=resolve, tracing=spans.tracing)
+    served = await start_router(models=models, resolve=resolve, features=[spans.tracing])
     await send(served, CHAT)
     _, [attempt] = await spans.ended()
 
@@ -246,7 +246,7 @@ async def test_a_backend_without_a_port_has_that_of_its_scheme(start_router: Sta
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=COMPLETION))
     backends = [{"url": "http://engine.test"}, {"url": "https://engine.test/v2"}]
     models = [{"name": "m", "backends": backends, "balancing": "round_robin"}]
-    served = await start_router(models=models, transport=transport, tracing=spans.tracing)
+    served = await start_router(models=models, transport=transport, features=[spans.tracing])
     await send(served, CHAT)
     await send(served, CHAT)
     _, attempts = await spans.ended(2)
@@ -266,7 +266,7 @@ async def test_every_repeat_is_an_attempt_of_its_own(start_engine: Start, start_
         await (line.send(json_response({}, "503 Busy")) if calls == 1 else answer(request, line))
 
     engines = [await start_engine(busy_at_first) for _ in range(2)]
-    served = await start_router(*engines, tracing=spans.tracing)
+    served = await start_router(*engines, features=[spans.tracing])
     await send(served, STREAM, f"traceparent: {SAMPLED}\r\n".encode())
     request, [first, second] = await spans.ended()
 
@@ -287,7 +287,7 @@ async def test_a_backend_that_cannot_be_reached_is_an_attempt(
 ) -> None:
     backends = [{"url": f"http://127.0.0.1:{free_port()}"}, {"url": (await start_engine()).url}]
     models = [{"name": "m", "backends": backends, "balancing": "round_robin"}]
-    served = await start_router(models=models, tracing=spans.tracing)
+    served = await start_router(models=models, features=[spans.tracing])
     await send(served, CHAT)
     await send(served, CHAT)
     _, attempts = await spans.ended(2)
@@ -358,8 +358,8 @@ async def test_the_spans_end_however_the_request_ends(
         {"name": "gone", "backends": [{"url": f"http://127.0.0.1:{free_port()}"}]},
         {"name": "full", "backends": [{"url": engine.url}], "max_in_flight": 1},
     ]
-    served = await start_router(models=models, max_body_bytes=1000, tracing=spans.tracing)
-    served.router.fleet.models["full"].in_flight = 1
+    served = await start_router(models=models, max_body_bytes=1000, features=[spans.tracing])
+    served.router.core.fleet.models["full"].in_flight = 1
     for number, (document, status, error, fault, attempts) in enumerate(ENDS, 1):
         before = len(spans.attempts)
         await send(served, document)
@@ -391,7 +391,7 @@ async def test_the_spans_end_when_the_client_leaves(
     start_engine: Start, start_router: Start, spans: Spans, document: Any
 ) -> None:
     engine = await start_engine(scripted)
-    served = await start_router(engine, tracing=spans.tracing)
+    served = await start_router(engine, features=[spans.tracing])
     async with raw_client(served.port) as client:
         await client.send(post("/v1/chat/completions", document))
         await until(lambda: engine.busy)
@@ -407,10 +407,10 @@ async def test_the_spans_end_when_the_client_leaves(
 async def test_the_span_of_a_request_whose_body_never_comes_ends(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
-    served = await start_router(await start_engine(), tracing=spans.tracing)
+    served = await start_router(await start_engine(), features=[spans.tracing])
     async with raw_client(served.port) as client:
         await client.send(post("/v1/chat/completions", CHAT)[:-5])
-        await until(lambda: served.router.admission.buffered)
+        await until(lambda: served.router.core.admission.buffered)
     request, attempts = await spans.ended()
 
     assert (told(request)["error.type"], attempts) == ("client_gone", [])
@@ -420,7 +420,7 @@ async def test_the_span_of_a_request_whose_body_never_comes_ends(
 async def test_the_spans_end_when_connecting_takes_too_long(start_router: Start, spans: Spans) -> None:
     with full_listener() as url:
         models = [{"name": "m", "backends": [{"url": url}], "timeouts": {"connect": 0.2}}]
-        served = await start_router(models=models, tracing=spans.tracing)
+        served = await start_router(models=models, features=[spans.tracing])
         await send(served, CHAT)
         _, [attempt] = await spans.ended()
 
@@ -430,8 +430,8 @@ async def test_the_spans_end_when_connecting_takes_too_long(start_router: Start,
 async def test_an_attempt_that_could_not_be_made_ends_with_its_request(
     start_engine: Start, start_router: Start, spans: Spans, caplog: pytest.LogCaptureFixture
 ) -> None:
-    served = await start_router(await start_engine(), tracing=spans.tracing)
-    served.router.fleet.models["m"].backends[0].host = "not bytes"
+    served = await start_router(await start_engine(), features=[spans.tracing])
+    served.router.core.fleet.models["m"].backends[0].host = "not bytes"
     await send(served, CHAT)
     request, [attempt] = await spans.ended()
 
@@ -440,7 +440,7 @@ async def test_an_attempt_that_could_not_be_made_ends_with_its_request(
 
 
 async def test_other_pages_have_no_spans(start_engine: Start, start_router: Start, spans: Spans) -> None:
-    served = await start_router(await start_engine(), tracing=spans.tracing)
+    served = await start_router(await start_engine(), features=[spans.tracing])
     for path in ("/v1/models", "/healthz", "/readyz", "/metrics", "/nowhere", "/v1/chat/completions"):
         await served.client.get(path)
     await until(lambda: len(served.lines) == 3)
@@ -453,7 +453,7 @@ async def test_a_pipelined_request_is_in_no_trace_but_its_own(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     """The task of the second request is made inside that of the first."""
-    served = await start_router(await start_engine(), tracing=spans.tracing)
+    served = await start_router(await start_engine(), features=[spans.tracing])
     async with raw_client(served.port) as client:
         first = post("/v1/chat/completions", CHAT, f"traceparent: {SAMPLED}\r\n".encode())
         page = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -473,7 +473,7 @@ async def test_a_pipelined_request_is_in_no_trace_but_its_own(
 
 async def test_a_trace_that_the_client_began_goes_on(start_engine: Start, start_router: Start, spans: Spans) -> None:
     engine = await start_engine()
-    served = await start_router(engine, tracing=spans.tracing)
+    served = await start_router(engine, features=[spans.tracing])
     state = b"tracestate: a=1,b@c=2\r\ntracestate: d=3\r\n"
     await send(served, CHAT, f"traceparent: {SAMPLED}\r\nbaggage: user=s3cret\r\n".encode() + state)
     request, [attempt] = await spans.ended()
@@ -488,7 +488,7 @@ async def test_a_trace_that_is_not_sampled_is_not_exported_and_goes_on(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     engine = await start_engine()
-    served = await start_router(engine, tracing=spans.tracing)
+    served = await start_router(engine, features=[spans.tracing])
     await send(served, STREAM, f"traceparent: 00-{TRACE}-{PARENT}-00\r\n".encode())
     await until(lambda: served.lines)
 
@@ -512,7 +512,7 @@ NO_CONTEXT = [
 
 async def test_what_is_no_context_begins_a_trace(start_engine: Start, start_router: Start, spans: Spans) -> None:
     engine = await start_engine()
-    served = await start_router(engine, tracing=spans.tracing)
+    served = await start_router(engine, features=[spans.tracing])
     for number, sent in enumerate(NO_CONTEXT, 1):
         await send(served, CHAT, sent)
         request, attempts = await spans.ended(number)
@@ -539,7 +539,7 @@ async def test_the_request_id_joins_client_engine_log_and_trace(
     start_engine: Start, start_router: Start, spans: Spans
 ) -> None:
     engine = await start_engine()
-    served = await start_router(engine, tracing=spans.tracing)
+    served = await start_router(engine, features=[spans.tracing])
     response = await served.chat()
     request, [attempt] = await spans.ended()
 
@@ -560,7 +560,7 @@ async def test_no_span_has_a_prompt_a_completion_or_a_key(
 
     served = await start_router(
         await start_engine(echo),
-        tracing=spans.tracing,
+        features=[spans.tracing],
         tokens={"TOKEN": "s3cret-key"},
         entry={"credentials": {"env": "TOKEN"}},
     )

@@ -68,7 +68,7 @@ async def test_a_backend_that_fails_its_health_checks_is_told_with_the_cause(
     engine = await start_engine()
     engine.page = raw(json_response({}, "500 Internal Server Error"))
     served: Served = await start_router(engine, await start_engine(), health_interval=0.02)
-    origin = next(origin for url, origin in served.router.fleet.origins.items() if url == engine.url)
+    origin = next(origin for url, origin in served.router.core.fleet.origins.items() if url == engine.url)
     await until(lambda: not origin.healthy)
 
     card = (await cards(served))[place(engine)]

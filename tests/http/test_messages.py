@@ -74,7 +74,7 @@ async def test_the_reason_of_a_503_is_in_the_log_and_not_in_the_answer(start_rou
     served: Served = await start_router(
         models=[{"name": "m", "backends": [f"http://{dead}"]}, {"name": "none"}], health_interval=0.05
     )
-    [origin] = served.router.fleet.origins.values()
+    [origin] = served.router.core.fleet.origins.values()
     await until(lambda: origin.cause)
     answers = [await served.chat(), await served.chat(model="none")]
     await until(lambda: len(served.lines) == 2)

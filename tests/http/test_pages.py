@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from inference_api import __version__
-from inference_api.app import Router
+from inference_api.app import build
 from inference_api.http.pages import Probes, create_pages
 from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet
@@ -112,7 +112,7 @@ async def test_a_model_that_is_not_there_is_named_in_the_404(name: str, served: 
 
 async def test_the_context_length_appears_when_the_engine_has_told_it(start_engine: Start, start_router: Start) -> None:
     served = await start_router(await start_engine())
-    model = served.router.fleet.models["m"]
+    model = served.router.core.fleet.models["m"]
 
     await until(lambda: model.max_model_len is not None)
 
@@ -124,7 +124,7 @@ async def test_the_list_follows_the_catalogue(start_router: Start) -> None:
     served = await start_router(models=CATALOGUE)
     assert len((await served.client.get("/v1/models")).json()["data"]) == 2
 
-    served.router.fleet.update(parse_catalogue({"models": [{"name": "new", "aliases": ["l"]}]}))
+    served.router.core.fleet.update(parse_catalogue({"models": [{"name": "new", "aliases": ["l"]}]}))
 
     assert [card["id"] for card in (await served.client.get("/v1/models")).json()["data"]] == ["new"]
     assert (await served.client.get("/v1/models/l")).json()["id"] == "new"
@@ -182,7 +182,7 @@ async def test_what_was_made_for_vllm_finds_health_and_version(served: Served) -
 async def test_readiness_begins_and_ends_with_the_server(tmp_path: Path) -> None:
     settings = Settings(catalogue=tmp_path / "catalogue.yaml")
     settings.catalogue.write_text("models: [{name: a}, {name: b}]")
-    router = Router(settings)
+    router = build(settings)
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(router.ops), base_url="http://ops") as client:
         alive = await client.get("/healthz")

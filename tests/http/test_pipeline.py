@@ -11,12 +11,12 @@ import httpx
 import openai
 import orjson
 import pytest
+from inference_api.observe.accounts import Accounts
 
 from inference_api.http.admission import Admission
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Reply
-from inference_api.observe.accounts import Accounts
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.routing.backend import Fleet, Model
@@ -58,9 +58,9 @@ ENVELOPE = {"message", "type", "param", "code"}
 
 def idle(served: Served) -> bool:
     """Nothing is counted as in flight any more, nowhere."""
-    models = served.router.fleet.models.values()
+    models = served.router.core.fleet.models.values()
     backends = [backend.in_flight for model in models for backend in model.backends]
-    return not any([served.router.admission.in_flight, *backends, *(model.in_flight for model in models)])
+    return not any([served.router.core.admission.in_flight, *backends, *(model.in_flight for model in models)])
 
 
 async def talk(served: Served, *parts: bytes) -> Answer:
@@ -276,13 +276,13 @@ async def test_clients_that_are_slow_to_send_keep_nobody_out(start_engine: Start
         slow = [await stack.enter_async_context(raw_client(served.port)) for _ in range(5)]
         for client in slow:
             await client.send(request[:-1])
-        await until(lambda: served.router.admission.buffered == 5 * (len(orjson.dumps(CHAT)) - 1))
+        await until(lambda: served.router.core.admission.buffered == 5 * (len(orjson.dumps(CHAT)) - 1))
         assert (await served.chat()).status_code == 200
         for client in slow:
             await client.send(request[-1:])
             assert (await read_answer(client.reader)).status == 200
 
-    assert served.router.admission.buffered == 0
+    assert served.router.core.admission.buffered == 0
 
 
 async def test_where_there_is_no_place_a_body_is_not_waited_for(start_engine: Start, start_router: Start) -> None:
@@ -306,7 +306,7 @@ async def test_bodies_have_so_much_memory_and_no_more(start_engine: Start, start
 
     async with raw_client(served.port) as first, raw_client(served.port) as second:
         await first.send(unfinished)
-        await until(lambda: served.router.admission.buffered > 90_000)
+        await until(lambda: served.router.core.admission.buffered > 90_000)
         await second.send(unfinished)
         refused = await read_answer(second.reader)
         # What comes with its head has a place of its own.
@@ -316,7 +316,7 @@ async def test_bodies_have_so_much_memory_and_no_more(start_engine: Start, start
 
     assert (refused.status, refused.headers["connection"], refused.headers["retry-after"]) == (503, "close", "1")
     assert orjson.loads(refused.body)["error"]["code"] == "overloaded"
-    await until(lambda: served.router.admission.buffered == 0)
+    await until(lambda: served.router.core.admission.buffered == 0)
 
 
 async def test_more_requests_than_a_model_takes_are_refused_at_once(start_engine: Start, start_router: Start) -> None:
@@ -545,10 +545,10 @@ async def test_nothing_is_in_flight_when_all_is_over(served: Served, engine: Fak
     engine.script = hang
     async with raw_client(served.port) as client:
         await client.send(post(URL, STREAM))
-        await until(lambda: served.router.admission.in_flight == 1)
+        await until(lambda: served.router.core.admission.in_flight == 1)
     async with raw_client(served.port) as client:
         await client.send(post(URL, CHAT)[:-5])
-        await until(lambda: served.router.admission.buffered > 0)
+        await until(lambda: served.router.core.admission.buffered > 0)
 
     await until(lambda: idle(served) and len(served.lines) == 5)
     assert [line["outcome"] for line in served.lines] == ["ok", "upstream_5xx", "reset", "client_gone", "client_gone"]

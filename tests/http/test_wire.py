@@ -21,7 +21,7 @@ from inference_api.http import wire
 from inference_api.http.admission import Admission
 from inference_api.http.bodies import Chat, JSONReader
 from inference_api.http.head import RequestHead, RequestHeaders
-from inference_api.http.pipeline import INFERENCE_ROUTES
+from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.http.wire import model_card, model_list, read_body
 from inference_api.models import Asked, Call, RawHeaders, Route
 from inference_api.routing.backend import Model

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from inference_api.app import Router
+from inference_api.app import build
 from inference_api.settings import Settings
 from registry_stub.app import create_app
 from registry_stub.cli import _parser
@@ -131,7 +131,7 @@ async def test_probes_ask_for_paths_that_the_app_has(name: str) -> None:
     waits = settings(found).registry_required == "on"
     assert probes["startup"]["path"] == probes["liveness" if waits else "readiness"]["path"]
 
-    router = Router(Settings())
+    router = build(Settings())
     router.probes.state = "ready"
     async with httpx.AsyncClient(transport=httpx.ASGITransport(router.ops), base_url="http://pod") as client:
         for probe in probes.values():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from inference_api.app import Router
+from inference_api.app import build
 from inference_api.observe.families import Families
 from inference_api.settings import Settings
 from tests.k8s.chart_values import NAMESPACE
@@ -159,8 +159,8 @@ def test_a_budget_of_none_is_none() -> None:
 
 
 def test_they_scale_by_a_metric_that_the_router_has() -> None:
-    router = Router(Settings())
-    known = {family.name for family in Families(router.metrics, router.registry.status)()}
+    router = build(Settings())
+    known = {family.name for family in Families(router.core.metrics, router.core.registry.status)()}
     (_, in_flight) = installed("full on 1.37").one("HorizontalPodAutoscaler")["spec"]["metrics"]
     (trigger, _) = installed("keda on 1.37").one("ScaledObject")["spec"]["triggers"]
 

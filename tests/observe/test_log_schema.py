@@ -10,7 +10,7 @@ import orjson
 import pytest
 from jsonschema import Draft202012Validator
 
-from inference_api.http.pipeline import INFERENCE_ROUTES
+from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Outcome
 from tests.command import command, log_of, ready
 from tests.fakes import (

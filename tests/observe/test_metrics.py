@@ -151,7 +151,7 @@ async def everything(start_engine: Start, start_router: Start) -> AsyncIterator[
             load_signal_interval=1,
         )
         await requests_once(served)
-        telling_one, other, *_ = served.router.fleet.models["m"].backends
+        telling_one, other, *_ = served.router.core.fleet.models["m"].backends
         await until(lambda: telling_one.origin.reading)
         # Long enough to be a matter of other tests.
         other.circuit.opened = time.monotonic()
@@ -528,10 +528,10 @@ async def test_a_router_that_was_asked_to_stop_says_so(start_router: Start) -> N
 
 async def test_a_busy_event_loop_is_seen(start_router: Start) -> None:
     served = await start_router()
-    await until(lambda: sum(served.router.metrics.loop_lag.counts))
-    before = served.router.metrics.loop_lag.sum
+    await until(lambda: sum(served.router.core.metrics.loop_lag.counts))
+    before = served.router.core.metrics.loop_lag.sum
     time.sleep(0.6)  # noqa: ASYNC251
-    await until(lambda: served.router.metrics.loop_lag.sum > before + 0.3)
+    await until(lambda: served.router.core.metrics.loop_lag.sum > before + 0.3)
     seen = await scrape(served)
 
     assert seen("event_loop_lag_seconds_count") > seen("event_loop_lag_seconds_bucket", le="0.1")
@@ -701,7 +701,7 @@ async def test_a_backend_that_left_takes_its_series_along(start_engine: Start, s
         served = await start_router(registry_url=server.url)
         await served.chat()
         listed = new
-        await served.router.registry.refresh()
+        await served.router.core.registry.refresh()
         await served.chat()
         await settle(served, 2)
         page = (await served.client.get("/metrics")).text
@@ -726,7 +726,7 @@ async def test_a_model_that_left_takes_its_series_along(start_engine: Start, sta
         await settle(served, 6)
         before = await scrape(served)
         listed.remove("gone")
-        await served.router.registry.refresh()
+        await served.router.core.registry.refresh()
         seen = await scrape(served)
 
     assert before("requests_total", model_name="gone") == 2
@@ -758,7 +758,7 @@ async def test_what_ends_after_its_model_or_backend_has_left_brings_no_series_ba
             await client.send(post("/v1/chat/completions", STREAM | {"model": model, "user": "stay"}))
             await client.reader.readuntil(b"data: ")
         for listed in ({"moved": engines[2]}, {"moved": engines[2], "back": engines[0]}):  # noqa: B007
-            await served.router.registry.refresh()
+            await served.router.core.registry.refresh()
         before = await scrape(served)
     await settle(served, 3)
     seen = await scrape(served)
@@ -775,7 +775,7 @@ async def test_what_ends_after_its_model_or_backend_has_left_brings_no_series_ba
 
 async def test_the_registry_and_the_build_are_shown(start_router: Start) -> None:
     served = await start_router(models=[{"name": "a"}, {"name": "b"}], registry_url="http://127.0.0.1:9")
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
     seen = await scrape(served)
 
     assert seen.values("registry_models", "source") == {"registry": 0, "stale": 0, "static": 2}

@@ -11,13 +11,13 @@ from zlib import crc32
 import httpx
 import orjson
 import pytest
+from inference_api.observe.accounts import Accounts
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from inference_api.http.admission import Admission
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
 from inference_api.models import Call, Outcome, RawHeaders, Reply
-from inference_api.observe.accounts import Accounts
 from inference_api.observe.metrics import Metrics
 from inference_api.relay.events import EventTracker
 from inference_api.relay.pump import Pump
@@ -910,7 +910,7 @@ async def test_a_client_that_never_reads_is_given_up(start_engine: Start, start_
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
 
     assert served.lines[0]["outcome"] == "client_gone"
-    assert served.router.admission.in_flight == 0
+    assert served.router.core.admission.in_flight == 0
 
 
 async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Start, start_router: Start) -> None:
@@ -932,11 +932,11 @@ async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Star
     for _ in range(5):
         await asyncio.gather(*(visit() for _ in range(40)))
 
-    await until(lambda: served.router.admission.in_flight == 0)
+    await until(lambda: served.router.core.admission.in_flight == 0)
     await until(lambda: sum(engine.busy for engine in engines) == 0)
     # One that was accepted late may just have begun.
-    await until(lambda: [backend.in_flight for backend in served.router.fleet.models["m"].backends] == [0, 0])
-    assert "1 active" not in repr(served.router.transport)
+    await until(lambda: [backend.in_flight for backend in served.router.core.fleet.models["m"].backends] == [0, 0])
+    assert "1 active" not in repr(served.router.core.transport)
     assert {line["outcome"] for line in served.lines} <= {"ok", "client_gone"}
     assert (await served.chat(stream=True)).content == event() * 2 + DONE
 

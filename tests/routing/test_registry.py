@@ -147,12 +147,12 @@ async def test_a_router_takes_its_models_from_the_registry(
     served = await start_router(registry_url=real, models=[{"name": "m"}])
     # An empty one is believed the second time.
     assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "static", "models": 1}
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
     assert (await served.client.get("/readyz")).json() == {"status": "ready", "catalogue": "registry", "models": 0}
     assert (await served.chat()).status_code == 404
 
     put(store, "m", backends=[{"url": engine.url}])
-    await served.router.registry.refresh()
+    await served.router.core.registry.refresh()
 
     assert (await served.chat()).status_code == 200
     assert (await served.client.get("/v1/models")).json()["data"][0]["id"] == "m"
@@ -212,7 +212,7 @@ async def test_no_request_waits_for_the_registry(start_engine: Start, start_rout
 
     server = await start_server(script)
     served = await start_router(registry_url=server.url)
-    look = asyncio.create_task(served.router.registry.refresh())
+    look = asyncio.create_task(served.router.core.registry.refresh())
     await until(lambda: len(server.requests) == 2)
 
     assert (await served.chat()).status_code == 200

@@ -318,7 +318,7 @@ async def test_a_client_that_leaves_with_requests_in_the_pipe_is_noticed(
             assert engine.busy == 1
             sending.cancel()
             client.reset()
-        await until(lambda: engine.busy == 0 and served.router.admission.in_flight == 0)
+        await until(lambda: engine.busy == 0 and served.router.core.admission.in_flight == 0)
 
 
 async def test_many_offers_to_upgrade_are_declined(plain: Plain) -> None:
@@ -500,7 +500,7 @@ async def test_who_half_closes_and_does_not_read_is_let_go(start_engine: Start, 
             await ask(client)
         assert (left < 64 * 1024, protocol.drained) == (True, None)
         client.writer.write_eof()
-        await until(lambda: not connections and served.router.admission.in_flight == 0)
+        await until(lambda: not connections and served.router.core.admission.in_flight == 0)
 
 
 async def flood(line: Line) -> None:
@@ -761,7 +761,7 @@ async def test_a_slow_upload_is_given_up_and_nothing_stays_in_flight(start_route
         said = await client.reader.read(-1)
 
     assert code(said) == "408 request_timeout"
-    await until(lambda: served.lines and served.router.admission.in_flight == 0)
+    await until(lambda: served.lines and served.router.core.admission.in_flight == 0)
 
 
 async def test_a_refusal_of_the_protocol_is_counted_and_logged(served: Served) -> None:
@@ -787,7 +787,7 @@ async def test_a_client_that_does_not_read_is_given_up(start_engine: Start, star
         await client.send(post(URL, STREAM))
         await until(lambda: served.lines)
 
-    assert (served.lines[0]["outcome"], served.router.admission.in_flight) == ("client_gone", 0)
+    assert (served.lines[0]["outcome"], served.router.core.admission.in_flight) == ("client_gone", 0)
     await until(lambda: engine.busy == 0)
 
 
@@ -821,7 +821,7 @@ async def test_a_client_that_reads_no_answer_holds_nothing(
         await until(lambda: engine.requests)
         connections = connections_of(served)
         assert connections
-        await until(lambda: not connections and served.router.admission.in_flight == 0)
+        await until(lambda: not connections and served.router.core.admission.in_flight == 0)
 
     await until(lambda: engine.busy == 0)
 
@@ -837,11 +837,11 @@ async def test_who_leaves_before_an_answer_could_be_written_did_not_get_it(
         # One answer is there, and waits for those before it to be read.
         await until(lambda: served.lines)
         before = 0
-        while before != len(served.lines) or served.router.admission.in_flight != 1:
+        while before != len(served.lines) or served.router.core.admission.in_flight != 1:
             before = len(served.lines)
             await asyncio.sleep(0.3)
         client.reset()
-        await until(lambda: served.router.admission.in_flight == 0)
+        await until(lambda: served.router.core.admission.in_flight == 0)
 
     assert len(served.lines) == before + 1 < 12
     assert (served.lines[-1]["outcome"], served.lines[-1]["status"]) == ("client_gone", 499)

@@ -83,7 +83,7 @@ async def test_but_nothing_is_generated_for_it(body: Any, served: Served, engine
     await until(lambda: served.lines)
     assert [(line["outcome"], line["status"]) for line in served.lines] == [("client_gone", 499)]
     assert engine.requests == []
-    assert served.router.admission.in_flight == 0
+    assert served.router.core.admission.in_flight == 0
 
 
 async def test_what_is_in_the_pipe_before_a_generation_is_answered(served: Served, engine: FakeEngine) -> None:

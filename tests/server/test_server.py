@@ -14,7 +14,9 @@ import httpx
 import orjson
 import pytest
 
-from inference_api.app import Router
+from inference_api.app import build
+from inference_api.application import Application
+from inference_api.core import Outside
 from inference_api.http.pages import create_pages
 from inference_api.observe.log import Fields
 from inference_api.server.flow import Deadlines
@@ -94,7 +96,7 @@ async def test_readiness_ends_with_the_signal_not_with_the_last_stream(tmp_path:
 
 
 @asynccontextmanager
-async def in_process(router: Router, settings: Settings, **more: Any) -> AsyncIterator[tuple[Server, int]]:
+async def in_process(router: Application, settings: Settings, **more: Any) -> AsyncIterator[tuple[Server, int]]:
     """(server, port) of a router in this process; it ends when the test tells the server to."""
     with listen("127.0.0.1", 0, "PORT") as listener:
         server = Server(server_config(router.app, settings), **more)
@@ -107,7 +109,7 @@ async def test_a_stream_longer_than_the_drain_is_told_and_cut(tmp_path: Path, st
     engine = await start_engine(sse(event(), then=Line.gone))
     settings = Settings(catalogue=catalogue_of(tmp_path, engine), drain_timeout=0.1)
     lines: list[Fields] = []
-    router = Router(settings, access_log=lines.append)
+    router = build(settings, Outside(write_line=lines.append))
 
     async with in_process(router, settings) as (server, port), raw_client(port) as client:
         await client.send(post(URL, STREAM))
@@ -118,7 +120,7 @@ async def test_a_stream_longer_than_the_drain_is_told_and_cut(tmp_path: Path, st
 
     assert b'"code":"router_shutting_down"' in rest
     assert not rest.endswith(LAST_CHUNK)
-    assert (len(lines), router.admission.in_flight) == (1, 0)
+    assert (len(lines), router.core.admission.in_flight) == (1, 0)
     await until(lambda: engine.busy == 0)
 
 
@@ -127,7 +129,7 @@ async def test_a_request_that_waits_longer_than_the_drain_is_told_when_to_come_b
 ) -> None:
     engine = await start_engine(hang)
     settings = Settings(catalogue=catalogue_of(tmp_path, engine), drain_timeout=0.1)
-    router = Router(settings)
+    router = build(settings)
 
     async with in_process(router, settings) as (server, port), raw_client(port) as idle, raw_client(port) as client:
         await client.send(post(URL, CHAT))
@@ -143,7 +145,7 @@ async def test_a_request_that_waits_longer_than_the_drain_is_told_when_to_come_b
 
 async def test_requests_are_taken_until_the_delay_is_over(tmp_path: Path, start_engine: Start) -> None:
     settings = Settings(catalogue=catalogue_of(tmp_path, await start_engine()))
-    router = Router(settings)
+    router = build(settings)
 
     async with in_process(router, settings, delay=2, on_stop=router.drain) as (server, port):
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
@@ -256,7 +258,7 @@ async def test_probes_may_have_a_port_of_their_own(tmp_path: Path, start_engine:
 async def test_the_port_of_the_probes_has_deadlines_and_ids_of_its_own(tmp_path: Path, start_engine: Start) -> None:
     settings = Settings(catalogue=catalogue_of(tmp_path, await start_engine()))
     lines: list[Fields] = []
-    router = Router(settings, access_log=lines.append)
+    router = build(settings, Outside(write_line=lines.append))
 
     with listen("127.0.0.1", 0, "OPS_PORT") as listener, ops_thread(router.ops, listener, Deadlines(header=0.2)):
         port = listener.getsockname()[1]

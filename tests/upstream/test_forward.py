@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
-from inference_api.http.pipeline import INFERENCE_ROUTES
+from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Call, Outcome, Reply
 from inference_api.routing.backend import Backend, Fleet, Model
 from inference_api.routing.balance import make_balancer

@@ -1,8 +1,7 @@
-"""Asks the backends what only they know: whether they sleep, and, if LOAD_SIGNAL_INTERVAL says so, their load.
+"""Reads the metrics of engines for what only they know: whether they sleep, and how much they have to do.
 
-A router knows exactly what it has in flight itself. What other routers, and other clients, have put on a backend only
-the backend can tell. The signal is added to the own count, and dropped when it is old: then balancing is what it is
-without it. A sleeping backend passes its health checks, looks idle, and never answers: it is asked by default.
+A sleeping backend passes its health checks, looks idle, and never answers, so that is asked for always. Load is asked
+for by `features.engine_load`: a router knows what it has in flight itself, and not what other routers have sent.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ _AT_ONCE = 32
 _STALE_AFTER = 2.0
 
 
-class LoadSignal:
+class EngineMetrics:
     """Reads `/metrics` of every backend of an engine that is known to tell, every `every` seconds, +-20 %.
 
     `sleep_only`: only whether it sleeps, and only of those that have been silent since the last look: an engine takes
@@ -160,6 +159,7 @@ class LoadSignal:
         # Those of another engine now, too: they told before their entry changed.
         for origin in list(self._fleet.origins.values()):
             if self._told.get(origin.url, oldest - 1) < oldest:
-                origin.reported, origin.reading = 0.0, None
+                if not self._sleep_only:
+                    origin.reported, origin.reading = 0.0, None
                 if origin.asleep is not None:
                     self._on_sleep(origin, None)

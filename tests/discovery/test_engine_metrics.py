@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.discovery import load as load_module
+from inference_api.discovery.engine_metrics import EngineMetrics
 from inference_api.discovery.gauges import Gauges, Reading
-from inference_api.discovery.load import LoadSignal
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import Balancer, make_balancer
 from inference_api.routing.catalogue import parse_catalogue
@@ -238,7 +238,7 @@ def note_sleep(origin: Origin, asleep: bool | None) -> None:
 
 
 class Asking:
-    """A LoadSignal over one model, at a time that the test sets."""
+    """A EngineMetrics over one model, at a time that the test sets."""
 
     def __init__(
         self, transport: Transport, *urls: str, every: float = 10.0, sleep_only: bool = False, **entry: Any
@@ -250,7 +250,7 @@ class Asking:
         document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **entry}]}
         self.fleet.update(parse_catalogue(document))
         self.backends = self.fleet.models["m"].backends
-        self.signal = LoadSignal(
+        self.signal = EngineMetrics(
             self.fleet,
             transport,
             every,
@@ -620,7 +620,7 @@ async def test_a_router_that_asks_shows_what_it_learned_and_goes_by_it(start: St
     busy = 8
     first, second = await start(script), await start(idle_script)
     served = await start_router(first, second, load_signal_interval=0.5)
-    one, two = served.router.fleet.models["m"].backends
+    one, two = served.router.core.fleet.models["m"].backends
     await until(lambda: one.origin.reading and two.origin.reading)
     for _ in range(10):
         assert (await served.chat()).status_code == 200
@@ -632,9 +632,9 @@ async def test_a_router_that_asks_shows_what_it_learned_and_goes_by_it(start: St
     assert await served.metric("inference_api_backend_queue_depth", **labels) == 1
     assert await served.metric("inference_api_backend_last_scrape_timestamp_seconds", **labels) > 0
     # A backend that only answers scrapes has not been heard to answer requests.
-    heard, scrapes = served.router.transport.last_read(first.url), len(first.requests)
+    heard, scrapes = served.router.core.transport.last_read(first.url), len(first.requests)
     await until(lambda: len(first.requests) > scrapes + 1)
-    assert served.router.transport.last_read(first.url) == heard
+    assert served.router.core.transport.last_read(first.url) == heard
 
 
 async def test_a_router_that_is_not_told_to_balances_by_its_own_count(start: Start, start_router: Start) -> None:
@@ -642,6 +642,6 @@ async def test_a_router_that_is_not_told_to_balances_by_its_own_count(start: Sta
     served = await start_router(server)
     await until(lambda: {request.target for request in server.requests} == {"/v1/models", "/metrics"})
 
-    [backend] = served.router.fleet.models["m"].backends
+    [backend] = served.router.core.fleet.models["m"].backends
     assert (backend.origin.reported, backend.origin.reading) == (0, None)
     assert (await served.client.get("/metrics")).text.count("inference_api_backend_queue_depth{") == 0

@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
+from inference_api.observe.accounts import Account, Accounts
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from inference_api.models import Outcome, Reply
-from inference_api.observe.accounts import Account, Accounts
 from inference_api.observe.exposition import write
 from inference_api.observe.families import Families
 from inference_api.observe.log import Fields
@@ -349,13 +349,13 @@ async def test_however_a_request_ends_it_is_accounted_for_once(start_engine: Sta
         await served.client.get(path)
         sent += 1
     await until(lambda: len(served.lines) >= sent)
-    model = served.router.fleet.models["m"]
+    model = served.router.core.fleet.models["m"]
     await until(lambda: model.backends[0].in_flight == 0)
 
     page = (await served.client.get("/metrics")).text.splitlines()
     counted = sum(float(line.split()[-1]) for line in page if line.startswith("inference_api_requests_total{"))
     assert len(served.lines) == counted == sent
-    assert model.in_flight == served.router.admission.in_flight == 0
+    assert model.in_flight == served.router.core.admission.in_flight == 0
     assert len({line["request_id"] for line in served.lines}) == sent
     assert all(set(FIELDS) <= set(line) for line in served.lines)
     assert all(line["status"] >= 200 and line["latency_ms"] >= 0 for line in served.lines)
@@ -383,7 +383,7 @@ async def test_the_line_of_a_failure_has_its_attempts(start_engine: Start, start
     engines = [await start_engine(), await start_engine()]
     served = await start_router(*engines)
     # An engine that is being asked for its models at this moment would not be gone altogether.
-    await until(lambda: served.router.fleet.models["m"].max_model_len)
+    await until(lambda: served.router.core.fleet.models["m"].max_model_len)
     for engine in engines:
         await engine.stop()
     assert (await served.chat()).status_code == 503

@@ -1,0 +1,259 @@
+"""The router without its optional features: every core object, made once and joined. `app` adds the rest."""
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import httpx
+
+from inference_api.discovery.cluster import Cluster
+from inference_api.discovery.dns import Discovery
+from inference_api.discovery.endpointslices import EndpointSlices, watched_in
+from inference_api.discovery.engine_metrics import EngineMetrics
+from inference_api.discovery.engines import EngineFacts
+from inference_api.discovery.resolver import Resolve, Resolver, resolve
+from inference_api.feature import Run
+from inference_api.http.admission import Admission
+from inference_api.http.pages import Probes
+from inference_api.models import Outcome, Send
+from inference_api.observe.exposition import Family
+from inference_api.observe.families import Families
+from inference_api.observe.lag import LoopLag
+from inference_api.observe.log import Fields
+from inference_api.observe.metrics import Metrics
+from inference_api.observe.scrape import Exposition, process_collectors
+from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.balance import BALANCERS, MakeBalancer
+from inference_api.routing.breaker import Breaker
+from inference_api.routing.catalogue import Catalogue
+from inference_api.routing.files import Reloader, static_source
+from inference_api.routing.health import Health
+from inference_api.routing.origin import Origin
+from inference_api.routing.prober import Prober
+from inference_api.routing.registry import Registry
+from inference_api.settings import Settings
+from inference_api.upstream.attempt import SendAttempt, SendToBackend
+from inference_api.upstream.credentials import Tokens
+from inference_api.upstream.forward import Forward
+from inference_api.upstream.limits import Limits
+from inference_api.upstream.prepare import Prepare
+from inference_api.upstream.retry import RetryPolicy
+from inference_api.upstream.transport import Transport
+from inference_api.upstream.trust import Trust
+
+logger = logging.getLogger(__name__)
+
+# Seconds: the router's own questions to a backend are too far apart to share a connection.
+_OWN_KEEPALIVE = 0.1
+# Seconds that a scrape on OPS_PORT leaves to the event loop after every slice.
+_SCRAPE_PAUSE = 0.001
+
+
+class Outside(NamedTuple):
+    """What the process gives the router beside its settings; a test gives something else.
+
+    `variables`: of the environment, for credentials and OpenTelemetry. `catalogue` stands for the file of the settings.
+    `write_line`: takes the fields of an access line. `transport`, `registry_client`, `resolve`: the way to backends, to
+    the registry, and to the addresses of names. `cluster`: the API that says which pods a Service has; DNS then only
+    says what other names mean.
+    """
+
+    variables: Mapping[str, str] = MappingProxyType({})
+    catalogue: Catalogue | None = None
+    write_line: Callable[[Fields], None] | None = None
+    dropped_lines: Callable[[], int] = int
+    transport: httpx.AsyncBaseTransport | None = None
+    registry_client: httpx.AsyncClient | None = None
+    resolve: Resolve = resolve
+    cluster: Cluster | None = None
+    rand: random.Random | None = None
+    revision: str = ""
+
+
+class Core:
+    """Raises CatalogueError when the static catalogue cannot be read. `balancers`: algorithms by their name."""
+
+    def __init__(
+        self, settings: Settings, outside: Outside, balancers: Mapping[str, MakeBalancer] = MappingProxyType({})
+    ) -> None:
+        self.settings, self.outside = settings, outside
+        self.rand = rand = outside.rand or random.Random()
+        balancers = {**BALANCERS, **balancers}
+        self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
+        self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
+        # What the router asks for itself neither waits behind the traffic nor passes for a sign of life in it.
+        self.own_transport = outside.transport or self._make_transport(_OWN_KEEPALIVE)
+        self.fleet = Fleet(lambda name: balancers[name](rand.random))
+        self.discovery = self._make_discovery()
+        cluster = outside.cluster
+        self.slices = None if cluster is None else self._make_slices(cluster)
+        self._finders = [finder for finder in (self.discovery, self.slices) if finder]
+        self._client = outside.registry_client or self._registry_client()
+        self._catalogue = static_source(settings.catalogue, outside.catalogue, self._prepare)
+        self.registry = self._make_registry()
+        self._catalogue.take = self.registry.replace_static
+        self.reloader = Reloader((self._catalogue, self._tokens, self._trust))
+        self.metrics = Metrics(lambda: self.fleet.models)
+        self.lag = LoopLag(self.metrics.loop_lag.observe)
+        self.health = self._make_health()
+        self._limits = _limits(settings)
+        self.retry_policy = RetryPolicy(self._limits, rand.random)
+        self.admission = Admission(settings.max_in_flight, settings.max_buffered_bytes)
+
+    def mint_id(self) -> str:
+        return f"{self.rand.getrandbits(128):032x}"
+
+    def attempts(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> Send:
+        """What takes a Call to a Reply by attempts on backends, each of them inside of `wrappers`."""
+        send: SendAttempt = SendToBackend(self.transport, self._attempt_ended, self.health.answered, self.rand)
+        for wrap in reversed(wrappers):
+            send = wrap(send)
+        return Forward(send, Prepare(self._limits, self._tokens), self.retry_policy, self.metrics.retry)
+
+    def tasks(self) -> list[Run]:
+        """What runs beside the requests: files, registry, discovery, engines' facts, health, loop lag."""
+        rand, every = self.rand.random, self.settings.health_interval
+        facts = EngineFacts(self.fleet, self.own_transport, rand=rand)
+        timeout, last_read = self.settings.health_timeout, self.last_read()
+        prober = Prober(self.fleet, self.own_transport, self._checked, last_read, every, timeout, rand)
+        sleep = EngineMetrics(
+            self.fleet,
+            self.own_transport,
+            every,
+            on_sleep=self.health.slept,
+            sleep_only=True,
+            heard=last_read,
+            rand=rand,
+        )
+        run = [self.reloader.run, self.registry.run, *(finder.run for finder in self._finders)]
+        return [*run, facts.run, self.health.run, prober.run, self.lag.run, sleep.run]
+
+    def probes(self, collectors: Sequence[Callable[[], Iterator[Family]]]) -> Probes:
+        """Health and readiness, and the metrics of the core and of `collectors`."""
+        families = Families(
+            self.metrics,
+            self.registry.status,
+            lambda: self.discovery.failures,
+            lambda: probes.state == "draining",
+            self.lag.silence,
+            self.outside.revision,
+            self.outside.dropped_lines,
+            collectors=collectors,
+        )
+        pause = 0.0 if self.settings.ops_port is None else _SCRAPE_PAUSE
+        exposition = Exposition(families, process_collectors(), pause)
+        required = self.settings.registry_required == "on"
+        probes = Probes(self.registry, exposition, self.lag.silence, required)
+        return probes
+
+    @asynccontextmanager
+    async def running(self, tasks: Sequence[Run], on_stop: Callable[[], None]) -> AsyncIterator[None]:
+        """From the first look at registry and names to the last connection, with `tasks` in between.
+
+        `on_stop` is called when the end begins.
+        """
+        await self.registry.start()
+        await asyncio.gather(*(finder.start() for finder in self._finders))
+        running = [asyncio.create_task(run()) for run in tasks]
+        try:
+            yield
+        finally:
+            on_stop()
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await self.transport.aclose()
+            await self.own_transport.aclose()
+            await self._resolver.aclose()
+            if self._client is not None:
+                await self._client.aclose()
+
+    def last_read(self) -> Callable[[str], float]:
+        """When a byte last came from an origin; of a transport that cannot be asked, the best is believed."""
+        return self.transport.last_read if isinstance(self.transport, Transport) else lambda origin: math.inf
+
+    def _make_transport(self, keepalive: float, **more: Any) -> Transport:
+        return Transport(keepalive=keepalive, tls=self._trust, resolver=self._resolver, **more)
+
+    def _registry_client(self) -> httpx.AsyncClient | None:
+        url, token = self.settings.registry_url, self.settings.registry_token
+        if url is None:
+            return None
+        # No proxies or netrc from the environment: where the catalogue comes from is a setting, so it may be anywhere.
+        transport = self._make_transport(_OWN_KEEPALIVE, may_reach=lambda address: True)
+        headers = {"authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=5.0, trust_env=False, transport=transport)
+
+    def _make_discovery(self) -> Discovery:
+        cluster, every = self.outside.cluster, self.settings.discovery_interval
+        watched = watched_in(cluster) if cluster else lambda host: False
+        return Discovery(self.fleet, self._resolver.look_up, every, self.rand.random, self._forget_backends, watched)
+
+    def _make_slices(self, cluster: Cluster) -> EndpointSlices:
+        failures, rand = self.discovery.failures, self.rand.random
+        return EndpointSlices(self.fleet, cluster, failures, rand=rand, on_leave=self._forget_backends)
+
+    def _make_registry(self) -> Registry:
+        return Registry(
+            self.fleet,
+            self._catalogue.load(),
+            self._client,
+            self.settings.registry_refresh,
+            rand=self.rand.random,
+            on_change=self._catalogue_changed,
+            prepare=self._prepare,
+        )
+
+    def _make_health(self) -> Health:
+        settings, rand = self.settings, self.rand.random
+        breaker = Breaker(settings.breaker_failures, settings.breaker_cooldown, rand)
+        connect, first_byte = settings.connect_timeout, settings.first_byte_timeout
+        return Health(self.fleet, breaker, self.last_read(), connect, first_byte, rand=rand)
+
+    # What one part tells others
+
+    def _attempt_ended(self, backend: Backend, outcome: Outcome) -> None:
+        self.metrics.attempt(backend, outcome)
+        self.health.ended(backend, outcome)
+
+    def _checked(self, origin: Origin, passed: bool) -> None:
+        if not passed:
+            self.metrics.probe_failed(origin, "health")
+        self.health.checked(origin, passed)
+
+    def _prepare(self, catalogue: Catalogue) -> None:
+        """In a thread, or at the start: what a catalogue names is read before it is served."""
+        self._tokens.prepare(catalogue.values())
+
+    def _catalogue_changed(self) -> None:
+        self._tokens.retain(model.entry for model in self.fleet.models.values())
+        self.metrics.forget_models()
+        self._forget_backends()
+        for finder in self._finders:
+            finder.wake()
+
+    def _forget_backends(self) -> None:
+        """Of backends that left the catalogue, connections are closed as they become idle, and series are dropped."""
+        self.metrics.forget_backends()
+        origins = {b.url for model in self.fleet.models.values() for b in model.backends}
+        for transport in (self.transport, self.own_transport):
+            if isinstance(transport, Transport):
+                transport.retain(origins)
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        settings.connect_timeout,
+        settings.first_byte_timeout,
+        settings.idle_timeout,
+        settings.total_timeout,
+        settings.stream_timeout,
+        settings.max_attempts,
+        settings.retry_on_status,
+        settings.retry_budget,
+    )

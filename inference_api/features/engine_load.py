@@ -1,0 +1,87 @@
+"""LOAD_SIGNAL_INTERVAL: the load that engines report is added to the router's own count, for balancing and metrics.
+
+What other routers and other clients have put on a backend only the backend can say. A reading that is old is dropped:
+then balancing is what it is without it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from inference_api.core import Core
+from inference_api.discovery.engine_metrics import EngineMetrics
+from inference_api.discovery.gauges import Reading
+from inference_api.feature import Feature
+from inference_api.observe.exposition import Family
+from inference_api.observe.families import BY_BACKEND, gauge
+from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.balance import BackendView, LeastInFlight, MakeBalancer, TwoChoices, running_weights
+from inference_api.settings import Settings
+
+R = TypeVar("R", bound=BackendView)
+
+
+def build(core: Core, settings: Settings) -> Feature | None:
+    """Polls the engines' metrics every `load_signal_interval` seconds; 0: off."""
+    if not settings.load_signal_interval:
+        return None
+    poller = EngineMetrics(
+        core.fleet,
+        core.own_transport,
+        settings.load_signal_interval,
+        functools.partial(core.metrics.probe_failed, kind="metrics"),
+        rand=core.rand.random,
+    )
+    return Feature("engine_load", collect=lambda: families(core.fleet), tasks=(poller.run,))
+
+
+def balancers(settings: Settings) -> Mapping[str, MakeBalancer]:
+    """The algorithms that go by load alone, with what the engines report; none where that is off."""
+    if not settings.load_signal_interval:
+        return {}
+    return {"least_in_flight": LeastReported, "two_choices": TwoReported}
+
+
+class LeastReported(LeastInFlight[R]):
+    """The fewest in flight and reported for its weight."""
+
+    def loads(self, backends: Sequence[R]) -> list[float]:
+        return [
+            (backend.origin.in_flight + backend.origin.reported + backend.extra) / backend.weight
+            for backend in backends
+        ]
+
+
+class TwoReported(TwoChoices[R]):
+    """The less loaded of two random ones, by what is in flight and reported."""
+
+    def ends(self, backends: Sequence[R]) -> list[float] | None:
+        # Never None, so that only one place compares.
+        return running_weights(backends)
+
+    def is_lighter(self, first: R, second: R) -> bool:
+        load = first.origin.in_flight + first.origin.reported + first.extra
+        other = second.origin.in_flight + second.origin.reported + second.extra
+        return (load + 1) * second.weight <= (other + 1) * first.weight
+
+
+def families(fleet: Fleet) -> Iterator[Family]:
+    """What each backend last said of its load; no sample where it does not say."""
+    backends = [backend for model in fleet.models.values() for backend in model.backends]
+
+    def read(value: Callable[[Backend, Reading], float | None]) -> list[tuple[tuple[str, str], float | None]]:
+        return [
+            ((backend.model, backend.label), None if reading is None else value(backend, reading))
+            for backend in backends
+            for reading in (backend.origin.reading,)
+        ]
+
+    text = "Requests the backend says it works on."
+    yield gauge("backend_running_requests", text, BY_BACKEND, read(lambda _, reading: reading.running))
+    text = "Requests the backend says it has waiting."
+    yield gauge("backend_queue_depth", text, BY_BACKEND, read(lambda _, reading: reading.waiting))
+    text = "Used share of the backend's KV cache."
+    yield gauge("backend_kv_cache_usage_ratio", text, BY_BACKEND, read(lambda _, reading: reading.kv_cache))
+    text = "When the backend last told its load, in Unix seconds."
+    scraped = [((backend.model, backend.label), backend.origin.scraped or None) for backend in backends]
+    yield gauge("backend_last_scrape_timestamp_seconds", text, BY_BACKEND, scraped)

@@ -1,0 +1,117 @@
+"""The outermost ASGI layer: a request id and an Account for every request, and an answer to every error.
+
+What any layer or page inside raises is counted, logged and answered here, and nowhere else.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
+from inference_api.http.head import RequestHead, RequestHeaders
+from inference_api.models import Outcome, RawHeaders
+from inference_api.observe.account import Account, Sink
+from inference_api.server.cycle import Cycle, cycle_of
+
+logger = logging.getLogger(__name__)
+
+# The key of the ASGI scope under which every layer finds the Account of the request.
+ACCOUNT = "inference_api.account"
+
+
+class Accounts:
+    """Wraps the whole HTTP side. `sinks` get the Record of each request; they are fast and do not raise.
+
+    `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        sinks: Sequence[Sink],
+        read_headers: RequestHeaders,
+        mint_id: Callable[[], str],
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self.app = app
+        self._sinks = tuple(sinks)
+        self._read_headers = read_headers
+        self._mint_id = mint_id
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        cycle = cycle_of(send)
+        head = self._head(scope["headers"], cycle)
+        account = scope[ACCOUNT] = Account(head.request_id or self._mint_id(), self._clock, scope)
+        account.head = head
+        try:
+            await self.app(scope, receive, send)
+        except RouterError as error:
+            await reject(error, account, send)
+        except ClientGone:
+            account.outcome = Outcome.CLIENT_GONE if account.relay is None else account.relay.outcome
+        except asyncio.CancelledError:
+            await _shut_down(account, send)
+            raise
+        except Exception:
+            logger.exception("a request failed", extra={"fields": {"request_id": account.request_id}})
+            if account.relay is None or not account.relay.started:
+                await reject(InternalError(), account, send)
+        finally:
+            if cycle is not None and cycle.rejection is not None:
+                _rejected_by_server(cycle, account)
+            if not account.silent:
+                record = account.end()
+                for sink in self._sinks:
+                    sink(record)
+
+    def _head(self, headers: RawHeaders, cycle: Cycle | None) -> RequestHead:
+        """Of a head that repeats an earlier one byte for byte, what was read then. Never who sent it."""
+        cache = None if cycle is None else cycle.head_cache
+        if cache is None:
+            return self._read_headers(headers)
+        if cache.head is None:
+            cache.head = self._read_headers(headers)
+        head: RequestHead = cache.head
+        return head
+
+    def rejected(self, error: RouterError, request_id: str, size: int) -> None:
+        """The server rejected what never became a request: counted and logged like the others."""
+        account = Account(request_id, self._clock, {"path": ""})
+        account.rejected(error, error.status, size)
+        record = account.end()
+        for sink in self._sinks:
+            sink(record)
+
+
+async def reject(error: RouterError, account: Account, send: Send) -> None:
+    """Answer with an error of the router's own."""
+    status, headers, body = render(error, account.request_id)
+    if isinstance(error, TooLarge):
+        headers.append((b"connection", b"close"))
+    account.rejected(error, status, len(body))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _shut_down(account: Account, send: Send) -> None:
+    """The router stops, and this request has had all the time there is."""
+    relay = account.relay
+    if relay is None or not relay.started:
+        await reject(ShuttingDown(), account, send)
+    else:
+        account.outcome = await relay.interrupt(send)
+
+
+def _rejected_by_server(cycle: Cycle, account: Account) -> None:
+    """Whatever the application wanted to say, what the server answered is what the client got."""
+    rejection = cycle.rejection
+    assert rejection is not None
+    account.request_id = rejection.request_id
+    account.rejected(rejection.error, rejection.error.status, rejection.size)

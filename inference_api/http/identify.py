@@ -1,0 +1,27 @@
+"""The ASGI layer that asks features who sends a request, before its body is read. Built only if one wants to know."""
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from inference_api.http.accounts import ACCOUNT
+from inference_api.http.head import RequestHead
+from inference_api.http.pages import OPEN_PATHS
+from inference_api.models import Caller
+from inference_api.observe.account import Account
+
+
+class Identify:
+    """Notes the Caller in the Account. The first of `identify` that knows one decides; any may raise RouterError."""
+
+    def __init__(self, app: ASGIApp, identify: Sequence[Callable[[RequestHead], Caller | None]]) -> None:
+        self._app = app
+        self._identify = identify
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            account: Account = scope[ACCOUNT]
+            account.caller = next(
+                (caller for identify in self._identify if (caller := identify(account.head)) is not None), None
+            )
+        return self._app(scope, receive, send)

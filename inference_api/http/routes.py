@@ -1,0 +1,37 @@
+"""The inference routes: an allow-list. Nothing that is not here reaches a backend."""
+
+from inference_api.http import bodies
+from inference_api.models import Route
+
+_CHAT = bodies.JSONReader(bodies.Chat)
+_COMPLETION = bodies.JSONReader(bodies.Completion, one_of=("prompt", "prompt_embeds"))
+_EMBEDDING = bodies.JSONReader(bodies.Embedding, one_of=("input", "messages"))
+_RESPONSES = bodies.JSONReader(bodies.Responses)
+_RERANK = bodies.JSONReader(bodies.Rerank)
+_SCORE = bodies.JSONReader(bodies.Named)
+_TOKENIZE = bodies.JSONReader(bodies.Tokenize, one_of=("prompt", "messages"))
+_UPLOAD = bodies.FormReader()
+_RESPONSE_ENDS = (b"response.completed", b"response.incomplete", b"response.failed")
+
+INFERENCE_ROUTES = (
+    Route("/v1/chat/completions", "chat_completions", _CHAT, end_marks=(b"[DONE]",)),
+    Route("/v1/completions", "completions", _COMPLETION, end_marks=(b"[DONE]",)),
+    Route("/v1/embeddings", "embeddings", _EMBEDDING),
+    # May store what it made: never sent twice.
+    Route("/v1/responses", "responses", _RESPONSES, False, False, _RESPONSE_ENDS, token_type=b'.delta"'),
+    Route("/v1/messages", "messages", _CHAT, end_marks=(b"message_stop",), token_type=b'"content_block_delta"'),
+    Route("/v1/messages/count_tokens", "count_tokens", _CHAT),
+    Route("/v1/rerank", "rerank", _RERANK),
+    Route("/rerank", "rerank", _RERANK),
+    Route("/v1/score", "score", _SCORE),
+    Route("/score", "score", _SCORE),
+    Route("/tokenize", "tokenize", _TOKENIZE),
+    Route("/detokenize", "detokenize", bodies.JSONReader(bodies.Detokenize)),
+    Route("/v1/audio/transcriptions", "transcriptions", _UPLOAD, multipart=True),
+    Route("/v1/audio/translations", "translations", _UPLOAD, multipart=True),
+)
+
+
+def normal_path(path: str) -> str:
+    """Without doubled or trailing slashes: base_urls often end in one, and a redirect would lose the body."""
+    return "/" + "/".join(part for part in path.split("/") if part)

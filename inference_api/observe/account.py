@@ -1,0 +1,159 @@
+"""What is noted about one request while it is worked on, and the Record that is left of it for the sinks."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from inference_api.errors import RouterError
+from inference_api.models import Call, Caller, Outcome, Reply
+from inference_api.relay.relay import Relay
+from inference_api.relay.usage import Counts, counts
+from inference_api.routing.backend import Model
+
+if TYPE_CHECKING:
+    from inference_api.http.head import RequestHead
+
+# The model of a request that names none of the catalogue.
+UNKNOWN = "unknown"
+_NO_COUNTS: Counts = (None, None, None, None)
+
+
+class Record(NamedTuple):
+    """All that is known of a finished request, refused ones included. Nothing of a prompt, an answer or a secret.
+
+    Times are seconds: `took` from the request head to the end of the answer, `first` to the first token of a stream,
+    `overhead` from the whole request to its first attempt. `status` is the one that the client got, 0 if none;
+    `tokens`: (input, cached input, output, reasoning) as the engine counted them, None where it did not say.
+    """
+
+    request_id: str
+    route: str
+    model_name: str
+    asked: str | None
+    backend: str | None
+    status: int
+    outcome: Outcome
+    attempts: int
+    stream: bool
+    code: str | None
+    took: float
+    first: float | None
+    overhead: float | None
+    tokens: Counts
+    events: int
+    size: int
+    caller: Caller | None
+    model: Model | None
+    # Of the server: (host, port) of the client's side of the connection, and the path as it was asked for.
+    client: tuple[str, int] | None
+    path: str
+    # What the access line has beside its usual fields.
+    extra: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+Sink = Callable[[Record], None]
+
+
+def shown_status(record: Record) -> int:
+    """nginx's 499 for a client that did not wait; the client itself never sees it."""
+    return 499 if record.outcome is Outcome.CLIENT_GONE else record.status
+
+
+class Account:
+    """One request's notes; whoever learns something writes it here. `end` makes the Record, once.
+
+    `clock` gives seconds.
+    """
+
+    # Until they are known. Only names of the catalogue become labels, so that clients cannot make series.
+    head: "RequestHead"
+    route = "other"
+    model_name = UNKNOWN
+    asked: str | None = None
+    stream = False
+    status = 0
+    size = 0
+    code: str | None = None
+    caller: Caller | None = None
+    call: Call | None = None
+    model: Model | None = None
+    reply: Reply | None = None
+    relay: Relay | None = None
+    outcome = Outcome.INTERNAL_ERROR
+    # Probes: neither counted nor logged.
+    silent = False
+    extra: Mapping[str, Any] = {}
+    _accepted: float | None = None
+
+    def __init__(self, request_id: str, clock: Callable[[], float], scope: Mapping[str, Any]) -> None:
+        self.request_id = request_id
+        self.clock = clock
+        # Not the scope itself, which refers to this object: a ring would be left for the garbage collector.
+        self.client = scope.get("client")
+        self.path = scope["path"]
+        self.state = scope.get("state", {})
+        self.began = self._received = clock()
+
+    def received(self) -> None:
+        """The rest of the body took its time to come; that time is not the router's."""
+        self._received = self.clock()
+
+    def accepted(self, call: Call, model: Model) -> None:
+        """The request is now one of this model's."""
+        self.call = call
+        self.model = model
+        self._accepted = self.clock()
+
+    def rejected(self, error: RouterError, status: int, size: int) -> None:
+        """The router itself answers, with an error of `size` bytes."""
+        self.explain(error)
+        self.outcome, self.status, self.size = error.outcome, status, size
+        self.relay = None
+
+    def explain(self, error: RouterError) -> None:
+        """Why the router answers as it does; the answer is still to be seen."""
+        self.code = error.code
+        if error.logged:
+            self.extra = {**self.extra, **error.logged}
+
+    def end(self) -> Record:
+        """The Record of the request, whose answer has come to its end."""
+        relay, reply, first, events, tokens = self.relay, self.reply, None, 0, _NO_COUNTS
+        took = self.clock() - self.began
+        attempts, backend = 0, None
+        if self.call is not None and self.call.tried:
+            attempts, backend = len(self.call.tried), self.call.tried[-1].label
+        if reply is not None:
+            backend = None if reply.backend is None else reply.backend.label
+        if relay is not None and relay.started:
+            self.status, self.size, events = relay.status, relay.size, relay.streamed_events
+            usage = relay.usage()
+            if usage is not None:
+                tokens = counts(usage)
+            if self.stream and relay.first_at:
+                first = relay.first_at - self.began
+        accepted = self._accepted
+        return Record(
+            self.request_id,
+            self.route,
+            self.model_name,
+            self.asked,
+            backend,
+            self.status,
+            self.outcome,
+            attempts,
+            self.stream,
+            self.code,
+            took,
+            first,
+            None if accepted is None else accepted - self._received,
+            tokens,
+            events,
+            self.size,
+            self.caller,
+            self.model,
+            self.client,
+            self.path,
+            self.extra,
+            self.state,
+        )
