@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from inference_api.cli import main
 from inference_api.routing.causes import cause_of
-from tests.command import command, log_of, ready
+from tests.command import catalogue_of, command, log_of, ready
 from tests.conftest import Served
 from tests.fakes import CHAT, FakeEngine, hang, json_response, raw, until
 from tests.ports import free_port
@@ -290,3 +291,83 @@ async def test_static_models_were_created_when_their_file_was_written(start_rout
 
     written_at = int((tmp_path / "catalogue.json").stat().st_mtime)
     assert [(card["owned_by"], card["created"]) for card in cards] == [("team", written_at), ("unknown", 5)]
+
+
+# serve, from its first line to its last
+
+
+async def test_serve_tells_at_its_start_who_cannot_be_reached_and_why(tmp_path: Path, start_engine: Start) -> None:
+    engine, dead = await start_engine(), f"127.0.0.1:{free_port()}"
+    options = [f"--backend=m={engine.url}", f"--backend=m=http://{dead}"]
+    async with command(tmp_path, options=options, catalogue=None) as router:
+        await until(lambda: "cannot be reached" in router.output, 10)
+        _, out, _ = await router.stop()
+
+    [told] = [line for line in log_of(out) if line["event"] == "a backend cannot be reached"]
+    assert (told["level"], told["model"], told["backend"], told["cause"]) == (
+        "warning",
+        "m",
+        dead,
+        "connection refused",
+    )
+
+
+async def test_serve_tells_what_is_probably_not_meant(tmp_path: Path) -> None:
+    async with command(tmp_path, catalogue=None, host="0.0.0.0") as router:
+        await ready(router.client)
+        _, out, _ = await router.stop()
+
+    serving, *warnings = log_of(out)[:3]
+    assert (serving["event"], serving["catalogue"], serving["backends"]) == ("serving", "packaged", 3)
+    assert [line["level"] for line in warnings] == ["warning", "warning"]
+    assert warnings[0]["event"].startswith("serve without a catalogue: ")
+    assert "there is no authentication and no TLS" in warnings[1]["event"]
+
+
+async def test_serve_on_a_terminal_is_read_by_people(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine()
+    async with command(tmp_path, engine, log_format="console") as router:
+        await ready(router.client)
+        _, out, _ = await router.stop()
+
+    first = out.splitlines()[0]
+    assert f"serving address=127.0.0.1:{router.port} models=m backends=1 catalogue=" in first
+    assert "\x1b" not in out
+
+
+async def test_ctrl_c_tells_what_it_waits_for(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine(hang)
+    async with command(tmp_path, engine, drain_timeout=30) as router:
+        await ready(router.client)
+        request = asyncio.create_task(router.client.post("/v1/chat/completions", json=CHAT))
+        await until(lambda: engine.busy)
+        router.tell(signal.SIGINT)
+        await until(lambda: "waiting for 1 request, at most 30 s; Ctrl-C again ends now" in router.output)
+        router.tell(signal.SIGINT)
+        code, _, _ = await router.stop()
+        answer = await request
+
+    assert (code, answer.status_code) == (0, 503)
+
+
+async def test_a_catalogue_that_is_edited_is_read_again_and_told(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine()
+    async with command(tmp_path, engine) as router:
+        await ready(router.client)
+        catalogue_of(tmp_path, engine, aliases=["n"])
+        router.process.send_signal(signal.SIGHUP)
+        await until(lambda: "read again" in router.output and "changed" in router.output)
+        answer = await router.client.post("/v1/chat/completions", json=CHAT | {"model": "n"})
+        _, out, _ = await router.stop()
+
+    assert answer.status_code == 200
+    told = next(line for line in log_of(out) if line["event"] == "the static catalogue was read again")
+    assert (told["models"], told["changed"]) == (1, ["m"])
+
+
+async def test_the_status_of_what_is_not_valid_is_a_setting(tmp_path: Path, start_engine: Start) -> None:
+    async with command(tmp_path, await start_engine(), validation_status=400) as router:
+        await ready(router.client)
+        answer = await router.client.post("/v1/chat/completions", json={"model": "m"})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "validation_error")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import httpx
 import orjson
 
+from inference_api.discovery.naming import IGNORES_NAMES, misnamed, names_in
 from inference_api.pace import spread
 from inference_api.routing.backend import Backend, Fleet, Model
 
@@ -38,6 +39,8 @@ class EngineFacts:
         self._transport = transport
         self._every = every
         self._rand = rand
+        # What has been told, by model and URL
+        self._misnamed: dict[tuple[str, str], str] = {}
 
     async def run(self) -> None:
         while True:
@@ -54,6 +57,7 @@ class EngineFacts:
         for model in self._fleet.models.values():
             if asked := _asked(model):
                 together[asked[0].url].append(model)
+        self._misnamed = {key: text for key, text in self._misnamed.items() if key[0] in self._fleet.models}
         groups = iter(together.values())
 
         async def worker() -> None:
@@ -71,6 +75,7 @@ class EngineFacts:
         for backend in _asked(model):
             if backend.url not in told:
                 told[backend.url] = await self._ask(backend)
+            self._compare(model, backend, told[backend.url])
             length = _length(told[backend.url], model.entry.served_model_name or model.name)
             if length is None:
                 continue
@@ -78,6 +83,19 @@ class EngineFacts:
                 model.max_model_len = length
                 self._fleet.version += 1
             return
+
+    def _compare(self, model: Model, backend: Backend, document: object) -> None:
+        """Tell once that a backend does not know the model by its name, as then every request for it is a 404."""
+        names = names_in(document)
+        if names is None or model.entry.engine in IGNORES_NAMES:
+            return
+        wrong, key = misnamed(model.entry, names), (model.name, backend.url)
+        if wrong is None:
+            self._misnamed.pop(key, None)
+        elif self._misnamed.get(key) != wrong:
+            self._misnamed[key] = wrong
+            fields = {"model": model.name, "backend": backend.label}
+            logger.warning("a backend does not serve the model of its entry: it %s", wrong, extra={"fields": fields})
 
     async def _ask(self, backend: Backend) -> object:
         """What its /v1/models says, None if that is nothing."""

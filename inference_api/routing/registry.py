@@ -25,6 +25,7 @@ from inference_api.models import Caller
 from inference_api.pace import back_off, spread
 from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
+from inference_api.routing.changes import changes
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class Registry:
         self._last_success = 0.0
         self._failures: Counter[str] = Counter()
         self._failed_in_a_row = 0
+        # The source and the reason of the failures that the log has told of; None: of none
+        self._told: tuple[str, str] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._static = static
         self._take(static, "static catalogue")
@@ -103,7 +106,7 @@ class Registry:
 
     def replace_static(self, catalogue: Catalogue) -> None:
         """The static catalogue has been read again; it is what is served only if no registry has answered."""
-        fields = {"models": len(catalogue), "serving": self.source}
+        fields = {"models": len(catalogue), "serving": self.source, **changes(self._static, catalogue)}
         logger.info("the static catalogue was read again", extra={"fields": fields})
         changed, self._static = catalogue != self._static, catalogue
         if changed and self._last_good is None:
@@ -176,10 +179,12 @@ class Registry:
         self._failed_in_a_row = 0
         self._last_success = time.time()
         if catalogue is not None:
-            if self.source != "registry":
+            if self.source != "registry" or self._told:
                 logger.info("the registry answers", extra={"fields": {"models": len(catalogue)}})
+            self._told = None
             self._live["catalogue"] = catalogue
             if catalogue is not self._last_good:
+                self._tell_changes(catalogue)
                 self._last_good = catalogue
                 self._take(catalogue, "registry")
                 self._on_change()
@@ -221,11 +226,22 @@ class Registry:
         return catalogue
 
     def _failed(self, error: RegistryError) -> None:
-        if not self._failures.total() or self.source == "registry":
-            logger.warning("the registry cannot be used: %s", error, extra={"fields": {"serving": self.source}})
+        state = self.source, error.reason
+        if state != self._told:
+            if state[0] == "stale" and (self._told is None or self._told[0] != "stale"):
+                logger.warning("the registry's catalogue is stale, and is served until there is another one")
+            if self._told is None or state[1] != self._told[1]:
+                logger.warning("the registry cannot be used: %s", error, extra={"fields": {"serving": self.source}})
+            self._told = state
         self._failures[error.reason] += 1
         self._failed_in_a_row += 1
         self._empty_once = False
+
+    def _tell_changes(self, catalogue: Catalogue) -> None:
+        """Of the catalogue that is served; the first one of the registry stands for the static one."""
+        before = self._static if self._last_good is None else self._last_good
+        if changed := changes(before, catalogue):
+            logger.info("the catalogue has changed", extra={"fields": {"models": len(catalogue), **changed}})
 
     def _take(self, catalogue: Catalogue, source: str) -> None:
         for problem in catalogue.problems:

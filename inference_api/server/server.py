@@ -95,6 +95,9 @@ class Server(uvicorn.Server):
         # Who asks a second time does not want to wait, for whatever it is.
         self.force_exit = self.server_state.draining
         self.server_state.draining = True
+        if not self.force_exit:
+            # By a turn of the loop: the signal may have come in the middle of a line of the log.
+            asyncio.get_running_loop().call_soon_threadsafe(self._tell_waiting)
         if self._delay and not self.force_exit:
             asyncio.get_running_loop().call_later(self._delay, self._stop)
         else:
@@ -104,6 +107,13 @@ class Server(uvicorn.Server):
         # By a turn of the loop: the signal may come anywhere, and before or after there is a loop.
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(self._on_reload)
+
+    def _tell_waiting(self) -> None:
+        if not (requests := len(self.server_state.tasks)):
+            return
+        seconds = (self.config.timeout_graceful_shutdown or 0) + math.ceil(self._delay)
+        noun = "request" if requests == 1 else "requests"
+        logger.info("waiting for %d %s, at most %d s; Ctrl-C again ends now", requests, noun, seconds)
 
     def _stop(self) -> None:
         self.should_exit = True

@@ -275,3 +275,35 @@ async def test_a_failure_nobody_thought_of_does_not_end_the_asking() -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
+
+
+async def test_a_name_that_the_engine_does_not_know_is_told_once_with_the_right_one(
+    start: Start, transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await start(cards(("org/Model", 1)))
+    fleet = fleet_of(server.url)
+    facts = EngineFacts(fleet, transport)
+    for _ in range(2):
+        await facts.look()
+
+    assert caplog.messages == [
+        'a backend does not serve the model of its entry: it serves "org/Model"; set served_model_name: "org/Model"'
+    ]
+
+    server.script = cards(("a", 1), ("m", 1))
+    await facts.look()
+    server.script = cards(("a", 1), ("b", 1))
+    await facts.look()
+    assert caplog.messages[1:] == [
+        'a backend does not serve the model of its entry: it serves "a", "b"; set served_model_name to one of them'
+    ]
+
+
+@pytest.mark.parametrize("entry", [{"engine": "tgi"}, {"engine": "llamacpp"}, {"served_model_name": "org/Model"}])
+async def test_an_engine_that_takes_the_name_is_not_told_of(
+    start: Start, transport: Transport, caplog: pytest.LogCaptureFixture, entry: dict[str, Any]
+) -> None:
+    server = await start(cards(("org/Model", 1)))
+    await EngineFacts(fleet_of(server.url, **entry), transport).look()
+
+    assert caplog.messages == []

@@ -474,12 +474,49 @@ async def test_a_registry_that_is_down_leaves_the_last_good_catalogue_until_it_i
     await client.registry.refresh()
     assert client.registry.source == "registry"
     assert "the registry answers" in caplog.messages
-    # Once it is known to be down there is no news in that; when it is down again there is.
-    told = sum("cannot be used" in message for message in caplog.messages)
-    assert told < 4
+    # Once it is known to be down the age of its catalogue is news, and nothing else; when it is down again that is.
     await server.stop()
     await client.registry.refresh()
-    assert sum("cannot be used" in message for message in caplog.messages) == told + 1
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "the registry cannot be used",
+        "the registry's catalogue is stale, and is served until there is another one",
+        "the registry answers",
+        "the registry cannot be used",
+    ]
+
+
+async def test_another_reason_of_a_failure_is_news(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for answer in ({"status_code": 500}, {"status_code": 500}, {"text": "garbage"}, {"status_code": 500}):
+        httpx_mock.add_response(**answer)  # type: ignore[arg-type]
+    client = connect()
+    for _ in range(4):
+        await client.registry.refresh()
+
+    assert [message.partition(" (")[0][:60] for message in caplog.messages] == [
+        "the registry cannot be used: it answered with the status 500",
+        "the registry cannot be used: its answer is not a catalogue: ",
+        "the registry cannot be used: it answered with the status 500",
+    ]
+
+
+async def test_each_change_of_the_catalogue_is_told(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "inference_api")
+    other = {"models": [{"name": "b", "engine": "tgi"}, *({"name": f"m{number}"} for number in range(11))]}
+    answers(httpx_mock, listing("a", "b"), listing("a", "b"), other)
+    client = connect()
+    for _ in range(3):
+        await client.registry.refresh()
+
+    told = [record.fields for record in caplog.records if record.message == "the catalogue has changed"]  # type: ignore[attr-defined]
+    shown = [f"m{number}" for number in range(10)]
+    assert told == [
+        {"models": 2, "added": ["a", "b"], "removed": ["s"]},
+        {"models": 12, "added": [*shown, "and 1 more"], "removed": ["a"], "changed": ["b"]},
+    ]
 
 
 async def test_a_catalogue_counts_as_live_for_two_and_a_half_looks(connect: Start, httpx_mock: HTTPXMock) -> None:
@@ -701,7 +738,7 @@ async def test_a_new_fault_beside_the_same_models_is_told(
     await client.registry.refresh()
     await client.registry.refresh()
 
-    assert caplog.messages == ["an entry of the registry is refused: model 'bad': x: Extra inputs are not permitted"]
+    assert caplog.messages == ["an entry of the registry is refused: model 'bad': unknown key 'x'"]
 
 
 # Resolving
@@ -720,5 +757,5 @@ async def test_an_unknown_name_is_refused_with_the_known_ones_when_they_are_few(
 async def test_a_static_entry_that_is_refused_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     Registry(Fleet(make_balancer), parse_catalogue({"models": [{"name": "m", "x": 1}]}))
 
-    message = "an entry of the static catalogue is refused: model 'm': x: Extra inputs are not permitted"
+    message = "an entry of the static catalogue is refused: model 'm': unknown key 'x'"
     assert caplog.messages == [message]
