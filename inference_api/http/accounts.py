@@ -46,23 +46,21 @@ class Accounts:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Not every server has one.
+        scope.setdefault("state", {})
         cycle = cycle_of(send)
         head = self._head(scope["headers"], cycle)
         account = scope[ACCOUNT] = Account(head.request_id or self._mint_id(), self._clock, scope)
         account.head = head
         try:
             await self.app(scope, receive, send)
-        except RouterError as error:
-            await reject(error, account, send)
         except ClientGone:
             account.outcome = Outcome.CLIENT_GONE if account.relay is None else account.relay.outcome
         except asyncio.CancelledError:
             await _shut_down(account, send)
             raise
-        except Exception:
-            logger.exception("a request failed", extra={"fields": {"request_id": account.request_id}})
-            if account.relay is None or not account.relay.started:
-                await reject(InternalError(), account, send)
+        except Exception as exc:
+            await _failed(exc, account, send)
         finally:
             if cycle is not None and cycle.rejection is not None:
                 _rejected_by_server(cycle, account)
@@ -100,13 +98,25 @@ async def reject(error: RouterError, account: Account, send: Send) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
+async def _failed(exc: Exception, account: Account, send: Send) -> None:
+    """What an answer has begun with cannot be taken back: the rest is left out, and the server cuts the connection."""
+    error = exc if isinstance(exc, RouterError) else InternalError()
+    if error is not exc or account.started:
+        logger.error("a request failed", exc_info=exc, extra={"fields": {"request_id": account.request_id}})
+    if account.started:
+        account.outcome = Outcome.INTERNAL_ERROR
+    else:
+        await reject(error, account, send)
+
+
 async def _shut_down(account: Account, send: Send) -> None:
     """The router stops, and this request has had all the time there is."""
-    relay = account.relay
-    if relay is None or not relay.started:
+    if not account.started:
         await reject(ShuttingDown(), account, send)
+    elif account.relay is None:
+        account.outcome = Outcome.DRAIN_TIMEOUT
     else:
-        account.outcome = await relay.interrupt(send)
+        account.outcome = await account.relay.interrupt(send)
 
 
 def _rejected_by_server(cycle: Cycle, account: Account) -> None:

@@ -5,15 +5,14 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, Protocol
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_api import __version__
-from inference_api.errors import InternalError, MethodNotAllowed, RouterError, UnknownURL, render
+from inference_api.errors import MethodNotAllowed, RouterError, UnknownURL
 from inference_api.http import wire
 from inference_api.http.accounts import ACCOUNT
 from inference_api.http.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
@@ -162,15 +161,19 @@ class Page(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-class _Noted:
-    """Wraps the pages: a request id on every answer, and status and size in the Account."""
+class _Pages:
+    """The pages as one app: a request id on every answer, and status and size in the Account.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Errors are raised, as those of the pipelines are; `http.accounts` answers them.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._paths = [route.path for route in router.routes if isinstance(route, Route)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._router(scope, receive, send)
             return
         account: Account = scope[ACCOUNT]
         account.silent = scope["path"] in _PROBES
@@ -186,42 +189,24 @@ class _Noted:
                 account.size += len(message.get("body", b""))
             await send(message)
 
-        await self._app(scope, receive, noted_send)
+        # With an `app` in the scope Starlette raises what it refuses; without one it answers in plain text.
+        scope["app"] = self
+        try:
+            await self._router(scope, receive, noted_send)
+        except HTTPException as exc:
+            raise self._refusal(exc, scope["method"], scope["path"]) from None
+
+    def _refusal(self, exc: HTTPException, method: str, path: str) -> RouterError:
+        if exc.status_code == 405:
+            # Starlette joins a set, in an order that changes from process to process.
+            allow = ", ".join(sorted((exc.headers or {}).get("Allow", "GET").split(", ")))
+            return MethodNotAllowed(method, path, allow)
+        return UnknownURL(method, path, meant(path, self._paths))
 
 
 def create_pages(
     routes: list[Route],
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
 ) -> ASGIApp:
-    """The app of these routes; every error of it is in the OpenAI envelope."""
-    handlers: dict[Any, Any] = {HTTPException: _http_error, RouterError: _router_error, Exception: _unexpected}
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-    app.router.redirect_slashes = False
-    return _Noted(app)
-
-
-async def _http_error(request: Request, exc: HTTPException) -> Response:
-    if exc.status_code == 405:
-        # Starlette joins a set, in an order that changes from process to process.
-        allow = ", ".join(sorted((exc.headers or {}).get("Allow", "GET").split(", ")))
-        return _error(request, MethodNotAllowed(request.method, request.scope["path"], allow))
-    path = request.scope["path"]
-    known = (route.path for route in request.app.routes if isinstance(route, Route))
-    return _error(request, UnknownURL(request.method, path, meant(path, known)))
-
-
-async def _router_error(request: Request, exc: RouterError) -> Response:
-    return _error(request, exc)
-
-
-async def _unexpected(request: Request, exc: Exception) -> Response:
-    return _error(request, InternalError())
-
-
-def _error(request: Request, error: RouterError) -> Response:
-    account: Account = request.scope[ACCOUNT]
-    account.explain(error)
-    status, headers, body = render(error, account.request_id)
-    response = Response(body, status)
-    response.raw_headers = headers
-    return response
+    """The app of these routes."""
+    return _Pages(Router(routes, redirect_slashes=False, lifespan=lifespan))

@@ -104,14 +104,15 @@ class Account:
         self.model = model
         self._accepted = self.clock()
 
+    @property
+    def started(self) -> bool:
+        """Whether the client has got the beginning of an answer."""
+        return self.status > 0 if self.relay is None else self.relay.started
+
     def rejected(self, error: RouterError, status: int, size: int) -> None:
         """The router itself answers, with an error of `size` bytes."""
-        self.explain(error)
         self.outcome, self.status, self.size = error.outcome, status, size
         self.relay = None
-
-    def explain(self, error: RouterError) -> None:
-        """Why the router answers as it does; the answer is still to be seen."""
         self.code = error.code
         if error.logged:
             self.extra = {**self.extra, **error.logged}

@@ -1,8 +1,9 @@
 """The routes that the router answers itself: the model list, the probes, the metrics."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from inference_api import __version__
 from inference_api.app import build
+from inference_api.feature import Feature
+from inference_api.http.accounts import Accounts
+from inference_api.http.head import RequestHeaders
 from inference_api.http.pages import Probes, create_pages
 from inference_api.observe.scrape import Exposition
 from inference_api.routing.backend import Fleet
@@ -214,7 +219,8 @@ async def test_a_loop_that_does_not_come_by_is_not_ready_and_then_not_healthy(
     )
     probes.state = "ready"
 
-    transport = httpx.ASGITransport(create_pages(probes.routes()))
+    app = Accounts(create_pages(probes.routes()), (), RequestHeaders(), lambda: "minted")
+    transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://ops") as client:
         told = [await client.get(path) for path in ("/readyz", "/healthz")]
 
@@ -251,7 +257,7 @@ async def test_a_router_that_hangs_says_so_on_the_port_of_the_probes(
             asked = pool.submit(later)
             # Nothing else happens on this loop, which is the router's: it hangs.
             during = asked.result(10)
-        await until(lambda: (served.router._lag.silence() or 0.0) < 0.5)
+        await until(lambda: (served.router.core.lag.silence() or 0.0) < 0.5)
         after = await asyncio.to_thread(ask)
 
     assert [codes for codes, _ in (before, during, after)] == [[200, 200], [503, 503], [200, 200]]
@@ -353,13 +359,36 @@ async def test_the_metrics_leave_the_main_port_when_they_have_their_own(start_ro
     assert on_ops == [200, 200, 200, 200, 200, 200, 404]
 
 
-async def test_a_page_that_fails_says_nothing_of_why() -> None:
-    async def boom(request: Request) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_page_that_fails_says_nothing_of_why(
+    begun: bool, start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"first"
         raise RuntimeError("SECRET")
 
-    transport = httpx.ASGITransport(create_pages([Route("/boom", boom)]), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
-        answer = await client.get("/boom")
+    async def boom(request: Request) -> StreamingResponse:
+        if begun:
+            return StreamingResponse(pieces())
+        raise RuntimeError("SECRET")
 
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
-    assert "SECRET" not in answer.text
+    served = await start_router(features=[Feature("boom", pages=(Route("/boom", boom),))])
+    async with raw_client(served.port) as client:
+        await client.send(b"GET /boom HTTP/1.1\r\nhost: x\r\nx-request-id: abc\r\nconnection: close\r\n\r\n")
+        told = await client.reader.read(-1)
+    await until(lambda: served.lines)
+
+    assert told.count(b"HTTP/1.1") == told.count(b"x-request-id: abc\r\n") == 1
+    assert b"SECRET" not in told
+    [line] = served.lines
+    [failure] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert (line["request_id"], line["outcome"]) == ("abc", "internal_error")
+    assert "SECRET" in caplog.text
+    assert failure.fields == {"request_id": "abc"}  # type: ignore[attr-defined]
+    if begun:
+        assert told.endswith(b"5\r\nfirst\r\n")
+    else:
+        body = orjson.loads(told.partition(b"\r\n\r\n")[2])
+        assert (line["status"], line["code"], body["request_id"]) == (500, "internal_error", "abc")
+        assert body["error"]["code"] == "internal_error"
+    assert await served.metric("inference_api_requests_total", route="other") == 1

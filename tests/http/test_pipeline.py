@@ -11,18 +11,11 @@ import httpx
 import openai
 import orjson
 import pytest
-from inference_api.observe.accounts import Accounts
 
-from inference_api.http.admission import Admission
-from inference_api.http.head import RequestHeaders
-from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
-from inference_api.models import Call, Reply
-from inference_api.observe.log import Fields
-from inference_api.observe.metrics import Metrics
-from inference_api.routing.backend import Fleet, Model
-from inference_api.routing.balance import make_balancer
-from inference_api.routing.catalogue import parse_catalogue
-from inference_api.routing.registry import Registry
+from inference_api.feature import Feature
+from inference_api.http.routes import INFERENCE_ROUTES
+from inference_api.models import Call, Reply, Send
+from inference_api.routing.backend import Model
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,
@@ -451,41 +444,34 @@ async def test_engines_never_see_an_id_twice(served: Served, engine: FakeEngine)
 # Failures of the router itself
 
 
-class Boom:
-    """A Send that raises once it has been awaited."""
+def boom(send: Send) -> Send:
+    """A `send` layer that raises once it has been awaited."""
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    async def __call__(self, call: Call, model: Model) -> Reply:
+    async def raising(call: Call, model: Model) -> Reply:
         await asyncio.sleep(0)
-        raise self.error
+        raise RuntimeError("a bug")
+
+    return raising
 
 
-def inference(send: Any, lines: list[Fields]) -> tuple[Inference, Admission]:
-    fleet = Fleet(make_balancer)
-    registry = Registry(fleet, parse_catalogue({"models": [{"name": "m"}]}))
-    metrics = Metrics(lambda: fleet.models)
-    load = Admission()
-    gate = Gate(Accounts(metrics, lines.append), registry.resolve, send, RequestHeaders(), lambda: "minted")
-    return Inference(INFERENCE_ROUTES[0], gate, load), load
+async def test_a_layer_that_raises_is_a_500_that_says_nothing(
+    start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = await start_router(features=[Feature("boom", send=boom)])
 
-
-async def test_a_layer_that_raises_is_a_500_that_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    lines: list[Fields] = []
-    app, load = inference(Boom(RuntimeError("a bug")), lines)
-
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
-        answer = await client.post(URL, json={**CHAT, "x": "PROMPT"}, headers={"authorization": "Bearer KEY"})
+    headers = {"authorization": "Bearer KEY", "x-request-id": "given"}
+    answer = await served.client.post(URL, json={**CHAT, "x": "PROMPT"}, headers=headers)
 
     body = answer.json()
-    assert (answer.status_code, body["error"]["code"], body["request_id"]) == (500, "internal_error", "minted")
+    assert (answer.status_code, body["error"]["code"], body["request_id"]) == (500, "internal_error", "given")
     assert "a bug" not in answer.text
-    assert (lines[0]["outcome"], lines[0]["status"], load.in_flight) == ("internal_error", 500, 0)
-    record = next(record for record in caplog.records if record.levelno == logging.ERROR)
-    assert record.fields == {"request_id": "minted"}  # type: ignore[attr-defined]
+    [line] = served.lines
+    assert (line["outcome"], line["status"]) == ("internal_error", 500)
+    [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.fields == {"request_id": "given"}  # type: ignore[attr-defined]
     assert "a bug" in caplog.text
     assert not re.search("PROMPT|KEY|hello", caplog.text)
+    assert idle(served)
 
 
 async def test_an_exception_in_mid_answer_cuts_the_connection(

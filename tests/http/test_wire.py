@@ -1,6 +1,7 @@
 """What the router reads of a request, and what it says to a request that it cannot read."""
 
 from collections.abc import Generator
+from time import perf_counter
 from typing import Any
 
 import orjson
@@ -24,6 +25,7 @@ from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.http.wire import model_card, model_list, read_body
 from inference_api.models import Asked, Call, RawHeaders, Route
+from inference_api.observe.account import Account
 from inference_api.routing.backend import Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.entries import CatalogueEntry
@@ -109,7 +111,10 @@ def call_of(route: Route, head: RequestHead, body: bytes, entry: dict[str, Any])
     asked = wire.read(route, head, body)
     if not isinstance(asked, tuple):
         asked = end_of(asked)
-    return wire.make_call(route, head, body, b"", "abc", asked, model(**entry))
+    scope = {"path": route.path, "query_string": b"", "state": {}}
+    account = Account("abc", perf_counter, scope)
+    account.head = head
+    return wire.make_call(route, account, body, scope, asked, model(**entry))
 
 
 def end_of(work: Generator[None, None, Asked]) -> Asked:

@@ -7,12 +7,15 @@ from typing import Any
 
 import httpx
 import pytest
-from inference_api.observe.accounts import Account, Accounts
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from inference_api.models import Outcome, Reply
+from inference_api.errors import ModelNotFound
+from inference_api.http.routes import INFERENCE_ROUTES
+from inference_api.models import Call, Outcome, Reply
+from inference_api.observe.account import Account
 from inference_api.observe.exposition import write
 from inference_api.observe.families import Families
+from inference_api.observe.lines import access_log
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.routing.backend import Fleet, Model
@@ -39,6 +42,7 @@ from tests.fakes import (
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
+CHAT_ROUTE = INFERENCE_ROUTES[0]
 
 # What design and README promise; `time`, `level` and `event` are added by the log.
 FIELDS = [
@@ -60,7 +64,7 @@ FIELDS = [
 
 
 class Bench:
-    """An Accounts with a clock that is set by hand, and what it wrote."""
+    """Accounts with a clock that is set by hand, and what the sinks made of their Records."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -69,18 +73,27 @@ class Bench:
         fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [{"url": "http://a:8000"}]}]}))
         self.model: Model = fleet.models["m"]
         self.metrics = Metrics(lambda: fleet.models)
-        self.observer = Accounts(self.metrics, self.lines.append, clock=lambda: self.now)
 
     def begin(self, *, stream: bool = False) -> Account:
-        seen = self.observer.begin("chat_completions")
-        seen.request_id = "id-1"
-        seen.stream = stream
-        return seen
+        account = Account("id-1", lambda: self.now, {"path": CHAT_ROUTE.path})
+        account.route, account.stream = CHAT_ROUTE.label, stream
+        return account
 
-    def answered(self, seen: Account, status: int = 200, attempts: int = 1) -> None:
-        ended = lambda backend, outcome: None  # noqa: E731
-        seen.answered(Reply(status, [], httpx.ByteStream(b""), self.model.backends[0], ended, attempts))
-        seen.start(status, [])
+    def accept(self, account: Account, attempts: int = 1) -> None:
+        tried = [self.model.backends[0]] * attempts
+        account.asked = account.model_name = "m"
+        account.accepted(Call(CHAT_ROUTE, "m", account.stream, b"", [], "id-1", tried), self.model)
+
+    def answer(self, account: Account, relay: Any) -> None:
+        account.reply = Reply(relay.status, [], httpx.ByteStream(b""), self.model.backends[0])
+        account.relay = relay
+
+    def end(self, account: Account, outcome: Outcome = Outcome.OK) -> Fields:
+        account.outcome = outcome
+        record = account.end()
+        self.metrics.record(record)
+        access_log(self.lines.append)(record)
+        return self.lines[-1]
 
     def value(self, name: str) -> float:
         page = "".join(write(Families(self.metrics, lambda: RegistryStatus("static", 1, 0.0, {}))()))
@@ -93,9 +106,9 @@ def bench() -> Bench:
     return Bench()
 
 
-def relay(usage: dict[str, Any] | None = None, events: int = 0, size: int = 0, first_at: float = 0.0) -> Any:
+def relay(usage: Any = None, events: int = 0, size: int = 0, first_at: float = 0.0, status: int = 200) -> Any:
     """What a Relay knows at the end of an answer."""
-    facts = {"started": True, "status": 200, "size": size, "first_at": first_at}
+    facts = {"started": True, "status": status, "size": size, "first_at": first_at}
     return SimpleNamespace(usage=lambda: usage, streamed_events=events, **facts)
 
 
@@ -103,36 +116,33 @@ def relay(usage: dict[str, Any] | None = None, events: int = 0, size: int = 0, f
 
 
 def test_the_times_of_a_stream_are_measured_from_the_request_head(bench: Bench) -> None:
-    seen = bench.begin(stream=True)
+    account = bench.begin(stream=True)
     bench.now += 0.001
-    seen.resolved(bench.model)
-    bench.now += 0.099
-    bench.answered(seen, attempts=2)
-    bench.now += 0.4
+    bench.accept(account, attempts=2)
+    bench.now += 0.499
     first_at = bench.now
     bench.now += 2.0
-    seen.finished(relay(USAGE, events=7, size=8, first_at=first_at))
-    seen.end(Outcome.OK)
+    bench.answer(account, relay(USAGE, events=7, size=8, first_at=first_at))
 
-    assert bench.lines == [
-        {
-            "request_id": "id-1",
-            "route": "chat_completions",
-            "model": "m",
-            "backend": "a:8000",
-            "client": None,
-            "status": 200,
-            "outcome": "ok",
-            "attempts": 2,
-            "stream": True,
-            "latency_ms": 2500.0,
-            "ttft_ms": 500.0,
-            "prompt_tokens": 3,
-            "completion_tokens": 5,
-            "bytes": 8,
-        }
-    ]
-    assert list(bench.lines[0]) == FIELDS
+    line = bench.end(account)
+
+    assert line == {
+        "request_id": "id-1",
+        "route": "chat_completions",
+        "model": "m",
+        "backend": "a:8000",
+        "client": None,
+        "status": 200,
+        "outcome": "ok",
+        "attempts": 2,
+        "stream": True,
+        "latency_ms": 2500.0,
+        "ttft_ms": 500.0,
+        "prompt_tokens": 3,
+        "completion_tokens": 5,
+        "bytes": 8,
+    }
+    assert list(line) == FIELDS
     assert bench.value("overhead_seconds_sum") == pytest.approx(0.001)
     assert bench.value("time_to_first_token_seconds_sum") == pytest.approx(0.5)
     # Four tokens came after the first, in two seconds.
@@ -141,112 +151,78 @@ def test_the_times_of_a_stream_are_measured_from_the_request_head(bench: Bench) 
 
 
 def test_the_time_of_an_upload_is_not_the_routers(bench: Bench) -> None:
-    seen = bench.begin()
+    account = bench.begin()
     bench.now += 7
-    seen.received()
+    account.received()
     bench.now += 0.002
-    seen.resolved(bench.model)
-    bench.answered(seen)
-    seen.end(Outcome.OK)
+    bench.accept(account)
+
+    line = bench.end(account)
 
     assert bench.value("overhead_seconds_sum") == pytest.approx(0.002)
     # The client waited for all of it.
-    assert bench.lines[0]["latency_ms"] == pytest.approx(7002, abs=0.1)
+    assert line["latency_ms"] == pytest.approx(7002, abs=0.1)
 
 
-async def test_a_body_that_comes_slowly_is_no_overhead(start_engine: Start, start_router: Start) -> None:
-    served = await start_router(await start_engine())
-    request = post("/v1/chat/completions", CHAT)
-
-    async with raw_client(served.port) as client:
-        await client.send(request[:-5])
-        await asyncio.sleep(0.6)
-        await client.send(request[-5:])
-        await client.reader.readuntil(b"\r\n\r\n")
-    await until(lambda: served.lines)
-
-    assert served.lines[0]["latency_ms"] >= 500
-    assert 0 < await served.metric("inference_api_overhead_seconds_sum") < 0.5
-
-
-def test_a_json_answer_has_no_time_to_first_token(bench: Bench) -> None:
-    seen = bench.begin()
-    seen.resolved(bench.model)
-    bench.answered(seen)
-    bench.now += 1.23456
-    seen.finished(relay(USAGE, size=2, first_at=bench.now))
-    seen.end(Outcome.OK)
-
-    [line] = bench.lines
-    assert (line["latency_ms"], line["ttft_ms"], line["stream"]) == (1234.56, None, False)
-    assert bench.value("time_to_first_token_seconds_count") == bench.value("time_per_output_token_seconds_count") == 0
-
-
-def test_one_token_has_no_time_between_tokens(bench: Bench) -> None:
-    seen = bench.begin(stream=True)
-    seen.resolved(bench.model)
-    bench.answered(seen)
+@pytest.mark.parametrize(
+    ("stream", "facts", "first", "between"),
+    [
+        (True, {"usage": USAGE}, 1, 1),
+        (False, {"usage": USAGE}, 0, 0),
+        # One token has no time between tokens.
+        (True, {"usage": {"prompt_tokens": 3, "completion_tokens": 1}}, 1, 0),
+        (True, {"status": 500}, 0, 0),
+        (True, {"events": 9}, 1, 0),
+    ],
+    ids=["stream", "json", "one token", "failed", "no usage"],
+)
+def test_only_streams_that_succeed_tell_how_fast_tokens_come(
+    stream: bool, facts: dict[str, Any], first: int, between: int, bench: Bench
+) -> None:
+    account = bench.begin(stream=stream)
+    bench.accept(account)
+    bench.now += 1.0
     first_at = bench.now
-    bench.now += 1
-    seen.finished(relay({"prompt_tokens": 3, "completion_tokens": 1}, size=1, first_at=first_at))
-    seen.end(Outcome.OK)
+    bench.now += 0.23456
+    bench.answer(account, relay(size=2, first_at=first_at, **facts))
 
-    assert bench.value("time_per_output_token_seconds_count") == 0
-    assert bench.value("tokens_total") == 4
+    line = bench.end(account)
 
-
-def test_a_failed_answer_is_no_measure_of_the_first_token(bench: Bench) -> None:
-    seen = bench.begin(stream=True)
-    seen.resolved(bench.model)
-    bench.answered(seen, status=500)
-    seen.chunk(b"{}")
-    seen.end(Outcome.UPSTREAM_5XX)
-
-    assert bench.value("time_to_first_token_seconds_count") == 0
-    assert bench.lines[0]["status"] == 500
+    assert (line["latency_ms"], line["ttft_ms"]) == (1234.56, 1000.0 if stream else None)
+    assert bench.value("time_to_first_token_seconds_count") == first
+    assert bench.value("time_per_output_token_seconds_count") == between
 
 
-def test_a_request_that_was_never_resolved_is_nobodys(bench: Bench) -> None:
-    seen = bench.begin()
-    seen.status, seen.code = 404, "model_not_found"
-    seen.end(Outcome.REFUSED)
+def test_a_request_without_a_model_is_nobodys(bench: Bench) -> None:
+    account = bench.begin()
+    account.asked = "nope"
+    account.rejected(ModelNotFound("nope", ["m"]), 404, 7)
 
-    [line] = bench.lines
-    assert (line["model"], line["backend"], line["attempts"]) == ("unknown", None, 0)
+    line = bench.end(account, account.outcome)
+
+    assert (line["model"], line["asked_model"], line["backend"], line["attempts"]) == ("unknown", "nope", None, 0)
     assert (line["status"], line["outcome"], line["code"]) == (404, "refused", "model_not_found")
-    assert bench.model.in_flight == 0
+    assert bench.value("rejected_requests_total") == 1
+    assert bench.value("overhead_seconds_count") == 0
 
 
 def test_a_client_that_left_has_499_whatever_was_sent(bench: Bench) -> None:
     before_head, after_head = bench.begin(), bench.begin(stream=True)
-    before_head.end(Outcome.CLIENT_GONE)
-    after_head.resolved(bench.model)
-    bench.answered(after_head)
-    after_head.end(Outcome.CLIENT_GONE)
+    bench.accept(after_head)
+    bench.answer(after_head, relay())
 
-    assert [(line["status"], line["outcome"]) for line in bench.lines] == [(499, "client_gone")] * 2
+    lines = [bench.end(account, Outcome.CLIENT_GONE) for account in (before_head, after_head)]
 
-
-def test_a_model_has_a_request_in_flight_from_resolve_to_end(bench: Bench) -> None:
-    one, two = bench.begin(), bench.begin()
-    one.resolved(bench.model)
-    two.resolved(bench.model)
-    assert bench.model.in_flight == 2
-
-    one.end(Outcome.OK)
-    two.finished(None)
-    two.end(Outcome.CLIENT_GONE)
-    assert bench.model.in_flight == 0
+    assert [(line["status"], line["outcome"]) for line in lines] == [(499, "client_gone")] * 2
 
 
 def test_events_stand_in_for_usage_and_say_so(bench: Bench) -> None:
-    seen = bench.begin(stream=True)
-    seen.resolved(bench.model)
-    bench.answered(seen)
-    seen.finished(relay(events=9, size=1, first_at=bench.now))
-    seen.end(Outcome.OK)
+    account = bench.begin(stream=True)
+    bench.accept(account)
+    bench.answer(account, relay(events=9, size=1, first_at=bench.now))
 
-    [line] = bench.lines
+    line = bench.end(account)
+
     assert (line["prompt_tokens"], line["completion_tokens"], line["events"]) == (None, None, 9)
     assert bench.value("tokens_total") == 9
 
@@ -266,25 +242,31 @@ def test_events_stand_in_for_usage_and_say_so(bench: Bench) -> None:
 def test_tokens_are_those_of_usage(
     bench: Bench, usage: dict[str, Any], prompt: int | None, completion: int | None
 ) -> None:
-    seen = bench.begin()
-    seen.resolved(bench.model)
-    seen.finished(relay(usage))
-    seen.end(Outcome.OK)
+    account = bench.begin()
+    bench.accept(account)
+    bench.answer(account, relay(usage))
 
-    [line] = bench.lines
+    line = bench.end(account)
+
     assert (line["prompt_tokens"], line["completion_tokens"]) == (prompt, completion)
 
 
-def test_without_an_access_log_the_numbers_are_kept(bench: Bench) -> None:
-    seen = Accounts(bench.metrics, None).begin("models")
-    seen.status = 200
-    seen.end(Outcome.OK)
-
-    assert bench.value("requests_total") == 1
-    assert bench.value("request_duration_seconds_sum") >= 0
-
-
 # With requests
+
+
+async def test_a_body_that_comes_slowly_is_no_overhead(start_engine: Start, start_router: Start) -> None:
+    served = await start_router(await start_engine())
+    request = post("/v1/chat/completions", CHAT)
+
+    async with raw_client(served.port) as client:
+        await client.send(request[:-5])
+        await asyncio.sleep(0.6)
+        await client.send(request[-5:])
+        await client.reader.readuntil(b"\r\n\r\n")
+    await until(lambda: served.lines)
+
+    assert served.lines[0]["latency_ms"] >= 500
+    assert 0 < await served.metric("inference_api_overhead_seconds_sum") < 0.5
 
 
 async def test_the_access_line_of_a_request_has_every_field(start_engine: Start, start_router: Start) -> None:

@@ -11,31 +11,20 @@ from zlib import crc32
 import httpx
 import orjson
 import pytest
-from inference_api.observe.accounts import Accounts
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
-from inference_api.http.admission import Admission
-from inference_api.http.head import RequestHeaders
-from inference_api.http.pipeline import INFERENCE_ROUTES, Gate, Inference
+from inference_api.feature import Feature
+from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Call, Outcome, RawHeaders, Reply
-from inference_api.observe.metrics import Metrics
 from inference_api.relay.events import EventTracker
 from inference_api.relay.pump import Pump
 from inference_api.relay.relay import Relay
 from inference_api.relay.typed_events import follow
-from inference_api.routing.backend import Backend, Fleet
-from inference_api.routing.balance import make_balancer
-from inference_api.routing.entries import BackendEntry, CatalogueEntry
-from inference_api.upstream.attempt import SendToBackend
+from inference_api.routing.backend import Backend
 from inference_api.upstream.failures import IdleTimeout, Malformed, TotalTimeout
-from inference_api.upstream.forward import Forward
-from inference_api.upstream.limits import Limits
-from inference_api.upstream.prepare import Prepare
 from inference_api.upstream.response import ResponseStream
-from inference_api.upstream.retry import RetryPolicy
 from inference_api.upstream.transport import Transport
 from tests.fakes import (
-    CHAT,
     COMPLETION,
     DONE,
     LAST_CHUNK,
@@ -181,7 +170,7 @@ def pushing(start_engine: Start, transport: Transport) -> Desk:
 
 
 def relay_of(reply: Reply, label: str = "chat_completions", **more: Any) -> Relay:
-    return Relay(reply, Call(ROUTES[label], "m", False, b"", [], "rid", []), **{"taps": (), **more})
+    return Relay(reply, Call(ROUTES[label], "m", False, b"", [], "rid", []), **more)
 
 
 async def test_a_stream_passes_unchanged(desk: Desk) -> None:
@@ -709,9 +698,11 @@ class Witness:
 async def test_taps_see_what_the_client_gets(kind: bytes, parts: tuple[bytes, ...], desk: Desk) -> None:
     taps, client = (Witness(), Witness()), Client()
 
-    await relay_of(await desk(kind, *parts), taps=taps)(client)
+    reply = await desk(kind, *parts)
+    reply.taps = taps
+    outcome = await relay_of(reply)(client)
 
-    assert taps[0].seen[0] == (200, kind)
+    assert (taps[0].seen[0], taps[0].seen[-1]) == ((200, kind), outcome)
     assert b"".join(data for data in taps[0].seen if isinstance(data, bytes)) == client.body
     assert taps[1].seen == taps[0].seen
 
@@ -763,40 +754,26 @@ async def test_the_first_token_is_no_ping_and_no_event_without_one(label: str, f
     assert (pump.first_at, tracker.tokens) == (7.0, 3)
 
 
-@pytest.mark.parametrize("script", [raw(json_response(COMPLETION)), raw(SSE_HEAD + chunk(DONE) + LAST_CHUNK)])
-async def test_an_added_tap_is_told_of_the_end(script: Any, start_engine: Start, transport: Transport) -> None:
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        (raw(json_response(COMPLETION)), Outcome.OK),
+        (raw(SSE_HEAD + chunk(DONE) + LAST_CHUNK), Outcome.OK),
+        # After the tap was made, and before it saw a byte.
+        (raw(json_response(COMPLETION)[:-5], close=True), Outcome.RESET),
+    ],
+)
+async def test_a_tap_is_told_of_the_end_once(
+    script: Any, outcome: Outcome, start_engine: Start, start_router: Start
+) -> None:
     witness = Witness()
-    inference = _inference((await start_engine(script)).url, transport, witness)
+    feature = Feature("witness", tap=lambda call, reply: witness)
+    served = await start_router(await start_engine(script), features=[feature])
 
-    client = await _serve(inference, orjson.dumps(CHAT))
+    await served.chat()
 
-    assert client.messages
-    assert isinstance(witness.seen[-1], Outcome)
-    assert sum(isinstance(item, Outcome) for item in witness.seen) == 1
-
-
-def _inference(url: str, transport: Transport, tap: Witness) -> Inference:
-    fleet = Fleet(make_balancer)
-    fleet.update({"m": CatalogueEntry(name="m", backends=(BackendEntry(url=url),))})
-    observer = Accounts(Metrics(lambda: fleet.models), None)
-    forward = Forward(SendToBackend(transport), Prepare(Limits(), {}), RetryPolicy(Limits()))
-    gate = Gate(observer, lambda name: fleet.by_name[name], forward, RequestHeaders(), lambda: "minted", lambda: (tap,))
-    return Inference(ROUTES["chat_completions"], gate, Admission())
-
-
-async def _serve(inference: Inference, body: bytes) -> Client:
-    client = Client()
-    asked: list[None] = []
-
-    async def receive() -> Any:
-        if asked:
-            await asyncio.get_running_loop().create_future()
-        asked.append(None)
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    scope = {"headers": [(b"content-type", JSON), (b"content-length", b"%d" % len(body))], "query_string": b""}
-    await inference(scope, receive, client)
-    return client
+    assert [item for item in witness.seen if isinstance(item, Outcome)] == [outcome]
+    assert witness.seen[-1] is outcome
 
 
 # The same through a router with real sockets
