@@ -17,6 +17,7 @@ from inference_api.http.backends import Backends
 from inference_api.http.dispatch import Dispatch
 from inference_api.http.head import RequestHeaders
 from inference_api.http.identify import Identify
+from inference_api.http.openapi import Document
 from inference_api.http.pages import Models, Probes, create_pages
 from inference_api.http.pipeline import Pipeline, Resolve, Stages
 from inference_api.http.routes import INFERENCE_ROUTES
@@ -59,6 +60,7 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
         *Models(core.fleet, resolve).routes(),
         *(page for feature in enabled for page in feature.pages),
         *(ops_pages if settings.ops_port is None else probes.routes()),
+        *Document(INFERENCE_ROUTES, ops=settings.ops_port is None).routes(),
     ]
     tasks = _tasks(core, enabled, probes)
     app: ASGIApp = Dispatch(pipelines, create_pages(pages, lambda app: core.running(tasks, probes.drain)))

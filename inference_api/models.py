@@ -69,6 +69,10 @@ class Reader(Protocol):
 
     def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]: ...
 
+    def schema(self) -> dict[str, Any]:
+        """Of the body, as JSON Schema: the fields that are read."""
+        ...
+
 
 class Route(NamedTuple):
     """One inference route of the HTTP surface; the path is the same for the client and for the backend."""

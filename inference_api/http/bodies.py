@@ -63,6 +63,23 @@ class Embedding(Named, total=False):
     messages: list[Any] | None
 
 
+class Pooling(Embedding, total=False):
+    # Of whatever shape the model's plugin takes
+    data: Any
+
+
+class Moderation(Named):
+    input: Required[_Text]
+
+
+class Speech(Named):
+    input: Required[str]
+
+
+class Image(Named):
+    prompt: Required[str]
+
+
 class Tokenize(Named, total=False):
     prompt: str | None
     messages: list[Any] | None
@@ -90,6 +107,7 @@ class JSONReader:
         self.bulky = frozenset(shape.__annotations__.keys() - Named.__annotations__.keys() - set(kept))
         self._names = frozenset(shape.__annotations__)
         self._one_of = one_of
+        self._shape = shape
         self._validate = TypeAdapter(shape).validator.validate_json
 
     def at_once(self, body: bytes) -> Asked | None:
@@ -120,6 +138,15 @@ class JSONReader:
         if self._one_of:
             self._check_one_of(fields)
         return fields, _Members(scan.members), scan.members["model"].string_span()
+
+    def schema(self) -> dict[str, Any]:
+        schema = TypeAdapter(self._shape).json_schema()
+        schema = {name: schema[name] for name in ("type", "properties", "required")}
+        if self._one_of:
+            schema["anyOf"] = [{"required": [name]} for name in self._one_of]
+        # What is for those who run the engines is not for clients.
+        schema["properties"] = {name: it for name, it in schema["properties"].items() if name not in ENGINE_FIELDS}
+        return schema
 
     def _outline(self, scan: Scan) -> bytes:
         """A small document about which pydantic says the same as about the whole."""
@@ -152,6 +179,9 @@ class FormReader:
     def at_once(self, body: bytes) -> Asked | None:
         return None
 
+    def schema(self) -> dict[str, Any]:
+        return _FORM
+
     def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]:
         try:
             form = yield from form_fields(body, content_type, ("model", "stream", *ENGINE_FIELDS))
@@ -169,6 +199,16 @@ class FormReader:
         if _EXTRA in form:
             fields[_EXTRA] = _form_extra(form[_EXTRA])
         return fields, fields, model.span
+
+
+_FORM: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "model": {"type": "string", "minLength": 1, "maxLength": 256},
+        "stream": {"type": "boolean"},
+    },
+    "required": ["model"],
+}
 
 
 def take_engine_fields(fields: dict[str, Any]) -> str | None:

@@ -8,13 +8,15 @@ _COMPLETION = bodies.JSONReader(bodies.Completion, one_of=("prompt", "prompt_emb
 _EMBEDDING = bodies.JSONReader(bodies.Embedding, one_of=("input", "messages"))
 _RESPONSES = bodies.JSONReader(bodies.Responses)
 _RERANK = bodies.JSONReader(bodies.Rerank)
-_SCORE = bodies.JSONReader(bodies.Named)
+_ANY = bodies.JSONReader(bodies.Named)
+_SCORE = _ANY
 _TOKENIZE = bodies.JSONReader(bodies.Tokenize, one_of=("prompt", "messages"))
 _UPLOAD = bodies.FormReader()
 _RESPONSE_ENDS = (b"response.completed", b"response.incomplete", b"response.failed")
 
 INFERENCE_ROUTES = (
     Route("/v1/chat/completions", "chat_completions", _CHAT, end_marks=(b"[DONE]",)),
+    Route("/v1/chat/completions/batch", "chat_completions_batch", _CHAT),
     Route("/v1/completions", "completions", _COMPLETION, end_marks=(b"[DONE]",)),
     Route("/v1/embeddings", "embeddings", _EMBEDDING),
     # May store what it made: never sent twice.
@@ -27,6 +29,14 @@ INFERENCE_ROUTES = (
     Route("/score", "score", _SCORE),
     Route("/tokenize", "tokenize", _TOKENIZE),
     Route("/detokenize", "detokenize", bodies.JSONReader(bodies.Detokenize)),
+    Route("/v1/moderations", "moderations", bodies.JSONReader(bodies.Moderation)),
+    Route("/classify", "classify", _EMBEDDING),
+    Route("/pooling", "pooling", bodies.JSONReader(bodies.Pooling, one_of=("input", "messages", "data"))),
+    # SageMaker's one route for all, which vLLM takes for whichever the fields are those of.
+    Route("/invocations", "invocations", _ANY, end_marks=(b"[DONE]",)),
+    Route("/v1/audio/speech", "speech", bodies.JSONReader(bodies.Speech)),
+    Route("/v1/images/generations", "images_generations", bodies.JSONReader(bodies.Image)),
+    Route("/v1/images/edits", "images_edits", _UPLOAD, multipart=True),
     Route("/v1/audio/transcriptions", "transcriptions", _UPLOAD, multipart=True),
     Route("/v1/audio/translations", "translations", _UPLOAD, multipart=True),
 )
