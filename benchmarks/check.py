@@ -32,7 +32,7 @@ HEADROOM = 1.10
 # What ten thousand of something may cost a request over one of them.
 GROWTH = 1.05
 # Seconds; ten times what it takes.
-_PATIENCE = 300
+_TIMEOUT = 300
 _INSIDE = "BENCHMARKS_UNDER_VALGRIND"
 _NOTHING, _YARDSTICK = "nothing", "yardstick"
 _YARDSTICKS = 200
@@ -138,7 +138,7 @@ def under_valgrind(valgrind: str, module: str) -> tuple[dict[str, int], dict[str
         tool = ["-q", "--tool=cachegrind", "--cache-sim=no", f"--cachegrind-out-file={directory}/%p"]
         command = [valgrind, *tool, f"--log-file={directory}/log", sys.executable, "-m", module]
         environment = {**os.environ, _INSIDE: "1", "PYTHONHASHSEED": "0"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=_PATIENCE, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=_TIMEOUT, check=True)
         forks: dict[str, tuple[int, int]] = json.loads(done.stdout)
         counted = {name: _instructions(Path(directory, str(pid))) for name, (pid, _) in forks.items()}
     return counted, {name: units for name, (_, units) in forks.items()}

@@ -164,7 +164,7 @@ class Client:
             connection.send(self.request, time.monotonic_ns())
 
     def _send_due(self, start: float) -> None:
-        """Whatever fell due since the last look. A timer of ours that is late is not the router's delay."""
+        """Whatever fell due since the last poll. A timer of ours that is late is not the router's delay."""
         due = min(self.expected, int((time.monotonic() - start) * self.rate) + 1) - (self.expected - self.to_send)
         self.to_send -= due
         for _ in range(due):

@@ -126,7 +126,7 @@ class Simulation:
         heapq.heappush(self._events, (self.now + seconds, next(self._numbers), act))
 
     def _look(self) -> None:
-        self.health.look()
+        self.health.poll()
         self._after(1.0, self._look)
 
     def _ask(self) -> None:

@@ -22,7 +22,7 @@ from benchmarks.setup import Setup
 
 # Seconds, longer than a round: after its first event a stream is silent.
 _SILENCE = 3600.0
-_PATIENCE = 60
+_TIMEOUT = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ async def _ask(port: int, names: Sequence[str]) -> None:
     try:
         await client.connect(1)
         for name in names:
-            await client.run(wire.request(port, model=name), 1, _PATIENCE)
+            await client.run(wire.request(port, model=name), 1, _TIMEOUT)
     finally:
         client.close()
 

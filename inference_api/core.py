@@ -127,7 +127,7 @@ class Core:
             every,
             on_sleep=self.health.slept,
             sleep_only=True,
-            heard=last_read,
+            last_byte_at=last_read,
             rand=rand,
         )
         run = [self.reloader.run, self.registry.run, *(finder.run for finder in self._finders)]

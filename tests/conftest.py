@@ -98,6 +98,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             tokens: dict[str, str] | None = None,
             rand: random.Random | None = None,
             features: Sequence[Feature] = (),
+            linger: float = 2.0,
             **settings: Any,
         ) -> Served:
             backends = [{"url": engine.url} for engine in engines]
@@ -115,7 +116,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
                 rand=rand,
             )
             router = build(chosen, outside, features)
-            url = await stack.enter_async_context(serving(router, chosen))
+            url = await stack.enter_async_context(serving(router, chosen, linger))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
             return Served(router, url, client, lines)
 
@@ -123,10 +124,10 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
 
 
 @asynccontextmanager
-async def serving(router: Application, settings: Settings) -> AsyncIterator[str]:
+async def serving(router: Application, settings: Settings, linger: float = 2.0) -> AsyncIterator[str]:
     """Serve the router with the production server on a free port; the URL."""
     listener = listen("127.0.0.1", 0, "PORT")
-    server = Server(server_config(router.app, settings, getattr(router, "rejected", lambda *_: None)))
+    server = Server(server_config(router.app, settings, getattr(router, "rejected", lambda *_: None), linger))
     async with in_background(server.serve(sockets=[listener])) as task:
         await until(lambda: server.started or task.done())
         try:

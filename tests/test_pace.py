@@ -8,7 +8,7 @@ from inference_api.pace import back_off, spread
 
 
 def test_an_interval_is_spread_by_a_fifth_to_either_side() -> None:
-    assert [spread(10.0, share) for share in (0.0, 0.5, 1.0)] == [8.0, 10.0, 12.0]
+    assert [spread(10.0, share) for share in (0.0, 0.5, 1.0)] == pytest.approx([8.0, 10.0, 12.0])
 
 
 @pytest.mark.parametrize(("failures", "longest"), [(1, 0.025), (2, 0.05), (3, 0.1), (4, 0.2), (5, 0.25), (2000, 0.25)])

@@ -17,7 +17,7 @@ from inference_api.settings import Settings
 from inference_api.upstream.credentials import read_token
 
 _AT_ONCE = 16
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 
 
 class Result(NamedTuple):
@@ -38,7 +38,7 @@ def connect(settings: Settings, catalogue: Catalogue, environ: Mapping[str, str]
 
 async def _ask_all(settings: Settings, catalogue: Catalogue, environ: Mapping[str, str]) -> Sequence[Result]:
     slots = asyncio.Semaphore(_AT_ONCE)
-    async with httpx.AsyncClient(trust_env=False, timeout=_PATIENCE) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=_TIMEOUT) as client:
 
         async def ask(entry: CatalogueEntry, backend: BackendEntry) -> Result:
             async with slots:
@@ -55,16 +55,16 @@ async def _ask(
     backend: BackendEntry,
     environ: Mapping[str, str],
 ) -> Result:
-    timeout = httpx.Timeout(_PATIENCE, connect=entry.timeouts.connect or settings.connect_timeout)
+    timeout = httpx.Timeout(_TIMEOUT, connect=entry.timeouts.connect or settings.connect_timeout)
     place = place_of(backend.url)
     try:
-        async with asyncio.timeout(2 * _PATIENCE):
+        async with asyncio.timeout(2 * _TIMEOUT):
             headers = _headers(entry, environ)
             response = await client.get(f"{backend.url}/v1/models", headers=headers, timeout=timeout)
     except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
         return _failed(entry, place, Outcome.CONNECT_FAILED, cause_of(exc))
     except (httpx.TimeoutException, TimeoutError):
-        return _failed(entry, place, Outcome.FIRST_BYTE_TIMEOUT, f"no answer within {_PATIENCE:.0f} s")
+        return _failed(entry, place, Outcome.FIRST_BYTE_TIMEOUT, f"no answer within {_TIMEOUT:.0f} s")
     except httpx.ProtocolError as exc:
         if "disconnected" in str(exc):
             return _failed(entry, place, Outcome.RESET, "the backend closed the connection without an answer")

@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 
 
 class NotReachable(Exception):
@@ -16,7 +16,7 @@ def ask(url: str, path: str) -> Any:
     asked = url.rstrip("/").removesuffix("/v1") + path
     try:
         # Not by a proxy of the environment: it is often on this machine.
-        response = httpx.get(asked, timeout=_PATIENCE, trust_env=False)
+        response = httpx.get(asked, timeout=_TIMEOUT, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise NotReachable(f"{asked}: {exc or type(exc).__name__}") from None
     if response.status_code != 200:

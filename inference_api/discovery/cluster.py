@@ -17,15 +17,7 @@ from inference_api.discovery.slices import SERVICE_LABEL, is_label
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
-# Seconds: to connect, for the head of a watch, and for all of a list.
-_CONNECT, _HEAD, _LIST = 5.0, 10.0, 30.0
-# etcd takes objects of up to 1.5 MB, which JSON may blow up somewhat; a page has this many of at most 1,000 endpoints.
-_MAX_LINE = 8 * 1024 * 1024
-_MAX_PAGE = 32 * 1024 * 1024
 _PAGE = 50
-_MAX_SLICES = 20_000
-# More names make a selector that proxies may refuse; then all slices are listed, and the caller picks.
-_MAX_NAMES = 200
 _MAX_CREDENTIAL = 64 * 1024
 
 
@@ -41,6 +33,22 @@ class ApiError(Exception):
         self.reason = reason
 
 
+class ApiLimits(NamedTuple):
+    """Seconds to connect, for the head of a watch, and for all of a list; bytes of an event and of a page; slices.
+
+    etcd takes objects of up to 1.5 MB, which JSON may blow up somewhat; a page has 50 of at most 1,000 endpoints.
+    `names`: more of them make a selector that proxies may refuse; then all slices are listed, and the caller picks.
+    """
+
+    connect: float = 5.0
+    head: float = 10.0
+    list: float = 30.0
+    line: int = 8 * 1024 * 1024
+    page: int = 32 * 1024 * 1024
+    slices: int = 20_000
+    names: int = 200
+
+
 class Cluster(NamedTuple):
     """Where the API server is and how to talk to it. The token and the CA are files that others keep current."""
 
@@ -48,6 +56,7 @@ class Cluster(NamedTuple):
     namespace: str
     token: Path
     ca: Path
+    limits: ApiLimits = ApiLimits()
 
 
 class Event(NamedTuple):
@@ -82,12 +91,13 @@ class Api:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self._limits = cluster.limits
         try:
             tls = ssl.create_default_context(cafile=cluster.ca) if cluster.url.startswith("https") else False
         except (OSError, ssl.SSLError) as exc:
             raise ApiError("credentials", f"the certificate of its CA cannot be read ({type(exc).__name__})") from exc
         # No proxies or certificates from the environment, no redirects: the token goes nowhere else.
-        timeout = httpx.Timeout(None, connect=_CONNECT, write=_CONNECT)
+        timeout = httpx.Timeout(None, connect=self._limits.connect, write=self._limits.connect)
         self._client = httpx.AsyncClient(
             base_url=cluster.url, verify=tls, timeout=timeout, trust_env=False, follow_redirects=False
         )
@@ -105,19 +115,19 @@ class Api:
         found: list[Any] = []
         token = ""
         try:
-            async with asyncio.timeout(_LIST):
+            async with asyncio.timeout(self._limits.list):
                 while True:
                     more = {"continue": token} if token else {}
-                    page = await self._page(namespace, {**_selector(names), "limit": str(_PAGE), **more})
+                    page = await self._page(namespace, {**self._selector(names), "limit": str(_PAGE), **more})
                     # A thousand endpoints take some milliseconds to read: not on the event loop.
                     items, version, token = await asyncio.to_thread(_read_page, page)
                     found += items
                     if not token:
                         return found, version
-                    if len(found) > _MAX_SLICES:
-                        raise ApiError("garbage", f"it lists more than {_MAX_SLICES} slices")
+                    if len(found) > self._limits.slices:
+                        raise ApiError("garbage", f"it lists more than {self._limits.slices} slices")
         except TimeoutError as exc:
-            raise ApiError("timeout", f"its list did not end within {_LIST:.0f} s") from exc
+            raise ApiError("timeout", f"its list did not end within {self._limits.list:.0f} s") from exc
         except httpx.HTTPError as exc:
             raise _unreachable(exc) from exc
 
@@ -128,8 +138,8 @@ class Api:
             body = bytearray()
             async for data in response.aiter_raw():
                 body += data
-                if len(body) > _MAX_PAGE:
-                    raise ApiError("garbage", f"a page of its list has more than {_MAX_PAGE} bytes")
+                if len(body) > self._limits.page:
+                    raise ApiError("garbage", f"a page of its list has more than {self._limits.page} bytes")
         finally:
             await response.aclose()
         if response.status_code != 200:
@@ -153,12 +163,12 @@ class Api:
         # The server ends it first, if it can.
         query = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         query["timeoutSeconds"] = str(max(1, int(seconds)))
-        request = self._request(namespace, _selector(names) | query)
+        request = self._request(namespace, self._selector(names) | query)
         try:
-            async with asyncio.timeout(_HEAD):
+            async with asyncio.timeout(self._limits.head):
                 response = await self._client.send(request, stream=True)
         except TimeoutError as exc:
-            raise ApiError("timeout", f"it did not begin a watch within {_HEAD:.0f} s") from exc
+            raise ApiError("timeout", f"it did not begin a watch within {self._limits.head:.0f} s") from exc
         except httpx.HTTPError as exc:
             raise _unreachable(exc) from exc
         try:
@@ -166,7 +176,7 @@ class Api:
                 if response.status_code != 200:
                     raise _refusal(response.status_code, await _beginning(response))
                 take([])
-                await _follow(response, take)
+                await _follow(response, take, self._limits.line)
         except TimeoutError:
             return
         except httpx.HTTPError as exc:
@@ -179,6 +189,10 @@ class Api:
         headers = {"accept": "application/json", "accept-encoding": "identity", "authorization": self._bearer()}
         path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
         return self._client.build_request("GET", path, params=query, headers=headers)
+
+    def _selector(self, names: Sequence[str]) -> dict[str, str]:
+        chosen = f"{SERVICE_LABEL} in ({','.join(names)})" if len(names) <= self._limits.names else SERVICE_LABEL
+        return {"labelSelector": chosen}
 
     def _bearer(self) -> str:
         """Read for every request: the kubelet replaces a token well before it expires."""
@@ -213,8 +227,8 @@ class Lines:
         return [line for line in lines if line.strip()]
 
 
-async def _follow(response: httpx.Response, take: Callable[[list[Event]], None]) -> None:
-    lines = Lines(_MAX_LINE)
+async def _follow(response: httpx.Response, take: Callable[[list[Event]], None], limit: int) -> None:
+    lines = Lines(limit)
     async for data in response.aiter_raw():
         if complete := lines.feed(data):
             take([read_event(line) for line in complete])
@@ -255,11 +269,6 @@ async def _beginning(response: httpx.Response) -> bytes:
         if len(body) > _MAX_CREDENTIAL:
             break
     return body
-
-
-def _selector(names: Sequence[str]) -> dict[str, str]:
-    chosen = f"{SERVICE_LABEL} in ({','.join(names)})" if len(names) <= _MAX_NAMES else SERVICE_LABEL
-    return {"labelSelector": chosen}
 
 
 def _refusal(status: int, body: bytes | bytearray) -> ApiError:

@@ -20,19 +20,17 @@ from inference_api.routing.urls import is_usable_address
 
 logger = logging.getLogger(__name__)
 
-_COLD_START = 5.0
-_PATIENCE = 2.0
-# Hosts that one look waits for at once; how many look-ups there are in all is the resolver's to say.
-_AT_ONCE = 16
+# Hosts that one poll waits for at once; how many look-ups there are in all is the resolver's to say.
+_CONCURRENCY = 16
 
 
 class Discovery:
-    """Keeps the addresses of a Fleet at what DNS says. `every`: seconds between two looks, +-20 %; `rand` gives [0, 1).
+    """Keeps the addresses of a Fleet at what DNS says. `every`: seconds between two polls, +-20 %; `rand` gives [0, 1).
 
     `resolve` looks a name up, and should not let one that hangs hold up another.
 
-    `on_leave` is called after addresses have gone. `failures` counts look-ups by why they were of no use.
-    Names that are `watched` are not looked up: somebody else knows them better.
+    `on_leave` is called after addresses have gone. `failures` counts look-ups by why they failed. Names that are
+    `watched` are not looked up: a watch knows them. `timeout`: seconds per name, `cold_start`: for the first poll.
     """
 
     def __init__(
@@ -43,8 +41,12 @@ class Discovery:
         rand: Callable[[], float] = random.random,
         on_leave: Callable[[], None] = lambda: None,
         watched: Callable[[str], bool] = lambda host: False,
+        timeout: float = 2.0,
+        cold_start: float = 5.0,
     ) -> None:
         # Configuration
+        self._timeout = timeout
+        self._cold_start = cold_start
         self._fleet = fleet
         self._resolve = resolve
         self._watched = watched
@@ -63,10 +65,10 @@ class Discovery:
         self.failures: Counter[str] = Counter()
 
     async def start(self) -> None:
-        """The first look, before any request is taken; what does not answer within 5 s comes later."""
+        """The first poll, before any request is taken; what does not answer within 5 s comes later."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_COLD_START):
-                await self.look()
+            async with asyncio.timeout(self._cold_start):
+                await self.poll()
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
@@ -77,9 +79,9 @@ class Discovery:
                         await self._woken.wait()
                 self._woken.clear()
                 try:
-                    await self.look()
+                    await self.poll()
                 except Exception:
-                    # The boundary of a background task: it has to be there for the next look.
+                    # The boundary of a background task: it has to be there for the next poll.
                     logger.exception("looking up the hosts of the catalogue failed")
         finally:
             for lookup in self._under_way.values():
@@ -89,9 +91,9 @@ class Discovery:
         """Look now: the catalogue may name new hosts."""
         self._woken.set()
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Look up each host once, a few at a time, and give the fleet what has changed."""
-        self._learn()
+        self._rebuild()
         # Those that failed come last: a name server that hangs must not keep the others waiting.
         hosts = iter(sorted(self._hosts, key=self._failing.__contains__))
 
@@ -101,10 +103,10 @@ class Discovery:
                     await self._look_up(host)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(_AT_ONCE):
+            for _ in range(_CONCURRENCY):
                 group.create_task(worker())
 
-    def _learn(self) -> None:
+    def _rebuild(self) -> None:
         """Which hosts there are, if the catalogue may have changed; those that are gone are forgotten."""
         if self._version == self._fleet.version:
             return
@@ -129,9 +131,9 @@ class Discovery:
             _ = lookup.cancelled() or lookup.exception()
 
         lookup.add_done_callback(ended)
-        await asyncio.wait({lookup}, timeout=_PATIENCE)
+        await asyncio.wait({lookup}, timeout=self._timeout)
         if not lookup.done():
-            self._failed(host, "timeout", f"no answer within {_PATIENCE:.0f} s")
+            self._failed(host, "timeout", f"no answer within {self._timeout:.0f} s")
         elif (error := lookup.exception()) is not None:
             self._failed(host, "error", str(error) or type(error).__name__)
         elif usable := self._usable(host, lookup.result()):

@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 from inference_api.discovery.cluster import Api, ApiError, Cluster, Event
 from inference_api.discovery.slices import Located, Service, Slice, locate, read_slice, service_of
@@ -20,13 +21,6 @@ from inference_api.routing.backend import Fleet
 
 logger = logging.getLogger(__name__)
 
-_COLD_START = 5.0
-# Seconds after which a router need not know of all Services to be ready: with the above and the registry's start well
-# within the minute that the chart's startup probe gives it.
-_PATIENCE = 30.0
-_LOOK = 0.1
-# Seconds to the next round after failures in a row: any time up to 1, 2, 4 ... 30.
-_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
 # What happens while everything is in order: a server ends watches, and remembers only so much.
 _USUAL = frozenset({"gone", "closed"})
 # Seconds; a watch that lasts no longer is one of several in a row.
@@ -42,16 +36,34 @@ def watched_in(cluster: Cluster) -> Callable[[str], bool]:
     return lambda host: service_of(host, cluster.namespace) is not None
 
 
+class Timing(NamedTuple):
+    """Seconds. `cold_start`: for the first lists. `ready_within`: after which a router need not know all Services to be
+    ready, polled every `poll`; with the former and the registry's start well within the minute of the chart's startup
+    probe. After failures in a row the next round comes within `first_back_off`, twice that ... `longest_back_off`.
+    """
+
+    cold_start: float = 5.0
+    ready_within: float = 30.0
+    poll: float = 0.1
+    first_back_off: float = 1.0
+    longest_back_off: float = 30.0
+
+
+TIMING = Timing()
+
+
 class Rhythm:
     """When to do it again. `relist`: seconds between two lists, +-20 %; `rand` gives [0, 1), `now` its own seconds."""
 
-    def __init__(self, relist: float, rand: Callable[[], float], now: Callable[[], float]) -> None:
+    def __init__(
+        self, relist: float, rand: Callable[[], float], now: Callable[[], float], timing: Timing = TIMING
+    ) -> None:
         self.now = now
         self._relist = relist
         self._rand = rand
-        self._first = min(_FIRST_BACKOFF, relist)
+        self._first = min(timing.first_back_off, relist)
         # After a round of more seconds than this a failure is not one of several in a row.
-        self.longest = min(_LONGEST_BACKOFF, relist)
+        self.longest = min(timing.longest_back_off, relist)
 
     def round(self) -> float:
         """Seconds from one list to the next."""
@@ -77,12 +89,14 @@ class EndpointSlices:
         rand: Callable[[], float] = random.random,
         now: Callable[[], float] = time.monotonic,
         on_leave: Callable[[], None] = lambda: None,
+        timing: Timing = TIMING,
     ) -> None:
         # Configuration
         self._fleet = fleet
         self._cluster = cluster
         self._failures = failures
-        self._rhythm = Rhythm(relist, rand, now)
+        self._timing = timing
+        self._rhythm = Rhythm(relist, rand, now, timing)
         self._on_leave = on_leave
         # Shared: the Services in use, as of a version of the fleet, and one watch for each of their namespaces
         self._users: dict[Service, _Users] = {}
@@ -94,9 +108,9 @@ class EndpointSlices:
 
     async def start(self) -> None:
         """The first lists, before any request is taken; what is not there within 5 s comes later."""
-        self._learn()
+        self._rebuild()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_COLD_START):
+            async with asyncio.timeout(self._timing.cold_start):
                 for watch in list(self._watches.values()):
                     await watch.tried.wait()
 
@@ -105,7 +119,7 @@ class EndpointSlices:
         try:
             while True:
                 try:
-                    self._learn()
+                    self._rebuild()
                 except Exception:
                     # The boundary of a background task: it has to be there for the next catalogue.
                     logger.exception("following the Services of the catalogue failed")
@@ -123,7 +137,7 @@ class EndpointSlices:
         to, and a rollout would replace with its like all those that do know. One namespace alone is no reason to wait
         for ever: the catalogue may name one that nobody has, and the others are to be served.
         """
-        until = self._rhythm.now() + _PATIENCE
+        until = self._rhythm.now() + self._timing.ready_within
         told = False
         while missing := [watch.namespace for watch in self._watches.values() if watch.slices is None]:
             if self._rhythm.now() >= until:
@@ -135,13 +149,13 @@ class EndpointSlices:
                     logger.warning(
                         "not ready: the Services of %r have never been listed, nor is a backend known", missing
                     )
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(self._timing.poll)
 
     def wake(self) -> None:
         """The catalogue may name other Services."""
         self._woken.set()
 
-    def _learn(self) -> None:
+    def _rebuild(self) -> None:
         """Which Services there are, if the catalogue may have changed; a namespace is watched anew if its have."""
         if self._version == self._fleet.version:
             return
@@ -160,11 +174,13 @@ class EndpointSlices:
             watch = self._watches.get(namespace)
             if watch is not None and watch.names == names:
                 # A URL may be new where the Service is not.
-                self._tell(watch, names)
+                self._notify(watch, names)
                 continue
             if watch is not None:
                 watch.stop()
-            self._watches[namespace] = _Watch(self._cluster, namespace, names, self._rhythm, self._failures, self._tell)
+            self._watches[namespace] = _Watch(
+                self._cluster, namespace, names, self._rhythm, self._failures, self._notify
+            )
 
     def _services(self) -> dict[Service, _Users]:
         found: defaultdict[Service, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -175,7 +191,7 @@ class EndpointSlices:
                     found[service][entry.url].append(model.name)
         return dict(found)
 
-    def _tell(self, watch: "_Watch", names: Iterable[str]) -> None:
+    def _notify(self, watch: "_Watch", names: Iterable[str]) -> None:
         """Give the fleet what these Services of a watch are now, if anybody has said yet."""
         if watch.slices is None:
             return
@@ -192,7 +208,7 @@ class EndpointSlices:
 
     def _found(self, service: Service, url: str, located: Located, models: Iterable[str]) -> bool:
         """True: backends have gone."""
-        self._remark(service, url, located)
+        self._warn_once(service, url, located)
         known = self._fleet.addresses.get(url)
         if known == located.urls:
             return False
@@ -203,7 +219,7 @@ class EndpointSlices:
         logger.log(level, "the Service %r has other addresses", str(service), extra={"fields": fields})
         return bool(gone)
 
-    def _remark(self, service: Service, url: str, located: Located) -> None:
+    def _warn_once(self, service: Service, url: str, located: Located) -> None:
         before = self._odd.get(url)
         if located.refused and (before is None or before.refused != located.refused):
             text = "%d addresses of the Service %r are refused, first %.64r"
@@ -216,7 +232,7 @@ class EndpointSlices:
 
 
 class _Watch:
-    """The slices of some Services of a namespace, kept current by a task. `tell` hears which Services have changed."""
+    """The slices of some Services of a namespace, kept current by a task. `notify` gets the Services that changed."""
 
     def __init__(
         self,
@@ -225,7 +241,7 @@ class _Watch:
         names: list[str],
         rhythm: Rhythm,
         failures: Counter[str],
-        tell: "Callable[[_Watch, Iterable[str]], None]",
+        notify: "Callable[[_Watch, Iterable[str]], None]",
     ) -> None:
         # Configuration
         self._cluster = cluster
@@ -233,7 +249,7 @@ class _Watch:
         self.names = names
         self._rhythm = rhythm
         self._failures = failures
-        self._tell = tell
+        self._notify = notify
         # Shared: the slices by name, None before the first list, and the version they are of
         self.slices: dict[str, Slice] | None = None
         self._at = ""
@@ -292,14 +308,14 @@ class _Watch:
         kept, self.slices = self.slices or {}, {}
         seen: set[str] = set()
         for name, found in listed:
-            self._remark(name, found)
+            self._warn_once(name, found)
             seen.add(name)
             # One that cannot be read stays what it was, if that is known.
             found = found or kept.get(name)
             if found is not None and found.service in self.names:
                 self.slices[name] = found
         self._unreadable &= seen
-        self._tell(self, self.names)
+        self._notify(self, self.names)
 
     def _take(self, events: list[Event]) -> None:
         """What a watch said; at its beginning nothing."""
@@ -312,13 +328,13 @@ class _Watch:
             if event.kind in _CHANGES:
                 changed |= self._change(event)
         if changed:
-            self._tell(self, changed)
+            self._notify(self, changed)
 
     def _change(self, event: Event) -> set[str]:
         """The Services that it changed."""
         assert self.slices is not None
         name, found = _read(event.document)
-        self._remark(name, found)
+        self._warn_once(name, found)
         before = self.slices.get(name)
         if event.kind == "DELETED" or (found is not None and found.service not in self.names):
             self.slices.pop(name, None)
@@ -327,7 +343,7 @@ class _Watch:
             self.slices[name] = found
         return {one.service for one in (before, found) if one is not None}
 
-    def _remark(self, name: str, found: Slice | None) -> None:
+    def _warn_once(self, name: str, found: Slice | None) -> None:
         if found is not None:
             self._unreadable.discard(name)
             return

@@ -21,21 +21,19 @@ from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 2.0
-_AT_ONCE = 32
-# In intervals; what was told is dropped by the first look after that.
+# In intervals; what was told is dropped by the first poll after that.
 _STALE_AFTER = 2.0
 
 
 class EngineMetrics:
-    """Reads `/metrics` of every backend of an engine that is known to tell, every `every` seconds, +-20 %.
+    """Reads `/metrics` of every backend whose engine reports its load, every `every` seconds, +-20 %.
 
-    `sleep_only`: only whether it sleeps, and only of those that have been silent since the last look: an engine takes
-    milliseconds to make that page, and one that sends tokens is awake. `heard(url)`: when the last byte of an answer
-    came, in seconds of `clock`.
-    `on_failure` hears of each backend that did not tell its load, `on_sleep` of each that did tell whether it sleeps;
-    None: it has not told for too long. `wall`: Unix seconds.
-    The transport should not be that of the requests: a backend that only answers a scrape has not shown that it works.
+    `sleep_only`: reads only whether the engine sleeps, and only of backends that sent no byte since the last poll: an
+    engine takes milliseconds to make that page, and one that sends tokens is awake. `last_byte_at(url)`: when the last
+    byte of an answer came, in seconds of `clock`. `on_failure` gets each backend that did not report its load,
+    `on_sleep` each that reported whether it sleeps, and None if it has not for too long. `wall`: Unix seconds.
+    `timeout`: seconds per backend. The transport should not be that of the requests: a backend that answers a scrape
+    need not work.
     """
 
     def __init__(
@@ -47,12 +45,16 @@ class EngineMetrics:
         on_sleep: Callable[[Origin, bool | None], None] = lambda origin, asleep: None,
         *,
         sleep_only: bool = False,
-        heard: Callable[[str], float] = lambda url: 0.0,
+        last_byte_at: Callable[[str], float] = lambda url: 0.0,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         rand: Callable[[], float] = random.random,
+        timeout: float = 2.0,
+        concurrency: int = 32,
     ) -> None:
         # Configuration
+        self._timeout = timeout
+        self._concurrency = concurrency
         self._fleet = fleet
         self._transport = transport
         self._every = every
@@ -60,12 +62,12 @@ class EngineMetrics:
         self._on_sleep = on_sleep
         self._sleep_only = sleep_only
         self._telling = TELL_SLEEP if sleep_only else TELL_LOAD
-        self._heard = heard
+        self._last_byte_at = last_byte_at
         self._clock = clock
         self._wall = wall
         self._rand = rand
-        # When the last look began
-        self._looked = clock()
+        # When the last poll began
+        self._polled = clock()
         # By URL: when a backend last told, and which did not the last time it was asked
         self._told: dict[str, float] = {}
         self._silent: set[str] = set()
@@ -75,30 +77,30 @@ class EngineMetrics:
         while True:
             began = self._clock()
             try:
-                await self.look()
+                await self.poll()
             except Exception:
                 # The boundary of a background task: without the signal, balancing is what it is without it.
                 logger.exception("asking the backends for their load failed")
             pause = spread(self._every, self._rand())
             await asyncio.sleep(max(0.0, began + pause - self._clock()))
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Ask every backend once, a few at a time, for at most one interval; then drop what is old."""
-        last, self._looked = self._looked, self._clock()
+        last, self._polled = self._polled, self._clock()
         engines = self._engines()
         # Those that were silent come last, so that they can delay only each other.
         asked = iter(sorted(engines, key=lambda origin: origin.url in self._silent))
 
         async def worker() -> None:
             for origin in asked:
-                if self._sleep_only and not origin.asleep and self._heard(origin.url) >= last:
+                if self._sleep_only and not origin.asleep and self._last_byte_at(origin.url) >= last:
                     self._told[origin.url] = self._clock()
                 else:
                     await self._ask(origin, engines[origin])
 
         with suppress(TimeoutError):
             async with asyncio.timeout(self._every), asyncio.TaskGroup() as group:
-                for _ in range(min(_AT_ONCE, len(engines))):
+                for _ in range(min(self._concurrency, len(engines))):
                     group.create_task(worker())
         self._drop_old(engines)
 
@@ -114,7 +116,7 @@ class EngineMetrics:
         before = origin.in_flight
         try:
             # Below the interval, or a look would end before it knows who is silent.
-            async with asyncio.timeout(min(_PATIENCE, self._every / 2)):
+            async with asyncio.timeout(min(self._timeout, self._every / 2)):
                 gauges = await self._scrape(origin, engine)
             self._on_sleep(origin, gauges.asleep())
             reading = None if self._sleep_only else gauges.reading()
@@ -134,7 +136,7 @@ class EngineMetrics:
     async def _scrape(self, origin: Origin, engine: Engine) -> Gauges:
         url, _ = origin.address("/metrics")
         headers = {"accept": "text/plain", "accept-encoding": "identity"}
-        extensions = {"timeout": {"connect": _PATIENCE}, "origin": origin.url}
+        extensions = {"timeout": {"connect": self._timeout}, "origin": origin.url}
         request = httpx.Request("GET", url, headers=headers, extensions=extensions)
         response = await self._transport.handle_async_request(request)
         stream = response.stream

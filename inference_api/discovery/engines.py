@@ -16,10 +16,8 @@ from inference_api.routing.backend import Backend, Fleet, Model
 logger = logging.getLogger(__name__)
 
 _EVERY = 60.0
-_PATIENCE = 5.0
 # A model list is a few KiB; an engine that sends more is not listened to.
 _MAX_BYTES = 1 << 20
-_AT_ONCE = 16
 
 
 class EngineFacts:
@@ -34,7 +32,11 @@ class EngineFacts:
         transport: httpx.AsyncBaseTransport,
         every: float = _EVERY,
         rand: Callable[[], float] = random.random,
+        timeout: float = 5.0,
+        concurrency: int = 16,
     ) -> None:
+        self._timeout = timeout
+        self._concurrency = concurrency
         self._fleet = fleet
         self._transport = transport
         self._every = every
@@ -45,13 +47,13 @@ class EngineFacts:
     async def run(self) -> None:
         while True:
             try:
-                await self.look()
+                await self.poll()
             except Exception:
                 # The boundary of a background task: what the engines say of themselves is not worth stopping for.
                 logger.exception("asking the engines failed")
             await asyncio.sleep(spread(self._every, self._rand()))
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Ask about every model, a few at a time; an engine of many models is asked once for all of them."""
         together: defaultdict[str, list[Model]] = defaultdict(list)
         for model in self._fleet.models.values():
@@ -64,14 +66,14 @@ class EngineFacts:
             for models in groups:
                 told: dict[str, object] = {}
                 for model in models:
-                    await self._learn(model, told)
+                    await self._update(model, told)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(_AT_ONCE, len(together))):
+            for _ in range(min(self._concurrency, len(together))):
                 group.create_task(worker())
 
-    async def _learn(self, model: Model, told: dict[str, object]) -> None:
-        """`told`: by URL what engines have said in this look."""
+    async def _update(self, model: Model, told: dict[str, object]) -> None:
+        """`told`: by URL what engines have said in this poll."""
         for backend in _asked(model):
             if backend.url not in told:
                 told[backend.url] = await self._ask(backend)
@@ -100,14 +102,14 @@ class EngineFacts:
     async def _ask(self, backend: Backend) -> object:
         """What its /v1/models says, None if that is nothing."""
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(self._timeout):
                 return orjson.loads(await self._fetch(backend))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
             return None
 
     async def _fetch(self, backend: Backend) -> bytes:
         url, _ = backend.address("/v1/models")
-        request = httpx.Request("GET", url, extensions={"timeout": {"connect": _PATIENCE}, "origin": backend.url})
+        request = httpx.Request("GET", url, extensions={"timeout": {"connect": self._timeout}, "origin": backend.url})
         response = await self._transport.handle_async_request(request)
         body = bytearray()
         stream = response.stream

@@ -29,7 +29,7 @@ Resolve = Callable[[str], Awaitable[Iterable[str]]]
 TTL = 5.0
 # Look-ups under way of names that are not known to hang, seconds after which one hangs, and how many may then go on
 # beside the others. Look-ups of names that did hang have as many places of their own as the first.
-_AT_ONCE, _LATE, _MOST_LATE = 16, 2.0, 96
+_CONCURRENCY, _LATE, _MOST_LATE = 16, 2.0, 96
 # Seconds for which a name whose addresses are known waits for new ones, and the same as a share of a connect timeout.
 _MOMENT, _SHARE = 0.25, 0.25
 # Seconds from the end of a look-up to the next one, if it failed or its addresses let nobody in.
@@ -69,16 +69,16 @@ class _Answer:
 class Resolver:
     """Looks host names up, each once at a time for all who ask, and remembers their addresses.
 
-    `ttl`: seconds for which an answer is fresh. A look-up hangs after `late` seconds. At most `at_once` are under way
-    that do not, `most_late` that do, and `at_once` of names that hung the last time: these wait for each other only.
-    `clock`: monotonic seconds.
+    `ttl`: seconds for which an answer is fresh. A look-up hangs after `late` seconds. At most `concurrency` are under
+    way that do not, `most_late` that do, and `concurrency` of names that hung the last time, which wait for each other
+    only. `clock`: monotonic seconds.
     """
 
     def __init__(
         self,
         resolve: Resolve = resolve,
         ttl: float = TTL,
-        at_once: int = _AT_ONCE,
+        concurrency: int = _CONCURRENCY,
         late: float = _LATE,
         most_late: int = _MOST_LATE,
         clock: Callable[[], float] = time.monotonic,
@@ -86,12 +86,12 @@ class Resolver:
         # Configuration
         self._resolve = resolve
         self._ttl = ttl
-        self._patience = late
+        self._timeout = late
         self._clock = clock
         # Shared
         self._answers: LRUCache[str, _Answer] = LRUCache(_NAMES)
         self._under_way: dict[str, tuple[asyncio.Task[list[str]], float]] = {}
-        self._slots, self._slow_slots = asyncio.Semaphore(at_once), asyncio.Semaphore(at_once)
+        self._slots, self._slow_slots = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
         self._late_slots = asyncio.Semaphore(most_late)
         # Names whose last look-up hung
         self._slow: LRUCache[str, None] = LRUCache(_NAMES)
@@ -147,7 +147,7 @@ class Resolver:
         await slots.acquire()
         looking = asyncio.ensure_future(self._resolve(host))
         try:
-            await asyncio.wait({looking}, timeout=self._patience)
+            await asyncio.wait({looking}, timeout=self._timeout)
             if looking.done():
                 self._slow.pop(host, None)
             else:

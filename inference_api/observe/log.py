@@ -22,7 +22,7 @@ from inference_api.observe.writer import LogWriter, standard_output
 logger = logging.getLogger(__name__)
 
 # Seconds that the end of the process waits for whoever reads the log.
-_PATIENCE = 1.0
+_TIMEOUT = 1.0
 Fields = dict[str, Any]
 Render = Callable[[float, str, str, Fields], str]
 
@@ -62,7 +62,7 @@ class LogHandler(logging.Handler):
         self.writer.now(render_json(record.created, "error", text, fields))
 
     def flush(self) -> None:
-        self.writer.drain(_PATIENCE)
+        self.writer.drain(_TIMEOUT)
 
     def close(self) -> None:
         self.writer.close()
@@ -162,7 +162,7 @@ def _process_failed(kind: type[BaseException], exc: BaseException, trace: Traceb
         return
     writer = LogWriter(sys.stderr)
     writer.now("".join(traceback.format_exception(kind, exc, trace)).rstrip("\n"))
-    writer.drain(_PATIENCE)
+    writer.drain(_TIMEOUT)
 
 
 _second = ("", -1)

@@ -255,7 +255,7 @@ class Fleet:
 
     def resolve(self, name: str, addresses: Sequence[str], models: Iterable[str]) -> None:
         """The host name, or URL, has these addresses now; `models` are those that use it."""
-        # What the first look finds is not new, only found late.
+        # What the first poll finds is not new, only found late.
         joining = name in self.addresses
         self.addresses[name] = addresses
         for user in models:

@@ -83,7 +83,7 @@ class RoundRobin(Generic[R]):
 
     def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
         if backends is not self._backends:
-            self._learn(backends)
+            self._rebuild(backends)
         if not self._slots:
             return None
         turn = self._next
@@ -93,7 +93,7 @@ class RoundRobin(Generic[R]):
         self._next = turn + 1 if turn + 1 < len(self._slots) else 0
         return self._slots[turn]
 
-    def _learn(self, backends: Sequence[R]) -> None:
+    def _rebuild(self, backends: Sequence[R]) -> None:
         self._backends = backends
         self._slots = _schedule(backends)
         # Routers that start together, or see the same backend leave, must not go round in step.
@@ -191,7 +191,7 @@ class PrefixAffinity(Generic[R]):
 
     def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
         if backends is not self._backends:
-            self._learn(backends)
+            self._rebuild(backends)
         self._age += 1
         if not key or not backends:
             return self._keyless.choose(backends, key, tried)
@@ -237,7 +237,7 @@ class PrefixAffinity(Generic[R]):
             self._age = 0
         return self._total
 
-    def _learn(self, backends: Sequence[R]) -> None:
+    def _rebuild(self, backends: Sequence[R]) -> None:
         self._backends = backends
         self._weight = sum(backend.weight for backend in backends)
         ring = _ring(backends, self._weight)

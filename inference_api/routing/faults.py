@@ -89,7 +89,7 @@ class Faults:
 
         return self._comparisons.assign(backend, other, owner)
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         """Once a second: let recent errors fade, and end the comparisons that show nothing."""
         for model in list(self._recent):
             for backend in model.backends:
@@ -130,7 +130,7 @@ class Faults:
             _forget(backend)
             backend.recent, backend.extra = 0.0, 0
             self._back(backend)
-            _tell(logging.INFO, "a backend no longer answers with errors of its own", backend)
+            _log(logging.INFO, "a backend no longer answers with errors of its own", backend)
 
     def _failed(self, backend: Backend, owner: Owner, now: float) -> None:
         """What a probe and a sample are for has failed."""
@@ -147,7 +147,7 @@ class Faults:
         self._comparisons.end(backend)
         if fault is Fault.BACKEND:
             self._breaker.open(backend.circuit, now)
-            _tell(logging.WARNING, "a backend answers with errors that others do not give", backend)
+            _log(logging.WARNING, "a backend answers with errors that others do not give", backend)
         else:
             backend.spared = now + _PAUSE
         self._out(backend)
@@ -176,5 +176,5 @@ def _forget(backend: Backend) -> None:
     backend.errors, backend.refuses, backend.late = 0, True, False
 
 
-def _tell(level: int, text: str, backend: Backend) -> None:
+def _log(level: int, text: str, backend: Backend) -> None:
     logger.log(level, text, extra={"fields": {"model": backend.model, "backend": backend.label}})

@@ -1,7 +1,7 @@
 """Files that are read again when they change, or when the process is told to: the router goes on as they say.
 
-A change is seen by a look at the file's identity, size and time once a second, through the symbolic links of which
-Kubernetes makes a ConfigMap or Secret. It counts when two looks have seen the same: not while the file is written. What
+A change is seen by a poll of the file's identity, size and time once a second, through the symbolic links of which
+Kubernetes makes a ConfigMap or Secret. It counts when two polls have seen the same: not while the file is written. What
 cannot be used is told once, and what there was before stays.
 """
 
@@ -28,7 +28,7 @@ _Signature = list[tuple[int, int, int, int] | None]
 class Watched(Protocol):
     """Something that is read from files."""
 
-    def look(self, now: bool) -> Callable[[], None] | None:
+    def poll(self, now: bool) -> Callable[[], None] | None:
         """In a thread: read what has changed, or `now` everything. What it returns is called on the event loop."""
         ...
 
@@ -41,7 +41,7 @@ class Changes:
         self._read = self._seen = _signature(paths)
 
     def settled(self, now: bool = False) -> bool:
-        """They have, and did not change since the last look; or they are to be read `now`."""
+        """They have, and did not change since the last poll; or they are to be read `now`."""
         before, self._seen = self._seen, _signature(self._paths)
         if not now and (self._seen == self._read or self._seen != before):
             return False
@@ -89,7 +89,7 @@ class CatalogueFile:
         self._created = {name: self._created.get(name, written) for name in catalogue}
         return dated(catalogue, self._created)
 
-    def look(self, now: bool) -> Callable[[], None] | None:
+    def poll(self, now: bool) -> Callable[[], None] | None:
         if not self._changes.settled(now):
             return None
         try:
@@ -124,7 +124,7 @@ class GivenCatalogue:
         self._prepare(self._catalogue)
         return self._catalogue
 
-    def look(self, now: bool) -> None:
+    def poll(self, now: bool) -> None:
         """Nothing changes it."""
 
 
@@ -161,9 +161,9 @@ class Reloader:
             now = told.is_set()
             told.clear()
             try:
-                take = await in_thread(partial(one.look, now), "reload")
+                take = await in_thread(partial(one.poll, now), "reload")
                 if take is not None:
                     take()
             except Exception:
-                # The boundary of a background task: it has to be there for the next look.
+                # The boundary of a background task: it has to be there for the next poll.
                 logger.exception("reading a file again failed")

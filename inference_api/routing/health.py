@@ -23,12 +23,10 @@ from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY = 1.0
 # Failures in a row until a backend is out, passes in a row until it is back.
 _OUT_AFTER, _IN_AFTER = 3, 2
-# So many requests and so many seconds without a byte; longer where the first byte of an answer may take longer.
+# A backend with so many requests in flight is watched for silence.
 _CROWD = 3
-_STUCK_AFTER = 60.0
 _USUAL_FIRST_BYTE = 120.0
 # Seconds from the first share of the weight to all of it.
 _SLOW_START = 30.0
@@ -54,29 +52,33 @@ def _task() -> Owner:
 
 
 class Health:
-    """Hears of every attempt and every health check, and looks at all backends once a second.
+    """Takes every attempt and every health check into account, and polls all backends once a second.
 
-    `heard(url)`: when a byte last came from a backend, in seconds of `clock`. `connect`, `first_byte`: the timeouts, in
-    seconds, of models that have none of their own. `owner()`: whose attempt it is that is chosen for or reported; a
-    request is one task from choice to end, and that is how a probe is told from other attempts on its backend. `rand`
-    gives [0, 1).
+    `last_byte_at(url)`: when a byte last came from a backend, in seconds of `clock`. `connect`, `first_byte`: the
+    timeouts, in seconds, of models that have none of their own. `owner()`: the task whose attempt is chosen for or
+    reported; a request is one task from choice to end, which tells a probe from other attempts on its backend. `rand`
+    gives [0, 1). `stuck_after`: seconds without a byte, longer where the first byte of an answer may take longer.
     """
 
     def __init__(
         self,
         fleet: Fleet,
         breaker: Breaker,
-        heard: Callable[[str], float],
+        last_byte_at: Callable[[str], float],
         connect: float = 2.0,
         first_byte: float = 120.0,
         clock: Callable[[], float] = _loop_time,
         owner: Callable[[], Owner] = _task,
         rand: Callable[[], float] = random.random,
+        poll_every: float = 1.0,
+        stuck_after: float = 60.0,
     ) -> None:
         # Configuration
         self._fleet = fleet
         self._breaker = breaker
-        self._heard = heard
+        self._poll_every = poll_every
+        self._stuck_after = stuck_after
+        self._last_byte_at = last_byte_at
         self._connect = connect
         self._first_byte = first_byte
         self._clock = clock
@@ -84,7 +86,7 @@ class Health:
         self._faults = Faults(fleet, breaker, rand, self._refresh_one, self._bring_back)
         # Attempts of which a good answer counts, too; and when it last looked
         self._samples = self._faults.samples
-        self._looked: float | None = None
+        self._polled: float | None = None
         fleet.protect(self)
 
     # Attempts
@@ -134,11 +136,11 @@ class Health:
         origin.refused = refused
         self._refresh(origin)
         if was_closed:
-            _tell(logging.WARNING, "the circuit of a backend is open", origin, failures=origin.failures)
+            _log(logging.WARNING, "the circuit of a backend is open", origin, failures=origin.failures)
 
     def _closed(self, origin: Origin) -> None:
         self._come_back(origin)
-        _tell(logging.INFO, "the circuit of a backend is closed again", origin)
+        _log(logging.INFO, "the circuit of a backend is closed again", origin)
 
     # Choosing, while a circuit is not closed: Guard
 
@@ -192,11 +194,11 @@ class Health:
         if origin.healthy and origin.streak <= -_OUT_AFTER:
             origin.healthy = False
             self._refresh(origin)
-            _tell(logging.WARNING, "a backend fails its health checks", origin, cause=origin.cause)
+            _log(logging.WARNING, "a backend fails its health checks", origin, cause=origin.cause)
         elif not origin.healthy and origin.streak >= _IN_AFTER:
             origin.healthy = True
             self._come_back(origin)
-            _tell(logging.INFO, "a backend passes its health checks again", origin)
+            _log(logging.INFO, "a backend passes its health checks again", origin)
 
     # What it says of itself
 
@@ -207,28 +209,28 @@ class Health:
             # Whatever it is silent for, it is not stuck.
             origin.stuck = None
             self._refresh(origin)
-            _tell(logging.INFO, "a backend is asleep", origin, in_flight=origin.in_flight)
+            _log(logging.INFO, "a backend is asleep", origin, in_flight=origin.in_flight)
         elif was and not asleep:
             self._come_back(origin)
-            _tell(logging.INFO, "a backend is not asleep any more", origin, told=asleep is not None)
+            _log(logging.INFO, "a backend is not asleep any more", origin, told=asleep is not None)
 
     # Once a second
 
     async def run(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.sleep(self._poll_every)
             try:
-                self.look()
+                self.poll()
             except Exception:
-                # The boundary of a background task: the next look must not depend on this one.
+                # The boundary of a background task: the next poll must not depend on this one.
                 logger.exception("a look at the backends failed")
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Find who is stuck and who no longer is, and give more to those that started slowly."""
         now = self._clock()
-        grown = 0.0 if self._looked is None else (now - self._looked) / _SLOW_START
-        self._looked = now
-        self._faults.look(now)
+        grown = 0.0 if self._polled is None else (now - self._polled) / _SLOW_START
+        self._polled = now
+        self._faults.poll(now)
         for origin in list(self._fleet.origins.values()):
             self._watch(origin, now)
         for model in self._fleet.models.values():
@@ -245,30 +247,33 @@ class Health:
             origin.crowded = now
         if origin.stuck is not None:
             self._watch_stuck(origin, origin.stuck, now)
-        elif origin.crowded is not None and self._is_silent(origin, max(origin.crowded, self._heard(origin.url)), now):
+        elif origin.crowded is not None and self._is_silent(origin, origin.crowded, now):
             origin.stuck = now
             self._refresh(origin)
-            _tell(logging.WARNING, "a backend is stuck", origin, in_flight=origin.in_flight)
+            _log(logging.WARNING, "a backend is stuck", origin, in_flight=origin.in_flight)
 
-    def _is_silent(self, origin: Origin, since: float, now: float) -> bool:
-        """Whether it has been so for longer than any of its models may take to begin an answer."""
-        if now - since < _STUCK_AFTER:
+    def _is_silent(self, origin: Origin, crowded: float, now: float) -> bool:
+        """Whether no byte has come for longer than any of its models may take to begin an answer."""
+        since = max(crowded, self._last_byte_at(origin.url))
+        if now - since < self._stuck_after:
             return False
-        return now - since >= max((self._patience(model) for model in self._models(origin)), default=_STUCK_AFTER)
+        return now - since >= max(
+            (self._longest_silence(model) for model in self._models(origin)), default=self._stuck_after
+        )
 
-    def _patience(self, model: Model) -> float:
-        return _STUCK_AFTER * max(1.0, (model.entry.timeouts.first_byte or self._first_byte) / _USUAL_FIRST_BYTE)
+    def _longest_silence(self, model: Model) -> float:
+        return self._stuck_after * max(1.0, (model.entry.timeouts.first_byte or self._first_byte) / _USUAL_FIRST_BYTE)
 
     def _watch_stuck(self, origin: Origin, since: float, now: float) -> None:
-        heard = self._heard(origin.url) > since
-        if not heard:
+        answered = self._last_byte_at(origin.url) > since
+        if not answered:
             if origin.crowded is not None or origin.passed <= since:
                 return
             # Those that waited have given up. It may be well again; one request finds out.
             self._breaker.suspect(origin, now)
         origin.stuck = None
         self._come_back(origin)
-        _tell(logging.INFO, "a backend is no longer stuck", origin, heard=heard)
+        _log(logging.INFO, "a backend is no longer stuck", origin, answered=answered)
 
     # What follows
 
@@ -303,7 +308,7 @@ class Health:
             logger.warning("more than half of a model's backends are out; all are used", extra={"fields": fields})
 
 
-def _tell(level: int, text: str, origin: Origin, **fields: object) -> None:
+def _log(level: int, text: str, origin: Origin, **fields: object) -> None:
     """Once for an address, whatever the number of its models; the first one is named."""
     models = [backend.model for backend in origin.backends]
     if len(models) > 1:

@@ -16,15 +16,11 @@ from inference_api.routing.origin import Origin
 
 logger = logging.getLogger(__name__)
 
-# How often it looks for addresses that are new.
-_ENROL_EVERY = 1.0
 # Seconds in which each of them is asked for the first time.
 _FIRST = 3.0
-# A thousand backends, every tenth of them hung, take about 50 at a time.
-_AT_ONCE = 128
 # Engines that are well may take longer than most: SGLang generates a token first, and gives up after 20 s itself; in
 # llama.cpp all threads that could answer may be waiting for a long prompt.
-_LEAST_PATIENCE: dict[Engine, float] = {"sglang": 25.0, "llamacpp": 25.0}
+_LEAST_TIMEOUT: dict[Engine, float] = {"sglang": 25.0, "llamacpp": 25.0}
 # An answer is enough; a connection that is kept would be closed by the engine before the next time.
 _HEADERS = {"connection": "close", "user-agent": "inference-api"}
 
@@ -32,12 +28,13 @@ _HEADERS = {"connection": "close", "user-agent": "inference-api"}
 class Prober:
     """Reports to `on_check` whether an address passes: it answers in time, with a status below 500.
 
-    It is asked once, whatever the number of its models.
+    An address has one check, whatever the number of its models. Engines without a /health pass, too. A timeout is no
+    verdict while the backend sends bytes of other answers: it is busy.
 
-    That is a pass for engines without a /health, too. A timeout while bytes of other answers come from the backend
-    (`heard(url)`: when the last one did, in loop time) is no verdict: it is busy. `every`: seconds between two checks,
-    +-20 %, the first one within `first`; `patience`: seconds for one, at least, see `_LEAST_PATIENCE`. `transport`
-    should not be the one that carries the traffic.
+    `last_byte_at(url)`: loop time of the backend's last byte. `every`: seconds between two checks, +-20 %; the first
+    one comes within `first`. `timeout`: seconds for one, at least, see `_LEAST_TIMEOUT`. `enrol_every`: seconds until
+    a new address is found. `concurrency`: of a thousand backends, a hundred of them hung, about 50 are checked at a
+    time. `transport` should not be the one that carries the traffic.
     """
 
     def __init__(
@@ -45,24 +42,27 @@ class Prober:
         fleet: Fleet,
         transport: httpx.AsyncBaseTransport,
         on_check: Callable[[Origin, bool], None],
-        heard: Callable[[str], float],
+        last_byte_at: Callable[[str], float],
         every: float = 10.0,
-        patience: float = 5.0,
+        timeout: float = 5.0,
         rand: Callable[[], float] = random.random,
         first: float = _FIRST,
+        enrol_every: float = 1.0,
+        concurrency: int = 128,
     ) -> None:
         # Configuration
         self._fleet = fleet
         self._transport = transport
         self._on_check = on_check
-        self._heard = heard
+        self._last_byte_at = last_byte_at
         self._every = every
-        self._patience = patience
+        self._timeout = timeout
         self._rand = rand
         self._first = min(every, first)
+        self._enrol_every = enrol_every
         # Those that have a task here
         self._watched: set[Origin] = set()
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(concurrency)
 
     async def run(self) -> None:
         """Check until cancelled; addresses that come are found within a second, those that left are let go."""
@@ -72,7 +72,7 @@ class Prober:
                     if origin.backends and origin not in self._watched:
                         self._watched.add(origin)
                         group.create_task(self._watch(origin))
-                await asyncio.sleep(_ENROL_EVERY)
+                await asyncio.sleep(self._enrol_every)
 
     async def _watch(self, origin: Origin) -> None:
         # Spread: a thousand at once would be a burst. Soon: who starts a router wants to know who cannot be reached.
@@ -83,7 +83,7 @@ class Prober:
                 async with self._slots:
                     passed = await self.check(origin)
                 if origin.cause != before:
-                    _tell(origin)
+                    _log_change(origin)
                 if passed is not None:
                     self._on_check(origin, passed)
             except Exception:
@@ -98,11 +98,11 @@ class Prober:
         try:
             url, target = origin.address("/health")
             extensions = {"origin": origin.url, "target": target, "fresh": True}
-            async with asyncio.timeout(self._patience_with(origin)):
+            async with asyncio.timeout(self._timeout_of(origin)):
                 request = httpx.Request("GET", url, headers=_HEADERS, extensions=extensions)
                 response = await self._transport.handle_async_request(request)
         except TimeoutError as exc:
-            return None if self._heard(origin.url) >= began else _failed(origin, cause_of(exc))
+            return None if self._last_byte_at(origin.url) >= began else _failed(origin, cause_of(exc))
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             return _failed(origin, cause_of(exc))
         assert isinstance(response.stream, httpx.AsyncByteStream)
@@ -112,9 +112,9 @@ class Prober:
         origin.cause = None
         return True
 
-    def _patience_with(self, origin: Origin) -> float:
+    def _timeout_of(self, origin: Origin) -> float:
         models = (self._fleet.models.get(backend.model) for backend in origin.backends)
-        return max(self._patience, *(_LEAST_PATIENCE.get(model.entry.engine, 0.0) for model in models if model), 0.0)
+        return max(self._timeout, *(_LEAST_TIMEOUT.get(model.entry.engine, 0.0) for model in models if model), 0.0)
 
     def __repr__(self) -> str:
         return f"<Prober of {len(self._watched)} addresses>"
@@ -125,7 +125,7 @@ def _failed(origin: Origin, cause: str) -> Literal[False]:
     return False
 
 
-def _tell(origin: Origin) -> None:
+def _log_change(origin: Origin) -> None:
     """Once for each change, whatever comes of it: what is out, and what is not, is decided in `health`."""
     fields = {"model": next((backend.model for backend in origin.backends), None), "backend": origin.label}
     if origin.cause is None:

@@ -29,12 +29,9 @@ from inference_api.routing.changes import changes
 
 logger = logging.getLogger(__name__)
 
-_COLD_START = 5.0
-# Of one look, all in all: httpx's own limit is for each read, which a dripping registry never exceeds.
-_PATIENCE = 10.0
 # Beyond this an answer is not a catalogue; 10,000 models are about 3 MB. Decoding one holds up the event loop.
-_MAX_BYTES = 16 * 1024 * 1024
-# Seconds to the next look after failures in a row: any time up to 1, 2, 4 ... 30.
+MAX_BYTES = 16 * 1024 * 1024
+# Seconds to the next poll after failures in a row: any time up to 1, 2, 4 ... 30.
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
 # A longer one is not worth sending back.
 _MAX_ETAG = 256
@@ -58,9 +55,11 @@ class RegistryError(Exception):
 
 
 class Registry:
-    """Keeps a Fleet at what the registry says. `refresh`: seconds between two looks, +-20 %; less after a failure.
+    """Keeps a Fleet at what the registry says. `refresh`: seconds between two polls, +-20 %; less after a failure.
 
     `clock` is monotonic seconds, `rand` gives [0, 1). `prepare` gets each catalogue before it is served, in a thread.
+    `cold_start`: seconds that the start waits; `timeout`: for one poll, all in all: httpx's own limit is for each
+    read, which a dripping registry never exceeds. `max_bytes`: of an answer.
     """
 
     def __init__(
@@ -73,8 +72,14 @@ class Registry:
         rand: Callable[[], float] = random.random,
         on_change: Callable[[], None] = lambda: None,
         prepare: Callable[[Catalogue], None] = lambda catalogue: None,
+        cold_start: float = 5.0,
+        timeout: float = 10.0,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         # Configuration
+        self._cold_start = cold_start
+        self._timeout = timeout
+        self._max_bytes = max_bytes
         self._fleet = fleet
         self._client = client
         self._refresh_every = refresh
@@ -91,7 +96,7 @@ class Registry:
         self._failed_in_a_row = 0
         # The source and the reason of the failures that the log has told of; None: of none
         self._told: tuple[str, str] | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
         self._static = static
         self._take(static, "static catalogue")
 
@@ -128,14 +133,14 @@ class Registry:
         return RegistryStatus(self.source, len(self._fleet.models), self._last_success, dict(self._failures))
 
     async def start(self) -> None:
-        """The first look, before any request is taken; it may fail, the static catalogue is there."""
+        """The first poll, before any request is taken; it may fail, the static catalogue is there."""
         if self._client is None:
             return
         try:
-            async with asyncio.timeout(_COLD_START):
+            async with asyncio.timeout(self._cold_start):
                 await self.refresh()
         except TimeoutError:
-            self._failed(RegistryError("timeout", f"no answer within {_COLD_START:.0f} s of the start"))
+            self._failed(RegistryError("timeout", f"no answer within {self._cold_start:.0f} s of the start"))
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
@@ -146,32 +151,31 @@ class Registry:
     def _pause(self) -> float:
         if not self._failed_in_a_row:
             return spread(self._refresh_every, self._rand())
-        # Full jitter: many routers lost the registry in the same moment, and must not come back in the same moment.
         first = min(_FIRST_BACKOFF, self._refresh_every)
         return back_off(self._failed_in_a_row, first, _LONGEST_BACKOFF, self._rand())
 
     async def refresh(self) -> None:
-        """One look. Whoever asks while one is under way waits for that one."""
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._look())
-            self._looking.add_done_callback(self._looked)
-        await asyncio.shield(self._looking)
+        """One poll. Whoever asks while one is under way waits for that one."""
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll())
+            self._polling.add_done_callback(self._polled)
+        await asyncio.shield(self._polling)
 
-    def _looked(self, task: asyncio.Task[None]) -> None:
-        self._looking = None
+    def _polled(self, task: asyncio.Task[None]) -> None:
+        self._polling = None
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(self._timeout):
                 catalogue = await self._fetch()
         except RegistryError as exc:
             self._failed(exc)
             return
         except TimeoutError:
-            self._failed(RegistryError("timeout", f"its answer did not end within {_PATIENCE:.0f} s"))
+            self._failed(RegistryError("timeout", f"its answer did not end within {self._timeout:.0f} s"))
             return
         except Exception:
-            # The boundary of a background task: it has to be there for the next look.
+            # The boundary of a background task: it has to be there for the next poll.
             logger.exception("a look at the registry failed")
             self._failures["internal"] += 1
             self._failed_in_a_row += 1
@@ -196,7 +200,7 @@ class Registry:
         headers = {"accept-encoding": "identity"} | ({} if self._etag is None else {"if-none-match": self._etag})
         try:
             async with self._client.stream("GET", "/models", headers=headers, follow_redirects=False) as response:
-                content = await _read_body(response)
+                content = await _read_body(response, self._max_bytes)
         except httpx.TimeoutException as exc:
             raise RegistryError("timeout", "it did not answer in time") from exc
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
@@ -255,14 +259,14 @@ def _etag(response: httpx.Response) -> str | None:
     return etag if etag is not None and etag.isascii() and etag.isprintable() and len(etag) <= _MAX_ETAG else None
 
 
-async def _read_body(response: httpx.Response) -> bytes:
+async def _read_body(response: httpx.Response, limit: int) -> bytes:
     if response.headers.get("content-encoding", "identity") != "identity":
         raise RegistryError("garbage", "its answer is compressed, which it was not asked for")
     body = bytearray()
     async for data in response.aiter_bytes():
         body += data
-        if len(body) > _MAX_BYTES:
-            raise RegistryError("garbage", f"its answer has more than {_MAX_BYTES} bytes")
+        if len(body) > limit:
+            raise RegistryError("garbage", f"its answer has more than {limit} bytes")
     return bytes(body)
 
 

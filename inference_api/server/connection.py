@@ -129,7 +129,7 @@ class ClientConnection(Flow):
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
-            self._heard = True
+            self._received = True
             return
         # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
         between = self._reading is None and not self._head

@@ -8,29 +8,42 @@ import sys
 import termios
 from typing import NamedTuple, cast
 
-# A client that is still sending a body nobody wants gets this long to read why, after the last byte of either side.
-_LINGER = 2.0
 # Bytes that a client must take within `write_stall` to count as one that reads, unless that is all there is.
 _LEAST_READ = 64 * 1024
 
 
 class Deadlines(NamedTuple):
-    """Seconds for a client to send a request head, to send a body, to be idle between requests, and not to read; and
-    after which its connection is closed with an answer, 0: never."""
+    """Seconds for a client to send a request head, to send a body, to be idle between requests, and not to read.
+
+    `age`: after which its connection is closed with an answer, 0: never. `linger`: after the last byte of either side,
+    for a client that is still sending a rejected body to read why.
+    """
 
     header: float = 10.0
     body: float = 60.0
     keepalive: float = 75.0
     write_stall: float = 60.0
     age: float = 0.0
+    linger: float = 2.0
 
 
 class Flow(asyncio.Protocol):
     """Base of a connection's protocol, which reads what comes unless this is deaf to it, and sets `_timer`."""
 
     __slots__ = (
-        "_deadlines", "_deaf", "_heard", "_idle_timer", "_linger_until", "_read_paused", "_stall_timer", "_timer",
-        "_unwritten", "drained", "left", "loop", "transport",
+        "_deadlines",
+        "_deaf",
+        "_idle_timer",
+        "_linger_until",
+        "_read_paused",
+        "_received",
+        "_stall_timer",
+        "_timer",
+        "_unwritten",
+        "drained",
+        "left",
+        "loop",
+        "transport",
     )  # fmt: skip
 
     def __init__(self, deadlines: Deadlines, loop: asyncio.AbstractEventLoop) -> None:
@@ -48,7 +61,7 @@ class Flow(asyncio.Protocol):
         # Bytes that the client had not taken when the last one was set
         self._unwritten = 0
         # After the last answer: whether anything came lately, and until when it matters
-        self._heard, self._linger_until = False, 0.0
+        self._received, self._linger_until = False, 0.0
 
     # asyncio.Protocol
 
@@ -135,18 +148,18 @@ class Flow(asyncio.Protocol):
         self._cancel_timer()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
-        self._heard = False
+        self._received = False
         self._linger_until = self.loop.time() + self._deadlines.body
-        self._timer = self.loop.call_later(_LINGER, self._lingered)
+        self._timer = self.loop.call_later(self._deadlines.linger, self._lingered)
 
     def _lingered(self) -> None:
         self._timer = None
         unwritten = self.transport.get_write_buffer_size()
         if unwritten and self._stall_timer is None:
             self._watch_stall()
-        if unwritten or (self._heard and self.loop.time() < self._linger_until):
-            self._heard = False
-            self._timer = self.loop.call_later(_LINGER, self._lingered)
+        if unwritten or (self._received and self.loop.time() < self._linger_until):
+            self._received = False
+            self._timer = self.loop.call_later(self._deadlines.linger, self._lingered)
         else:
             self.transport.abort()
 

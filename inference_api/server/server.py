@@ -154,10 +154,14 @@ def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
             signal.signal(number, before)
 
 
-def server_config(app: ASGIApp, settings: Settings, on_rejection: OnRejection = lambda *_: None) -> uvicorn.Config:
-    protocol = connection_factory(_deadlines(settings), on_rejection, connection_limit(settings.max_in_flight))
-    patience = math.ceil(settings.drain_timeout)
-    return _config(app, protocol, loop="uvloop", lifespan="on", timeout_graceful_shutdown=patience)
+def server_config(
+    app: ASGIApp, settings: Settings, on_rejection: OnRejection = lambda *_: None, linger: float = 2.0
+) -> uvicorn.Config:
+    protocol = connection_factory(
+        _deadlines(settings)._replace(linger=linger), on_rejection, connection_limit(settings.max_in_flight)
+    )
+    timeout = math.ceil(settings.drain_timeout)
+    return _config(app, protocol, loop="uvloop", lifespan="on", timeout_graceful_shutdown=timeout)
 
 
 def _deadlines(settings: Settings) -> Deadlines:

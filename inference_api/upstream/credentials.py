@@ -38,7 +38,7 @@ class Tokens(dict[str, str]):
             for known in (self._files, self._complaints, self):
                 known.pop(path, None)
 
-    def look(self, now: bool) -> None:
+    def poll(self, now: bool) -> None:
         """As `routing.files.Watched`; a request takes what is there."""
         for path, changes in list(self._files.items()):
             if changes.settled(now):

@@ -25,7 +25,7 @@ class Trust:
             self._context = ssl.create_default_context()
         return self._context
 
-    def look(self, now: bool) -> Callable[[], None] | None:
+    def poll(self, now: bool) -> Callable[[], None] | None:
         """As `routing.files.Watched`; connections that are open stay."""
         if not self._changes.settled(now) or self._context is None:
             return None

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_api.discovery import cluster as cluster_module
-from inference_api.discovery.cluster import Api, ApiError, ClusterError, Event, Lines, in_cluster, read_event
+from inference_api.discovery.cluster import Api, ApiError, ApiLimits, ClusterError, Event, Lines, in_cluster, read_event
 from tests.discovery.kube import WATCH_HEAD, FakeApi, document, event
 from tests.fakes import chunk, json_response, raw, until
 
@@ -99,17 +98,14 @@ def test_an_event_is_what_happened_to_whom_and_when() -> None:
     assert read_event(event("ADDED", slice)) == Event("ADDED", slice, "7")
 
 
-async def test_a_list_that_is_too_long_is_not_kept(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_that_is_too_long_is_not_kept(api: FakeApi) -> None:
     for number in range(4):
         api.put(document(f"s-{number}", "llama", "10.0.0.1"))
     api.page_size = 1
-    monkeypatch.setattr(cluster_module, "_MAX_SLICES", 2)
-    async with Api(api.cluster) as client:
-        with pytest.raises(ApiError, match="more than 2 slices"):
-            await client.slices("models", ["llama"])
-        monkeypatch.setattr(cluster_module, "_MAX_PAGE", 100)
-        with pytest.raises(ApiError, match="more than 100 bytes"):
-            await client.slices("models", ["llama"])
+    for limits, message in ((ApiLimits(slices=2), "more than 2 slices"), (ApiLimits(page=100), "more than 100 bytes")):
+        async with Api(api.cluster._replace(limits=limits)) as client:
+            with pytest.raises(ApiError, match=message):
+                await client.slices("models", ["llama"])
 
 
 async def test_the_answer_to_a_watch_that_is_refused_is_not_read_for_ever(api: FakeApi) -> None:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_api.discovery import dns as discovery_module
 from inference_api.discovery.dns import Discovery
 from inference_api.discovery.resolver import Resolver, resolve
 from inference_api.routing.addresses import addresses_of, place_of
@@ -139,7 +138,7 @@ async def test_every_address_is_a_backend_once_the_first_look_is_done() -> None:
 async def test_a_name_is_looked_up_once_for_all_models_that_use_it() -> None:
     names = Names(a=["10.0.0.1"], b=["10.0.0.2"])
     fleet = fleet_of(dns("a"), {"url": "http://A:9", "discovery": "dns"}, n=[dns("a"), dns("b")], static=[])
-    await Discovery(fleet, names).look()
+    await Discovery(fleet, names).poll()
 
     assert sorted(names.asked) == ["a", "b"]
     assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.1:9"]
@@ -150,10 +149,10 @@ async def test_addresses_come_and_go_and_those_that_stay_are_the_same_backends()
     names, left = Names(a=["10.0.0.1", "10.0.0.2"]), []
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names, on_leave=lambda: left.append(labels(fleet)))
-    await discovery.look()
+    await discovery.poll()
     first, second = fleet.models["m"].backends
     names.say("a", ["10.0.0.2", "10.0.0.3"])
-    await discovery.look()
+    await discovery.poll()
 
     assert labels(fleet) == ["10.0.0.2:8000", "10.0.0.3:8000"]
     assert fleet.models["m"].backends[0] is second
@@ -166,15 +165,15 @@ async def test_an_answer_that_says_the_same_changes_nothing() -> None:
     names = Names(a=["10.0.0.1", "10.0.0.2"])
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names)
-    await discovery.look()
+    await discovery.poll()
     model = fleet.models["m"]
     before, balancing, model.max_model_len = model.backends, model.balancer, 4096
     names.say("a", ["10.0.0.2", "10.0.0.1", "10.0.0.1"])
-    await discovery.look()
+    await discovery.poll()
 
     assert model.backends is before
     names.say("a", ["10.0.0.2"])
-    await discovery.look()
+    await discovery.poll()
     assert (model.balancer is balancing, model.max_model_len) == (True, 4096)
 
 
@@ -182,13 +181,13 @@ async def test_a_backend_that_comes_back_still_has_what_it_had_in_flight() -> No
     names = Names(a=["10.0.0.1", "10.0.0.2"])
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names)
-    await discovery.look()
+    await discovery.poll()
     model = fleet.models["m"]
     busy, idle = model.backends
     busy.in_flight = busy.origin.in_flight = 2
     for answer in (["10.0.0.3"], ["10.0.0.4"], ["10.0.0.1", "10.0.0.2"]):
         names.say("a", answer)
-        await discovery.look()
+        await discovery.poll()
 
     assert model.backends[0] is busy
     assert model.backends[1] is not idle
@@ -217,12 +216,12 @@ async def test_a_name_that_left_and_came_back_is_looked_up_anew() -> None:
     names = Names(a=["10.0.0.1"])
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names)
-    await discovery.look()
+    await discovery.poll()
     tell(fleet, m=[])
-    await discovery.look()
+    await discovery.poll()
     names.say("a", OSError("gone"))
     tell(fleet, m=[dns("a")])
-    await discovery.look()
+    await discovery.poll()
 
     assert labels(fleet) == []
 
@@ -248,12 +247,12 @@ async def test_a_thousand_addresses_are_told_in_milliseconds() -> None:
     names = Names(a=addresses)
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names)
-    await discovery.look()
+    await discovery.poll()
     took = []
     for gone in range(20):
         names.say("a", [address for address in addresses if address != addresses[gone]])
         began = time.process_time()
-        await discovery.look()
+        await discovery.poll()
         took.append(time.process_time() - began)
 
     assert len(labels(fleet)) == 999
@@ -280,10 +279,10 @@ async def test_an_answer_of_no_use_leaves_the_last_good_addresses(fault: str, ca
     names = Names(a=["10.0.0.1"], b=["10.0.0.9"])
     fleet = fleet_of(dns("a"), dns("b"))
     discovery = Discovery(fleet, names, on_leave=lambda: pytest.fail("nothing has left"))
-    await discovery.look()
+    await discovery.poll()
     names.say("a", answer)
     for _ in range(3):
-        await discovery.look()
+        await discovery.poll()
 
     assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.9:8000"]
     assert discovery.failures == {reason: 3}
@@ -293,11 +292,11 @@ async def test_an_answer_of_no_use_leaves_the_last_good_addresses(fault: str, ca
     assert "the host 'a' can be looked up again" not in caplog.messages
     names.say("a", ["10.0.0.1", "10.0.0.2"])
     for _ in range(2):
-        await discovery.look()
+        await discovery.poll()
     assert len(labels(fleet)) == 3
     assert caplog.messages.count("the host 'a' can be looked up again") == 1
     names.say("a", answer)
-    await discovery.look()
+    await discovery.poll()
     assert caplog.messages.count(told) == 2
 
 
@@ -308,7 +307,7 @@ async def test_a_name_that_comes_back_and_still_cannot_be_looked_up_is_told_agai
     discovery = Discovery(fleet, Names(a=[], b=["10.0.0.1"]))
     for host in ("a", "b", "a"):
         tell(fleet, m=[dns(host)])
-        await discovery.look()
+        await discovery.poll()
 
     assert sum("the host 'a' cannot be looked up" in message for message in caplog.messages) == 2
 
@@ -318,41 +317,39 @@ async def test_refused_addresses_are_refused_alone_and_told_once(caplog: pytest.
     names = Names(a=["10.0.0.1", *refused, "127.0.0.1"])
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names)
-    await discovery.look()
-    await discovery.look()
+    await discovery.poll()
+    await discovery.poll()
 
     assert labels(fleet) == ["10.0.0.1:8000", "127.0.0.1:8000"]
     assert caplog.messages == ["7 addresses of the host 'a' are refused, first '0.0.0.0'"]
     names.say("a", ["10.0.0.1", "0.0.0.0"])
-    await discovery.look()
+    await discovery.poll()
     assert len(caplog.messages) == 2
 
 
-async def test_a_name_server_that_hangs_for_one_name_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery_module, "_PATIENCE", 0.05)
+async def test_a_name_server_that_hangs_for_one_name_holds_up_no_other() -> None:
     names = Names(b=["10.0.0.2"], c=["10.0.0.3"])
     fleet = fleet_of(dns("a"), dns("b"), dns("c"))
-    discovery = Discovery(fleet, names)
-    await discovery.look()
+    discovery = Discovery(fleet, names, timeout=0.05)
+    await discovery.poll()
     names.say("b", ["10.0.0.4"])
-    await discovery.look()
+    await discovery.poll()
 
     assert labels(fleet) == ["10.0.0.4:8000", "10.0.0.3:8000"]
     # It is not asked again before it has answered.
     assert (names.asked.count("a"), discovery.failures) == (1, {"timeout": 1})
     names.say("a", ["10.0.0.1"])
     await until(lambda: not names.under_way)
-    await discovery.look()
+    await discovery.poll()
     assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.4:8000", "10.0.0.3:8000"]
 
 
-async def test_many_names_that_hang_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery_module, "_PATIENCE", 0.1)
+async def test_many_names_that_hang_hold_up_no_other() -> None:
     hanging = [f"h{number}" for number in range(100)]
     names = Names(sound=["10.0.0.1"])
     fleet = fleet_of(*map(dns, hanging), dns("sound"))
     resolver = Resolver(names, late=0.1)
-    with running(Discovery(fleet, resolver.look_up, every=0.05)):
+    with running(Discovery(fleet, resolver.look_up, every=0.05, timeout=0.1)):
         await until(lambda: labels(fleet) == ["10.0.0.1:8000"])
         names.say("sound", ["10.0.0.2"])
         await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
@@ -364,8 +361,8 @@ async def test_many_names_that_hang_hold_up_no_other(monkeypatch: pytest.MonkeyP
 async def test_names_that_failed_come_last() -> None:
     names = Names(a=OSError("no"), b=["10.0.0.2"], c=["10.0.0.3"])
     discovery = Discovery(fleet_of(dns("a"), dns("b"), dns("c")), names)
-    await discovery.look()
-    await discovery.look()
+    await discovery.poll()
+    await discovery.poll()
 
     assert names.asked == ["a", "b", "c", "b", "c", "a"]
 
@@ -374,22 +371,21 @@ async def test_a_catalogue_that_changes_during_a_look_is_no_trouble() -> None:
     names = Names(b=["10.0.0.2"])
     fleet = fleet_of(dns("a"))
     discovery = Discovery(fleet, names)
-    look = asyncio.create_task(discovery.look())
+    look = asyncio.create_task(discovery.poll())
     await until(lambda: names.under_way)
     tell(fleet, n=[dns("b")])
     names.say("a", ["10.0.0.1"])
     await look
-    await discovery.look()
+    await discovery.poll()
 
     assert labels(fleet, "n") == ["10.0.0.2:8000"]
     assert set(fleet.addresses) == {"b"}
 
 
-async def test_the_start_waits_for_names_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery_module, "_COLD_START", 0.05)
+async def test_the_start_waits_for_names_only_so_long() -> None:
     names = Names(b=["10.0.0.2"])
     fleet = fleet_of(dns("a"), dns("b"))
-    discovery = Discovery(fleet, names, every=0.01)
+    discovery = Discovery(fleet, names, every=0.01, cold_start=0.05)
     await asyncio.wait_for(discovery.start(), 5)
     assert labels(fleet) == ["10.0.0.2:8000"]
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from inference_api.discovery import cluster as cluster_module
+from inference_api.discovery.cluster import ApiLimits
 from inference_api.discovery.dns import Discovery
-from inference_api.discovery.endpointslices import EndpointSlices, Rhythm, watched_in
+from inference_api.discovery.endpointslices import EndpointSlices, Rhythm, Timing, watched_in
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
@@ -57,6 +57,9 @@ def said(caplog: pytest.LogCaptureFixture, text: str) -> int:
     return sum(text in message for message in caplog.messages)
 
 
+LIMITS = ApiLimits(line=4096)
+# Of a server that hangs: on a busy machine a sound one takes its time, too.
+IMPATIENT = LIMITS._replace(head=1.0, list=1.0)
 # Answers of a server that cannot, and of one that has ended a watch
 BROKEN = raw(json_response(status(500, "etcd is away"), "500 Internal Server Error"))
 ENDED = raw(WATCH_HEAD, LAST_CHUNK)
@@ -64,11 +67,11 @@ ENDED = raw(WATCH_HEAD, LAST_CHUNK)
 
 @asynccontextmanager
 async def watching(
-    fleet: Fleet, api: FakeApi, relist: float = NEVER, **more: Any
+    fleet: Fleet, api: FakeApi, relist: float = NEVER, limits: ApiLimits = LIMITS, **more: Any
 ) -> AsyncIterator[tuple[EndpointSlices, Counter[str]]]:
     """The watch, after its start, and what it counts as failures."""
     failures: Counter[str] = Counter()
-    found = EndpointSlices(fleet, api.cluster, failures, relist, **more)
+    found = EndpointSlices(fleet, api.cluster._replace(limits=limits), failures, relist, **more)
     await found.start()
     task = asyncio.create_task(found.run())
     try:
@@ -162,7 +165,7 @@ async def test_namespaces_are_watched_one_by_one_and_names_of_no_service_are_lef
 
     fleet = fleet_of(m=[backend("llama"), backend("llama.other"), backend("llm.example.com"), backend("localhost")])
     async with watching(fleet, api):
-        await Discovery(fleet, resolve, watched=watched_in(api.cluster)).look()
+        await Discovery(fleet, resolve, watched=watched_in(api.cluster)).poll()
         assert sorted(asked) == ["llm.example.com", "localhost"]
         assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"]
 
@@ -206,13 +209,12 @@ async def test_a_new_catalogue_is_followed_at_once(api: FakeApi) -> None:
 
 
 async def test_more_services_than_a_selector_should_name_are_picked_here(
-    api: FakeApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cluster_module, "_MAX_NAMES", 2)
     for name in ("a", "b", "c", "stranger", "unknown"):
         api.put(document(f"{name}-1", name, f"10.0.0.{ord(name[0])}"))
     fleet = fleet_of(m=[backend("a"), backend("b"), backend("c")])
-    async with watching(fleet, api):
+    async with watching(fleet, api, limits=ApiLimits(names=2)):
         assert len(labels(fleet)) == 3
         api.put(document("stranger-1", "stranger", "10.0.1.1"))
         # A slice may change hands.
@@ -341,10 +343,7 @@ async def test_a_watch_that_lasted_is_gone_on_with_at_once(api: FakeApi, pauses:
 # When the router may be ready
 
 
-@pytest.fixture
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_api.discovery.endpointslices._PATIENCE", 0.1)
-    monkeypatch.setattr("inference_api.discovery.endpointslices._LOOK", 0.002)
+HURRY = Timing(ready_within=0.1, poll=0.002)
 
 
 @pytest.mark.parametrize(
@@ -353,20 +352,18 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["a backend that needs no list", "a namespace that was listed, though it has nobody"],
 )
 async def test_what_can_be_served_is_not_held_up_for_ever(
-    backends: list[dict[str, Any]], api: FakeApi, hurry: None, caplog: pytest.LogCaptureFixture
+    backends: list[dict[str, Any]], api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.forbidden.add("secret")
-    async with watching(fleet_of(m=backends), api, rand=lambda: 0.01) as (found, _):
+    async with watching(fleet_of(m=backends), api, rand=lambda: 0.01, timing=HURRY) as (found, _):
         await asyncio.wait_for(found.known(), 15)
 
     assert said(caplog, "ready, though the Services of ['secret'] have never been listed") == 1
 
 
-async def test_with_nobody_to_send_to_it_waits_and_says_so_once(
-    api: FakeApi, hurry: None, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_with_nobody_to_send_to_it_waits_and_says_so_once(api: FakeApi, caplog: pytest.LogCaptureFixture) -> None:
     api.forbidden.add("models")
-    async with watching(fleet_of(m=[backend("llama")]), api, rand=lambda: 0.01) as (found, _):
+    async with watching(fleet_of(m=[backend("llama")]), api, rand=lambda: 0.01, timing=HURRY) as (found, _):
         known = asyncio.create_task(found.known())
         await until(lambda: said(caplog, "not ready: the Services of ['models']"))
         await asyncio.sleep(0.1)
@@ -508,13 +505,8 @@ WATCH_FAULTS: dict[str, tuple[str, Script]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    # Only where a server hangs, or may: on a busy machine a sound one too takes its time.
-    if request.node.name.endswith(("[hangs]", "after_any_faults_the_fleet_becomes_what_the_server_says")):
-        for name in ("_HEAD", "_LIST"):
-            monkeypatch.setattr(cluster_module, name, 1.0)
-    monkeypatch.setattr(cluster_module, "_MAX_LINE", 4096)
+def limits_of(fault: str) -> ApiLimits:
+    return IMPATIENT if fault == "hangs" else LIMITS
 
 
 @pytest.mark.parametrize("fault", LIST_FAULTS)
@@ -525,7 +517,10 @@ async def test_a_list_of_no_use_leaves_the_last_good_backends(
     reason, script = LIST_FAULTS[fault]
     api.put(document("s", "llama", "10.0.0.1"))
     fleet = fleet_of(m=[backend("llama")])
-    async with watching(fleet, api, relist=0.1, on_leave=lambda: pytest.fail("nothing has left")) as (_, failures):
+    async with watching(fleet, api, 0.1, limits_of(fault), on_leave=lambda: pytest.fail("nothing has left")) as (
+        _,
+        failures,
+    ):
         api.on_list.extend([script] * 3)
         await until(lambda: failures[reason] == 3)
         assert labels(fleet) == ["10.0.0.1:8000"]
@@ -542,7 +537,7 @@ async def test_after_a_watch_of_no_use_the_fleet_is_what_the_server_says(fault: 
     api.put(document("s", "llama", "10.0.0.1"))
     api.on_watch.extend([script] * 2)
     fleet = fleet_of(m=[backend("llama")])
-    async with watching(fleet, api, rand=lambda: 0.01, on_leave=lambda: None) as (_, failures):
+    async with watching(fleet, api, limits=limits_of(fault), rand=lambda: 0.01, on_leave=lambda: None) as (_, failures):
         assert labels(fleet) == ["10.0.0.1:8000"]
         await until(lambda: not api.on_watch)
         api.put(document("s", "llama", "10.0.0.2"))
@@ -553,15 +548,11 @@ async def test_after_a_watch_of_no_use_the_fleet_is_what_the_server_says(fault: 
     assert api.lists == (1 if reason == "closed" else 3)
 
 
-async def test_a_server_that_is_not_there_at_the_start_holds_nothing_up_for_long(
-    api: FakeApi, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_that_is_not_there_at_the_start_holds_nothing_up_for_long(api: FakeApi) -> None:
     api.on_list.append(hang)
     api.put(document("s", "llama", "10.0.0.1"))
     fleet = fleet_of(m=[backend("llama")])
-    monkeypatch.setattr("inference_api.discovery.endpointslices._COLD_START", 0.05)
-    monkeypatch.setattr(cluster_module, "_LIST", 1.0)
-    async with watching(fleet, api, rand=lambda: 0.01) as (found, _):
+    async with watching(fleet, api, limits=IMPATIENT, rand=lambda: 0.01, timing=Timing(cold_start=0.05)) as (found, _):
         # Not yet known is not the same as none, whatever the catalogue does meanwhile.
         tell(fleet, m=[backend("llama"), backend("llama", 9000)])
         found.wake()
@@ -756,7 +747,7 @@ def test_after_any_faults_the_fleet_becomes_what_the_server_says(
 ) -> None:
     async def run() -> None:
         fleet = fleet_of(m=[backend(name) for name in SERVICES])
-        async with FakeApi(tmp_path_factory.mktemp("account")) as api, watching(fleet, api, relist=0.1):
+        async with FakeApi(tmp_path_factory.mktemp("account")) as api, watching(fleet, api, 0.1, IMPATIENT):
             for what in events:
                 await happen(api, what)
             api.on_list.clear()

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_api.discovery import load as load_module
 from inference_api.discovery.engine_metrics import EngineMetrics
 from inference_api.discovery.gauges import Gauges, Reading
 from inference_api.routing.backend import Backend, Fleet
@@ -238,16 +237,18 @@ def note_sleep(origin: Origin, asleep: bool | None) -> None:
 
 
 class Asking:
-    """A EngineMetrics over one model, at a time that the test sets."""
+    """An EngineMetrics over one model, at a time that the test sets."""
 
     def __init__(
-        self, transport: Transport, *urls: str, every: float = 10.0, sleep_only: bool = False, **entry: Any
+        self, transport: Transport, *urls: str, every: float = 10.0, sleep_only: bool = False, **more: Any
     ) -> None:
+        """`more`: options of EngineMetrics, and keys of the entry."""
+        options = {name: more.pop(name) for name in ("timeout", "concurrency") if name in more}
         self.now = 1000.0
         self.failed: list[Origin] = []
-        self.heard = 0.0
+        self.last_byte_at = 0.0
         self.fleet = Fleet(make_balancer)
-        document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **entry}]}
+        document = {"models": [{"name": "m", "backends": [{"url": url} for url in urls], **more}]}
         self.fleet.update(parse_catalogue(document))
         self.backends = self.fleet.models["m"].backends
         self.signal = EngineMetrics(
@@ -257,15 +258,16 @@ class Asking:
             self.failed.append,
             note_sleep,
             sleep_only=sleep_only,
-            heard=lambda url: self.heard,
+            last_byte_at=lambda url: self.last_byte_at,
             clock=lambda: self.now,
             wall=lambda: 5.0,
+            **options,
         )
 
-    async def look(self) -> list[float]:
+    async def poll(self) -> list[float]:
         """What others have put on each backend, after one look."""
         async with asyncio.timeout(20):
-            await self.signal.look()
+            await self.signal.poll()
         return [backend.origin.reported for backend in self.backends]
 
 
@@ -276,7 +278,7 @@ async def test_what_is_not_our_own_is_others(start: Start, transport: Transport)
     first.origin.in_flight, second.origin.in_flight = 4, 2
 
     # Of the second one's own, one has not arrived there yet.
-    assert await asking.look() == [1, 0, 0]
+    assert await asking.poll() == [1, 0, 0]
     assert [backend.origin.reading for backend in asking.backends] == [(3, 2, None), (1, 0, None), (0, 0, None)]
     assert {backend.origin.scraped for backend in asking.backends} == {5.0}
     [request] = servers[0].requests
@@ -292,7 +294,7 @@ async def test_requests_that_end_meanwhile_are_not_taken_for_others(start: Start
     asking = Asking(transport, (await start(script)).url)
     asking.backends[0].origin.in_flight = 5
 
-    assert await asking.look() == [0]
+    assert await asking.poll() == [0]
 
 
 async def test_requests_that_come_meanwhile_are_not_taken_for_others(start: Start, transport: Transport) -> None:
@@ -302,7 +304,7 @@ async def test_requests_that_come_meanwhile_are_not_taken_for_others(start: Star
 
     asking = Asking(transport, (await start(script)).url)
 
-    assert await asking.look() == [0]
+    assert await asking.poll() == [0]
 
 
 async def test_an_engine_of_two_models_is_asked_once_and_the_requests_of_both_are_own(
@@ -315,7 +317,7 @@ async def test_an_engine_of_two_models_is_asked_once_and_the_requests_of_both_ar
     m, n = (model.backends[0] for model in asking.fleet.models.values())
     assert m.origin is n.origin
     m.origin.in_flight = 4
-    await asking.look()
+    await asking.poll()
 
     assert (m.origin.reported, n.origin.reported) == (1, 1)
     assert len(server.requests) == 1
@@ -325,7 +327,7 @@ async def test_an_engine_of_which_only_the_api_is_known_is_not_asked(start: Star
     server = await start(page(5, 0))
     asking = Asking(transport, server.url, engine="openai")
 
-    assert await asking.look() == [0]
+    assert await asking.poll() == [0]
     assert server.requests == []
     assert asking.failed == []
 
@@ -357,13 +359,12 @@ SILENT: dict[str, Script] = {
 
 @pytest.mark.parametrize("fault", SILENT)
 async def test_a_backend_that_does_not_tell_counts_as_without_the_signal(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, fault: str
+    start: Start, transport: Transport, fault: str
 ) -> None:
-    monkeypatch.setattr(load_module, "_PATIENCE", 0.8)
     bad, good = await start(SILENT[fault]), await start(page(4, 0))
-    asking = Asking(transport, bad.url, good.url)
+    asking = Asking(transport, bad.url, good.url, timeout=0.8)
 
-    assert await asking.look() == [0, 4]
+    assert await asking.poll() == [0, 4]
     assert asking.failed == [asking.backends[0].origin]
     assert (asking.backends[0].origin.reading, asking.backends[0].origin.scraped) == (None, 0.0)
     assert bad.connections == 1
@@ -374,40 +375,37 @@ async def test_a_backend_that_does_not_tell_counts_as_without_the_signal(
 async def test_what_is_old_is_dropped(start: Start, transport: Transport) -> None:
     server = await start(page(4, 0))
     asking = Asking(transport, server.url)
-    assert await asking.look() == [4]
+    assert await asking.poll() == [4]
     server.script = raw(close=True)
     reported = []
     for asking.now in (1010.0, 1020.0, 1020.1, 1030.0):
-        reported += await asking.look()
+        reported += await asking.poll()
 
     assert reported == [4, 4, 0, 0]
     assert asking.backends[0].origin.reading is None
     # When it last told stays known.
     assert asking.backends[0].origin.scraped == 5.0
     server.script = page(2, 0)
-    assert await asking.look() == [2]
+    assert await asking.poll() == [2]
 
 
 async def test_a_backend_that_comes_back_brings_nothing_old(start: Start, transport: Transport) -> None:
     server = await start(page(4, 0))
     asking = Asking(transport, server.url)
-    await asking.look()
+    await asking.poll()
     [backend] = asking.backends
     backend.in_flight = backend.origin.in_flight = 1
     asking.fleet.update(parse_catalogue({"models": [{"name": "m"}]}))
-    await asking.look()
+    await asking.poll()
     server.script = raw(close=True)
     asking.fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [{"url": server.url}]}]}))
-    await asking.look()
+    await asking.poll()
 
     assert asking.fleet.models["m"].backends == (backend,)
     assert (backend.origin.reported, backend.origin.reading) == (0, None)
 
 
-async def test_a_backend_that_tells_again_is_not_put_last(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(load_module, "_AT_ONCE", 1)
+async def test_a_backend_that_tells_again_is_not_put_last(start: Start, transport: Transport) -> None:
     asked: list[str] = []
 
     def noting(name: str, script: Script) -> Script:
@@ -418,26 +416,23 @@ async def test_a_backend_that_tells_again_is_not_put_last(
         return note
 
     silent, again = await start(noting("silent", raw(close=True))), await start(noting("again", raw(close=True)))
-    asking = Asking(transport, silent.url, again.url)
-    await asking.look()
+    asking = Asking(transport, silent.url, again.url, concurrency=1)
+    await asking.poll()
     again.script = noting("again", page(4, 0))
-    await asking.look()
+    await asking.poll()
     asked.clear()
 
-    assert await asking.look() == [0, 4]
+    assert await asking.poll() == [0, 4]
     assert asked == ["again", "silent"]
 
 
-async def test_backends_that_hang_delay_only_each_other(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(load_module, "_AT_ONCE", 2)
+async def test_backends_that_hang_delay_only_each_other(start: Start, transport: Transport) -> None:
     hanging, good = [await start(hang) for _ in range(4)], await start(page(4, 0))
-    asking = Asking(transport, *(server.url for server in hanging), good.url, every=1)
+    asking = Asking(transport, *(server.url for server in hanging), good.url, every=1, concurrency=2)
 
     # The first look ends with its interval; after it those that hang are known.
-    await asking.look()
-    assert (await asking.look())[-1] == 4
+    await asking.poll()
+    assert (await asking.poll())[-1] == 4
 
 
 async def test_it_goes_on_until_cancelled_and_outlives_faults(
@@ -471,28 +466,27 @@ async def test_a_backend_tells_when_it_sleeps_and_when_it_wakes(
     server = await start(telling(sleep_states(0) + VLLM))
     asking = Asking(transport, server.url, sleep_only=sleep_only)
     [backend] = asking.backends
-    await asking.look()
+    await asking.poll()
     assert backend.origin.asleep is True
     assert (backend.origin.reading is None) == sleep_only
     server.script = telling(sleep_states(1) + VLLM)
-    await asking.look()
+    await asking.poll()
 
     assert backend.origin.asleep is False
 
 
 @pytest.mark.parametrize("fault", SILENT)
 async def test_a_backend_that_does_not_tell_whether_it_sleeps_is_awake_and_has_not_failed(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, fault: str
+    start: Start, transport: Transport, fault: str
 ) -> None:
-    monkeypatch.setattr(load_module, "_PATIENCE", 0.3)
     server = await start(telling(sleep_states(0)))
-    asking = Asking(transport, server.url, sleep_only=True)
+    asking = Asking(transport, server.url, sleep_only=True, timeout=0.3)
     [backend] = asking.backends
-    await asking.look()
+    await asking.poll()
     server.script = SILENT[fault]
     states = []
     for asking.now in (1010.0, 1020.0, 1020.1):
-        await asking.look()
+        await asking.poll()
         states.append(backend.origin.asleep)
 
     # JSON says that there is no such gauge; the others say nothing, until what was known is too old.
@@ -505,17 +499,17 @@ async def test_only_those_that_have_been_silent_are_asked_whether_they_sleep(
     server = await start(telling(sleep_states(1)))
     asking = Asking(transport, server.url, sleep_only=True)
     [backend] = asking.backends
-    asking.now, asking.heard = 1010.0, 1005.0
-    await asking.look()
+    asking.now, asking.last_byte_at = 1010.0, 1005.0
+    await asking.poll()
     assert server.requests == []
     # Nothing since that look: it may have fallen asleep.
     server.script = telling(sleep_states(0))
     asking.now = 1020.0
-    await asking.look()
+    await asking.poll()
     assert backend.origin.asleep is True
     # The last bytes before it slept came after the look had begun.
-    asking.now, asking.heard = 1030.0, 1020.0
-    await asking.look()
+    asking.now, asking.last_byte_at = 1030.0, 1020.0
+    await asking.poll()
 
     assert len(server.requests) == 2
     assert backend.origin.asleep is True
@@ -527,7 +521,7 @@ async def test_an_engine_that_cannot_tell_is_not_asked_whether_it_sleeps(start: 
     [backend] = asking.backends
     # The entry was another one when it said that.
     backend.origin.asleep = True
-    await asking.look()
+    await asking.poll()
 
     assert server.requests == []
     assert backend.origin.asleep is None
@@ -542,7 +536,7 @@ async def test_a_long_page_is_left_when_it_has_told(start: Start, transport: Tra
 
     server = await start(script)
     asking = Asking(transport, server.url, sleep_only=True)
-    await asking.look()
+    await asking.poll()
 
     assert asking.backends[0].origin.asleep is True
     await until(lambda: server.open == 0)

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.discovery import engines as engines_module
 from inference_api.discovery.engines import EngineFacts
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
@@ -31,10 +30,10 @@ def fleet_of(*urls: str, **entry: Any) -> Fleet:
     return fleet
 
 
-async def learned(fleet: Fleet, transport: httpx.AsyncBaseTransport) -> int | None:
+async def learned(fleet: Fleet, transport: httpx.AsyncBaseTransport, seconds: float = 5.0) -> int | None:
     """What one look finds out about `m`."""
     async with asyncio.timeout(5):
-        await EngineFacts(fleet, transport).look()
+        await EngineFacts(fleet, transport, timeout=seconds).poll()
     return fleet.models["m"].max_model_len
 
 
@@ -75,16 +74,13 @@ async def test_an_engine_that_comes_back_with_another_length_is_believed(start: 
 
 
 @pytest.mark.parametrize("script", [hang, raw(close=True), raw(json_response({})), cards(("m", None))])
-async def test_silence_leaves_what_was_known(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, script: Script
-) -> None:
-    monkeypatch.setattr(engines_module, "_PATIENCE", 0.3)
+async def test_silence_leaves_what_was_known(start: Start, transport: Transport, script: Script) -> None:
     server = await start(cards(("m", 4096)))
     fleet = fleet_of(server.url)
     await learned(fleet, transport)
     server.script = script
 
-    assert await learned(fleet, transport) == 4096
+    assert await learned(fleet, transport, 0.3) == 4096
 
 
 @pytest.mark.parametrize("script", [cards(("m", 4096), ("n", 2048)), raw(close=True)])
@@ -173,12 +169,11 @@ async def dripping(request: Received, line: Line) -> None:
     ids=["hangs", "drips", "never ends", "closes", "breaks off"],
 )
 async def test_an_engine_that_does_not_answer_is_left_and_the_next_one_asked(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch, script: Script
+    start: Start, transport: Transport, script: Script
 ) -> None:
-    monkeypatch.setattr(engines_module, "_PATIENCE", 0.8)
     bad, good = await start(script), await start(cards(("m", 4096)))
 
-    assert await learned(fleet_of(bad.url, good.url), transport) == 4096
+    assert await learned(fleet_of(bad.url, good.url), transport, 0.8) == 4096
     assert len(bad.requests) == 1
     await until(lambda: bad.open == 0)
 
@@ -284,16 +279,16 @@ async def test_a_name_that_the_engine_does_not_know_is_told_once_with_the_right_
     fleet = fleet_of(server.url)
     facts = EngineFacts(fleet, transport)
     for _ in range(2):
-        await facts.look()
+        await facts.poll()
 
     assert caplog.messages == [
         'a backend does not serve the model of its entry: it serves "org/Model"; set served_model_name: "org/Model"'
     ]
 
     server.script = cards(("a", 1), ("m", 1))
-    await facts.look()
+    await facts.poll()
     server.script = cards(("a", 1), ("b", 1))
-    await facts.look()
+    await facts.poll()
     assert caplog.messages[1:] == [
         'a backend does not serve the model of its entry: it serves "a", "b"; set served_model_name to one of them'
     ]
@@ -304,6 +299,6 @@ async def test_an_engine_that_takes_the_name_is_not_told_of(
     start: Start, transport: Transport, caplog: pytest.LogCaptureFixture, entry: dict[str, Any]
 ) -> None:
     server = await start(cards(("org/Model", 1)))
-    await EngineFacts(fleet_of(server.url, **entry), transport).look()
+    await EngineFacts(fleet_of(server.url, **entry), transport).poll()
 
     assert caplog.messages == []

@@ -180,7 +180,7 @@ async def test_addresses_that_let_nobody_in_are_looked_up_sooner_but_not_each_ti
 async def test_names_that_hang_hold_up_each_other_and_nobody_else(make: Callable[..., Resolver]) -> None:
     hanging = [f"h{number}" for number in range(8)]
     names = Names(sound=["10.0.0.1"])
-    resolver = make(names, at_once=2, late=0.2, most_late=100)
+    resolver = make(names, concurrency=2, late=0.2, most_late=100)
     tasks = [asyncio.create_task(resolver.look_up(host)) for host in hanging]
     await asyncio.wait_for(resolver.addresses("sound"), 10)
     await until(lambda: names.under_way == 8)
@@ -213,7 +213,7 @@ async def test_names_that_hang_hold_up_each_other_and_nobody_else(make: Callable
 async def test_there_is_an_end_to_how_many_are_under_way(make: Callable[..., Resolver]) -> None:
     hosts = [f"h{number}" for number in range(20)]
     names = Names()
-    resolver = make(names, at_once=2, late=0.0, most_late=3)
+    resolver = make(names, concurrency=2, late=0.0, most_late=3)
     tasks = [asyncio.create_task(resolver.look_up(host)) for host in hosts]
     await until(lambda: names.under_way == 5)
     for _ in range(20):
@@ -231,7 +231,7 @@ async def test_there_is_an_end_to_how_many_are_under_way(make: Callable[..., Res
 
 async def test_the_end_leaves_no_look_up_behind(make: Callable[..., Resolver]) -> None:
     names = Names()
-    resolver = make(names, at_once=1, late=0.01)
+    resolver = make(names, concurrency=1, late=0.01)
     tasks = [asyncio.create_task(resolver.addresses(host)) for host in "abc"]
     await until(lambda: names.under_way == 1)
     await resolver.aclose()

@@ -60,7 +60,7 @@ async def serve(start_router: Start, engines: list[FakeEngine], records: Records
 
 async def change(served: Served, records: Records, *engines: FakeEngine) -> None:
     records.addresses = [engine.host for engine in engines]
-    await served.router.core.discovery.look()
+    await served.router.core.discovery.poll()
 
 
 def labels(served: Served) -> list[str]:
@@ -137,7 +137,7 @@ async def test_t54_a_name_server_that_is_down_hides_nothing_for_ever(pods: Pods,
     served = await serve(start_router, engines, records)
     records.down = True
     for _ in range(3):
-        await served.router.core.discovery.look()
+        await served.router.core.discovery.poll()
     assert len(labels(served)) == 2
     # The pod is gone already; its address is tried, and the request goes to the other one.
     await engines[0].stop()
@@ -158,13 +158,13 @@ async def test_t57_a_name_that_is_bound_to_a_forbidden_address_later_leads_nowhe
     [engine], records = await pods(1), Records()
     served = await serve(start_router, [engine], records)
     records.addresses = [address]
-    await served.router.core.discovery.look()
+    await served.router.core.discovery.poll()
     assert (await served.chat()).status_code == 200
     assert sum("is refused" in message or "are refused" in message for message in caplog.messages) == 1
 
     # Beside a good one it is left out.
     records.addresses = [address, engine.host]
-    await served.router.core.discovery.look()
+    await served.router.core.discovery.poll()
     assert labels(served) == [f"127.0.0.2:{engine.port}"]
     assert address not in repr(served.router.core.transport)
 

@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from inference_api.discovery.endpointslices import EndpointSlices, Timing
 from tests.conftest import Served
 from tests.discovery.kube import FakeApi, document, endpoint
 from tests.fakes import (
@@ -106,10 +108,8 @@ async def readiness(served: Served) -> tuple[int, str]:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_api.discovery.endpointslices._FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr("inference_api.discovery.endpointslices._LONGEST_BACKOFF", 0.02)
-    monkeypatch.setattr("inference_api.discovery.endpointslices._PATIENCE", 1.0)
-    monkeypatch.setattr("inference_api.discovery.endpointslices._LOOK", 0.002)
+    timing = Timing(ready_within=1.0, poll=0.002, first_back_off=0.02, longest_back_off=0.02)
+    monkeypatch.setattr("inference_api.core.EndpointSlices", partial(EndpointSlices, timing=timing))
 
 
 async def test_t54_a_router_that_may_not_list_is_not_ready_until_it_may(

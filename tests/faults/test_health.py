@@ -5,11 +5,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 
-from inference_api.routing import health as health_module
+from inference_api.routing.health import Health
 from tests.fakes import (
     CHAT,
     COMPLETION,
@@ -357,8 +358,7 @@ async def test_what_the_router_asks_for_itself_is_no_sign_of_life(start_engine: 
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A minute of silence is over within a second, which is more than a busy machine stands still."""
-    monkeypatch.setattr(health_module, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(health_module, "_STUCK_AFTER", 1.0)
+    monkeypatch.setattr("inference_api.core.Health", partial(Health, poll_every=0.05, stuck_after=1.0))
 
 
 @pytest.mark.usefixtures("_soon")

@@ -4,10 +4,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 
+from inference_api.discovery.engines import EngineFacts
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,
@@ -111,7 +113,7 @@ async def test_t10_leaving_a_request_that_is_no_stream_ends_it(script: Any, leav
 def black_hole(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a place where connections are neither taken nor refused, as behind a firewall that drops."""
     # The router asks its engines for their facts as well, and would wait for these while the test waits for silence.
-    monkeypatch.setattr("inference_api.discovery.engines._PATIENCE", 0.05)
+    monkeypatch.setattr("inference_api.core.EngineFacts", partial(EngineFacts, timeout=0.05))
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))

@@ -166,7 +166,7 @@ def test_after_the_cooldown_one_good_answer_brings_it_back_slowly() -> None:
 
     assert ward.available == "abc"
     assert (a.share, a.errors, a.recent, a.extra, ward.model.guard) == (0.1, 0, 0.0, 0, None)
-    ward.look(times=30)
+    ward.poll(times=30)
     assert (a.share, ward.model.available) == (1.0, ward.backends)
 
 
@@ -231,7 +231,7 @@ def test_requests_that_all_refuse_put_nobody_out(balancing: str, answer: Answer)
     counts = Counter[str]()
     for _ in range(20):
         counts += asked(ward, lambda backend: answer, 100)
-        ward.look()
+        ward.poll()
 
     assert (ward.model.open, ward.model.available) == ((), ward.backends)
     assert all(backend.extra == 0 for backend in ward.backends)
@@ -322,7 +322,7 @@ def test_what_shows_nothing_ends() -> None:
     assert a.compared
     assert ward.model.guard is not None
 
-    ward.look(601)
+    ward.poll(601)
 
     assert not a.compared
     assert ward.model.guard is None
@@ -338,7 +338,7 @@ def test_a_backend_that_leaves_while_it_is_compared_leaves_nothing() -> None:
     ward.report(a, Outcome.UPSTREAM_5XX, 500)
 
     asked(ward, lambda backend: WELL, 100)
-    ward.look(601)
+    ward.poll(601)
 
     assert ward.available == "bc"
     assert ward.model.guard is None
@@ -396,9 +396,9 @@ def test_they_fade() -> None:
     errors(ward, a=50, b=0)
     assert a.extra == 42
 
-    ward.look(times=20)
+    ward.poll(times=20)
     assert 15 <= a.extra <= 20
-    ward.look(times=150)
+    ward.poll(times=150)
 
     assert (a.extra, a.recent) == (0, 0.0)
 

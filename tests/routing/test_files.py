@@ -113,8 +113,8 @@ class Shelf:
     def take(self, catalogue: Catalogue) -> None:
         self.taken.append(list(catalogue))
 
-    def look(self, now: bool = True) -> None:
-        if (take := self.file.look(now)) is not None:
+    def poll(self, now: bool = True) -> None:
+        if (take := self.file.poll(now)) is not None:
             take()
 
 
@@ -134,7 +134,7 @@ def test_a_bad_file_changes_nothing_and_is_told_once(
     else:
         replace(shelf.path, BAD[fault])
     for now in (False, False, False, True, True):
-        shelf.look(now)
+        shelf.poll(now)
 
     assert shelf.taken == []
     (message,) = caplog.messages
@@ -142,13 +142,13 @@ def test_a_bad_file_changes_nothing_and_is_told_once(
     assert str(shelf.path) in message
     replace(shelf.path, "models: [{name: b}]")
     for _ in range(3):
-        shelf.look(now=False)
+        shelf.poll(now=False)
     assert shelf.taken == [["b"]]
     # What it names was read before.
     assert shelf.prepared[-1] == ["b"]
     # The same fault again is news.
     replace(shelf.path, BAD.get(fault, "models: ["))
-    shelf.look()
+    shelf.poll()
     assert len(caplog.messages) == 2
 
 
@@ -162,7 +162,7 @@ class Look:
         self.does = does
         self.looks: list[bool] = []
 
-    def look(self, now: bool) -> Callable[[], None] | None:
+    def poll(self, now: bool) -> Callable[[], None] | None:
         self.looks.append(now)
         return self.does()
 

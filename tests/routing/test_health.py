@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.models import Outcome
-from inference_api.routing import health as health_module
 from inference_api.routing.backend import Backend
 from inference_api.routing.catalogue import parse_catalogue
 from tests.fakes import until
@@ -168,8 +167,8 @@ def test_an_address_that_fails_its_checks_is_out_for_all_of_its_models() -> None
 def test_an_address_is_stuck_by_what_its_models_have_there_together() -> None:
     ward = adapters("m", "n")
     ward.backends[0].origin.in_flight = 3
-    ward.look()
-    ward.look(times=60)
+    ward.poll()
+    ward.poll(times=60)
 
     assert available_of(ward) == {"b"}
 
@@ -180,11 +179,11 @@ def test_the_model_whose_answers_may_begin_last_says_how_long_an_address_may_be_
     slow = {"name": "n", "backends": backends, "timeouts": {"first_byte": 600}}
     ward.fleet.update(parse_catalogue({"models": [{"name": "m", "backends": backends}, slow]}))
     ward.backends[0].origin.in_flight = 3
-    ward.look()
+    ward.poll()
 
-    ward.look(times=299)
+    ward.poll(times=299)
     assert available_of(ward) == {"ab"}
-    ward.look()
+    ward.poll()
 
     assert available_of(ward) == {"b"}
 
@@ -217,7 +216,7 @@ def test_the_head_of_the_probes_answer_closes_and_its_end_does_not_matter() -> N
 
     assert (a.origin.opened, a.origin.failures, ward.available) == (None, 0, "ab")
     assert ward.model.guard is None
-    ward.look(30, times=2)
+    ward.poll(30, times=2)
     assert ward.chosen() == {a, b}
     ward.request = probe
     ward.health.ended(a, Outcome.RESET)
@@ -398,7 +397,7 @@ def test_a_backend_that_comes_back_in_a_panic_starts_slowly_too() -> None:
 
 def test_a_model_without_backends_has_nobody_and_no_panic() -> None:
     ward = Ward()
-    ward.look()
+    ward.poll()
 
     assert (ward.choose(), ward.model.panic) == (None, False)
 
@@ -409,7 +408,7 @@ def test_an_only_backend_is_never_out(outcome: Outcome) -> None:
     [a] = ward.backends
     ward.check(a, False, False, False)
     a.origin.in_flight = 3
-    ward.look(times=100)
+    ward.poll(times=100)
     assert not a.origin.up
     ward.open(a, outcome=outcome)
 
@@ -526,18 +525,18 @@ def test_what_is_still_heard_of_a_backend_that_left_changes_nothing() -> None:
 def busy(ward: Ward, count: int = 3) -> Backend:
     a = ward.backends[0]
     a.origin.in_flight = count
-    ward.look()
+    ward.poll()
     return a
 
 
 def test_a_backend_with_requests_and_without_a_byte_for_a_minute_is_out() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
-    ward.look(times=59)
+    ward.poll(times=59)
     assert ward.available == "ab"
     ward.check(a, True, True)  # whatever its /health says
 
-    ward.look()
+    ward.poll()
 
     assert (ward.available, a.origin.up) == ("b", False)
 
@@ -545,16 +544,16 @@ def test_a_backend_with_requests_and_without_a_byte_for_a_minute_is_out() -> Non
 def test_two_requests_may_wait_as_long_as_they_like() -> None:
     ward = Ward("a", "b")
     a = busy(ward, 2)
-    ward.look(times=600)
+    ward.poll(times=600)
     assert ward.available == "ab"
 
     a.origin.in_flight = 3
-    ward.look(times=60)
+    ward.poll(times=60)
     assert ward.available == "ab"
     a.origin.in_flight = 2
-    ward.look()
+    ward.poll()
     a.origin.in_flight = 3
-    ward.look(times=60)
+    ward.poll(times=60)
 
     assert ward.available == "ab"
 
@@ -564,8 +563,8 @@ def test_a_backend_that_is_heard_now_and_then_is_busy_and_not_stuck() -> None:
     a = busy(ward)
 
     for _ in range(10):
-        ward.look(times=59)
-        ward.heard[a.url] = ward.now
+        ward.poll(times=59)
+        ward.last_byte_at[a.url] = ward.now
 
     assert ward.available == "ab"
 
@@ -574,20 +573,20 @@ def test_where_first_bytes_may_take_longer_silence_may_last_longer() -> None:
     ward = Ward("a", "b", timeouts={"first_byte": 600})
     busy(ward)
 
-    ward.look(times=299)
+    ward.poll(times=299)
     assert ward.available == "ab"
-    ward.look()
+    ward.poll()
     assert ward.available == "b"
 
 
 def test_a_stuck_backend_is_back_when_bytes_flow() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
-    ward.look(times=100)
+    ward.poll(times=100)
     assert ward.available == "b"
 
-    ward.heard[a.url] = ward.now + 0.5
-    ward.look()
+    ward.last_byte_at[a.url] = ward.now + 0.5
+    ward.poll()
 
     assert (ward.available, a.origin.up) == ("ab", True)
     assert a.share == pytest.approx(0.1, abs=0.05)
@@ -598,13 +597,13 @@ def test_a_stuck_backend_whose_requests_gave_up_is_tried_once_a_check_has_passed
     a = busy(ward)
     b = ward.backends[1]
     ward.check(a, True)
-    ward.look(times=100)
+    ward.poll(times=100)
     ward.check(a, True)
-    ward.look()
+    ward.poll()
     assert not a.origin.up
 
     a.origin.in_flight = 2
-    ward.look()
+    ward.poll()
 
     assert (a.origin.up, ward.available) == (True, "b")
     assert [ward.choose(), ward.choose()] == [a, b]
@@ -618,10 +617,10 @@ def test_a_stuck_backend_without_a_passed_check_stays_out() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
     ward.check(a, True)
-    ward.look(times=100)
+    ward.poll(times=100)
     a.origin.in_flight = 0
 
-    ward.look(times=600)
+    ward.poll(times=600)
 
     assert (a.origin.up, ward.available) == (False, "b")
 
@@ -640,7 +639,7 @@ def test_a_sleeping_backend_is_out_and_has_not_failed(caplog: pytest.LogCaptureF
     assert (a.origin.up, ward.model.panic) == (True, False)
     # What it was sent before that was known: it is silent, and that is no fault.
     a.origin.in_flight = 3
-    ward.look(times=200)
+    ward.poll(times=200)
     ward.open(a, outcome=Outcome.FIRST_BYTE_TIMEOUT)
     assert (a.origin.up, a.origin.opened, a.origin.failures) == (True, None, 0)
     a.origin.in_flight = 0
@@ -655,7 +654,7 @@ def test_a_sleeping_backend_is_out_and_has_not_failed(caplog: pytest.LogCaptureF
 def test_a_backend_that_was_stuck_before_it_was_known_to_sleep_is_not_stuck() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
-    ward.look(times=100)
+    ward.poll(times=100)
     assert not a.origin.up
 
     ward.health.slept(a.origin, True)
@@ -765,15 +764,15 @@ def part_of_a(ward: Ward) -> float:
 def test_a_backend_that_comes_back_gets_its_weight_within_half_a_minute(balancing: str) -> None:
     ward = Ward("a", "b", balancing=balancing)
     a, _ = ward.backends
-    ward.look()
+    ward.poll()
     ward.check(a, False, False, False, True, True)
     assert shares(ward) == [0.1, 1.0]
     assert part_of_a(ward) == pytest.approx(0.1 / 1.1, abs=0.03)
 
-    ward.look(times=10)
+    ward.poll(times=10)
     assert shares(ward)[0] == pytest.approx(0.1 + 10 / 30, abs=0.02)
     assert part_of_a(ward) == pytest.approx(0.43 / 1.43, abs=0.03)
-    ward.look(times=20)
+    ward.poll(times=20)
 
     assert shares(ward) == [1.0, 1.0]
     assert part_of_a(ward) == pytest.approx(0.5, abs=0.03)
@@ -787,10 +786,10 @@ def test_a_new_backend_beside_others_starts_slowly_by_its_own_weight() -> None:
     ward.list(backends=backends)
 
     assert [backend.weight for backend in ward.backends] == [1.0, 1.0, pytest.approx(0.4)]
-    ward.look(times=2)
+    ward.poll(times=2)
     ward.list(backends=backends, version="3")
     assert 0.4 < ward.backends[2].weight < 1.0
-    ward.look(times=30)
+    ward.poll(times=30)
     assert [backend.weight for backend in ward.backends] == [1.0, 1.0, 4.0]
 
 
@@ -798,12 +797,12 @@ def test_when_all_have_their_weight_the_tuple_is_no_longer_replaced() -> None:
     ward = Ward("a", "b")
     ward.list("a", "b", "c")
     before = ward.model.available
-    ward.look(times=2)
+    ward.poll(times=2)
     assert ward.model.available is not before
 
-    ward.look(times=30)
+    ward.poll(times=30)
     assert ward.model.available is ward.backends
-    ward.look(times=30)
+    ward.poll(times=30)
     assert ward.model.available is ward.backends
 
 
@@ -813,11 +812,11 @@ def test_prefix_affinity_keeps_its_ring() -> None:
     homes = {key: ward.model.choose(key) for key in map(str, range(100))}
     ward.check(a, False, False, False)
     without = ward.model.available
-    ward.look(times=10)
+    ward.poll(times=10)
     assert ward.model.available is without
 
     ward.check(a, True, True)
-    ward.look(times=3)
+    ward.poll(times=3)
 
     assert shares(ward) == [1.0, 1.0, 1.0]
     assert ward.model.available is ward.backends
@@ -852,7 +851,7 @@ def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: i
             ward.check(backend, *[data.draw(st.booleans())] * 3)
         elif event == "look":
             backend.origin.in_flight = data.draw(st.integers(0, 4))
-            ward.look(data.draw(st.sampled_from([1.0, 30.0, 61.0])))
+            ward.poll(data.draw(st.sampled_from([1.0, 30.0, 61.0])))
         elif (chosen := ward.choose()) is not None:
             ward.report(chosen, data.draw(st.sampled_from([Outcome.OK, Outcome.RESET, Outcome.CLIENT_GONE])))
 
@@ -871,16 +870,15 @@ def test_whatever_happens_there_is_somebody_to_try(data: st.DataObject, count: i
 async def test_it_looks_again_and_again_even_after_a_failure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(health_module, "_LOOK_EVERY", 0.01)
-    ward, looks = Ward("a"), 0
+    ward, looks = Ward("a", poll_every=0.01), 0
 
-    def look() -> None:
+    def poll() -> None:
         nonlocal looks
         looks += 1
         if looks == 1:
             raise RuntimeError("a bug")
 
-    monkeypatch.setattr(ward.health, "look", look)
+    monkeypatch.setattr(ward.health, "poll", poll)
     task = asyncio.create_task(ward.health.run())
     await until(lambda: looks > 2)
     task.cancel()

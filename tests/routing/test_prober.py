@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.routing import prober as prober_module
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
@@ -29,10 +28,10 @@ class Round:
         self.fleet = Fleet(make_balancer)
         self.list(*urls)
         self.results: list[tuple[Origin, bool]] = []
-        self.heard = 0.0
-        settings = {"every": 0.02, "patience": 5.0, **more}
+        self.last_byte_at = 0.0
+        settings = {"every": 0.02, "timeout": 5.0, **more}
         note = lambda backend, passed: self.results.append((backend, passed))  # noqa: E731
-        self.prober = Prober(self.fleet, transport, note, lambda url: self.heard, **settings)
+        self.prober = Prober(self.fleet, transport, note, lambda url: self.last_byte_at, **settings)
 
     def list(self, *urls: str, **more: Any) -> None:
         entry = {"name": "m", "backends": [{"url": url} for url in urls], **more}
@@ -123,7 +122,7 @@ async def test_a_url_that_cannot_be_asked_fails(transport: Transport) -> None:
 async def test_an_engine_that_hangs_fails_and_its_connection_is_closed(start: Start, transport: Transport) -> None:
     server = await start(hang)
 
-    assert await Round(transport, server.url, patience=0.1).check() is False
+    assert await Round(transport, server.url, timeout=0.1).check() is False
     await until(lambda: server.open == 0)
 
 
@@ -136,7 +135,7 @@ async def test_engines_that_take_their_time_are_given_it(
         await HEALTHY(request, line)
 
     server = await start(slow)
-    ward = Round(transport, patience=0.1)
+    ward = Round(transport, timeout=0.1)
     ward.list(server.url, engine=engine)
 
     assert await ward.check() is passed
@@ -155,12 +154,12 @@ async def test_an_answer_that_never_ends_is_not_read(start: Start, transport: Tr
 
 
 async def test_a_timeout_while_bytes_of_other_answers_come_is_no_verdict(start: Start, transport: Transport) -> None:
-    ward = Round(transport, (await start(hang)).url, patience=0.1)
+    ward = Round(transport, (await start(hang)).url, timeout=0.1)
     before = asyncio.get_running_loop().time()
-    ward.heard = before - 0.01
+    ward.last_byte_at = before - 0.01
     assert await ward.check() is False
 
-    ward.heard = before + 60
+    ward.last_byte_at = before + 60
 
     assert await ward.check() is None
 
@@ -194,8 +193,8 @@ async def test_an_address_is_asked_once_whatever_the_number_of_its_models(start:
 
 async def test_what_is_no_verdict_is_not_reported(start: Start, transport: Transport) -> None:
     server = await start(hang)
-    ward = Round(transport, server.url, patience=0.05)
-    ward.heard = float("inf")
+    ward = Round(transport, server.url, timeout=0.05)
+    ward.last_byte_at = float("inf")
 
     async with running(ward.prober):
         await until(lambda: len(server.requests) >= 3)
@@ -203,12 +202,9 @@ async def test_what_is_no_verdict_is_not_reported(start: Start, transport: Trans
     assert ward.results == []
 
 
-async def test_those_that_come_are_asked_and_those_that_left_are_not(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prober_module, "_ENROL_EVERY", 0.02)
+async def test_those_that_come_are_asked_and_those_that_left_are_not(start: Start, transport: Transport) -> None:
     stays, leaves, comes = await start(HEALTHY), await start(HEALTHY), await start(HEALTHY)
-    ward = Round(transport, stays.url, leaves.url)
+    ward = Round(transport, stays.url, leaves.url, enrol_every=0.02)
 
     async with running(ward.prober):
         await until(lambda: stays.requests and leaves.requests)
@@ -235,10 +231,7 @@ async def test_a_hung_backend_does_not_keep_the_others_from_being_asked(start: S
     await until(lambda: hung.open == 0)
 
 
-async def test_no_more_than_a_few_are_asked_at_once(
-    start: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prober_module, "_AT_ONCE", 4)
+async def test_no_more_than_a_few_are_asked_at_once(start: Start, transport: Transport) -> None:
     most = 0
 
     async def slow(request: Received, line: Line) -> None:
@@ -249,7 +242,7 @@ async def test_no_more_than_a_few_are_asked_at_once(
         line.close()
 
     server = await start(slow)
-    ward = Round(transport, *(f"{server.url}/{number}" for number in range(40)))
+    ward = Round(transport, *(f"{server.url}/{number}" for number in range(40)), concurrency=4)
 
     async with running(ward.prober):
         await until(lambda: len({backend for backend, _ in ward.results}) == 40)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import uvicorn
 from pytest_httpx import HTTPXMock
 
 from inference_api.errors import ModelNotFound
-from inference_api.routing import registry as registry_module
 from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
@@ -61,13 +61,16 @@ async def connect() -> AsyncIterator[Callable[..., Client]]:
     async with AsyncExitStack() as stack:
 
         def connect(
-            url: str = "http://registry", statuses: list[int] | None = None, timeout: float = 30, **options: Any
+            url: str = "http://registry",
+            per_read: float = 30,
+            statuses: list[int] | None = None,
+            **options: Any,
         ) -> Client:
             async def note(response: httpx.Response) -> None:
                 if statuses is not None:
                     statuses.append(response.status_code)
 
-            http = httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=False, event_hooks={"response": [note]})
+            http = httpx.AsyncClient(base_url=url, timeout=per_read, trust_env=False, event_hooks={"response": [note]})
             stack.push_async_callback(http.aclose)
             return Client(http, **options)
 
@@ -115,7 +118,7 @@ def put(store: Store, name: str, **more: Any) -> None:
 async def test_an_unchanged_catalogue_is_not_sent_again(connect: Start, real: str, store: Store) -> None:
     put(store, "a", aliases=["x"])
     statuses: list[int] = []
-    client = connect(real, statuses)
+    client = connect(real, statuses=statuses)
 
     await client.registry.refresh()
     await client.registry.refresh()
@@ -305,17 +308,14 @@ async def test_the_first_look_comes_before_the_first_request(connect: Start, htt
     assert client.registry.source == "registry"
 
 
-async def test_a_registry_that_hangs_delays_the_start_only_so_long(
-    connect: Start, start_server: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registry_module, "_COLD_START", 0.05)
+async def test_a_registry_that_hangs_delays_the_start_only_so_long(connect: Start, start_server: Start) -> None:
     late = asyncio.Event()
 
     async def script(request: Received, line: Line) -> None:
         await late.wait()
         await line.send(json_response(listing("a")))
 
-    client = connect((await start_server(script)).url)
+    client = connect((await start_server(script)).url, cold_start=0.05)
     await asyncio.wait_for(client.registry.start(), 5)
     assert (client.names, client.registry.source) == (["s"], "static")
     assert client.registry.status().failures == {"timeout": 1}
@@ -328,7 +328,7 @@ async def test_a_registry_that_hangs_delays_the_start_only_so_long(
 async def test_a_router_starts_on_its_static_catalogue_when_the_registry_hangs(
     start_engine: Start, start_router: Start, start_server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "_COLD_START", 0.05)
+    monkeypatch.setattr("inference_api.core.Registry", partial(Registry, cold_start=0.05))
     served = await start_router(await start_engine(), registry_url=(await start_server(hang)).url)
 
     assert (await served.chat()).status_code == 200
@@ -440,11 +440,9 @@ WIRE: dict[str, tuple[str, Script]] = {
 
 @pytest.mark.parametrize("fault", WIRE)
 async def test_a_registry_that_fails_on_the_wire_leaves_the_last_good_catalogue(
-    connect: Start, start_server: Start, monkeypatch: pytest.MonkeyPatch, fault: str
+    connect: Start, start_server: Start, fault: str
 ) -> None:
     reason, script = WIRE[fault]
-    monkeypatch.setattr(registry_module, "_MAX_BYTES", 1 << 20)
-    monkeypatch.setattr(registry_module, "_PATIENCE", 0.8, raising=False)
     good = raw(json_response(listing("a")))
 
     async def turn(request: Received, line: Line) -> None:
@@ -452,7 +450,7 @@ async def test_a_registry_that_fails_on_the_wire_leaves_the_last_good_catalogue(
 
     server = await start_server(turn)
 
-    await assert_kept(connect(server.url, timeout=0.8), reason)
+    await assert_kept(connect(server.url, 0.8, timeout=0.8, max_bytes=1 << 20), reason)
 
 
 async def test_a_registry_that_is_down_leaves_the_last_good_catalogue_until_it_is_back(

@@ -19,22 +19,22 @@ class Request:
 class Ward:
     """A Health over a model `m`, with time, the engines' last bytes and the current request set by hand."""
 
-    def __init__(self, *hosts: str, **entry: Any) -> None:
+    def __init__(self, *hosts: str, poll_every: float = 1.0, **entry: Any) -> None:
         self.now = 1000.0
-        self.heard: dict[str, float] = {}
+        self.last_byte_at: dict[str, float] = {}
         self.request = Request()
         self.fleet = Fleet(lambda name: make_balancer(name, Random(1).random))
         self.list(*hosts, **entry)
         breaker = Breaker(5, 60.0, lambda: 0.5)
-        heard = lambda url: self.heard.get(url, 0.0)  # noqa: E731
         self.health = Health(
             self.fleet,
             breaker,
-            heard,
+            lambda url: self.last_byte_at.get(url, 0.0),
             clock=lambda: self.now,
             owner=lambda: self.request,
             connect=2.0,
             rand=Random(1).random,
+            poll_every=poll_every,
         )
 
     def list(self, *hosts: str, **entry: Any) -> None:
@@ -82,7 +82,7 @@ class Ward:
         for passed in results:
             self.health.checked(backend.origin, passed)
 
-    def look(self, seconds: float = 1.0, times: int = 1) -> None:
+    def poll(self, seconds: float = 1.0, times: int = 1) -> None:
         for _ in range(times):
             self.now += seconds
-            self.health.look()
+            self.health.poll()

@@ -407,11 +407,8 @@ async def test_the_head_of_a_talkative_client_is_not_too_large(plain: Plain) -> 
     assert await all_answers(plain, GET[:-2] + headers + b"\r\n", count=1) == [["GET", "/echo", "", ""]]
 
 
-async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(
-    start_router: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("inference_api.server.flow._LINGER", 0.2)
-    served = await start_router(max_body_bytes=10, body_timeout=1)
+async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(start_router: Start) -> None:
+    served = await start_router(max_body_bytes=10, body_timeout=1, linger=0.2)
 
     async with raw_client(served.port) as client:
         await client.send(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999999\r\n\r\n")
@@ -423,11 +420,8 @@ async def test_a_client_that_never_stops_sending_is_told_and_cut_in_the_end(
     assert reply.status == 413
 
 
-async def test_a_slow_upload_is_let_finish_though_it_was_answered(
-    start_router: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("inference_api.server.flow._LINGER", 1.0)
-    served = await start_router(max_body_bytes=10, keepalive_timeout=0.5)
+async def test_a_slow_upload_is_let_finish_though_it_was_answered(start_router: Start) -> None:
+    served = await start_router(max_body_bytes=10, keepalive_timeout=0.5, linger=1.0)
 
     # By a client that reads only when it has sent all, as many do.
     async with raw_client(served.port) as client:
@@ -445,10 +439,9 @@ async def test_a_slow_upload_is_let_finish_though_it_was_answered(
 
 @pytest.mark.parametrize("behind", [b"garbage\r\n\r\n", post(URL, {**CHAT, "user": "x" * 500_000})[:300_000]])
 async def test_what_follows_answers_that_are_read_slowly_does_not_cost_them(
-    behind: bytes, start_engine: Start, start_router: Start, monkeypatch: pytest.MonkeyPatch
+    behind: bytes, start_engine: Start, start_router: Start
 ) -> None:
-    monkeypatch.setattr("inference_api.server.flow._LINGER", 0.1)
-    served = await start_router(await start_engine(raw(LARGE)))
+    served = await start_router(await start_engine(raw(LARGE)), linger=0.1)
     read = b""
 
     async with raw_client(served.port, receive_buffer=4096) as client:

@@ -11,7 +11,7 @@ from contextlib import suppress
 import orjson
 
 # No answer may take longer than the router's own limits allow, by far.
-_PATIENCE = 30.0
+_TIMEOUT = 30.0
 _HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: soak\r\nuser-agent: soak\r\n"
     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
@@ -69,13 +69,13 @@ class Users:
             if random.random() < self._leaving:
                 await connection.leave()
                 return "left"
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_TIMEOUT):
                 return await connection.answer(nonce)
         except Violation as violation:
             self.violations.append(f"{violation} (nonce {nonce}, {'stream' if stream else 'json'})")
             return "violation"
         except TimeoutError:
-            self.violations.append(f"no end within {_PATIENCE:.0f} s (nonce {nonce})")
+            self.violations.append(f"no end within {_TIMEOUT:.0f} s (nonce {nonce})")
             return "violation"
         except (Broken, ConnectionError, asyncio.IncompleteReadError):
             return "cut"

@@ -22,7 +22,7 @@ def entries(*paths: Path) -> list[CatalogueEntry]:
 def settle(tokens: Tokens) -> None:
     """As many looks as a change needs to count."""
     for _ in range(2):
-        tokens.look(False)
+        tokens.poll(False)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_file_without_a_token_keeps_the_last_one_and_is_told_once_without_its_
     else:
         file.write_bytes(content)
     settle(tokens)
-    tokens.look(True)
+    tokens.poll(True)
 
     assert tokens[str(file)] == "first"
     (message,) = caplog.messages
@@ -102,7 +102,7 @@ def test_files_that_no_entry_names_any_more_are_forgotten(file: Path, tmp_path: 
     tokens.prepare(entries(file, other))
     tokens.retain(entries(other))
     assert tokens == {"BACKEND_X": "x", str(other): "b"}
-    tokens.look(True)
+    tokens.poll(True)
     assert str(file) not in tokens
 
 

@@ -49,9 +49,9 @@ async def get(transport: Transport, engine: FakeEngine) -> int:
         return response.status_code
 
 
-def look(trust: Trust, now: bool = False) -> bool:
+def poll(trust: Trust, now: bool = False) -> bool:
     """Whether something was found to do."""
-    take = trust.look(now)
+    take = trust.poll(now)
     if take is not None:
         take()
     return take is not None
@@ -73,7 +73,7 @@ async def test_a_new_file_of_trusted_certificates_holds_for_new_connections(
         with pytest.raises(httpx.ConnectError):
             await get(transport, engine)
         trusted.write_text(certificate.with_name("cert.pem").read_text())
-        assert [look(trust) for _ in range(3)] == [False, True, False]
+        assert [poll(trust) for _ in range(3)] == [False, True, False]
         assert await get(transport, engine) == 200
 
         # What is broken, or gone, keeps the last ones; the system's own loader would trust nobody without a word.
@@ -82,18 +82,18 @@ async def test_a_new_file_of_trusted_certificates_holds_for_new_connections(
                 trusted.unlink()
             else:
                 trusted.write_text(broken)
-            assert [look(trust) for _ in range(2)] == [False, True]
-            look(trust, now=True)
+            assert [poll(trust) for _ in range(2)] == [False, True]
+            poll(trust, now=True)
             assert await get(transport, engine) == 200
         told = [message for message in caplog.messages if "the last ones stay" in message]
         assert len(told) == len(set(told)) >= 2
         assert all(str(trusted) in message for message in told)
 
         trusted.write_text(stranger)
-        assert look(trust, now=True)
+        assert poll(trust, now=True)
         with pytest.raises(httpx.ConnectError):
             await get(transport, engine)
 
 
 def test_what_nobody_has_asked_for_is_not_read() -> None:
-    assert Trust().look(True) is None
+    assert Trust().poll(True) is None
