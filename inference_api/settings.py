@@ -201,13 +201,18 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
                 if values[name].startswith("tcp://"):
                     # Kubernetes sets NAME_PORT for each Service of the namespace; ours is one of our name.
                     reason += "; Kubernetes sets it for a Service of that name: `enableServiceLinks: false` in the pod"
-                shown = "***" if name in _SECRETS else _PASSWORD.sub(r"\1***@", values[name])[:80]
+                shown = "***" if name in _SECRETS else without_password(values[name])[:80]
                 reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
             problems.append(reason)
         raise SettingsError("\n".join(problems)) from None
     if problems:
         raise SettingsError("\n".join(problems))
     return settings
+
+
+def without_password(url: str) -> str:
+    """A URL, or what was meant as one, as it may be shown."""
+    return _PASSWORD.sub(r"\1***@", url)
 
 
 def wants_traces(environ: Mapping[str, str]) -> bool:

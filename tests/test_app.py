@@ -241,7 +241,7 @@ async def test_the_sdk_waits_as_long_as_it_is_told_and_tries_again(start_router:
 
     async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="KEY", max_retries=1) as client:
         asyncio.get_running_loop().call_later(0.5, setattr, served.router.core.admission, "in_flight", 0)
-        with pytest.raises(openai.InternalServerError, match="No backend"):
+        with pytest.raises(openai.InternalServerError, match="no backends"):
             await client.chat.completions.create(model="m", messages=HELLO)
 
     assert [line["code"] for line in served.lines] == ["overloaded", "no_backend_available"]

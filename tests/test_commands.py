@@ -324,6 +324,16 @@ async def test_serve_tells_what_is_probably_not_meant(tmp_path: Path) -> None:
     assert "there is no authentication and no TLS" in warnings[1]["event"]
 
 
+async def test_serve_shows_no_password(tmp_path: Path, start_engine: Start) -> None:
+    registry = f"http://user:s3cret@127.0.0.1:{free_port()}"
+    async with command(tmp_path, await start_engine(), registry_url=registry) as router:
+        await ready(router.client)
+        _, out, _ = await router.stop()
+
+    assert "s3cret" not in out
+    assert log_of(out)[0]["registry"].startswith("http://***@127.0.0.1:")
+
+
 async def test_serve_on_a_terminal_is_read_by_people(tmp_path: Path, start_engine: Start) -> None:
     engine = await start_engine()
     async with command(tmp_path, engine, log_format="console") as router:

@@ -5,7 +5,7 @@ import logging
 
 from inference_api.application import Application
 from inference_api.commands.check import PACKAGED
-from inference_api.settings import Settings
+from inference_api.settings import Settings, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Summary:
             "models": shown,
             "backends": backends,
             "catalogue": self._source,
-            "registry": settings.registry_url,
+            "registry": settings.registry_url and without_password(settings.registry_url),
             "features": self._features(),
         }
         if settings.ops_port is None:

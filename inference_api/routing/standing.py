@@ -41,7 +41,8 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
         return Standing("resting", circuit, "it sent Retry-After", since, resting)
     if backend.share < 1.0:
         return Standing("recovering", circuit, "slow start", since)
-    return Standing("ready", circuit, None, since)
+    # Not out yet: it takes a few failures in a row.
+    return Standing("ready", circuit, f"health check: {origin.cause}" if origin.cause else None, since)
 
 
 def no_backend(model: Model, now: float) -> NoBackend:

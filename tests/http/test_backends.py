@@ -61,6 +61,15 @@ async def test_a_backend_that_refuses_connections_is_told_with_time_and_reason(s
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
+async def test_a_backend_that_is_not_out_yet_is_ready_with_a_reason(start_router: Start) -> None:
+    served: Served = await start_router(models=[{"name": "m", "backends": [f"http://127.0.0.1:{free_port()}"]}])
+    [origin] = served.router.core.fleet.origins.values()
+    await until(lambda: origin.cause)
+
+    [card] = (await cards(served)).values()
+    assert (card["state"], card["reason"]) == ("ready", "health check: connection refused")
+
+
 async def test_a_backend_that_fails_its_health_checks_is_told_with_the_cause(
     start_engine: Start, start_router: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -201,7 +201,9 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, capsys: p
 
 
 def test_an_unreadable_seed_is_refused(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "catalogue 'none.yaml' cannot" in refusal(capsys, "--database", str(database), "--catalogue", "none.yaml")
+    told = refusal(capsys, "--database", str(database), "--catalogue", "none.yaml")
+    assert "catalogue 'none.yaml' cannot" in told
+    assert told.rstrip().endswith("; --catalogue must name a file that can")
 
 
 def test_a_port_in_use_is_refused_and_the_database_released(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
