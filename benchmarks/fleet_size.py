@@ -10,12 +10,13 @@ import sys
 import tracemalloc
 from collections.abc import Sequence
 from random import Random
-from time import process_time, thread_time
+from time import perf_counter, process_time, thread_time
 from typing import get_args
 
 from prometheus_client import CollectorRegistry
 
 from inference_api.models import Outcome
+from inference_api.observe.account import Account
 from inference_api.observe.exposition import write
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
@@ -28,6 +29,12 @@ from inference_api.routing.registry import RegistryStatus
 
 _ROUTES = ("chat_completions", "completions", "responses", "messages")
 _CHOICES = 2_000
+_ANSWERED = (
+    Account("", perf_counter, {"path": ""})
+    .end()
+    ._replace(status=200, outcome=Outcome.OK, took=1.0, overhead=0.001, tokens=(1, None, 2, None))
+)
+_STREAMED = _ANSWERED._replace(stream=True, first=0.1)
 
 
 def build(models: int, backends: int, balancing: BalancingName = "two_choices") -> Fleet:
@@ -57,12 +64,8 @@ def used(fleet: Fleet, routes: int = 1) -> Families:
     metrics = Metrics(lambda: fleet.models)
     for model in fleet.models.values():
         for route in _ROUTES[:routes]:
-            metrics.request(model.name, route, 200, True, 1.0)
-            metrics.request(model.name, route, 200, False, 1.0)
-            metrics.first_token(model.name, route, 0.1)
-            metrics.per_token(model.name, route, 0.1)
-        metrics.tokens(model.name, "input", 1)
-        metrics.tokens(model.name, "output", 1)
+            metrics.record(_ANSWERED._replace(model_name=model.name, route=route))
+            metrics.record(_STREAMED._replace(model_name=model.name, route=route))
         for backend in model.backends:
             metrics.attempt(backend, Outcome.OK)
     return Families(metrics, lambda: RegistryStatus("registry", len(fleet.models), 1e9, {}))

@@ -9,9 +9,11 @@ from itertools import count
 from random import Random
 from typing import Any, Literal
 
+from inference_api.features import engine_load
 from inference_api.routing.affinity import affinity_key
-from inference_api.routing.balance import Balancer, make_balancer
+from inference_api.routing.balance import BALANCERS, Balancer
 from inference_api.routing.entries import BalancingName
+from inference_api.settings import Settings
 
 Event = Literal["none", "slow", "dies"]
 
@@ -20,6 +22,11 @@ _BREAKER_FAILURES = 5
 # Of a cell's requests, those at the beginning that are not counted: queues and caches are empty then, and at a load of
 # 0.8 with 4 slots they take some 60 mean services to fill.
 _WARM_UP = 0.5
+# By whether engines report their load.
+_BALANCERS = {
+    reported: {**BALANCERS, **engine_load.balancers(Settings(load_signal_interval=float(reported)))}
+    for reported in (False, True)
+}
 # How often the loads of the backends are compared.
 _LOOKS = 200
 
@@ -157,7 +164,7 @@ class Router:
 
     def __init__(self, case: Case, servers: Sequence[Server], number: int) -> None:
         random = Random(f"{case.seed} router {number}").random
-        self._balancer: Balancer[View] = make_balancer(case.balancing, random, reported=case.signal > 0)
+        self._balancer: Balancer[View] = _BALANCERS[case.signal > 0][case.balancing](random)
         # All, and those whose circuit is closed: replaced as a whole, so that a balancer may cache by identity.
         self.known = self.views = tuple(View(server) for server in servers)
 

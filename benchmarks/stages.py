@@ -17,18 +17,18 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import orjson
-from inference_api.observe.accounts import Account
 
 from benchmarks import wire
 from benchmarks.check import CASES, PLAIN, Case, fork, is_under_valgrind, try_case, under_valgrind
 from benchmarks.inprocess import Client, Loop, running
 from inference_api.models import Reply
+from inference_api.observe.account import Account
 from inference_api.observe.metrics import Metrics
 from inference_api.relay import relay
 from inference_api.relay.events import EventTracker
 from inference_api.routing.backend import Model
 from inference_api.server import repeated_head as client_heads
-from inference_api.server.cycle import CYCLE
+from inference_api.server.cycle import cycle_of
 from inference_api.upstream import connection
 from inference_api.upstream import repeated_head as heads
 from inference_api.upstream.response import ResponseStream
@@ -50,14 +50,14 @@ class Stage(NamedTuple):
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
-def _inference(client: Client) -> Any:
-    app: Any = client.app
-    return app._inference["/v1/chat/completions"]
+def _pipeline(client: Client) -> Any:
+    accounts: Any = client.app
+    return accounts.app.pipelines["/v1/chat/completions"]
 
 
 def _replace(client: Client, **parts: Any) -> None:
-    inference = _inference(client)
-    inference._gate = inference._gate._replace(**parts)
+    pipeline = _pipeline(client)
+    pipeline.stages = pipeline.stages._replace(**parts)
 
 
 def _router(client: Client) -> None:
@@ -68,7 +68,9 @@ def _router(client: Client) -> None:
 
 def _application(client: Client) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        scope["extensions"][CYCLE].respond(200, _LINES, wire.ANSWER)
+        cycle = cycle_of(send)
+        assert cycle is not None
+        cycle.respond(200, _LINES, wire.ANSWER)
 
     client._protocol._app = app
 
@@ -86,18 +88,18 @@ def _upstream(client: Client) -> None:
 
 
 def _body_check(client: Client) -> None:
-    inference = _inference(client)
-    reader = inference.route.reader
+    pipeline = _pipeline(client)
+    reader = pipeline.route.reader
     asked = reader.at_once(wire.request(0).partition(b"\r\n\r\n")[2])
     assert asked is not None
     # A Call takes them apart.
     stand_in: Any = SimpleNamespace(at_once=lambda _: (asked[0].copy(), *asked[1:]), bulky=reader.bulky)
-    inference.route = inference.route._replace(reader=stand_in)
+    pipeline.route = pipeline.route._replace(reader=stand_in)
 
 
 def _resolve(client: Client) -> None:
-    model = _inference(client)._gate.resolve(wire.MODEL)
-    _replace(client, resolve=lambda _: model)
+    model = _pipeline(client).stages.resolve(wire.MODEL, None)
+    _replace(client, resolve=lambda *_: model)
 
 
 def _choose(client: Client) -> None:
@@ -115,17 +117,20 @@ def _events(client: Client) -> None:
 
 
 def _metrics(client: Client) -> None:
-    for name in ("request", "overhead", "first_token", "per_token", "tokens", "stream_ended", "attempt"):
-        setattr(Metrics, name, _nothing)
+    accounts: Any = client.app
+    accounts._sinks = accounts._sinks[1:]
+    Metrics.attempt = _nothing  # type: ignore[method-assign]
 
 
 def _access_log(client: Client) -> None:
-    _inference(client)._gate.observer.access_log = None
+    accounts: Any = client.app
+    accounts._sinks = accounts._sinks[:-1]
 
 
-def _observation(client: Client) -> None:
+def _account(client: Client) -> None:
     _metrics(client)
-    for name in ("resolved", "answered", "finished", "end"):
+    _access_log(client)
+    for name in ("accepted", "end"):
         setattr(Account, name, _nothing)
 
 
@@ -150,7 +155,7 @@ STAGES = (
     Stage("choose", _choose),
     Stage("answer: JSON and usage", _answer_check),
     Stage("follow events", _events, (EVENT,)),
-    Stage("observe: metrics, access line, accounts", _observation, (PLAIN, EVENT)),
+    Stage("observe: metrics, access line, accounts", _account, (PLAIN, EVENT)),
     Stage("  of these the metrics", _metrics),
     Stage("  of these the access line", _access_log),
     Stage("without known request heads", _known_requests),

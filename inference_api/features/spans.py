@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _W3C = TraceContextTextMapPropagator()
 # Under this name the state of a request has its Trace.
-_TRACE = "inference_api.trace"
+_TRACE = "tracing"
 _CLIENTS_CONTEXT = re.compile(rb"^trace(?:parent|state): [^\r]*\r\n", re.MULTILINE)
 # gen_ai.operation.name where the conventions have a word for what a route does; its label elsewhere.
 _OPERATIONS = {"chat_completions": "chat", "completions": "text_completion", "responses": "chat", "messages": "chat"}

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from inference_api.features.tracing import Tracing
+from inference_api.features.spans import tracing
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,
@@ -54,7 +54,7 @@ class Spans:
         self._exporter = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.tracing = Tracing(provider)
+        self.tracing = tracing(provider)
 
     @property
     def all(self) -> list[ReadableSpan]:
@@ -581,7 +581,7 @@ async def test_no_span_has_a_prompt_a_completion_or_a_key(
 def test_the_page_tells_every_attribute_and_no_other() -> None:
     root = Path(__file__).parents[2]
     name = r"(?:error|gen_ai|http|inference_api|network|server|url)\.[a-z_.]+"
-    code = (root / "inference_api/features/tracing.py").read_text()
+    code = (root / "inference_api/features/spans.py").read_text()
     rows = re.findall(r"^\| (`.*?) \|", (root / "docs/tracing.md").read_text(), re.MULTILINE)
 
     assert set(re.findall(f"`({name})`", " ".join(rows))) == set(re.findall(f'"({name})"', code))
@@ -605,7 +605,9 @@ def test_a_collector_that_takes_nothing_does_not_keep_the_process(caplog: pytest
     stuck = Stuck()
     provider.add_span_processor(stuck)
     with caplog.at_level(logging.WARNING):
-        Tracing(provider).close(0.05)
+        close = tracing(provider, timeout=0.05).close
+        assert close is not None
+        close()
     stuck.released.set()
 
     assert "the collector did not take the last spans in time" in caplog.messages

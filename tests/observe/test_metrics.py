@@ -58,6 +58,7 @@ from tests.fakes import (
     sse,
     until,
 )
+from tests.records import record_of
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -510,7 +511,7 @@ def test_of_many_models_only_those_that_were_asked_for_show_that_nothing_went_wr
     fleet.update(parse_catalogue({"models": [{"name": f"model-{number}"} for number in range(1000)]}))
     metrics = Metrics(lambda: fleet.models)
     none = shown(metrics)
-    metrics.request("model-7", "chat_completions", 200, True, 1.0)
+    metrics.record(record_of("model-7", stream=True))
     seen = shown(metrics)
 
     assert none.values("requests_total", "code") == none.values("stream_aborts_total", "reason") == {}
@@ -831,11 +832,9 @@ def test_a_scrape_on_another_thread_survives_new_series() -> None:
     scraper = threading.Thread(target=scrape_on)
     scraper.start()
     for name in names:
-        metrics.request(name, "chat_completions", 200, False, 0.1)
-        metrics.first_token(name, "chat_completions", 0.1)
-        metrics.tokens(name, "input", 1)
+        tokens = (1, None, 2, None)
+        metrics.record(record_of(name, stream=True, first=0.1, tokens=tokens, outcome=Outcome.CLIENT_GONE))
         metrics.attempt(Backend(name, f"http://{name}"), Outcome.OK)
-        metrics.stream_ended(name, Outcome.CLIENT_GONE)
         time.sleep(0.001)
     done.set()
     scraper.join()
@@ -851,11 +850,11 @@ def test_a_scrape_survives_what_a_garbage_collection_lets_happen() -> None:
 
     def another(phase: str, info: dict[str, int]) -> None:
         if phase == "stop":
-            metrics.request("n", "chat_completions", next(numbers), False, 0.1)
+            metrics.record(record_of("n", status=next(numbers)))
 
     # More than Python has tuples of two to hand without allocating any.
     for code in range(3000):
-        metrics.request("m", "chat_completions", code, False, 0.1)
+        metrics.record(record_of("m", status=code))
     thresholds = gc.get_threshold()
     gc.callbacks.append(another)
     gc.set_threshold(20)
@@ -873,17 +872,17 @@ def test_a_label_cannot_break_a_line() -> None:
     evil = 'a"}\n\\b{le="1 %s%%'
     metrics = metrics_of()
     metrics.retry("unknown", evil)
-    metrics.tokens("unknown", evil, 1)
+    metrics.record(record_of("unknown", route=evil))
     seen = shown(metrics)
 
     assert seen.values("retries_total", "reason") == {evil: 1}
-    assert seen.values("request_tokens_count", "type") == {evil: 1}
+    assert evil in seen.values("request_duration_seconds_count", "route")
 
 
 def test_a_stream_that_ended_well_is_no_abort() -> None:
     metrics = metrics_of("m")
     for outcome in Outcome:
-        metrics.stream_ended("m", outcome)
+        metrics.record(record_of(outcome=outcome, stream=True))
     seen = shown(metrics)
 
     assert seen.values("stream_aborts_total", "reason") == {

@@ -169,7 +169,7 @@ async def test_off_means_that_nothing_of_it_is_loaded(
         }
 
     assert "inference_api.app" in modules["off"] & modules["on"]
-    assert "inference_api.features.tracing" in modules["on"] - modules["off"]
+    assert "inference_api.features.spans" in modules["on"] - modules["off"]
     assert not [name for name in modules["off"] if name.startswith(("opentelemetry", "google.protobuf", "requests"))]
 
 
@@ -233,6 +233,7 @@ async def test_check_holds_the_variables_of_opentelemetry_too(
 ) -> None:
     monkeypatch.setenv(BASE, f"http://127.0.0.1:{free_port()}")
     assert main(["check"]) == 0
+    capsys.readouterr()
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "-1")
     assert main(["check"]) == 2
 

@@ -18,6 +18,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from prometheus_client.registry import Collector
 
+from inference_api.http.accounts import Accounts
+from inference_api.http.head import RequestHeaders
 from inference_api.http.pages import Probes, create_pages
 from inference_api.models import Outcome
 from inference_api.observe.exposition import Family
@@ -31,6 +33,7 @@ from inference_api.routing.registry import Registry, RegistryStatus
 from inference_api.settings import Settings
 from tests.conftest import serving
 from tests.fakes import in_background, raw_client, until
+from tests.records import record_of
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -45,11 +48,8 @@ def busy_router(models: int) -> Families:
     metrics = Metrics(lambda: fleet.models)
     for model in fleet.models.values():
         for route in ("chat_completions", "completions", "responses"):
-            for stream in (False, True):
-                metrics.request(model.name, route, 200, stream, 1.0)
-            metrics.first_token(model.name, route, 0.1)
-            metrics.per_token(model.name, route, 0.1)
-        metrics.tokens(model.name, "input", 1)
+            metrics.record(record_of(model.name, route=route))
+            metrics.record(record_of(model.name, route=route, stream=True, first=0.1, tokens=(1, None, 2, None)))
         metrics.attempt(model.backends[0], Outcome.OK)
     return Families(metrics, lambda: RegistryStatus("static", models, 0.0, {}))
 
@@ -172,7 +172,7 @@ async def test_what_others_collect_is_there_and_collected_elsewhere(openmetrics:
 @asynccontextmanager
 async def pages_of(exposition: Exposition) -> AsyncIterator[httpx.AsyncClient]:
     probes = Probes(Registry(Fleet(make_balancer), parse_catalogue({"models": []})), exposition)
-    served: Any = SimpleNamespace(app=create_pages(probes.ops_routes()))
+    served: Any = SimpleNamespace(app=Accounts(create_pages(probes.ops_routes()), (), RequestHeaders(), lambda: "id"))
     async with (
         serving(served, Settings()) as url,
         httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client,

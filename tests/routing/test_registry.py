@@ -487,7 +487,7 @@ async def test_another_reason_of_a_failure_is_news(
     connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for answer in ({"status_code": 500}, {"status_code": 500}, {"text": "garbage"}, {"status_code": 500}):
-        httpx_mock.add_response(**answer)  # type: ignore[arg-type]
+        httpx_mock.add_response(**answer)
     client = connect()
     for _ in range(4):
         await client.registry.refresh()
