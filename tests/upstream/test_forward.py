@@ -34,16 +34,10 @@ from inference_api.upstream.retry import RetryPolicy
 from inference_api.upstream.transport import Transport
 from tests.fakes import (
     CHAT,
-    COMPLETION,
-    SSE_HEAD,
     FakeEngine,
-    Line,
-    Received,
     body_of,
     form,
     hang,
-    json_response,
-    raw,
     until,
 )
 
@@ -207,15 +201,6 @@ async def test_a_stale_connection_is_replaced_at_the_same_backend_if_there_is_no
     assert desk.outcomes == [Outcome.STALE, Outcome.OK]
 
 
-async def test_a_refused_connection_is_not_tried_again_at_the_same_backend() -> None:
-    desk, model = Desk(REFUSED), model_of("http://a:1")
-
-    with pytest.raises(NoBackend):
-        await desk.forward(call_to(), model)
-
-    assert desk.hosts == ["a"]
-
-
 @pytest.mark.parametrize("label", [label for label in ROUTES if label != "responses"])
 @pytest.mark.parametrize("error", [SILENT, DIED])
 async def test_silence_is_tried_once_more(error: Exception, label: str) -> None:
@@ -227,35 +212,6 @@ async def test_silence_is_tried_once_more(error: Exception, label: str) -> None:
     assert desk.requests[1].extensions["fresh"]
     await reply.aclose(Outcome.OK)
     assert desk.outcomes == [Outcome.RESET, Outcome.OK]
-
-
-@pytest.mark.parametrize("error", [SILENT, DIED])
-async def test_silence_is_final_where_a_second_run_does_harm(error: Exception) -> None:
-    desk, model = Desk(error), model_of(*BACKENDS)
-
-    with pytest.raises(UpstreamReset):
-        await desk.forward(call_to("responses"), model)
-
-    assert len(desk.requests) == 1
-    assert in_flight(model) == [0, 0, 0]
-
-
-async def test_silence_is_not_tried_more_than_once_more_however_many_attempts_there_are() -> None:
-    desk, model = Desk(SILENT, SILENT, SILENT, attempts=3), model_of(*BACKENDS)
-
-    with pytest.raises(UpstreamReset):
-        await desk.forward(call_to(), model)
-
-    assert len(desk.requests) == 2
-
-
-async def test_silence_of_the_only_backend_is_not_tried_again() -> None:
-    desk, model = Desk(SILENT), model_of("http://a:1")
-
-    with pytest.raises(UpstreamReset):
-        await desk.forward(call_to(), model)
-
-    assert desk.hosts == ["a"]
 
 
 async def test_a_503_goes_to_another_backend_and_its_body_is_closed() -> None:
@@ -335,23 +291,6 @@ async def test_what_may_have_been_executed_is_not_tried_again(
     assert in_flight(model) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("error", [REFUSED, STALE, SILENT])
-async def test_one_attempt_is_one_attempt(error: Exception) -> None:
-    desk = Desk(error, attempts=1)
-
-    with pytest.raises(RouterError):
-        await desk.forward(call_to(), model_of(*BACKENDS))
-
-    assert len(desk.requests) == 1
-
-
-async def test_one_attempt_passes_a_503_through() -> None:
-    reply = await Desk(503, attempts=1).forward(call_to(), model_of(*BACKENDS))
-
-    assert reply.status == 503
-    await reply.aclose(Outcome.UPSTREAM_5XX)
-
-
 async def test_three_attempts_reach_three_backends() -> None:
     desk = Desk(REFUSED, 503, attempts=3)
 
@@ -368,17 +307,6 @@ async def test_the_last_failure_is_the_one_that_is_told() -> None:
         await Desk(REFUSED, Malformed("junk")).forward(call_to(), model_of(*BACKENDS))
     with pytest.raises(NoBackend):
         await Desk(503, REFUSED).forward(call_to(), model_of(*BACKENDS[:2]))
-
-
-async def test_a_model_without_backends_has_no_backend() -> None:
-    desk = Desk()
-
-    with pytest.raises(NoBackend) as caught:
-        await desk.forward(call_to(), model_of())
-
-    assert (caught.value.status, caught.value.outcome) == (503, Outcome.NO_BACKEND)
-    assert (b"retry-after", b"5") in caught.value.headers
-    assert desk.ended == []
 
 
 @pytest.mark.parametrize(
@@ -543,18 +471,6 @@ async def test_a_model_whose_backends_fail_has_a_budget_of_repeats(error: Except
     for reply in replies:
         await reply.aclose(Outcome.OK)
     assert in_flight(model) == [0, 0, 0]
-
-
-async def test_what_was_never_sent_is_repeated_freely() -> None:
-    desk, model = Desk(*alternately(REFUSED, 200, times=9)), model_of(*BACKENDS)
-    weaken(model)
-
-    replies = [await desk.forward(call_to(), model) for _ in range(9)]
-
-    assert [reply.attempts for reply in replies] == [2] * 9
-    assert desk.permits == 0
-    for reply in replies:
-        await reply.aclose(Outcome.OK)
 
 
 async def test_a_busy_model_has_a_budget_of_repeats_however_well_it_stands() -> None:
@@ -822,18 +738,6 @@ async def test_if_all_rest_the_request_is_still_sent_once() -> None:
         await reply.aclose(Outcome.UPSTREAM_5XX)
 
 
-async def test_the_only_backends_rest_is_told_as_it_is() -> None:
-    desk, model = Desk(busy_for(120), busy_for(60)), model_of("http://a:1")
-
-    for seconds in (b"120", b"60"):
-        reply = await desk.forward(call_to(), model)
-        assert (b"retry-after", seconds) in reply.headers
-        assert not not_again(reply)
-        await reply.aclose(Outcome.UPSTREAM_5XX)
-
-    assert (await desk.forward(call_to(), model)).status == 200
-
-
 async def test_a_backend_that_rests_is_better_than_none() -> None:
     desk, model = Desk(busy_for(9), 200, REFUSED), model_of(*BACKENDS[:2])
     await finish(await desk.forward(call_to(), model))
@@ -1085,12 +989,6 @@ async def test_whose_credentials_a_backend_sees(credentials: Any, authorization:
     assert request.headers.get("authorization") == authorization
 
 
-async def test_no_credentials_come_from_a_client_that_has_none() -> None:
-    request = await only_request(model_of("http://a:1", credentials="passthrough"))
-
-    assert "authorization" not in request.headers
-
-
 async def test_credentials_go_with_every_attempt() -> None:
     desk, model = Desk(REFUSED), model_of(*BACKENDS, credentials={"env": "BACKEND_TOKEN"})
     forward = desk.over(httpx.MockTransport(desk.handle), tokens={"BACKEND_TOKEN": "secret"})
@@ -1114,12 +1012,6 @@ async def test_how_urgent_a_request_is_the_entry_decides(priority: Any, sent: by
     for request in desk.requests:
         assert [value for name, value in request.headers.raw if name == b"x-vllm-priority"] == [sent]
         assert request.content == body
-
-
-async def test_a_client_that_names_no_priority_sends_none() -> None:
-    request = await only_request(model_of("http://a:1"))
-
-    assert "x-vllm-priority" not in request.headers
 
 
 async def test_the_served_models_name_replaces_the_clients() -> None:
@@ -1178,24 +1070,6 @@ async def test_a_changed_entry_changes_the_timeouts() -> None:
     assert [request.extensions["timeout"]["idle"] for request in desk.requests] == [10, 20]
 
 
-async def test_all_attempts_share_one_deadline() -> None:
-    desk = Desk(REFUSED)
-
-    await finish(await desk.forward(call_to(), model_of(*BACKENDS)))
-
-    first, second = (request.extensions["deadline"] for request in desk.requests)
-    assert first == second
-
-
-async def test_equal_prompts_meet_the_same_backend_if_the_policy_says_so() -> None:
-    desk, model = Desk(), model_of(*BACKENDS, balancing="prefix_affinity")
-
-    for _ in range(6):
-        await finish(await desk.forward(call_to(prefix="a"), model))
-
-    assert len(set(desk.hosts)) == 1
-
-
 async def test_the_headers_of_any_transport_come_in_lower_case() -> None:
     desk = Desk(httpx.Response(200, headers=[("X-Up", "A"), ("Content-Type", "text/plain")], stream=Body()))
 
@@ -1203,119 +1077,3 @@ async def test_the_headers_of_any_transport_come_in_lower_case() -> None:
 
     assert reply.headers == [(b"x-up", b"A"), (b"content-type", b"text/plain")]
     await reply.aclose(Outcome.OK)
-
-
-# The same with real sockets
-
-
-async def test_a_backend_that_closed_the_connection_meanwhile_is_asked_again(
-    start_engine: Start, transport: Transport
-) -> None:
-    async def script(request: Received, line: Line) -> None:
-        if len(engine.requests) == 2:
-            line.close()
-        else:
-            await line.send(json_response(COMPLETION))
-
-    engine: FakeEngine = await start_engine(script)
-    desk, model = Desk(), model_of(engine.url)
-    forward = desk.over(transport)
-
-    replies = [await finish(await forward(call_to("responses"), model)) for _ in range(2)]
-
-    assert replies == [orjson.dumps(COMPLETION)] * 2
-    assert [request.connection for request in engine.requests] == [1, 1, 2]
-    assert desk.outcomes == [Outcome.OK, Outcome.STALE, Outcome.OK]
-    assert in_flight(model) == [0]
-
-
-@pytest.mark.parametrize("end", [Line.close, Line.reset])
-async def test_a_backend_that_dies_silently_is_replaced(
-    end: Callable[[Line], None], start_engine: Start, transport: Transport
-) -> None:
-    async def script(request: Received, line: Line) -> None:
-        served.append(request)
-        if len(served) == 1:
-            end(line)
-        else:
-            await line.send(json_response(COMPLETION))
-
-    served: list[Received] = []
-    engines = [await start_engine(script) for _ in range(2)]
-    desk, model = Desk(), model_of(*(engine.url for engine in engines))
-
-    await finish(await desk.over(transport)(call_to(), model))
-
-    assert [len(engine.requests) for engine in engines] == [1, 1]
-    assert desk.outcomes == [Outcome.RESET, Outcome.OK]
-
-
-@pytest.mark.parametrize("part", [b"HTTP/1.1 200 OK\r\n", b"SSH-2.0-x\r\n"])
-async def test_a_head_that_breaks_off_is_not_tried_again(
-    part: bytes, start_engine: Start, transport: Transport
-) -> None:
-    engines = [await start_engine(raw(part, close=True)) for _ in range(2)]
-    desk, model = Desk(), model_of(*(engine.url for engine in engines))
-
-    with pytest.raises(RouterError) as caught:
-        await desk.over(transport)(call_to(), model)
-
-    assert caught.value.status == 502
-    assert sum(len(engine.requests) for engine in engines) == 1
-
-
-async def test_a_503_of_one_backend_is_answered_by_another(start_engine: Start, transport: Transport) -> None:
-    async def script(request: Received, line: Line) -> None:
-        served.append(request)
-        await line.send(json_response(COMPLETION, "503 Busy" if len(served) == 1 else "200 OK"))
-
-    served: list[Received] = []
-    engines = [await start_engine(script) for _ in range(2)]
-    desk, model = Desk(), model_of(*(engine.url for engine in engines))
-
-    reply = await desk.over(transport)(call_to(), model)
-
-    assert (reply.status, reply.attempts) == (200, 2)
-    await finish(reply)
-    assert "0 active" in repr(transport)
-
-
-async def test_a_dead_backend_costs_nobody_anything(start_engine: Start, transport: Transport) -> None:
-    dead, alive = await start_engine(), await start_engine()
-    await dead.stop()
-    desk, model = Desk(), model_of(dead.url, alive.url)
-    forward = desk.over(transport)
-
-    for _ in range(10):
-        await finish(await forward(call_to(), model))
-
-    assert len(alive.requests) == 10
-    assert in_flight(model) == [0, 0]
-    assert desk.outcomes.count(Outcome.OK) == 10
-
-
-async def test_a_model_that_hangs_is_a_504_that_must_not_be_repeated(start_engine: Start, start_router: Start) -> None:
-    engines = [await start_engine(hang) for _ in range(2)]
-    served = await start_router(*engines, entry={"timeouts": {"first_byte": 0.8}})
-
-    response = await served.chat()
-
-    assert (response.status_code, response.json()["error"]["code"]) == (504, "upstream_timeout")
-    assert response.headers["x-should-retry"] == "false"
-    assert sum(len(engine.requests) for engine in engines) == 1
-    await until(lambda: sum(engine.busy for engine in engines) == 0)
-
-
-async def test_a_deadline_ends_a_call_that_is_still_answered(start_engine: Start, start_router: Start) -> None:
-    async def script(request: Received, line: Line) -> None:
-        await line.send(SSE_HEAD.replace(b"text/event-stream", b"application/json"))
-        for _ in range(500):
-            await line.send(b"1\r\n \r\n")
-            await asyncio.sleep(0.01)
-
-    served = await start_router(await start_engine(script), entry={"timeouts": {"total": 0.2}})
-
-    response = await served.chat()
-
-    assert (response.status_code, response.headers["x-should-retry"]) == (504, "false")
-    assert served.lines[0]["outcome"] == "total_timeout"
