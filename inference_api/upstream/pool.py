@@ -27,11 +27,12 @@ class Pool:
         keepalive: float,
         dialer: Dialer,
         tls: Callable[[], ssl.SSLContext] | None,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         # Configuration
         self.host = host
         self.port = port
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._keepalive = keepalive
         self._dialer = dialer
         self._tls = tls

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import os
-import random
 import socket
 import ssl
 import time
@@ -16,8 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
+from inference_api.discovery.resolver import Resolver
 from inference_api.upstream.connection import BackendConnection
 from inference_api.upstream.deadlines import Timeout
+from inference_api.upstream.dial import Dialer
 from inference_api.upstream.failures import Closed, Disconnected, TotalTimeout
 from inference_api.upstream.pool import Pool
 from inference_api.upstream.response import ResponseStream
@@ -104,37 +105,6 @@ async def test_a_request_goes_out_as_it_is(start_engine: Start, transport: Trans
     assert received.body == b"abc"
 
 
-async def test_a_target_may_be_given_apart(start_engine: Start, transport: Transport) -> None:
-    engine = await start_engine()
-
-    await ask(transport, engine, target=b"/v1/x?y")
-
-    assert engine.requests[0].target == "/v1/x?y"
-
-
-async def test_a_get_without_a_body(start_engine: Start, transport: Transport) -> None:
-    engine = await start_engine()
-
-    response = await transport.handle_async_request(httpx.Request("GET", engine.url + "/v1/models"))
-
-    assert response.status_code == 200
-    assert response.headers["content-type"] == "application/json"
-    assert b"max_model_len" in await body_of(response.stream)  # type: ignore[arg-type]
-
-
-async def test_a_body_that_is_an_iterator_is_sent_whole(start_engine: Start, transport: Transport) -> None:
-    async def content() -> AsyncIterator[bytes]:
-        yield b"abc"
-        yield b"def"
-
-    engine = await start_engine()
-    request = httpx.Request("POST", engine.url, headers={"content-length": "6"}, content=content())
-
-    await transport.handle_async_request(request)
-
-    assert engine.requests[0].body == b"abcdef"
-
-
 async def test_an_httpx_client_can_use_it(start_engine: Start, transport: Transport) -> None:
     engine = await start_engine()
 
@@ -179,37 +149,6 @@ async def test_a_target_that_would_start_another_line_is_refused(start_engine: S
     assert engine.connections == 0
 
 
-# What the environment, or one answer, must not do to a request
-
-
-async def test_proxies_of_the_environment_are_ignored(
-    start_engine: Start, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-
-    assert await ask(transport, await start_engine()) == (200, BODY)
-
-
-async def test_a_cookie_never_comes_with_the_next_request(start_engine: Start, transport: Transport) -> None:
-    engine = await start_engine(raw(json_response(COMPLETION, headers=b"set-cookie: sid=alice; path=/\r\n")))
-
-    for _ in range(2):
-        await ask(transport, engine)
-
-    assert engine.connections == 1
-    assert all("cookie" not in request.names for request in engine.requests)
-
-
-@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"])
-async def test_a_redirect_is_an_answer_like_any_other(status: str, start_engine: Start, transport: Transport) -> None:
-    engine = await start_engine()
-    engine.script = raw(json_response({}, status, f"location: {engine.url}/elsewhere\r\n".encode()))
-
-    assert await ask(transport, engine) == (int(status[:3]), b"{}")
-    assert len(engine.requests) == 1
-
-
 # Reuse
 
 
@@ -221,16 +160,6 @@ async def test_a_connection_is_reused(start_engine: Start, transport: Transport)
 
     assert engine.connections == 1
     assert "0 active, 1 idle" in repr(transport)
-
-
-async def test_a_fresh_connection_can_be_asked_for(start_engine: Start, transport: Transport) -> None:
-    engine = await start_engine()
-    await ask(transport, engine)
-
-    await ask(transport, engine, fresh=True)
-
-    assert engine.connections == 2
-    assert "0 active, 2 idle" in repr(transport)
 
 
 async def test_a_connection_in_use_is_not_shared(start_engine: Start, transport: Transport) -> None:
@@ -345,21 +274,6 @@ async def test_a_connection_that_ends_in_the_same_turn_of_the_loop_is_a_stale_on
     assert (caught.value.received, caught.value.reused) == (0, True)
 
 
-@pytest.mark.parametrize("surplus", [OK, OK[:20], b"junk", b"\r\n", b"\0" * 70_000, b"HTTP/1.1 100 Continue\r\n\r\n"])
-@pytest.mark.parametrize("response", [OK, SSE_HEAD + chunk(BODY) + LAST_CHUNK, b"HTTP/1.1 204 None\r\n\r\n"])
-async def test_bytes_beyond_the_end_are_given_to_nobody(
-    response: bytes, surplus: bytes, start_engine: Start, transport: Transport
-) -> None:
-    engine = await start_engine(raw(response + surplus))
-
-    answers = [await ask(transport, engine) for _ in range(2)]
-
-    assert {body for _, body in answers} <= {BODY, b""}
-    assert answers[0] == answers[1]
-    assert engine.connections == 2 or surplus == b"\r\n"
-    assert "0 active" in repr(transport)
-
-
 @pytest.mark.parametrize("unasked", [OK, b"x", b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n"])
 async def test_an_idle_connection_that_speaks_is_closed(
     unasked: bytes, start_engine: Start, transport: Transport
@@ -377,39 +291,6 @@ async def test_an_idle_connection_that_speaks_is_closed(
 
     assert await ask(transport, engine) == (200, BODY)
     assert engine.connections == 2
-
-
-async def test_an_answer_before_the_end_of_the_request_ends_the_connection(transport: Transport) -> None:
-    async with plain_server(json_response({"error": "too large"}, "413 Too Large"), reads=1000) as (port, gone):
-        request = httpx.Request("POST", f"http://127.0.0.1:{port}/", content=bytes(2**25))
-        response = await transport.handle_async_request(request)
-
-        assert response.status_code == 413
-        assert await body_of(response.stream) == b'{"error":"too large"}'  # type: ignore[arg-type]
-        assert "0 active, 0 idle" in repr(transport)
-        await asyncio.wait_for(gone.wait(), 5)
-
-
-async def test_backends_do_not_share_connections(start_engine: Start, transport: Transport) -> None:
-    one, other = await start_engine(), await start_engine(hang)
-    waiting = [asyncio.create_task(ask(transport, other)) for _ in range(5)]
-    await until(lambda: len(other.requests) == 5)
-
-    assert await ask(transport, one) == (200, BODY)
-    assert one.connections == 1
-
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def test_an_origin_may_be_given_apart(start_engine: Start, transport: Transport) -> None:
-    engine = await start_engine()
-
-    await ask(transport, engine, origin=engine.url)
-    await ask(transport, engine, origin=engine.url)
-
-    assert engine.connections == 1
 
 
 # Leaving
@@ -490,22 +371,19 @@ async def test_a_refused_connection(start_engine: Start, transport: Transport) -
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL])
-async def test_a_lack_of_our_own_is_not_the_backends_fault(
-    number: int, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lack_of_our_own_is_not_the_backends_fault(number: int) -> None:
     """Seen with a limit of open files (tests/faults) and in a network namespace of ten ports; here it is raised."""
 
     async def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    # uvloop's loop takes no attributes; the pool's reference to it does.
-    pool = transport._pool(None, httpx.URL("http://127.0.0.1:9"))
-    monkeypatch.setattr(pool, "_loop", SimpleNamespace(create_connection=refuse))
+    loop: Any = SimpleNamespace(create_connection=refuse)
+    pool = Pool("127.0.0.1", 9, 3.0, Dialer("127.0.0.1", Resolver()), None, loop)
 
-    with pytest.raises(httpx.PoolTimeout, match="no file descriptor or port left"):
+    with pytest.raises(httpx.PoolTimeout):
         await pool.connect(1.0)
 
-    assert "0 active, 0 idle" in repr(transport)
+    assert (pool.active, pool.idle) == (0, 0)
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64 + ".test", "[::1]"])
@@ -622,14 +500,6 @@ async def test_a_certificate_for_another_name_is_refused(secure_engine: SecureEn
     await transport.aclose()
 
 
-async def test_a_backend_without_tls_is_refused_when_tls_is_asked_for(transport: Transport) -> None:
-    async with plain_server(b"HTTP/1.1 400 Bad Request\r\n\r\n") as (port, _):
-        with pytest.raises(httpx.ConnectError):
-            await transport.handle_async_request(httpx.Request("GET", f"https://127.0.0.1:{port}/"))
-
-    assert "0 active, 0 idle" in repr(transport)
-
-
 async def test_a_handshake_belongs_to_the_time_to_connect(transport: Transport) -> None:
     async with plain_server() as (port, gone):
         request = httpx.Request("GET", f"https://127.0.0.1:{port}/", extensions={"timeout": {"connect": 0.05}})
@@ -711,36 +581,6 @@ async def test_cancelled_in_the_middle_of_a_body(start_engine: Start, transport:
     await cancelled(reading)
 
     assert "0 active, 0 idle" in repr(transport)
-    await until(lambda: engine.open == 0)
-
-
-async def test_a_storm_of_cancellations_leaves_nothing(start_engine: Start, transport: Transport) -> None:
-    async def script(request: Received, line: Line) -> None:
-        await asyncio.sleep(0.002)
-        await line.send(SSE_HEAD + chunk(event()))
-        await asyncio.sleep(0.001)
-        await line.send(chunk(event()) + LAST_CHUNK)
-
-    async def leave_soon(after: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(after):
-                stream = await begin(transport, engine)
-                try:
-                    await body_of(stream)
-                finally:
-                    await stream.aclose()
-
-    engine: FakeEngine = await start_engine(script)
-    rand = random.Random(1)
-    for _ in range(40):
-        await asyncio.gather(*(leave_soon(rand.uniform(0.0, 0.02)) for _ in range(50)))
-    assert " 0 active" in repr(transport)
-
-    answers = await asyncio.gather(*(ask(transport, engine) for _ in range(100)))
-
-    assert answers == [(200, event() * 2)] * 100
-    assert " 0 active" in repr(transport)
-    transport.retain(set())
     await until(lambda: engine.open == 0)
 
 
