@@ -19,13 +19,15 @@ from inference_api.http.head import RequestHeaders
 from inference_api.http.identify import Identify
 from inference_api.http.openapi import Document
 from inference_api.http.pages import Models, Probes, create_pages
-from inference_api.http.pipeline import Pipeline, Resolve, Stages
+from inference_api.http.pipeline import Resolve, Stages
 from inference_api.http.routes import INFERENCE_ROUTES
+from inference_api.http.stored import StoredResponses
 from inference_api.models import Send
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
 from inference_api.settings import Settings
 from inference_api.upstream.admission import ModelAdmission
+from inference_api.upstream.attempt import SendAttempt
 
 FEATURES = (
     # The outermost layer: a span has everything in it that happens to the request.
@@ -44,10 +46,12 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     enabled = [feature for make in FEATURES if (feature := make(core, settings)) is not None]
     enabled += features
     resolve = _resolve(core, enabled)
+    attempt = core.attempt([feature.attempt for feature in enabled if feature.attempt])
     stages = Stages(
-        resolve, _send(core, enabled), core.admission, settings.max_body_bytes, settings.write_stall_timeout
+        resolve, _send(core, attempt, enabled), core.admission, settings.max_body_bytes, settings.write_stall_timeout
     )
-    pipelines: dict[str, ASGIApp] = {route.path: Pipeline(route, stages) for route in INFERENCE_ROUTES}
+    stored = StoredResponses(attempt, core.prepare, stages)
+    pipelines: dict[str, ASGIApp] = {route.path: stored.pipeline(route) for route in INFERENCE_ROUTES}
     probes = core.probes([feature.collect for feature in enabled if feature.collect])
     ops_pages = [
         *probes.ops_routes(),
@@ -57,6 +61,7 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     pages = [
         # Registered a second time so that a wrong method on them is a 405 that says which one is right.
         *(Route(path, pipeline, methods=["POST"]) for path, pipeline in pipelines.items()),
+        *stored.routes(),
         *Models(core.fleet, resolve).routes(),
         *(page for feature in enabled for page in feature.pages),
         *(ops_pages if settings.ops_port is None else probes.routes()),
@@ -81,10 +86,10 @@ def _resolve(core: Core, enabled: Sequence[Feature]) -> Resolve:
     return resolve
 
 
-def _send(core: Core, enabled: Sequence[Feature]) -> Send:
+def _send(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> Send:
     taps = [feature.tap for feature in enabled if feature.tap]
     return chain(
-        core.attempts([feature.attempt for feature in enabled if feature.attempt]),
+        core.attempts(attempt),
         [
             # Taps see the answer that the client gets, wherever it comes from.
             *([with_taps(taps)] if taps else ()),

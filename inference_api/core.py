@@ -103,17 +103,22 @@ class Core:
         self.health = self._make_health()
         self._limits = _limits(settings)
         self.retry_policy = RetryPolicy(self._limits, rand.random)
+        self.prepare = Prepare(self._limits, self._tokens)
         self.admission = Admission(settings.max_in_flight, settings.max_buffered_bytes)
 
     def mint_id(self) -> str:
         return f"{self.rand.getrandbits(128):032x}"
 
-    def attempts(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> Send:
-        """What takes a Call to a Reply by attempts on backends, each of them inside of `wrappers`."""
+    def attempts(self, send: SendAttempt) -> Send:
+        """What takes a Call to a Reply by attempts on backends, each of them made by `send`."""
+        return Forward(send, self.prepare, self.retry_policy, self.metrics.retry)
+
+    def attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
+        """What makes one attempt on a backend, inside of `wrappers`."""
         send: SendAttempt = SendToBackend(self.transport, self._attempt_ended, self.health.answered, self.rand)
         for wrap in reversed(wrappers):
             send = wrap(send)
-        return Forward(send, Prepare(self._limits, self._tokens), self.retry_policy, self.metrics.retry)
+        return send
 
     def tasks(self) -> list[Run]:
         """What runs beside the requests: files, registry, discovery, engines' facts, health, loop lag."""

@@ -4,6 +4,7 @@ RouterError
 +-- BadRequest 400            +-- HeadersTooLarge 431     +-- ModelNotFound 404     +-- UnknownURL 404
 +-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
 +-- InvalidRequest 422        +-- RequestTimeout 408      +-- URITooLong 414        +-- InternalError 500
++-- ResponseNotFound 404
 +-- UpstreamError             an attempt failed and was not, or could not be, repeated
 |   +-- UpstreamReset 502
 |   +-- UpstreamProtocolError 502
@@ -67,6 +68,13 @@ class ModelNotFound(_ClientError):
         listed = f" Known models: {', '.join(known)}." if 0 < len(known) <= 10 else " GET /v1/models lists them."
         super().__init__(f"The model {printable(name)!r} does not exist.{listed}", param="model")
         self.logged = {"asked_model": printable(name)[:_SHOWN]}
+
+
+class ResponseNotFound(_ClientError):
+    status, code = 404, "response_not_found"
+
+    def __init__(self, response: str) -> None:
+        super().__init__(f"There is no response {printable(response)!r}, or it is not known where it is.", param="id")
 
 
 class UnknownURL(_ClientError):

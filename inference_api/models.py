@@ -87,6 +87,7 @@ class Route(NamedTuple):
     end_marks: tuple[bytes, ...] = ()
     # Where every event has a type: what the types of those that carry a token end with, as they are written in JSON.
     token_type: bytes = b""
+    method: str = "POST"
 
 
 class Call(NamedTuple):
@@ -100,7 +101,8 @@ class Call(NamedTuple):
     request_id: str
     # The backends of its attempts, in order: each attempt adds its own.
     tried: "list[Backend]"
-    query: bytes = b""
+    # What follows the route's path in the request target: `?a=b`
+    suffix: bytes = b""
     # What it said in the fields that are no prompt
     fields: Mapping[str, Any] = {}
     # For balancing: equal for requests that share the beginning of a prompt; "" unless the model goes by that.

@@ -35,6 +35,7 @@ TABLE = {
     "BadRequest": (400, "bad_request"),
     "InvalidJSON": (400, "invalid_json"),
     "ModelNotFound": (404, "model_not_found"),
+    "ResponseNotFound": (404, "response_not_found"),
     "UnknownURL": (404, "unknown_url"),
     "MethodNotAllowed": (405, "method_not_allowed"),
     "RequestTimeout": (408, "request_timeout"),

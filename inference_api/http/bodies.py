@@ -54,8 +54,9 @@ class Completion(Named, total=False):
     prompt_embeds: _Text | None
 
 
-class Responses(Named):
+class Responses(Named, total=False):
     input: Required[_Text]
+    store: Any
 
 
 class Embedding(Named, total=False):

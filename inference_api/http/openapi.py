@@ -19,7 +19,7 @@ _ERROR = {"$ref": "#/components/schemas/Error"}
 # Those of the router; an engine's own are the default.
 _FAILURES = {
     400: "The body is not JSON, or the request is not sound.",
-    404: "There is no such model.",
+    404: "There is no such model or response.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The content type is another one.",
@@ -106,6 +106,10 @@ _PAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "/version": ("The version of the router.", "Version", ()),
 }
 _OPS_PAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {"/backends": ("The state of each backend.", "Backends", ())}
+_STORED = {
+    "/v1/responses/{id}": {"get": "A stored response.", "delete": "Delete a stored response."},
+    "/v1/responses/{id}/cancel": {"post": "Cancel a response that is made in the background."},
+}
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"
     "table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px "
@@ -139,6 +143,10 @@ class Document:
     def document(self) -> dict[str, Any]:
         pages = _PAGES | (_OPS_PAGES if self._ops else {})
         paths: dict[str, Any] = {route.path: {"post": _operation(route)} for route in self._inference}
+        paths |= {
+            path: {method: _stored(path, method, summary) for method, summary in operations.items()}
+            for path, operations in _STORED.items()
+        }
         paths |= {path: {"get": _page(path, *about)} for path, about in pages.items()}
         return {
             "openapi": "3.1.0",
@@ -180,6 +188,19 @@ def _operation(route: Route) -> dict[str, Any]:
         "responses": {
             "200": {"description": "The engine's answer.", "content": answers},
             **{str(status): _failure(text) for status, text in sorted(failures.items())},
+            "default": {"description": "The engine's own error.", "content": {"*/*": {}}},
+        },
+    }
+
+
+def _stored(path: str, method: str, summary: str) -> dict[str, Any]:
+    return {
+        "operationId": f"{method}_{_identifier(path)}",
+        "summary": summary,
+        "parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
+        "responses": {
+            "200": {"description": "The engine's answer.", "content": {"*/*": {}}},
+            **{str(status): _failure(text) for status, text in _FAILURES.items() if status != 415},
             "default": {"description": "The engine's own error.", "content": {"*/*": {}}},
         },
     }

@@ -6,7 +6,7 @@ from inference_api.models import Route
 _CHAT = bodies.JSONReader(bodies.Chat)
 _COMPLETION = bodies.JSONReader(bodies.Completion, one_of=("prompt", "prompt_embeds"))
 _EMBEDDING = bodies.JSONReader(bodies.Embedding, one_of=("input", "messages"))
-_RESPONSES = bodies.JSONReader(bodies.Responses)
+_RESPONSES = bodies.JSONReader(bodies.Responses, kept=("store",))
 _RERANK = bodies.JSONReader(bodies.Rerank)
 _ANY = bodies.JSONReader(bodies.Named)
 _SCORE = _ANY
@@ -14,13 +14,17 @@ _TOKENIZE = bodies.JSONReader(bodies.Tokenize, one_of=("prompt", "messages"))
 _UPLOAD = bodies.FormReader()
 _RESPONSE_ENDS = (b"response.completed", b"response.incomplete", b"response.failed")
 
+# May store what it made: never sent twice.
+RESPONSES = Route("/v1/responses", "responses", _RESPONSES, False, False, _RESPONSE_ENDS, token_type=b'.delta"')
+# What was stored, by its id: see `stored`.
+STORED = RESPONSES._replace(label="response")
+
 INFERENCE_ROUTES = (
     Route("/v1/chat/completions", "chat_completions", _CHAT, end_marks=(b"[DONE]",)),
     Route("/v1/chat/completions/batch", "chat_completions_batch", _CHAT),
     Route("/v1/completions", "completions", _COMPLETION, end_marks=(b"[DONE]",)),
     Route("/v1/embeddings", "embeddings", _EMBEDDING),
-    # May store what it made: never sent twice.
-    Route("/v1/responses", "responses", _RESPONSES, False, False, _RESPONSE_ENDS, token_type=b'.delta"'),
+    RESPONSES,
     Route("/v1/messages", "messages", _CHAT, end_marks=(b"message_stop",), token_type=b'"content_block_delta"'),
     Route("/v1/messages/count_tokens", "count_tokens", _CHAT),
     Route("/v1/rerank", "rerank", _RERANK),

@@ -91,7 +91,7 @@ def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: 
         head.forwarded,
         account.request_id,
         [],
-        scope["query_string"],
+        b"?" + scope["query_string"] if scope["query_string"] else b"",
         fields,
         prefix,
         head.authorization,

@@ -70,8 +70,7 @@ class SendToBackend:
     async def __call__(self, attempt: Attempt) -> Reply:
         call, _, backend, tried, prepared, fresh = attempt
         url, target = backend.address(call.route.path)
-        if call.query:
-            target += b"?" + call.query
+        target += call.suffix
         # Engines key generations by the request id: every attempt has one that no other has.
         request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
         lines = b"host: %b\r\nx-request-id: %b\r\n%b" % (backend.host, request_id, prepared.lines)
@@ -82,13 +81,15 @@ class SendToBackend:
         backend.origin.in_flight += 1
         try:
             if isinstance(transport, Transport):
-                head = request_head("POST", target, lines)
+                head = request_head(call.route.method, target, lines)
                 stream = await transport.send(
                     backend.url, url, head, prepared.body, prepared.timeout, prepared.deadline, fresh
                 )
                 status, headers = stream.status, stream.headers
             else:
-                response = await transport.handle_async_request(_request(url, target, lines, prepared, fresh))
+                response = await transport.handle_async_request(
+                    _request(call.route.method, url, target, lines, prepared, fresh)
+                )
                 status, stream = response.status_code, _body_of(response)
                 headers = [(name.lower(), value) for name, value in response.headers.raw]
         except BaseException as exc:
@@ -107,7 +108,9 @@ class SendToBackend:
         self._on_attempt(backend, outcome)
 
 
-def _request(url: httpx.URL, target: bytes, lines: bytes, prepared: Prepared, fresh: bool) -> httpx.Request:
+def _request(
+    method: str, url: httpx.URL, target: bytes, lines: bytes, prepared: Prepared, fresh: bool
+) -> httpx.Request:
     """The same request for a transport that is not ours."""
     headers = [tuple(line.split(b": ", 1)) for line in lines.split(b"\r\n")[:-1]]
     extensions = {
@@ -117,7 +120,7 @@ def _request(url: httpx.URL, target: bytes, lines: bytes, prepared: Prepared, fr
         "fresh": fresh,
     }
     body = b"".join(prepared.body) if isinstance(prepared.body, tuple) else prepared.body
-    return httpx.Request("POST", url, headers=headers, content=body, extensions=extensions)  # type: ignore[arg-type]
+    return httpx.Request(method, url, headers=headers, content=body, extensions=extensions)  # type: ignore[arg-type]
 
 
 def _body_of(response: httpx.Response) -> httpx.AsyncByteStream:

@@ -940,12 +940,12 @@ async def test_a_request_has_these_headers_and_no_others() -> None:
     assert (request.method, request.content) == ("POST", BODY)
 
 
-@pytest.mark.parametrize(("query", "target"), [(b"", b""), (b"api-version=1&x=%20", b"?api-version=1&x=%20")])
+@pytest.mark.parametrize("suffix", [b"", b"?api-version=1&x=%20", b"/id?x=1"])
 @pytest.mark.parametrize("base", ["", "/base", "/a/b"])
-async def test_the_target_is_base_route_and_query(base: str, query: bytes, target: bytes) -> None:
-    request = await only_request(model_of(f"https://a:1{base}/"), call_to("rerank", query=query))
+async def test_the_target_is_base_route_and_query(base: str, suffix: bytes) -> None:
+    request = await only_request(model_of(f"https://a:1{base}/"), call_to("rerank", suffix=suffix))
 
-    assert request.extensions["target"] == base.encode() + ROUTES["rerank"].path.encode() + target
+    assert request.extensions["target"] == base.encode() + ROUTES["rerank"].path.encode() + suffix
     assert (request.url.scheme, request.url.host, request.url.port) == ("https", "a", 1)
     assert request.url.path == base + ROUTES["rerank"].path
 
@@ -954,7 +954,7 @@ async def test_a_real_backend_gets_base_route_and_query(start_engine: Start, tra
     engine: FakeEngine = await start_engine()
     model = model_of(engine.url + "/base")
 
-    await finish(await Desk().over(transport)(call_to(query=b"x=%2F"), model))
+    await finish(await Desk().over(transport)(call_to(suffix=b"?x=%2F"), model))
 
     assert engine.requests[0].target == "/base/v1/chat/completions?x=%2F"
     assert engine.requests[0].header("host") == f"127.0.0.1:{engine.port}"
