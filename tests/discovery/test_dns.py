@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.discovery.dns import Discovery
-from inference_api.discovery.resolver import Resolver, resolve
 from inference_api.routing.addresses import addresses_of, place_of
 from inference_api.routing.backend import Backend, Fleet
 from inference_api.routing.balance import make_balancer
@@ -226,22 +224,6 @@ async def test_a_name_that_left_and_came_back_is_looked_up_anew() -> None:
     assert labels(fleet) == []
 
 
-@pytest.mark.parametrize(("rand", "least", "most"), [(0.0, 0.08, 0.12), (0.999, 0.1198, 0.16)])
-async def test_routers_do_not_look_in_step(rand: float, least: float, most: float) -> None:
-    looks: list[float] = []
-
-    async def names(host: str) -> list[str]:
-        looks.append(asyncio.get_running_loop().time())
-        return ["10.0.0.1"]
-
-    with running(Discovery(fleet_of(dns("a")), names, every=0.1, rand=lambda: rand)):
-        await until(lambda: len(looks) == 5)
-    gaps = [later - earlier for earlier, later in pairwise(looks)]
-
-    # A busy machine only adds to a gap, and not to every one; the loop's clock ticks in milliseconds.
-    assert least - 0.004 <= min(gaps) <= most
-
-
 async def test_a_thousand_addresses_are_told_in_milliseconds() -> None:
     addresses = [f"10.0.{i // 250}.{i % 250}" for i in range(1000)]
     names = Names(a=addresses)
@@ -344,20 +326,6 @@ async def test_a_name_server_that_hangs_for_one_name_holds_up_no_other() -> None
     assert labels(fleet) == ["10.0.0.1:8000", "10.0.0.4:8000", "10.0.0.3:8000"]
 
 
-async def test_many_names_that_hang_hold_up_no_other() -> None:
-    hanging = [f"h{number}" for number in range(100)]
-    names = Names(sound=["10.0.0.1"])
-    fleet = fleet_of(*map(dns, hanging), dns("sound"))
-    resolver = Resolver(names, late=0.1)
-    with running(Discovery(fleet, resolver.look_up, every=0.05, timeout=0.1)):
-        await until(lambda: labels(fleet) == ["10.0.0.1:8000"])
-        names.say("sound", ["10.0.0.2"])
-        await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
-
-    assert all(names.asked.count(host) <= 1 for host in hanging)
-    await resolver.aclose()
-
-
 async def test_names_that_failed_come_last() -> None:
     names = Names(a=OSError("no"), b=["10.0.0.2"], c=["10.0.0.3"])
     discovery = Discovery(fleet_of(dns("a"), dns("b"), dns("c")), names)
@@ -426,10 +394,6 @@ async def test_a_fault_of_its_own_does_not_end_the_loop(caplog: pytest.LogCaptur
 
 
 # The machine's own
-
-
-async def test_the_machines_resolver_knows_localhost() -> None:
-    assert "127.0.0.1" in await resolve("localhost")
 
 
 async def test_a_router_finds_backends_by_the_machines_resolver(start_engine: Start, start_router: Start) -> None:

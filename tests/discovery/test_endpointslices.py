@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -275,21 +274,6 @@ async def test_what_is_wrong_is_told_again_when_it_is_something_else(
 
 
 # When it does what again
-
-
-def test_routers_that_started_together_do_not_go_on_listing_together() -> None:
-    rounds = [Rhythm(120, lambda rand=rand: rand, time.monotonic).round() for rand in (0.0, 0.5, 1.0)]  # type: ignore[misc]
-    assert rounds == pytest.approx([96, 120, 144])
-
-
-@pytest.mark.parametrize(
-    ("relist", "longest"), [(120, [1, 2, 4, 8, 16, 30, 30]), (3, [1, 2, 3, 3]), (0.5, [0.5, 0.5])], ids=str
-)
-def test_pauses_double_up_to_a_limit_and_are_any_part_of_that(relist: float, longest: list[float]) -> None:
-    for rand in (0.0, 0.25, 1.0):
-        rhythm = Rhythm(relist, lambda rand=rand: rand, time.monotonic)  # type: ignore[misc]
-        assert [rhythm.pause(failed) for failed in range(1, len(longest) + 1)] == [rand * one for one in longest]
-        assert rhythm.pause(100_000) == rand * longest[-1]
 
 
 @pytest.fixture

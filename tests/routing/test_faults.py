@@ -69,19 +69,6 @@ def set_aside(ward: Ward, answers: list[Answer] | None = None) -> Backend:
 # Errors that the others do not give
 
 
-@pytest.mark.parametrize("answers", REFUSING + BROKEN)
-@pytest.mark.parametrize("balancing", BALANCING)
-def test_a_backend_that_fails_gets_a_few_requests_and_then_none(balancing: str, answers: list[Answer]) -> None:
-    ward = Ward("a", "b", "c", balancing=balancing)
-
-    counts = asked(ward, failing("a", answers), 400)
-
-    # Three in a row, three more, and one when the others have answered.
-    assert counts["a"] <= 9
-    assert ward.available == "bc"
-    assert ward.backends[0].failing is (answers in BROKEN)
-
-
 def test_it_is_out_for_the_model_that_it_fails_and_serves_the_others() -> None:
     ward = Ward()
     backends = [{"url": f"http://{host}"} for host in "abc"]
@@ -221,22 +208,6 @@ def test_an_address_that_is_down_as_well_is_tried_when_both_circuits_are_due() -
 
 
 # Errors that all give
-
-
-@pytest.mark.parametrize("balancing", BALANCING)
-@pytest.mark.parametrize("answer", [(400, Outcome.UPSTREAM_4XX), (500, Outcome.UPSTREAM_5XX), (200, Outcome.TRUNCATED)])
-def test_requests_that_all_refuse_put_nobody_out(balancing: str, answer: Answer) -> None:
-    ward = Ward("a", "b", "c", balancing=balancing)
-
-    counts = Counter[str]()
-    for _ in range(20):
-        counts += asked(ward, lambda backend: answer, 100)
-        ward.poll()
-
-    assert (ward.model.open, ward.model.available) == ((), ward.backends)
-    assert all(backend.extra == 0 for backend in ward.backends)
-    if balancing != "prefix_affinity":
-        assert max(counts.values()) < 1.2 * 2000 / 3
 
 
 @given(

@@ -191,19 +191,6 @@ def test_the_model_whose_answers_may_begin_last_says_how_long_an_address_may_be_
 # Half-open
 
 
-def test_after_the_cooldown_the_next_request_is_the_probe_and_the_others_go_elsewhere() -> None:
-    ward = Ward("a", "b")
-    a, b = ward.backends
-    ward.open(a)
-    ward.now += 59
-    assert ward.chosen() == {b}
-
-    ward.now += 1
-
-    assert ward.choose() is a
-    assert ward.chosen() == {b}
-
-
 def test_the_head_of_the_probes_answer_closes_and_its_end_does_not_matter() -> None:
     ward = Ward("a", "b")
     a, b = ward.backends
@@ -246,45 +233,6 @@ def test_the_head_of_another_requests_answer_closes_nothing() -> None:
     ward.attempt(a, Outcome.OK, 200)
 
     assert ward.available == "b"
-
-
-@pytest.mark.parametrize(
-    ("outcome", "status"),
-    [
-        (Outcome.RESET, None),
-        (Outcome.UPSTREAM_5XX, 503),
-        # Without these one request after the other would be the probe of a backend that answers so at once.
-        (Outcome.UPSTREAM_5XX, 500),
-        (Outcome.PROTOCOL_ERROR, None),
-    ],
-)
-def test_a_probe_that_fails_opens_for_another_cooldown(outcome: Outcome, status: int | None) -> None:
-    ward = Ward("a", "b")
-    a, b = ward.backends
-    ward.open(a)
-    ward.now += 60
-    assert ward.choose() is a
-
-    ward.report(a, outcome, status)
-    ward.now += 59
-
-    assert ward.chosen() == {b}
-    ward.now += 1
-    assert ward.choose() is a
-
-
-@pytest.mark.parametrize(("outcome", "status"), [(Outcome.CLIENT_GONE, None), (Outcome.TOTAL_TIMEOUT, None)])
-def test_a_probe_without_a_verdict_is_followed_by_the_next_request(outcome: Outcome, status: int | None) -> None:
-    ward = Ward("a", "b")
-    a, b = ward.backends
-    ward.open(a)
-    ward.now += 60
-    assert ward.choose() is a
-
-    ward.report(a, outcome, status)
-
-    assert ward.available == "b"
-    assert [ward.choose(), ward.choose()] == [a, b]
 
 
 def test_a_probe_that_was_never_sent_is_over_with_its_request() -> None:
@@ -342,27 +290,6 @@ def test_a_backend_that_fails_its_health_checks_is_not_probed() -> None:
 # Panic, and the only backend
 
 
-@pytest.mark.parametrize(
-    ("count", "out", "panic"),
-    [
-        (2, 1, False),
-        (2, 2, True),
-        (3, 1, False),
-        (3, 2, True),
-        (4, 2, False),
-        (4, 3, True),
-        (5, 2, False),
-        (5, 3, True),
-    ],
-)
-def test_with_more_than_half_out_all_are_used(count: int, out: int, panic: bool) -> None:
-    ward = Ward(*"abcde"[:count])
-    ward.open(*ward.backends[:out])
-
-    assert ward.model.panic is panic
-    assert ward.chosen() == set(ward.backends if panic else ward.backends[out:])
-
-
 def test_panic_is_told_once_and_ends_when_enough_are_back(caplog: pytest.LogCaptureFixture) -> None:
     ward = Ward("a", "b", "c", "d")
     a, b, c, _ = ward.backends
@@ -395,13 +322,6 @@ def test_a_backend_that_comes_back_in_a_panic_starts_slowly_too() -> None:
     assert shares(ward) == [0.1, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_a_model_without_backends_has_nobody_and_no_panic() -> None:
-    ward = Ward()
-    ward.poll()
-
-    assert (ward.choose(), ward.model.panic) == (None, False)
-
-
 @pytest.mark.parametrize("outcome", [outcome for outcome in BAD if outcome is not Outcome.CONNECT_FAILED])
 def test_an_only_backend_is_never_out(outcome: Outcome) -> None:
     ward = Ward("a")
@@ -414,30 +334,6 @@ def test_an_only_backend_is_never_out(outcome: Outcome) -> None:
 
     assert ward.chosen() == {a}
     assert (ward.model.panic, ward.available) == (False, "a")
-
-
-def test_an_only_backend_that_refuses_is_tried_once_a_second() -> None:
-    ward = Ward("a")
-    [a] = ward.backends
-    ward.open(a, outcome=Outcome.CONNECT_FAILED)
-    tried = 0
-
-    for _ in range(100):
-        ward.now += 0.1
-        if ward.choose() is a:
-            tried += 1
-            ward.report(a, Outcome.CONNECT_FAILED)
-    assert 8 <= tried <= 10
-
-    ward.now += 1
-    assert ward.choose() is a
-    assert ward.chosen() == {None}
-    ward.health.answered(a, 200)
-    assert a.origin.opened is not None  # that was somebody else's
-    assert a.origin.probe is not None
-    ward.request = a.origin.probe  # type: ignore[assignment]
-    ward.health.answered(a, 200)
-    assert ward.chosen() == {a}
 
 
 def test_an_only_backend_that_was_connected_to_is_no_longer_kept_from_requests() -> None:
@@ -613,18 +509,6 @@ def test_a_stuck_backend_whose_requests_gave_up_is_tried_once_a_check_has_passed
     assert ward.available == "ab"
 
 
-def test_a_stuck_backend_without_a_passed_check_stays_out() -> None:
-    ward = Ward("a", "b")
-    a = busy(ward)
-    ward.check(a, True)
-    ward.poll(times=100)
-    a.origin.in_flight = 0
-
-    ward.poll(times=600)
-
-    assert (a.origin.up, ward.available) == (False, "b")
-
-
 # Sleep
 
 
@@ -729,16 +613,6 @@ def test_a_new_model_at_an_address_that_sleeps_is_asleep_there() -> None:
     assert {backend.label for backend in other.available} == {"b"}
     ward.health.slept(a.origin, False)
     assert {backend.label for backend in other.available} == {"a", "b"}
-
-
-def test_what_a_backend_that_left_says_of_its_sleep_changes_nothing() -> None:
-    ward = Ward("a", "b")
-    a, _ = ward.backends
-    ward.list("b")
-    ward.health.slept(a.origin, True)
-    ward.health.slept(a.origin, False)
-
-    assert ward.available == "b"
 
 
 # Slow start

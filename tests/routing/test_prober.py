@@ -270,26 +270,6 @@ async def test_the_first_checks_are_spread() -> None:
     assert len(asked) == 1
 
 
-async def test_routers_that_started_together_do_not_go_on_asking_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: set[float] = set()
-    sleep = asyncio.sleep
-
-    async def short(seconds: float) -> None:
-        pauses.add(round(seconds, 3))
-        await sleep(0)
-
-    for rand, first, others in ((0.0, 0.0, 80.0), (1.0, 100.0, 120.0)):
-        pauses.clear()
-        transport = httpx.MockTransport(lambda _: httpx.Response(200))
-        ward = Round(transport, "http://a", every=100.0, first=100.0, rand=lambda rand=rand: rand)
-        with monkeypatch.context() as patch:
-            patch.setattr(asyncio, "sleep", short)
-            async with running(ward.prober):
-                await until(lambda ward=ward: len(ward.results) > 2)  # type: ignore[misc]
-        assert {first, others} <= pauses
-        assert {pause for pause in pauses if pause > 10} <= {first, others}
-
-
 async def test_a_failure_nobody_thought_of_does_not_end_the_checks(caplog: pytest.LogCaptureFixture) -> None:
     results: list[Exception | httpx.Response] = [httpx.Response(200), RuntimeError("the transport has a bug")]
 

@@ -102,21 +102,6 @@ async def test_half_a_request_is_none_when_the_rest_will_not_come(half: bytes, s
     assert said.count(b"HTTP/1.1 ") == 1
 
 
-async def test_a_stream_ends_when_its_client_closes_half(start_engine: Start, start_router: Start) -> None:
-    engine = await start_engine(sse(event(), then=Line.gone))
-    served = await start_router(engine)
-
-    async with raw_client(served.port) as client:
-        await client.send(post(URL, STREAM))
-        await client.reader.readuntil(b"data: ")
-        client.writer.write_eof()
-        rest = await client.reader.read(-1)
-
-    assert not rest.endswith(LAST_CHUNK)
-    await until(lambda: engine.busy == 0 and served.lines)
-    assert served.lines[0]["outcome"] == "client_gone"
-
-
 # HTTP/1.0
 
 
