@@ -105,7 +105,7 @@ def _sinks(core: Core, enabled: Sequence[Feature]) -> list[Sink]:
         core.metrics.record,
         *(feature.record for feature in enabled if feature.record),
         # The last one: what the others do is not delayed by the line.
-        *([access_log(core.outside.write_line)] if core.outside.write_line else ()),
+        *([access_log(core.outside.write_line, core.settings.log_level)] if core.outside.write_line else ()),
     ]
 
 

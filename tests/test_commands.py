@@ -381,3 +381,36 @@ async def test_the_status_of_what_is_not_valid_is_a_setting(tmp_path: Path, star
         answer = await router.client.post("/v1/chat/completions", json={"model": "m"})
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "validation_error")
+
+
+@pytest.mark.parametrize(("environ", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+async def test_a_terminal_has_colours_unless_it_wants_none(
+    tmp_path: Path, start_engine: Start, environ: dict[str, str], coloured: bool
+) -> None:
+    ours, theirs = os.openpty()
+    try:
+        environ = {"NO_COLOR": "", "TERM": "xterm"} | environ
+        async with command(tmp_path, await start_engine(), environ=environ, stdout=theirs) as router:
+            await ready(router.client)
+            await router.client.get("/nope")
+            await router.stop()
+        told = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+    assert "serving address=" in told
+    assert ("\x1b[33m404\x1b[0m" in told, "\x1b" in told) == (coloured, coloured)
+
+
+@pytest.mark.parametrize(("level", "statuses"), [("info", [404, 503]), ("warning", [503]), ("error", [])])
+async def test_a_request_that_was_not_served_is_logged_at_the_level_warning(
+    tmp_path: Path, level: str, statuses: list[int]
+) -> None:
+    async with command(tmp_path, log_level=level) as router:
+        await ready(router.client, "/healthz")
+        await router.client.get("/nope")
+        await router.client.post("/v1/chat/completions", json=CHAT)
+        _, out, _ = await router.stop()
+
+    assert [line["status"] for line in log_of(out) if line["event"] == "request"] == statuses

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from inference_api.observe.account import UNKNOWN, Record, shown_status
-from inference_api.observe.log import Fields
+from inference_api.observe.log import UNSERVED, Fields
 
 
 def access_line(record: Record) -> Fields:
@@ -40,6 +40,8 @@ def access_line(record: Record) -> Fields:
     return line
 
 
-def access_log(write: Callable[[Fields], None]) -> Callable[[Record], None]:
-    """A sink that writes the access line of each request."""
+def access_log(write: Callable[[Fields], None], level: str = "info") -> Callable[[Record], None]:
+    """A sink that writes the access line of each request; at the level `warning`, of those that are one."""
+    if level == "warning":
+        return lambda record: write(access_line(record)) if record.status == UNSERVED else None
     return lambda record: write(access_line(record))

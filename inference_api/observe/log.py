@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that the end of the process waits for whoever reads the log.
 _TIMEOUT = 1.0
+# The status of a request that the router, or an engine, could not serve: its line is a warning.
+UNSERVED = 503
 Fields = dict[str, Any]
 Render = Callable[[float, str, str, Fields], str]
 
@@ -36,9 +38,8 @@ class AccessLog:
         self._clock = clock
 
     def __call__(self, fields: Fields) -> None:
-        self._writer.later(
-            self._render(self._clock(), "warning" if fields.get("status") == 503 else "info", "request", fields)
-        )
+        level = "warning" if fields.get("status") == UNSERVED else "info"
+        self._writer.later(self._render(self._clock(), level, "request", fields))
 
 
 class LogHandler(logging.Handler):
@@ -101,7 +102,7 @@ def render_json(now: float, level: str, event: str, fields: Fields) -> str:
 def configure_logging(
     level: str, log_format: str | None, stream: TextIO | None = None, colours: bool = True
 ) -> AccessLog | None:
-    """Send the logging module here; the access log, or None at a level above info.
+    """Send the logging module here; the access log, or None at a level above warning.
 
     `colours`: whether a terminal may have them; nothing else does.
     """
@@ -119,7 +120,7 @@ def configure_logging(
     # They log request URLs and headers, at info and at debug.
     for name in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return AccessLog(writer, render) if root.level <= logging.INFO else None
+    return AccessLog(writer, render) if root.level <= logging.WARNING else None
 
 
 def _notice(render: Render, lines: int) -> str:

@@ -271,7 +271,7 @@ def test_the_level_holds_for_records_and_for_the_access_log(output: Output, leve
         logging.getLogger("inference_api").log(number, "x")
 
     assert [event["level"] for event in output.events] == seen
-    assert (log is not None) == ("info" in seen)
+    assert (log is not None) == ("warning" in seen)
 
 
 def test_what_libraries_say_of_urls_and_headers_is_not_logged(output: Output) -> None:
