@@ -231,7 +231,7 @@ class ClientConnection(Flow):
                 self._left -= len(piece)
             else:
                 looks += 1
-                self._tail = bytes(piece[-3:])
+                self._tail = (self._tail + piece[-3:])[-3:]
                 self._overhead += len(piece)
             try:
                 self._parser.feed_data(piece)
