@@ -13,13 +13,13 @@ from inference_api.relay.dialects import Event, has_token, is_aborted, read_json
 from inference_api.relay.usage import USAGE, find_usage
 
 # What ends with one of them ends with a blank line; so does what ends with \r\n\r\n.
-_ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
-_BOUNDARY = re.compile(rb"\r\n\r\n|\n\r\n|\n\n|\r\r")
+ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
+BOUNDARY = re.compile(rb"\r\n\r\n|\n\r\n|\n\n|\r\r")
 _OBJECT = (b"data: {", b"data:{")
 _DONE = b"data: [DONE]"
 _NO_CHOICES = re.compile(rb'"choices" ?: ?\[\]')
 # One event may be larger; beyond this its content is no longer looked at, only its end.
-_MAX_EVENT = 1 << 20
+MAX_EVENT = 1 << 20
 
 
 def _is_plain(line: bytes) -> bool:
@@ -183,25 +183,25 @@ class EventTracker:
 
     def _whole_events(self, data: bytes) -> bytes:
         """The events that are whole now, of which there may be none."""
-        if not self._open and data.endswith(_ENDS):
+        if not self._open and data.endswith(ENDS):
             return data
         unfinished = self._open
         before = len(unfinished)
         unfinished += data
         # An end may straddle the seam; its first bytes are at most 3 before it.
         seam = max(0, before - 3)
-        ends = [i + len(mark) for mark in _ENDS if (i := unfinished.rfind(mark, seam)) >= 0]
+        ends = [i + len(mark) for mark in ENDS if (i := unfinished.rfind(mark, seam)) >= 0]
         block = b""
         if ends:
             start, end = 0, max(ends)
             if self._blind:
                 # The rest of an event that was too large to look at; what follows it is not.
-                start = min(i + len(mark) for mark in _ENDS if (i := unfinished.find(mark)) >= 0)
+                start = min(i + len(mark) for mark in ENDS if (i := unfinished.find(mark)) >= 0)
                 self._blind = False
                 self.tokens += 1
             block = bytes(unfinished[start:end])
             del unfinished[:end]
-        elif len(unfinished) > _MAX_EVENT:
+        elif len(unfinished) > MAX_EVENT:
             del unfinished[:-3]
             self._blind = True
         self.at_boundary = not unfinished
@@ -213,13 +213,13 @@ class EventTracker:
             return 0
         if block.find(b"[DONE]") >= 0 or block.find(b"\n:") >= 0:
             return 0
-        return block.count(b"\n\n") or len(_BOUNDARY.findall(block))
+        return block.count(b"\n\n") or len(BOUNDARY.findall(block))
 
     def _read(self, block: bytes) -> bool:
         """Look at each event; whether all of them were signs of life."""
         self._begun = True
         alive = True
-        for text in block.split(b"\n\n") if block.find(b"\r") < 0 else _BOUNDARY.split(block):
+        for text in block.split(b"\n\n") if block.find(b"\r") < 0 else BOUNDARY.split(block):
             if text and not self._read_event(text):
                 alive = False
         return alive
@@ -268,7 +268,7 @@ class EventTracker:
         return event.is_done
 
     def _last_event(self) -> Event:
-        return Event(next((text for text in reversed(_BOUNDARY.split(self._last)) if text), b""))
+        return Event(next((text for text in reversed(BOUNDARY.split(self._last)) if text), b""))
 
     def _finish_document(self, text: bytes) -> None:
         """A body without one event may be a JSON document all the same, whatever it was said to be."""

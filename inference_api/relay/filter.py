@@ -1,20 +1,18 @@
 """A Pump that keeps single events of a stream from the client: those that a feature asked the engine for."""
 
-import re
-from collections.abc import AsyncIterable, AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 from inference_api.models import EventFilter
+from inference_api.relay.events import BOUNDARY, ENDS, MAX_EVENT
 from inference_api.relay.pump import Pump
-
-_END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
 class FilteringPump(Pump):
-    """Reads without the filter's marker go on as they came, and as fast; only one with it is taken apart.
+    """Reads of whole events without the filter's marker go on as they came, and as fast.
 
-    The trackers see every event, whatever the client gets. The end of a read that may be the beginning of an event
-    with the marker waits for the rest of it.
+    The tracker sees every event, whatever the client gets; the client gets whole events, so that the beginning of one
+    waits for the rest of it, up to 1 MiB.
     """
 
     __slots__ = ("_filter", "_held")
@@ -25,34 +23,23 @@ class FilteringPump(Pump):
         self._held = b""
 
     def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool:
-        whole = data.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) or complete
-        if whole and not self._held and self._filter.marker not in data:
-            return super().data_received(data, complete, frame)
-        kept = self._sift(data, complete)
-        return super().data_received(kept, complete) if kept or complete else False
+        untouched = not self._held and data.endswith(ENDS) and self._filter.marker not in data
+        return super().data_received(data, complete, frame if untouched else None)
 
-    async def pull(self, stream: AsyncIterable[bytes]) -> None:
-        await super().pull(self._sifted(stream))
-
-    async def _sifted(self, stream: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-        async for data in stream:
-            if kept := self._sift(data, False):
-                yield kept
-        if self._held:
-            yield self._sift(b"", True)
-
-    def _sift(self, data: bytes, complete: bool) -> bytes:
-        """What the client gets of all that has come; what is no whole event yet waits."""
+    def _note(self, data: bytes, complete: bool) -> bytes:
         data, self._held = self._held + data, b""
-        kept, at = [], 0
-        for end in _END_OF_EVENT.finditer(data):
-            event, at = data[at : end.end()], end.end()
-            if self._filter.marker not in event or self._filter.keeps(event):
-                kept.append(event)
-            else:
-                self.skip(event)
-        if complete:
-            kept.append(data[at:])
-        else:
-            self._held = data[at:]
-        return b"".join(kept)
+        if not complete and not data.endswith(ENDS):
+            whole = max((end.end() for end in BOUNDARY.finditer(data)), default=0)
+            if len(data) - whole <= MAX_EVENT:
+                data, self._held = data[:whole], data[whole:]
+        kept = self._sift(data) if self._filter.marker in data else data
+        self._alive = bool(data) and self._feed is not None and self._feed(data)
+        self._show(kept)
+        return kept
+
+    def _sift(self, data: bytes) -> bytes:
+        """What the client gets of events, the last of which may have no end."""
+        marker, keeps = self._filter
+        ends = [*(end.end() for end in BOUNDARY.finditer(data)), len(data)]
+        events = (data[start:end] for start, end in pairwise([0, *ends]))
+        return b"".join(event for event in events if marker not in event or keeps(event))

@@ -24,7 +24,7 @@ class Pump:
     """A Sink that writes to an ASGI `send`. `events` is given for a stream of server-sent events."""
 
     __slots__ = (
-        "_backlog", "_before_end", "_clock", "_direct", "_events", "_failure", "_feed", "_outcome", "_send",
+        "_alive", "_backlog", "_before_end", "_clock", "_direct", "_events", "_failure", "_feed", "_outcome", "_send",
         "_stalled", "_status", "_stream", "_taps", "_turn", "_write_stall", "first_at", "size",
     )  # fmt: skip
 
@@ -53,6 +53,7 @@ class Pump:
         self.first_at = 0.0
         # What is told of each piece: says whether it is nothing but a sign of life. None: it need not be told.
         self._feed: Callable[[bytes], bool] | None = self._begin
+        self._alive = False
         self._outcome: Outcome | None = None
         self._failure: Exception | None = None
         self._stalled: _Suspended | None = None
@@ -65,7 +66,7 @@ class Pump:
         try:
             if first is not None:
                 if first:
-                    self._note(first)
+                    self._note(first, False)
                 await self.write(first)
             if isinstance(stream, ResponseStream):
                 await self._push(stream)
@@ -98,11 +99,6 @@ class Pump:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         return self.verdict()
 
-    def skip(self, event: bytes) -> None:
-        """Follow an event that the client does not get."""
-        if self._feed is not None:
-            self._feed(event)
-
     # Pushed: Sink
 
     def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool:
@@ -119,9 +115,12 @@ class Pump:
                 tap.chunk(data)
             write(frame)
             return alive
-        alive = bool(data) and self._note(data)
-        self._pass_on(data, not complete or self._end(), complete)
-        return alive
+        self._alive = False
+        if data or complete:
+            data = self._note(data, complete)
+        if data or complete:
+            self._pass_on(data, not complete or self._end(), complete)
+        return self._alive
 
     def _pass_on(self, data: bytes, more: bool, complete: bool) -> None:
         direct = self._direct
@@ -170,8 +169,7 @@ class Pump:
         while self._backlog:
             async with asyncio.timeout(self._write_stall):
                 data, complete = self._backlog.pop(0)
-                if data:
-                    self._note(data)
+                data = self._note(data, complete)
                 more = not complete or self._end()
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self._stalled = None
@@ -186,25 +184,29 @@ class Pump:
     async def pull(self, stream: AsyncIterable[bytes]) -> None:
         try:
             async for data in stream:
-                if data:
-                    self._note(data)
-                await self.write(data)
+                if data := self._note(data, False):
+                    await self.write(data)
         except httpx.TransportError as exc:
             self._outcome = _outcome_in_body(exc)
             return
+        rest = self._note(b"", True)
         async with asyncio.timeout(self._write_stall):
-            await self._send({"type": "http.response.body", "body": b"", "more_body": self._end()})
+            await self._send({"type": "http.response.body", "body": rest, "more_body": self._end()})
 
     # Both
 
-    def _note(self, data: bytes) -> bool:
-        """Note a piece before it is passed on; whether it is nothing but a sign of life."""
-        self.size += len(data)
+    def _note(self, data: bytes, complete: bool) -> bytes:
+        """Note a piece, which may be an empty last one, before it is passed on; what of it is."""
         feed = self._feed
-        alive = feed is not None and feed(data)
-        for tap in self._taps:
-            tap.chunk(data)
-        return alive
+        self._alive = bool(data) and feed is not None and feed(data)
+        self._show(data)
+        return data
+
+    def _show(self, data: bytes) -> None:
+        if data:
+            self.size += len(data)
+            for tap in self._taps:
+                tap.chunk(data)
 
     def _begin(self, data: bytes) -> bool:
         """Until the first byte, or the first token of a stream, has come; the pieces after it cost less to follow."""

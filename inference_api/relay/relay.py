@@ -107,13 +107,13 @@ class Relay:
             if self.outcome is Outcome.CLIENT_GONE and events is not None and events.over:
                 # The last event went out; the OpenAI SDKs hang up there, and at an error, before the end of the body.
                 self.outcome = events.verdict()
+            for tap in reply.taps:
+                tap.end(self.outcome)
             stream = reply.stream
             if isinstance(stream, ResponseStream) and stream.complete:
                 reply.end(self.outcome)
             else:
                 await reply.aclose(self.outcome)
-            for tap in reply.taps:
-                tap.end(self.outcome)
         return self.outcome
 
     async def interrupt(self, send: Send) -> Outcome:

@@ -14,6 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 import httpx
@@ -106,7 +107,8 @@ class Registry:
         if model is None:
             if self.awaited:
                 raise RegistryUnavailable(name)
-            raise ModelNotFound(name, list(self._fleet.models)[:11])
+            known = (known for known in self._fleet.models if caller is None or caller.may_use(known))
+            raise ModelNotFound(name, list(islice(known, 11)))
         return model
 
     def replace_static(self, catalogue: Catalogue) -> None:

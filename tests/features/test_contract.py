@@ -1,0 +1,215 @@
+"""What every feature keeps to: the client gets the engine's bytes, nothing leaks, and each request has one Record."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from inference_api.app import build
+from inference_api.feature import Feature
+from inference_api.features.spans import tracing
+from inference_api.http.dispatch import Dispatch
+from inference_api.observe.account import Record
+from inference_api.settings import Settings
+from tests.conftest import Served, serving
+from tests.fakes import (
+    CHAT,
+    COMPLETION,
+    LAST_CHUNK,
+    SSE_HEAD,
+    STREAM,
+    Line,
+    Received,
+    chunk,
+    event,
+    hang,
+    json_response,
+    post,
+    raw,
+    raw_client,
+    read_answer,
+    until,
+)
+from tests.faults.quiescence import quiet
+from tests.features.everything import Everything, knows, parts_of
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+URL = "/v1/chat/completions"
+
+
+class On(NamedTuple):
+    """How a feature is turned on."""
+
+    features: Sequence[Feature] = ()
+    settings: dict[str, Any] = {}
+
+
+def traced() -> On:
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(InMemorySpanExporter()))
+    return On([tracing(provider)])
+
+
+TURN_ON: dict[str, Callable[[], On]] = {
+    "tracing": traced,
+    "engine_load": lambda: On(settings={"load_signal_interval": 0.2}),
+    "everything": lambda: On([Everything().feature]),
+}
+
+
+@pytest.fixture(params=TURN_ON)
+def on(request: pytest.FixtureRequest) -> On:
+    """Each feature, turned on by itself."""
+    return TURN_ON[request.param]()
+
+
+async def test_the_bytes_of_an_answer_are_the_engines(on: On, start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine()
+    served = await start_router(engine, features=on.features, **on.settings)
+    events = [event(f"wörd{number} ") for number in range(20)]
+    body = orjson.dumps({**CHAT, "x": "wörd"})
+
+    engine.script = raw(json_response(COMPLETION))
+    whole = await served.client.post(URL, content=body, headers={"content-type": "application/json"})
+    engine.script = raw(SSE_HEAD, *map(chunk, events), chunk(b"data: [DO"), chunk(b"NE]\n\n") + LAST_CHUNK)
+    stream = await served.chat(stream=True)
+
+    assert engine.requests[0].body == body
+    assert whole.content == orjson.dumps(COMPLETION)
+    assert stream.content == b"".join(events) + b"data: [DONE]\n\n"
+
+
+async def one_event(request: Received, line: Line) -> None:
+    await line.send(SSE_HEAD, chunk(event()))
+    await line.gone()
+
+
+@pytest.mark.parametrize("moment", ["during the body", "before the first byte", "in mid-stream"])
+async def test_a_client_that_leaves_leaves_nothing(
+    moment: str, on: On, start_engine: Start, start_router: Start
+) -> None:
+    engine = await start_engine(hang if moment == "before the first byte" else one_event)
+    served = await start_router(engine, features=on.features, **on.settings)
+    request = post(URL, STREAM)
+
+    async with quiet(served):
+        async with raw_client(served.port) as client:
+            if moment == "during the body":
+                await client.send(request[:-5])
+                await until(lambda: served.router.core.admission.buffered)
+            else:
+                await client.send(request)
+                await until(lambda: engine.busy)
+                if moment == "in mid-stream":
+                    await client.reader.readuntil(b"data: ")
+        await until(lambda: served.lines and not engine.busy)
+
+    [line] = served.lines
+    assert (line["outcome"], line["status"]) == ("client_gone", 499)
+    assert served.router.core.admission.buffered == 0
+    assert await served.metric("inference_api_everything_open") == 0
+
+
+REQUESTS: dict[str, tuple[int, bytes]] = {
+    "whole": (200, post(URL, CHAT)),
+    "stream": (200, post(URL, STREAM)),
+    "page": (200, b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"),
+    "invalid": (422, post(URL, {"model": "m"})),
+    "unknown model": (404, post(URL, {**CHAT, "model": "nope"})),
+    "unknown url": (404, post("/nope", CHAT)),
+    "too large": (413, post(URL, {**CHAT, "user": "x" * 2000})),
+    "not allowed": (405, b"GET /v1/embeddings HTTP/1.1\r\nhost: x\r\n\r\n"),
+    "nobody": (401, post(URL, CHAT, b"authorization: Bearer wrong\r\n")),
+    "nobody, on a page": (401, b"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer wrong\r\n\r\n"),
+}
+
+
+async def test_each_request_has_one_record_and_an_id(on: On, start_engine: Start, start_router: Start) -> None:
+    records: list[Record] = []
+    door = Feature("door", identify=knows, record=records.append)
+    served = await start_router(await start_engine(), features=[*on.features, door], max_body_bytes=1000, **on.settings)
+
+    answers = {}
+    for case, (status, request) in REQUESTS.items():
+        async with raw_client(served.port) as client:
+            await client.send(request)
+            answers[case] = answer = await read_answer(client.reader)
+        assert (case, answer.status) == (case, status)
+    await until(lambda: len(served.lines) == len(REQUESTS))
+
+    ids = [answer.headers["x-request-id"] for answer in answers.values()]
+    assert [record.request_id for record in records] == [line["request_id"] for line in served.lines] == ids
+    assert len(set(ids)) == len(ids)
+    assert [(case, record.status) for case, record in zip(REQUESTS, records, strict=True)] == [
+        (case, status) for case, (status, _) in REQUESTS.items()
+    ]
+    refused = {case: orjson.loads(answer.body) for case, answer in answers.items() if answer.status >= 400}
+    assert all(body["request_id"] in ids and body["error"]["code"] for body in refused.values())
+
+
+async def test_the_parts_of_a_feature_are_all_met(start_engine: Start, start_router: Start) -> None:
+    everything = Everything()
+    assert all(parts_of(everything.feature).values())
+    served: Served = await start_router(await start_engine(), features=[everything.feature])
+
+    answer = await served.chat()
+    pages = [await served.client.get(path) for path in ("/page", "/ops-page")]
+    opened = await served.metric("inference_api_everything_open")
+    served.router.close()
+
+    assert answer.headers["x-everything"] == "1"
+    assert [page.text for page in pages] == ["a page"] * 2
+    assert opened == 0
+    # Those that are no page, no metric, and no more than once.
+    assert everything.seen == {
+        *("layer", "identify", "resolve", "send", "attempt", "tap", "record"),
+        *("task", "close"),
+    }
+
+
+async def test_the_operators_pages_are_not_for_clients(start_router: Start) -> None:
+    served: Served = await start_router(features=[Everything().feature], ops_port=9090)
+
+    assert [(await served.client.get(path)).status_code for path in ("/page", "/ops-page")] == [200, 404]
+
+
+async def test_a_task_of_a_feature_ends_with_the_router(tmp_path: Path) -> None:
+    ended: list[bool] = []
+
+    async def task() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append(True)
+
+    catalogue = tmp_path / "catalogue.json"
+    catalogue.write_text('{"models": []}')
+    settings = Settings(catalogue=catalogue)
+    router = build(settings, features=[Feature("busy", tasks=(task,))])
+    async with serving(router, settings):
+        assert ended == []
+
+    assert ended == [True]
+
+
+async def test_what_is_off_is_not_built(start_router: Start) -> None:
+    served: Served = await start_router()
+    accounts: Any = served.router.app
+
+    assert served.router.features == {}
+    assert isinstance(accounts.app, Dispatch)
+
+
+async def test_a_feature_without_a_layer_adds_none(start_router: Start) -> None:
+    served: Served = await start_router(load_signal_interval=0.2)
+    accounts: Any = served.router.app
+
+    assert served.router.features.keys() == {"engine_load"}
+    assert isinstance(accounts.app, Dispatch)
