@@ -1,0 +1,454 @@
+"""What a feature can do at each seam: ASGI layers, Replies, single events, taps, attempts, names and callers."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import ASGIApp, Message, Receive, Scope
+from starlette.types import Send as ASGISend
+
+from inference_api.feature import Feature
+from inference_api.http.pipeline import Resolve
+from inference_api.http.routes import INFERENCE_ROUTES
+from inference_api.models import Call, Caller, EventFilter, Outcome, RawHeaders, Reply, Send
+from inference_api.observe.account import Record
+from inference_api.relay.filter import FilteringPump
+from inference_api.relay.typed_events import follow
+from inference_api.routing.backend import Model
+from inference_api.upstream.attempt import Attempt, SendAttempt
+from tests.conftest import Served
+from tests.fakes import (
+    CHAT,
+    COMPLETION,
+    DONE,
+    LAST_CHUNK,
+    SSE_HEAD,
+    STREAM,
+    USAGE,
+    chunk,
+    event,
+    json_response,
+    post,
+    raw,
+    raw_client,
+    read_answer,
+)
+from tests.features.everything import Forbidden, Unauthorized, knows
+
+pytestmark = pytest.mark.anyio
+Start = Callable[..., Any]
+URL = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+
+
+def answering(reply: Callable[[Call], Reply | None]) -> Callable[[Send], Send]:
+    """A `send` layer that answers by itself, unless the function gives None."""
+
+    def wrap(send: Send) -> Send:
+        async def sending(call: Call, model: Model) -> Reply:
+            return reply(call) or await send(call, model)
+
+        return sending
+
+    return wrap
+
+
+def changing(change: Callable[[Call, Reply], None]) -> Callable[[Send], Send]:
+    """A `send` layer that does something with each Reply."""
+
+    def wrap(send: Send) -> Send:
+        async def sending(call: Call, model: Model) -> Reply:
+            reply = await send(call, model)
+            change(call, reply)
+            return reply
+
+        return sending
+
+    return wrap
+
+
+# ASGI layers
+
+
+class Listener:
+    """A layer that hears what is sent, and what is received."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.sent = b""
+        self.received = b""
+
+    def __call__(self, app: ASGIApp) -> ASGIApp:
+        async def layer(scope: Scope, receive: Receive, send: ASGISend) -> None:
+            async def hear(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    self.statuses.append(message["status"])
+                    self.sent = b""
+                else:
+                    self.sent += message.get("body", b"")
+                await send(message)
+
+            async def hear_received() -> Message:
+                message = await receive()
+                self.received += message.get("body", b"")
+                return message
+
+            await app(scope, hear_received, hear)
+
+        return layer
+
+
+async def test_a_layer_sees_every_byte_of_an_answer(start_engine: Start, start_router: Start) -> None:
+    listener = Listener()
+    engine = await start_engine()
+    served: Served = await start_router(engine, features=[Feature("listener", layer=listener)])
+
+    for stream in (False, True):
+        assert (await served.chat(stream=stream)).content == listener.sent
+    engine.script = raw(json_response({"error": {}}, "400 Bad Request"))
+    assert (await served.chat()).content == listener.sent
+    engine.script = raw(json_response({"x": "y" * 3_000_000}))
+    assert (await served.chat()).content == listener.sent
+    assert (await served.client.get("/v1/models")).content == listener.sent
+    assert listener.statuses == [200, 200, 400, 200, 200]
+
+
+async def test_a_layer_sees_every_byte_of_a_body(start_engine: Start, start_router: Start) -> None:
+    listener = Listener()
+    engine = await start_engine()
+    served: Served = await start_router(engine, features=[Feature("listener", layer=listener)])
+    body = orjson.dumps({**CHAT, "user": "x" * 200_000})
+
+    async def pieces() -> Any:
+        for at in range(0, len(body), 50_000):
+            yield body[at : at + 50_000]
+
+    for content in (body, pieces(), orjson.dumps(CHAT)):
+        listener.received = b""
+        assert (await served.client.post(URL, content=content, headers=JSON)).status_code == 200
+        assert listener.received == engine.requests[-1].body
+    assert [len(request.body) for request in engine.requests] == [len(body), len(body), len(orjson.dumps(CHAT))]
+
+
+async def test_an_error_of_a_layer_is_answered_counted_and_logged(start_router: Start) -> None:
+    def refusing(app: ASGIApp) -> ASGIApp:
+        async def layer(scope: Scope, receive: Receive, send: ASGISend) -> None:
+            if scope["type"] == "http" and scope["path"] == URL:
+                raise Unauthorized
+            await app(scope, receive, send)
+
+        return layer
+
+    records: list[Record] = []
+    served: Served = await start_router(features=[Feature("door", layer=refusing, record=records.append)])
+
+    answer = await served.chat()
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    [line] = served.lines
+    assert (line["status"], line["code"], line["bytes"]) == (401, "invalid_api_key", len(answer.content))
+    assert await served.metric("inference_api_requests_total", code="401") == 1
+    assert [(record.status, record.outcome) for record in records] == [(401, Outcome.REFUSED)]
+
+
+# The way to a Reply
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_layer_answers_without_a_backend(stream: bool, start_engine: Start, start_router: Start) -> None:
+    body = event(usage=USAGE) + DONE if stream else orjson.dumps(COMPLETION)
+    kind = b"text/event-stream" if stream else b"application/json"
+
+    def cached(call: Call) -> Reply:
+        reply = Reply(200, [(b"content-type", kind)], httpx.ByteStream(body), attempts=0)
+        reply.extra.append((b"x-cache", b"hit"))
+        return reply
+
+    engine = await start_engine()
+    served: Served = await start_router(engine, features=[Feature("cache", send=answering(cached))])
+
+    answer = await served.chat(stream=stream)
+
+    assert (answer.status_code, answer.content, answer.headers["x-cache"]) == (200, body, "hit")
+    assert answer.headers["content-type"].encode() == kind
+    [line] = served.lines
+    assert (line["backend"], line["attempts"], line["outcome"]) == (None, 0, "ok")
+    assert (line["model"], line["prompt_tokens"], line["bytes"]) == ("m", 3, len(body))
+    assert await served.metric("inference_api_requests_total", model_name="m", code="200") == 1
+    assert engine.requests == []
+    assert served.router.core.fleet.models["m"].in_flight == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_headers_of_one_answer_are_in_no_other(stream: bool, start_engine: Start, start_router: Start) -> None:
+    def mark(call: Call, reply: Reply) -> None:
+        if b"marked" in call.body:
+            reply.extra.append((b"x-mark", call.request_id.encode()))
+
+    engine = await start_engine()
+    served: Served = await start_router(engine, features=[Feature("mark", send=changing(mark))])
+
+    seen = []
+    for user in ("marked", "plain", "marked", "plain"):
+        answer = await served.chat(stream=stream, user=user)
+        seen.append(answer.headers.get("x-mark") == answer.headers["x-request-id"])
+        assert ("x-mark" in answer.headers) == (user == "marked")
+
+    assert seen == [True, False, True, False]
+
+
+# Single events
+
+USAGE_EVENT = event(choices=[], usage=USAGE)
+
+
+async def test_an_event_that_is_filtered_is_counted_and_not_sent(start_engine: Start, start_router: Start) -> None:
+    def hide(call: Call, reply: Reply) -> None:
+        reply.filter = EventFilter(b'"choices":[]', lambda event: False)
+
+    events = [event(f"word{number} ") for number in range(5)]
+    served: Served = await start_router(
+        engine := await start_engine(), features=[Feature("usage", send=changing(hide))]
+    )
+    whole = b"".join([*events, USAGE_EVENT, DONE])
+    for parts in (
+        (*events, USAGE_EVENT, DONE),
+        (whole,),
+        (whole[:-40], whole[-40:]),
+        (whole[: len(events[0]) + 9], whole[len(events[0]) + 9 :]),
+    ):
+        engine.script = raw(SSE_HEAD, *map(chunk, parts), LAST_CHUNK)
+
+        answer = await served.chat(stream=True)
+
+        assert answer.content == b"".join(events) + DONE
+        line = served.lines[-1]
+        assert (line["prompt_tokens"], line["completion_tokens"], line["outcome"]) == (3, 5, "ok")
+        assert line["bytes"] == len(answer.content)
+
+
+class Written:
+    """What a client gets, from a server that takes whole chunks as they come, and from one that does not."""
+
+    def __init__(self, takes_frames: bool) -> None:
+        self.body = b""
+        self.frames: Any = self._frame if takes_frames else None
+
+    def _frame(self, frame: bytes) -> None:
+        self.body += frame.partition(b"\r\n")[2][:-2]
+
+    def push(self, body: bytes, more_body: bool) -> bool:
+        self.body += body
+        return True
+
+    def respond(self, status: int, lines: bytes, body: bytes) -> bool:
+        raise AssertionError("a stream is no whole answer")
+
+
+def filtered(pieces: list[bytes], takes_frames: bool) -> tuple[bytes, Any]:
+    """The bytes that a client gets of these reads, and what followed them."""
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nothing is in its way")
+
+    written, tracker = Written(takes_frames), follow(INFERENCE_ROUTES[0], False)
+    common = send, (), tracker, 200, 5.0, lambda: None, written
+    pump = FilteringPump(EventFilter(b'"choices":[]', lambda event: b"keep" in event), *common)
+    for piece in pieces:
+        pump.data_received(piece, False, chunk(piece) if takes_frames else None)
+    pump.data_received(b"", True)
+    return written.body, tracker
+
+
+EVENTS = st.lists(
+    st.sampled_from(
+        [
+            event("a").strip(),
+            b": ping",
+            b"event: x\ndata: {}",
+            USAGE_EVENT.strip(),
+            event(choices=[], user="keep").strip(),
+            event(choices=[], usage={"prompt_tokens": 1, "completion_tokens": 1}).strip(),
+        ]
+    ),
+    max_size=6,
+)
+BLANK_LINES = st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r"])
+
+
+@given(EVENTS, BLANK_LINES, st.lists(st.integers(0, 1200), max_size=6), st.booleans())
+def test_exactly_the_marked_events_are_missing_however_the_bytes_come(
+    events: list[bytes], blank: bytes, cuts: list[int], takes_frames: bool
+) -> None:
+    written = [text.replace(b"\n", blank[: len(blank) // 2]) + blank for text in events] + [b"data: [DONE]" + blank]
+    whole = b"".join(written)
+    ends = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    pieces = [whole[start:end] for start, end in pairwise(ends) if start < end]
+
+    body, tracker = filtered(pieces, takes_frames)
+
+    assert body == b"".join(text for text in written if b'"choices":[]' not in text or b"keep" in text)
+    assert tracker.verdict() is Outcome.OK
+    reported = [text for text in events if b'"usage"' in text]
+    assert tracker.usage() == (orjson.loads(reported[-1][6:])["usage"] if reported else None)
+
+
+def test_a_marked_event_is_missing_wherever_it_is_split() -> None:
+    whole = event("a") + USAGE_EVENT + event("b") + DONE
+
+    for cut in range(1, len(whole)):
+        for takes_frames in (False, True):
+            body, tracker = filtered([whole[:cut], whole[cut:]], takes_frames)
+            assert (cut, body, tracker.usage()) == (cut, event("a") + event("b") + DONE, USAGE)
+
+
+def test_an_event_too_large_to_be_held_is_passed_on() -> None:
+    large = b"data: " + b"x" * (3 << 20) + b"\n\n"
+    pieces = [large[at : at + 65536] for at in range(0, len(large), 65536)]
+
+    body, _ = filtered([*pieces, USAGE_EVENT + DONE], False)
+
+    assert body == large + DONE
+
+
+# Taps, attempts
+
+
+class Ear:
+    """A tap that hears all."""
+
+    def __init__(self) -> None:
+        self.heard = b""
+        self.outcome: Outcome | None = None
+
+    def start(self, status: int, headers: RawHeaders) -> None:
+        assert status == 200
+
+    def chunk(self, data: bytes) -> None:
+        self.heard += data
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_tap_hears_what_the_client_gets(stream: bool, start_engine: Start, start_router: Start) -> None:
+    ears: list[Ear] = []
+
+    def listen(call: Call, reply: Reply) -> Ear | None:
+        if b"nobody" in call.body:
+            return None
+        ears.append(Ear())
+        return ears[-1]
+
+    def hide(call: Call, reply: Reply) -> None:
+        reply.filter = EventFilter(b'"choices":[]', lambda event: False)
+
+    features = [Feature("ear", tap=listen), Feature("usage", send=changing(hide))]
+    served: Served = await start_router(await start_engine(), features=features)
+
+    answer, other = await served.chat(stream=stream), await served.chat(stream=stream, user="nobody")
+
+    [ear] = ears
+    assert answer.content == other.content == ear.heard
+    assert ear.outcome is Outcome.OK
+
+
+async def test_a_wrapper_of_attempts_is_told_which_one_it_is(start_engine: Start, start_router: Start) -> None:
+    attempts: list[Attempt] = []
+
+    def wrap(send: SendAttempt) -> SendAttempt:
+        async def attempting(attempt: Attempt) -> Reply:
+            attempts.append(attempt)
+            lines = attempt.prepared.lines + b"x-attempt: %d\r\n" % attempt.number
+            return await send(attempt._replace(prepared=attempt.prepared._replace(lines=lines)))
+
+        return attempting
+
+    engine = await start_engine()
+    answers = [raw(json_response({}, "503 Service Unavailable", b"retry-after: 0\r\n")), raw(json_response(COMPLETION))]
+
+    async def script(request: Any, line: Any) -> None:
+        await answers.pop(0)(request, line)
+
+    engine.script = script
+    other = await start_engine(script)
+    served: Served = await start_router(engine, other, features=[Feature("attempts", attempt=wrap)])
+
+    assert (await served.chat()).status_code == 200
+
+    first, second = attempts
+    assert [(attempt.number, attempt.tried) for attempt in attempts] == [(1, ()), (2, (first.backend,))]
+    assert first.call.tried == [first.backend, second.backend]
+    sent = [request.header("x-attempt") for each in (engine, other) for request in each.requests]
+    assert sorted(sent, key=str) == ["1", "2"]
+
+
+# Who asks, and for what
+
+
+def keep_to_own(resolve: Resolve) -> Resolve:
+    def resolved(name: str, caller: Caller | None) -> Model:
+        model = resolve(name, caller)
+        if caller is not None and not caller.may_use(model.name):
+            raise Forbidden(name)
+        return model
+
+    return resolved
+
+
+async def test_a_caller_sees_and_uses_its_own_models(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine()
+    records: list[Record] = []
+    models = [{"name": name, "backends": [engine.url]} for name in ("m", "secret")]
+    door = Feature("door", identify=knows, resolve=keep_to_own, record=records.append)
+    served: Served = await start_router(models=models, features=[door])
+    headers = {"authorization": "Bearer alice:m"}
+
+    async def names(**headers: str) -> list[str]:
+        listed = (await served.client.get("/v1/models", headers=headers)).json()
+        return [card["id"] for card in listed["data"]]
+
+    # The list for everybody is rendered once, and is not hers.
+    assert [await names(), await names(**headers), await names()] == [["m", "secret"], ["m"], ["m", "secret"]]
+    for model, status in (("m", 200), ("secret", 403), ("nope", 404)):
+        body = {**CHAT, "model": model}
+        card = await served.client.get(f"/v1/models/{model}", headers=headers)
+        answer = await served.client.post(URL, json=body, headers=headers)
+        assert (model, answer.status_code, card.status_code) == (model, status, status)
+        if status == 404:
+            assert "secret" not in answer.text + card.text
+
+    assert len(engine.requests) == 1
+    assert {record.caller.id for record in records if record.caller} == {"alice"}
+
+
+async def test_the_caller_is_read_anew_from_a_head_that_repeats(start_engine: Start, start_router: Start) -> None:
+    """On one connection, where a head that is known is not parsed again."""
+    callers: list[str | None] = []
+    door = Feature(
+        "door", identify=knows, record=lambda record: callers.append(record.caller.id if record.caller else None)
+    )
+    served: Served = await start_router(await start_engine(), features=[door])
+
+    async with raw_client(served.port) as client:
+        for token in (b"alice:m", b"alice:m", b"bob:m", b"alice:m"):
+            await client.send(post(URL, STREAM, b"authorization: Bearer %b\r\n" % token))
+            assert (await read_answer(client.reader)).status == 200
+
+    assert callers == ["alice", "alice", "bob", "alice"]
+
+
+async def test_probes_and_preflights_are_open_to_everybody(start_router: Start) -> None:
+    served: Served = await start_router(features=[Feature("door", identify=knows)])
+    headers = {"authorization": "Bearer wrong"}
+
+    assert (await served.client.get("/readyz", headers=headers)).status_code == 200
+    assert (await served.client.options(URL, headers=headers)).status_code == 405
+    assert (await served.client.get("/v1/models", headers=headers)).status_code == 401
