@@ -22,11 +22,12 @@ from typing import Literal, NamedTuple, get_args
 
 from benchmarks.samples import quantile
 from inference_api.models import Outcome
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.entries import BalancingName
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.health import Health
 
 Failing = Literal["500", "401", "404", "a mix", "slowly", "breaks off", "half", "recovers"]

@@ -21,10 +21,10 @@ from inference_api.observe.exposition import write
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.scrape import Exposition
-from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.entries import BalancingName
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import RegistryStatus
 
 _ROUTES = ("chat_completions", "completions", "responses", "messages")

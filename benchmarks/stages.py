@@ -26,7 +26,7 @@ from inference_api.observe.account import Account
 from inference_api.observe.metrics import Metrics
 from inference_api.relay import relay
 from inference_api.relay.events import EventTracker
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 from inference_api.server import repeated_head as client_heads
 from inference_api.server.cycle import cycle_of
 from inference_api.upstream import connection

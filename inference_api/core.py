@@ -27,13 +27,13 @@ from inference_api.observe.lag import LoopLag
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.scrape import Exposition, process_collectors
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend, Origin
 from inference_api.routing.balance import BALANCERS, MakeBalancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.files import Reloader, static_source
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.health import Health
-from inference_api.routing.origin import Origin
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
 from inference_api.settings import Settings

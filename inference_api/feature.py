@@ -15,7 +15,7 @@ from inference_api.http.pipeline import Resolve
 from inference_api.models import Call, Caller, Reply, Send, Tap
 from inference_api.observe.account import Sink
 from inference_api.observe.exposition import Family
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 from inference_api.upstream.attempt import SendAttempt
 
 Run = Callable[[], Coroutine[Any, Any, None]]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import httpx
 
 if TYPE_CHECKING:
-    from inference_api.routing.backend import Backend, Model
+    from inference_api.routing.backend import Backend
+    from inference_api.routing.fleet import Model
 
 RawHeaders = list[tuple[bytes, bytes]]
 

@@ -14,8 +14,8 @@ from contextlib import suppress
 
 from inference_api.discovery.resolver import Resolve
 from inference_api.pace import spread
-from inference_api.routing.backend import Fleet
 from inference_api.routing.entries import MAX_BACKENDS
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.urls import is_usable_address
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from inference_api.discovery.cluster import Api, ApiError, Cluster, Event
 from inference_api.discovery.slices import Located, Service, Slice, locate, read_slice, service_of
 from inference_api.pace import back_off, spread
-from inference_api.routing.backend import Fleet
+from inference_api.routing.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import httpx
 
 from inference_api.discovery.gauges import TELL_LOAD, TELL_SLEEP, Gauges
 from inference_api.pace import spread
-from inference_api.routing.backend import Fleet
+from inference_api.routing.backend import Origin
 from inference_api.routing.entries import Engine
-from inference_api.routing.origin import Origin
+from inference_api.routing.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ import orjson
 
 from inference_api.discovery.naming import IGNORES_NAMES, misnamed, names_in
 from inference_api.pace import spread
-from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.backend import Backend
+from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
 

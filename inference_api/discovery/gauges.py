@@ -1,8 +1,8 @@
 """What engines call the few gauges that a router reads, and a reader that picks them out of their `/metrics`."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
+from inference_api.routing.backend import Reading
 from inference_api.routing.entries import Engine
 
 # Far above what an engine sends; more is not listened to.
@@ -34,14 +34,6 @@ _SERIES: dict[Engine, tuple[tuple[bytes, int, bytes], ...]] = {
 }
 TELL_LOAD = frozenset(_SERIES)
 TELL_SLEEP = frozenset(engine for engine, series in _SERIES.items() if any(kind == _AWAKE for _, kind, _ in series))
-
-
-class Reading(NamedTuple):
-    """What a backend says of itself: requests it works on, requests it has waiting, used share of its KV cache."""
-
-    running: float
-    waiting: float
-    kv_cache: float | None
 
 
 class Gauges:

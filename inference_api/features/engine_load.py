@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from inference_api.core import Core
 from inference_api.discovery.engine_metrics import EngineMetrics
-from inference_api.discovery.gauges import Reading
 from inference_api.feature import Feature
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import BY_BACKEND, gauge
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend, Reading
 from inference_api.routing.balance import BackendView, LeastInFlight, MakeBalancer, TwoChoices, running_weights
+from inference_api.routing.fleet import Fleet
 from inference_api.settings import Settings
 
 R = TypeVar("R", bound=BackendView)

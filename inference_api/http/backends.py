@@ -10,7 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from inference_api.http.wire import json_bytes
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.standing import standing
 
 # Of so many backends at once: the event loop may be the one that takes requests.

@@ -21,7 +21,7 @@ from inference_api.http.suggestions import meant
 from inference_api.models import Outcome
 from inference_api.observe.account import Account
 from inference_api.observe.scrape import Exposition
-from inference_api.routing.backend import Fleet
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import Registry
 
 logger = logging.getLogger(__name__)

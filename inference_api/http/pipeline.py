@@ -13,7 +13,7 @@ from inference_api.http.disconnect import DisconnectWatcher
 from inference_api.models import Asked, Call, Caller, Route, Send
 from inference_api.observe.account import Account
 from inference_api.relay.relay import Relay
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 from inference_api.server.cycle import cycle_of
 
 Resolve = Callable[[str, Caller | None], Model]

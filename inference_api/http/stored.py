@@ -22,7 +22,8 @@ from inference_api.http.routes import RESPONSES, STORED
 from inference_api.models import Call, Caller, Outcome, RawHeaders, Reply, Route, Send
 from inference_api.observe.account import Account
 from inference_api.relay.relay import Relay
-from inference_api.routing.backend import Backend, Model
+from inference_api.routing.backend import Backend
+from inference_api.routing.fleet import Model
 from inference_api.server.cycle import cycle_of
 from inference_api.upstream.attempt import Attempt, SendAttempt
 from inference_api.upstream.failures import classify

@@ -14,7 +14,7 @@ from inference_api.http.head import RequestHead
 from inference_api.models import Asked, Call, Route
 from inference_api.observe.account import Account
 from inference_api.routing.affinity import affinity_key
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 
 
 async def read_body(receive: Receive, head: RequestHead, limit: int, admission: Admission) -> bytes:

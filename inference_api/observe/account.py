@@ -7,7 +7,7 @@ from inference_api.errors import RouterError
 from inference_api.models import Call, Caller, Outcome, Reply
 from inference_api.relay.relay import Relay
 from inference_api.relay.usage import Counts, counts
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 
 if TYPE_CHECKING:
     from inference_api.http.head import RequestHead

@@ -10,8 +10,8 @@ from typing import Any
 from inference_api.models import Outcome
 from inference_api.observe.account import UNKNOWN, Record, shown_status
 from inference_api.observe.series import Count, Histogram, Series
-from inference_api.routing.backend import Backend, Model
-from inference_api.routing.origin import Origin
+from inference_api.routing.backend import Backend, Origin
+from inference_api.routing.fleet import Model
 
 # Seconds. OpenTelemetry's bucket boundaries for GenAI servers, with vLLM's and longer ones added.
 TTFT_BUCKETS = (

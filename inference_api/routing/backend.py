@@ -1,18 +1,102 @@
-"""What lives behind a catalogue entry: a Backend is one backend with its live state, a Model is the set of them."""
+"""One address of an engine and what is known of it: an Origin, and the Backend that each of its models has there."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from operator import attrgetter
-from typing import Protocol
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
 
 from inference_api.models import Outcome
-from inference_api.routing.addresses import addresses_of
-from inference_api.routing.balance import Balancer
+from inference_api.routing.addresses import place_of
 from inference_api.routing.breaker import Circuit, due
-from inference_api.routing.entries import BalancingName, CatalogueEntry
-from inference_api.routing.origin import Origin
 
-# What a backend that is new, or back, gets of its weight at first.
-FIRST_SHARE = 0.1
+
+class Reading(NamedTuple):
+    """What a backend says of itself: requests it works on, requests it has waiting, used share of its KV cache."""
+
+    running: float
+    waiting: float
+    kv_cache: float | None
+
+
+class Origin(Circuit):
+    """Shared by the Backends at one URL: fifty adapters in one pod are one circuit, one health check and one load.
+
+    The circuit is that of the address: of what never was an answer, and of 502, 503, 504, whatever the model.
+
+    `url` is what it is known by; where its host name was looked up, the address follows after a `#`.
+    """
+
+    __slots__ = (
+        "_addresses",
+        "asleep",
+        "backends",
+        "base_path",
+        "cause",
+        "crowded",
+        "healthy",
+        "host",
+        "in_flight",
+        "label",
+        "passed",
+        "reading",
+        "refused",
+        "reported",
+        "scraped",
+        "streak",
+        "stuck",
+        "url",
+    )  # fmt: skip
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        parts = urlsplit(url)
+        # Identity
+        self.url = url
+        # The path too: two engines may share a host behind a gateway. The address: a name may have many.
+        self.label = place_of(url)
+        self.host = parts.netloc.encode("ascii")
+        self.base_path = parts.path
+        self._addresses: dict[str, tuple[httpx.URL, bytes]] = {}
+        # Those of the models that are served here, in the order in which they came
+        self.backends: dict[Backend, None] = {}
+        # Attempts of all models whose answer has not ended
+        self.in_flight = 0
+        # Its circuit opened because no connection could be made
+        self.refused = False
+        # Why the last health check failed; None: it did not
+        self.cause: str | None = None
+        # Health checks: passes in a row, or failures if negative, and when it last passed one
+        self.healthy = True
+        self.streak = 0
+        self.passed = 0.0
+        # Watchdog: since when it has had several requests in flight, and since when it is known to be stuck
+        self.crowded: float | None = None
+        self.stuck: float | None = None
+        # What it says of itself, if it is asked: see `load`; None: it does not say
+        self.asleep: bool | None = None
+        self.reported = 0.0
+        self.reading: Reading | None = None
+        self.scraped = 0.0
+
+    @property
+    def up(self) -> bool:
+        """It passes its health checks, and is not stuck."""
+        return self.healthy and self.stuck is None
+
+    @property
+    def usable(self) -> bool:
+        return self.opened is None and self.up and not self.asleep
+
+    def address(self, path: str) -> tuple[httpx.URL, bytes]:
+        """URL and request target of a route here; parsing a URL costs more than forwarding a request."""
+        address = self._addresses.get(path)
+        if address is None:
+            base, target = self.url.partition("#")[0], self.base_path + path
+            address = self._addresses[path] = httpx.URL(base + path), target.encode("ascii")
+        return address
+
+    def __repr__(self) -> str:
+        return f"<Origin {self.label} of {len(self.backends)} models: {self.in_flight} in flight>"
 
 
 class Backend:
@@ -104,206 +188,3 @@ class Backend:
 
     def __repr__(self) -> str:
         return f"<Backend {self.label} of {self.model}: {self.in_flight} in flight>"
-
-
-class Guard(Protocol):
-    """Chooses for a Model while a circuit of a backend is not closed, or one is compared with the others."""
-
-    def choose(self, model: "Model", key: str, tried: Collection[Backend]) -> Backend | None: ...
-
-
-class Model:
-    """A resolved name: its catalogue entry, its backends, and what they have in flight together."""
-
-    __slots__ = (
-        "_guard",
-        "available",
-        "awake",
-        "backends",
-        "balancer",
-        "entry",
-        "guard",
-        "in_flight",
-        "leaving",
-        "max_model_len",
-        "name",
-        "open",
-        "panic",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        entry: CatalogueEntry,
-        backends: tuple[Backend, ...],
-        balancer: Balancer[Backend],
-        guard: Guard | None = None,
-    ) -> None:
-        self.name = entry.name
-        self.entry = entry
-        self.balancer = balancer
-        # Shared: replaced as a whole, never edited, so that a balancer may cache by identity.
-        self.backends = backends
-        self.available = self.awake = backends
-        # Those whose circuit is not closed, in the order in which they become half-open.
-        self.open: tuple[Backend, ...] = ()
-        self.panic = False
-        # `guard`: while there is need of it.
-        self._guard = guard
-        self.guard: Guard | None = None
-        # Gone from the catalogue, not yet done: one that comes back must not look idle.
-        self.leaving: tuple[Backend, ...] = ()
-        # Live state
-        self.in_flight = 0
-        self.max_model_len: int | None = None
-        # Of an address that serves another model there may be something known already.
-        self.refresh()
-
-    def choose(self, key: str, tried: Collection[Backend] = ()) -> Backend | None:
-        """The backend for the next attempt, None if there is none now. Whoever gets one makes an attempt on it."""
-        if self.guard is not None:
-            return self.guard.choose(self, key, tried)
-        return self.balancer.choose(self.available, key, tried)
-
-    def request_ended(self, reply: object, outcome: object) -> None:
-        """An `on_end` of a Reply: one request less in flight."""
-        self.in_flight -= 1
-
-    def protect(self, guard: Guard) -> None:
-        self._guard = guard
-        self.refresh()
-
-    def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], balancer: Balancer[Backend]) -> None:
-        """Take a new version of the entry, or other backends of it; what is in flight stays counted."""
-        if entry is not self.entry:
-            self.max_model_len = None
-        self.entry, self.balancer = entry, balancer
-        if backends != self.backends:
-            left = {*self.backends, *self.leaving}.difference(backends)
-            self.leaving = tuple(backend for backend in left if backend.in_flight)
-            self.backends = backends
-            self.refresh()
-
-    def refresh(self, reweighed: bool = False) -> None:
-        """Decide anew which backends are available, because one has changed its state or (`reweighed`) its share.
-
-        All are, if more than half should not be: then it is the judgement that is wrong, or the rest would be crushed.
-        And so is an only one: trying it is all that can be done. Those that sleep are no matter of judgement: they say
-        so themselves, and would not answer.
-        """
-        self.awake = backends = tuple(backend for backend in self.backends if not backend.origin.asleep)
-        usable = [backend for backend in backends if backend.usable]
-        self.open = tuple(sorted((backend for backend in backends if not backend.closed), key=attrgetter("due")))
-        self.guard = self._guard if self.open or any(backend.compared for backend in backends) else None
-        self.panic = 1 < len(backends) > 2 * len(usable)
-        if self.panic or len(backends) == 1:
-            usable = list(backends)
-        if len(usable) == len(self.backends) and all(backend.share == 1.0 for backend in usable):
-            self.available = self.backends
-        elif reweighed or usable != list(self.available):
-            self.available = tuple(usable)
-
-    def __repr__(self) -> str:
-        return f"<Model {self.name}: {len(self.available)}/{len(self.backends)} backends, {self.in_flight} in flight>"
-
-
-class Fleet:
-    """Every Model by every name it answers to, kept across catalogue changes so that live state survives them."""
-
-    def __init__(self, make_balancer: Callable[[BalancingName], Balancer[Backend]]) -> None:
-        self._make_balancer = make_balancer
-        self.models: dict[str, Model] = {}
-        # name or alias -> Model; the one look-up that a request makes.
-        self.by_name: dict[str, Model] = {}
-        # Of the backends with `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of backends, see
-        # `endpointslices`. A host name is no URL.
-        self.addresses: dict[str, Sequence[str]] = {}
-        # URL -> Origin, of all backends, and of those that left and have not yet ended what they have in flight.
-        self.origins: dict[str, Origin] = {}
-        self._vacant: set[Origin] = set()
-        self._guard: Guard | None = None
-        # Grows with every change that a list of the models would show.
-        self.version = 0
-
-    def protect(self, guard: Guard) -> None:
-        """Let it choose for each of the models while there is need of it."""
-        self._guard = guard
-        for model in self.models.values():
-            model.protect(guard)
-
-    def update(self, catalogue: Mapping[str, CatalogueEntry]) -> None:
-        """Make the fleet what the catalogue says. Backends that left finish what they have in flight."""
-        models = {entry.name: self._model(entry) for entry in catalogue.values()}
-        for gone in self.models.keys() - models.keys():
-            self._move(self.models[gone].backends, ())
-        self._forget_vacant()
-        self.by_name = {alias: models[entry.name] for entry in catalogue.values() for alias in entry.aliases} | models
-        self.models = models
-        self.version += 1
-
-    def _model(self, entry: CatalogueEntry) -> Model:
-        known = self.models.get(entry.name)
-        if known is not None and known.entry == entry:
-            return known
-        backends = self._backends(entry, known)
-        balancer = self._make_balancer(entry.balancing)
-        if known is None:
-            self._move((), backends)
-            return Model(entry, backends, balancer, self._guard)
-        self._move(known.backends, backends)
-        known.adopt(entry, backends, balancer)
-        return known
-
-    def resolve(self, name: str, addresses: Sequence[str], models: Iterable[str]) -> None:
-        """The host name, or URL, has these addresses now; `models` are those that use it."""
-        # What the first poll finds is not new, only found late.
-        joining = name in self.addresses
-        self.addresses[name] = addresses
-        for user in models:
-            if (model := self.models.get(user)) is not None:
-                backends = self._backends(model.entry, model, joining)
-                self._move(model.backends, backends)
-                model.adopt(model.entry, backends, model.balancer)
-        self._forget_vacant()
-
-    def _backends(self, entry: CatalogueEntry, known: Model | None, joining: bool = True) -> tuple[Backend, ...]:
-        by_url = {} if known is None else {backend.url: backend for backend in (*known.leaving, *known.backends)}
-        backends = []
-        for url, weight in addresses_of(entry.backends, self.addresses):
-            backend, origin = by_url.get(url), self._origin(url)
-            if backend is None or backend.origin is not origin:
-                backend = Backend(entry.name, url, origin=origin)
-                # Beside backends that are warm a new one starts slowly.
-                backend.share = 0.0 if joining and known and known.backends else 1.0
-            backend.full_weight = weight
-            backend.weigh(max(backend.share, first_share(entry.balancing)))
-            backends.append(backend)
-        return tuple(backends)
-
-    def _origin(self, url: str) -> Origin:
-        origin = self.origins.get(url)
-        if origin is None:
-            origin = self.origins[url] = Origin(url)
-        return origin
-
-    def _move(self, before: Sequence[Backend], after: Sequence[Backend]) -> None:
-        """Tell the origins of a model's backends which of these they serve now."""
-        if before == after:
-            return
-        for backend in set(before).difference(after):
-            del backend.origin.backends[backend]
-            if not backend.origin.backends:
-                self._vacant.add(backend.origin)
-        for backend in after:
-            backend.origin.backends[backend] = None
-
-    def _forget_vacant(self) -> None:
-        """Drop the origins that serve no model any more; not before what they have in flight has ended."""
-        for origin in [origin for origin in self._vacant if origin.backends or not origin.in_flight]:
-            self._vacant.discard(origin)
-            if not origin.backends:
-                self.origins.pop(origin.url, None)
-
-
-def first_share(balancing: BalancingName) -> float:
-    """What a cold backend gets of its weight. With prefix affinity all: a weight that grows would move keys about."""
-    return 1.0 if balancing == "prefix_affinity" else FIRST_SHARE

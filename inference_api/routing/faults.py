@@ -14,9 +14,10 @@ from collections.abc import Callable
 from math import sqrt
 
 from inference_api.models import Outcome
-from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.backend import Backend
 from inference_api.routing.breaker import Breaker, Owner
 from inference_api.routing.comparison import Comparisons, Fault
+from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
 

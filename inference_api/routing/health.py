@@ -16,10 +16,10 @@ import random
 from collections.abc import Callable, Collection
 
 from inference_api.models import Outcome
-from inference_api.routing.backend import Backend, Fleet, Model, first_share
+from inference_api.routing.backend import Backend, Origin
 from inference_api.routing.breaker import Breaker, Owner
 from inference_api.routing.faults import DOWN, DOWN_STATUS, Faults
-from inference_api.routing.origin import Origin
+from inference_api.routing.fleet import Fleet, Model, first_share
 
 logger = logging.getLogger(__name__)
 

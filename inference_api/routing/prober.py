@@ -9,10 +9,10 @@ from typing import Literal
 import httpx
 
 from inference_api.pace import spread
-from inference_api.routing.backend import Fleet
+from inference_api.routing.backend import Origin
 from inference_api.routing.causes import cause_of
 from inference_api.routing.entries import Engine
-from inference_api.routing.origin import Origin
+from inference_api.routing.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from cachetools import TTLCache
 from inference_api.errors import ModelNotFound, RegistryUnavailable
 from inference_api.models import Caller
 from inference_api.pace import back_off, spread
-from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
 from inference_api.routing.changes import changes
+from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
 

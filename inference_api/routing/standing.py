@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from inference_api.errors import NoBackend
-from inference_api.routing.backend import Backend, Model
+from inference_api.routing.backend import Backend
 from inference_api.routing.breaker import Circuit
+from inference_api.routing.fleet import Model
 
 State = Literal["open", "half_open", "unhealthy", "stuck", "asleep", "resting", "recovering", "ready"]
 CircuitState = Literal["closed", "open", "half_open"]

@@ -2,7 +2,7 @@
 
 from inference_api.errors import Overloaded
 from inference_api.models import Call, Reply, Send
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 
 
 class ModelAdmission:

@@ -19,7 +19,8 @@ from typing import NamedTuple, Protocol
 import httpx
 
 from inference_api.models import Call, Outcome, Reply
-from inference_api.routing.backend import Backend, Model
+from inference_api.routing.backend import Backend
+from inference_api.routing.fleet import Model
 from inference_api.upstream.failures import outcome_of
 from inference_api.upstream.prepare import Prepared
 from inference_api.upstream.transport import Transport, request_head

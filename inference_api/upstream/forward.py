@@ -8,7 +8,8 @@ import httpx
 
 from inference_api.errors import NOT_AGAIN
 from inference_api.models import Call, Reply
-from inference_api.routing.backend import Backend, Model
+from inference_api.routing.backend import Backend
+from inference_api.routing.fleet import Model
 from inference_api.routing.standing import no_backend
 from inference_api.upstream.attempt import Attempt, SendAttempt
 from inference_api.upstream.failures import Failure, classify

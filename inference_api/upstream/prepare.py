@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from inference_api.headers import header_lines
 from inference_api.models import Call, RawHeaders
-from inference_api.routing.backend import Model
 from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.fleet import Model
 from inference_api.upstream.credentials import with_token
 from inference_api.upstream.deadlines import Timeout
 from inference_api.upstream.limits import Limits

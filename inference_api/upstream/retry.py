@@ -16,7 +16,8 @@ from inference_api.errors import (
 )
 from inference_api.models import Call, Outcome, Reply
 from inference_api.pace import back_off
-from inference_api.routing.backend import Backend, Model
+from inference_api.routing.backend import Backend
+from inference_api.routing.fleet import Model
 from inference_api.routing.standing import SOON, why_not
 from inference_api.upstream.failures import Failure, Reason
 from inference_api.upstream.limits import Limits

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from inference_api.discovery.dns import Discovery
 from inference_api.routing.addresses import addresses_of, place_of
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.entries import BackendEntry
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.urls import is_usable_address
 from tests.discovery.names import Names
 from tests.fakes import until

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from inference_api.discovery.cluster import ApiLimits
 from inference_api.discovery.dns import Discovery
 from inference_api.discovery.endpointslices import EndpointSlices, Rhythm, Timing, watched_in
-from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet
 from tests.discovery.kube import WATCH_HEAD, FakeApi, document, endpoint, event, status
 from tests.fakes import LAST_CHUNK, Line, Received, Script, chunk, hang, json_response, raw, until
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.discovery.engine_metrics import EngineMetrics
-from inference_api.discovery.gauges import Gauges, Reading
-from inference_api.routing.backend import Fleet
+from inference_api.discovery.gauges import Gauges
+from inference_api.routing.backend import Origin, Reading
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.entries import Engine
-from inference_api.routing.origin import Origin
+from inference_api.routing.fleet import Fleet
 from inference_api.upstream.transport import Transport
 from tests.fakes import Line, Received, Script, chunk, hang, json_response, raw, until
 

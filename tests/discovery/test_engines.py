@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from inference_api.discovery.engines import EngineFacts
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet
 from inference_api.upstream.transport import Transport
 from tests.fakes import Line, Received, Script, hang, json_response, raw, until
 

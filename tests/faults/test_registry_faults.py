@@ -14,9 +14,9 @@ import pytest
 
 from inference_api.app import build
 from inference_api.application import Application
-from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import Catalogue
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import Registry
 from inference_api.server.server import listen, ops_thread
 from inference_api.settings import Settings

@@ -18,7 +18,7 @@ from inference_api.models import Call, Caller, Outcome, RawHeaders, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import gauge
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 from inference_api.upstream.attempt import Attempt, SendAttempt
 
 

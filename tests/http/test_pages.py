@@ -25,9 +25,9 @@ from inference_api.http.accounts import Accounts
 from inference_api.http.head import RequestHeaders
 from inference_api.http.pages import Probes, create_pages
 from inference_api.observe.scrape import Exposition
-from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import Registry
 from inference_api.server.server import listen, ops_thread
 from inference_api.settings import Settings

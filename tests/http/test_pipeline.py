@@ -15,7 +15,7 @@ import pytest
 from inference_api.feature import Feature
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Call, Reply, Send
-from inference_api.routing.backend import Model
+from inference_api.routing.fleet import Model
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,

@@ -26,9 +26,9 @@ from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.http.wire import model_card, model_list, read_body
 from inference_api.models import Asked, Call, RawHeaders, Route
 from inference_api.observe.account import Account
-from inference_api.routing.backend import Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.fleet import Model
 from tests.conftest import Served
 from tests.fakes import FakeEngine, form
 

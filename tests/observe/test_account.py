@@ -18,9 +18,9 @@ from inference_api.observe.families import Families
 from inference_api.observe.lines import access_log
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
-from inference_api.routing.backend import Fleet, Model
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet, Model
 from inference_api.routing.registry import RegistryStatus
 from tests.fakes import (
     CHAT,

@@ -34,9 +34,10 @@ from inference_api.observe.metrics import (
     Metrics,
 )
 from inference_api.observe.series import Histogram
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import RegistryStatus
 from tests.fakes import (
     CHAT,

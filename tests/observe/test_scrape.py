@@ -26,9 +26,9 @@ from inference_api.observe.exposition import Family
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.scrape import Exposition
-from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import Registry, RegistryStatus
 from inference_api.settings import Settings
 from tests.conftest import serving

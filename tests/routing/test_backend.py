@@ -6,9 +6,10 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.backend import Backend
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet, Model
 
 
 @pytest.fixture

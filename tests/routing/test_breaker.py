@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from inference_api.routing.backend import Origin
 from inference_api.routing.breaker import Breaker, due
-from inference_api.routing.origin import Origin
 
 COOLDOWN = 60.0
 # With rand() = 0.5 there is no jitter.

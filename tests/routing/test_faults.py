@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_api.models import Outcome
-from inference_api.routing.backend import Backend, Model
+from inference_api.routing.backend import Backend
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Model
 from tests.routing.ward import Request, Ward
 
 BALANCING = ["two_choices", "least_in_flight", "round_robin", "prefix_affinity"]

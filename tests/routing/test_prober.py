@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from inference_api.routing.backend import Backend, Fleet
+from inference_api.routing.backend import Backend, Origin
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
-from inference_api.routing.origin import Origin
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.prober import Prober
 from inference_api.upstream.transport import Transport
 from tests.fakes import Line, Received, hang, json_response, raw, until

@@ -16,10 +16,10 @@ import uvicorn
 from pytest_httpx import HTTPXMock
 
 from inference_api.errors import ModelNotFound
-from inference_api.routing.backend import Fleet
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import Registry
 from inference_api.server.server import Server, listen
 from registry_stub.app import create_app

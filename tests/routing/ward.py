@@ -4,10 +4,11 @@ from random import Random
 from typing import Any
 
 from inference_api.models import Outcome
-from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.backend import Backend
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Fleet, Model
 from inference_api.routing.health import Health
 
 

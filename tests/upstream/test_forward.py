@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from inference_api.errors import NoBackend, RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Call, Outcome, Reply
-from inference_api.routing.backend import Backend, Fleet, Model
+from inference_api.routing.backend import Backend
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.entries import BackendEntry, CatalogueEntry
+from inference_api.routing.fleet import Fleet, Model
 from inference_api.upstream.attempt import Attempt, SendAttempt, SendToBackend
 from inference_api.upstream.failures import (
     Disconnected,
