@@ -1,1 +1,1 @@
-"""Who serves a model: host names, EndpointSlices, and the engines' own answers."""
+"""Finds the backends of a model: by host names, EndpointSlices, and the engines' own answers."""

@@ -25,12 +25,12 @@ _CONCURRENCY = 16
 
 
 class Discovery:
-    """Keeps the addresses of a Fleet at what DNS says. `every`: seconds between two polls, +-20 %; `rand` gives [0, 1).
+    """Keeps the addresses of a Fleet up to date with DNS.
 
-    `resolve` looks a name up, and should not let one that hangs hold up another.
-
-    `on_leave` is called after addresses have gone. `failures` counts look-ups by why they failed. Names that are
-    `watched` are not looked up: a watch knows them. `timeout`: seconds per name, `cold_start`: for the first poll.
+    `resolve` looks a name up, and should not let one that hangs hold up another. `every`: seconds between two polls,
+    +-20 %; `rand` gives [0, 1). `on_leave` is called after addresses have gone. `failures` counts look-ups by
+    why they failed. Names that are `watched` are not looked up: a watch knows them. `timeout`: seconds per name,
+    `cold_start`: for the first poll.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Discovery:
                 await self.poll()
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Poll until cancelled."""
         try:
             while True:
                 with suppress(TimeoutError):
@@ -88,7 +88,7 @@ class Discovery:
                 lookup.cancel()
 
     def wake(self) -> None:
-        """Look now: the catalogue may name new hosts."""
+        """Poll now: the catalogue may name new hosts."""
         self._woken.set()
 
     async def poll(self) -> None:
@@ -107,7 +107,7 @@ class Discovery:
                 group.create_task(worker())
 
     def _rebuild(self) -> None:
-        """Which hosts there are, if the catalogue may have changed; those that are gone are forgotten."""
+        """Read the hosts of the catalogue if it changed; forget those that are gone."""
         if self._version == self._fleet.version:
             return
         self._version = self._fleet.version

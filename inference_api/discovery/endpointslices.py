@@ -53,7 +53,7 @@ TIMING = Timing()
 
 
 class Rhythm:
-    """When to do it again. `relist`: seconds between two lists, +-20 %; `rand` gives [0, 1), `now` its own seconds."""
+    """When to list and retry. `relist`: seconds between two lists, +-20 %; `rand` gives [0, 1), `now` seconds."""
 
     def __init__(
         self, relist: float, rand: Callable[[], float], now: Callable[[], float], timing: Timing = TIMING
@@ -74,9 +74,9 @@ class Rhythm:
 
 
 class EndpointSlices:
-    """Keeps the backends of a Fleet at what EndpointSlices say. `relist`: seconds between two lists, +-20 %.
+    """Keeps the backends of a Fleet up to date with EndpointSlices. `relist`: seconds between two lists, +-20 %.
 
-    `failures` counts by why something was of no use; `rand` gives [0, 1), `now` seconds. `on_leave` is called when
+    `failures` counts failures by reason; `rand` gives [0, 1), `now` seconds. `on_leave` is called when
     backends have gone.
     """
 
@@ -131,7 +131,7 @@ class EndpointSlices:
             await asyncio.gather(*(watch.task for watch in self._watches.values()), return_exceptions=True)
 
     async def known(self) -> None:
-        """Returns once there has been a list of every namespace; after 30 s, once there is one of any, or any backend.
+        """Return once every namespace was listed; after 30 s, once one was, or a backend is known.
 
         A new router that may not list (no Role, no way to the API server) would otherwise be ready with nobody to send
         to, and a rollout would replace with its like all those that do know. One namespace alone is no reason to wait
@@ -156,7 +156,7 @@ class EndpointSlices:
         self._woken.set()
 
     def _rebuild(self) -> None:
-        """Which Services there are, if the catalogue may have changed; a namespace is watched anew if its have."""
+        """Read the Services of the catalogue if it changed, and restart the watches of changed namespaces."""
         if self._version == self._fleet.version:
             return
         self._version = self._fleet.version
@@ -192,7 +192,7 @@ class EndpointSlices:
         return dict(found)
 
     def _notify(self, watch: "_Watch", names: Iterable[str]) -> None:
-        """Give the fleet what these Services of a watch are now, if anybody has said yet."""
+        """Update the fleet with these Services of a watch, unless they were never listed."""
         if watch.slices is None:
             return
         by_service: defaultdict[str, list[Slice]] = defaultdict(list)

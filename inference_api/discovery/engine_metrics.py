@@ -1,4 +1,4 @@
-"""Reads the metrics of engines for what only they know: whether they sleep, and how much they have to do.
+"""Reads the metrics of engines: whether they sleep, and how much load they have.
 
 A sleeping backend passes its health checks, looks idle, and never answers, so that is asked for always. Load is asked
 for by `features.engine_load`: a router knows what it has in flight itself, and not what other routers have sent.
@@ -73,7 +73,7 @@ class EngineMetrics:
         self._silent: set[str] = set()
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Poll until cancelled."""
         while True:
             began = self._clock()
             try:
@@ -127,7 +127,7 @@ class EngineMetrics:
         self._silent.discard(origin.url)
         self._told[origin.url] = self._clock()
         if reading is not None:
-            # Some of the own have come or gone since: rather too little is laid to others than too much.
+            # Underestimate others' load, never overestimate: some of our own requests came or went since.
             others = reading.running + reading.waiting - max(before, origin.in_flight)
             origin.reported = max(0.0, others)
             origin.reading = reading

@@ -1,4 +1,4 @@
-"""Asks the engines, now and then, what only they know: the context length that /v1/models shows."""
+"""Asks the engines once a minute for the context length that /v1/models shows."""
 
 import asyncio
 import logging
@@ -22,9 +22,9 @@ _MAX_BYTES = 1 << 20
 
 
 class EngineFacts:
-    """Keeps `Model.max_model_len` what the first backend that tells it says: an engine may come back with another one.
+    """Keeps `Model.max_model_len` up to date with the first backend that reports it; it may change with a restart.
 
-    Silence leaves what was known.
+    A backend that does not answer changes nothing.
     """
 
     def __init__(

@@ -121,7 +121,7 @@ class Resolver:
         return await asyncio.shield(self._join(host)[0])
 
     def doubt(self, host: str) -> None:
-        """Its addresses let nobody in: they may be another's by now."""
+        """Look the name up again soon: no connection to its addresses could be made."""
         known = self._answers.get(host)
         if known is not None:
             known.until = min(known.until, known.since + _AGAIN)

@@ -23,7 +23,7 @@ DiscoveryName = Literal["static", "dns"]
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-# Headers that tell where a message ends, or where it goes: whoever may name these could smuggle requests.
+# Headers that frame or route a message: a token in one of them could smuggle requests.
 _NO_CREDENTIALS = frozenset(
     {
         "accept-encoding",

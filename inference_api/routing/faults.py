@@ -43,7 +43,7 @@ DOWN = frozenset({Outcome.CONNECT_FAILED, Outcome.RESET, Outcome.FIRST_BYTE_TIME
 class Faults:
     """Hears of the errors, and of good answers while there is need of it.
 
-    `out` hears of each backend whose circuit opens, for the first time or again, `back` of each whose circuit closes.
+    `out` gets each backend whose circuit opens, for the first time or again, `back` each whose circuit closes.
     """
 
     def __init__(

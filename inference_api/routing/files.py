@@ -143,7 +143,7 @@ class Reloader:
         self._watched = [(one, asyncio.Event()) for one in watched]
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Poll until cancelled."""
         async with asyncio.TaskGroup() as group:
             for one, told in self._watched:
                 group.create_task(self._follow(one, told))

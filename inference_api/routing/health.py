@@ -1,9 +1,9 @@
-"""Decides which backends are available: by what became of requests, by health checks, and by silence.
+"""Decides which backends are available: circuit breaker, health checks, stall watchdog.
 
 A backend is out while a circuit of it is not closed (`breaker`), and while its address fails its health checks
-(`prober`), sleeps (`load`), or is stuck: it has requests and has not sent a byte for a minute, whatever its /health
-says. One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request only
-looks at the result.
+(`prober`), sleeps (`engine_metrics`), or is stuck: it has requests and has not sent a byte for a minute, whatever its
+/health says. One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request
+only looks at the result.
 
 There are two circuits. What never was an answer, and 502, 503 and 504, say that the address cannot serve: a few in a
 row open the circuit of the address, for all of its models. Any other error a request or a dialect may cause; whether it
@@ -226,7 +226,7 @@ class Health:
                 logger.exception("a look at the backends failed")
 
     def poll(self) -> None:
-        """Find who is stuck and who no longer is, and give more to those that started slowly."""
+        """Find stuck backends and those that recovered, and raise the share of those that started slowly."""
         now = self._clock()
         grown = 0.0 if self._polled is None else (now - self._polled) / _SLOW_START
         self._polled = now

@@ -1,4 +1,4 @@
-"""Asks every address for its /health, again and again, beside the traffic and never in its way."""
+"""Health checks: asks every address for its /health, on connections of its own."""
 
 import asyncio
 import logging

@@ -56,7 +56,7 @@ class RegistryError(Exception):
 
 
 class Registry:
-    """Keeps a Fleet at what the registry says. `refresh`: seconds between two polls, +-20 %; less after a failure.
+    """Keeps a Fleet up to date with the registry. `refresh`: seconds between two polls, +-20 %; less after a failure.
 
     `clock` is monotonic seconds, `rand` gives [0, 1). `prepare` gets each catalogue before it is served, in a thread.
     `cold_start`: seconds that the start waits; `timeout`: for one poll, all in all: httpx's own limit is for each
@@ -145,7 +145,7 @@ class Registry:
             self._failed(RegistryError("timeout", f"no answer within {self._cold_start:.0f} s of the start"))
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Poll until cancelled."""
         while self._client is not None:
             await asyncio.sleep(self._pause())
             await self.refresh()
@@ -157,7 +157,7 @@ class Registry:
         return back_off(self._failed_in_a_row, first, _LONGEST_BACKOFF, self._rand())
 
     async def refresh(self) -> None:
-        """One poll. Whoever asks while one is under way waits for that one."""
+        """Poll once. Concurrent callers wait for the poll under way."""
         if self._polling is None:
             self._polling = asyncio.create_task(self._poll())
             self._polling.add_done_callback(self._polled)

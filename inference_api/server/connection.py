@@ -117,7 +117,7 @@ class ClientConnection(Flow):
         self._client = _address(transport.get_extra_info("peername"))
         self._server = _address(transport.get_extra_info("sockname"))
         if len(self._state.connections) > self._max_connections:
-            # Not even an answer: to wait until it is read would hold what there is too little of.
+            # Abort without a response: lingering would hold the file descriptors that the router lacks.
             self._deaf = True
             self._on_refusal(Overloaded("The router has as many connections as it takes."), uuid.uuid4().hex, 0)
             self.transport.abort()
@@ -314,7 +314,7 @@ class ClientConnection(Flow):
             self._waiting.append(cycle)
 
     def _take_no_more(self) -> None:
-        """No further request is read. What was sent behind the last answer is to be sent again, as ever when a server
+        """Read no further request. The client repeats what it sent behind the last answer, as whenever a server
         closes (RFC 9112, 9.3.2)."""
         self._deaf = True
         self._reading = None
@@ -415,7 +415,7 @@ class ClientConnection(Flow):
         self._close(unread=True)
 
     def _forget_half(self) -> None:
-        """Of the request that is being read, the rest will not come; it had not had its turn."""
+        """Drop the request that is being read: its rest will not come, and it has not been started."""
         if self._waiting and self._waiting[-1] is self._reading:
             self._waiting.pop()
 
@@ -452,7 +452,7 @@ class ClientConnection(Flow):
 def connection_factory(
     deadlines: Deadlines, on_rejection: OnRejection, max_connections: float = math.inf
 ) -> Callable[..., ClientConnection]:
-    """What uvicorn calls for every connection. `on_rejection` hears of requests that never reach the application."""
+    """The factory that uvicorn calls per connection. `on_rejection` gets requests that never reach the application."""
 
     def make(**keywords: Any) -> ClientConnection:
         return ClientConnection(deadlines, on_rejection, max_connections=max_connections, **keywords)

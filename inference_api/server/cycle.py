@@ -161,7 +161,7 @@ class Cycle:
             self._cancel()
 
     def half_closed(self) -> None:
-        """The client will say no more, which is how one that leaves looks: whoever would be told that is told."""
+        """The client will say no more, which is how a client that leaves looks: disconnect if somebody waits for it."""
         if self.more_body or self._watched or self._waiter is not None:
             self.disconnect()
 

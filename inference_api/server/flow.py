@@ -8,7 +8,7 @@ import sys
 import termios
 from typing import NamedTuple, cast
 
-# Bytes that a client must take within `write_stall` to count as one that reads, unless that is all there is.
+# Minimum progress per `write_stall`, in bytes; less only if less is pending.
 _LEAST_READ = 64 * 1024
 
 
@@ -117,7 +117,7 @@ class Flow(asyncio.Protocol):
     # Ends
 
     def cut(self, to_the_end: bool = False) -> None:
-        """Close without completing the response; `to_the_end`: that of the connection would be taken for its end."""
+        """Close without completing the response; `to_the_end` sends RST, since EOF would look like a normal end."""
         if self.drained is not None or to_the_end:
             self._reset()
         else:

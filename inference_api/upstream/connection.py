@@ -150,7 +150,7 @@ class BackendConnection(asyncio.Protocol):
             self.transport.abort()
 
     def fail(self, error: httpx.TransportError) -> None:
-        """Close, and tell whoever reads the response why."""
+        """Close, and fail the response with `error`."""
         stream, self.stream = self.stream, None
         self.close()
         if stream is not None:
@@ -183,7 +183,7 @@ class BackendConnection(asyncio.Protocol):
             self._last_read, self.pool.last_read = before
 
     def _parse(self, stream: ResponseStream, data: bytes, fresh: bool) -> bool | None:
-        """Take a read apart; True: all of it was a sign of life."""
+        """Parse a read; True: all of it was a sign of life."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:
@@ -205,7 +205,7 @@ class BackendConnection(asyncio.Protocol):
         return stream.deliver()
 
     def _whole(self, stream: ResponseStream, known: RepeatedHead, headers: RawHeaders, body: bytes) -> None:
-        """The whole answer is here, and its head needs no parsing."""
+        """The read is a whole answer whose head needs no parsing."""
         stream.status = 200
         stream.headers = headers
         stream.known = known

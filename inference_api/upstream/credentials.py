@@ -67,7 +67,7 @@ def paths_of(entries: Iterable[CatalogueEntry]) -> set[str]:
 
 def read_token(path: str) -> str:
     """The token in a file. Raises OSError, or ValueError for what is none; no message has it."""
-    # Not to wait for whoever writes into a pipe.
+    # A pipe would block until somebody writes into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -19,7 +19,7 @@ class Timeout(NamedTuple):
 
 
 class Deadlines:
-    """Those of one exchange; `start` begins the next one.
+    """The limits of one exchange; `start` begins the next one.
 
     `head_done`: the head of the response has come. `silent_since`: the last read, None while silence does not count.
     """
@@ -39,7 +39,7 @@ class Deadlines:
         return self.soonest(now, False, None)
 
     def soonest(self, now: float, head_done: bool, silent_since: float | None) -> float | None:
-        """The earliest time at which the exchange may have taken too long."""
+        """The earliest time at which a limit can be exceeded."""
         soonest = None if head_done else self._first_byte
         if self._idle is not None:
             # Silence that does not count yet may count from now on.
@@ -50,7 +50,7 @@ class Deadlines:
         return soonest
 
     def expired(self, now: float, head_done: bool, silent_since: float | None) -> httpx.TransportError | None:
-        """What it has taken too long for."""
+        """The error of the limit that the exchange exceeded, or None."""
         due = now + _TICK
         if self._deadline is not None and due >= self._deadline:
             return TotalTimeout("the answer did not end in time")

@@ -1,4 +1,4 @@
-"""A connection to a host by whichever of its addresses lets it in: RFC 8305, "happy eyeballs".
+"""Connects to a host by the first of its addresses that accepts: RFC 8305, "happy eyeballs".
 
 The addresses are tried in the system's order, families in turn, each a quarter of a second after the one before, or at
 once when that has failed. The first connection wins, the others are given up. TLS belongs to the connection: an address
@@ -36,7 +36,7 @@ Attempt = Callable[[str], Awaitable[C]]
 
 
 class Dialer:
-    """Finds a way to one host, and remembers which of its addresses were none.
+    """Connects to one host, and remembers which of its addresses failed.
 
     `may_reach`: whether a connection may lead to an IP address. `delay`: seconds between two attempts.
     """
@@ -118,7 +118,7 @@ async def race(
 ) -> C:
     """The first connection that is made; the others are cancelled, and closed if they are made all the same.
 
-    `note` hears of each address whether it is good; one that took more than `delay` is not, unless it wins. Raises the
+    `note` gets each address and whether it is good; one that took more than `delay` is not, unless it wins. Raises the
     first attempt's error when all fail, but before that a lack of our own.
     """
     running: dict[asyncio.Future[C], str] = {}

@@ -38,7 +38,7 @@ class Forward:
         self._on_retry = on_retry
 
     async def __call__(self, call: Call, model: Model) -> Reply:
-        """Raises RouterError when no attempt gave an answer. Whoever gets the Reply closes it.
+        """Raises RouterError when no attempt gave an answer. The caller closes the Reply.
 
         `call.tried` has the backends of all attempts, the one under way among them.
         """
@@ -100,7 +100,7 @@ class Forward:
         return backend
 
     def _answer(self, model: Model, past: list[Failure], give_up: GiveUp) -> Reply:
-        """The answer that could not be improved on. Raises RouterError if there is none."""
+        """The last answer. Raises RouterError if there is none."""
         if give_up.why.is_limit:
             self._on_retry(model.name, str(give_up.why))
         reply = past[-1].reply

@@ -1,4 +1,4 @@
-"""Makes a call ready for its backends: the body, the header lines and the limits that all its attempts share."""
+"""Prepares a call for its backends: the body, the header lines and the limits that all its attempts share."""
 
 from collections.abc import Mapping
 from time import monotonic
@@ -29,7 +29,7 @@ class Prepared(NamedTuple):
 
 
 class Prepare:
-    """Takes a Call to what is sent of it. `tokens`: name of a variable, or path of a file -> token."""
+    """Makes the Prepared of a Call. `tokens`: name of a variable, or path of a file -> token."""
 
     def __init__(self, limits: Limits, tokens: Mapping[str, str]) -> None:
         self._limits = limits

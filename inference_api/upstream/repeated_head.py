@@ -23,7 +23,7 @@ class RepeatedHead:
         self._headers = headers
         self._date_at = date_at
         self._length_at = length_at
-        # For whoever passes the answer on: what was made of the headers.
+        # For the relay: what it made of the headers.
         self.memo: Any = None
 
     @classmethod

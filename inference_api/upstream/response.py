@@ -68,7 +68,7 @@ class ResponseStream(httpx.AsyncByteStream):
     # Called by the connection
 
     def deliver(self) -> bool | None:
-        """Hand over what one read brought: to the sink, which says what it was, or to whoever waits for it."""
+        """Pass one read on: to the sink, which says whether it was a sign of life, or to the waiting reader."""
         if self.sink is not None:
             data = self.take()
             return self.sink.data_received(data, self.complete) if data or self.complete else None

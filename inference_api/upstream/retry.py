@@ -1,4 +1,4 @@
-"""What follows a failed attempt: another one, after which pause and on which backend, or none. Sans-IO."""
+"""Decides what follows a failed attempt: a repeat, after which pause and on which backend, or none. Sans-IO."""
 
 import random
 from collections.abc import Callable, Collection, Sequence
@@ -43,7 +43,7 @@ class Why(StrEnum):
 
 
 class Retry(NamedTuple):
-    """Repeat, after `delay` seconds. Whoever gets it releases the permit, at the end of the next answer."""
+    """Repeat, after `delay` seconds. The caller releases the permit at the end of the next answer."""
 
     delay: float
     permit: Permit
@@ -59,7 +59,7 @@ class GiveUp(NamedTuple):
 
 
 class RetryPolicy:
-    """Decides what follows a failure, and keeps what all calls share for that: touched only after one.
+    """Decides what follows a failure. Holds what all calls share for that; only a failure touches it.
 
     `rand` gives [0, 1), `clock` seconds, `wall` Unix seconds.
     """

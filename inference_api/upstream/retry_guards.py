@@ -1,4 +1,4 @@
-"""What keeps repeats from doing harm: a budget, a memory of requests that kill, rest for backends that asked for it.
+"""Guards against harmful repeats: a budget, a memory of requests that kill backends, and the pauses of Retry-After.
 
 Pure, and asked only after an attempt has failed.
 """
@@ -37,7 +37,7 @@ class Budget:
         self._drawn: dict[str, int] = {}
 
     def draw(self, model: str, in_flight: int) -> "Permit | None":
-        """Leave for one repeat, or None if the budget is spent."""
+        """A permit for one repeat, or None if the budget is spent."""
         drawn = self._drawn.get(model, 0)
         if drawn >= max(_LEAST, int(self._share * in_flight)):
             return None
@@ -54,7 +54,7 @@ class Budget:
 
 
 class Permit:
-    """Leave for one repeat, from before it is sent to the end of its answer's body."""
+    """Permission for one repeat, from before it is sent to the end of its answer's body."""
 
     __slots__ = ("_on_release",)
 
@@ -83,7 +83,7 @@ class _Suspicion(NamedTuple):
 
 
 class PoisonGuard:
-    """Requests whose body was at the scene when backends died.
+    """Remembers requests over which backends died.
 
     A body is kept as a digest with a key of this process, so that what is in memory tells nothing of a prompt.
     """
@@ -123,13 +123,13 @@ class PoisonGuard:
 
 
 class RetryAfter(dict[Backend, float]):
-    """The backends that said Retry-After, and until when they are left alone; empty nearly always."""
+    """The backends that sent Retry-After, and until when they get no requests; nearly always empty."""
 
     def rest(self, backend: Backend, seconds: float, now: float) -> None:
         self[backend] = now + min(seconds, _LONGEST_REST)
 
     def at(self, now: float) -> list[Backend]:
-        """Who rests at `now`; the others are forgotten."""
+        """The backends that pause at `now`; forgets the others."""
         for backend in [backend for backend, until in self.items() if until <= now]:
             del self[backend]
         return list(self)
