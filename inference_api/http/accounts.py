@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # The key of the ASGI scope under which every layer finds the Account of the request.
 ACCOUNT = "inference_api.account"
+# Of what never became a request
+_NO_SCOPE: Scope = {"client": None, "path": "", "state": {}}
 
 
 class Accounts:
@@ -50,8 +52,7 @@ class Accounts:
         scope.setdefault("state", {})
         cycle = cycle_of(send)
         head = self._head(scope["headers"], cycle)
-        account = scope[ACCOUNT] = Account(head.request_id or self._mint_id(), self._clock, scope)
-        account.head = head
+        account = scope[ACCOUNT] = Account(head.request_id or self._mint_id(), self._clock, scope, head)
         try:
             await self.app(scope, receive, send)
         except ClientGone:
@@ -81,7 +82,7 @@ class Accounts:
 
     def rejected(self, error: RouterError, request_id: str, size: int) -> None:
         """The server rejected what never became a request: counted and logged like the others."""
-        account = Account(request_id, self._clock, {"path": ""})
+        account = Account(request_id, self._clock, _NO_SCOPE)
         account.rejected(error, error.status, size)
         record = account.end()
         for sink in self._sinks:

@@ -1,6 +1,7 @@
 """What is noted about one request while it is worked on, and the Record that is left of it for the sinks."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inference_api.errors import RouterError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # The model of a request that names none of the catalogue.
 UNKNOWN = "unknown"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _NO_COUNTS: Counts = (None, None, None, None)
 
 
@@ -54,9 +56,9 @@ class Record(NamedTuple):
 Sink = Callable[[Record], None]
 
 
-def shown_status(record: Record) -> int:
+def shown_status(status: int, outcome: Outcome) -> int:
     """nginx's 499 for a client that did not wait; the client itself never sees it."""
-    return 499 if record.outcome is Outcome.CLIENT_GONE else record.status
+    return 499 if outcome is Outcome.CLIENT_GONE else status
 
 
 class Account:
@@ -65,34 +67,41 @@ class Account:
     `clock` gives seconds.
     """
 
-    # Until they are known. Only names of the catalogue become labels, so that clients cannot make series.
-    head: "RequestHead"
-    route = "other"
-    model_name = UNKNOWN
-    asked: str | None = None
-    stream = False
-    status = 0
-    size = 0
-    code: str | None = None
-    caller: Caller | None = None
-    call: Call | None = None
-    model: Model | None = None
-    reply: Reply | None = None
-    relay: Relay | None = None
-    outcome = Outcome.INTERNAL_ERROR
-    # Probes: neither counted nor logged.
-    silent = False
-    extra: Mapping[str, Any] = {}
-    _accepted: float | None = None
+    # Slots, all of them set at once: a default on the class would cost ten times as much to read.
+    __slots__ = (
+        "_accepted", "_received", "asked", "began", "call", "caller", "client", "clock", "code", "extra", "head",
+        "model", "model_name", "outcome", "path", "relay", "reply", "request_id", "route", "silent", "size", "state",
+        "status", "stream",
+    )  # fmt: skip
 
-    def __init__(self, request_id: str, clock: Callable[[], float], scope: Mapping[str, Any]) -> None:
+    def __init__(
+        self, request_id: str, clock: Callable[[], float], scope: Mapping[str, Any], head: "RequestHead | None" = None
+    ) -> None:
         self.request_id = request_id
         self.clock = clock
-        # Not the scope itself, which refers to this object: a ring would be left for the garbage collector.
-        self.client = scope.get("client")
-        self.path = scope["path"]
-        self.state = scope.get("state", {})
         self.began = self._received = clock()
+        # Not the scope itself, which refers to this object: a ring would be left for the garbage collector.
+        self.client: tuple[str, int] | None = scope["client"]
+        self.path: str = scope["path"]
+        self.state: Mapping[str, Any] = scope["state"]
+        self.head = head
+        # Until they are known. Only names of the catalogue become labels, so that clients cannot make series.
+        self.route = "other"
+        self.model_name = UNKNOWN
+        self.asked: str | None = None
+        self.stream = False
+        self.status = self.size = 0
+        self.code: str | None = None
+        self.caller: Caller | None = None
+        self.call: Call | None = None
+        self.model: Model | None = None
+        self.reply: Reply | None = None
+        self.relay: Relay | None = None
+        self.outcome = Outcome.INTERNAL_ERROR
+        self.extra: Mapping[str, Any] = _NOTHING
+        # Probes: neither counted nor logged.
+        self.silent = False
+        self._accepted: float | None = None
 
     def received(self) -> None:
         """The rest of the body took its time to come; that time is not the router's."""
@@ -134,27 +143,11 @@ class Account:
             if self.stream and relay.first_at:
                 first = relay.first_at - self.began
         accepted = self._accepted
-        return Record(
-            self.request_id,
-            self.route,
-            self.model_name,
-            self.asked,
-            backend,
-            self.status,
-            self.outcome,
-            attempts,
-            self.stream,
-            self.code,
-            took,
-            first,
-            None if accepted is None else accepted - self._received,
-            tokens,
-            events,
-            self.size,
-            self.caller,
-            self.model,
-            self.client,
-            self.path,
-            self.extra,
-            self.state,
-        )
+        overhead = None if accepted is None else accepted - self._received
+        fields = (
+            self.request_id, self.route, self.model_name, self.asked, backend, self.status, self.outcome, attempts,
+            self.stream, self.code, took, first, overhead, tokens, events, self.size, self.caller, self.model,
+            self.client, self.path, self.extra, self.state,
+        )  # fmt: skip
+        # Without the two calls in Python that a NamedTuple takes to be made.
+        return tuple.__new__(Record, fields)
