@@ -26,7 +26,7 @@ from inference_api.models import Send
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
 from inference_api.settings import Settings
-from inference_api.upstream.admission import ModelAdmission
+from inference_api.upstream.admission import model_admission
 from inference_api.upstream.attempt import SendAttempt
 
 FEATURES = (
@@ -95,7 +95,7 @@ def _send(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> Send:
             *([with_taps(taps)] if taps else ()),
             *(feature.send for feature in enabled if feature.send),
             # Counts a request in the model that takes it: every layer above can see an overload, and act.
-            ModelAdmission,
+            model_admission,
         ],
     )
 

@@ -109,13 +109,15 @@ class Core:
     def mint_id(self) -> str:
         return f"{self.rand.getrandbits(128):032x}"
 
+    # Bound methods, in both: to call an object costs more than to call a method.
+
     def attempts(self, send: SendAttempt) -> Send:
         """What takes a Call to a Reply by attempts on backends, each of them made by `send`."""
-        return Forward(send, self.prepare, self.retry_policy, self.metrics.retry)
+        return Forward(send, self.prepare, self.retry_policy, self.metrics.retry).__call__
 
     def attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
         """What makes one attempt on a backend, inside of `wrappers`."""
-        send: SendAttempt = SendToBackend(self.transport, self._attempt_ended, self.health.answered, self.rand)
+        send: SendAttempt = SendToBackend(self.transport, self._attempt_ended, self.health.answered, self.rand).__call__
         for wrap in reversed(wrappers):
             send = wrap(send)
         return send

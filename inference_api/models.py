@@ -1,6 +1,6 @@
 """The values that travel through the stages: Route, Call, Model, Reply, and the one Outcome that all accounts share."""
 
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -43,8 +43,15 @@ class Outcome(StrEnum):
     @classmethod
     def of_status(cls, status: int) -> "Outcome":
         if status < 400:
-            return cls.OK
+            return OK
         return cls.UPSTREAM_4XX if status < 500 else cls.UPSTREAM_5XX
+
+
+# For the hot path: in Python 3.11 a member of an enumeration costs 0.2 us to look up.
+OK = Outcome.OK
+CLIENT_GONE = Outcome.CLIENT_GONE
+INTERNAL_ERROR = Outcome.INTERNAL_ERROR
+of_status = Outcome.of_status
 
 
 class Prompt(Protocol):
@@ -152,7 +159,10 @@ class Reply:
     events of a stream the client does not get. `attempts`: how many backends were tried.
     """
 
-    __slots__ = ("_on_end", "attempts", "backend", "ended", "extra", "filter", "headers", "status", "stream", "taps")
+    __slots__ = (
+        "_more", "_on_end", "attempts", "backend", "ended", "extra", "filter", "headers", "model", "status", "stream",
+        "taps",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -168,15 +178,18 @@ class Reply:
         self.stream = stream
         self.backend = backend
         self.attempts = attempts
-        self.extra: RawHeaders = []
+        self.extra: Sequence[tuple[bytes, bytes]] = ()
         self.taps: tuple[Tap, ...] = ()
         self.filter: EventFilter | None = None
         self.ended = False
-        self._on_end = [] if on_end is None else [on_end]
+        # The model that has it in flight
+        self.model: Model | None = None
+        self._on_end = on_end
+        self._more: list[Callable[[Reply, Outcome], None]] | None = None
 
     def on_end(self, ended: "Callable[[Reply, Outcome], None]") -> None:
         """Call `ended` once, when the exchange ends; the last one added is called first."""
-        self._on_end.append(ended)
+        self._more = [ended, *(self._more or ())]
 
     async def aclose(self, outcome: Outcome) -> None:
         """End the exchange with the backend, if it has not ended."""
@@ -191,8 +204,13 @@ class Reply:
         if self.ended:
             return False
         self.ended = True
-        for ended in reversed(self._on_end):
-            ended(self, outcome)
+        if self._more is not None:
+            for ended in self._more:
+                ended(self, outcome)
+        if self.model is not None:
+            self.model.in_flight -= 1
+        if self._on_end is not None:
+            self._on_end(self, outcome)
         return True
 
     def __repr__(self) -> str:

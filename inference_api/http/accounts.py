@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
 from inference_api.http.head import RequestHead, RequestHeaders
-from inference_api.models import Outcome, RawHeaders
+from inference_api.models import Outcome
 from inference_api.observe.account import Account, Sink
 from inference_api.server.cycle import Cycle, cycle_of
 
@@ -51,8 +51,14 @@ class Accounts:
         # Not every server has one.
         scope.setdefault("state", {})
         cycle = cycle_of(send)
-        head = self._head(scope["headers"], cycle)
-        account = scope[ACCOUNT] = Account(head.request_id or self._mint_id(), self._clock, scope, head)
+        # Of a head that repeats an earlier one byte for byte, what was read then; never who sent it.
+        cache = None if cycle is None else cycle.head_cache
+        head: RequestHead | None = None if cache is None else cache.head
+        if head is None:
+            head = self._read_headers(scope["headers"])
+            if cache is not None:
+                cache.head = head
+        account = scope[ACCOUNT] = Account(head.request_id or self._mint_id(), self._clock, scope, head, cycle)
         try:
             await self.app(scope, receive, send)
         except ClientGone:
@@ -70,19 +76,9 @@ class Accounts:
                 for sink in self._sinks:
                     sink(record)
 
-    def _head(self, headers: RawHeaders, cycle: Cycle | None) -> RequestHead:
-        """Of a head that repeats an earlier one byte for byte, what was read then. Never who sent it."""
-        cache = None if cycle is None else cycle.head_cache
-        if cache is None:
-            return self._read_headers(headers)
-        if cache.head is None:
-            cache.head = self._read_headers(headers)
-        head: RequestHead = cache.head
-        return head
-
     def rejected(self, error: RouterError, request_id: str, size: int) -> None:
         """The server rejected what never became a request: counted and logged like the others."""
-        account = Account(request_id, self._clock, _NO_SCOPE)
+        account = Account(request_id, self._clock, _NO_SCOPE, self._read_headers([]))
         account.rejected(error, error.status, size)
         record = account.end()
         for sink in self._sinks:

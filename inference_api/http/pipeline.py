@@ -14,7 +14,6 @@ from inference_api.models import Asked, Call, Caller, Route, Send
 from inference_api.observe.account import Account
 from inference_api.relay.relay import Relay
 from inference_api.routing.fleet import Model
-from inference_api.server.cycle import cycle_of
 
 Resolve = Callable[[str, Caller | None], Model]
 
@@ -42,7 +41,9 @@ class Pipeline:
         account.route = self.route.label
         stages, admission = self.stages, self.stages.admission
         # The server's own callables allow short cuts; those of a layer get plain ASGI.
-        reader, direct = cycle_of(receive), cycle_of(send)
+        cycle = account.cycle
+        reader = cycle if getattr(receive, "__self__", None) is cycle else None
+        direct = cycle if getattr(send, "__self__", None) is cycle else None
         body = None if reader is None else reader.whole_body(stages.max_body)
         held = 0
         if body is None:

@@ -83,23 +83,14 @@ def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: 
         prefix = affinity_key(model.name, prompt, None if session_id is None else session_id.decode("latin-1"))
     for name in route.reader.bulky:
         fields.pop(name, None)
-    return Call(
-        route,
-        fields["model"],
-        fields.get("stream") or False,
-        body,
-        head.forwarded,
-        account.request_id,
-        [],
-        b"?" + scope["query_string"] if scope["query_string"] else b"",
-        fields,
-        prefix,
-        head.authorization,
-        head.lines,
-        model_at,
-        account.caller,
+    query = scope["query_string"]
+    parts: tuple[object, ...] = (
+        route, fields["model"], fields.get("stream") or False, body, head.forwarded, account.request_id, [],
+        b"?" + query if query else b"", fields, prefix, head.authorization, head.lines, model_at, account.caller,
         scope["state"],
-    )
+    )  # fmt: skip
+    # Without the call in Python that a NamedTuple takes to be made.
+    return tuple.__new__(Call, parts)
 
 
 def _not_the_clients(name: str) -> InvalidRequest:

@@ -5,13 +5,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inference_api.errors import RouterError
-from inference_api.models import Call, Caller, Outcome, Reply
+from inference_api.models import CLIENT_GONE, INTERNAL_ERROR, Call, Caller, Outcome, Reply
 from inference_api.relay.relay import Relay
 from inference_api.relay.usage import Counts, counts
 from inference_api.routing.fleet import Model
 
 if TYPE_CHECKING:
     from inference_api.http.head import RequestHead
+    from inference_api.server.cycle import Cycle
 
 # The model of a request that names none of the catalogue.
 UNKNOWN = "unknown"
@@ -58,7 +59,7 @@ Sink = Callable[[Record], None]
 
 def shown_status(status: int, outcome: Outcome) -> int:
     """nginx's 499 for a client that did not wait; the client itself never sees it."""
-    return 499 if outcome is Outcome.CLIENT_GONE else status
+    return 499 if outcome is CLIENT_GONE else status
 
 
 class Account:
@@ -69,13 +70,18 @@ class Account:
 
     # Slots, all of them set at once: a default on the class would cost ten times as much to read.
     __slots__ = (
-        "_accepted", "_received", "asked", "began", "call", "caller", "client", "clock", "code", "extra", "head",
-        "model", "model_name", "outcome", "path", "relay", "reply", "request_id", "route", "silent", "size", "state",
-        "status", "stream",
+        "_accepted", "_received", "asked", "began", "call", "caller", "client", "clock", "code", "cycle", "extra",
+        "head", "model", "model_name", "outcome", "path", "relay", "reply", "request_id", "route", "silent", "size",
+        "state", "status", "stream",
     )  # fmt: skip
 
     def __init__(
-        self, request_id: str, clock: Callable[[], float], scope: Mapping[str, Any], head: "RequestHead | None" = None
+        self,
+        request_id: str,
+        clock: Callable[[], float],
+        scope: Mapping[str, Any],
+        head: "RequestHead",
+        cycle: "Cycle | None" = None,
     ) -> None:
         self.request_id = request_id
         self.clock = clock
@@ -85,6 +91,8 @@ class Account:
         self.path: str = scope["path"]
         self.state: Mapping[str, Any] = scope["state"]
         self.head = head
+        # Of our own server: what `receive` and `send` belong to, unless a layer wraps them.
+        self.cycle = cycle
         # Until they are known. Only names of the catalogue become labels, so that clients cannot make series.
         self.route = "other"
         self.model_name = UNKNOWN
@@ -97,7 +105,7 @@ class Account:
         self.model: Model | None = None
         self.reply: Reply | None = None
         self.relay: Relay | None = None
-        self.outcome = Outcome.INTERNAL_ERROR
+        self.outcome = INTERNAL_ERROR
         self.extra: Mapping[str, Any] = _NOTHING
         # Probes: neither counted nor logged.
         self.silent = False

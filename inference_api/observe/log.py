@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -91,12 +92,19 @@ def _renderer(log_format: str, colours: bool) -> Render:
 
 
 def render_json(now: float, level: str, event: str, fields: Fields) -> str:
-    line = {"time": _timestamp(now), "level": level, "event": event, **fields}
     try:
-        return orjson.dumps(line, default=str).decode()
+        rest = orjson.dumps(fields, default=str).decode()
     except TypeError:
         # Text that is not UTF-8 (the name of a file), or an integer of more than 64 bits.
-        return json.dumps(line, default=str)
+        rest = json.dumps(fields, default=str)
+    # Joined as text: a dictionary of all of them would be made only to be written.
+    return f'{{"time":"{_timestamp(now)}{_start(level, event, bool(fields))}{rest[1:]}'
+
+
+@lru_cache(maxsize=256)
+def _start(level: str, event: str, more: bool) -> str:
+    """What is between the time and the other fields."""
+    return f'","level":"{level}","event":{json.dumps(event)}{"," if more else ""}'
 
 
 def configure_logging(

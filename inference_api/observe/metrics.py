@@ -7,7 +7,7 @@ A labelled prometheus_client child costs 0.9 us to count and 2.5 us to observe; 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from inference_api.models import Outcome
+from inference_api.models import OK, Outcome
 from inference_api.observe.account import UNKNOWN, Record, shown_status
 from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend, Origin
@@ -52,13 +52,17 @@ _REJECTIONS = {
 
 
 class _Requests(Count):
-    """One cell of requests_total, with the histogram that its requests are timed in."""
+    """One cell of requests_total, with the histograms of its requests: one look-up for all of them."""
 
-    __slots__ = ("durations",)
+    __slots__ = ("durations", "input", "output", "overhead")
 
     def __init__(self, durations: Histogram) -> None:
         super().__init__()
         self.durations = durations
+        # Linked when first needed, so that no series is there that counted nothing.
+        self.overhead: Histogram | None = None
+        self.input: Histogram | None = None
+        self.output: Histogram | None = None
 
 
 class Metrics:
@@ -103,30 +107,41 @@ class Metrics:
         # Taken apart at once: to ask for a field by its name costs ten times as much.
         (
             _, route, model, _, _, status, outcome, _, stream, code, took, first, overhead,
-            (prompt, cached, completion, _), events, *_,
+            tokens, events, _, _, _, _, _, _, _,
         ) = record  # fmt: skip
         cell = self.requests[model, route, shown_status(status, outcome), stream]
         cell.count += 1
         cell.durations.observe(took)
         if overhead is not None:
-            self.overheads[route,].observe(overhead)
+            if cell.overhead is None:
+                cell.overhead = self.overheads[route,]
+            cell.overhead.observe(overhead)
         if code is not None and (reason := _REJECTIONS.get(code)) is not None:
             self.rejections[model, reason].count += 1
         # The answer's head said that all was well; of a JSON answer too, if it was too large to be held.
-        if outcome is not Outcome.OK and 0 < status < 300:
+        if outcome is not OK and 0 < status < 300:
             self._abort(model, outcome)
         if first is not None and status < 300:
             self.first_tokens[model, route].observe(first)
+        if events or tokens[0] is not None or tokens[2] is not None:
+            self._count_tokens(cell, record)
+
+    def _count_tokens(self, cell: _Requests, record: Record) -> None:
+        model, first, (prompt, cached, completion, _) = record.model_name, record.first, record.tokens
         if prompt:
-            self.token_counts[model, "input"].observe(prompt)
+            if cell.input is None:
+                cell.input = self.token_counts[model, "input"]
+            cell.input.observe(prompt)
         if cached:
             self.token_counts[model, "cached_input"].observe(cached)
         if completion:
-            self.token_counts[model, "output"].observe(completion)
+            if cell.output is None:
+                cell.output = self.token_counts[model, "output"]
+            cell.output.observe(completion)
             if first is not None and completion > 1:
-                self.per_tokens[model, route].observe((took - first) / (completion - 1))
-        elif events and completion is None:
-            self.token_counts[model, "output_estimate"].observe(events)
+                self.per_tokens[model, record.route].observe((record.took - first) / (completion - 1))
+        elif record.events and completion is None:
+            self.token_counts[model, "output_estimate"].observe(record.events)
 
     def _abort(self, model: str, outcome: Outcome) -> None:
         reason = ABORTS.get(outcome)

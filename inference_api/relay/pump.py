@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from starlette.types import Send
 
-from inference_api.models import Direct, Outcome, Tap
+from inference_api.models import Direct, Outcome, Tap, of_status
 from inference_api.relay.events import EventTracker
 from inference_api.upstream.failures import outcome_of
 from inference_api.upstream.response import ResponseStream
@@ -236,7 +236,7 @@ class Pump:
         """How a body ended of which nothing more will come."""
         events = self._events
         if events is None or self._status >= 300:
-            return Outcome.of_status(self._status)
+            return of_status(self._status)
         events.finish()
         return events.verdict()
 

@@ -14,7 +14,7 @@ from starlette.types import Send
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
 from inference_api.headers import header_lines
-from inference_api.models import Call, Direct, Outcome, RawHeaders, Reply
+from inference_api.models import CLIENT_GONE, Call, Direct, Outcome, RawHeaders, Reply, of_status
 from inference_api.relay.answers import Readable, hold, read_answer
 from inference_api.relay.dialects import Body, body_kind
 from inference_api.relay.events import EventTracker
@@ -71,7 +71,7 @@ class Relay:
         self._clock = clock
         # Per answer
         self.started = False
-        self.outcome = Outcome.CLIENT_GONE
+        self.outcome = CLIENT_GONE
         self._events: EventTracker | None = None
         self._usage: Mapping[str, Any] | None = None
         self._pumping: Pump | None = None
@@ -104,7 +104,7 @@ class Relay:
             raise
         finally:
             events = self._events
-            if self.outcome is Outcome.CLIENT_GONE and events is not None and events.over:
+            if self.outcome is CLIENT_GONE and events is not None and events.over:
                 # The last event went out; the OpenAI SDKs hang up there, and at an error, before the end of the body.
                 self.outcome = events.verdict()
             for tap in reply.taps:
@@ -118,7 +118,7 @@ class Relay:
 
     async def interrupt(self, send: Send) -> Outcome:
         """The router stops, and this stream has had all the time there is: say so, if an event can be put here."""
-        if self.outcome is Outcome.CLIENT_GONE:
+        if self.outcome is CLIENT_GONE:
             # Nobody left, and no backend is to blame.
             self.outcome = Outcome.DRAIN_TIMEOUT
         stalled = self._pumping is not None and self._pumping.stalled
@@ -176,7 +176,7 @@ class Relay:
         if rest is not None:
             await self._start(send, head.headers, head.length)
             return await self._pump(send, None).run(rest, body)
-        outcome = Outcome.of_status(status)
+        outcome = of_status(status)
         if head.is_json and status == 200:
             self._usage, aborted = read_answer(body)
             if aborted:
@@ -189,7 +189,7 @@ class Relay:
             request_id = self._call.request_id.encode()
             lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
             if self._reply.extra:
-                lines += header_lines(self._reply.extra)
+                lines += header_lines(list(self._reply.extra))
             if direct.respond(status, lines, body):
                 self.started = True
                 # Nobody could leave in between: all of it was one turn of the event loop.

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from math import sqrt
 
-from inference_api.models import Outcome
+from inference_api.models import OK, Outcome
 from inference_api.routing.backend import Backend
 from inference_api.routing.breaker import Breaker, Owner
 from inference_api.routing.comparison import Comparisons, Fault
@@ -73,7 +73,7 @@ class Faults:
             self._good(backend, owner, now, complete=False)
 
     def ended(self, backend: Backend, owner: Owner, now: float, outcome: Outcome) -> None:
-        if outcome is Outcome.OK:
+        if outcome is OK:
             self._good(backend, owner, now, complete=True)
         elif outcome in _LATE:
             self._bad(backend, owner, now, refused=False, late=True)

@@ -71,10 +71,6 @@ class Model:
             return self.guard.choose(self, key, tried)
         return self.balancer.choose(self.available, key, tried)
 
-    def request_ended(self, reply: object, outcome: object) -> None:
-        """An `on_end` of a Reply: one request less in flight."""
-        self.in_flight -= 1
-
     def protect(self, guard: Guard) -> None:
         self._guard = guard
         self.refresh()

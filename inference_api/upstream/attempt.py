@@ -94,16 +94,16 @@ class SendToBackend:
                 status, stream = response.status_code, _body_of(response)
                 headers = [(name.lower(), value) for name, value in response.headers.raw]
         except BaseException as exc:
-            self._count_end(backend, outcome_of(exc))
+            backend.in_flight -= 1
+            backend.origin.in_flight -= 1
+            self._on_attempt(backend, outcome_of(exc))
             raise
         self._on_answer(backend, status)
         return Reply(status, headers, stream, backend, self._ended, len(tried) + 1)
 
     def _ended(self, reply: Reply, outcome: Outcome) -> None:
-        assert reply.backend is not None
-        self._count_end(reply.backend, outcome)
-
-    def _count_end(self, backend: Backend, outcome: Outcome) -> None:
+        backend = reply.backend
+        assert backend is not None
         backend.in_flight -= 1
         backend.origin.in_flight -= 1
         self._on_attempt(backend, outcome)

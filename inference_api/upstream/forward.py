@@ -54,7 +54,7 @@ class Forward:
         while True:
             failures = backend.origin.failures
             try:
-                reply = await self._send(Attempt(call, model, backend, tried, prepared, fresh))
+                reply = await self._send(tuple.__new__(Attempt, (call, model, backend, tried, prepared, fresh)))
             except BaseException as exc:
                 permit.release()
                 if not isinstance(exc, httpx.TransportError):

@@ -52,7 +52,7 @@ class Prepare:
         size = len(body) if isinstance(body, bytes) else size_of(body)
         known = self._timeouts.get(model.name)
         timeout = known[1] if known is not None and known[0] is entry else self._timeout(model)
-        return Prepared(body, self._lines(call, entry, size), timeout, deadline, call.prefix)
+        return tuple.__new__(Prepared, (body, self._lines(call, entry, size), timeout, deadline, call.prefix))
 
     def _lines(self, call: Call, entry: CatalogueEntry, size: int) -> bytes:
         lines = call.lines
