@@ -14,6 +14,10 @@ from inference_api.routing.entries import MAX_BACKENDS, BackendEntry, CatalogueE
 # Beyond these a document is not a catalogue but an attack or an accident; up to them it is below 100 MB of memory.
 _MAX_MODELS = 20_000
 _MAX_BACKENDS_OF_ALL = 50_000
+# Rounds in which unknown keys are left out of an entry
+_MOST_IGNORED = 16
+# More at once are no newer registry's, and would take long.
+_MOST_UNKNOWN = 64
 # So many refused entries are told one by one.
 _TOLD_PROBLEMS = 100
 
@@ -23,11 +27,17 @@ class CatalogueError(ValueError):
 
 
 class Catalogue(dict[str, CatalogueEntry]):
-    """name -> entry, in the order given; `problems` holds one sentence for each entry that was refused."""
+    """name -> entry, in the order given; `problems` holds one sentence for each entry that was refused.
 
-    def __init__(self, entries: Iterable[CatalogueEntry] = (), problems: Iterable[str] = ()) -> None:
+    `ignored`: the keys that nobody here knows and that were passed over.
+    """
+
+    def __init__(
+        self, entries: Iterable[CatalogueEntry] = (), problems: Iterable[str] = (), ignored: Iterable[str] = ()
+    ) -> None:
         super().__init__((e.name, e) for e in entries)
         self.problems = list(problems)
+        self.ignored = frozenset(ignored)
 
 
 def dated(catalogue: Catalogue, created: Mapping[str, int]) -> Catalogue:
@@ -39,22 +49,25 @@ def dated(catalogue: Catalogue, created: Mapping[str, int]) -> Catalogue:
     return Catalogue(entries, catalogue.problems)
 
 
-def parse_catalogue(document: Any) -> Catalogue:
+def parse_catalogue(document: Any, *, lenient: bool = False) -> Catalogue:
     """Check a decoded catalogue, `{"models": [...]}`; a bad entry is refused alone.
+
+    `lenient`: it comes from a registry, which may be newer than this router; keys that are unknown are ignored.
 
     Raises CatalogueError when there is no list of models to look at, or one that is too long.
     """
     if not isinstance(document, dict) or not isinstance(document.get("models"), list):
         raise CatalogueError("a catalogue is a mapping with a list under `models`")
-    if unknown := set(document) - {"models"}:
+    if (unknown := set(document) - {"models"}) and not lenient:
         raise CatalogueError(f"unknown key {sorted(map(str, unknown))[0]!r} beside `models`")
     _check_size(document["models"])
     entries: list[CatalogueEntry] = []
     problems: list[str] = []
     taken: set[str] = set()
+    ignored: set[str] | None = set() if lenient else None
     refused = 0
     for position, raw in enumerate(document["models"]):
-        entry = _entry(raw, taken)
+        entry = _entry(raw, taken, ignored)
         if isinstance(entry, CatalogueEntry):
             taken |= {entry.name, *entry.aliases}
             entries.append(entry)
@@ -65,7 +78,7 @@ def parse_catalogue(document: Any) -> Catalogue:
             problems.append(f"{_title(raw, position)}: {reason}")
     if refused > _TOLD_PROBLEMS:
         problems.append(f"and {refused - _TOLD_PROBLEMS} more")
-    return Catalogue(entries, problems)
+    return Catalogue(entries, problems, ignored or ())
 
 
 def _check_size(models: list[Any]) -> None:
@@ -79,15 +92,28 @@ def _check_size(models: list[Any]) -> None:
         raise CatalogueError(f"it lists {count} backends, and {_MAX_BACKENDS_OF_ALL} is the limit")
 
 
-def _entry(raw: Any, taken: set[str]) -> CatalogueEntry | ValidationError | str:
-    """The entry, or why it is refused."""
-    try:
-        entry = CatalogueEntry.model_validate(raw)
-    except ValidationError as exc:
-        return exc
-    if clash := sorted({entry.name, *entry.aliases} & taken):
+def _entry(raw: Any, taken: set[str], ignored: set[str] | None) -> CatalogueEntry | ValidationError | str:
+    """The entry, or why it is refused. Unknown keys are left out and added to `ignored`, if there is that."""
+    entry = _valid(raw)
+    for _ in range(_MOST_IGNORED):
+        # Of a list only the first bad item is told.
+        if ignored is None or isinstance(entry, CatalogueEntry) or entry.error_count() > _MOST_UNKNOWN:
+            break
+        if not (unknown := wording.unknown_keys(entry)):
+            break
+        ignored |= set(unknown.values())
+        raw = wording.without(raw, unknown)
+        entry = _valid(raw)
+    if isinstance(entry, CatalogueEntry) and (clash := sorted({entry.name, *entry.aliases} & taken)):
         return f"the name {clash[0]!r} is taken by an earlier entry"
     return entry
+
+
+def _valid(raw: Any) -> CatalogueEntry | ValidationError:
+    try:
+        return CatalogueEntry.model_validate(raw)
+    except ValidationError as exc:
+        return exc
 
 
 def load_catalogue(path: Path, named_by: str = "INFERENCE_API_CATALOGUE or --catalogue") -> Catalogue:

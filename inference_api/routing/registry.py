@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 MAX_BYTES = 16 * 1024 * 1024
 # Seconds to the next poll after failures in a row: any time up to 1, 2, 4 ... 30.
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
+_TOLD_KEYS = 10
 # A longer one is not worth sending back.
 _MAX_ETAG = 256
 
@@ -96,6 +97,8 @@ class Registry:
         self._failures: Counter[str] = Counter()
         self._failed_in_a_row = 0
         # The source and the reason of the failures that the log has told of; None: of none
+        # The keys that it has told of
+        self._ignored: frozenset[str] = frozenset()
         self._told: tuple[str, str] | None = None
         self._polling: asyncio.Task[None] | None = None
         self._static = static
@@ -222,7 +225,11 @@ class Registry:
             return None
         self._empty_once = False
         self._etag = _etag(response)
-        if catalogue == self._last_good and catalogue.problems == self._last_good.problems:
+        if (
+            catalogue == self._last_good
+            and catalogue.problems == self._last_good.problems
+            and not catalogue.ignored - self._ignored
+        ):
             return self._last_good
         return catalogue
 
@@ -250,6 +257,10 @@ class Registry:
             logger.info("the catalogue has changed", extra={"fields": {"models": len(catalogue), **changed}})
 
     def _take(self, catalogue: Catalogue, source: str) -> None:
+        if catalogue.ignored - self._ignored:
+            told = ", ".join(sorted(catalogue.ignored)[:_TOLD_KEYS])
+            logger.warning("keys of the registry's entries are ignored, for this router does not know them: %s", told)
+            self._ignored = catalogue.ignored
         for problem in catalogue.problems:
             logger.warning("an entry of the %s is refused: %s", source, problem)
         self._fleet.update(catalogue)
@@ -274,7 +285,7 @@ async def _read_body(response: httpx.Response, limit: int) -> bytes:
 
 def _read(content: bytes) -> Catalogue:
     try:
-        catalogue = parse_catalogue(orjson.loads(content))
+        catalogue = parse_catalogue(orjson.loads(content), lenient=True)
     except (orjson.JSONDecodeError, CatalogueError) as exc:
         raise RegistryError("garbage", f"its answer is not a catalogue: {exc}") from exc
     if catalogue.problems and not catalogue:

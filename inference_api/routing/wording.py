@@ -7,7 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+Location = tuple[int | str, ...]
+
 _SHOWN_ERRORS = 3
+_LOOKED_AT = 20
 _LONGEST = 64
 # What may be one of several shapes: pydantic names each of them, and what is wrong with it.
 _SHAPES = {
@@ -33,11 +36,12 @@ def describe(exc: ValidationError, keys: Mapping[str, Collection[str]]) -> str:
 
     `keys`: the known keys of an entry ("") and of its parts, by their names.
     """
-    errors = exc.errors(include_url=False, include_context=False)
-    told = list(dict.fromkeys(_sentence(error, keys) for error in _deepest(errors)))
+    errors = _deepest(exc.errors(include_url=False, include_context=False))
+    # Of a hostile entry there may be a million, and each sentence takes a while.
+    told = list(dict.fromkeys(_sentence(error, keys) for error in errors[:_LOOKED_AT]))
     shown = told[:_SHOWN_ERRORS]
-    if len(told) > _SHOWN_ERRORS:
-        shown.append(f"and {len(told) - _SHOWN_ERRORS} more")
+    if more := len(told) - len(shown) + len(errors[_LOOKED_AT:]):
+        shown.append(f"and {more} more")
     return "; ".join(shown)
 
 
@@ -45,6 +49,34 @@ def suggestion(word: str, known: Iterable[str]) -> str | None:
     """The known word that was meant, if one is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     return close[0] if close else None
+
+
+def unknown_keys(exc: ValidationError) -> dict[Location, str]:
+    """Where there are keys that are not known -> what they are called, whichever item of a list they are in."""
+    errors = exc.errors(include_url=False, include_context=False, include_input=False)
+    places = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
+    return {place: _place(part for part in place if not isinstance(part, int)) for place in places}
+
+
+def without(raw: Any, places: Iterable[Location]) -> Any:
+    """Decoded JSON that has nothing at these places, which are pydantic's; of a list in no item."""
+    for place in places:
+        raw = _without(raw, place)
+    return raw
+
+
+def _without(node: Any, place: Location) -> Any:
+    if not place:
+        return node
+    part, rest = place[0], place[1:]
+    if isinstance(node, list) and isinstance(part, int):
+        return [_without(item, rest) for item in node]
+    if isinstance(node, dict) and not rest:
+        return {key: value for key, value in node.items() if key != part}
+    if isinstance(node, dict) and part in node:
+        return {**node, part: _without(node[part], rest)}
+    # Between the keys there are the names of what they were tried as.
+    return _without(node, rest)
 
 
 def _deepest(errors: Iterable[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from pytest_httpx import HTTPXMock
 from inference_api.errors import ModelNotFound
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
-from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.routing.fleet import Fleet
 from inference_api.routing.registry import Registry
 from inference_api.server.server import Server, listen
@@ -263,7 +263,6 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "too deep": ("garbage", {"content": b'{"models":' + b"[" * 100_000}),
     "a list": ("garbage", {"json": [{"name": "x"}]}),
     "a mapping of models": ("garbage", {"json": {"models": {"x": {}}}}),
-    "one more key": ("garbage", {"json": {"models": [], "items": []}}),
     "only refused entries": ("garbage", {"json": listing("x", backends=[{"url": "http://169.254.169.254"}])}),
 }
 
@@ -574,7 +573,7 @@ async def test_where_nothing_is_served_an_empty_registry_is_believed_at_once(
 async def test_an_answer_that_says_the_same_changes_nothing(
     connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    httpx_mock.add_response(json={"models": [{"name": "a"}, {"name": "bad", "x": 1}]}, is_reusable=True)
+    httpx_mock.add_response(json={"models": [{"name": "a"}, {"name": "bad", "engine": "x"}]}, is_reusable=True)
     client = connect()
     for _ in range(3):
         await client.registry.refresh()
@@ -586,12 +585,59 @@ async def test_an_answer_that_says_the_same_changes_nothing(
 async def test_a_new_fault_beside_the_same_models_is_told(
     connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers(httpx_mock, listing("a"), {"models": [{"name": "a"}, {"name": "bad", "x": 1}]})
+    answers(httpx_mock, listing("a"), {"models": [{"name": "a"}, {"name": "bad", "engine": "x"}]})
     client = connect()
     await client.registry.refresh()
     await client.registry.refresh()
 
-    assert caplog.messages == ["an entry of the registry is refused: model 'bad': unknown key 'x'"]
+    [message] = caplog.messages
+    assert message.startswith("an entry of the registry is refused: model 'bad': engine 'x': must be vllm, ")
+
+
+async def test_keys_of_a_newer_registry_are_ignored_and_told_once(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = {
+        "name": "a",
+        "backends": [{"url": "http://a:1", "zone": "x"}, "http://b:1", {"url": "http://c:1", "zone": "y", "rack": 1}],
+        "credentials": {"env": "BACKEND_A", "kind": "x"},
+        "colour": "red",
+    }
+    other = {"models": [newer, {"name": "b", "colour": 1}], "version": 2}
+    answers(httpx_mock, {"models": [newer], "version": 2}, {"models": [newer], "version": 2}, other)
+    client = connect()
+    for _ in range(3):
+        await client.registry.refresh()
+
+    assert client.names == ["a", "b"]
+    entry = client.fleet.models["a"].entry
+    assert [backend.url for backend in entry.backends] == ["http://a:1", "http://b:1", "http://c:1"]
+    assert isinstance(entry.credentials, Credentials)
+    assert caplog.messages == [
+        "keys of the registry's entries are ignored, for this router does not know them: "
+        "backends.rack, backends.zone, colour, credentials.kind"
+    ]
+
+
+async def test_an_entry_of_unknown_keys_is_refused(connect: Start, httpx_mock: HTTPXMock) -> None:
+    hostile = {"name": "bad", **{f"key{number}": 1 for number in range(200_000)}}
+    answers(httpx_mock, {"models": [{"name": "a"}, hostile]})
+    client = connect()
+    async with asyncio.timeout(10):
+        await client.registry.refresh()
+
+    assert client.names == ["a"]
+
+
+async def test_what_is_not_valid_beside_an_unknown_key_is_refused(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers(httpx_mock, {"models": [{"name": "a"}, {"name": "bad", "colour": 1, "engine": "x"}]})
+    client = connect()
+    await client.registry.refresh()
+
+    assert client.names == ["a"]
+    assert any("model 'bad': engine 'x': must be" in message for message in caplog.messages)
 
 
 # Resolving
