@@ -114,14 +114,6 @@ async def test_pods_come_and_go_as_the_watch_says_and_those_that_stay_are_the_sa
     assert (api.lists, api.watches) == (1, 1)
 
 
-async def test_a_pod_that_is_asked_to_stop_gets_nothing_more(api: FakeApi) -> None:
-    api.put(document("s", "llama", "10.0.0.1", "10.0.0.2"))
-    fleet = fleet_of(m=[backend("llama")])
-    async with watching(fleet, api):
-        api.put(document("s", "llama", "10.0.0.1", endpoint("10.0.0.2", ready=False, serving=True, terminating=True)))
-        await until(lambda: labels(fleet) == ["10.0.0.1:8000"])
-
-
 async def test_a_service_without_a_pod_has_none(api: FakeApi, caplog: pytest.LogCaptureFixture) -> None:
     """The server knows, other than a name server: an address that it does not list may be another pod's by now."""
     api.put(document("s", "llama", "10.0.0.1"))
@@ -412,19 +404,6 @@ async def test_what_the_server_does_not_remember_is_listed(
     assert not any("cannot be watched" in message for message in caplog.messages)
 
 
-async def test_what_a_watch_does_not_tell_the_next_list_does(api: FakeApi) -> None:
-    api.put(document("s", "llama", "10.0.0.1"))
-    fleet = fleet_of(m=[backend("llama")])
-    async with watching(fleet, api, relist=0.2):
-        await until(lambda: api.watches)
-        api.lost = 1
-        api.put(document("s", "llama", "10.0.0.2"))
-        await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
-        api.lost = 1
-        api.remove("s")
-        await until(lambda: labels(fleet) == [])
-
-
 async def test_the_token_is_read_anew_and_sent_nowhere_else(api: FakeApi) -> None:
     elsewhere = await asyncio.start_server(lambda reader, writer: pytest.fail("a redirect was followed"), "127.0.0.1")
     port = elsewhere.sockets[0].getsockname()[1]
@@ -545,19 +524,6 @@ async def test_a_server_that_is_not_there_at_the_start_holds_nothing_up_for_long
         await until(lambda: labels(fleet) == ["10.0.0.1:8000"])
 
 
-async def test_a_server_that_is_away_and_comes_back_is_followed_again(api: FakeApi) -> None:
-    api.put(document("s", "llama", "10.0.0.1"))
-    fleet = fleet_of(m=[backend("llama")])
-    async with watching(fleet, api, relist=0.2) as (_, failures):
-        await until(lambda: api.watches)
-        await api.stop()
-        await until(lambda: failures["connect"] > 1)
-        assert labels(fleet) == ["10.0.0.1:8000"]
-        api.put(document("s", "llama", "10.0.0.2"))
-        async with api:
-            await until(lambda: labels(fleet) == ["10.0.0.2:8000"])
-
-
 async def test_each_time_that_it_cannot_be_watched_and_can_again_is_told(
     api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -595,30 +561,6 @@ async def test_a_slice_that_makes_no_sense_stays_what_it_was_and_spoils_no_other
 
     assert failures["garbage"] > 2
     assert sum("makes no sense: 's'" in message for message in caplog.messages) == 1
-
-
-async def test_a_slice_that_makes_no_sense_again_after_it_was_gone_is_news(
-    api: FakeApi, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with watching(fleet_of(m=[backend("llama")]), api, relist=0.05):
-        for number in (1, 2):
-            api.put(document("s", "llama") | {"endpoints": [{"addresses": "10.0.0.7"}]})
-            await until(lambda number=number: said(caplog, "makes no sense: 's'") == number)  # type: ignore[misc]
-            api.remove("s")
-            lists = api.lists
-            await until(lambda lists=lists: api.lists > lists + 1)  # type: ignore[misc]
-
-
-async def test_a_server_that_ends_every_watch_at_once_is_not_pestered(api: FakeApi) -> None:
-    api.put(document("s", "llama", "10.0.0.1"))
-    api.on_watch.extend([ENDED] * 1000)
-    fleet = fleet_of(m=[backend("llama")])
-    async with watching(fleet, api, rand=lambda: 0.5):
-        await until(lambda: len(api.requests) == 3)
-        await asyncio.sleep(0.4)
-
-    # After half a second, then one, two ...
-    assert len(api.requests) == 3
 
 
 @pytest.mark.parametrize("token", ["", "  \n", "two words", "two\nlines", "höflich", None])

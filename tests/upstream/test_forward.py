@@ -363,8 +363,7 @@ async def test_a_client_that_leaves_during_a_pause_is_not_served_again(
     desk = Desk(httpx.Response(503, stream=busy) if first == 503 else STALE, jitter=1000)
     model = model_of(*urls)
     calling = asyncio.ensure_future(desk.forward(call_to(), model))
-    await until(lambda: desk.requests)
-    await asyncio.sleep(0.01)
+    await until(lambda: desk.answers or desk.ended)
 
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -514,7 +514,7 @@ async def test_a_cancelled_handshake_leaves_nothing(transport: Transport) -> Non
     async with plain_server() as (port, gone):
         request = httpx.Request("GET", f"https://127.0.0.1:{port}/")
         asking = asyncio.create_task(transport.handle_async_request(request))
-        await asyncio.sleep(0.05)
+        await until(lambda: "1 active" in repr(transport))
 
         await cancelled(asking)
 
