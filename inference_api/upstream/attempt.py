@@ -23,7 +23,7 @@ from inference_api.routing.backend import Backend
 from inference_api.routing.fleet import Model
 from inference_api.upstream.failures import outcome_of
 from inference_api.upstream.prepare import Prepared
-from inference_api.upstream.transport import Transport, request_head
+from inference_api.upstream.transport import Transport, one_line
 
 
 class Attempt(NamedTuple):
@@ -64,6 +64,7 @@ class SendToBackend:
         rand: random.Random | None = None,
     ) -> None:
         self._transport = transport
+        self._own = transport if isinstance(transport, Transport) else None
         self._on_attempt = on_attempt
         self._on_answer = on_answer
         self._random_bits = (rand or random.Random()).getrandbits
@@ -71,24 +72,24 @@ class SendToBackend:
     async def __call__(self, attempt: Attempt) -> Reply:
         call, _, backend, tried, prepared, fresh = attempt
         url, target = backend.address(call.route.path)
-        target += call.suffix
+        if call.suffix:
+            target = one_line(target + call.suffix)
         # Engines key generations by the request id: every attempt has one that no other has.
         request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
         lines = b"host: %b\r\nx-request-id: %b\r\n%b" % (backend.host, request_id, prepared.lines)
-        transport = self._transport
         stream: httpx.AsyncByteStream
         call.tried.append(backend)
         backend.in_flight += 1
         backend.origin.in_flight += 1
         try:
-            if isinstance(transport, Transport):
-                head = request_head(call.route.method, target, lines)
-                stream = await transport.send(
-                    backend.url, url, head, prepared.body, prepared.timeout, prepared.deadline, fresh
-                )
+            if self._own is not None:
+                # The target is one line: without a suffix it is made of the catalogue and the routes.
+                head = b"%b %b HTTP/1.1\r\n%b\r\n" % (call.route.method.encode(), target, lines)
+                body, _, timeout, deadline, _ = prepared
+                stream = await self._own.send(backend.url, url, head, body, timeout, deadline, fresh)
                 status, headers = stream.status, stream.headers
             else:
-                response = await transport.handle_async_request(
+                response = await self._transport.handle_async_request(
                     _request(call.route.method, url, target, lines, prepared, fresh)
                 )
                 status, stream = response.status_code, _body_of(response)

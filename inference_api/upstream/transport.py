@@ -153,8 +153,12 @@ async def _connect(pool: Pool, seconds: float | None, deadline: float | None) ->
 
 def request_head(method: str, target: bytes, lines: bytes) -> bytes:
     """A head of lines that `header_lines` made. Raises httpx.LocalProtocolError if `target` would start another one."""
-    line = b"%b %b HTTP/1.1" % (method.encode("ascii"), target)
+    return b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode("ascii"), one_line(target), lines)
+
+
+def one_line(target: bytes) -> bytes:
+    """The target. Raises httpx.LocalProtocolError if it would start another line."""
     # Not `in`, which for bytes makes and drops an exception each time.
-    if len(line.translate(None, b"\n\r\0")) != len(line):
+    if len(target.translate(None, b"\n\r\0")) != len(target):
         raise httpx.LocalProtocolError("a request target holds a line break")
-    return b"%b\r\n%b\r\n" % (line, lines)
+    return target

@@ -509,9 +509,6 @@ def test_a_stuck_backend_whose_requests_gave_up_is_tried_once_a_check_has_passed
     assert ward.available == "ab"
 
 
-# Sleep
-
-
 def test_a_stuck_backend_without_a_passed_check_stays_out() -> None:
     ward = Ward("a", "b")
     a = busy(ward)
@@ -522,6 +519,9 @@ def test_a_stuck_backend_without_a_passed_check_stays_out() -> None:
     ward.poll(times=600)
 
     assert (a.origin.up, ward.available) == (False, "b")
+
+
+# Sleep
 
 
 def test_a_sleeping_backend_is_out_and_has_not_failed(caplog: pytest.LogCaptureFixture) -> None:
@@ -559,7 +559,6 @@ def test_a_backend_that_was_stuck_before_it_was_known_to_sleep_is_not_stuck() ->
     assert ward.available == "b"
 
 
-@pytest.mark.parametrize("hosts", ["a", "abc"])
 def test_what_a_backend_that_left_says_of_its_sleep_changes_nothing() -> None:
     ward = Ward("a", "b")
     a, _ = ward.backends
@@ -570,6 +569,7 @@ def test_what_a_backend_that_left_says_of_its_sleep_changes_nothing() -> None:
     assert ward.available == "b"
 
 
+@pytest.mark.parametrize("hosts", ["a", "abc"])
 def test_when_all_sleep_none_is_tried(hosts: str) -> None:
     """Not in panic, nor because it is the only one: a request would wait until somebody wakes it."""
     ward = Ward(*hosts)
