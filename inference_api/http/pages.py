@@ -26,10 +26,6 @@ from inference_api.routing.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-# Seconds without a turn of the event loop: after the first nobody is to send requests here, after the second it is not
-# believed to recover, and is to be restarted.
-_LATE, _HUNG = 5.0, 30.0
-
 
 class Models:
     """GET /v1/models and /v1/models/{id}. The list is rendered once per change of the fleet."""
@@ -81,7 +77,12 @@ class Probes:
     `silence`: seconds since the event loop that takes requests came by, None while it need not; on OPS_PORT it is
     another loop that answers, and would say that all is well. `registry_required`: not ready before the registry has
     given a catalogue; else not before there is any model to serve.
+
+    `late`, `hung`: after so many seconds without a turn of that loop nobody is to send requests here; and it is not
+    believed to recover, and is to be restarted.
     """
+
+    late, hung = 5.0, 30.0
 
     def __init__(
         self,
@@ -107,13 +108,13 @@ class Probes:
         self.state = "draining"
 
     async def healthz(self, request: Request) -> Response:
-        if (self._silence() or 0.0) > _HUNG:
+        if (self._silence() or 0.0) > self.hung:
             return JSONResponse({"status": "hung"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
         status = self._registry.status()
-        state = "hung" if (self._silence() or 0.0) > _LATE else self.state
+        state = "hung" if (self._silence() or 0.0) > self.late else self.state
         if state == "ready" and self._registry.awaited and (self._registry_required or not status.models):
             state = "registry_unavailable"
         body = {"status": state, "catalogue": status.source, "models": status.models}

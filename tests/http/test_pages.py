@@ -230,12 +230,9 @@ async def test_a_loop_that_does_not_come_by_is_not_ready_and_then_not_healthy(
     )
 
 
-async def test_a_router_that_hangs_says_so_on_the_port_of_the_probes(
-    start_router: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("inference_api.http.pages._LATE", 0.8)
-    monkeypatch.setattr("inference_api.http.pages._HUNG", 1.0)
+async def test_a_router_that_hangs_says_so_on_the_port_of_the_probes(start_router: Start) -> None:
     served = await start_router()
+    served.router.probes.late, served.router.probes.hung = 0.8, 1.0
 
     def ask() -> tuple[list[int], float]:
         with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", trust_env=False) as ops:

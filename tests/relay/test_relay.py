@@ -2,11 +2,9 @@
 
 import asyncio
 import os
-import random
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
-from zlib import crc32
 
 import httpx
 import orjson
@@ -31,16 +29,13 @@ from tests.fakes import (
     SSE_HEAD,
     STREAM,
     USAGE,
-    FakeEngine,
     Line,
-    Received,
     chunk,
     event,
     json_response,
     post,
     raw,
     raw_client,
-    read_answer,
     request_for,
     sse,
     until,
@@ -198,131 +193,69 @@ async def test_a_stream_is_not_held_back_by_those_between(desk: Desk) -> None:
     assert dict(client.headers)[b"content-type"] == SSE
 
 
-async def test_a_stream_that_breaks_between_events_is_told_so_and_left_open(desk: Desk) -> None:
+# Label, parts, whether the connection then breaks; outcome, and the code of the error event that follows the parts.
+# None: none follows, and the stream is complete; "": none follows, and it is left open.
+INTERRUPTED, TRUNCATED = "upstream_stream_interrupted", "upstream_stream_truncated"
+COMPLETED = b'event: response.completed\ndata: {"type":"response.completed"}\n\n'
+INCOMPLETE = b'event: response.incomplete\ndata: {"type":"response.incomplete"}\n\n'
+STOPPED = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+ENDS: dict[str, tuple[str, list[bytes], bool, Outcome, str | None]] = {
+    "breaks between events": ("chat_completions", [event()], True, Outcome.RESET, INTERRUPTED),
+    "breaks inside an event": ("chat_completions", [event(), b"data: {"], True, Outcome.RESET, ""),
+    "breaks before the blank line": ("chat_completions", [event(), event()[:-1]], True, Outcome.RESET, ""),
+    "breaks at an odd newline": ("chat_completions", [event(), b"\n"], True, Outcome.RESET, ""),
+    "breaks after the end": ("chat_completions", [event(), DONE], True, Outcome.OK, None),
+    "breaks after the end, with types": ("responses", [event(), COMPLETED], True, Outcome.OK, None),
+    "ends without its mark": ("chat_completions", [event(), event()], False, Outcome.TRUNCATED, TRUNCATED),
+    "ends inside an event": ("chat_completions", [event(), b"data: {"], False, Outcome.TRUNCATED, ""),
+    "is empty": ("chat_completions", [], False, Outcome.TRUNCATED, TRUNCATED),
+    "has an error": ("chat_completions", [event(), ERROR, DONE], False, Outcome.ERROR_EVENT, None),
+    "ends with an error": ("chat_completions", [event(), ERROR], False, Outcome.ERROR_EVENT, None),
+    "completed": ("responses", [b"data: 1\n\n", COMPLETED], False, Outcome.OK, None),
+    "incomplete": ("responses", [b"data: 1\n\n", INCOMPLETE], False, Outcome.OK, None),
+    "message stopped": ("messages", [b"data: 1\n\n", STOPPED], False, Outcome.OK, None),
+    "may end anywhere": ("embeddings", [b"data: 1\n\n", b"data: anything\n\n"], False, Outcome.OK, None),
+}
+
+
+@pytest.mark.parametrize(("label", "parts", "breaks", "outcome", "code"), ENDS.values(), ids=ENDS)
+async def test_how_a_stream_ends(
+    label: str, parts: list[bytes], breaks: bool, outcome: Outcome, code: str | None, desk: Desk
+) -> None:
     client = Client()
 
-    outcome = await relay_of(await desk(SSE, event(), breaks=True))(client)
+    assert await relay_of(await desk(SSE, *parts, breaks=breaks), label)(client) is outcome
 
-    passed, _, told = client.body.partition(b"event: error\ndata: ")
-    assert (outcome, desk.ended) == (Outcome.RESET, [Outcome.RESET])
-    assert passed == event()
-    assert orjson.loads(told)["code"] == orjson.loads(told)["error"]["code"] == "upstream_stream_interrupted"
-    assert not client.complete
+    passed, told = b"".join(parts), client.body
+    assert told.startswith(passed)
+    assert client.complete == (code is None)
+    if code:
+        mark, _, error = told[len(passed) :].partition(b"\ndata: ")
+        document = orjson.loads(error)
+        assert (mark, document["code"], document["error"]["code"]) == (b"event: error", code, code)
+    else:
+        assert told == passed
+    assert desk.ended == [outcome]
     assert desk.closed()
 
 
-@pytest.mark.parametrize("begun", [b"data: {", event()[:-1], b"\n"])
-async def test_a_stream_that_breaks_inside_an_event_is_only_left_open(begun: bytes, desk: Desk) -> None:
-    client = Client()
-
-    outcome = await relay_of(await desk(SSE, event(), begun, breaks=True))(client)
-
-    assert outcome is Outcome.RESET
-    assert client.body == event() + begun
-    assert not client.complete
-
-
 @pytest.mark.parametrize(
-    ("label", "last"), [("chat_completions", DONE), ("responses", b"event: response.completed\ndata: {}\n\n")]
+    ("kind", "body"),
+    [(SSE, ERROR), (JSON, b'{"error": {"message": "no"}}'), (JSON, LARGE)],
+    ids=["event", "json", "large"],
 )
-async def test_a_stream_that_breaks_after_its_last_event_is_complete(label: str, last: bytes, desk: Desk) -> None:
-    client = Client()
-
-    outcome = await relay_of(await desk(SSE, event(), last, breaks=True), label)(client)
-
-    assert (outcome, desk.ended) == (Outcome.OK, [Outcome.OK])
-    assert client.body == event() + last
-    assert client.complete
-
-
-async def test_a_stream_that_ends_without_its_mark_is_truncated(desk: Desk) -> None:
-    client = Client()
-
-    outcome = await relay_of(await desk(SSE, event(), event()))(client)
-
-    assert outcome is Outcome.TRUNCATED
-    assert client.body.startswith(event() * 2 + b"event: error\n")
-    assert b"upstream_stream_truncated" in client.body
-    assert b"[DONE]" not in client.body
-    assert not client.complete
-
-
-async def test_a_stream_that_ends_inside_an_event_is_only_left_open(desk: Desk) -> None:
-    client = Client()
-
-    outcome = await relay_of(await desk(SSE, event(), b"data: {"))(client)
-
-    assert outcome is Outcome.TRUNCATED
-    assert client.body == event() + b"data: {"
-    assert not client.complete
-
-
-async def test_an_error_event_of_the_engine_passes_unchanged(desk: Desk) -> None:
-    client = Client()
-
-    outcome = await relay_of(await desk(SSE, event(), ERROR, DONE))(client)
-
-    assert (outcome, desk.ended) == (Outcome.ERROR_EVENT, [Outcome.ERROR_EVENT])
-    assert client.body == event() + ERROR + DONE
-    assert client.complete
-
-
-async def test_an_error_event_may_be_the_last(desk: Desk) -> None:
-    client = Client()
-
-    outcome = await relay_of(await desk(SSE, event(), ERROR))(client)
-
-    assert outcome is Outcome.ERROR_EVENT
-    assert client.body == event() + ERROR
-    assert client.complete
-
-
-@pytest.mark.parametrize(
-    ("label", "last"),
-    [
-        ("responses", b'event: response.completed\ndata: {"type":"response.completed"}\n\n'),
-        ("responses", b'event: response.incomplete\ndata: {"type":"response.incomplete"}\n\n'),
-        ("messages", b'event: message_stop\ndata: {"type":"message_stop"}\n\n'),
-        ("embeddings", b"data: anything\n\n"),
-    ],
-)
-async def test_every_kind_of_stream_has_its_own_end(label: str, last: bytes, desk: Desk) -> None:
-    client = Client()
-
-    assert await relay_of(await desk(SSE, b"data: 1\n\n", last), label)(client) is Outcome.OK
-
-    assert client.complete
-
-
-async def test_an_empty_stream_is_truncated(desk: Desk) -> None:
-    client = Client()
-
-    assert await relay_of(await desk(SSE))(client) is Outcome.TRUNCATED
-
-    assert client.body.startswith(b"event: error\n")
-
-
-@pytest.mark.parametrize(("status", "outcome"), [(400, Outcome.UPSTREAM_4XX), (500, Outcome.UPSTREAM_5XX)])
-async def test_a_refusal_in_the_form_of_a_stream_needs_no_mark(status: int, outcome: Outcome, desk: Desk) -> None:
-    client = Client()
-
-    assert await relay_of(await desk(SSE, ERROR, status=status))(client) is outcome
-
-    assert (client.status, client.body, client.complete) == (status, ERROR, True)
-
-
 @pytest.mark.parametrize("status", [400, 404, 422, 429, 500, 503])
-async def test_a_refusal_of_a_stream_passes_as_it_is(status: int, desk: Desk) -> None:
-    client, body = Client(), b'{"error": {"message": "no"}}'
+async def test_a_refusal_passes_as_it_is(status: int, kind: bytes, body: bytes, desk: Desk) -> None:
+    client = Client()
 
-    outcome = await relay_of(await desk(JSON, body, status=status))(client)
+    assert await relay_of(await desk(kind, body, status=status))(client) is Outcome.of_status(status)
 
-    assert outcome is Outcome.of_status(status)
     assert (client.status, client.body, client.complete) == (status, body, True)
 
 
-async def test_a_json_answer_gets_a_length(desk: Desk) -> None:
-    relay, client = relay_of(await desk(JSON, ANSWER[:9], ANSWER[9:])), Client()
+@pytest.mark.parametrize("length", [None, len(ANSWER)])
+async def test_a_json_answer_has_a_length(length: int | None, desk: Desk) -> None:
+    relay, client = relay_of(await desk(JSON, ANSWER[:9], ANSWER[9:], length=length)), Client()
 
     outcome = await relay(client)
 
@@ -331,14 +264,6 @@ async def test_a_json_answer_gets_a_length(desk: Desk) -> None:
     assert len(client.messages) == 2
     assert (client.body, client.complete) == (ANSWER, True)
     assert (relay.usage(), relay.streamed_events) == (USAGE, 0)
-
-
-async def test_a_length_that_is_there_stays(desk: Desk) -> None:
-    client = Client()
-
-    await relay_of(await desk(JSON, ANSWER, length=len(ANSWER)))(client)
-
-    assert [value for name, value in client.headers if name == b"content-length"] == [b"%d" % len(ANSWER)]
 
 
 @pytest.mark.parametrize(
@@ -470,34 +395,20 @@ async def test_a_large_answer_that_breaks_off_is_left_open(desk: Desk) -> None:
     assert not client.complete
 
 
-async def test_a_large_refusal_is_a_refusal(desk: Desk) -> None:
-    client = Client()
-
-    assert await relay_of(await desk(JSON, LARGE, status=500))(client) is Outcome.UPSTREAM_5XX
-
-    assert (client.status, client.body) == (500, LARGE)
-
-
 # Slow clients, and none
 
 
-async def test_a_client_that_is_slow_gets_every_byte(desk: Desk) -> None:
-    events = [event(f"word{i}") for i in range(30)]
+@pytest.mark.parametrize(("last", "breaks"), [(DONE, False), (b"", True)], ids=["ends", "breaks"])
+async def test_a_client_that_is_slow_gets_every_byte(last: bytes, breaks: bool, desk: Desk) -> None:
+    parts = [*(event(f"word{i}") for i in range(30)), *([last] if last else [])]
     client = Client(slow=True)
 
-    assert await relay_of(await desk(SSE, *events, DONE))(client) is Outcome.OK
+    outcome = await relay_of(await desk(SSE, *parts, breaks=breaks))(client)
 
-    assert client.body == b"".join(events) + DONE
-    assert client.complete
-
-
-async def test_a_client_that_is_slow_gets_every_byte_of_a_broken_stream(desk: Desk) -> None:
-    events = [event(f"word{i}") for i in range(10)]
-    client = Client(slow=True)
-
-    assert await relay_of(await desk(SSE, *events, breaks=True))(client) is Outcome.RESET
-
-    assert client.body.startswith(b"".join(events) + b"event: error\n")
+    assert outcome is (Outcome.RESET if breaks else Outcome.OK)
+    passed, error, _ = client.body.partition(b"event: error\n")
+    assert (passed, bool(error)) == (b"".join(parts), breaks)
+    assert client.complete == (not breaks)
 
 
 @pytest.mark.parametrize("hangs_at", [1, 2])
@@ -779,47 +690,6 @@ async def test_a_tap_is_told_of_the_end_once(
 # The same through a router with real sockets
 
 
-async def test_a_large_answer_through_a_router(start_engine: Start, start_router: Start) -> None:
-    served = await start_router(await start_engine(raw(json_response({"x": LARGE.decode()}))))
-
-    response = await served.chat()
-
-    assert response.content == json_response({"x": LARGE.decode()}).partition(b"\r\n\r\n")[2]
-    assert served.lines[0]["outcome"] == "ok"
-
-
-async def test_a_large_answer_cut_on_its_way_is_not_whole(start_engine: Start, start_router: Start) -> None:
-    response = json_response({"x": LARGE.decode()})
-    served = await start_router(await start_engine(raw(response[:-5], close=True)))
-
-    with pytest.raises(httpx.RemoteProtocolError):
-        await served.chat()
-
-    assert served.lines[0]["outcome"] == "reset"
-
-
-async def test_a_short_answer_cut_on_its_way_is_an_error(start_engine: Start, start_router: Start) -> None:
-    served = await start_router(await start_engine(raw(json_response(COMPLETION)[:-5], close=True)))
-
-    response = await served.chat()
-
-    assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_reset")
-
-
-async def test_a_stream_that_falls_silent_is_told_so(start_engine: Start, start_router: Start) -> None:
-    engine = await start_engine(sse(event(), then=Line.gone))
-    served = await start_router(engine, entry={"timeouts": {"idle": 0.2}})
-
-    async with raw_client(served.port) as client:
-        await client.send(post("/v1/chat/completions", STREAM))
-        received = await client.reader.read(-1)
-
-    assert b"upstream_idle_timeout" in received
-    assert not received.endswith(LAST_CHUNK)
-    await until(lambda: engine.open == 0)
-    assert served.lines[0]["outcome"] == "idle_timeout"
-
-
 async def test_a_stream_with_a_length_that_is_cut_is_cut(start_engine: Start, start_router: Start) -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % (len(event()) + 10)
     served = await start_router(await start_engine(raw(head + event(), close=True)))
@@ -833,110 +703,19 @@ async def test_a_stream_with_a_length_that_is_cut_is_cut(start_engine: Start, st
     assert served.lines[0]["outcome"] == "reset"
 
 
-BLOCK = b"data: " + os.urandom(2**18).hex().encode() + b"\n\n"
-
-
-async def _settled(value: Callable[[], int]) -> None:
-    """Wait until the value has stopped growing."""
-    before = -1
-    while value() != before:
-        before = value()
-        await asyncio.sleep(0.06)
-
-
-async def test_a_client_that_does_not_read_stops_the_engine(start_engine: Start, start_router: Start) -> None:
-    sent = 0
-
-    async def script(request: Received, line: Line) -> None:
-        nonlocal sent
-        await line.send(SSE_HEAD)
-        for _ in range(64):
-            await line.send(chunk(BLOCK))
-            sent += 1
-        await line.send(chunk(DONE) + LAST_CHUNK)
-
-    served = await start_router(await start_engine(script))
-    async with raw_client(served.port) as client:
-        await client.send(post("/v1/chat/completions", STREAM))
-        await _settled(lambda: sent)
-        assert 0 < sent < 48
-
-        answer = await asyncio.wait_for(read_answer(client.reader), 10)
-
-    assert crc32(answer.body) == crc32(BLOCK * 64 + DONE)
-    await until(lambda: served.lines)
-    assert served.lines[0]["outcome"] == "ok"
-
-
-async def test_a_client_that_never_reads_is_given_up(start_engine: Start, start_router: Start) -> None:
-    async def script(request: Received, line: Line) -> None:
-        await line.send(SSE_HEAD)
-        while True:
-            await line.send(chunk(BLOCK))
-
-    engine: FakeEngine = await start_engine(script)
-    served = await start_router(engine, write_stall_timeout=0.2)
-    before = len(os.listdir("/proc/self/fd"))
-    async with raw_client(served.port, receive_buffer=4096) as client:
-        await client.send(post("/v1/chat/completions", STREAM))
-        await until(lambda: engine.busy)
-
-        await until(lambda: engine.busy == 0)
-        await until(lambda: served.lines)
-        # The client's own socket is still there, the router's two are not.
-        await until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
-
-    assert served.lines[0]["outcome"] == "client_gone"
-    assert served.router.core.admission.in_flight == 0
-
-
-async def test_clients_that_leave_at_any_moment_leave_nothing(start_engine: Start, start_router: Start) -> None:
-    async def script(request: Received, line: Line) -> None:
-        await asyncio.sleep(rand.uniform(0, 0.02))
-        await line.send(SSE_HEAD, chunk(event()))
-        await asyncio.sleep(rand.uniform(0, 0.02))
-        await line.send(chunk(event() + DONE) + LAST_CHUNK)
-
-    async def visit() -> None:
-        request = post("/v1/chat/completions", STREAM)
-        async with raw_client(served.port) as client:
-            await client.send(request[: rand.choice([50, len(request), len(request)])])
-            await asyncio.sleep(rand.uniform(0, 0.06))
-
-    rand = random.Random(1)
-    engines = [await start_engine(script) for _ in range(2)]
-    served = await start_router(*engines)
-    for _ in range(5):
-        await asyncio.gather(*(visit() for _ in range(40)))
-
-    await until(lambda: served.router.core.admission.in_flight == 0)
-    await until(lambda: sum(engine.busy for engine in engines) == 0)
-    # One that was accepted late may just have begun.
-    await until(lambda: [backend.in_flight for backend in served.router.core.fleet.models["m"].backends] == [0, 0])
-    assert "1 active" not in repr(served.router.core.transport)
-    assert {line["outcome"] for line in served.lines} <= {"ok", "client_gone"}
-    assert (await served.chat(stream=True)).content == event() * 2 + DONE
-
-
-async def test_a_stream_over_a_plain_httpx_transport(start_engine: Start, start_router: Start) -> None:
+@pytest.mark.parametrize("then", [lambda line: line.send(chunk(DONE) + LAST_CHUNK), Line.close], ids=["ends", "breaks"])
+async def test_a_stream_over_a_plain_httpx_transport(
+    then: Callable[[Line], Any], start_engine: Start, start_router: Start
+) -> None:
     events = [event(f"word{i}") for i in range(20)]
-    engine = await start_engine(sse(*events, DONE, then=lambda line: line.send(LAST_CHUNK)))
-    served = await start_router(engine, transport=httpx.AsyncHTTPTransport())
-
-    response = await served.chat(stream=True)
-
-    assert response.content == b"".join(events) + DONE
-    assert served.lines[0]["outcome"] == "ok"
-
-
-async def test_a_broken_stream_over_a_plain_httpx_transport(start_engine: Start, start_router: Start) -> None:
-    engine = await start_engine(sse(event(), then=Line.close))
-    served = await start_router(engine, transport=httpx.AsyncHTTPTransport())
+    served = await start_router(await start_engine(sse(*events, then=then)), transport=httpx.AsyncHTTPTransport())
 
     async with raw_client(served.port) as client:
-        await client.send(post("/v1/chat/completions", STREAM))
+        await client.send(post("/v1/chat/completions", STREAM, b"connection: close\r\n"))
         received = await client.reader.read(-1)
 
-    assert event() in received
-    assert b"upstream_stream_interrupted" in received
-    assert not received.endswith(LAST_CHUNK)
+    assert all(one in received for one in events)
+    whole = received.endswith(LAST_CHUNK)
+    assert (b"upstream_stream_interrupted" in received, DONE in received) == (not whole, whole)
+    assert served.lines[0]["outcome"] == ("ok" if whole else "reset")
+    assert whole == (then is not Line.close)
