@@ -146,7 +146,6 @@ ELSEWHERE = [
     "/scale_elastic_ep",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
-    "/invocations",
     "/server_info",
     "/load",
     # And ways around.

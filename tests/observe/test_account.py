@@ -8,8 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from starlette.types import Scope
 
 from inference_api.errors import ModelNotFound
+from inference_api.http.head import RequestHeaders
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Call, Outcome, Reply
 from inference_api.observe.account import Account
@@ -75,7 +77,8 @@ class Bench:
         self.metrics = Metrics(lambda: fleet.models)
 
     def begin(self, *, stream: bool = False) -> Account:
-        account = Account("id-1", lambda: self.now, {"path": CHAT_ROUTE.path})
+        scope: Scope = {"path": CHAT_ROUTE.path, "client": None, "state": {}}
+        account = Account("id-1", lambda: self.now, scope, RequestHeaders()([]))
         account.route, account.stream = CHAT_ROUTE.label, stream
         return account
 
