@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_api.discovery.cluster import Api, ApiError, ApiLimits, ClusterError, Event, Lines, in_cluster, read_event
+from inference_api.discovery.api import Api, ApiError, Event, Lines, read_event
+from inference_api.discovery.cluster import ApiLimits, ClusterError, in_cluster
 from tests.discovery.kube import WATCH_HEAD, FakeApi, document, event
 from tests.fakes import chunk, json_response, raw, until
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from inference_api.discovery.cluster import ApiLimits
 from inference_api.discovery.dns import Discovery
-from inference_api.discovery.endpointslices import EndpointSlices, Rhythm, Timing, watched_in
+from inference_api.discovery.endpointslices import EndpointSlices, watched_in
+from inference_api.discovery.watch import Rhythm, Timing
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.fleet import Fleet

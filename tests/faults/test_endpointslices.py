@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from inference_api.discovery.endpointslices import EndpointSlices, Timing
+from inference_api.discovery.endpointslices import EndpointSlices
+from inference_api.discovery.watch import Timing
 from tests.conftest import Served
 from tests.discovery.kube import FakeApi, document, endpoint
 from tests.fakes import (

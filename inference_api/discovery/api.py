@@ -1,0 +1,242 @@
+"""Requests to the API server of a Kubernetes cluster: a list and a watch of EndpointSlices.
+
+Two requests over httpx; docs/adr/0012 says why this is not a client library.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import httpx
+import orjson
+
+from inference_api.discovery.cluster import Cluster
+from inference_api.discovery.slices import SERVICE_LABEL
+
+_PAGE = 50
+_MAX_CREDENTIAL = 64 * 1024
+
+
+class ApiError(Exception):
+    """The API server could not be used this time; `reason` is a short word for metrics."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Event(NamedTuple):
+    """What a watch says of one object."""
+
+    kind: str
+    document: dict[str, Any]
+    version: str
+
+
+class Api:
+    """A connection to the API server, for one list and the watches after it. Token and CA are read anew each time."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._limits = cluster.limits
+        try:
+            tls = ssl.create_default_context(cafile=cluster.ca) if cluster.url.startswith("https") else False
+        except (OSError, ssl.SSLError) as exc:
+            raise ApiError("credentials", f"the certificate of its CA cannot be read ({type(exc).__name__})") from exc
+        # No proxies or certificates from the environment, no redirects: the token goes nowhere else.
+        timeout = httpx.Timeout(None, connect=self._limits.connect, write=self._limits.connect)
+        self._client = httpx.AsyncClient(
+            base_url=cluster.url, verify=tls, timeout=timeout, trust_env=False, follow_redirects=False
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def slices(self, namespace: str, names: Sequence[str]) -> tuple[list[Any], str]:
+        """The EndpointSlices of these Services, as JSON has them, and the version they are of. Raises ApiError."""
+        found: list[Any] = []
+        token = ""
+        try:
+            async with asyncio.timeout(self._limits.list):
+                while True:
+                    more = {"continue": token} if token else {}
+                    page = await self._page(namespace, {**self._selector(names), "limit": str(_PAGE), **more})
+                    # A thousand endpoints take some milliseconds to read: not on the event loop.
+                    items, version, token = await asyncio.to_thread(_read_page, page)
+                    found += items
+                    if not token:
+                        return found, version
+                    if len(found) > self._limits.slices:
+                        raise ApiError("garbage", f"it lists more than {self._limits.slices} slices")
+        except TimeoutError as exc:
+            raise ApiError("timeout", f"its list did not end within {self._limits.list:.0f} s") from exc
+        except httpx.HTTPError as exc:
+            raise _unreachable(exc) from exc
+
+    async def _page(self, namespace: str, query: dict[str, str]) -> bytes:
+        request = self._request(namespace, query)
+        response = await self._client.send(request, stream=True)
+        try:
+            body = bytearray()
+            async for data in response.aiter_raw():
+                body += data
+                if len(body) > self._limits.page:
+                    raise ApiError("garbage", f"a page of its list has more than {self._limits.page} bytes")
+        finally:
+            await response.aclose()
+        if response.status_code != 200:
+            raise _refusal(response.status_code, body)
+        return bytes(body)
+
+    async def watch(
+        self,
+        namespace: str,
+        names: Sequence[str],
+        version: str,
+        seconds: float,
+        take: Callable[[list[Event]], None],
+    ) -> None:
+        """What happens after `version`, as many events as came together at a time; first none, when it has begun.
+
+        Returns when the server has ended the watch, or after so many seconds. Raises ApiError, with the reason `gone`
+        when the server does not remember so much, and `closed` when the connection broke.
+        """
+        until = asyncio.get_running_loop().time() + seconds
+        # The server ends it first, if it can.
+        query = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
+        query["timeoutSeconds"] = str(max(1, int(seconds)))
+        request = self._request(namespace, self._selector(names) | query)
+        try:
+            async with asyncio.timeout(self._limits.head):
+                response = await self._client.send(request, stream=True)
+        except TimeoutError as exc:
+            raise ApiError("timeout", f"it did not begin a watch within {self._limits.head:.0f} s") from exc
+        except httpx.HTTPError as exc:
+            raise _unreachable(exc) from exc
+        try:
+            async with asyncio.timeout_at(until):
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, await _beginning(response))
+                take([])
+                await _follow(response, take, self._limits.line)
+        except TimeoutError:
+            return
+        except httpx.HTTPError as exc:
+            raise ApiError("closed", f"its watch broke off ({type(exc).__name__})") from exc
+        finally:
+            await response.aclose()
+
+    def _request(self, namespace: str, query: dict[str, str]) -> httpx.Request:
+        # Not compressed: a limit on what is read should be one on what is kept.
+        headers = {"accept": "application/json", "accept-encoding": "identity", "authorization": self._bearer()}
+        path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
+        return self._client.build_request("GET", path, params=query, headers=headers)
+
+    def _selector(self, names: Sequence[str]) -> dict[str, str]:
+        chosen = f"{SERVICE_LABEL} in ({','.join(names)})" if len(names) <= self._limits.names else SERVICE_LABEL
+        return {"labelSelector": chosen}
+
+    def _bearer(self) -> str:
+        """Read for every request: the kubelet replaces a token well before it expires."""
+        try:
+            with self._cluster.token.open("rb") as file:
+                token = file.read(_MAX_CREDENTIAL).decode("ascii").strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ApiError("credentials", f"the service account token cannot be read ({type(exc).__name__})") from None
+        # Checked here: the HTTP library's complaint about it would quote it.
+        if not token or not token.isprintable() or " " in token:
+            raise ApiError("credentials", "the service account token is empty, or not a token")
+        return f"Bearer {token}"
+
+
+class Lines:
+    """Whole lines out of bytes as they come; of one that has not ended no more than `limit` bytes are kept."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that are complete now, without the empty ones. Raises ApiError when one is too long."""
+        begin, _, last = data.rpartition(b"\n")
+        lines: list[bytes] = []
+        if len(last) < len(data):
+            lines = (bytes(self._rest) + begin).split(b"\n")
+            self._rest.clear()
+        self._rest += last
+        if len(self._rest) > self._limit or any(len(line) > self._limit for line in lines):
+            raise ApiError("garbage", f"an event has more than {self._limit} bytes")
+        return [line for line in lines if line.strip()]
+
+
+async def _follow(response: httpx.Response, take: Callable[[list[Event]], None], limit: int) -> None:
+    lines = Lines(limit)
+    async for data in response.aiter_raw():
+        if complete := lines.feed(data):
+            take([read_event(line) for line in complete])
+
+
+def read_event(line: bytes) -> Event:
+    """An event of a watch. Raises ApiError if it is none, or says that the watch is over."""
+    try:
+        event = orjson.loads(line)
+        kind, document = event["type"], event["object"]
+        if kind == "ERROR":
+            raise _status(document)
+        version = document["metadata"]["resourceVersion"]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as exc:
+        raise ApiError("garbage", "its watch says what is no event") from exc
+    if not isinstance(version, str) or not version:
+        raise ApiError("garbage", "its watch says what is no event")
+    return Event(str(kind), document, version)
+
+
+def _read_page(body: bytes) -> tuple[list[Any], str, str]:
+    try:
+        document = orjson.loads(body)
+        metadata = document["metadata"]
+        # An empty list may be null: Go's slices are.
+        items, version, token = document["items"] or [], metadata["resourceVersion"], metadata.get("continue") or ""
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as exc:
+        raise ApiError("garbage", "its answer is no list of EndpointSlices") from exc
+    if not (isinstance(items, list) and isinstance(version, str) and version and isinstance(token, str)):
+        raise ApiError("garbage", "its answer is no list of EndpointSlices")
+    return items, version, token
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    body = b""
+    async for data in response.aiter_raw():
+        body += data
+        if len(body) > _MAX_CREDENTIAL:
+            break
+    return body
+
+
+def _refusal(status: int, body: bytes | bytearray) -> ApiError:
+    """An answer that is not 200: Kubernetes says why in a Status."""
+    try:
+        message = str(orjson.loads(body)["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        message = "it does not say why"
+    reason = "gone" if status == 410 else "status"
+    return ApiError(reason, f"it answered with the status {status}: {message[:300]!r}")
+
+
+def _status(document: Any) -> ApiError:
+    """The end of a watch, as a Status: 410 when it does not remember so much."""
+    code = document.get("code") if isinstance(document, dict) else None
+    reason = "gone" if code == 410 else "status"
+    return ApiError(reason, f"its watch ended with the status {str(code)[:10]}")
+
+
+def _unreachable(exc: httpx.HTTPError) -> ApiError:
+    reason = "timeout" if isinstance(exc, httpx.TimeoutException) else "connect"
+    return ApiError(reason, f"it cannot be reached ({type(exc).__name__})")
