@@ -15,6 +15,7 @@ from typing import get_args
 
 from prometheus_client import CollectorRegistry
 
+from inference_api.http.head import RequestHeaders
 from inference_api.models import Outcome
 from inference_api.observe.account import Account
 from inference_api.observe.exposition import write
@@ -30,7 +31,7 @@ from inference_api.routing.registry import RegistryStatus
 _ROUTES = ("chat_completions", "completions", "responses", "messages")
 _CHOICES = 2_000
 _ANSWERED = (
-    Account("", perf_counter, {"path": ""})
+    Account("", perf_counter, {"path": "", "client": None, "state": {}}, RequestHeaders()([]))
     .end()
     ._replace(status=200, outcome=Outcome.OK, took=1.0, overhead=0.001, tokens=(1, None, 2, None))
 )
