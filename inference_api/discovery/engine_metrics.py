@@ -131,7 +131,7 @@ class EngineMetrics:
             others = reading.running + reading.waiting - max(before, origin.in_flight)
             origin.reported = max(0.0, others)
             origin.reading = reading
-            origin.scraped = self._wall()
+            origin.scraped_at = self._wall()
 
     async def _scrape(self, origin: Origin, engine: Engine) -> Gauges:
         url, _ = origin.address("/metrics")

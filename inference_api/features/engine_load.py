@@ -83,5 +83,5 @@ def families(fleet: Fleet) -> Iterator[Family]:
     text = "Used share of the backend's KV cache."
     yield gauge("backend_kv_cache_usage_ratio", text, BY_BACKEND, read(lambda _, reading: reading.kv_cache))
     text = "When the backend last told its load, in Unix seconds."
-    scraped = [((backend.model, backend.label), backend.origin.scraped or None) for backend in backends]
+    scraped = [((backend.model, backend.label), backend.origin.scraped_at or None) for backend in backends]
     yield gauge("backend_last_scrape_timestamp_seconds", text, BY_BACKEND, scraped)

@@ -32,7 +32,7 @@ class Origin(Circuit):
         "backends",
         "base_path",
         "cause",
-        "crowded",
+        "crowded_since",
         "healthy",
         "host",
         "in_flight",
@@ -41,9 +41,9 @@ class Origin(Circuit):
         "reading",
         "refused",
         "reported",
-        "scraped",
+        "scraped_at",
         "streak",
-        "stuck",
+        "stuck_since",
         "url",
     )  # fmt: skip
 
@@ -70,18 +70,18 @@ class Origin(Circuit):
         self.streak = 0
         self.passed = 0.0
         # Watchdog: since when it has had several requests in flight, and since when it is known to be stuck
-        self.crowded: float | None = None
-        self.stuck: float | None = None
+        self.crowded_since: float | None = None
+        self.stuck_since: float | None = None
         # What it says of itself, if it is asked: see `load`; None: it does not say
         self.asleep: bool | None = None
         self.reported = 0.0
         self.reading: Reading | None = None
-        self.scraped = 0.0
+        self.scraped_at = 0.0
 
     @property
     def up(self) -> bool:
         """It passes its health checks, and is not stuck."""
-        return self.healthy and self.stuck is None
+        return self.healthy and self.stuck_since is None
 
     @property
     def usable(self) -> bool:
@@ -123,7 +123,7 @@ class Backend:
         "recent",
         "refuses",
         "share",
-        "spared",
+        "spared_until",
         "url",
         "was_usable",
         "weight",
@@ -150,7 +150,7 @@ class Backend:
         self.late = False
         # Whether they are compared with what others give, until when not again, and the circuit that this may open
         self.compared = False
-        self.spared = 0.0
+        self.spared_until = 0.0
         self.circuit = Circuit()
         # For those who ask what is wrong: when it was last taken out or back, how an attempt last failed and when
         self.was_usable = True

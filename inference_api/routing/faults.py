@@ -115,7 +115,7 @@ class Faults:
         self._recent.add(model)
         if len(model.backends) <= _MANY:
             _charge(model)
-        if backend.errors >= _SUSPICIOUS and now >= backend.spared and _is_comparable(model, backend):
+        if backend.errors >= _SUSPICIOUS and now >= backend.spared_until and _is_comparable(model, backend):
             self._comparisons.begin(backend, now)
             self._out(backend)
 
@@ -150,7 +150,7 @@ class Faults:
             self._breaker.open(backend.circuit, now)
             _log(logging.WARNING, "a backend answers with errors that others do not give", backend)
         else:
-            backend.spared = now + _PAUSE
+            backend.spared_until = now + _PAUSE
         self._out(backend)
 
 

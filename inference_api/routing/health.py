@@ -207,7 +207,7 @@ class Health:
         was, origin.asleep = origin.asleep, asleep
         if asleep and not was:
             # Whatever it is silent for, it is not stuck.
-            origin.stuck = None
+            origin.stuck_since = None
             self._refresh(origin)
             _log(logging.INFO, "a backend is asleep", origin, in_flight=origin.in_flight)
         elif was and not asleep:
@@ -242,13 +242,13 @@ class Health:
 
     def _watch(self, origin: Origin, now: float) -> None:
         if origin.in_flight < _CROWD or origin.asleep:
-            origin.crowded = None
-        elif origin.crowded is None:
-            origin.crowded = now
-        if origin.stuck is not None:
-            self._watch_stuck(origin, origin.stuck, now)
-        elif origin.crowded is not None and self._is_silent(origin, origin.crowded, now):
-            origin.stuck = now
+            origin.crowded_since = None
+        elif origin.crowded_since is None:
+            origin.crowded_since = now
+        if origin.stuck_since is not None:
+            self._watch_stuck(origin, origin.stuck_since, now)
+        elif origin.crowded_since is not None and self._is_silent(origin, origin.crowded_since, now):
+            origin.stuck_since = now
             self._refresh(origin)
             _log(logging.WARNING, "a backend is stuck", origin, in_flight=origin.in_flight)
 
@@ -267,11 +267,11 @@ class Health:
     def _watch_stuck(self, origin: Origin, since: float, now: float) -> None:
         answered = self._last_byte_at(origin.url) > since
         if not answered:
-            if origin.crowded is not None or origin.passed <= since:
+            if origin.crowded_since is not None or origin.passed <= since:
                 return
             # Those that waited have given up. It may be well again; one request finds out.
             self._breaker.suspect(origin, now)
-        origin.stuck = None
+        origin.stuck_since = None
         self._come_back(origin)
         _log(logging.INFO, "a backend is no longer stuck", origin, answered=answered)
 

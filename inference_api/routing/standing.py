@@ -34,8 +34,8 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
         return Standing(circuit, circuit, _reason(backend), since, None if circuit == "half_open" else backend.due)
     if not origin.healthy:
         return Standing("unhealthy", circuit, f"health check: {origin.cause or 'failed'}", since)
-    if origin.stuck is not None:
-        return Standing("stuck", circuit, "requests wait, and no byte comes", origin.stuck)
+    if origin.stuck_since is not None:
+        return Standing("stuck", circuit, "requests wait, and no byte comes", origin.stuck_since)
     if origin.asleep:
         return Standing("asleep", circuit, "it says that it sleeps", since)
     if resting is not None and resting > now:

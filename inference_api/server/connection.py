@@ -39,7 +39,7 @@ _MAX_LOOKS = 100
 OnRejection = Callable[[RouterError, str, int], None]
 
 
-class _Enough(Exception):
+class _Stop(Exception):
     """Raised in a parser callback: nothing that follows is answered."""
 
 
@@ -64,9 +64,29 @@ class ClientConnection(Flow):
     """One client connection. Requests on it are answered in their order, one at a time."""
 
     __slots__ = (
-        "_age_timer", "_app", "_blind", "_client", "_head", "_head_open", "_headers", "_heads", "_idle_since", "_left",
-        "_max_connections", "_old", "_on_refusal", "_overhead", "_parser", "_reading", "_running", "_server", "_state",
-        "_tail", "_upgrading", "_url", "_waiting",
+        "_age_timer",
+        "_app",
+        "_blind",
+        "_client",
+        "_expired",
+        "_head",
+        "_head_open",
+        "_headers",
+        "_heads",
+        "_idle_since",
+        "_left",
+        "_max_connections",
+        "_on_rejection",
+        "_overhead",
+        "_parser",
+        "_reading",
+        "_running",
+        "_server",
+        "_state",
+        "_tail",
+        "_upgrading",
+        "_url",
+        "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -82,7 +102,7 @@ class ClientConnection(Flow):
         super().__init__(deadlines, _loop or asyncio.get_running_loop())
         # Configuration
         self._app = cast(Any, config.loaded_app)
-        self._on_refusal = on_rejection
+        self._on_rejection = on_rejection
         self._max_connections = max_connections
         # Shared with the server
         self._state = server_state
@@ -92,7 +112,7 @@ class ClientConnection(Flow):
         self._running: Cycle | None = None
         self._waiting: list[Cycle] = []
         # Of one that is older than it may become, the next answer is the last.
-        self._old = False
+        self._expired = False
         self._age_timer: asyncio.TimerHandle | None = None
         # Request being read
         self._parser = httptools.HttpRequestParser(self)
@@ -118,17 +138,17 @@ class ClientConnection(Flow):
         self._server = _address(transport.get_extra_info("sockname"))
         if len(self._state.connections) > self._max_connections:
             # Abort without a response: lingering would hold the file descriptors that the router lacks.
-            self._deaf = True
-            self._on_refusal(Overloaded("The router has as many connections as it takes."), uuid.uuid4().hex, 0)
+            self._ignoring = True
+            self._on_rejection(Overloaded("The router has as many connections as it takes."), uuid.uuid4().hex, 0)
             self.transport.abort()
             return
-        self._timer = self.loop.call_later(self._deadlines.header, self._late)
+        self._timer = self.loop.call_later(self._deadlines.header, self._time_out)
         if age := self._deadlines.age:
             # Not all at once, though they were all made at once.
-            self._age_timer = self.loop.call_later(age * random.uniform(0.9, 1.1), self._grow_old)
+            self._age_timer = self.loop.call_later(age * random.uniform(0.9, 1.1), self._expire)
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._ignoring:
             self._received = True
             return
         # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
@@ -139,12 +159,12 @@ class ClientConnection(Flow):
             return
         try:
             self._feed(data)
-        except (httptools.HttpParserError, RouterError, _Enough) as exc:
+        except (httptools.HttpParserError, RouterError, _Stop) as exc:
             cause = exc.__context__ if isinstance(exc, httptools.HttpParserError) else exc
-            if isinstance(cause, _Enough):
-                self._take_no_more()
+            if isinstance(cause, _Stop):
+                self._stop_reading()
             else:
-                self._refuse(cause if isinstance(cause, RouterError) else not_http(data, exc))
+                self._reject(cause if isinstance(cause, RouterError) else not_http(data, exc))
             return
         if self._heads.due:
             newest = self._waiting[-1] if self._waiting else self._running
@@ -152,7 +172,7 @@ class ClientConnection(Flow):
             self._heads.learn(data if between else b"", newest.scope if newest is not None and repeatable else None)
         if self._head_open:
             if self._timer is None:
-                self._timer = self.loop.call_later(self._deadlines.header, self._late)
+                self._timer = self.loop.call_later(self._deadlines.header, self._time_out)
         elif self._reading is not None:
             self._wait_for_more(self._reading)
 
@@ -165,14 +185,14 @@ class ClientConnection(Flow):
     def _wait_for_more(self, cycle: Cycle) -> None:
         """The body of a request takes more than one read."""
         if self._timer is None:
-            self._timer = self.loop.call_later(self._deadlines.body, self._late)
+            self._timer = self.loop.call_later(self._deadlines.body, self._time_out)
         if cycle.unread > _MAX_UNREAD:
             if cycle is self._running:
                 # It waits in the kernel until the application asks for more.
                 self.pause_reading()
             else:
                 self._waiting.pop()
-                self._take_no_more()
+                self._stop_reading()
 
     def eof_received(self) -> bool:
         """A client that closes its half has left, as for nginx, Envoy and every engine behind us: work for it ends.
@@ -180,7 +200,7 @@ class ClientConnection(Flow):
         Answers that need none still go out, to those who close their half to say that they have asked.
         """
         self.left = True
-        self._forget_half()
+        self._drop_unfinished()
         self._reading = None
         for cycle in (self._running, *self._waiting):
             if cycle is not None:
@@ -213,7 +233,7 @@ class ClientConnection(Flow):
     def _feed(self, data: bytes) -> None:
         """Parse, but never across the end of a message: the parser does not tell where the next one begins.
 
-        Raises RouterError, _Enough, or HttpParserError because of either or by itself.
+        Raises RouterError, _Stop, or HttpParserError because of either or by itself.
         """
         at = looks = 0
         while at < len(data):
@@ -241,7 +261,7 @@ class ClientConnection(Flow):
                 raise BadRequest("The body has chunk extensions or trailers that are too large.")
             if self._reading is None:
                 if self._blind:
-                    raise _Enough
+                    raise _Stop
                 looks = 0
 
     def _end_of_piece(self, data: bytes, at: int) -> int:
@@ -266,7 +286,7 @@ class ClientConnection(Flow):
 
     def on_message_begin(self) -> None:
         if self._blind:
-            raise _Enough
+            raise _Stop
         self._head_open = True
         self._url = b""
         self._headers = []
@@ -288,13 +308,13 @@ class ClientConnection(Flow):
         scope = scope_of(head, parser.get_method(), self._url, headers, version)
         scope["client"], scope["server"] = self._client, self._server
         if not self._has_place():
-            raise _Enough
+            raise _Stop
         values = dict(headers)
         self._left = int(values.get(b"content-length", 0))
         self._tail, self._overhead = b"", 0
         self._upgrading = parser.should_upgrade()
         expects_continue = version == "1.1" and values.get(b"expect", b"").lower() == b"100-continue"
-        keep_alive = parser.should_keep_alive() and not (self._old or self._state.draining)
+        keep_alive = parser.should_keep_alive() and not (self._expired or self._state.draining)
         self._heads.parsed()
         kind = Cycle if version == "1.1" else OlderCycle
         cycle = self._reading = kind(self, scope, keep_alive, expects_continue)
@@ -313,10 +333,10 @@ class ClientConnection(Flow):
         else:
             self._waiting.append(cycle)
 
-    def _take_no_more(self) -> None:
+    def _stop_reading(self) -> None:
         """Read no further request. The client repeats what it sent behind the last answer, as whenever a server
         closes (RFC 9112, 9.3.2)."""
-        self._deaf = True
+        self._ignoring = True
         self._reading = None
         self._cancel_timer()
         last = self._waiting[-1] if self._waiting else self._running
@@ -357,7 +377,7 @@ class ClientConnection(Flow):
         if self.transport.is_closing():
             return
         if not cycle.keep_alive:
-            self._close(unread=cycle.more_body or self._deaf or bool(self._waiting))
+            self._close(unread=cycle.more_body or self._ignoring or bool(self._waiting))
             return
         if self._waiting:
             self._start(self._waiting.pop(0))
@@ -376,7 +396,7 @@ class ClientConnection(Flow):
         """Close when idle, else after the response under way."""
         if self._running is not None:
             self._running.keep_alive = False
-        elif self._deaf:
+        elif self._ignoring:
             self._linger_until = self.loop.time()
         else:
             self._hang_up()
@@ -389,11 +409,11 @@ class ClientConnection(Flow):
         self._state.tasks.add(task)
         task.add_done_callback(cycle.ended)
 
-    def _refuse(self, error: RouterError) -> None:
+    def _reject(self, error: RouterError) -> None:
         """Answer what the application will never see, and close: what follows cannot be told from it."""
-        self._deaf = True
+        self._ignoring = True
         self._cancel_timer()
-        self._forget_half()
+        self._drop_unfinished()
         cycle = self._waiting[-1] if self._waiting else self._running
         if cycle is not None and cycle is not self._reading:
             # What is wrong came after sound requests; they keep their answers.
@@ -402,7 +422,7 @@ class ClientConnection(Flow):
         request_id = uuid.uuid4().hex
         status, headers, body = render(error, request_id)
         if cycle is None:
-            self._on_refusal(error, request_id, len(body))
+            self._on_rejection(error, request_id, len(body))
         else:
             # The application counts it; to it the request ends here.
             cycle.rejection = Rejection(error, request_id, len(body))
@@ -414,15 +434,15 @@ class ClientConnection(Flow):
         self.write(STATUS_LINES[status] + head + b"connection: close\r\n\r\n" + body)
         self._close(unread=True)
 
-    def _forget_half(self) -> None:
+    def _drop_unfinished(self) -> None:
         """Drop the request that is being read: its rest will not come, and it has not been started."""
         if self._waiting and self._waiting[-1] is self._reading:
             self._waiting.pop()
 
-    def _late(self) -> None:
+    def _time_out(self) -> None:
         self._timer = None
         if self._head_open or self._reading is not None:
-            self._refuse(RequestTimeout("The request did not arrive in time."))
+            self._reject(RequestTimeout("The request did not arrive in time."))
         elif self._running is None:
             self._hang_up()
 
@@ -436,9 +456,9 @@ class ClientConnection(Flow):
         else:
             self._hang_up()
 
-    def _grow_old(self) -> None:
+    def _expire(self) -> None:
         """The next answer is the last; one that has begun is not touched, however long it takes."""
-        self._old = True
+        self._expired = True
         # The short way for known heads does not ask.
         self._heads.close()
         last = self._waiting[-1] if self._waiting else self._running

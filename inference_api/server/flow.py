@@ -28,12 +28,12 @@ class Deadlines(NamedTuple):
 
 
 class Flow(asyncio.Protocol):
-    """Base of a connection's protocol, which reads what comes unless this is deaf to it, and sets `_timer`."""
+    """Base of a connection's protocol, which reads what comes unless `_ignoring` is set, and sets `_timer`."""
 
     __slots__ = (
         "_deadlines",
-        "_deaf",
         "_idle_timer",
+        "_ignoring",
         "_linger_until",
         "_read_paused",
         "_received",
@@ -51,7 +51,7 @@ class Flow(asyncio.Protocol):
         self._deadlines = deadlines
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         # Of the client's half: it is not read for now; nothing of it matters any more; it has ended.
-        self._read_paused = self._deaf = self.left = False
+        self._read_paused = self._ignoring = self.left = False
         # Set while the client's buffer is full: done when it has drained
         self.drained: asyncio.Future[None] | None = None
         # For a head or a body, between two requests, and for the client to read
@@ -142,7 +142,7 @@ class Flow(asyncio.Protocol):
             self._hang_up()
             return
         # To close with bytes unread would reset the connection, and the answer might never be seen.
-        self._deaf = True
+        self._ignoring = True
         self.transport.write_eof()
         self.resume_reading()
         self._cancel_timer()

@@ -279,7 +279,7 @@ async def test_what_is_not_our_own_is_others(start: Start, transport: Transport)
     # Of the second one's own, one has not arrived there yet.
     assert await asking.poll() == [1, 0, 0]
     assert [backend.origin.reading for backend in asking.backends] == [(3, 2, None), (1, 0, None), (0, 0, None)]
-    assert {backend.origin.scraped for backend in asking.backends} == {5.0}
+    assert {backend.origin.scraped_at for backend in asking.backends} == {5.0}
     [request] = servers[0].requests
     assert (request.method, request.target) == ("GET", "/metrics")
     assert request.header("accept-encoding") == "identity"
@@ -365,7 +365,7 @@ async def test_a_backend_that_does_not_tell_counts_as_without_the_signal(
 
     assert await asking.poll() == [0, 4]
     assert asking.failed == [asking.backends[0].origin]
-    assert (asking.backends[0].origin.reading, asking.backends[0].origin.scraped) == (None, 0.0)
+    assert (asking.backends[0].origin.reading, asking.backends[0].origin.scraped_at) == (None, 0.0)
     assert bad.connections == 1
     if fault == "never ends":
         await until(lambda: bad.open == 0)
@@ -383,7 +383,7 @@ async def test_what_is_old_is_dropped(start: Start, transport: Transport) -> Non
     assert reported == [4, 4, 0, 0]
     assert asking.backends[0].origin.reading is None
     # When it last told stays known.
-    assert asking.backends[0].origin.scraped == 5.0
+    assert asking.backends[0].origin.scraped_at == 5.0
     server.script = page(2, 0)
     assert await asking.poll() == [2]
 
