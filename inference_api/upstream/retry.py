@@ -84,7 +84,7 @@ class RetryPolicy:
         """The failure that an answer with one of the statuses is that may be retried."""
         seconds = retry_after(reply.headers, self._wall())
         if seconds and reply.status in (429, 503):
-            self.resting.rest(backend, seconds, self._clock())
+            self.resting.pause(backend, seconds, self._clock())
         return Failure(backend, Outcome.of_status(reply.status), Reason.STATUS, free=False, reply=reply)
 
     def decide(self, call: Call, model: Model, past: Sequence[Failure], left: float) -> Retry | GiveUp:
@@ -120,7 +120,7 @@ class RetryPolicy:
 
     def rested(self, model: Model, key: str, tried: Collection[Backend] = (), only: bool = False) -> Backend | None:
         """A backend that did not ask for a pause; if all did, any of them, but None if `only`."""
-        backend, resting = model.choose(key, tried), self.resting.at(self._clock())
+        backend, resting = model.choose(key, tried), self.resting.paused(self._clock())
         if backend not in resting:
             return backend
         other = model.choose(key, [*tried, *resting])
@@ -144,7 +144,7 @@ class RetryPolicy:
             return Why.NEVER
         if failure.reason is Reason.STATUS and model.panic:
             return Why.NEVER  # what is left of the backends has enough to do
-        resting = self.resting.at(self._clock()) if failure.reason is Reason.STATUS else ()
+        resting = self.resting.paused(self._clock()) if failure.reason is Reason.STATUS else ()
         if failure.reason is not Reason.STALE and not _others(model, past, resting):
             return Why.NEVER
         return Why.LATE if left <= 0 else None
@@ -155,8 +155,8 @@ class RetryPolicy:
         if failure.silent:
             # What looked like an idle connection's end was perhaps the first death.
             scene = [failure.backend.label for failure in past if failure.silent or failure.reason is Reason.STALE]
-            return self.poison_guard.accuse(call.body, scene)
-        return failure.reason is Reason.STALE and self.poison_guard.guilty(call.body)
+            return self.poison_guard.record(call.body, scene)
+        return failure.reason is Reason.STALE and self.poison_guard.is_poison(call.body)
 
 
 def _others(model: Model, past: Sequence[Failure], resting: Collection[Backend] = ()) -> bool:

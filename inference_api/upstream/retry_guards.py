@@ -21,10 +21,10 @@ _HASHED = 2 * 1024 * 1024
 # Envoy's: enough for a small model to survive a backend's restart.
 _LEAST = 3
 # Seconds. A backend that wants a longer rest is asked again after this one.
-_LONGEST_REST = 30.0
+_LONGEST_PAUSE = 30.0
 # Seconds, and bodies.
 _MEMORY = 60.0
-_SUSPECTS = 1024
+_BODIES = 1024
 # Seconds. A backend that dies breaks all of its connections at once, and that is one death.
 _ONE_DEATH = 1.0
 
@@ -76,8 +76,8 @@ class Permit:
 FREE = Permit(None)
 
 
-class _Suspicion(NamedTuple):
-    deaths: int
+class _Deaths(NamedTuple):
+    count: int
     # Label of a backend -> when it last died of it
     last: dict[str, float]
 
@@ -91,32 +91,32 @@ class PoisonGuard:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._key = os.urandom(32)
-        self._known: TTLCache[bytes, _Suspicion] = TTLCache(_SUSPECTS, _MEMORY, timer=clock)
+        self._known: TTLCache[bytes, _Deaths] = TTLCache(_BODIES, _MEMORY, timer=clock)
 
-    def accuse(self, body: bytes, backends: Collection[str]) -> bool:
-        """These backends (by label) went silent over `body`; whether it is guilty now."""
+    def record(self, body: bytes, backends: Collection[str]) -> bool:
+        """Record that these backends (by label) went silent over `body`; True: it is poison now."""
         digest, now = self._digest(body), self._clock()
-        deaths, last = self._known.get(digest, _Suspicion(0, {}))
+        count, last = self._known.get(digest, _Deaths(0, {}))
         for backend in backends:
             if now - last.get(backend, -_ONE_DEATH) >= _ONE_DEATH:
-                deaths += 1
+                count += 1
                 last = last | {backend: now}
-        # Each accusation is remembered for a minute anew, so two deaths on record are never more than that apart.
-        self._known[digest] = _Suspicion(deaths, last)
-        return deaths > 1
+        # Each record is kept for a minute, so two deaths in it are never more than that apart.
+        self._known[digest] = _Deaths(count, last)
+        return count > 1
 
-    def guilty(self, body: bytes) -> bool:
+    def is_poison(self, body: bytes) -> bool:
         """Whether backends died of it twice, each time within a minute of the one before."""
         if not self._known:
             return False
-        suspect = self._known.get(self._digest(body))
-        return suspect is not None and suspect.deaths > 1
+        deaths = self._known.get(self._digest(body))
+        return deaths is not None and deaths.count > 1
 
     def __len__(self) -> int:
         return len(self._known)
 
     def _digest(self, body: bytes) -> bytes:
-        """Of a large body not of all of it, which would stop the event loop."""
+        """Of the two ends of a large body: all of it would stop the event loop."""
         digest = blake2b(b"%d" % len(body), digest_size=16, key=self._key)
         digest.update(body if len(body) <= 2 * _HASHED else body[:_HASHED] + body[-_HASHED:])
         return digest.digest()
@@ -125,10 +125,10 @@ class PoisonGuard:
 class RetryAfter(dict[Backend, float]):
     """The backends that sent Retry-After, and until when they get no requests; nearly always empty."""
 
-    def rest(self, backend: Backend, seconds: float, now: float) -> None:
-        self[backend] = now + min(seconds, _LONGEST_REST)
+    def pause(self, backend: Backend, seconds: float, now: float) -> None:
+        self[backend] = now + min(seconds, _LONGEST_PAUSE)
 
-    def at(self, now: float) -> list[Backend]:
+    def paused(self, now: float) -> list[Backend]:
         """The backends that pause at `now`; forgets the others."""
         for backend in [backend for backend, until in self.items() if until <= now]:
             del self[backend]

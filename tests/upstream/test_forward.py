@@ -707,7 +707,7 @@ async def test_a_backend_that_asks_for_a_rest_has_it(status: int, balancing: str
     assert tired not in desk.hosts[1:]
 
     desk.now += 0.2
-    assert not desk.policy.resting.at(desk.now)
+    assert not desk.policy.resting.paused(desk.now)
     for number in range(60):
         await finish(await desk.forward(call_to(prefix=f"s{number}"), model))
     assert tired in desk.hosts[21:]

@@ -85,71 +85,71 @@ def test_never_more_than_allowed_and_all_come_back(share: float, steps: list[tup
 
 
 def test_a_body_is_guilty_when_two_backends_died_of_it() -> None:
-    suspects = PoisonGuard(Clock())
+    guard = PoisonGuard(Clock())
 
-    assert not suspects.accuse(b"bad", ["a"])
-    assert not suspects.guilty(b"bad")
-    assert suspects.accuse(b"bad", ["b"])
-    assert suspects.guilty(b"bad")
-    assert not suspects.guilty(b"good")
-    assert not suspects.accuse(b"good", ["a"])
+    assert not guard.record(b"bad", ["a"])
+    assert not guard.is_poison(b"bad")
+    assert guard.record(b"bad", ["b"])
+    assert guard.is_poison(b"bad")
+    assert not guard.is_poison(b"good")
+    assert not guard.record(b"good", ["a"])
 
 
 def test_a_large_body_is_known_again_by_its_ends_and_its_length() -> None:
-    suspects = PoisonGuard(Clock())
+    guard = PoisonGuard(Clock())
     body = bytes(6_000_000)
-    suspects.accuse(body, ["a"])
+    guard.record(body, ["a"])
 
     for other in (body + b"\0", b"x" + body[1:], body[:-1] + b"x"):
-        assert not suspects.accuse(other, ["b"])
-    assert suspects.accuse(body, ["b"])
+        assert not guard.record(other, ["b"])
+    assert guard.record(body, ["b"])
 
 
 def test_two_deaths_may_be_told_at_once() -> None:
-    assert PoisonGuard(Clock()).accuse(b"bad", ["a", "b"])
+    assert PoisonGuard(Clock()).record(b"bad", ["a", "b"])
 
 
 def test_what_breaks_on_one_backend_at_once_is_one_death() -> None:
     clock = Clock()
-    suspects = PoisonGuard(clock)
+    guard = PoisonGuard(clock)
 
     verdicts = []
     for _ in range(5):
-        verdicts.append(suspects.accuse(b"equal", ["a"]))
+        verdicts.append(guard.record(b"equal", ["a"]))
         clock.now += 0.1
     clock.now += 1
-    verdicts.append(suspects.accuse(b"equal", ["a"]))
+    verdicts.append(guard.record(b"equal", ["a"]))
 
     assert verdicts == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize(("pause", "guilty"), [(59, True), (61, False)])
 def test_an_accusation_is_forgotten_after_a_minute(pause: float, guilty: bool) -> None:
-    suspects = PoisonGuard(clock := Clock())
-    suspects.accuse(b"bad", ["a"])
+    guard = PoisonGuard(clock := Clock())
+    guard.record(b"bad", ["a"])
     clock.now += pause
 
-    assert suspects.accuse(b"bad", ["b"]) == guilty
+    assert guard.record(b"bad", ["b"]) == guilty
     clock.now += 61
-    assert not suspects.guilty(b"bad")
+    assert not guard.is_poison(b"bad")
 
 
 def test_the_oldest_suspects_are_forgotten_first() -> None:
-    suspects = PoisonGuard(Clock())
-    suspects.accuse(b"first", ["a", "b"])
+    guard = PoisonGuard(Clock())
+    guard.record(b"first", ["a", "b"])
 
     for number in range(2000):
-        suspects.accuse(b"%d" % number, ["a", "b"])
+        guard.record(b"%d" % number, ["a", "b"])
 
-    assert len(suspects) == 1024
-    assert not suspects.guilty(b"first")
-    assert suspects.guilty(b"1999")
+    assert len(guard) == 1024
+    assert not guard.is_poison(b"first")
+    assert guard.is_poison(b"1999")
 
 
 def test_nothing_of_a_body_is_kept() -> None:
     ours, theirs = PoisonGuard(Clock()), PoisonGuard(Clock())
-    for suspects in (ours, theirs):
-        suspects.accuse(b"a secret prompt", ["a", "b"])
+    for guard in (ours, theirs):
+        guard.record(b"a secret prompt", ["a", "b"])
 
     (mine,), (other,) = list(ours._known), list(theirs._known)
     assert len(mine) == 16
@@ -163,7 +163,7 @@ def test_nothing_of_a_body_is_kept() -> None:
 )
 def test_a_verdict_follows_from_the_last_minutes(steps: list[tuple[bytes, str, float]]) -> None:
     clock = Clock()
-    suspects = PoisonGuard(clock)
+    guard = PoisonGuard(clock)
     deaths: dict[bytes, list[tuple[float, str]]] = {b"x": [], b"y": []}
     for body, backend, pause in steps:
         clock.now += pause
@@ -173,7 +173,7 @@ def test_a_verdict_follows_from_the_last_minutes(steps: list[tuple[bytes, str, f
         if not any(who == backend and clock.now - when < 1 for when, who in known):
             known.append((clock.now, backend))
 
-        assert suspects.accuse(body, [backend]) == suspects.guilty(body) == (len(known) > 1)
+        assert guard.record(body, [backend]) == guard.is_poison(body) == (len(known) > 1)
 
 
 # Backends that rest
@@ -186,12 +186,12 @@ def test_a_backend_rests_as_long_as_it_asked_and_no_longer_than_30_seconds() -> 
     a, b, resting = Backend("m", "http://a"), Backend("m", "http://b"), RetryAfter()
     assert not resting
 
-    resting.rest(a, 7, now=100)
-    resting.rest(b, 3600, now=100)
+    resting.pause(a, 7, now=100)
+    resting.pause(b, 3600, now=100)
 
-    assert resting.at(106.9) == [a, b]
-    assert resting.at(107) == [b]
-    assert resting.at(130) == []
+    assert resting.paused(106.9) == [a, b]
+    assert resting.paused(107) == [b]
+    assert resting.paused(130) == []
     assert not resting
 
 
