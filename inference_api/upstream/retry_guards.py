@@ -77,7 +77,7 @@ FREE = Permit(None)
 
 
 class _Deaths(NamedTuple):
-    count: int
+    total: int
     # Label of a backend -> when it last died of it
     last: dict[str, float]
 
@@ -110,7 +110,7 @@ class PoisonGuard:
         if not self._known:
             return False
         deaths = self._known.get(self._digest(body))
-        return deaths is not None and deaths.count > 1
+        return deaths is not None and deaths.total > 1
 
     def __len__(self) -> int:
         return len(self._known)
