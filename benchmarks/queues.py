@@ -9,11 +9,12 @@ from itertools import count
 from random import Random
 from typing import Any, Literal
 
+from inference_api.app import GROUPS
 from inference_api.features import engine_load
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.balance import BALANCERS, Balancer
 from inference_api.routing.entries import BalancingName
-from inference_api.settings import Settings
+from inference_api.settings import make_settings
 
 Event = Literal["none", "slow", "dies"]
 
@@ -24,7 +25,7 @@ _BREAKER_FAILURES = 5
 _WARM_UP = 0.5
 # By whether engines report their load.
 _BALANCERS = {
-    reported: {**BALANCERS, **engine_load.balancers(Settings(load_signal_interval=float(reported)))}
+    reported: {**BALANCERS, **engine_load.balancers(make_settings({"load_signal_interval": float(reported)}, GROUPS))}
     for reported in (False, True)
 }
 # How often the loads of the backends are compared.

@@ -1,7 +1,4 @@
-"""The composition root: which features there are, in which order their parts stand, and what runs beside requests.
-
-The only file that imports `features`.
-"""
+"""The composition root: which features there are, and in which order their parts stand. Nothing else imports them."""
 
 from collections.abc import Sequence
 
@@ -25,10 +22,14 @@ from inference_api.http.stored import StoredResponses
 from inference_api.models import Send
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
-from inference_api.settings import Settings
+from inference_api.routing.entries import entry_type
+from inference_api.settings import Group, Settings
 from inference_api.upstream.admission import model_admission
 from inference_api.upstream.attempt import SendAttempt
 
+# The settings of features, and the keys that they add to the entries of a catalogue
+GROUPS: tuple[type[Group], ...] = (engine_load.Options,)
+ENTRY = entry_type(())
 FEATURES = (
     # The outermost layer: a span has everything in it that happens to the request.
     tracing.build,
@@ -42,9 +43,8 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
 
     Raises CatalogueError when the static catalogue cannot be read, SettingsError when a feature cannot be built.
     """
-    core = Core(settings, outside or Outside(), engine_load.balancers(settings))
-    enabled = [feature for make in FEATURES if (feature := make(core, settings)) is not None]
-    enabled += features
+    core = Core(settings, outside or Outside(), engine_load.balancers(settings), ENTRY)
+    enabled = [*(made for make in FEATURES if (made := make(core, settings)) is not None), *features]
     resolve = _resolve(core, enabled)
     attempt = core.attempt([feature.attempt for feature in enabled if feature.attempt])
     stages = Stages(

@@ -6,10 +6,11 @@ import sys
 from typing import NoReturn, TypeAlias
 
 from inference_api import __version__
+from inference_api.app import GROUPS
 from inference_api.commands import check, models, serve, status
 from inference_api.routing.catalogue import CatalogueError
 from inference_api.routing.wording import suggestion
-from inference_api.settings import PREFIX, Settings, SettingsError
+from inference_api.settings import PREFIX, SettingsError, fields_of
 
 _ABOUT = """\
 A thin OpenAI-compatible inference router: a client names a model, the router finds it in a registry or in a
@@ -126,7 +127,7 @@ def _configured(commands: _Commands, name: str, text: str) -> argparse.ArgumentP
     command = _added(commands, name, text, f"{text[0].upper()}{text[1:]}. {_INSTEAD}")
     command.epilog = "environment variables:\n" + "\n".join(
         f"  {PREFIX + name.upper():<36} {field.description} (default: {_shown(field.default)})"
-        for name, field in Settings.model_fields.items()
+        for name, field in fields_of(GROUPS).items()
     )
     command.add_argument("--catalogue", metavar="FILE", help="the static catalogue, YAML or JSON")
     return command

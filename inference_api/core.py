@@ -31,6 +31,7 @@ from inference_api.routing.backend import Backend, Origin
 from inference_api.routing.balance import BALANCERS, MakeBalancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.files import Reloader, static_source
 from inference_api.routing.fleet import Fleet
 from inference_api.routing.health import Health
@@ -76,12 +77,18 @@ class Outside(NamedTuple):
 
 
 class Core:
-    """Raises CatalogueError when the static catalogue cannot be read. `balancers`: algorithms by their name."""
+    """Raises CatalogueError when the static catalogue cannot be read. `balancers`: algorithms by their name.
+
+    `entry`: the class of the catalogue's entries."""
 
     def __init__(
-        self, settings: Settings, outside: Outside, balancers: Mapping[str, MakeBalancer] = MappingProxyType({})
+        self,
+        settings: Settings,
+        outside: Outside,
+        balancers: Mapping[str, MakeBalancer] = MappingProxyType({}),
+        entry: type[CatalogueEntry] = CatalogueEntry,
     ) -> None:
-        self.settings, self.outside = settings, outside
+        self.settings, self.outside, self._entry = settings, outside, entry
         self.rand = rand = outside.rand or random.Random()
         balancers = {**BALANCERS, **balancers}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
@@ -94,7 +101,7 @@ class Core:
         self.slices = None if cluster is None else self._make_slices(cluster)
         self._finders = [finder for finder in (self.discovery, self.slices) if finder]
         self._client = outside.registry_client or self._registry_client()
-        self._catalogue = static_source(settings.catalogue, outside.catalogue, self._prepare)
+        self._catalogue = static_source(settings.catalogue, outside.catalogue, self._prepare, entry)
         self.registry = self._make_registry()
         self._catalogue.take = self.registry.replace_static
         self.reloader = Reloader((self._catalogue, self._tokens, self._trust))
@@ -214,6 +221,7 @@ class Core:
             rand=self.rand.random,
             on_change=self._catalogue_changed,
             prepare=self._prepare,
+            entry_type=self._entry,
         )
 
     def _make_health(self) -> Health:

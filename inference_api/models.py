@@ -1,6 +1,6 @@
 """The values that travel through the stages: Route, Call, Model, Reply, and the one Outcome that all accounts share."""
 
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -178,7 +178,7 @@ class Reply:
         self.stream = stream
         self.backend = backend
         self.attempts = attempts
-        self.extra: Sequence[tuple[bytes, bytes]] = ()
+        self.extra: tuple[tuple[bytes, bytes], ...] = ()
         self.taps: tuple[Tap, ...] = ()
         self.filter: EventFilter | None = None
         self.ended = False

@@ -3,12 +3,22 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from inference_api.headers import NEVER_FORWARDED
@@ -32,8 +42,25 @@ class SettingsError(ValueError):
     """The environment cannot be used; one line per variable, each naming it."""
 
 
+class InvalidSettings(ValueError):
+    """What pydantic says of the core's settings, and of each group."""
+
+    def __init__(self, errors: list[ValidationError]) -> None:
+        super().__init__("; ".join(str(error) for error in errors))
+        self.errors = errors
+
+
+class Group(BaseModel):
+    """The settings of one feature, by their variables' names without the prefix. Every one has a default: off."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+G = TypeVar("G", bound=Group)
+
+
 class Settings(BaseSettings):
-    """Every setting, by its variable's name without the prefix."""
+    """Every setting of the core, by its variable's name without the prefix; those of features are in groups."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -56,10 +83,6 @@ class Settings(BaseSettings):
     )
     discovery_interval: Seconds = Field(
         default=5, description="seconds between two look-ups of host names with `discovery: dns`, +-20 %"
-    )
-    load_signal_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0,
-        description="seconds between two reads of the backends' own metrics, for balancing, +-20 %; 0: off",
     )
     connect_timeout: Seconds = Field(default=2, description="seconds to connect to a backend")
     first_byte_timeout: Seconds = Field(default=120, description="seconds until a backend's response head")
@@ -114,6 +137,9 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] | None = Field(
         default=None, description="json or console; unset: console on a terminal"
     )
+
+    # Of the features, by their class
+    _groups: Mapping[type[Group], Group] = PrivateAttr(default_factory=dict)
 
     @field_validator("retry_on_status", "forward_headers", mode="before")
     @classmethod
@@ -174,6 +200,11 @@ class Settings(BaseSettings):
             )
         return self
 
+    def of(self, group: type[G]) -> G:
+        """The settings of one feature; the defaults where they were not loaded."""
+        found = self._groups.get(group)
+        return found if isinstance(found, group) else group()
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *args: Any, **kwargs: Any
@@ -182,32 +213,65 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
-def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+def load_settings(environ: Mapping[str, str] | None = None, groups: Iterable[type[Group]] = ()) -> Settings:
     """Read and check the environment. Raises SettingsError naming every variable that is unknown or invalid."""
     environ = os.environ if environ is None else environ
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    groups = tuple(groups)
+    known = {PREFIX + name.upper() for name in fields_of(groups)}
     given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
     problems = [_unknown(name, known) for name in sorted(given) if name.upper() not in known]
     values = {
         name.upper().removeprefix(PREFIX).lower(): value for name, value in given.items() if name.upper() in known
     }
+    settings = None
     try:
-        settings = Settings(**values)  # type: ignore[arg-type]
-    except ValidationError as exc:
-        for error in exc.errors(include_url=False, include_context=False, include_input=False):
-            reason = _reason(error["type"], error["msg"])
-            if error["loc"]:
-                name = str(error["loc"][0])
-                if values[name].startswith("tcp://"):
-                    # Kubernetes sets NAME_PORT for each Service of the namespace; ours is one of our name.
-                    reason += "; Kubernetes sets it for a Service of that name: `enableServiceLinks: false` in the pod"
-                shown = "***" if name in _SECRETS else without_password(values[name])[:80]
-                reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
-            problems.append(reason)
-        raise SettingsError("\n".join(problems)) from None
-    if problems:
+        settings = make_settings(values, groups)
+    except InvalidSettings as exc:
+        problems += [reason for error in exc.errors for reason in _reasons(error, values)]
+    if problems or settings is None:
         raise SettingsError("\n".join(problems))
     return settings
+
+
+def make_settings(values: Mapping[str, Any], groups: Iterable[type[Group]] = ()) -> Settings:
+    """Settings of these values, by name. Raises InvalidSettings."""
+    errors: list[ValidationError] = []
+    made: dict[type[Group], Group] = {}
+    rest = dict(values)
+    for group in groups:
+        mine = {name: rest.pop(name) for name in group.model_fields if name in rest}
+        try:
+            made[group] = group(**mine)
+        except ValidationError as exc:
+            errors.append(exc)
+    try:
+        settings = Settings(**rest)
+    except ValidationError as exc:
+        raise InvalidSettings([exc, *errors]) from None
+    if errors:
+        raise InvalidSettings(errors)
+    settings._groups = made
+    return settings
+
+
+def fields_of(groups: Iterable[type[Group]]) -> dict[str, FieldInfo]:
+    """Every setting by its name, with its default and description: the core's, then those of the groups."""
+    models: tuple[type[BaseModel], ...] = (Settings, *groups)
+    return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def _reasons(exc: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
+    for error in exc.errors(include_url=False, include_context=False, include_input=False):
+        reason = _reason(error["type"], error["msg"])
+        if error["loc"]:
+            name = str(error["loc"][0])
+            value = values[name]
+            if value.startswith("tcp://"):
+                # Kubernetes sets NAME_PORT for each Service of the namespace; ours is one of our name.
+                reason += "; Kubernetes sets it for a Service of that name: `enableServiceLinks: false` in the pod"
+            shown = "***" if name in _SECRETS else without_password(value)[:80]
+            reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
+        yield reason
 
 
 def without_password(url: str) -> str:

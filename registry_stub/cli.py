@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference_api import __version__
+from inference_api.app import ENTRY
 from inference_api.observe.log import LogHandler
 from inference_api.observe.writer import LogWriter
 from inference_api.routing.catalogue import CatalogueError, load_catalogue
@@ -150,7 +151,7 @@ def _seed(store: Store, path: Path) -> None:
     if store.snapshot.models or store.problems:
         log.info("the database has models already; the catalogue %s is not read", path)
         return
-    catalogue = load_catalogue(path, "--catalogue")
+    catalogue = load_catalogue(path, ENTRY, "--catalogue")
     for problem in catalogue.problems:
         _print_refused(f"catalogue {str(path)!r}", problem)
     store.seed(catalogue.values(), int(time.time()))

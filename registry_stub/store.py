@@ -9,6 +9,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
+from inference_api.app import ENTRY
 from inference_api.routing.catalogue import describe
 from inference_api.routing.entries import CatalogueEntry
 from registry_stub.conditional import etag_of
@@ -118,7 +119,7 @@ class Store:
         models: dict[str, Stored] = {}
         for name, text in self._database.read("SELECT name, entry FROM models ORDER BY position"):
             try:
-                stored = _render(CatalogueEntry.model_validate_json(text), created=0)
+                stored = _render(ENTRY.model_validate_json(text), created=0)
                 self._refuse_clash(stored.entry)
             except (ValidationError, NameTaken) as exc:
                 reason = describe(exc) if isinstance(exc, ValidationError) else exc

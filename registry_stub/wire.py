@@ -6,6 +6,7 @@ import orjson
 from pydantic import ValidationError
 from starlette.requests import Request
 
+from inference_api.app import ENTRY
 from inference_api.routing.catalogue import describe
 from inference_api.routing.entries import CatalogueEntry
 from registry_stub import conditional
@@ -27,7 +28,7 @@ async def read_entry(request: Request, name: str) -> CatalogueEntry:
         raise Refused(400, "invalid_json", f"The body is not JSON: {exc}.") from None
     try:
         # From the bytes, not from what orjson made of them: the messages then speak of JSON, not of Python.
-        entry = CatalogueEntry.model_validate_json(body)
+        entry = ENTRY.model_validate_json(body)
     except ValidationError as exc:
         param = ".".join(map(str, exc.errors()[0]["loc"])) or None
         raise Refused(422, "validation_error", f"The entry is not valid: {describe(exc)}.", param=param) from None

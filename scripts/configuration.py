@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from inference_api.settings import PREFIX, Settings
+from inference_api.app import GROUPS
+from inference_api.settings import PREFIX, Settings, fields_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -20,6 +21,7 @@ _TITLES = {
     "breaker_failures": "Health",
     "drain_delay": "Shutdown",
     "log_level": "Log",
+    "load_signal_interval": "Optional features",
 }
 _HEAD = f"""\
 <!-- Made by `.venv/bin/python scripts/configuration.py --write` from inference_api/settings.py; edit that file. -->
@@ -52,7 +54,9 @@ def page() -> str:
     """The whole page, as Markdown."""
     lines = []
     schema = Settings.model_json_schema()["properties"]
-    for name, field in Settings.model_fields.items():
+    for group in GROUPS:
+        schema |= group.model_json_schema()["properties"]
+    for name, field in fields_of(GROUPS).items():
         if title := _TITLES.get(name):
             lines += ["", f"## {title}", "", "| variable | values | default | meaning |", "|---|---|---|---|"]
         lines.append(

@@ -14,7 +14,7 @@ import hypothesis
 import orjson
 import pytest
 
-from inference_api.app import build
+from inference_api.app import GROUPS, build
 from inference_api.application import Application
 from inference_api.core import Outside
 from inference_api.discovery import resolver
@@ -22,7 +22,7 @@ from inference_api.discovery.cluster import Cluster
 from inference_api.feature import Feature
 from inference_api.observe.log import Fields
 from inference_api.server.server import Server, listen, server_config
-from inference_api.settings import Settings
+from inference_api.settings import Settings, make_settings
 from inference_api.upstream.transport import Transport
 from tests.fakes import FakeEngine, Script, ScriptedServer, in_background, until
 
@@ -106,7 +106,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path = tmp_path / "catalogue.json"
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
-            chosen = Settings(catalogue=path, **settings)
+            chosen = make_settings({"catalogue": path, **settings}, GROUPS)
             outside = Outside(
                 tokens or {},
                 write_line=lines.append,

@@ -17,10 +17,11 @@ import orjson
 import pytest
 
 import inference_api
+from inference_api.app import GROUPS
 from inference_api.cli import main
 from inference_api.demo import run as demo_run
 from inference_api.observe.log import LogHandler
-from inference_api.settings import PREFIX, Settings
+from inference_api.settings import PREFIX, fields_of
 from tests.ports import free_port
 
 CATALOGUE = """
@@ -90,7 +91,7 @@ def test_the_help_of_a_command_lists_every_variable(command: str, capsys: pytest
     stopped(command, "--help")
 
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(f"  {PREFIX}")]
-    assert lines == [PREFIX + name.upper() for name in Settings.model_fields]
+    assert lines == [PREFIX + name.upper() for name in fields_of(GROUPS)]
 
 
 def test_the_help_shows_defaults_as_they_would_be_written(capsys: pytest.CaptureFixture[str]) -> None:

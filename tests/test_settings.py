@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings
+from inference_api.app import GROUPS
+from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, fields_of, load_settings
 
 # A value that is not the default, for every setting.
 VALUES: dict[str, tuple[str, Any]] = {
@@ -52,7 +53,7 @@ VALUES: dict[str, tuple[str, Any]] = {
 
 
 def load(**values: str) -> Settings:
-    return load_settings({PREFIX + name.upper(): value for name, value in values.items()})
+    return load_settings({PREFIX + name.upper(): value for name, value in values.items()}, GROUPS)
 
 
 def refusal(**values: str) -> str:
@@ -61,12 +62,18 @@ def refusal(**values: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", Settings.model_fields)
+@pytest.mark.parametrize("name", fields_of(GROUPS))
 def test_a_variable_sets_its_setting(name: str) -> None:
     text, value = VALUES[name]
 
-    assert getattr(load(**{name: text}), name) == value
-    assert getattr(load(), name) == Settings.model_fields[name].default != value
+    assert read(load(**{name: text}), name) == value
+    assert read(load(), name) == fields_of(GROUPS)[name].default != value
+
+
+def read(settings: Settings, name: str) -> object:
+    """A setting of the core, or of a feature's group."""
+    group = next((group for group in GROUPS if name in group.model_fields), None)
+    return getattr(settings if group is None else settings.of(group), name)
 
 
 def test_the_defaults_are_those_of_the_design() -> None:
@@ -80,7 +87,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
 
 
 def test_every_setting_says_what_it_is_for() -> None:
-    assert all(field.description for field in Settings.model_fields.values())
+    assert all(field.description for field in fields_of(GROUPS).values())
 
 
 def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

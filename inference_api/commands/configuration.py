@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from inference_api.app import ENTRY, GROUPS
 from inference_api.routing.catalogue import Catalogue, CatalogueError, describe, load_catalogue
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings
@@ -35,7 +36,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             environ[PREFIX + name.upper()] = str(value)
     if options.get("backend") and (named := _names_catalogue(options)):
         raise SettingsError(f"--backend stands for a catalogue, and {named} names one: use either of them")
-    return load_settings(environ)
+    return load_settings(environ, GROUPS)
 
 
 def _names_catalogue(options: Mapping[str, object]) -> str | None:
@@ -68,7 +69,7 @@ def _without_password(option: str) -> str:
 
 def read_catalogue(path: Path) -> Catalogue:
     """The catalogue of a file, all of whose entries can be used. Raises CatalogueError with a line for each other."""
-    catalogue = load_catalogue(path)
+    catalogue = load_catalogue(path, ENTRY)
     if catalogue.problems:
         raise CatalogueError("\n".join(f"{path}: {problem}" for problem in catalogue.problems))
     return catalogue

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from inference_api.app import ENTRY
 from inference_api.commands.configuration import settings_of, table
 from inference_api.commands.router import NotReachable, ask
 from inference_api.routing.catalogue import load_catalogue
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _listed(arguments: argparse.Namespace) -> Rows:
     rows: Rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "ALIASES", "BACKENDS")]
-    for entry in load_catalogue(settings_of(arguments).catalogue).values():
+    for entry in load_catalogue(settings_of(arguments).catalogue, ENTRY).values():
         backends = " ".join(backend.url for backend in entry.backends) or "none"
         aliases = ",".join(entry.aliases) or "none"
         rows.append((entry.name, entry.version, entry.owner, entry.engine, entry.balancing, aliases, backends))

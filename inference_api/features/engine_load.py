@@ -6,7 +6,9 @@ then balancing is what it is without it.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from pydantic import Field
 
 from inference_api.core import Core
 from inference_api.discovery.engine_metrics import EngineMetrics
@@ -16,19 +18,26 @@ from inference_api.observe.families import BY_BACKEND, gauge
 from inference_api.routing.backend import Backend, Reading
 from inference_api.routing.balance import BackendView, LeastInFlight, MakeBalancer, TwoChoices, running_weights
 from inference_api.routing.fleet import Fleet
-from inference_api.settings import Settings
+from inference_api.settings import Group, Settings
 
 R = TypeVar("R", bound=BackendView)
 
 
+class Options(Group):
+    load_signal_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0,
+        description="seconds between two reads of the backends' own metrics, for balancing, +-20 %; 0: off",
+    )
+
+
 def build(core: Core, settings: Settings) -> Feature | None:
     """Polls the engines' metrics every `load_signal_interval` seconds; 0: off."""
-    if not settings.load_signal_interval:
+    if not settings.of(Options).load_signal_interval:
         return None
     poller = EngineMetrics(
         core.fleet,
         core.own_transport,
-        settings.load_signal_interval,
+        settings.of(Options).load_signal_interval,
         functools.partial(core.metrics.probe_failed, kind="metrics"),
         rand=core.rand.random,
     )
@@ -37,7 +46,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
 
 def balancers(settings: Settings) -> Mapping[str, MakeBalancer]:
     """The algorithms that go by load alone, with what the engines report; none where that is off."""
-    if not settings.load_signal_interval:
+    if not settings.of(Options).load_signal_interval:
         return {}
     return {"least_in_flight": LeastReported, "two_choices": TwoReported}
 

@@ -189,7 +189,7 @@ class Relay:
             request_id = self._call.request_id.encode()
             lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
             if self._reply.extra:
-                lines += header_lines(list(self._reply.extra))
+                lines += header_lines([*self._reply.extra])
             if direct.respond(status, lines, body):
                 self.started = True
                 # Nobody could leave in between: all of it was one turn of the event loop.

@@ -49,10 +49,13 @@ def dated(catalogue: Catalogue, created: Mapping[str, int]) -> Catalogue:
     return Catalogue(entries, catalogue.problems)
 
 
-def parse_catalogue(document: Any, *, lenient: bool = False) -> Catalogue:
+def parse_catalogue(
+    document: Any, entry_type: type[CatalogueEntry] = CatalogueEntry, *, lenient: bool = False
+) -> Catalogue:
     """Check a decoded catalogue, `{"models": [...]}`; a bad entry is refused alone.
 
-    `lenient`: it comes from a registry, which may be newer than this router; keys that are unknown are ignored.
+    `entry_type`: the class of its entries, with the keys of features. `lenient`: it comes from a registry, which may be
+    newer than this router; keys that are unknown are ignored.
 
     Raises CatalogueError when there is no list of models to look at, or one that is too long.
     """
@@ -67,7 +70,7 @@ def parse_catalogue(document: Any, *, lenient: bool = False) -> Catalogue:
     ignored: set[str] | None = set() if lenient else None
     refused = 0
     for position, raw in enumerate(document["models"]):
-        entry = _entry(raw, taken, ignored)
+        entry = _entry(raw, entry_type, taken, ignored)
         if isinstance(entry, CatalogueEntry):
             taken |= {entry.name, *entry.aliases}
             entries.append(entry)
@@ -92,9 +95,11 @@ def _check_size(models: list[Any]) -> None:
         raise CatalogueError(f"it lists {count} backends, and {_MAX_BACKENDS_OF_ALL} is the limit")
 
 
-def _entry(raw: Any, taken: set[str], ignored: set[str] | None) -> CatalogueEntry | ValidationError | str:
+def _entry(
+    raw: Any, entry_type: type[CatalogueEntry], taken: set[str], ignored: set[str] | None
+) -> CatalogueEntry | ValidationError | str:
     """The entry, or why it is refused. Unknown keys are left out and added to `ignored`, if there is that."""
-    entry = _valid(raw)
+    entry = _valid(raw, entry_type)
     for _ in range(_MOST_IGNORED):
         # Of a list only the first bad item is told.
         if ignored is None or isinstance(entry, CatalogueEntry) or entry.error_count() > _MOST_UNKNOWN:
@@ -103,24 +108,28 @@ def _entry(raw: Any, taken: set[str], ignored: set[str] | None) -> CatalogueEntr
             break
         ignored |= set(unknown.values())
         raw = wording.without(raw, unknown)
-        entry = _valid(raw)
+        entry = _valid(raw, entry_type)
     if isinstance(entry, CatalogueEntry) and (clash := sorted({entry.name, *entry.aliases} & taken)):
         return f"the name {clash[0]!r} is taken by an earlier entry"
     return entry
 
 
-def _valid(raw: Any) -> CatalogueEntry | ValidationError:
+def _valid(raw: Any, entry_type: type[CatalogueEntry]) -> CatalogueEntry | ValidationError:
     try:
-        return CatalogueEntry.model_validate(raw)
+        return entry_type.model_validate(raw)
     except ValidationError as exc:
         return exc
 
 
-def load_catalogue(path: Path, named_by: str = "INFERENCE_API_CATALOGUE or --catalogue") -> Catalogue:
+def load_catalogue(
+    path: Path,
+    entry_type: type[CatalogueEntry] = CatalogueEntry,
+    named_by: str = "INFERENCE_API_CATALOGUE or --catalogue",
+) -> Catalogue:
     """Read a YAML or JSON catalogue file. Raises CatalogueError with the path and the fix: what it was `named_by`."""
     document = read_document(path, named_by)
     try:
-        return parse_catalogue(document)
+        return parse_catalogue(document, entry_type)
     except CatalogueError as exc:
         raise CatalogueError(f"catalogue {str(path)!r}: {exc}") from None
 

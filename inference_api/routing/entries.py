@@ -1,6 +1,7 @@
 """The entries of a catalogue: one model each, in the same shape in the file, in the registry and in its API."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -10,6 +11,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -172,3 +174,24 @@ class CatalogueEntry(_Entry):
         if len(set(urls)) != len(urls):
             raise ValueError("the same backend url is listed twice")
         return backends
+
+
+T = TypeVar("T")
+
+
+class EntryKey(NamedTuple, Generic[T]):
+    """A key that a feature adds to the entries of a catalogue: its name, its type for pydantic, and its default."""
+
+    name: str
+    type: Any
+    default: T
+
+    def of(self, entry: CatalogueEntry) -> T:
+        """What the entry has under this key."""
+        return cast(T, getattr(entry, self.name, self.default))
+
+
+def entry_type(keys: Iterable[EntryKey[Any]]) -> type[CatalogueEntry]:
+    """The class of entries that may have these keys, too."""
+    fields: dict[str, Any] = {key.name: (key.type, key.default) for key in keys}
+    return create_model("CatalogueEntry", __base__=CatalogueEntry, **fields) if fields else CatalogueEntry

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from inference_api.routing.catalogue import Catalogue, CatalogueError, dated, load_catalogue
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,14 @@ class CatalogueFile:
     `prepare` is called in the thread that reads, before.
     """
 
-    def __init__(self, path: Path, prepare: Callable[[Catalogue], None] = lambda catalogue: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        prepare: Callable[[Catalogue], None] = lambda catalogue: None,
+        entry_type: type[CatalogueEntry] = CatalogueEntry,
+    ) -> None:
         self._path = path
+        self._entry_type = entry_type
         self._prepare = prepare
         self._changes = Changes(path)
         self._complaint = ""
@@ -79,7 +86,7 @@ class CatalogueFile:
 
     def load(self) -> Catalogue:
         """For the start, when entries may be refused one by one. Raises CatalogueError."""
-        catalogue = self._dated(load_catalogue(self._path))
+        catalogue = self._dated(load_catalogue(self._path, self._entry_type))
         self._prepare(catalogue)
         return catalogue
 
@@ -129,10 +136,13 @@ class GivenCatalogue:
 
 
 def static_source(
-    path: Path, given: Catalogue | None, prepare: Callable[[Catalogue], None]
+    path: Path,
+    given: Catalogue | None,
+    prepare: Callable[[Catalogue], None],
+    entry_type: type[CatalogueEntry] = CatalogueEntry,
 ) -> CatalogueFile | GivenCatalogue:
     """Where the static catalogue comes from: the file, unless one is `given`."""
-    return CatalogueFile(path, prepare) if given is None else GivenCatalogue(given, prepare)
+    return CatalogueFile(path, prepare, entry_type) if given is None else GivenCatalogue(given, prepare)
 
 
 class Reloader:

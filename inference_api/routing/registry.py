@@ -26,6 +26,7 @@ from inference_api.models import Caller
 from inference_api.pace import back_off, spread
 from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
 from inference_api.routing.changes import changes
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,10 @@ class Registry:
         cold_start: float = 5.0,
         timeout: float = 10.0,
         max_bytes: int = MAX_BYTES,
+        entry_type: type[CatalogueEntry] = CatalogueEntry,
     ) -> None:
         # Configuration
+        self._entry_type = entry_type
         self._cold_start = cold_start
         self._timeout = timeout
         self._max_bytes = max_bytes
@@ -234,7 +237,7 @@ class Registry:
         return catalogue
 
     def _read(self, content: bytes) -> Catalogue:
-        catalogue = _read(content)
+        catalogue = _read(content, self._entry_type)
         self._prepare(catalogue)
         return catalogue
 
@@ -283,9 +286,9 @@ async def _read_body(response: httpx.Response, limit: int) -> bytes:
     return bytes(body)
 
 
-def _read(content: bytes) -> Catalogue:
+def _read(content: bytes, entry_type: type[CatalogueEntry]) -> Catalogue:
     try:
-        catalogue = parse_catalogue(orjson.loads(content), lenient=True)
+        catalogue = parse_catalogue(orjson.loads(content), entry_type, lenient=True)
     except (orjson.JSONDecodeError, CatalogueError) as exc:
         raise RegistryError("garbage", f"its answer is not a catalogue: {exc}") from exc
     if catalogue.problems and not catalogue:

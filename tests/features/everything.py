@@ -107,7 +107,7 @@ class Everything:
             self.seen.add("send")
             reply = await send(call, model)
             self.open += 1
-            reply.extra = [*reply.extra, (b"x-everything", b"1")]
+            reply.extra += ((b"x-everything", b"1"),)
             reply.on_end(self._ended)
             return reply
 

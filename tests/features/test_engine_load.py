@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from inference_api.app import GROUPS
 from inference_api.features.engine_load import balancers
 from inference_api.routing.backend import Backend
 from inference_api.routing.balance import BALANCERS, Balancer
-from inference_api.settings import Settings
+from inference_api.settings import make_settings
 from tests.fakes import FakeEngine, Script, raw, until
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +34,7 @@ def backends_of(*loads: tuple[float, int, float]) -> tuple[Backend, ...]:
 
 
 def balancer(name: str, reported: bool) -> Balancer[Backend]:
-    known = {**BALANCERS, **balancers(Settings(load_signal_interval=1.0 if reported else 0.0))}
+    known = {**BALANCERS, **balancers(make_settings({"load_signal_interval": 1.0 if reported else 0.0}, GROUPS))}
     return known[name](Random(1).random)
 
 

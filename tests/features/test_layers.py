@@ -167,7 +167,7 @@ async def test_a_layer_answers_without_a_backend(stream: bool, start_engine: Sta
 
     def cached(call: Call) -> Reply:
         reply = Reply(200, [(b"content-type", kind)], httpx.ByteStream(body), attempts=0)
-        reply.extra = [(b"x-cache", b"hit")]
+        reply.extra += ((b"x-cache", b"hit"),)
         return reply
 
     engine = await start_engine()
@@ -189,7 +189,7 @@ async def test_a_layer_answers_without_a_backend(stream: bool, start_engine: Sta
 async def test_headers_of_one_answer_are_in_no_other(stream: bool, start_engine: Start, start_router: Start) -> None:
     def mark(call: Call, reply: Reply) -> None:
         if b"marked" in call.body:
-            reply.extra = [*reply.extra, (b"x-mark", call.request_id.encode())]
+            reply.extra += ((b"x-mark", call.request_id.encode()),)
 
     engine = await start_engine()
     served: Served = await start_router(engine, features=[Feature("mark", send=changing(mark))])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from inference_api.app import GROUPS
 from inference_api.routing.catalogue import Catalogue, parse_catalogue
 from inference_api.settings import PREFIX, Settings, load_settings
 from tests.k8s.chart_values import (
@@ -135,7 +136,7 @@ def environ(found: Installed) -> dict[str, str]:
 
 
 def settings(found: Installed) -> Settings:
-    return load_settings(environ(found))
+    return load_settings(environ(found), GROUPS)
 
 
 def catalogue(found: Installed) -> Catalogue:
