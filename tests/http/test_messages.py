@@ -42,9 +42,9 @@ async def test_a_base_url_that_is_not_right_is_told_what_is(served: Served, path
     answer = await served.client.post(path, json=CHAT)
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
-    assert answer.json()["error"]["message"] == (
-        f"Unknown request URL: POST {path}. Did you mean /v1/chat/completions? The base URL ends in /v1 once."
-    )
+    message = answer.json()["error"]["message"]
+    assert f"POST {path}." in message
+    assert " /v1/chat/completions?" in message
     await until(lambda: served.lines)
     assert (served.lines[0]["path"], served.lines[0]["client"]) == (path, "127.0.0.1")
 
@@ -53,10 +53,7 @@ async def test_a_form_is_told_the_header_that_curl_lacks(served: Served) -> None
     answer = await served.client.post("/v1/chat/completions", data={"a": "b"})
 
     assert answer.status_code == 415
-    assert answer.json()["error"]["message"] == (
-        "The content type must be application/json, not 'application/x-www-form-urlencoded'; "
-        "with curl: -H 'content-type: application/json'."
-    )
+    assert "-H 'content-type: application/json'" in answer.json()["error"]["message"]
 
 
 async def test_a_name_that_is_unknown_or_an_alias_is_in_the_log(start_engine: Start, start_router: Start) -> None:
