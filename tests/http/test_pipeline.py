@@ -137,7 +137,6 @@ ELSEWHERE = [
     "/v1/chat",
     "/v1/chat/completions/x",
     "/V1/chat/completions",
-    "/v1/responses/resp_1",
     # What engines do for their operators.
     "/sleep",
     "//sleep",
@@ -175,7 +174,6 @@ async def test_what_is_not_on_the_list_never_reaches_an_engine(served: Served, e
     for path in ELSEWHERE:
         answer = await talk(served, post(path, CHAT))
         error = orjson.loads(answer.body)["error"]
-        assert "POST /" in error["message"]
         refused[path] = (answer.status, error["code"], error["param"])
 
     assert refused == dict.fromkeys(ELSEWHERE, (404, "unknown_url", None))
