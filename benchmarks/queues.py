@@ -12,7 +12,8 @@ from typing import Any, Literal
 from inference_api.app import GROUPS
 from inference_api.features import engine_load
 from inference_api.routing.affinity import affinity_key
-from inference_api.routing.balance import BALANCERS, Balancer
+from inference_api.routing.balance import BALANCERS
+from inference_api.routing.balancer import Balancer
 from inference_api.routing.entries import BalancingName
 from inference_api.settings import make_settings
 

@@ -28,7 +28,8 @@ from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.scrape import Exposition, process_collectors
 from inference_api.routing.backend import Backend, Origin
-from inference_api.routing.balance import BALANCERS, MakeBalancer
+from inference_api.routing.balance import BALANCERS
+from inference_api.routing.balancer import MakeBalancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.entries import CatalogueEntry

@@ -16,7 +16,8 @@ from inference_api.feature import Feature
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import BY_BACKEND, gauge
 from inference_api.routing.backend import Backend, Reading
-from inference_api.routing.balance import BackendView, LeastInFlight, MakeBalancer, TwoChoices, running_weights
+from inference_api.routing.balance import LeastInFlight, TwoChoices
+from inference_api.routing.balancer import BackendView, MakeBalancer, running_weights
 from inference_api.routing.fleet import Fleet
 from inference_api.settings import Group, Settings
 

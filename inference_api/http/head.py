@@ -38,6 +38,8 @@ class RequestHead(NamedTuple):
     forwarded: RawHeaders
     # `forwarded` as lines of a request head
     lines: bytes
+    # All of them, names in lower case. Where a head repeats an earlier one, Content-Length may be that one's.
+    headers: RawHeaders
 
 
 class RequestHeaders:
@@ -67,6 +69,7 @@ class RequestHeaders:
             seen(b"x-session-id"),
             forwarded,
             header_lines(forwarded),
+            headers,
         )
 
 

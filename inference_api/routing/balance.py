@@ -5,16 +5,15 @@ What a balancer has to precompute for a set of backends it keeps until it is han
 
 import random
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from hashlib import blake2b, shake_128
 from heapq import heapify, heapreplace
-from itertools import accumulate
 from math import log, sqrt
 from operator import attrgetter
 from struct import unpack
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
-from inference_api.routing.entries import BalancingName
+from inference_api.routing.balancer import BackendView, Balancer, MakeBalancer, R, Random, running_weights
 
 # A full backend may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
 # Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot backends.
@@ -31,45 +30,8 @@ _PROBES = 4
 _PLACES = f">{_PROBES}Q"
 # From so many backends on, the total in flight is not counted for every choice, see PrefixAffinity.
 _COUNTED = 32
-
-
-class Load(Protocol):
-    """What an address has to do, for all of its models: this router's attempts, and what it reports of others'."""
-
-    @property
-    def in_flight(self) -> int: ...
-    @property
-    def reported(self) -> float: ...
-
-
 _AROUND = 1 << 64
-
-
-class BackendView(Protocol):
-    """What a balancer sees of a backend."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def extra(self) -> int: ...
-    @property
-    def origin(self) -> Load: ...
-
-
-R = TypeVar("R", bound=BackendView)
-Random = Callable[[], float]
 _in_flight = attrgetter("origin.in_flight")
-
-
-class Balancer(Protocol[R]):
-    """Chooses one of `backends` that is not in `tried`, or None when nothing is left."""
-
-    def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
-
-
-MakeBalancer = Callable[[Random], Balancer[Any]]
 
 
 class RoundRobin(Generic[R]):
@@ -249,6 +211,7 @@ class PrefixAffinity(Generic[R]):
         self._age = len(backends)
 
 
+# What an entry may say in `balancing`
 BALANCERS: dict[str, MakeBalancer] = {
     "round_robin": RoundRobin,
     "least_in_flight": LeastInFlight,
@@ -257,7 +220,7 @@ BALANCERS: dict[str, MakeBalancer] = {
 }
 
 
-def make_balancer(name: BalancingName, random: Random = random.random) -> Balancer[Any]:
+def make_balancer(name: str, random: Random = random.random) -> Balancer[Any]:
     """A balancer with a state of its own: one per model. `random` returns floats in [0, 1)."""
     return BALANCERS[name](random)
 
@@ -270,10 +233,6 @@ def _has_room(backend: BackendView, unit: float) -> bool:
 
 def _alike(backends: Sequence[BackendView]) -> bool:
     return len({backend.weight for backend in backends}) <= 1
-
-
-def running_weights(backends: Sequence[BackendView]) -> list[float]:
-    return list(accumulate(backend.weight for backend in backends))
 
 
 def _draw(ends: list[float], at: float) -> int:

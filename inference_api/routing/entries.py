@@ -1,7 +1,7 @@
 """The entries of a catalogue: one model each, in the same shape in the file, in the registry and in its API."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -16,10 +16,14 @@ from pydantic import (
     model_validator,
 )
 
+from inference_api.routing.balance import BALANCERS
 from inference_api.routing.urls import check_backend_url, is_address
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
-BalancingName = Literal["round_robin", "least_in_flight", "two_choices", "prefix_affinity"]
+if TYPE_CHECKING:
+    BalancingName = str
+else:
+    BalancingName = Literal[tuple(BALANCERS)]
 Engine = Literal["vllm", "tgi", "sglang", "llamacpp", "openai"]
 DiscoveryName = Literal["static", "dns"]
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]

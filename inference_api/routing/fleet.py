@@ -6,7 +6,7 @@ from typing import Protocol
 
 from inference_api.routing.addresses import addresses_of
 from inference_api.routing.backend import Backend, Origin
-from inference_api.routing.balance import Balancer
+from inference_api.routing.balancer import Balancer
 from inference_api.routing.entries import BalancingName, CatalogueEntry
 
 # What a backend that is new, or back, gets of its weight at first.

@@ -9,7 +9,8 @@ import pytest
 from inference_api.app import GROUPS
 from inference_api.features.engine_load import balancers
 from inference_api.routing.backend import Backend
-from inference_api.routing.balance import BALANCERS, Balancer
+from inference_api.routing.balance import BALANCERS
+from inference_api.routing.balancer import Balancer
 from inference_api.settings import make_settings
 from tests.fakes import FakeEngine, Script, raw, until
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.backend import Backend
-from inference_api.routing.balance import Balancer, make_balancer
+from inference_api.routing.balance import make_balancer
+from inference_api.routing.balancer import Balancer
 
 KEYS = [affinity_key("m", {}, f"session-{number}") for number in range(10_000)]
 BLOCK = 16
