@@ -27,24 +27,8 @@ class Origin(Circuit):
     """
 
     __slots__ = (
-        "_addresses",
-        "asleep",
-        "backends",
-        "base_path",
-        "cause",
-        "crowded_since",
-        "healthy",
-        "host",
-        "in_flight",
-        "label",
-        "passed",
-        "reading",
-        "refused",
-        "reported",
-        "scraped_at",
-        "streak",
-        "stuck_since",
-        "url",
+        "_addresses", "asleep", "backends", "base_path", "cause", "crowded_since", "healthy", "host", "in_flight",
+        "label", "passed", "reading", "refused", "reported", "scraped_at", "streak", "stuck_since", "url",
     )  # fmt: skip
 
     def __init__(self, url: str) -> None:
@@ -106,26 +90,8 @@ class Backend:
     """
 
     __slots__ = (
-        "address",
-        "changed",
-        "circuit",
-        "compared",
-        "errors",
-        "extra",
-        "full_weight",
-        "host",
-        "in_flight",
-        "label",
-        "last_error",
-        "late",
-        "model",
-        "origin",
-        "recent",
-        "refuses",
-        "share",
-        "spared_until",
-        "url",
-        "was_usable",
+        "address", "changed", "circuit", "compared", "errors", "extra", "full_weight", "host", "in_flight", "label",
+        "last_error", "late", "model", "origin", "recent", "refuses", "share", "spared_until", "url", "was_usable",
         "weight",
     )  # fmt: skip
 

@@ -23,19 +23,8 @@ class Model:
     """A resolved name: its catalogue entry, its backends, and what they have in flight together."""
 
     __slots__ = (
-        "_guard",
-        "available",
-        "awake",
-        "backends",
-        "balancer",
-        "entry",
-        "guard",
-        "in_flight",
-        "leaving",
-        "max_model_len",
-        "name",
-        "open",
-        "panic",
+        "_guard", "available", "awake", "backends", "balancer", "entry", "guard", "in_flight", "leaving",
+        "max_model_len", "name", "open", "panic",
     )  # fmt: skip
 
     def __init__(

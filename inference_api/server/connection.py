@@ -17,21 +17,19 @@ import httptools
 import uvicorn
 from uvicorn.server import ServerState
 
-from inference_api.errors import BadRequest, Overloaded, RequestTimeout, RouterError, render
+from inference_api.errors import Overloaded, RequestTimeout, RouterError, render
 from inference_api.server.cycle import STATUS_LINES, Cycle, OlderCycle, Rejection
 from inference_api.server.flow import Deadlines, Flow
 from inference_api.server.foreign import not_http
+from inference_api.server.framing import Framing
 from inference_api.server.repeated_head import RepeatedHead, RepeatedHeads
-from inference_api.server.request_head import EMPTY_LINE, check_size, scope_of
+from inference_api.server.request_head import scope_of
 from inference_api.server.upgrade import DeclinedUpgrade
 
 # Pipelined requests that may wait, and how much of bodies may come before their requests have their turn. Reading goes
 # on while they wait, so that the end of the connection is noticed; what is beyond is not answered.
 _MAX_WAITING = 100
 _MAX_UNREAD = 64 * 1024
-# Of a chunked body: bytes that are neither content nor the 16 that a chunk may take; Go's server allows as many.
-_MAX_OVERHEAD = 16 * 1024
-_CHUNK_OVERHEAD = 16
 # Empty lines in one read of a chunked body, each of which may be its end, that are looked at; forms have a few.
 _MAX_LOOKS = 100
 
@@ -64,29 +62,9 @@ class ClientConnection(Flow):
     """One client connection. Requests on it are answered in their order, one at a time."""
 
     __slots__ = (
-        "_age_timer",
-        "_app",
-        "_blind",
-        "_client",
-        "_expired",
-        "_head",
-        "_head_open",
-        "_headers",
-        "_heads",
-        "_idle_since",
-        "_left",
-        "_max_connections",
-        "_on_rejection",
-        "_overhead",
-        "_parser",
-        "_reading",
-        "_running",
-        "_server",
-        "_state",
-        "_tail",
-        "_upgrading",
-        "_url",
-        "_waiting",
+        "_age_timer", "_app", "_blind", "_client", "_expired", "_framing", "_head_open", "_headers", "_heads",
+        "_idle_since", "_max_connections", "_on_rejection", "_parser", "_reading", "_running", "_server", "_state",
+        "_upgrading", "_url", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -117,10 +95,9 @@ class ClientConnection(Flow):
         # Request being read
         self._parser = httptools.HttpRequestParser(self)
         self._reading: Cycle | None = None
-        # What has come of a head, and of the lines before it; whether the head itself has begun
-        self._head, self._head_open = b"", False
-        # Of a body: what is to come by its Content-Length. Of a chunked one: its last bytes, and what is not content
-        self._left, self._tail, self._overhead = 0, b"", 0
+        self._framing = Framing()
+        # A head has begun, and has not ended.
+        self._head_open = False
         # What is parsed may hold more than one end of a message: nothing behind the first is taken.
         self._blind = False
         self._upgrading = False
@@ -152,7 +129,7 @@ class ClientConnection(Flow):
             self._received = True
             return
         # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
-        between = self._reading is None and not self._head
+        between = self._reading is None and not self._framing.head
         known = self._heads.newest
         if between and known is not None and (body_at := known.body_at(data)) and self._has_place():
             self._begin(known, data[body_at:])
@@ -235,44 +212,26 @@ class ClientConnection(Flow):
 
         Raises RouterError, _Stop, or HttpParserError because of either or by itself.
         """
-        at = looks = 0
+        framing, at, looks = self._framing, 0, 0
         while at < len(data):
+            in_body = self._reading is not None
             self._blind = looks == _MAX_LOOKS
-            end = len(data) if self._blind else self._end_of_piece(data, at)
+            end = len(data) if self._blind else framing.end_of_piece(data, at, in_body)
             piece: bytes | memoryview = data
             if end - at < len(data):
                 # Not copied: the parser does that with what it makes of it.
                 piece = memoryview(data)[at:end]
             at = end
-            if self._reading is None:
-                self._head += piece
-                check_size(self._head)
-            elif self._left:
-                self._left -= len(piece)
-            else:
-                looks += 1
-                self._tail = (self._tail + piece[-3:])[-3:]
-                self._overhead += len(piece)
+            looks += framing.take(piece, in_body)
             try:
                 self._parser.feed_data(piece)
             except httptools.HttpParserUpgrade:
                 self._decline_upgrade()
-            if self._overhead > _MAX_OVERHEAD:
-                raise BadRequest("The body has chunk extensions or trailers that are too large.")
+            framing.check_overhead()
             if self._reading is None:
                 if self._blind:
                     raise _Stop
                 looks = 0
-
-    def _end_of_piece(self, data: bytes, at: int) -> int:
-        """Where the message may end that goes on, or begins, at `at`: the piece from there has one end at most."""
-        if self._left:
-            return min(at + self._left, len(data))
-        before = (self._head if self._reading is None else self._tail)[-3:]
-        if before and (found := (before + data[at : at + 3]).find(EMPTY_LINE)) >= 0:
-            return at - len(before) + found + len(EMPTY_LINE)
-        end = data.find(EMPTY_LINE, at)
-        return len(data) if end < 0 else end + len(EMPTY_LINE)
 
     def _decline_upgrade(self) -> None:
         """httptools stops at the offer, so another parser goes on."""
@@ -300,7 +259,7 @@ class ClientConnection(Flow):
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        head, self._head = self._head, b""
+        head = self._framing.end_of_head()
         self._head_open = False
         self._cancel_timer()
         parser, headers = self._parser, self._headers
@@ -310,8 +269,7 @@ class ClientConnection(Flow):
         if not self._has_place():
             raise _Stop
         values = dict(headers)
-        self._left = int(values.get(b"content-length", 0))
-        self._tail, self._overhead = b"", 0
+        self._framing.begin_body(int(values.get(b"content-length", 0)))
         self._upgrading = parser.should_upgrade()
         expects_continue = version == "1.1" and values.get(b"expect", b"").lower() == b"100-continue"
         keep_alive = parser.should_keep_alive() and not (self._expired or self._state.draining)
@@ -344,11 +302,10 @@ class ClientConnection(Flow):
         last.keep_alive = False
 
     def on_chunk_header(self) -> None:
-        self._overhead -= _CHUNK_OVERHEAD
+        self._framing.chunk()
 
     def on_body(self, body: bytes) -> None:
-        if self._overhead:
-            self._overhead -= len(body)
+        self._framing.content(len(body))
         if self._reading is not None:
             self._reading.feed(body)
 

@@ -31,19 +31,8 @@ class Flow(asyncio.Protocol):
     """Base of a connection's protocol, which reads what comes unless `_ignoring` is set, and sets `_timer`."""
 
     __slots__ = (
-        "_deadlines",
-        "_idle_timer",
-        "_ignoring",
-        "_linger_until",
-        "_read_paused",
-        "_received",
-        "_stall_timer",
-        "_timer",
-        "_unwritten",
-        "drained",
-        "left",
-        "loop",
-        "transport",
+        "_deadlines", "_idle_timer", "_ignoring", "_linger_until", "_read_paused", "_received", "_stall_timer",
+        "_timer", "_unwritten", "drained", "left", "loop", "transport",
     )  # fmt: skip
 
     def __init__(self, deadlines: Deadlines, loop: asyncio.AbstractEventLoop) -> None:

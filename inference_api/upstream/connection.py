@@ -45,27 +45,9 @@ class BackendConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_between_chunks",
-        "_deadlines",
-        "_direct",
-        "_due",
-        "_head_done",
-        "_headers",
-        "_keep_alive",
-        "_last_read",
-        "_paused",
-        "_poisoned",
-        "_received",
-        "_reused",
-        "_timer",
-        "closed",
-        "idle_since",
-        "loop",
-        "parser",
-        "pool",
-        "stream",
-        "transport",
-        "used",
+        "_between_chunks", "_deadlines", "_direct", "_due", "_head_done", "_headers", "_keep_alive", "_last_read",
+        "_paused", "_poisoned", "_received", "_reused", "_timer", "closed", "idle_since", "loop", "parser", "pool",
+        "stream", "transport", "used",
     )  # fmt: skip
 
     def __init__(self, pool: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
