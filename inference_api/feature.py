@@ -30,8 +30,9 @@ class Feature(NamedTuple):
     """
 
     name: str
-    # An ASGI layer, inside of the accounts: `scope[ACCOUNT]` is there, a RouterError that it raises is answered,
-    # counted and logged. One that wraps `send` or `receive` gets plain ASGI messages, every byte of them.
+    # An ASGI layer inside of the accounts: `scope[ACCOUNT]` is there; a RouterError that it raises is answered, counted
+    # and logged; `http.accounts.respond` gives an answer of its own. One that wraps `send` or `receive` gets plain ASGI
+    # messages, every byte of them.
     layer: Callable[[ASGIApp], ASGIApp] | None = None
     # From a request head to who asks, before the body is read, for every path but the probes. Raises RouterError (401).
     identify: Callable[[RequestHead], Caller | None] | None = None

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
 from inference_api.http.head import RequestHead, RequestHeaders
-from inference_api.models import Outcome
+from inference_api.models import Outcome, RawHeaders
 from inference_api.observe.account import Account, Sink
 from inference_api.server.cycle import Cycle, cycle_of
 
@@ -83,6 +83,17 @@ class Accounts:
         record = account.end()
         for sink in self._sinks:
             sink(record)
+
+
+async def respond(scope: Scope, send: Send, status: int, headers: RawHeaders, body: bytes = b"") -> None:
+    """A whole answer of a layer's own: with the request id, and noted in the Account."""
+    account: Account = scope[ACCOUNT]
+    account.responded(status, len(body))
+    headers = [*headers, (b"x-request-id", account.request_id.encode())]
+    if status != 204:
+        headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 async def reject(error: RouterError, account: Account, send: Send) -> None:

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inference_api.errors import RouterError
-from inference_api.models import CLIENT_GONE, INTERNAL_ERROR, Call, Caller, Outcome, Reply
+from inference_api.models import CLIENT_GONE, INTERNAL_ERROR, OK, Call, Caller, Outcome, Reply
 from inference_api.relay.relay import Relay
 from inference_api.relay.usage import Counts, counts
 from inference_api.routing.fleet import Model
@@ -87,7 +87,7 @@ class Account:
         self.clock = clock
         self.began = self._received = clock()
         # Not the scope itself, which refers to this object: a ring would be left for the garbage collector.
-        self.client: tuple[str, int] | None = scope["client"]
+        self.client: tuple[str, int] | None = scope.get("client")
         self.path: str = scope["path"]
         self.state: Mapping[str, Any] = scope["state"]
         self.head = head
@@ -125,6 +125,11 @@ class Account:
     def started(self) -> bool:
         """Whether the client has got the beginning of an answer."""
         return self.status > 0 if self.relay is None else self.relay.started
+
+    def responded(self, status: int, size: int) -> None:
+        """A layer or a page answers, with a body of `size` bytes."""
+        self.status, self.size = status, size
+        self.outcome = OK if status < 400 else Outcome.REFUSED
 
     def rejected(self, error: RouterError, status: int, size: int) -> None:
         """The router itself answers, with an error of `size` bytes."""

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope
 from starlette.types import Send as ASGISend
 
 from inference_api.feature import Feature
+from inference_api.http.accounts import respond
 from inference_api.http.pipeline import Resolve
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Call, Caller, EventFilter, Outcome, RawHeaders, Reply, Send
@@ -133,6 +134,25 @@ async def test_a_layer_sees_every_byte_of_a_body(start_engine: Start, start_rout
         assert (await served.client.post(URL, content=content, headers=JSON)).status_code == 200
         assert listener.received == engine.requests[-1].body
     assert [len(request.body) for request in engine.requests] == [len(body), len(body), len(orjson.dumps(CHAT))]
+
+
+async def test_a_layer_gives_an_answer_of_its_own(start_router: Start) -> None:
+    def preflight(app: ASGIApp) -> ASGIApp:
+        async def layer(scope: Scope, receive: Receive, send: ASGISend) -> None:
+            if scope["type"] == "http" and scope["method"] == "OPTIONS":
+                await respond(scope, send, 204, [(b"access-control-max-age", b"600")])
+            else:
+                await app(scope, receive, send)
+
+        return layer
+
+    served: Served = await start_router(features=[Feature("preflight", layer=preflight)])
+
+    answer = await served.client.options("/v1/chat/completions", headers={"x-request-id": "mine"})
+
+    assert (answer.status_code, answer.headers["access-control-max-age"]) == (204, "600")
+    assert answer.headers["x-request-id"] == "mine"
+    assert [(line["status"], line["outcome"], line["request_id"]) for line in served.lines] == [(204, "ok", "mine")]
 
 
 async def test_an_error_of_a_layer_is_answered_counted_and_logged(start_router: Start) -> None:
