@@ -189,7 +189,7 @@ class Core:
                 await self._client.aclose()
 
     def last_read(self) -> Callable[[str], float]:
-        """When a byte last came from an origin; of a transport that cannot be asked, the best is believed."""
+        """When a byte last came from an origin; infinity for a transport that does not know."""
         return self.transport.last_read if isinstance(self.transport, Transport) else lambda origin: math.inf
 
     def _make_transport(self, keepalive: float, **more: Any) -> Transport:
@@ -231,7 +231,7 @@ class Core:
         connect, first_byte = settings.connect_timeout, settings.first_byte_timeout
         return Health(self.fleet, breaker, self.last_read(), connect, first_byte, rand=rand)
 
-    # What one part tells others
+    # What one part reports to others
 
     def _attempt_ended(self, backend: Backend, outcome: Outcome) -> None:
         self.metrics.attempt(backend, outcome)

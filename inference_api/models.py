@@ -83,7 +83,7 @@ class Reader(Protocol):
 
 
 class Route(NamedTuple):
-    """One inference route of the HTTP surface; the path is the same for the client and for the backend."""
+    """One inference route of the HTTP API; the path is the same for the client and for the backend."""
 
     path: str
     label: str

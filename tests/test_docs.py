@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PATTERNS = ("*.md", "docs/**/*.md", "k8s/**/*.md", "examples/**/*.md", "benchmarks/*.md", ".github/**/*.md")
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+# Settings of the worked example in CONTRIBUTING.md
+EXAMPLES = {PREFIX + "TEAMS", PREFIX + "TEAM"}
 # It names what there was.
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 
@@ -102,7 +104,16 @@ def test_every_link_script_and_setting_exists(path: Path) -> None:
     for script in re.findall(r"(?<![\w./-])scripts/[\w.-]*\w", text):
         assert (ROOT / script).exists(), script
     settings = {PREFIX + field.upper() for field in fields_of(GROUPS)}
-    assert set(re.findall(rf"{PREFIX}[A-Z_]*[A-Z]", text)) <= settings
+    assert set(re.findall(rf"{PREFIX}[A-Z_]*[A-Z]", text)) <= settings | EXAMPLES
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_every_test_that_is_named_exists(path: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+)`)?", path.read_text())
+
+    for file, case in named:
+        assert (ROOT / file).exists(), file
+        assert f"def {case}" in (ROOT / file).read_text(), case
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

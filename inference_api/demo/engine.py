@@ -89,7 +89,7 @@ def _handlers(engine: Engine) -> dict[str, Handler]:
 async def _reject(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, EngineError)
     error = exc.error
-    # As vLLM: what the fields' types forbid is told in OpenAI's words even here.
+    # As vLLM: what the fields' types forbid is reported in OpenAI's words even here.
     if request.url.path.startswith("/v1/messages") and error["type"] != "Bad Request":
         return JSON({"type": "error", "error": {"type": error["type"], "message": error["message"]}}, exc.status)
     return JSON({"error": error}, exc.status)

@@ -48,7 +48,7 @@ def run_demo(host: str = "127.0.0.1", port: int = 8000, tokens_per_second: float
 
 
 class Demo:
-    """The processes of one demo, in the order of their start; `stopping` fills when it is told to stop."""
+    """The processes of one demo, in the order of their start; `stopping` fills at SIGINT and SIGTERM."""
 
     def __init__(self, directory: Path, stopping: Stopping, ready_within: float = 60) -> None:
         self._directory = directory
@@ -146,7 +146,7 @@ class Demo:
 
 @contextmanager
 def stop_signals() -> Iterator[Stopping]:
-    """A list that fills when the process is told to stop. Nothing is raised, so no child can be lost half-made."""
+    """A list that fills at SIGINT and SIGTERM. Nothing is raised, so no child can be lost half-made."""
     stopping: Stopping = []
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

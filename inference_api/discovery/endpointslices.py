@@ -1,4 +1,4 @@
-"""From a Service to backends, as its cluster's API server tells it: EndpointSlices are listed, and then watched.
+"""From a Service to backends, as its cluster's API server has it: EndpointSlices are listed, and then watched.
 
 For backends with `discovery: dns` whose host name is that of a Service, if DISCOVERY is `endpointslices`; the others
 are looked up by `discovery`. One round is a list, and watches that go on from where it was, until it is time for the

@@ -10,7 +10,7 @@ _MAX_BYTES = 4 << 20
 _MAX_LINE = 64 * 1024
 
 _RUNNING, _WAITING, _KV_CACHE, _AWAKE = range(4)
-# By engine: a name, what it tells, and what must be among its labels. vLLM has one series of each per engine core, and
+# By engine: a name, its gauge, and what must be among its labels. vLLM has one series of each per engine core, and
 # older ones have the GPU's cache; SGLang has one per data-parallel rank. Of "openai" nothing is known but its API.
 _SERIES: dict[Engine, tuple[tuple[bytes, int, bytes], ...]] = {
     "vllm": (
@@ -67,7 +67,7 @@ class Gauges:
             self.complete = not block.startswith(self._series[0][0], block.rfind(b"\n", 0, end))
 
     def reading(self) -> Reading:
-        """The sums over an engine's parts, of their caches the mean. Raises ValueError when it tells no load."""
+        """The sums over an engine's parts, of their caches the mean. Raises ValueError when it has no load."""
         self.feed(b"\n")
         running, waiting, kv_cache, _ = self._values
         if not running or not waiting:

@@ -50,7 +50,7 @@ def service_of(host: str, namespace: str) -> Service | None:
 
 
 class Endpoint(NamedTuple):
-    """An address that takes requests; `pod` tells whose it is, if anybody's."""
+    """An address that takes requests; `pod`: whose it is, None for nobody's."""
 
     address: str
     pod: str

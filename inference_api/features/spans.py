@@ -270,7 +270,7 @@ def _sent_context(headers: RawHeaders) -> Context:
     """The client's place in a trace; empty if it sent none, or none that is sound."""
 
     parents = [value for name, value in headers if name == b"traceparent"]
-    if len(parents) != 1:  # of two, neither can be believed
+    if len(parents) != 1:  # of two, neither can be trusted
         return Context()
     state = b",".join(value for name, value in headers if name == b"tracestate")
     carrier = {"traceparent": parents[0].decode("latin-1"), "tracestate": state.decode("latin-1")}

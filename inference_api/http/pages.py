@@ -78,8 +78,8 @@ class Probes:
     another loop that answers, and would say that all is well. `registry_required`: not ready before the registry has
     given a catalogue; else not before there is any model to serve.
 
-    `late`, `hung`: after so many seconds without a turn of that loop nobody is to send requests here; and it is not
-    believed to recover, and is to be restarted.
+    `late`, `hung`: after so many seconds without a turn of that loop nobody is to send requests here; and the
+    process is to be restarted, as the loop will not recover.
     """
 
     late, hung = 5.0, 30.0

@@ -1,4 +1,4 @@
-"""How late the event loop is: what explains slow answers when the router is busy, and tells that it hangs."""
+"""How late the event loop is: what explains slow answers when the router is busy, and shows that it hangs."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ _EVERY = 0.25
 
 
 class LoopLag:
-    """Sets itself a timer, and tells by how many seconds it was late. `clock`: monotonic seconds.
+    """Sets a timer, and reports by how many seconds it was late. `clock`: monotonic seconds.
 
     Not the loop's own clock: uvloop's stands still while the loop is busy.
     """

@@ -28,7 +28,7 @@ from inference_api.upstream.response import ResponseStream
 # An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
 _HELD = 1 << 20
 
-# What the client is told in the stream, when the stream stops before its end.
+# The error event that the client gets, when the stream stops before its end.
 _BREAKS = {
     Outcome.RESET: ("upstream_stream_interrupted", "The model's backend closed the connection during the stream."),
     Outcome.PROTOCOL_ERROR: ("upstream_stream_interrupted", "The model's backend broke the stream."),
@@ -159,9 +159,9 @@ class Relay:
         known = stream.known if isinstance(stream, ResponseStream) else None
         if known is None:
             return ReturnedHead(reply.status, reply.headers)
-        if known.memo is None:
-            known.memo = ReturnedHead(reply.status, reply.headers)
-        head: ReturnedHead = known.memo
+        if known.returned is None:
+            known.returned = ReturnedHead(reply.status, reply.headers)
+        head: ReturnedHead = known.returned
         return head
 
     async def _whole(self, send: Send, head: ReturnedHead) -> Outcome:

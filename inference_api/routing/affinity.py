@@ -60,7 +60,7 @@ def _text(content: Any) -> str:
 
 
 def _part_text(part: Any) -> str:
-    """The text of one part of a content; an image is told by the beginning of its URL, which may hold its data."""
+    """The text of one part of a content; an image is known by the beginning of its URL, which may hold its data."""
     if isinstance(part, Mapping):
         image = part.get("image_url")
         part = part.get("text") or (image.get("url") if isinstance(image, Mapping) else image)

@@ -18,7 +18,7 @@ _MAX_BACKENDS_OF_ALL = 50_000
 _MOST_IGNORED = 16
 # More at once are no newer registry's, and would take long.
 _MOST_UNKNOWN = 64
-# So many refused entries are told one by one.
+# So many refused entries are named one by one.
 _TOLD_PROBLEMS = 100
 
 
@@ -101,7 +101,7 @@ def _entry(
     """The entry, or why it is refused. Unknown keys are left out and added to `ignored`, if there is that."""
     entry = _valid(raw, entry_type)
     for _ in range(_MOST_IGNORED):
-        # Of a list only the first bad item is told.
+        # Of a list only the first bad item is named.
         if ignored is None or isinstance(entry, CatalogueEntry) or entry.error_count() > _MOST_UNKNOWN:
             break
         if not (unknown := wording.unknown_keys(entry)):

@@ -1,4 +1,4 @@
-"""Tells whether errors are the fault of a backend or of the requests that it was given. Pure.
+"""Decides whether errors are the fault of a backend or of the requests that it was given. Pure.
 
 The answers alone cannot tell, nor can those of the other backends: who sends a session id, or a bad request in every
 third place, decides which backend meets the bad ones. A random choice cannot be decided by anybody. While a backend is

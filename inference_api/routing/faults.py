@@ -41,7 +41,7 @@ DOWN = frozenset({Outcome.CONNECT_FAILED, Outcome.RESET, Outcome.FIRST_BYTE_TIME
 
 
 class Faults:
-    """Hears of the errors, and of good answers while there is need of it.
+    """Gets the errors, and good answers while there is need of it.
 
     `out` gets each backend whose circuit opens, for the first time or again, `back` each whose circuit closes.
     """

@@ -1,8 +1,8 @@
-"""Files that are read again when they change, or when the process is told to: the router goes on as they say.
+"""Files that are read again when they change, or at SIGHUP: the router goes on as they say.
 
 A change is seen by a poll of the file's identity, size and time once a second, through the symbolic links of which
 Kubernetes makes a ConfigMap or Secret. It counts when two polls have seen the same: not while the file is written. What
-cannot be used is told once, and what there was before stays.
+cannot be used is logged once, and what there was before stays.
 """
 
 import asyncio

@@ -37,7 +37,7 @@ _OK = Outcome.OK
 # That an address can serve. What is neither this nor DOWN says nothing of it: a client that left, or the total timeout.
 _SERVED = frozenset({_OK, Outcome.UPSTREAM_4XX})
 
-# What is told as a backend's last error
+# What is shown as a backend's last error
 _ERRORS = DOWN | {Outcome.PROTOCOL_ERROR, Outcome.UPSTREAM_5XX, Outcome.TRUNCATED, Outcome.ERROR_EVENT}
 
 
@@ -56,7 +56,7 @@ class Health:
 
     `last_byte_at(url)`: when a byte last came from a backend, in seconds of `clock`. `connect`, `first_byte`: the
     timeouts, in seconds, of models that have none of their own. `owner()`: the task whose attempt is chosen for or
-    reported; a request is one task from choice to end, which tells a probe from other attempts on its backend. `rand`
+    reported; a request is one task from choice to end, by which a probe is known from other attempts. `rand`
     gives [0, 1). `stuck_after`: seconds without a byte, longer where the first byte of an answer may take longer.
     """
 

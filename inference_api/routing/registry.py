@@ -222,7 +222,7 @@ class Registry:
         catalogue = await asyncio.to_thread(self._read, content)
         if not catalogue and self._fleet.models and not self._empty_once:
             # All models gone at once is more often a fault than a wish, and a registry that has just been set up is
-            # empty before it is filled; believe it the second time.
+            # empty before it is filled; accept it the second time.
             self._empty_once = True
             logger.warning("the registry lists no models; the last catalogue is kept until it says so again")
             return None

@@ -1,4 +1,4 @@
-"""What is told of a backend to those who ask: whether it takes requests, since when not, and why."""
+"""The state of a backend, for operators: whether it takes requests, since when not, and why."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

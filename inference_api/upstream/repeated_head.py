@@ -16,7 +16,7 @@ _LONGEST = 4096
 class RepeatedHead:
     """The head of a whole answer: status 200, one Content-Length, kept alive."""
 
-    __slots__ = ("_date_at", "_headers", "_length_at", "_match", "memo")
+    __slots__ = ("_date_at", "_headers", "_length_at", "_match", "returned")
 
     def __init__(self, pattern: re.Pattern[bytes], headers: RawHeaders, date_at: int | None, length_at: int) -> None:
         self._match = pattern.match
@@ -24,7 +24,7 @@ class RepeatedHead:
         self._date_at = date_at
         self._length_at = length_at
         # For the relay: what it made of the headers.
-        self.memo: Any = None
+        self.returned: Any = None
 
     @classmethod
     def learn(cls, data: bytes, headers: RawHeaders) -> "RepeatedHead | None":

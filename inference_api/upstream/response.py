@@ -53,7 +53,7 @@ class ResponseStream(httpx.AsyncByteStream):
         self.status = 0
         self.headers: RawHeaders = []
         self.known: RepeatedHead | None = None
-        # Its end is told from that of the connection.
+        # Its end does not depend on the end of the connection.
         self.framed = True
         self.head: asyncio.Future[None] = connection.loop.create_future()
         # Body

@@ -85,7 +85,7 @@ class _Deaths(NamedTuple):
 class PoisonGuard:
     """Remembers requests over which backends died.
 
-    A body is kept as a digest with a key of this process, so that what is in memory tells nothing of a prompt.
+    A body is kept as a digest with a key of this process, so that memory reveals nothing of a prompt.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
