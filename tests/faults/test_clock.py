@@ -49,8 +49,11 @@ def test_t61_only_what_is_shown_is_told_by_the_wall_clock() -> None:
     assert uses == {
         "inference_api.observe.log": {"time.time", "time.gmtime"},
         "inference_api.observe.families": {"time.time"},
-        "inference_api.discovery.load": {"time.time"},
+        "inference_api.observe.console": {"time.gmtime"},
+        "inference_api.discovery.engine_metrics": {"time.time"},
         "inference_api.routing.registry": {"time.time"},
+        "inference_api.http.backends": {"time.time"},
+        "inference_api.commands.status": {"time.time"},
     }
 
 
