@@ -243,7 +243,7 @@ class Direct(Protocol):
 
 
 class Send(Protocol):
-    """The outbound seam: what takes a Call to a Reply. A layer wraps one Send into another."""
+    """The outbound seam: takes a Call to a Reply. A layer wraps one Send into another."""
 
     def __call__(self, call: Call, model: "Model") -> Awaitable[Reply]: ...
 

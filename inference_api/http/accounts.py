@@ -1,6 +1,6 @@
 """The outermost ASGI layer: a request id and an Account for every request, and an answer to every error.
 
-What any layer or page inside raises is counted, logged and answered here, and nowhere else.
+Every exception of a layer or page inside is counted, logged and answered here, and nowhere else.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The key of the ASGI scope under which every layer finds the Account of the request.
 ACCOUNT = "inference_api.account"
-# Of what never became a request
+# For input that never became a request
 _NO_SCOPE: Scope = {"client": None, "path": "", "state": {}}
 
 
@@ -48,10 +48,10 @@ class Accounts:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # Not every server has one.
+        # Not every server sets it.
         scope.setdefault("state", {})
         cycle = cycle_of(send)
-        # Of a head that repeats an earlier one byte for byte, what was read then; never who sent it.
+        # A head that repeats an earlier one byte for byte is not read again; the caller is identified again.
         cache = None if cycle is None else cycle.head_cache
         head: RequestHead | None = None if cache is None else cache.head
         if head is None:
@@ -77,7 +77,7 @@ class Accounts:
                     sink(record)
 
     def rejected(self, error: RouterError, request_id: str, size: int) -> None:
-        """The server rejected what never became a request: counted and logged like the others."""
+        """Count and log input that the server rejected before it was a request."""
         account = Account(request_id, self._clock, _NO_SCOPE, self._read_headers([]))
         account.rejected(error, error.status, size)
         record = account.end()
@@ -107,7 +107,7 @@ async def reject(error: RouterError, account: Account, send: Send) -> None:
 
 
 async def _failed(exc: Exception, account: Account, send: Send) -> None:
-    """What an answer has begun with cannot be taken back: the rest is left out, and the server cuts the connection."""
+    """Answer with the error; if an answer has begun, leave it incomplete: the server then cuts the connection."""
     error = exc if isinstance(exc, RouterError) else InternalError()
     if error is not exc or account.started:
         logger.error("a request failed", exc_info=exc, extra={"fields": {"request_id": account.request_id}})
@@ -118,7 +118,7 @@ async def _failed(exc: Exception, account: Account, send: Send) -> None:
 
 
 async def _shut_down(account: Account, send: Send) -> None:
-    """The router stops, and this request has had all the time there is."""
+    """End a request at the end of the drain timeout."""
     if not account.started:
         await reject(ShuttingDown(), account, send)
     elif account.relay is None:
@@ -128,7 +128,7 @@ async def _shut_down(account: Account, send: Send) -> None:
 
 
 def _rejected_by_server(cycle: Cycle, account: Account) -> None:
-    """Whatever the application wanted to say, what the server answered is what the client got."""
+    """Note the answer that the client got: the server's, not the application's."""
     rejection = cycle.rejection
     assert rejection is not None
     account.request_id = rejection.request_id

@@ -1,14 +1,14 @@
-"""What the process has taken on, and when that is all it takes."""
+"""The limits of the process: concurrent requests, and bytes of request bodies."""
 
 from inference_api.errors import Overloaded
 from inference_api.http.turns import Turns
 
 
 class Admission:
-    """Inference requests in flight, and the bytes of those bodies that did not come together with their head.
+    """Counts inference requests in flight, and the bytes of bodies that did not arrive together with their head.
 
-    A request is in flight once its body is whole: clients that are slow to send keep nobody out. But what they have
-    sent is in memory, and that has an end too.
+    A request is in flight once its body is complete, so that slow senders do not exclude others. Their bytes have a
+    limit of their own.
     """
 
     __slots__ = ("buffered", "in_flight", "max_buffered", "max_in_flight", "turns")
@@ -18,16 +18,16 @@ class Admission:
         self.max_buffered = max_buffered
         self.in_flight = 0
         self.buffered = 0
-        # For what takes long of a request
+        # For large bodies
         self.turns = Turns()
 
     def check(self) -> None:
-        """Before a body is waited for. Raises Overloaded if there is no use in sending it."""
+        """Check before waiting for a body. Raises Overloaded if the process is at its limit."""
         if self.in_flight >= self.max_in_flight:
             raise overloaded("The router")
 
     def buffer(self, size: int) -> None:
-        """So many bytes more. Raises Overloaded if that is too much; they count until they are taken off again."""
+        """Add `size` bytes. Raises Overloaded beyond the limit; the bytes count until they are subtracted."""
         self.buffered += size
         if self.buffered > self.max_buffered:
             raise Overloaded("The router has as many bytes of request bodies in memory as it takes.", retry_after=1)

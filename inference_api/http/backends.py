@@ -14,12 +14,12 @@ from inference_api.routing.backend import Backend
 from inference_api.routing.fleet import Fleet
 from inference_api.routing.standing import standing
 
-# Of so many backends at once: the event loop may be the one that takes requests.
+# Backends per slice: this may be the event loop that takes requests.
 _SLICE = 200
 
 
 class Backends:
-    """`resting(backend)`: until when it has asked to be left alone, in seconds of the monotonic clock.
+    """`resting(backend)`: the end of the pause that it asked for, in seconds of the monotonic clock.
 
     It may be asked on another thread than the one that changes the fleet, so it only reads.
     """

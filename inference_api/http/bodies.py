@@ -1,7 +1,7 @@
-"""What the router reads of request bodies: a few fields, checked by pydantic; the rest is skipped, whatever it is.
+"""What the router reads of request bodies: a few fields, checked by pydantic. The rest is skipped.
 
-A small body is checked in one call. A large one is scanned in slices (outbound.scanner, outbound.forms), and what the
-scan has found of the fields is checked by the same call.
+A small body is checked in one call. A large one is scanned in slices (upstream.scanner, http.forms), and the
+fields that the scan has found are checked by the same call.
 """
 
 import json
@@ -17,17 +17,17 @@ from inference_api.models import Asked
 from inference_api.upstream.json_text import NotJSON, judge
 from inference_api.upstream.scanner import Member, Scan
 
-# Up to so many bytes pydantic is asked at once: for the worst of them it takes ten milliseconds and eight megabytes.
+# Bytes up to which pydantic checks a body in one call: the worst takes ten milliseconds and eight megabytes.
 SMALL = 128 * 1024
 # The same for the usual large body, a text or an image: so many bytes with at most so many values
 _LIGHT, _VALUES = 1024 * 1024, 40_000
-# To count is dearer than to look for the next comma, if that is far.
+# Counting costs more than a search for the next comma, if that is far.
 _COMMAS_LOOKED_FOR = 500
-# Of a long text as much as the checks below need
+# Characters of a long text that the checks below need
 _LONG = 1024
-# What only those may say who run the engines: with it an engine takes or gives the state of another request, or dies.
+# Reserved for operators: with these an engine takes or gives the state of another request, or dies.
 TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
-# Where vLLM takes the same from, too
+# Where vLLM also reads them from
 _EXTRA = "vllm_xargs"
 ENGINE_FIELDS = frozenset({*TRANSFERS, _EXTRA})
 
@@ -36,7 +36,7 @@ _Text = str | list[Any]
 
 
 class Named(TypedDict, total=False):
-    """What every inference body has. All other fields pass unread; of a repeated one the last counts, as in vLLM."""
+    """The fields of every inference body. All others pass unread; the last of a repeated one counts, as in vLLM."""
 
     model: Required[_Name]
     stream: bool | None
@@ -65,7 +65,7 @@ class Embedding(Named, total=False):
 
 
 class Pooling(Embedding, total=False):
-    # Of whatever shape the model's plugin takes
+    # Its shape is the business of the model's plugin
     data: Any
 
 
@@ -145,7 +145,7 @@ class JSONReader:
         schema = {name: schema[name] for name in ("type", "properties", "required")}
         if self._one_of:
             schema["anyOf"] = [{"required": [name]} for name in self._one_of]
-        # What is for those who run the engines is not for clients.
+        # Not for clients: reserved for operators.
         schema["properties"] = {name: it for name, it in schema["properties"].items() if name not in ENGINE_FIELDS}
         return schema
 
@@ -213,7 +213,7 @@ _FORM: dict[str, Any] = {
 
 
 def take_engine_fields(fields: dict[str, Any]) -> str | None:
-    """Leave them out of `fields`. The name of one, if any, that is for those to set who run the engines."""
+    """Remove them from `fields`. Returns the name of one that is reserved for operators, if there is one."""
     found = [name for name in TRANSFERS if fields.pop(name, None) is not None]
     extra = fields.pop(_EXTRA, None)
     if isinstance(extra, dict) and any(name in extra for name in TRANSFERS):
@@ -244,7 +244,7 @@ class _Members:
 
 
 def _transfers(value: Any, whole: bool) -> Any:
-    """Of a value of `vllm_xargs` what counts; if it is too large to be looked through, it may hold anything."""
+    """The relevant part of `vllm_xargs`; one that is too large to search may hold anything."""
     if not isinstance(value, dict):
         return None
     return {name: True for name in TRANSFERS if name in value or not whole}

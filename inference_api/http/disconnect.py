@@ -1,9 +1,9 @@
-"""Notices a client that leaves while its request is worked on, without a task of its own.
+"""Notices a client that disconnects while its request is processed, without a task of its own.
 
-Our own server knows at once: its Cycle is a DisconnectWatcher. Any other says so only through `receive`, which
-suspends until there is something to say; so `receive` is stepped by hand: once to where it suspends, and again when
-that has come. Either is cheaper than a task that watches (docs/adr/0002). Stepping relies on `receive` waiting for a
-plain future, as uvicorn's does.
+The router's own server knows at once: its Cycle is a DisconnectWatcher. Any other reports it through `receive`, which
+suspends until then; so `receive` is stepped by hand: once to where it suspends, and again when the future is done.
+That is cheaper than a task (docs/adr/0002). Stepping relies on `receive` waiting for a plain future, as
+uvicorn's does.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from inference_api.server.cycle import client_gone
 
 
 class DisconnectWatcher:
-    """While entered, cancels the task it was entered in when the client leaves; leaving it then raises ClientGone."""
+    """While entered, cancels its task when the client disconnects; the exit then raises ClientGone."""
 
     __slots__ = ("_receive", "_receiving", "_task", "_waits_for", "gone")
 
@@ -42,7 +42,7 @@ class DisconnectWatcher:
             client_gone(exc)
 
     def close(self) -> None:
-        """Stop watching; a client that leaves from now on is none of this request's business."""
+        """Stop watching: a later disconnect does not affect this request."""
         self._task = None
         receiving, self._receiving = self._receiving, None
         if self._waits_for is not None:
@@ -52,7 +52,7 @@ class DisconnectWatcher:
 
     def _step(self, _: asyncio.Future[Any] | None) -> None:
         if self._receiving is None:
-            return  # left after this call had been scheduled
+            return  # closed after this call had been scheduled
         try:
             waits_for = self._receiving.send(None)
         except StopIteration as stop:

@@ -1,4 +1,4 @@
-"""The first decision on a request: which pipeline, or page, answers it."""
+"""Decides which pipeline, or page, answers a request."""
 
 from collections.abc import Awaitable, Mapping
 

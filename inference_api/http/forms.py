@@ -53,7 +53,7 @@ class _Form:
     def __init__(self, names: dict[bytes, str]) -> None:
         self.fields: dict[str, FormField] = {}
         self.ended = False
-        # What the parser is given, and where that begins
+        # The slice that is parsed, and its offset
         self.slice, self.slice_at = b"", 0
         self._names = names
         self._parts = 0
@@ -101,7 +101,7 @@ class _Form:
         if self._field is None:
             return
         if self._start is None and data is self.slice:
-            # What came before was held back as it could have been a boundary: it is not a part of this slice.
+            # The bytes before were held back as a possible boundary: they are not part of this slice.
             self._start = self.slice_at + start - self._size
         self._value += data[start : min(end, start + KEPT - len(self._value))]
         self._size += end - start

@@ -1,4 +1,4 @@
-"""The ASGI layer that asks features who sends a request, before its body is read. Built only if one wants to know."""
+"""The ASGI layer in which features identify the caller, before the body is read. Built only if one does."""
 
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -12,7 +12,7 @@ from inference_api.observe.account import Account
 
 
 class Identify:
-    """Notes the Caller in the Account. The first of `identify` that knows one decides; any may raise RouterError."""
+    """Notes the Caller in the Account. The first of `identify` that returns one decides; any may raise RouterError."""
 
     def __init__(self, app: ASGIApp, identify: Sequence[Callable[[RequestHead], Caller | None]]) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What a scraper takes: the format and the coding that its Accept and Accept-Encoding prefer (RFC 9110 12.5). Pure."""
+"""The format and the coding that a scraper prefers, by Accept and Accept-Encoding (RFC 9110 12.5). Pure."""
 
 import re
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8; escap
 _WEIGHT = re.compile(r"0(?:\.\d{0,3})?|1(?:\.0{0,3})?")
 _OPENMETRICS = "application/openmetrics-text"
 _TEXT = "text/plain"
-# Where both are wanted as much, the range that names a format counts more than one that includes it.
+# At equal weight a range that names the format counts more than one that includes it.
 _ANY = {_OPENMETRICS: ("application/*", "*/*"), _TEXT: ("text/*", "*/*")}
 
 
 def wants_openmetrics(accept: str) -> bool:
-    """Rather than Prometheus' text format, which is also for those who take neither."""
+    """Whether OpenMetrics is preferred to Prometheus' text format, which is the default."""
     ranges = list(_ranges(accept))
     openmetrics, text = _rank(ranges, _OPENMETRICS), _rank(ranges, _TEXT)
     return openmetrics[0] > 0 and openmetrics > text
 
 
 def takes_gzip(accept_encoding: str) -> bool:
-    """Whether an answer may be compressed, and is not rather wanted as it is."""
+    """Whether gzip is accepted, and preferred to no coding."""
     weights = {name: weight for name, _, weight in _ranges(accept_encoding)}
     gzip = weights.get("gzip", weights.get("*", 0.0))
     return gzip > 0 and gzip >= weights.get("identity", 0.0)
@@ -43,7 +43,7 @@ def _rank(ranges: list[tuple[str, str | None, float]], name: str) -> tuple[float
 
 
 def _ranges(header: str) -> Iterator[tuple[str, str | None, float]]:
-    """(name, its version, its weight) of each element; those with a weight that is none are left out."""
+    """(name, its version, its weight) of each element; those with an invalid weight are left out."""
     for element in header.split(","):
         name, *parameters = [part.strip().lower() for part in element.split(";")]
         values = dict(parameter.partition("=")[::2] for parameter in parameters)

@@ -54,16 +54,16 @@ class Models:
         return [Route("/v1/models", self.list_all), Route("/v1/models/{model:path}", self.retrieve)]
 
 
-# Neither counted nor logged, as they come every few seconds and say nothing of the clients.
+# Neither counted nor logged: they come every few seconds, and not from clients.
 _PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics", "/backends"})
-# For callers without keys, too.
+# Open to callers without keys.
 OPEN_PATHS = frozenset(
     {"/health", "/healthz", "/readyz", "/metrics", "/version", "/openapi.json", "/docs", "/backends"}
 )
 
 
 class Finder(Protocol):
-    """What finds backends, and may need a while for the first time."""
+    """Finds backends; the first time may take a while."""
 
     async def known(self) -> None: ...
 
@@ -71,15 +71,14 @@ class Finder(Protocol):
 class Probes:
     """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers.
 
-    /health and /version are vLLM's, for what was made for an engine; `/` is what a load balancer asks that was told
-    nothing, and means whether requests may come.
+    /health and /version are vLLM's, for clients that were made for an engine; `/` is the default of load balancers, and
+    answers as /readyz.
 
-    `silence`: seconds since the event loop that takes requests came by, None while it need not; on OPS_PORT it is
-    another loop that answers, and would say that all is well. `registry_required`: not ready before the registry has
+    `silence`: seconds since the event loop of requests last ran a turn, None while it need not; OPS_PORT has another
+    loop, which answers even if that one hangs. `registry_required`: not ready before the registry has
     given a catalogue; else not before there is any model to serve.
 
-    `late`, `hung`: after so many seconds without a turn of that loop nobody is to send requests here; and the
-    process is to be restarted, as the loop will not recover.
+    `late`, `hung`: seconds without a turn of that loop after which /readyz, and /healthz, fail.
     """
 
     late, hung = 5.0, 30.0
@@ -98,7 +97,7 @@ class Probes:
         self.state = "starting"
 
     async def open(self, finder: "Finder | None") -> None:
-        """Ready, once `finder` knows where to send requests."""
+        """Become ready, once `finder` has found the backends."""
         if finder is not None:
             await finder.known()
         if self.state == "starting":
@@ -134,7 +133,7 @@ class Probes:
         return Page(self._exposition.page(openmetrics, gzip), headers=headers)
 
     def routes(self) -> list[Route]:
-        """For the clients' port too: balancers check that, and clients ask an engine for them."""
+        """Routes of the clients' port too: load balancers check it, and clients expect them of an engine."""
         return [
             Route("/", self.readyz),
             Route("/health", self.healthz),
@@ -144,12 +143,12 @@ class Probes:
         ]
 
     def ops_routes(self) -> list[Route]:
-        """With what is not for clients, where the operator has a port of their own: names of backends."""
+        """All routes, including those that name backends: for operators."""
         return [*self.routes(), Route("/metrics", self.metrics)]
 
 
 class Page(StreamingResponse):
-    """A response that is made while it is sent, and no longer: not without a reader, nor for HEAD."""
+    """A response that is made while it is sent; the generator is closed when the client disconnects, or for HEAD."""
 
     def __init__(self, pieces: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
         super().__init__(pieces, headers=headers)
@@ -190,7 +189,7 @@ class _Pages:
                 account.size += len(message.get("body", b""))
             await send(message)
 
-        # With an `app` in the scope Starlette raises what it refuses; without one it answers in plain text.
+        # With an `app` in the scope Starlette raises its errors; without one it answers in plain text.
         scope["app"] = self
         try:
             await self._router(scope, receive, noted_send)

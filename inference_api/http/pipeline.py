@@ -1,4 +1,4 @@
-"""What happens to one inference request, from its head to the end of the answer."""
+"""The steps of one inference request, from its head to the end of the answer."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,13 +19,13 @@ Resolve = Callable[[str, Caller | None], Model]
 
 
 class Stages(NamedTuple):
-    """What the pipelines of all routes share."""
+    """Shared by the pipelines of all routes."""
 
     resolve: Resolve
     send: Send
     admission: Admission
     max_body: int = 32 * 1024 * 1024
-    # Seconds for which a client may not read
+    # Seconds without progress after which a client that does not read is given up
     write_stall: float = 60.0
 
 
@@ -65,7 +65,7 @@ class Pipeline:
             admission.buffered -= held
 
     def _accept(self, asked: Asked, body: bytes, scope: Scope, account: Account) -> tuple[Call, Model]:
-        """The request is sound, and there is room for it. `asked` may hold as much as a large body, and ends here."""
+        """Resolve the model and make the Call. Raises RouterError. `asked` may be as large as a body: freed here."""
         fields = asked[0]
         account.stream = fields.get("stream") or False
         account.asked = fields["model"]

@@ -1,4 +1,4 @@
-"""The inference routes: an allow-list. Nothing that is not here reaches a backend."""
+"""The inference routes: an allow-list. No other path reaches a backend."""
 
 from inference_api.http import bodies
 from inference_api.models import Route
@@ -14,9 +14,9 @@ _TOKENIZE = bodies.JSONReader(bodies.Tokenize, one_of=("prompt", "messages"))
 _UPLOAD = bodies.FormReader()
 _RESPONSE_ENDS = (b"response.completed", b"response.incomplete", b"response.failed")
 
-# May store what it made: never sent twice.
+# May store its response: never sent twice.
 RESPONSES = Route("/v1/responses", "responses", _RESPONSES, False, False, _RESPONSE_ENDS, token_type=b'.delta"')
-# What was stored, by its id: see `stored`.
+# A stored response, by its id: see `stored`.
 STORED = RESPONSES._replace(label="response")
 
 INFERENCE_ROUTES = (
@@ -36,7 +36,7 @@ INFERENCE_ROUTES = (
     Route("/v1/moderations", "moderations", bodies.JSONReader(bodies.Moderation)),
     Route("/classify", "classify", _EMBEDDING),
     Route("/pooling", "pooling", bodies.JSONReader(bodies.Pooling, one_of=("input", "messages", "data"))),
-    # SageMaker's one route for all, which vLLM takes for whichever the fields are those of.
+    # SageMaker's single route: vLLM chooses the API by the fields.
     Route("/invocations", "invocations", _ANY, end_marks=(b"[DONE]",)),
     Route("/v1/audio/speech", "speech", bodies.JSONReader(bodies.Speech)),
     Route("/v1/images/generations", "images_generations", bodies.JSONReader(bodies.Image)),

@@ -1,7 +1,7 @@
 """GET, DELETE and cancel of a response that an engine has stored: sent to the backend that made it, known by the id.
 
-Of the last responses that went through this process their models and backends are remembered; any other id is a 404,
-as an engine answers for one that it does not have.
+The process keeps the model and backend of the last responses that it relayed; any other id is a 404, as from an
+engine that does not have it.
 """
 
 import re
@@ -89,7 +89,7 @@ class StoredResponses:
         self._stages = stages
 
     def pipeline(self, route: Route) -> Pipeline:
-        """The route's own; of the route that makes responses, one that remembers them."""
+        """The pipeline of the route; that of the route that makes responses keeps their places."""
         stages = self._stages
         return Pipeline(route, stages._replace(send=self._remembering(stages.send)) if route is RESPONSES else stages)
 

@@ -1,4 +1,4 @@
-"""Which route was meant by a URL that is none."""
+"""Suggests a route for an unknown URL."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ _LONGEST = 128
 
 
 def meant(path: str, known: Iterable[str]) -> str | None:
-    """The path of a route that `path` is a slip of: a base URL with one /v1 too many or too few, a typing error."""
+    """The path of the route that was probably meant: one /v1 too many or too few, or a typing error."""
     paths = [one for one in known if "{" not in one]
     if len(path) > _LONGEST:
         return None

@@ -1,4 +1,4 @@
-"""Long work on the event loop, in slices, so that nobody waits longer for it than a few milliseconds."""
+"""Runs long work on the event loop in slices, so that other requests wait a few milliseconds at most."""
 
 import asyncio
 from collections.abc import Callable, Generator
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Turns:
-    """At most `seconds` of such work, and the rest of a slice, are done in one turn of the loop, whoever they are for.
+    """Does at most `seconds` of such work, and the rest of a slice, in one turn of the loop, for all requests together.
 
     A thread would not help: it would hold the interpreter as long as the slice does.
     """
@@ -17,11 +17,11 @@ class Turns:
     def __init__(self, seconds: float = 0.004, clock: Callable[[], float] = monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
-        # Fair: many bodies get on slice by slice, and a small one does not wait for the end of a large one.
+        # Fair: bodies take turns slice by slice, and a small one does not wait for the end of a large one.
         self._lock = asyncio.Lock()
 
     async def run(self, work: Generator[None, None, T]) -> T:
-        """What `work` returns. It is suspended where it yields."""
+        """Run `work` to its end, and return its result. It is suspended where it yields."""
         while True:
             async with self._lock:
                 end = self._clock() + self._seconds

@@ -18,15 +18,15 @@ from inference_api.routing.fleet import Model
 
 
 async def read_body(receive: Receive, head: RequestHead, limit: int, admission: Admission) -> bytes:
-    """The request body, whose bytes are the admission's from now on.
+    """Read the request body; its bytes are counted in `admission`, and the caller subtracts them.
 
-    Raises TooLarge, before reading if its length says so, Overloaded, and ClientGone if it breaks off; of these bodies
-    nothing is left with the admission.
+    Raises TooLarge (before reading if Content-Length says so), Overloaded, and ClientGone if the body breaks off; then
+    its bytes are subtracted already.
     """
     if head.content_length is not None and int(head.content_length) > limit:
         raise TooLarge(limit)
     admission.check()
-    # What it gives in the end is its own buffer, where to join parts would copy a large body in one go.
+    # Its final value is its own buffer; joining the parts would copy a large body in one go.
     whole = BytesIO()
     size, more = 0, True
     try:
@@ -50,7 +50,7 @@ async def read_body(receive: Receive, head: RequestHead, limit: int, admission: 
 
 
 def read(route: Route, head: RequestHead, body: bytes) -> Asked | Generator[None, None, Asked]:
-    """What a request asks for, or the work to find out, if that takes long.
+    """The fields of a request, or a generator that reads them slice by slice, if the body is large.
 
     Either raises RouterError that names the field or header, and the fix.
     """
@@ -65,13 +65,13 @@ def read(route: Route, head: RequestHead, body: bytes) -> Asked | Generator[None
 
 def _not_this_type(kind: str, given: bytes) -> UnsupportedMediaType:
     instead = f", not {printable(given.decode('latin-1'))!r}" if given else ""
-    # What curl sends by itself, with -d.
+    # curl's default with -d is another one.
     hint = f"; with curl: -H 'content-type: {kind}'" if kind == "application/json" else ""
     return UnsupportedMediaType(f"The content type must be {kind}{instead}{hint}.")
 
 
 def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: Asked, model: Model) -> Call:
-    """The Call of a request to `model`. Of what was read it keeps the few small fields. Raises InvalidRequest."""
+    """The Call of a request to `model`. It keeps the few small fields. Raises InvalidRequest."""
     head, entry, (fields, prompt, model_at) = account.head, model.entry, asked
     if not ENGINE_FIELDS.isdisjoint(fields):
         name = take_engine_fields(fields)
@@ -89,7 +89,7 @@ def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: 
         b"?" + query if query else b"", fields, prefix, head.authorization, head.lines, model_at, account.caller,
         scope["state"],
     )  # fmt: skip
-    # Without the call in Python that a NamedTuple takes to be made.
+    # Avoids the NamedTuple's constructor, which is a call in Python.
     return tuple.__new__(Call, parts)
 
 
@@ -103,7 +103,7 @@ def _not_the_clients(name: str) -> InvalidRequest:
 
 
 def model_card(model: Model) -> dict[str, Any]:
-    """A model as /v1/models shows it: OpenAI's keys, vLLM's `max_model_len` when the engine told it, and our own."""
+    """A model as /v1/models shows it: OpenAI's keys, vLLM's `max_model_len` if the engine reports it, and our own."""
     entry = model.entry
     card = {
         "id": model.name,

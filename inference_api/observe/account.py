@@ -1,4 +1,4 @@
-"""What is noted about one request while it is worked on, and the Record that is left of it for the sinks."""
+"""The Account of one request while it is processed, and the Record that the sinks get at its end."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from inference_api.http.head import RequestHead
     from inference_api.server.cycle import Cycle
 
-# The model of a request that names none of the catalogue.
+# The model label of a request whose model is not in the catalogue
 UNKNOWN = "unknown"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _NO_COUNTS: Counts = (None, None, None, None)
@@ -46,10 +46,10 @@ class Record(NamedTuple):
     size: int
     caller: Caller | None
     model: Model | None
-    # Of the server: (host, port) of the client's side of the connection, and the path as it was asked for.
+    # From the server: (host, port) of the client, and the path as requested
     client: tuple[str, int] | None
     path: str
-    # What the access line has beside its usual fields.
+    # More fields of the access line
     extra: Mapping[str, Any]
     state: Mapping[str, Any]
 
@@ -58,12 +58,12 @@ Sink = Callable[[Record], None]
 
 
 def shown_status(status: int, outcome: Outcome) -> int:
-    """nginx's 499 for a client that did not wait; the client itself never sees it."""
+    """The status for metrics and log: nginx's 499 if the client disconnected."""
     return 499 if outcome is CLIENT_GONE else status
 
 
 class Account:
-    """One request's notes; whoever learns something writes it here. `end` makes the Record, once.
+    """The notes of one request, written by every stage. `end` makes the Record, once.
 
     `clock` gives seconds.
     """
@@ -86,14 +86,14 @@ class Account:
         self.request_id = request_id
         self.clock = clock
         self.began = self._received = clock()
-        # Not the scope itself, which refers to this object: a ring would be left for the garbage collector.
+        # Not the scope itself, which refers to this object: that would be a reference cycle.
         self.client: tuple[str, int] | None = scope.get("client")
         self.path: str = scope["path"]
         self.state: Mapping[str, Any] = scope["state"]
         self.head = head
-        # Of our own server: what `receive` and `send` belong to, unless a layer wraps them.
+        # The Cycle of our own server; `receive` and `send` are its methods, unless a layer wraps them.
         self.cycle = cycle
-        # Until they are known. Only names of the catalogue become labels, so that clients cannot make series.
+        # Defaults. Only names of the catalogue become labels, so that clients cannot make series.
         self.route = "other"
         self.model_name = UNKNOWN
         self.asked: str | None = None
@@ -112,18 +112,18 @@ class Account:
         self._accepted: float | None = None
 
     def received(self) -> None:
-        """The rest of the body took its time to come; that time is not the router's."""
+        """The body is complete: the time that it took to arrive does not count as overhead."""
         self._received = self.clock()
 
     def accepted(self, call: Call, model: Model) -> None:
-        """The request is now one of this model's."""
+        """The request is valid, and goes to `model`."""
         self.call = call
         self.model = model
         self._accepted = self.clock()
 
     @property
     def started(self) -> bool:
-        """Whether the client has got the beginning of an answer."""
+        """Whether an answer to the client has begun."""
         return self.status > 0 if self.relay is None else self.relay.started
 
     def responded(self, status: int, size: int) -> None:
@@ -140,7 +140,7 @@ class Account:
             self.extra = {**self.extra, **error.logged}
 
     def end(self) -> Record:
-        """The Record of the request, whose answer has come to its end."""
+        """Make the Record, at the end of the answer."""
         relay, reply, first, events, tokens = self.relay, self.reply, None, 0, _NO_COUNTS
         took = self.clock() - self.began
         attempts, backend = 0, None
@@ -162,5 +162,5 @@ class Account:
             self.stream, self.code, took, first, overhead, tokens, events, self.size, self.caller, self.model,
             self.client, self.path, self.extra, self.state,
         )  # fmt: skip
-        # Without the two calls in Python that a NamedTuple takes to be made.
+        # Avoids the NamedTuple's constructor, which is a call in Python.
         return tuple.__new__(Record, fields)

@@ -7,7 +7,7 @@ from typing import Any
 _RESET, _DIM = "\x1b[0m", "\x1b[2m"
 _RED, _GREEN, _YELLOW, _CYAN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[36m"
 _LEVELS = {"debug": _DIM, "info": "", "warning": _YELLOW, "error": _RED, "critical": _RED}
-# What stands in columns of its own, what is at the end, and what is only worth a word where it is not as usual
+# Fields with columns of their own, fields at the end, and fields that are shown only if they are not as usual
 _COLUMNS = frozenset({"status", "latency_ms", "model", "backend", "route", "request_id"})
 _USUAL = {"outcome": "ok", "attempts": 1, "stream": False}
 
@@ -15,7 +15,7 @@ Paint = Callable[[str, str], str]
 
 
 def render_console(now: float, level: str, event: str, fields: Mapping[str, Any]) -> str:
-    """A line of text without colours. Only a traceback makes more of it."""
+    """One line of text without colours, or more with a traceback."""
     return _render(now, level, event, fields, lambda text, colour: text)
 
 

@@ -1,6 +1,6 @@
 """Metrics as text: Prometheus' format 0.0.4 and OpenMetrics 1.0.0, a bounded piece at a time.
 
-A family is written while it is read, series by series, so that whoever writes may stop between any two of them. That is
+A family is written while it is read, series by series, so that the writer may pause between any two of them. That is
 five to ten times as fast as prometheus_client, which makes an object and a dictionary of every sample (docs/adr/0014).
 """
 
@@ -15,7 +15,7 @@ from inference_api.observe.series import Histogram
 _SPECIAL = re.compile(r'[\\"\n]')
 # Stands for a histogram's labels in the text of its lines.
 _LABELS = "\0"
-# What a piece costs beside its length, in characters.
+# The overhead of a piece, in characters
 _PIECE = 20
 Series = tuple[Sequence[str], float | Histogram | None]
 
@@ -24,7 +24,7 @@ class Family(NamedTuple):
     """A metric with all of its series. `series` is read once; nothing is computed before.
 
     `kind`: counter, gauge or histogram. `name`: without the `_total` of a counter. A series has the values of the
-    labels, and None if there is nothing to show: better said than looked past, for whoever reads can stop then.
+    labels, and None if there is nothing to show, so that the reader can pause there, too.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""What a scrape shows: the numbers of `metrics`, and what the rest of the router is asked at that moment."""
+"""The families of a scrape: the numbers of `metrics`, and gauges that are read at that moment."""
 
 import platform
 import time
@@ -30,11 +30,11 @@ BY_BACKEND = ("model_name", "backend")
 class Families:
     """Every family, made anew for each scrape; its series are looked up while they are read.
 
-    May be read on a thread of its own (OPS_PORT): whatever is asked here has to bear that.
+    May be read on a thread of its own (OPS_PORT): every source must allow that.
 
-    `discovery`: look-ups that were of no use, by reason. `draining`: whether the process has been asked to stop.
-    `silence`: seconds since the event loop last came by, None if it need not. `revision`: of the source that was built.
-    `dropped_lines`: of the log, that could not be written. `clock`: Unix seconds. `collectors`: the
+    `discovery`: failed look-ups, by reason. `draining`: whether the process has been asked to stop.
+    `silence`: seconds since the event loop last ran a turn, None if it need not. `revision`: of the source.
+    `dropped_lines`: lines of the log that were not written. `clock`: Unix seconds. `collectors`: the
     families of features.
     """
 
@@ -154,7 +154,7 @@ class Families:
         text = "1: failures keep all requests but a probe from it."
         yield gauge("backend_circuit_open", text, BY_BACKEND, self._each(lambda backend: backend.failing))
         text = "1: it answers with errors that the other backends do not give, and gets no requests but a probe."
-        # Rare, and not worth a series of each: there is one while it is so.
+        # Rare: a series exists only while the value is 1.
         aside = self._each(lambda backend: None if backend.circuit.opened is None else True)
         yield gauge("backend_set_aside", text, BY_BACKEND, aside)
         text = "1: the backend says that it sleeps, so no request goes to it."

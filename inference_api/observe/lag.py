@@ -1,4 +1,4 @@
-"""How late the event loop is: what explains slow answers when the router is busy, and shows that it hangs."""
+"""Measures how late the event loop is: the cause of slow answers of a busy router, and the sign that it hangs."""
 
 import asyncio
 import time
@@ -19,11 +19,11 @@ class LoopLag:
         self._observe = observe
         self._every = every
         self._clock = clock
-        # When the loop last came by; None while nobody expects it to.
+        # When the loop last ran the timer; None before the start and after the end.
         self._ticked: float | None = None
 
     def silence(self) -> float | None:
-        """Seconds since the loop last came by; None: it is not there yet, or no more. To be called from any thread."""
+        """Seconds since the loop last ran the timer; None before the start and after the end. From any thread."""
         ticked = self._ticked
         return None if ticked is None else self._clock() - ticked
 

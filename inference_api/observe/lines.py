@@ -7,7 +7,7 @@ from inference_api.observe.log import UNSERVED, Fields
 
 
 def access_line(record: Record) -> Fields:
-    """The fields of one request; what is not known of it is null, and what seldom is is left out."""
+    """The fields of one request. Unknown values are null; rare fields are left out."""
     # Taken apart at once: to ask for a field by its name costs ten times as much.
     (
         request_id, route, model_name, asked, backend, status, outcome, attempts, stream, code, took, first, _,
@@ -44,7 +44,7 @@ def access_line(record: Record) -> Fields:
 
 
 def access_log(write: Callable[[Fields], None], level: str = "info") -> Callable[[Record], None]:
-    """A sink that writes the access line of each request; at the level `warning`, of those that are one."""
+    """A sink that writes the access line of each request; at the level `warning`, only lines that are warnings."""
     if level == "warning":
         return lambda record: write(access_line(record)) if record.status == UNSERVED else None
     return lambda record: write(access_line(record))

@@ -22,9 +22,9 @@ from inference_api.observe.writer import LogWriter, standard_output
 
 logger = logging.getLogger(__name__)
 
-# Seconds that the end of the process waits for whoever reads the log.
+# Seconds that the end of the process waits for the log to be written.
 _TIMEOUT = 1.0
-# The status of a request that the router, or an engine, could not serve: its line is a warning.
+# A request with this status was not served: its line is a warning.
 UNSERVED = 503
 Fields = dict[str, Any]
 Render = Callable[[float, str, str, Fields], str]
@@ -58,7 +58,7 @@ class LogHandler(logging.Handler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say which line could not be rendered; logging's own way is to print that to stderr, which may block."""
+        """Report which line could not be rendered; logging would print that to stderr, which may block."""
         fields = {"exception": traceback.format_exc()}
         text = f"a line of {record.name} cannot be rendered: {record.msg!r}"
         self.writer.now(render_json(record.created, "error", text, fields))
@@ -97,13 +97,13 @@ def render_json(now: float, level: str, event: str, fields: Fields) -> str:
     except TypeError:
         # Text that is not UTF-8 (the name of a file), or an integer of more than 64 bits.
         rest = json.dumps(fields, default=str)
-    # Joined as text: a dictionary of all of them would be made only to be written.
+    # Joined as text: cheaper than a dictionary of all of them.
     return f'{{"time":"{_timestamp(now)}{_start(level, event, bool(fields))}{rest[1:]}'
 
 
 @lru_cache(maxsize=256)
 def _start(level: str, event: str, more: bool) -> str:
-    """What is between the time and the other fields."""
+    """The text between the time and the other fields."""
     return f'","level":"{level}","event":{json.dumps(event)}{"," if more else ""}'
 
 
@@ -161,7 +161,7 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 
 def _finalizer_failed(args: "sys.UnraisableHookArgs") -> None:
     what = args.err_msg or "an exception is ignored"
-    # By name: what it holds is not for the log.
+    # By name: its content is not for the log.
     name = getattr(args.object, "__qualname__", type(args.object).__qualname__)
     logger.error("%s: %s", what, name, exc_info=args.exc_value)
 

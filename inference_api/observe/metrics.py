@@ -1,4 +1,4 @@
-"""What is counted of requests: plain numbers, written when something happens and read when somebody scrapes.
+"""The counters of requests: plain numbers, written at each event and read at a scrape.
 
 A labelled prometheus_client child costs 0.9 us to count and 2.5 us to observe; an int and a bisect cost a tenth
 (docs/adr/0003). Everything is written by the event loop only, so there is nothing to lock.
@@ -38,7 +38,7 @@ ABORTS = {
     Outcome.INTERNAL_ERROR: "internal_error",
 }
 
-# The error codes with which the router turns a request away, whatever the request itself is like.
+# Codes of rejections that are not the fault of the request
 _REJECTIONS = {
     "overloaded": "overload",
     "no_backend_available": "no_backend",
@@ -59,16 +59,16 @@ class _Requests(Count):
     def __init__(self, durations: Histogram) -> None:
         super().__init__()
         self.durations = durations
-        # Linked when first needed, so that no series is there that counted nothing.
+        # Made at first use: no series without a count.
         self.overhead: Histogram | None = None
         self.input: Histogram | None = None
         self.output: Histogram | None = None
 
 
 class Metrics:
-    """Every number that requests and probes leave behind. What is only asked for at a scrape is in `families`.
+    """Every counter of requests and probes. Gauges, which are read at a scrape, are in `families`.
 
-    `fleet`: the models by name. What is not of one of them, or of a backend of theirs, has no series.
+    `fleet`: the models by name. Only they and their backends have series.
     """
 
     def __init__(self, fleet: Callable[[], Mapping[str, Model]]) -> None:
@@ -118,7 +118,7 @@ class Metrics:
             cell.overhead.observe(overhead)
         if code is not None and (reason := _REJECTIONS.get(code)) is not None:
             self.rejections[model, reason].count += 1
-        # The answer's head said that all was well; of a JSON answer too, if it was too large to be held.
+        # The head of the answer was a success; so is that of a JSON answer that was too large to be held.
         if outcome is not OK and 0 < status < 300:
             self._abort(model, outcome)
         if first is not None and status < 300:
@@ -155,7 +155,7 @@ class Metrics:
     def retry(self, model: str, reason: str) -> None:
         self.retries[model, reason].count += 1
 
-    # Written beside it
+    # Written by background tasks
 
     def probe_failed(self, origin: Origin, kind: str) -> None:
         for backend in origin.backends:

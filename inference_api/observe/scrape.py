@@ -1,4 +1,4 @@
-"""The page of a scrape, in slices: however many series there are, the event loop that writes it goes on in between."""
+"""The page of a scrape, in slices: the event loop does other work in between, whatever the number of series."""
 
 import asyncio
 import zlib
@@ -22,7 +22,7 @@ _GZIP = 31
 
 
 def process_collectors() -> CollectorRegistry:
-    """A registry with what prometheus_client knows of any process."""
+    """A registry with prometheus_client's collectors of the process."""
     collectors = CollectorRegistry()
     # GCCollector does not take None for no registry.
     for collector in (ProcessCollector(registry=None), GCCollector(registry=CollectorRegistry())):
@@ -34,11 +34,11 @@ class Exposition:
     """Everything that is exported, as a page.
 
     `families`: the router's own, which are read slice by slice between other work of the loop that serves them.
-    `collectors`: what others add. They are few numbers each, for their text is made in one step, by prometheus_client;
-    as they may read files, that is on a thread of its own, never on the event loop.
+    `collectors`: of prometheus_client, with few numbers each, as their text is made in one step. They may read files,
+    and run on a thread of their own, never on the event loop.
 
-    `pause`: seconds between two slices. On a thread beside the event loop they let go of the interpreter: a thread that
-    only yields takes it again before the other one has woken up.
+    `pause`: seconds between two slices. On the thread of OPS_PORT they release the interpreter: a thread that only
+    yields takes it again before the other one has woken up.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Exposition:
         self._size = size
         self._most = most
         self._scrapes = 0
-        # Of several scrapes only one writes a slice in a turn of the loop.
+        # One slice per turn of the loop, whatever the number of scrapes.
         self._turn = asyncio.Lock()
 
     @property
     def busy(self) -> bool:
-        """As many scrapes are under way as there may be."""
+        """Whether the limit of concurrent scrapes is reached."""
         return self._scrapes >= self._most
 
     async def page(self, openmetrics: bool, gzip: bool) -> AsyncGenerator[bytes, None]:

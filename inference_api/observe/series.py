@@ -1,4 +1,4 @@
-"""What the numbers of a metric are kept in: a cell for each set of labels that has been seen."""
+"""The numbers of a metric: a cell for each set of labels that has been seen."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
@@ -33,15 +33,15 @@ class Histogram:
         self.sum += value
 
     def cumulative(self) -> list[int]:
-        """How many are at most each bound, and at last how many there are."""
+        """The cumulative counts per bound, and the total."""
         return list(accumulate(self.counts))
 
 
 class Series(dict[K, V], Generic[K, V]):
     """Cells by labels, made when they are first asked for.
 
-    `keep`: whether the labels may have one. Others get a cell that nobody sees: what ends after its model has left
-    the catalogue must not bring the series back.
+    `keep`: whether the labels may have one. Others get a cell that is not kept: a request that ends after its model has
+    left the catalogue must not bring the series back.
     """
 
     def __init__(self, make: Callable[[K], V], keep: Callable[[K], bool] = lambda key: True) -> None:
@@ -56,13 +56,13 @@ class Series(dict[K, V], Generic[K, V]):
         return cell
 
     def forget(self, keep: Callable[[K], bool] | None = None) -> None:
-        """Drop the cells that would not be kept any more. `keep`: a quicker way to the same answer."""
+        """Drop the cells that would not be kept any more. `keep`: a faster test with the same result."""
         keep = keep or self._keep
         for key in [key for key in self if not keep(key)]:
             del self[key]
 
     def snapshot(self) -> dict[K, V]:
-        """For a scrape, which may run on a thread of its own (OPS_PORT) while the event loop adds a cell.
+        """A copy for a scrape, which may run on the thread of OPS_PORT while the event loop adds a cell.
 
         A dict is copied in one go. A list of its items is not: it makes a tuple for each, that may start a garbage
         collection, and that may let the other thread run.

@@ -1,7 +1,7 @@
-"""Lines on their way to a stream: whoever has one hands it over, and a thread writes.
+"""Writes lines to a stream from a thread of its own.
 
-A pipe that nobody reads, a terminal that is paused and a disk that hangs block the one who writes. So the event loop
-never does (docs/adr/0013). What waits has a bound; beyond it lines are dropped and counted.
+A pipe without a reader, a paused terminal and a disk that hangs block a writer, which must not be the event loop
+(docs/adr/0013). The queue has a bound; beyond it lines are dropped and counted.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ class LogWriter:
         self._lines: deque[str] = deque()
         self._size = 0
         self._due: asyncio.TimerHandle | None = None
-        # What the thread has still to write. The lock may be taken again by whoever has it, for a finalizer can log
+        # The lines to be written. The lock is reentrant, for a finalizer can log
         # anywhere; and the queue may be put to by a put that such a finalizer interrupts.
         self._lock = threading.RLock()
         self._batches: SimpleQueue[_Batch | threading.Event | None] = SimpleQueue()
@@ -124,7 +124,7 @@ class LogWriter:
             try:
                 self._write(batch.data)
             except (OSError, ValueError):
-                # Nobody is there to read any more, the disk is full, or the stream is closed.
+                # The reader has left, the disk is full, or the stream is closed.
                 lost = batch.lines
             with self._lock:
                 self._waiting -= len(batch.data)
@@ -132,13 +132,13 @@ class LogWriter:
 
 
 def standard_output() -> TextIO:
-    """sys.stdout; nothing's end if the process was started without one."""
+    """sys.stdout, or /dev/null if the process was started without it."""
     return sys.stdout or open(os.devnull, "w")
 
 
 def _writing(stream: TextIO, encoding: str) -> Callable[[bytes], None]:
     try:
-        # Not the stream's own buffer: a thread that waits in it holds a lock, for which whoever prints would wait.
+        # Not the stream's own buffer: a thread that waits in it holds a lock that `print` needs.
         stream.fileno()
     except (OSError, AttributeError):
         return lambda data: _write_text(stream, data.decode(encoding))

@@ -1,4 +1,4 @@
-"""Bodies with an end of their own: held until they are whole, looked into before they are read, and checked."""
+"""Bodies that are not streams of events: held until they are complete, peeked into, and checked."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,12 +12,12 @@ from inference_api.relay.dialects import ends_in_abort, is_aborted, is_json
 from inference_api.relay.usage import find_usage
 from inference_api.upstream.response import ResponseStream
 
-# Up to here an answer that claims to be JSON is parsed to see whether it is (2 us per KiB); above, at its ends.
+# Up to this size an answer that claims to be JSON is parsed (2 us per KiB); of a larger one only the ends are checked.
 _PARSED = 1 << 16
 
 
 async def hold(stream: httpx.AsyncByteStream, limit: int) -> tuple[bytes, AsyncIterator[bytes] | ResponseStream | None]:
-    """The whole body and None; or, of a large one, what has come so far and where the rest will come from."""
+    """The whole body and None; or the beginning of a large one, and the iterator of its rest."""
     if isinstance(stream, ResponseStream):
         body, complete = await stream.collect(limit)
         return body, None if complete else stream
@@ -32,7 +32,7 @@ async def hold(stream: httpx.AsyncByteStream, limit: int) -> tuple[bytes, AsyncI
 
 
 class Readable(httpx.AsyncByteStream):
-    """The body of a transport that is not ours, which can be looked into before it is read."""
+    """The body of another transport, with `peek`."""
 
     def __init__(self, stream: httpx.AsyncByteStream) -> None:
         self._stream = stream
@@ -55,7 +55,7 @@ class Readable(httpx.AsyncByteStream):
 
 
 def read_answer(body: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """What a JSON answer says of usage, and whether it was aborted. Raises UpstreamProtocolError if it is no JSON."""
+    """The usage of a JSON answer, and whether it was aborted. Raises UpstreamProtocolError if it is not JSON."""
     found, aborted = None, False
     if len(body) > _PARSED:
         if not is_json(body, whole=False):

@@ -1,7 +1,6 @@
-"""What engines write, in its spellings: server-sent events one by one, JSON answers, and how to tell them apart. Pure.
+"""Reads the dialects of engines: single server-sent events, JSON answers, and how to distinguish them. Pure.
 
-For what is rare: the beginning and the end of a stream, and what is not as most engines write it. `events` has the
-shorter ways for the many.
+For the rare cases: the beginning and the end of a stream, and unusual spellings. `events` has the fast paths.
 """
 
 import re
@@ -15,13 +14,13 @@ _FIELDS = (b"data:", b"event:", b"id:", b"retry:")
 # Bytes
 _LONGEST_PING = 100
 _ERRORS = (b"error", b"response.failed")
-# Names of events that say what any event is.
+# Event names without a meaning of their own
 _UNNAMED = (b"", b"message")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _ABORT = re.compile(rb'"finish_reason"\s*:\s*"abort"')
-# White space of JSON, and what begins each text of a sequence (RFC 7464).
+# White space of JSON, and the separator of a sequence (RFC 7464).
 _PADDING = b" \t\r\n\x1e"
-# Bytes of padding in which no answer has begun, after which it is taken for JSON: nothing else is padded.
+# Bytes of padding after which an answer is taken for JSON: nothing else is padded.
 _LONGEST_PADDING = 4096
 
 
@@ -56,13 +55,13 @@ class Event:
 
     @property
     def kind(self) -> str:
-        """Its name, or the type that its data gives it: `event:` is left out by some."""
+        """Its name, or the type in its data: some engines leave out `event:`."""
         kind = self.name.decode("latin-1") if self.name not in _UNNAMED else self.document.get("type")
         return kind if isinstance(kind, str) else ""
 
     @property
     def is_ping(self) -> bool:
-        """Nothing but a sign of life: comments, blank lines, or a ping of the Messages API."""
+        """Whether it is only a sign of life: comments, blank lines, or a ping of the Messages API."""
         return (
             (not self.data and not self.name) or self.name == b"ping" or (len(self.data) < 99 and self.kind == "ping")
         )
@@ -89,7 +88,7 @@ class Event:
 
     @property
     def finish(self) -> Any:
-        """Why a choice ends with it; None: none does."""
+        """The reason to finish of a choice, or None."""
         choices = self.document.get("choices")
         if isinstance(choices, list):
             found = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)]
@@ -98,7 +97,7 @@ class Event:
 
     @property
     def usage(self) -> dict[str, Any] | None:
-        """Of the event itself, or of the message or response that it begins or ends with."""
+        """The usage of the event itself, or of the message or response in it."""
         document = self.document
         for place in (document, document.get("message"), document.get("response")):
             usage = place.get("usage") if isinstance(place, dict) else None
@@ -108,10 +107,7 @@ class Event:
 
 
 def has_token(document: Any) -> bool:
-    """Whether the data of an event without a name carry something that the model has made.
-
-    True where that cannot be told.
-    """
+    """Whether the data of an event without a name carry output of the model; True if that is not clear."""
     if not isinstance(document, dict):
         return True
     choices = document.get("choices")
@@ -138,7 +134,7 @@ def is_delta(kind: str) -> bool:
 
 
 def is_aborted(document: Any) -> bool:
-    """Whether an answer, or a part of a stream, says that the engine ended the generation before its end.
+    """Whether an answer, or a part of a stream, reports that the engine aborted the generation.
 
     vLLM says `abort` in a choice, `cancelled` of a response, and of a message no reason to stop.
     """
@@ -155,7 +151,7 @@ def is_aborted(document: Any) -> bool:
 
 
 def ends_in_abort(body: bytes) -> bool:
-    """The same of a JSON text that is too long to be read: by its end."""
+    """The same for a JSON text that is too long to parse: by its end."""
     return _ABORT.search(body, max(0, len(body) - 2048)) is not None
 
 
@@ -168,7 +164,7 @@ class Body(Enum):
 
 
 def body_kind(first: bytes) -> Body | None:
-    """What a body is that begins so; None: it takes more to tell."""
+    """The kind of a body, by its beginning; None: more bytes are needed."""
     if len(first) < len(_BOM) and _BOM.startswith(first):
         return None
     text = first.removeprefix(_BOM).lstrip(_PADDING)
@@ -192,10 +188,10 @@ def read_json(text: bytes) -> Any:
 
 
 def is_json(body: bytes, whole: bool) -> bool:
-    """Whether what does not parse here is JSON all the same, or one of its sequences, as far as can be told cheaply.
+    """Whether a text that does not parse here is probably JSON, or a JSON sequence.
 
-    What engines write is deeper than parsers go, has NaN, halves of surrogate pairs, and padding around it. `whole`:
-    look at all of it, and not just at its ends.
+    Engines nest deeper than parsers go, and write NaN, halves of surrogate pairs, and padding. `whole`: check all of
+    it, and not only its ends.
     """
     text = body.removeprefix(_BOM).strip(_PADDING)
     if text[:1] not in (b"{", b"[") or text[-1:] not in (b"}", b"]"):

@@ -1,6 +1,6 @@
-"""Follows server-sent events without touching them: where one ends, which carry a token, and what the last ones said.
+"""Follows server-sent events without changing them: where they end, which carry a token, how the stream ends.
 
-Sans-IO. Nearly every event is the next token and says nothing else: that is found out in a few steps, and `dialects`
+Sans-IO. Nearly every event carries one token and nothing else: those are recognised in a few steps, and `dialects`
 reads the others.
 """
 
@@ -12,21 +12,21 @@ from inference_api.models import Outcome
 from inference_api.relay.dialects import Event, has_token, is_aborted, read_json
 from inference_api.relay.usage import USAGE, find_usage
 
-# What ends with one of them ends with a blank line; so does what ends with \r\n\r\n.
+# Data with one of these endings end with a blank line; \r\n\r\n ends with the second.
 ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
 BOUNDARY = re.compile(rb"\r\n\r\n|\n\r\n|\n\n|\r\r")
 _OBJECT = (b"data: {", b"data:{")
 _DONE = b"data: [DONE]"
 _NO_CHOICES = re.compile(rb'"choices" ?: ?\[\]')
-# One event may be larger; beyond this its content is no longer looked at, only its end.
+# Of a larger event only the end is searched, its content is skipped.
 MAX_EVENT = 1 << 20
 
 
 def _is_plain(line: bytes) -> bool:
-    """Whether `line`, all of an event and an object, says nothing but the next token; an end mark is no object.
+    """Whether `line`, a whole event whose data are an object, carries a token and nothing else.
 
-    Not by `in` or `find`: for bytes, the one first tries and fails to make an integer of what it looks for, and the
-    other costs twice as much as `partition`.
+    Not by `in` or `find`: on bytes, `in` first tries and fails to make an integer of its operand, and `find` costs
+    twice as much as `partition`.
     """
     return line[7:14] != b'"error"' and not line.partition(b'"usage"')[1] and not line.partition(b"\r")[1]
 
@@ -41,7 +41,7 @@ def _has_choices(event: bytes) -> bool:
 
 
 class _Beginnings(dict[bytes, bool]):
-    """Remembers whether events carry a token, by what is in them from `choices` on: most streams begin alike."""
+    """Caches whether events carry a token, by their text from `choices` on: most streams begin alike."""
 
     def __call__(self, line: bytes) -> bool:
         _, mark, text = line.partition(b'"content":"')
@@ -64,11 +64,11 @@ _carries_token = _Beginnings()
 class EventTracker:
     """Feed it every byte that goes to the client; memory stays below one event of at most 1 MiB.
 
-    `end_marks`: what the last event of a complete stream is, beside `[DONE]`; () if the stream may end anywhere.
-    `finish_ends`: an event that says why the choice ended may be the last one.
+    `end_marks`: marks of the last event of a complete stream, beside `[DONE]`; () if the stream may end anywhere.
+    `finish_ends`: an event with a reason to finish may be the last one.
 
-    What the events before the first token are is for `begin` to find out; after it, `feed` takes as a token what can be
-    nothing else. Both return True if all that came was a sign of life, and no event.
+    `begin` parses the events before the first token; `feed` then takes for a token whatever can be nothing else. Both
+    return True if the data were only signs of life.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class EventTracker:
         self._open = bytearray()
         self._blind = False
         self._begun = False
-        # The last event that may have carried a token, perhaps behind others: it may say how the stream ends.
+        # The last event that may have carried a token: it may say how the stream ends.
         self._last = b""
         # The last event with a usage
         self._reported = b""
@@ -94,7 +94,7 @@ class EventTracker:
         self.tokens = 0
 
     def begin(self, data: bytes) -> bool:
-        """As `feed`, for what may come before the first token."""
+        """As `feed`, before the first token."""
         line, _, rest = data.partition(b"\n")
         if rest == b"\n" and line[:7] == b"data: {" and not self._open and _is_plain(line):
             self._begun = True
@@ -118,7 +118,7 @@ class EventTracker:
         return self._take(data)
 
     def finish(self) -> None:
-        """Nothing more will come. What says that the stream is complete says it without a blank line behind it, too."""
+        """The body is at its end. A last event counts without the blank line behind it, too."""
         if not self._open or self._blind:
             return
         rest = bytes(self._open)
@@ -133,7 +133,7 @@ class EventTracker:
             self.at_boundary = True
 
     def verdict(self) -> Outcome:
-        """How a stream ended of which nothing more will come."""
+        """The outcome of a stream whose body is at its end."""
         last = self._last
         if self.ended and not self._failed and last.find(b"error") < 0 and last.find(b'"abort"') < 0:
             return Outcome.ABORTED if self._aborted else Outcome.OK
@@ -145,17 +145,17 @@ class EventTracker:
 
     @property
     def failed(self) -> bool:
-        """The engine said that it failed; of the ways to say so that look like a token, the last event's counts."""
+        """Whether the engine reported an error; one that looks like a token counts only in the last event."""
         return self._failed or (self._last.find(b"error") >= 0 and self._last_event().is_error)
 
     @property
     def aborted(self) -> bool:
-        """The engine ended the generation early, and said so."""
+        """Whether the engine reported that it aborted the generation."""
         return self._aborted or (self._last.find(b'"abort"') >= 0 and is_aborted(self._last_event().document))
 
     @property
     def over(self) -> bool:
-        """Nothing is missing: there was a last event, or an error."""
+        """Whether nothing is missing: there was a last event, or an error."""
         return self.ended or (self.failed and self.at_boundary)
 
     @property
@@ -182,7 +182,7 @@ class EventTracker:
         return False
 
     def _whole_events(self, data: bytes) -> bytes:
-        """The events that are whole now, of which there may be none."""
+        """The events that are complete now; b"" if none is."""
         if not self._open and data.endswith(ENDS):
             return data
         unfinished = self._open
@@ -195,7 +195,7 @@ class EventTracker:
         if ends:
             start, end = 0, max(ends)
             if self._blind:
-                # The rest of an event that was too large to look at; what follows it is not.
+                # Skip the rest of an event that was too large.
                 start = min(i + len(mark) for mark in ENDS if (i := unfinished.find(mark)) >= 0)
                 self._blind = False
                 self.tokens += 1
@@ -208,7 +208,7 @@ class EventTracker:
         return block
 
     def _count_tokens(self, block: bytes) -> int:
-        """How many events the block is, if all are tokens for all that can be seen; else 0."""
+        """The number of events in the block if all of them look like tokens, else 0."""
         if not block.startswith(_OBJECT) or block.find(b"error") >= 0 or block.find(b'"usage"') >= 0:
             return 0
         if block.find(b"[DONE]") >= 0 or block.find(b"\n:") >= 0:
@@ -216,7 +216,7 @@ class EventTracker:
         return block.count(b"\n\n") or len(BOUNDARY.findall(block))
 
     def _read(self, block: bytes) -> bool:
-        """Look at each event; whether all of them were signs of life."""
+        """Read each event. Returns whether all of them were signs of life."""
         self._begun = True
         alive = True
         for text in block.split(b"\n\n") if block.find(b"\r") < 0 else BOUNDARY.split(block):
@@ -225,7 +225,7 @@ class EventTracker:
         return alive
 
     def _read_event(self, text: bytes) -> bool:
-        """Look at one; whether it is a sign of life."""
+        """Read one event. Returns whether it is a sign of life."""
         if text == _DONE:
             self.ended = True
         elif self.tokens and text.startswith(_OBJECT) and text.find(b"error") < 0 and _is_line(text):
@@ -242,7 +242,7 @@ class EventTracker:
         return False
 
     def _note_usage(self, event: bytes) -> None:
-        """Of an event that is no error. With a usage in each, the others carry tokens all the same."""
+        """Note an event after the first token that is no error; one with a usage may carry a token, too."""
         if event.find(b'"usage"') >= 0 and USAGE.search(event):
             self._reported = event
         if _has_choices(event):
@@ -261,7 +261,7 @@ class EventTracker:
             self._last = text
 
     def _has_token(self, event: Event) -> bool:
-        # After the first, what has no choices is a report of usage. To look at them all would be to parse them all.
+        # After the first, an event without choices is a report of usage. Checking all would mean parsing all.
         return _has_choices(event.data) if self.tokens else event.has_token
 
     def _is_end(self, event: Event) -> bool:
@@ -271,7 +271,7 @@ class EventTracker:
         return Event(next((text for text in reversed(BOUNDARY.split(self._last)) if text), b""))
 
     def _finish_document(self, text: bytes) -> None:
-        """A body without one event may be a JSON document all the same, whatever it was said to be."""
+        """Note a body without any event that is a JSON document, whatever its content type."""
         document = read_json(text.strip())
         if isinstance(document, dict):
             self.ended = self.at_boundary = True

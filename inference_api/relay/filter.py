@@ -1,4 +1,4 @@
-"""A Pump that keeps single events of a stream from the client: those that a feature asked the engine for."""
+"""A Pump that removes single events of a stream: those that a feature asked the engine for."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,8 +11,8 @@ from inference_api.relay.pump import Pump
 class FilteringPump(Pump):
     """Reads of whole events without the filter's marker go on as they came, and as fast.
 
-    The tracker sees every event, whatever the client gets; the client gets whole events, so that the beginning of one
-    waits for the rest of it, up to 1 MiB.
+    The tracker sees every event, the removed ones too. The client gets whole events: the beginning of one waits for its
+    rest, up to 1 MiB.
     """
 
     __slots__ = ("_filter", "_held")
@@ -38,7 +38,7 @@ class FilteringPump(Pump):
         return kept
 
     def _sift(self, data: bytes) -> bytes:
-        """What the client gets of events, the last of which may have no end."""
+        """The events without the removed ones; the last one may be incomplete."""
         marker, keeps = self._filter
         ends = [*(end.end() for end in BOUNDARY.finditer(data)), len(data)]
         events = (data[start:end] for start, end in pairwise([0, *ends]))

@@ -3,7 +3,7 @@
 from inference_api.headers import HOP_BY_HOP, PLAIN_CONNECTION, Verdicts, header_lines, without_connection_headers
 from inference_api.models import RawHeaders
 
-# The router's own to say (date, server, x-request-id, CORS), or a leak from one client to another (cookies).
+# Set by the router itself (date, server, x-request-id, CORS), or a leak from one client to another (cookies).
 _NOT_RETURNED = HOP_BY_HOP | {b"set-cookie", b"server", b"date", b"alt-svc", b"x-request-id"}
 _RETRY_HINTS = frozenset({b"retry-after", b"x-should-retry"})
 _EVENT_STREAM = b"text/event-stream"
@@ -28,7 +28,7 @@ def returned(status: int, headers: RawHeaders) -> RawHeaders:
 
 
 class ReturnedHead:
-    """A response head as the client gets it, but for what differs from answer to answer: its length and request id.
+    """A response head as the client gets it, without length and request id, which differ from answer to answer.
 
     `is_stream`, `is_json`, `is_sequence` (of JSON texts): what it says of the body. `is_coded`: nobody but the client
     can read that.
@@ -40,7 +40,7 @@ class ReturnedHead:
         kept = returned(status, headers)
         seen = dict(kept)
         kind = seen.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        # Asked for `identity`, some compress all the same.
+        # Some backends compress although they are asked for `identity`.
         coding = seen.get(b"content-encoding")
         self.is_coded = coding is not None and coding.lower() not in _NO_CODING
         self.is_stream = kind == _EVENT_STREAM and not self.is_coded and status not in (204, 304)
@@ -52,12 +52,12 @@ class ReturnedHead:
         self._lines: bytes | None = None
 
     def of_events(self) -> RawHeaders:
-        """The headers of an answer that is passed on as it comes, event by event, whatever it said of itself."""
+        """The headers of a stream of events, whatever the content type of the backend's answer."""
         kept = [pair for pair in self.unbuffered() if pair[0] != b"content-type"]
         return [*kept, (b"content-type", _EVENT_STREAM + b"; charset=utf-8")]
 
     def unbuffered(self) -> RawHeaders:
-        """The headers of an answer that nothing between here and the client is to hold back."""
+        """The headers of an answer that no proxy on the way to the client should buffer."""
         return [pair for pair in self.headers if pair[0] not in _OURS_IN_A_STREAM] + _UNBUFFERED
 
     @property

@@ -62,7 +62,7 @@ class Pump:
         self._stream: ResponseStream | None = None
 
     async def run(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes], first: bytes | None = None) -> Outcome:
-        """Relay `first`, even if it is empty, and then the stream to its end; how it ended."""
+        """Relay `first`, even if it is empty, and then the stream to its end. Returns how it ended."""
         try:
             if first is not None:
                 if first:
@@ -84,7 +84,7 @@ class Pump:
 
     @property
     def stalled(self) -> bool:
-        """A piece was on its way, to a client that does not read: it may have been lost."""
+        """Whether a piece is being written to a client that does not read: it may be lost."""
         return self._stalled is not None
 
     async def write(self, data: bytes) -> None:
@@ -93,7 +93,7 @@ class Pump:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> Outcome:
-        """End a body that broke off with nothing missing; how it ended. Raises TimeoutError as `write`."""
+        """End a body that broke off with nothing missing. Returns how it ended. Raises TimeoutError as `write`."""
         self._before_end()
         async with asyncio.timeout(self._write_stall):
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -107,7 +107,7 @@ class Pump:
             self._backlog.append((data, complete))
             return False
         if frame is not None and direct is not None and (write := direct.frames) is not None:
-            # What `_note` and `push` do, written out for the sake of the many.
+            # `_note` and `push` inlined: the fast path of nearly every event.
             self.size += len(data)
             feed = self._feed
             alive = feed is not None and feed(data)
@@ -196,7 +196,7 @@ class Pump:
     # Both
 
     def _note(self, data: bytes, complete: bool) -> bytes:
-        """Note a piece, which may be an empty last one, before it is passed on; what of it is."""
+        """Note a piece, which may be an empty last one, and return the part of it that goes to the client."""
         feed = self._feed
         self._alive = bool(data) and feed is not None and feed(data)
         self._show(data)
@@ -209,7 +209,7 @@ class Pump:
                 tap.chunk(data)
 
     def _begin(self, data: bytes) -> bool:
-        """Until the first byte, or the first token of a stream, has come; the pieces after it cost less to follow."""
+        """Follow the pieces up to the first byte, or the first token of a stream; later ones cost less to follow."""
         events = self._events
         if events is None:
             self.first_at = self._clock()
@@ -222,7 +222,7 @@ class Pump:
         return alive
 
     def _end(self) -> bool:
-        """The body has come to its end; whether it is left open, so that the connection is cut.
+        """The body is at its end. Returns whether it stays incomplete, so that the server cuts the connection.
 
         A stream that stopped early must not look complete.
         """
@@ -233,7 +233,7 @@ class Pump:
         return False
 
     def verdict(self) -> Outcome:
-        """How a body ended of which nothing more will come."""
+        """The outcome of a body that is at its end."""
         events = self._events
         if events is None or self._status >= 300:
             return of_status(self._status)

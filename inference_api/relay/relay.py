@@ -1,6 +1,6 @@
-"""The ASGI response that owns a Reply: it passes the bytes on as they come, feeds the taps, and says how it ended.
+"""The ASGI response that owns a Reply: it relays the bytes, feeds the taps, and returns how the answer ended.
 
-The pushing itself, chunk by chunk, is in `pump`; here is what is decided once per answer.
+`pump` moves the chunks; this module has the decisions that are made once per answer.
 """
 
 import re
@@ -37,16 +37,16 @@ _BREAKS = {
     Outcome.TOTAL_TIMEOUT: ("upstream_timeout", "The stream took longer than the router allows."),
 }
 
-# What a request has in it that asks for more than one choice; or may, which is as good.
+# Matches requests that may ask for more than one choice.
 _CHOICES = re.compile(rb'"(?:n|best_of)"\s*:\s*(?!1\b)|"prompt"\s*:\s*\[')
 
 
 class Relay:
     """Relays one Reply and closes it.
 
-    The taps of the Reply see the answer as the client does. `write_stall`: seconds for which a client may not read
-    before it is given up. `before_end` is called just before the last byte goes out: from then on a client that leaves
-    has not left early.
+    The taps of the Reply see the answer as the client does. `write_stall`: seconds without
+    progress after which a client that does not read is given up. `before_end` is called just before the last byte goes
+    out: a later disconnect is no early one.
     """
 
     __slots__ = (
@@ -81,14 +81,14 @@ class Relay:
     async def __call__(self, send: Send) -> Outcome:
         """Relay, and return how it ended. Raises RouterError when nothing went out and the answer was unusable.
 
-        After an outcome that is not an end in the sense of HTTP the response is left incomplete: the caller returns,
-        the server cuts the connection, and no truncated answer looks whole.
+        A broken answer is left incomplete: the caller returns, the server cuts the connection, and no truncated answer
+        looks complete.
         """
         reply = self._reply
         head = self._head()
         try:
             if 300 <= reply.status < 400 and reply.status != 304:
-                # It points into the cluster, and SDKs would follow.
+                # A redirect points into the cluster, and SDKs would follow.
                 raise UpstreamProtocolError("The model's backend sent a redirect.", Outcome.PROTOCOL_ERROR)
             if head.is_stream:
                 self.outcome = await self._stream(send, head.unbuffered())
@@ -117,9 +117,9 @@ class Relay:
         return self.outcome
 
     async def interrupt(self, send: Send) -> Outcome:
-        """The router stops, and this stream has had all the time there is: say so, if an event can be put here."""
+        """End a stream at the end of the drain timeout: with an error event, if it stands between two events."""
         if self.outcome is CLIENT_GONE:
-            # Nobody left, and no backend is to blame.
+            # Neither client nor backend ended it.
             self.outcome = Outcome.DRAIN_TIMEOUT
         stalled = self._pumping is not None and self._pumping.stalled
         if self._events is not None and self._events.at_boundary and not self._events.over and not stalled:
@@ -165,7 +165,7 @@ class Relay:
         return head
 
     async def _whole(self, send: Send, head: ReturnedHead) -> Outcome:
-        """An answer with an end of its own: held until it is complete, if it is not too large for that."""
+        """Relay an answer that is no stream: held until it is complete, unless it is too large."""
         status = self._reply.status
         stream = self._reply.stream
         rest: AsyncIterator[bytes] | ResponseStream | None = None
@@ -192,7 +192,7 @@ class Relay:
                 lines += header_lines([*self._reply.extra])
             if direct.respond(status, lines, body):
                 self.started = True
-                # Nobody could leave in between: all of it was one turn of the event loop.
+                # No disconnect in between: it was one turn of the event loop.
                 self._before_end()
                 return outcome
         await self._start(send, head.headers, length)
@@ -203,13 +203,13 @@ class Relay:
         return outcome
 
     async def _unlabelled(self, send: Send, head: ReturnedHead) -> Outcome:
-        """An answer to a request for a stream that does not say that it is one: its first bytes do."""
+        """Relay an answer to a request for a stream whose content type is not that of one: by its first bytes."""
         kind = Body.OTHER if head.is_coded else await self._body_kind()
         if kind is Body.EVENTS:
             return await self._stream(send, head.of_events())
         if head.is_json or (kind is Body.JSON and not head.is_sequence):
             return await self._whole(send, head)
-        # Lines of JSON, audio, or what is compressed: as it comes, and what it is only the client can tell.
+        # Lines of JSON, audio, or a compressed body: relayed as it comes.
         await self._start(send, head.unbuffered(), head.length)
         return await self._pump(send, None).run(self._reply.stream, b"")
 
@@ -225,7 +225,7 @@ class Relay:
             wanted = len(first)
 
     async def _stream(self, send: Send, headers: RawHeaders) -> Outcome:
-        """Server-sent events: relayed as they come; if they break off at the end of one, one more says so."""
+        """Relay server-sent events as they come; if they break off between two, add an error event."""
         events = self._events = follow(self._call.route, self._finish_ends())
         # A length would leave no room for an error event.
         await self._start(send, headers, None)
@@ -236,16 +236,16 @@ class Relay:
             events.finish()
             with suppress(TimeoutError):
                 if events.over:
-                    # Nothing is missing but the end of the body; what engines leave out, clients need not.
+                    # Only the end of the body is missing: complete it for the client.
                     return await pump.end()
                 if events.at_boundary:
                     await pump.write(error_event(*_BREAKS[outcome]))
         return outcome
 
     def _finish_ends(self) -> bool:
-        """Whether the end of a choice, and of the body, is the end of the stream: some engines have no `[DONE]`.
+        """Whether a reason to finish, with the end of the body, completes the stream: some engines have no `[DONE]`.
 
-        If the connection's end is the body's, another choice may have been to come.
+        Not if the end of the connection is that of the body, and another choice may have followed.
         """
         stream = self._reply.stream
         return (isinstance(stream, ResponseStream) and stream.framed) or not _CHOICES.search(self._call.body)

@@ -1,4 +1,4 @@
-"""Follows the events of the Responses and Messages APIs, which have types; and which tracker an answer needs."""
+"""Follows the typed events of the Responses and Messages APIs, and chooses the tracker of an answer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from inference_api.relay.usage import later
 class TypedEvents(EventTracker):
     """An EventTracker for the Responses and Messages APIs, whose events have types.
 
-    `token_type`: what is once in each event that carries a token, and in no other.
+    `token_type`: text that is once in each event that carries a token, and in no other.
     """
 
     __slots__ = ("_token_type", "_usage")
@@ -60,7 +60,7 @@ class TypedEvents(EventTracker):
 
 
 def follow(route: Route, finish_ends: bool) -> EventTracker:
-    """What follows the events of an answer on this route."""
+    """The tracker for an answer on this route."""
     if route.token_type:
         return TypedEvents(route.end_marks, route.token_type)
     return EventTracker(route.end_marks, finish_ends)

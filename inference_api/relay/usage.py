@@ -11,7 +11,7 @@ from inference_api.models import Usage
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 
 
-# As the fields of Usage. To make one takes longer than to read what is in it, and most requests need the numbers only.
+# The fields of Usage, as a tuple: making a Usage costs more than reading it, and most requests need the numbers only.
 Counts = tuple[int | None, int | None, int | None, int | None]
 
 
@@ -48,7 +48,7 @@ def _of_other_apis(reported: Mapping[str, Any]) -> Counts:
 
 
 def later(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What two reports of one answer say together: the later one counts, but for what it leaves out or has as 0."""
+    """Merge two reports of one answer: the later one counts, except where it has nothing, or 0."""
     return {**before, **{name: value for name, value in after.items() if value or name not in before}}
 
 
