@@ -24,14 +24,16 @@ class Admission:
     def check(self) -> None:
         """Check before waiting for a body. Raises Overloaded if the process is at its limit."""
         if self.in_flight >= self.max_in_flight:
-            raise overloaded("The router")
+            raise self.full()
 
     def buffer(self, size: int) -> None:
         """Add `size` bytes. Raises Overloaded beyond the limit; the bytes count until they are subtracted."""
         self.buffered += size
         if self.buffered > self.max_buffered:
-            raise Overloaded("The router has as many bytes of request bodies in memory as it takes.", retry_after=1)
+            message = f"Buffered request bodies exceed the router's limit of {self.max_buffered} bytes; retry shortly."
+            raise Overloaded(message, retry_after=1)
 
-
-def overloaded(who: str) -> Overloaded:
-    return Overloaded(f"{who} has as many requests in flight as it takes.", retry_after=1)
+    def full(self) -> Overloaded:
+        """The error of a request beyond `max_in_flight`."""
+        message = f"The router is at its limit of {self.max_in_flight} concurrent requests; retry shortly."
+        return Overloaded(message, retry_after=1)

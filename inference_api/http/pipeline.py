@@ -8,7 +8,7 @@ from starlette.types import Send as ASGISend
 
 from inference_api.http import wire
 from inference_api.http.accounts import ACCOUNT
-from inference_api.http.admission import Admission, overloaded
+from inference_api.http.admission import Admission
 from inference_api.http.disconnect import DisconnectWatcher
 from inference_api.models import Asked, Call, Caller, Route, Send
 from inference_api.observe.account import Account
@@ -73,6 +73,6 @@ class Pipeline:
         account.model_name = model.name
         call = wire.make_call(self.route, account, body, scope, asked, model)
         if self.stages.admission.in_flight > self.stages.admission.max_in_flight:
-            raise overloaded("The router")
+            raise self.stages.admission.full()
         account.accepted(call, model)
         return call, model
