@@ -1,4 +1,4 @@
-"""The composition root: which features there are, and in which order their parts stand. Nothing else imports them."""
+"""The composition root: the list of features, and the order of their parts. No other module imports features."""
 
 from collections.abc import Sequence
 
@@ -27,21 +27,21 @@ from inference_api.settings import Group, Settings
 from inference_api.upstream.admission import model_admission
 from inference_api.upstream.attempt import SendAttempt
 
-# The settings of features, and the keys that they add to the entries of a catalogue
+# Settings and catalogue keys of features
 GROUPS: tuple[type[Group], ...] = (engine_load.Options,)
 ENTRY = entry_type(())
 FEATURES = (
-    # The outermost layer: a span has everything in it that happens to the request.
+    # Outermost, so that a span covers the whole request.
     tracing.build,
-    # No layer: it asks engines for their load, beside the requests.
+    # Has no layer: polls the engines' load in the background.
     engine_load.build,
 )
 
 
 def build(settings: Settings, outside: Outside | None = None, features: Sequence[Feature] = ()) -> Application:
-    """The router. `features` come after those that the settings turn on.
+    """Build the router. `features` follow those that the settings enable.
 
-    Raises CatalogueError when the static catalogue cannot be read, SettingsError when a feature cannot be built.
+    Raises CatalogueError if the static catalogue cannot be read, SettingsError if a feature cannot be built.
     """
     core = Core(settings, outside or Outside(), engine_load.balancers(settings), ENTRY)
     enabled = [*(made for make in FEATURES if (made := make(core, settings)) is not None), *features]
@@ -59,7 +59,7 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
         *(page for feature in enabled for page in feature.ops_pages),
     ]
     pages = [
-        # Registered a second time so that a wrong method on them is a 405 that says which one is right.
+        # Registered again so that a wrong method gets 405 with the right one in Allow.
         *(Route(path, pipeline, methods=["POST"]) for path, pipeline in pipelines.items()),
         *stored.routes(),
         *Models(core.fleet, resolve).routes(),
@@ -91,10 +91,10 @@ def _send(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> Send:
     return chain(
         core.attempts(attempt),
         [
-            # Taps see the answer that the client gets, wherever it comes from.
+            # Outermost: taps see the answer that the client gets, also one that a feature made.
             *([with_taps(taps)] if taps else ()),
             *(feature.send for feature in enabled if feature.send),
-            # Counts a request in the model that takes it: every layer above can see an overload, and act.
+            # Innermost: counts in the model that runs, and the layers above can handle Overloaded.
             model_admission,
         ],
     )
@@ -104,7 +104,7 @@ def _sinks(core: Core, enabled: Sequence[Feature]) -> list[Sink]:
     return [
         core.metrics.record,
         *(feature.record for feature in enabled if feature.record),
-        # The last one: what the others do is not delayed by the line.
+        # Last: writing the line does not delay the others.
         *([access_log(core.outside.write_line, core.settings.log_level)] if core.outside.write_line else ()),
     ]
 
@@ -113,6 +113,6 @@ def _tasks(core: Core, enabled: Sequence[Feature], probes: Probes) -> list[Run]:
     return [
         *core.tasks(),
         *(task for feature in enabled for task in feature.tasks),
-        # Ready, once it is known where to send requests; what comes before that is answered all the same.
+        # Sets readiness once backends are known; earlier requests are answered, too.
         lambda: probes.open(core.slices),
     ]

@@ -1,4 +1,4 @@
-"""What the server is given: the ASGI apps, and what the signals of the process mean."""
+"""The object that the server runs: the ASGI apps, and the reactions to signals."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Application:
-    """`app` serves clients, `ops` serves probes and metrics on a port of their own. `features`: those that are on."""
+    """`app` serves clients, `ops` serves probes and metrics on OPS_PORT. `features`: those that are enabled."""
 
     def __init__(self, core: Core, app: Accounts, ops: ASGIApp, probes: Probes, features: Sequence[Feature]) -> None:
         self.core = core
@@ -25,16 +25,16 @@ class Application:
         self.rejected = app.rejected
 
     def drain(self) -> None:
-        """The process has been asked to stop: readiness fails, so that no new traffic comes; what does is answered."""
+        """Begin to stop: readiness fails, so that new traffic goes elsewhere. Requests are still answered."""
         self.probes.drain()
 
     def reload(self) -> None:
-        """Read catalogue, credentials and trusted certificates again, now; what is in flight goes on."""
-        logger.info("configuration is read again")
+        """Reload catalogue, credentials and trusted certificates now; requests in flight continue."""
+        logger.info("reloading the configuration")
         self.core.reloader.now()
 
     def close(self) -> None:
-        """The process ends: features send what they have not sent."""
+        """Flush the features before the process ends."""
         for feature in self.features.values():
             if feature.close:
                 feature.close()

@@ -30,7 +30,7 @@ _INSTEAD = "An option stands for the variable of the same name."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 when the configuration cannot be used, others as the command says."""
+    """Run a command. Returns its exit code: 0 on success, 2 for an invalid configuration, others per command."""
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:
         _refuse(arguments.parser, unknown)
@@ -50,7 +50,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
-    """With the usage of the command, which argparse by itself does not show."""
+    """Fail with the usage of the command; argparse would show that of the program."""
     known = [option for action in parser._actions for option in action.option_strings]
     near = [suggestion(one.partition("=")[0], known) for one in unknown if one.startswith("--")]
     hint = f"; did you mean {near[0]}?" if near and near[0] else ""
@@ -84,7 +84,7 @@ def _add_serve(commands: _Commands) -> None:
         "--backend",
         metavar="NAME=URL",
         action="append",
-        help="a model and a backend of it, in place of a catalogue; may be given again, for this model or another",
+        help="a model and its backend, instead of a catalogue; repeatable, several of one NAME are its backends",
     )
 
 
@@ -93,12 +93,12 @@ def _add_check(commands: _Commands) -> None:
     command = _configured(commands, "check", text)
     command.set_defaults(run=check.run)
     command.add_argument(
-        "--connect", action="store_true", help="ask each backend for its models; exit 1 if one cannot serve its model"
+        "--connect", action="store_true", help="request each backend's /v1/models; exit 1 if one lacks its model"
     )
 
 
 def _add_status(commands: _Commands) -> None:
-    text = "show the state of each backend of a running router; exit 1 if one is not ready, 3 without an answer"
+    text = "show the backends of a running router; exit 1 if one is not ready, 3 if the router does not answer"
     command = _added(commands, "status", text, f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=status.run)
     command.add_argument(
@@ -110,12 +110,12 @@ def _add_status(commands: _Commands) -> None:
 def _add_models(commands: _Commands) -> None:
     command = _configured(commands, "models", "list the models of the catalogue, or of a running router")
     command.set_defaults(run=models.run)
-    command.add_argument("--url", help="ask this router for the models that it serves; exit 3 without an answer")
+    command.add_argument("--url", help="list the models of this router; exit 3 if it does not answer")
 
 
 def _add_demo(commands: _Commands) -> None:
     text = "start fake engines, a registry and the router in front of them, on this machine"
-    command = _added(commands, "demo", text, f"{text[0].upper()}{text[1:]}. Ctrl-C stops it all.")
+    command = _added(commands, "demo", text, f"{text[0].upper()}{text[1:]}. Ctrl-C stops all of them.")
     command.set_defaults(run=demo)
     command.add_argument("--host", default="127.0.0.1", help="address of the router")
     command.add_argument("--port", type=int, default=8000, help="port of the router")
@@ -123,7 +123,7 @@ def _add_demo(commands: _Commands) -> None:
 
 
 def _configured(commands: _Commands, name: str, text: str) -> argparse.ArgumentParser:
-    """A command that reads settings and a catalogue."""
+    """Add a command that reads settings and a catalogue."""
     command = _added(commands, name, text, f"{text[0].upper()}{text[1:]}. {_INSTEAD}")
     command.epilog = "environment variables:\n" + "\n".join(
         f"  {PREFIX + name.upper():<36} {field.description} (default: {_shown(field.default)})"

@@ -1,4 +1,4 @@
-"""The router without its optional features: every core object, made once and joined. `app` adds the rest."""
+"""The router without optional features: creates and connects every core object. `app` adds the features."""
 
 import asyncio
 import logging
@@ -50,19 +50,19 @@ from inference_api.upstream.trust import Trust
 
 logger = logging.getLogger(__name__)
 
-# Seconds: the router's own questions to a backend are too far apart to share a connection.
+# Seconds; health checks are too far apart to reuse a connection.
 _OWN_KEEPALIVE = 0.1
-# Seconds that a scrape on OPS_PORT leaves to the event loop after every slice.
+# Seconds that a scrape on OPS_PORT yields after every slice.
 _SCRAPE_PAUSE = 0.001
 
 
 class Outside(NamedTuple):
-    """What the process gives the router beside its settings; a test gives something else.
+    """What the router gets from the process beside settings; tests replace it.
 
-    `variables`: of the environment, for credentials and OpenTelemetry. `catalogue` stands for the file of the settings.
+    `variables`: the environment, for credentials and OpenTelemetry. `catalogue` replaces the file of the settings.
     `write_line`: takes the fields of an access line. `transport`, `registry_client`, `resolve`: the way to backends, to
-    the registry, and to the addresses of names. `cluster`: the API that says which pods a Service has; DNS then only
-    says what other names mean.
+    the registry, and to the addresses of names. `cluster`: the Kubernetes API that lists the pods of Services; DNS then
+    resolves only other names.
     """
 
     variables: Mapping[str, str] = MappingProxyType({})
@@ -78,7 +78,7 @@ class Outside(NamedTuple):
 
 
 class Core:
-    """Raises CatalogueError when the static catalogue cannot be read. `balancers`: algorithms by their name.
+    """Raises CatalogueError if the static catalogue cannot be read. `balancers`: algorithms by their name.
 
     `entry`: the class of the catalogue's entries."""
 
@@ -94,7 +94,7 @@ class Core:
         balancers = {**BALANCERS, **balancers}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
         self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
-        # What the router asks for itself neither waits behind the traffic nor passes for a sign of life in it.
+        # Own pools for health checks: they never wait behind traffic, and do not count as its progress.
         self.own_transport = outside.transport or self._make_transport(_OWN_KEEPALIVE)
         self.fleet = Fleet(lambda name: balancers[name](rand.random))
         self.discovery = self._make_discovery()
@@ -117,21 +117,21 @@ class Core:
     def mint_id(self) -> str:
         return f"{self.rand.getrandbits(128):032x}"
 
-    # Bound methods, in both: to call an object costs more than to call a method.
+    # Bound methods: cheaper to call than an object with __call__.
 
     def attempts(self, send: SendAttempt) -> Send:
-        """What takes a Call to a Reply by attempts on backends, each of them made by `send`."""
+        """The attempt loop, from a Call to a Reply; `send` makes one attempt."""
         return Forward(send, self.prepare, self.retry_policy, self.metrics.retry).__call__
 
     def attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
-        """What makes one attempt on a backend, inside of `wrappers`."""
+        """One attempt on a backend, inside of `wrappers`."""
         send: SendAttempt = SendToBackend(self.transport, self._attempt_ended, self.health.answered, self.rand).__call__
         for wrap in reversed(wrappers):
             send = wrap(send)
         return send
 
     def tasks(self) -> list[Run]:
-        """What runs beside the requests: files, registry, discovery, engines' facts, health, loop lag."""
+        """The background tasks: files, registry, discovery, engines' facts, health, loop lag."""
         rand, every = self.rand.random, self.settings.health_interval
         facts = EngineFacts(self.fleet, self.own_transport, rand=rand)
         timeout, last_read = self.settings.health_timeout, self.last_read()
@@ -149,7 +149,7 @@ class Core:
         return [*run, facts.run, self.health.run, prober.run, self.lag.run, sleep.run]
 
     def probes(self, collectors: Sequence[Callable[[], Iterator[Family]]]) -> Probes:
-        """Health and readiness, and the metrics of the core and of `collectors`."""
+        """Liveness, readiness, and the metrics of the core and of `collectors`."""
         families = Families(
             self.metrics,
             self.registry.status,
@@ -168,9 +168,9 @@ class Core:
 
     @asynccontextmanager
     async def running(self, tasks: Sequence[Run], on_stop: Callable[[], None]) -> AsyncIterator[None]:
-        """From the first look at registry and names to the last connection, with `tasks` in between.
+        """Run `tasks`, from the first poll of registry and names until all connections are closed.
 
-        `on_stop` is called when the end begins.
+        `on_stop` is called when shutdown begins.
         """
         await self.registry.start()
         await asyncio.gather(*(finder.start() for finder in self._finders))
@@ -189,7 +189,7 @@ class Core:
                 await self._client.aclose()
 
     def last_read(self) -> Callable[[str], float]:
-        """When a byte last came from an origin; infinity for a transport that does not know."""
+        """Time of the last byte from an origin; infinity for a transport without that."""
         return self.transport.last_read if isinstance(self.transport, Transport) else lambda origin: math.inf
 
     def _make_transport(self, keepalive: float, **more: Any) -> Transport:
@@ -199,7 +199,7 @@ class Core:
         url, token = self.settings.registry_url, self.settings.registry_token
         if url is None:
             return None
-        # No proxies or netrc from the environment: where the catalogue comes from is a setting, so it may be anywhere.
+        # No proxies or netrc of the environment: only settings decide on the source of the catalogue.
         transport = self._make_transport(_OWN_KEEPALIVE, may_reach=lambda address: True)
         headers = {"authorization": f"Bearer {token.get_secret_value()}"} if token else {}
         return httpx.AsyncClient(base_url=url, headers=headers, timeout=5.0, trust_env=False, transport=transport)
@@ -231,7 +231,7 @@ class Core:
         connect, first_byte = settings.connect_timeout, settings.first_byte_timeout
         return Health(self.fleet, breaker, self.last_read(), connect, first_byte, rand=rand)
 
-    # What one part reports to others
+    # Events of one part that others handle
 
     def _attempt_ended(self, backend: Backend, outcome: Outcome) -> None:
         self.metrics.attempt(backend, outcome)
@@ -243,7 +243,7 @@ class Core:
         self.health.checked(origin, passed)
 
     def _prepare(self, catalogue: Catalogue) -> None:
-        """In a thread, or at the start: what a catalogue names is read before it is served."""
+        """Read the files that a catalogue names, before it takes effect; runs in a thread, or at the start."""
         self._tokens.prepare(catalogue.values())
 
     def _catalogue_changed(self) -> None:
@@ -254,7 +254,7 @@ class Core:
             finder.wake()
 
     def _forget_backends(self) -> None:
-        """Of backends that left the catalogue, connections are closed as they become idle, and series are dropped."""
+        """For removed backends: close connections as they become idle, drop series."""
         self.metrics.forget_backends()
         origins = {b.url for model in self.fleet.models.values() for b in model.backends}
         for transport in (self.transport, self.own_transport):

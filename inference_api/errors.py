@@ -1,4 +1,4 @@
-"""Every error the router itself can answer with, and the one function that renders it.
+"""Every error that the router answers with, and the function that renders it.
 
 RouterError
 +-- BadRequest 400            +-- HeadersTooLarge 431     +-- ModelNotFound 404     +-- UnknownURL 404
@@ -11,7 +11,7 @@ RouterError
 |   +-- UpstreamTimeout 504
 +-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- RegistryUnavailable   +-- ShuttingDown
 
-ClientGone                    not an answer: nobody is there to read one
+ClientGone                    no answer: the client has disconnected
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ import orjson
 from inference_api.models import Outcome, RawHeaders
 
 _SHOWN = 64
-# The OpenAI SDK obeys it; without it, it decides by the status.
+# The OpenAI SDK obeys it; without it, the SDK decides by the status.
 NOT_AGAIN = (b"x-should-retry", b"false")
 
 
 class ClientGone(Exception):
-    """The client left before the answer was complete."""
+    """The client disconnected before the answer was complete."""
 
 
 class RouterError(Exception):
@@ -39,7 +39,7 @@ class RouterError(Exception):
     type = "server_error"
     code = "internal_error"
     outcome = Outcome.REFUSED
-    # What the log says beside the message, which goes to the client
+    # Fields for the log only; the client gets the message
     logged: Mapping[str, str] = {}
 
     def __init__(self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
@@ -74,16 +74,18 @@ class ResponseNotFound(_ClientError):
     status, code = 404, "response_not_found"
 
     def __init__(self, response: str) -> None:
-        super().__init__(f"There is no response {printable(response)!r}, or it is not known where it is.", param="id")
+        super().__init__(
+            f"The response {printable(response)!r} does not exist, or its backend is not known.", param="id"
+        )
 
 
 class UnknownURL(_ClientError):
     status, code = 404, "unknown_url"
 
     def __init__(self, method: str, path: str, meant: str | None = None) -> None:
-        hint = "See GET /v1/models to begin with."
+        hint = "GET /v1/models lists the models."
         if meant is not None:
-            once = " The base URL ends in /v1 once." if meant.startswith("/v1/") else ""
+            once = " Set the base URL to end in a single /v1." if meant.startswith("/v1/") else ""
             hint = f"Did you mean {meant}?{once}"
         super().__init__(f"Unknown request URL: {printable(method)} {printable(path)}. {hint}")
         self.logged = {"path": printable(path)[:_SHOWN]}
@@ -128,7 +130,7 @@ class InvalidRequest(_ClientError):
 
 
 def answer_validation_with(status: int) -> None:
-    """Give InvalidRequest this status from now on, in the whole process: VALIDATION_STATUS."""
+    """Set the status of InvalidRequest for the whole process: VALIDATION_STATUS."""
     InvalidRequest.status = status
 
 
@@ -136,16 +138,16 @@ class InternalError(RouterError):
     outcome = Outcome.INTERNAL_ERROR
 
     def __init__(self) -> None:
-        super().__init__("The router failed to handle this request. Its log has the details under this request id.")
+        super().__init__("The router failed to handle this request; its log has the details under the request id.")
 
 
 class UpstreamError(RouterError):
-    """No usable answer came from the model's backends; `outcome` says how the last attempt ended."""
+    """The backends gave no usable answer; `outcome`: of the last attempt."""
 
     status = 502
 
     def __init__(self, message: str, outcome: Outcome, *, final: bool = False) -> None:
-        # `final`: every backend was tried, or a repetition would do harm or cost as much again; tell the SDK not to.
+        # `final`: the SDK must not retry: every backend was tried, or a retry would do harm or cost as much again.
         super().__init__(message, headers=[NOT_AGAIN] if final else [])
         self.outcome = outcome
 
@@ -184,11 +186,11 @@ class NoBackend(_Unavailable):
         none: bool = False,
         why: str | None = None,
     ) -> None:
-        message = f"No backend of the model {printable(model)!r} can take a request now"
+        message = f"The model {printable(model)!r} has no available backend"
         if none:
             message = f"The model {printable(model)!r} has no backends"
         if asleep:
-            # Somebody has to wake one first, and that takes a while.
+            # An operator has to wake one first, which takes a while.
             message, retry_after = f"{message}: all of them are asleep", 10
         super().__init__(f"{message}.", retry_after)
         if why is not None:
@@ -198,14 +200,14 @@ class NoBackend(_Unavailable):
 
 
 class RegistryUnavailable(_Unavailable):
-    """Not a 404, which clients take for final: the registry may know the name."""
+    """Unknown name before the first answer of the registry. Not a 404: clients do not retry those."""
 
     code, outcome = "registry_unavailable", Outcome.NO_BACKEND
 
     def __init__(self, name: str) -> None:
         message = (
-            f"It is not known yet whether the model {printable(name)!r} exists: the model registry has not answered "
-            "since this router started. GET /v1/models lists what is served meanwhile."
+            f"The model {printable(name)!r} is not in the static catalogue, and the model registry has not answered "
+            "since this router started; retry shortly. GET /v1/models lists the models that are served now."
         )
         super().__init__(message)
         self.param = "model"
@@ -220,11 +222,11 @@ class ShuttingDown(_Unavailable):
     code, outcome = "shutting_down", Outcome.SHED
 
     def __init__(self) -> None:
-        super().__init__("This router is shutting down; the next one takes over.", retry_after=1)
+        super().__init__("The router is shutting down; retry.", retry_after=1)
 
 
 def printable(text: str) -> str:
-    """At most 64 characters of what a client sent, without control characters, for use in a message."""
+    """A client's text for use in a message: at most 64 characters, none of them a control character."""
     shown = "".join(c if c.isprintable() else "?" for c in text[: _SHOWN + 1])
     return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
 

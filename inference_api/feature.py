@@ -1,7 +1,7 @@
-"""How an optional part attaches to the router: one value, whose parts all default to nothing.
+"""Feature: one value with all parts of an optional feature; every part defaults to nothing.
 
-A module of `features/` has a function `build(core, settings)` that returns a Feature, or None where it is off, and one
-line in `app.py`. What is off is not built: no object of it exists, and no request asks for it.
+A module of `features/` has a function `build(core, settings)` that returns a Feature, or None if it is off, and one
+line in `app.py`. A feature that is off is not built: it has no object, and no request checks for it.
 """
 
 from collections.abc import Callable, Coroutine, Iterator
@@ -22,44 +22,43 @@ Run = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Feature(NamedTuple):
-    """The parts of one optional feature, in the order in which a request meets them.
+    """The parts of one optional feature, in the order in which a request passes them.
 
-    Everything but `collect` runs on the event loop of the requests and must not block it. A part that wraps another
-    calls it at most as often as it needs answers, closes every Reply that it does not return, and lets every exception
-    it does not know pass.
+    All but `collect` run on the event loop of the requests and must not block it. A wrapper closes every Reply that it
+    does not return, and re-raises exceptions that it does not handle.
     """
 
     name: str
-    # An ASGI layer inside of the accounts: `scope[ACCOUNT]` is there; a RouterError that it raises is answered, counted
-    # and logged; `http.accounts.respond` gives an answer of its own. One that wraps `send` or `receive` gets plain ASGI
-    # messages, every byte of them.
+    # ASGI layer inside of Accounts: `scope[ACCOUNT]` is set; a RouterError is answered, counted and logged;
+    # `http.accounts.respond` sends an answer of the layer's own. If it wraps `send` or `receive`, it gets every byte,
+    # as plain ASGI messages.
     layer: Callable[[ASGIApp], ASGIApp] | None = None
-    # From a request head to who asks, before the body is read, for every path but the probes. Raises RouterError (401).
+    # RequestHead -> Caller, before the body is read, for all paths but the probes. Raises RouterError (401).
     identify: Callable[[RequestHead], Caller | None] | None = None
-    # Around the look-up of a name: what a caller may see. Raises RouterError (403, 404).
+    # Wraps the look-up of a name: access per caller. Raises RouterError (403, 404).
     resolve: Callable[[Resolve], Resolve] | None = None
-    # Around the way from a Call to a Reply: refuse, rewrite, answer without a backend, try another model. To add
-    # headers: `reply.extra`; to learn of the end: `reply.on_end`; to drop single events: `reply.filter`.
+    # Wraps (Call, Model) -> Reply: reject, rewrite, answer without a backend, try another model. `reply.extra` adds
+    # headers, `reply.on_end` reports the end, `reply.filter` drops single events.
     send: Callable[[Send], Send] | None = None
-    # Around one try on one backend.
+    # Wraps one attempt on one backend.
     attempt: Callable[[SendAttempt], SendAttempt] | None = None
-    # Who sees the bytes of this answer; None: nobody, and the fast path stays open.
+    # A Tap for the bytes of this answer, or None; without taps the fast path stays open.
     tap: Callable[[Call, Reply], Tap | None] | None = None
-    # Gets the frozen Record of every finished request, refused ones included; must not raise.
+    # Gets the Record of every finished request, rejected ones included; must not raise.
     record: Sink | None = None
-    # Families of metrics, made anew for each scrape; may be called from another thread (OPS_PORT).
+    # Metric families, made anew for each scrape; with OPS_PORT on another thread.
     collect: Callable[[], Iterator[Family]] | None = None
-    # Routes of its own: for clients, and for the operator (OPS_PORT, else the same port).
+    # Routes for clients, and for operators (on OPS_PORT if set).
     pages: tuple[PageRoute, ...] = ()
     ops_pages: tuple[PageRoute, ...] = ()
-    # Run beside the requests until they are cancelled.
+    # Background tasks; each runs until it is cancelled.
     tasks: tuple[Run, ...] = ()
-    # At the end of the process, after the last request.
+    # Called at the end of the process, after the last request.
     close: Callable[[], None] | None = None
 
 
 def with_taps(taps: list[Callable[[Call, Reply], Tap | None]]) -> Callable[[Send], Send]:
-    """A `send` layer that gives each answer the taps that want to see it."""
+    """A `send` layer that adds taps to the Reply."""
 
     def wrap(send: Send) -> Send:
         async def tapped(call: Call, model: Model) -> Reply:
@@ -73,7 +72,7 @@ def with_taps(taps: list[Callable[[Call, Reply], Tap | None]]) -> Callable[[Send
 
 
 def chain(send: Send, layers: list[Callable[[Send], Send]]) -> Send:
-    """`layers` around `send`, the first one outermost."""
+    """Wrap `send` in `layers`, the first one outermost."""
     for layer in reversed(layers):
         send = layer(send)
     return send

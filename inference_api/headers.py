@@ -1,4 +1,4 @@
-"""Names and lines of HTTP headers that both directions share. Pure."""
+"""Names and lines of HTTP headers, for both directions. Pure."""
 
 from collections.abc import Callable
 
@@ -21,17 +21,17 @@ HOP_BY_HOP = frozenset(
         b"http2-settings",
     }
 )
-# May never be forwarded, even when FORWARD_HEADERS asks: framing, coding and routing are the router's.
+# Never forwarded, not even by FORWARD_HEADERS: the router sets framing, coding and routing itself.
 NEVER_FORWARDED = HOP_BY_HOP | {
     b"host", b"content-length", b"expect", b"accept-encoding", b"cookie", b"authorization", b"x-request-id",
 }  # fmt: skip
 
-# The values of Connection that name no header.
+# Values of Connection that are not header names.
 PLAIN_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
 
 
 class Verdicts(dict[bytes, bool]):
-    """Remembers a verdict per header name. Bounded: names come from strangers."""
+    """Caches a decision per header name. Bounded, since clients choose the names."""
 
     def __init__(self, judge: Callable[[bytes], bool]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Verdicts(dict[bytes, bool]):
 
 
 def header_lines(headers: RawHeaders) -> bytes:
-    """The lines of a head. Raises httpx.LocalProtocolError if a name or value would start another line."""
+    """The lines of a head. Raises httpx.LocalProtocolError if a name or value holds a line break."""
     lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
     if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or lines.count(b"\0"):
         raise httpx.LocalProtocolError("a request header holds a line break")
@@ -59,8 +59,8 @@ def is_repeated(headers: RawHeaders, name: bytes) -> bool:
 
 
 def without_connection_headers(kept: RawHeaders, headers: RawHeaders) -> RawHeaders:
-    """`kept` less what the Connection lines of `headers` name."""
+    """`kept` without the headers that the Connection lines of `headers` name."""
     lines = b",".join(value for name, value in headers if name == b"connection")
-    # A sender must not strip what frames the message by naming it.
+    # A sender must not remove the framing of the message by naming it.
     named = {token.strip().lower() for token in lines.split(b",")} - {b"content-type", b"content-length"}
     return [pair for pair in kept if pair[0] not in named]

@@ -1,4 +1,4 @@
-"""When to do something again: spread by chance, so that many routers, or many backends, do not meet in one moment."""
+"""Jitter and back-off: spread in time what many routers, or a router with many backends, repeat."""
 
 
 def spread(seconds: float, random: float) -> float:
@@ -7,8 +7,8 @@ def spread(seconds: float, random: float) -> float:
 
 
 def back_off(failures: int, first: float, longest: float, random: float) -> float:
-    """Seconds to wait after so many failures in a row, from 1: any time up to `first`, twice that ... `longest`.
+    """Seconds to wait after `failures` (from 1) in a row: up to `first`, twice that ... `longest`.
 
-    Full jitter: all who lost a server lost it in the same moment. `random` is in [0, 1).
+    Full jitter: the clients of a server all lose it at the same moment. `random` is in [0, 1).
     """
     return random * min(longest, first * 2.0 ** min(failures - 1, 10))

@@ -24,13 +24,13 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from inference_api.headers import NEVER_FORWARDED
 
 PREFIX = "INFERENCE_API_"
-# Those that ask for traces; of both the first one holds.
+# They enable traces; the first one wins.
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
-# Never shown, whatever is wrong with them.
+# Never shown in messages.
 _SECRETS = frozenset({"registry_token"})
-# A URL may hold one, and what is wrong with it is shown.
+# URLs may contain passwords, and invalid values are echoed in errors.
 _PASSWORD = re.compile(r"(//|^)[^/]*@")
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,7 +43,7 @@ class SettingsError(ValueError):
 
 
 class InvalidSettings(ValueError):
-    """What pydantic says of the core's settings, and of each group."""
+    """The errors of pydantic, for the core's settings and each group."""
 
     def __init__(self, errors: list[ValidationError]) -> None:
         super().__init__("; ".join(str(error) for error in errors))
@@ -51,7 +51,7 @@ class InvalidSettings(ValueError):
 
 
 class Group(BaseModel):
-    """The settings of one feature, by their variables' names without the prefix. Every one has a default: off."""
+    """Base of the settings of one feature, named like their variables without the prefix. Each has a default: off."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -60,26 +60,26 @@ G = TypeVar("G", bound=Group)
 
 
 class Settings(BaseSettings):
-    """Every setting of the core, by its variable's name without the prefix; those of features are in groups."""
+    """Every setting of the core, named like its variable without the prefix; features have groups."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     host: str = Field(default="127.0.0.1", min_length=1, description="listen address")
     port: Port = Field(default=8000, description="listen port")
     ops_port: Port | None = Field(
-        default=None, description="port of /metrics and the probes, with a thread of its own; unset: the main port"
+        default=None, description="port of probes, /metrics and /backends, on a thread of their own; unset: PORT"
     )
     catalogue: Path = Field(default=DEFAULT_CATALOGUE, description="YAML or JSON file of the static catalogue")
     registry_url: str | None = Field(default=None, description="base URL of the model registry")
-    registry_token: SecretStr | None = Field(default=None, description="bearer token that the model registry asks for")
+    registry_token: SecretStr | None = Field(default=None, description="bearer token for the model registry")
     registry_refresh: Seconds = Field(default=15, description="seconds between two polls of the registry, +-20 %")
     registry_required: Literal["off", "on"] = Field(
         default="off",
-        description="on: /readyz is 503 until the registry has answered once, whatever the static catalogue",
+        description="on: /readyz is 503 until the registry has answered once, even with a static catalogue",
     )
     discovery: Literal["dns", "endpointslices"] = Field(
         default="dns",
-        description="how `discovery: dns` finds backends: by DNS, or by the EndpointSlices of the cluster's API",
+        description="how `discovery: dns` finds backends: by DNS, or by the EndpointSlices of the Kubernetes API",
     )
     discovery_interval: Seconds = Field(
         default=5, description="seconds between two look-ups of host names with `discovery: dns`, +-20 %"
@@ -92,53 +92,53 @@ class Settings(BaseSettings):
     header_timeout: Seconds = Field(default=10, description="seconds for a client to send its request head")
     body_timeout: Seconds = Field(default=60, description="seconds for a client to send its request body")
     write_stall_timeout: Seconds = Field(default=60, description="seconds until a client that does not read is reset")
-    keepalive_timeout: Seconds = Field(default=75, description="seconds an idle client connection is kept")
+    keepalive_timeout: Seconds = Field(default=75, description="seconds until an idle client connection is closed")
     max_connection_age: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0, description="seconds after which a client connection closes with its next answer, +-10 %; 0: never"
+        default=0, description="seconds until a client connection is closed with its next answer, +-10 %; 0: never"
     )
     upstream_keepalive: Seconds = Field(
-        default=3, description="seconds an idle backend connection is kept; vLLM closes at 5"
+        default=3, description="seconds until an idle backend connection is closed; vLLM closes it at 5"
     )
-    max_body_bytes: Count = Field(default=32 * 1024 * 1024, description="largest request body")
+    max_body_bytes: Count = Field(default=32 * 1024 * 1024, description="bytes of the largest request body")
     max_buffered_bytes: Count = Field(
         default=256 * 1024 * 1024,
-        description="bytes of request bodies in memory; bodies that arrive with their head do not count",
+        description="bytes of all request bodies in memory, except bodies that arrive with their head; more get 503",
     )
     max_in_flight: Count = Field(
-        default=1000, description="requests in progress at once, counted from the end of their body; more get 503"
+        default=1000, description="concurrent requests, each counted once its body is complete; more get 503"
     )
     max_attempts: Annotated[int, Field(ge=1, le=3)] = Field(
         default=2, description="attempts per request, the first one included"
     )
     retry_budget: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.2, description="retries at once, as a share of a model's requests in flight; 3 are always allowed"
+        default=0.2, description="concurrent retries as a share of the model's requests in flight; 3 are always allowed"
     )
     retry_on_status: Annotated[frozenset[int], NoDecode] = Field(
-        default=frozenset({503}), description="statuses of a backend that may be retried: of 429, 502, 503, 504"
+        default=frozenset({503}), description="backend statuses to retry, from 429, 502, 503 and 504; comma-separated"
     )
     forward_headers: Annotated[frozenset[str], NoDecode] = Field(
         default=frozenset(),
-        description="more request headers to pass to backends, for example x-vllm-priority; comma-separated",
+        description="additional request headers to forward to backends, such as x-vllm-priority; comma-separated",
     )
     breaker_failures: Count = Field(default=5, description="consecutive failures that open a backend's circuit")
     breaker_cooldown: Seconds = Field(
-        default=60, description="seconds until an open circuit lets one request through, +-20 %"
+        default=60, description="seconds until an open circuit admits one request, +-20 %"
     )
     health_interval: Seconds = Field(default=10, description="seconds between two health checks of a backend, +-20 %")
     health_timeout: Seconds = Field(default=5, description="seconds for one health check")
     drain_delay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0, description="seconds to keep accepting after SIGTERM"
+        default=0, description="seconds to keep accepting connections after SIGTERM"
     )
-    drain_timeout: Seconds = Field(default=570, description="seconds to wait for requests in progress after that")
+    drain_timeout: Seconds = Field(default=570, description="seconds to wait for requests in flight after that")
     validation_status: Literal["422", "400"] = Field(
         default="422", description="status of `validation_error`; 400 for clients that expect vLLM's"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level to log")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="lowest level to log")
     log_format: Literal["json", "console"] | None = Field(
         default=None, description="json or console; unset: console on a terminal"
     )
 
-    # Of the features, by their class
+    # Groups of the features, by their class
     _groups: Mapping[type[Group], Group] = PrivateAttr(default_factory=dict)
 
     @field_validator("retry_on_status", "forward_headers", mode="before")
@@ -161,7 +161,7 @@ class Settings(BaseSettings):
             if not name.isascii() or not name.replace("-", "").isalnum():
                 raise ValueError(f"{name!r} is not a header name")
             if name.encode() in NEVER_FORWARDED or name.startswith("x-forwarded-"):
-                raise ValueError(f"{name!r} is the router's own and is never forwarded")
+                raise ValueError(f"{name!r} is set by the router and is never forwarded; remove it")
         return names
 
     @field_validator("registry_url")
@@ -183,16 +183,16 @@ class Settings(BaseSettings):
     @field_validator("registry_token", mode="before")
     @classmethod
     def _token(cls, value: Any) -> Any:
-        # A Secret that is made from a file often ends in a newline, which no header can carry.
+        # A Secret made from a file often ends in a newline, which is not valid in a header.
         token = value.strip() if isinstance(value, str) else value
         if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.split() == [token]):
-            raise ValueError("must be one word of ASCII characters; unset it to ask without a token")
+            raise ValueError("must be one word of ASCII characters; unset it to send no token")
         return token
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.ops_port == self.port:
-            raise ValueError(f"{PREFIX}OPS_PORT='{self.port}': that is {PREFIX}PORT already; set it to another port")
+            raise ValueError(f"{PREFIX}OPS_PORT='{self.port}': is also {PREFIX}PORT; set it to another port")
         if self.max_buffered_bytes < self.max_body_bytes:
             raise ValueError(
                 f"{PREFIX}MAX_BUFFERED_BYTES='{self.max_buffered_bytes}': one body of {PREFIX}MAX_BODY_BYTES="
@@ -201,7 +201,7 @@ class Settings(BaseSettings):
         return self
 
     def of(self, group: type[G]) -> G:
-        """The settings of one feature; the defaults where they were not loaded."""
+        """The settings of one feature, or its defaults if they were not loaded."""
         found = self._groups.get(group)
         return found if isinstance(found, group) else group()
 
@@ -209,7 +209,7 @@ class Settings(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *args: Any, **kwargs: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # load_settings has read the environment; no .env files, no secrets directories: what `env` shows is what holds.
+        # load_settings reads the environment. No .env files or secrets directories: only variables count.
         return (init_settings,)
 
 
@@ -234,7 +234,7 @@ def load_settings(environ: Mapping[str, str] | None = None, groups: Iterable[typ
 
 
 def make_settings(values: Mapping[str, Any], groups: Iterable[type[Group]] = ()) -> Settings:
-    """Settings of these values, by name. Raises InvalidSettings."""
+    """Settings from values by name. Raises InvalidSettings."""
     errors: list[ValidationError] = []
     made: dict[type[Group], Group] = {}
     rest = dict(values)
@@ -255,7 +255,7 @@ def make_settings(values: Mapping[str, Any], groups: Iterable[type[Group]] = ())
 
 
 def fields_of(groups: Iterable[type[Group]]) -> dict[str, FieldInfo]:
-    """Every setting by its name, with its default and description: the core's, then those of the groups."""
+    """Every setting by name, with default and description: the core's, then those of the groups."""
     models: tuple[type[BaseModel], ...] = (Settings, *groups)
     return {name: field for model in models for name, field in model.model_fields.items()}
 
@@ -267,23 +267,23 @@ def _reasons(exc: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
             name = str(error["loc"][0])
             value = values[name]
             if value.startswith("tcp://"):
-                # Kubernetes sets NAME_PORT for each Service of the namespace; ours is one of our name.
-                reason += "; Kubernetes sets it for a Service of that name: `enableServiceLinks: false` in the pod"
+                # Kubernetes sets NAME_PORT for each Service of the namespace.
+                reason += "; Kubernetes sets it for a Service of that name: set `enableServiceLinks: false` in the pod"
             shown = "***" if name in _SECRETS else without_password(value)[:80]
             reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
         yield reason
 
 
 def without_password(url: str) -> str:
-    """A URL, or what was meant as one, as it may be shown."""
+    """A URL for display, without password; also of text that is not a valid URL."""
     return _PASSWORD.sub(r"\1***@", url)
 
 
 def wants_traces(environ: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's own variables ask for traces.
+    """Whether the variables of OpenTelemetry enable traces.
 
-    Raises SettingsError where these ask for something else than OTLP over HTTP; it does not show an endpoint, which may
-    hold a password.
+    Raises SettingsError for another protocol than OTLP over HTTP; the message hides endpoints, which may contain a
+    password.
     """
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none":
         return False
@@ -300,7 +300,7 @@ def wants_traces(environ: Mapping[str, str]) -> bool:
 
 
 def _reason(kind: str, message: str) -> str:
-    """pydantic's message in the words of an operator."""
+    """Translate a message of pydantic for operators."""
     if kind == "int_parsing":
         return "must be a whole number"
     if kind == "float_parsing":

@@ -1,4 +1,4 @@
-"""Calls that may hang: each in a daemon thread of its own, so that it holds up no other, nor the end of the process."""
+"""Calls that may hang, each in a daemon thread of its own: none blocks another, or the end of the process."""
 
 import asyncio
 import errno
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 async def in_thread(call: Callable[[], T], name: str) -> T:
-    """What `call` returns or raises. Whoever is cancelled stops waiting; the call itself cannot be stopped.
+    """Return or raise what `call` does. Cancellation stops the wait; the call itself runs on.
 
-    Raises OSError when the system gives no thread.
+    Raises OSError if no thread can be started.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -25,7 +25,7 @@ async def in_thread(call: Callable[[], T], name: str) -> T:
             result.append(call())
         except Exception as exc:
             error = exc
-        with suppress(RuntimeError):  # The loop is closed: nobody waits.
+        with suppress(RuntimeError):  # The loop is closed: there is no task to wake.
             loop.call_soon_threadsafe(_settle, future, result, error)
 
     try:

@@ -100,7 +100,7 @@ def test_the_help_shows_defaults_as_they_would_be_written(capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "listen port (default: 8000)" in out
     assert "(default: packaged catalogue.yaml)" in out
-    assert "of 429, 502, 503, 504 (default: 503)" in out
+    assert "503 and 504; comma-separated (default: 503)" in out
     assert "comma-separated (default: none)" in out
     assert "base URL of the model registry (default: unset)" in out
     assert "frozenset" not in out

@@ -96,7 +96,7 @@ async def test_sighup_reads_the_catalogue_again_and_cuts_nothing(
 
     assert (code, err) == (0, "")
     # At once, and not when the change would have been seen.
-    assert "configuration is read again" in out
+    assert "reloading the configuration" in out
     assert [line["outcome"] for line in log_of(out) if line["event"] == "request" and line.get("stream")] == ["ok"]
 
 
