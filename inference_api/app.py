@@ -2,40 +2,30 @@
 
 from collections.abc import Sequence
 
-from starlette.routing import Route
-from starlette.types import ASGIApp
-
 from inference_api.application import Application
 from inference_api.core import Core, Outside
 from inference_api.feature import Feature, Run, chain, with_taps
 from inference_api.features import engine_load, tracing
-from inference_api.http.accounts import Accounts
-from inference_api.http.backends import Backends
-from inference_api.http.dispatch import Dispatch
-from inference_api.http.head import RequestHeaders
-from inference_api.http.identify import Identify
-from inference_api.http.openapi import Document
-from inference_api.http.pages import Models, Probes, create_pages
+from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
-from inference_api.http.routes import INFERENCE_ROUTES
-from inference_api.http.stored import StoredResponses
 from inference_api.models import Send
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
 from inference_api.routing.entries import entry_type
-from inference_api.settings import Group, Settings
+from inference_api.settings import Settings
+from inference_api.site import Site
 from inference_api.upstream.admission import model_admission
 from inference_api.upstream.attempt import SendAttempt
 
-# Settings and catalogue keys of features
-GROUPS: tuple[type[Group], ...] = (engine_load.Options,)
-ENTRY = entry_type(())
 FEATURES = (
     # Outermost, so that a span covers the whole request.
-    tracing.build,
+    tracing.FEATURE,
     # Has no layer: polls the engines' load in the background.
-    engine_load.build,
+    engine_load.FEATURE,
 )
+# The settings of features, and the class of catalogue entries with their keys
+GROUPS = tuple(feature.options for feature in FEATURES if feature.options)
+ENTRY = entry_type(key for feature in FEATURES for key in feature.keys)
 
 
 def build(settings: Settings, outside: Outside | None = None, features: Sequence[Feature] = ()) -> Application:
@@ -43,40 +33,16 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
 
     Raises CatalogueError if the static catalogue cannot be read, SettingsError if a feature cannot be built.
     """
-    core = Core(settings, outside or Outside(), engine_load.balancers(settings), ENTRY)
-    enabled = [*(made for make in FEATURES if (made := make(core, settings)) is not None), *features]
-    resolve = _resolve(core, enabled)
+    balancers = [switch.balancers(settings) for switch in FEATURES if switch.balancers]
+    core = Core(settings, outside or Outside(), balancers, ENTRY)
+    enabled = [*(made for switch in FEATURES if (made := switch.build(core, settings)) is not None), *features]
     attempt = core.attempt([feature.attempt for feature in enabled if feature.attempt])
-    stages = Stages(
-        resolve, _send(core, attempt, enabled), core.admission, settings.max_body_bytes, settings.write_stall_timeout
-    )
-    stored = StoredResponses(attempt, core.prepare, stages)
-    pipelines: dict[str, ASGIApp] = {route.path: stored.pipeline(route) for route in INFERENCE_ROUTES}
+    send, resolve = _send(core, attempt, enabled), _resolve(core, enabled)
+    stages = Stages(resolve, send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
     probes = core.probes([feature.collect for feature in enabled if feature.collect])
-    ops_pages = [
-        *probes.ops_routes(),
-        *Backends(core.fleet, core.retry_policy.resting.get).routes(),
-        *(page for feature in enabled for page in feature.ops_pages),
-    ]
-    pages = [
-        # Registered again so that a wrong method gets 405 with the right one in Allow.
-        *(Route(path, pipeline, methods=["POST"]) for path, pipeline in pipelines.items()),
-        *stored.routes(),
-        *Models(core.fleet, resolve).routes(),
-        *(page for feature in enabled for page in feature.pages),
-        *(ops_pages if settings.ops_port is None else probes.routes()),
-        *Document(INFERENCE_ROUTES, ops=settings.ops_port is None).routes(),
-    ]
-    tasks = _tasks(core, enabled, probes)
-    app: ASGIApp = Dispatch(pipelines, create_pages(pages, lambda app: core.running(tasks, probes.drain)))
-    if identify := [feature.identify for feature in enabled if feature.identify]:
-        app = Identify(app, identify)
-    for feature in reversed(enabled):
-        app = feature.layer(app) if feature.layer else app
-    read_headers = RequestHeaders(frozenset(name.encode() for name in settings.forward_headers))
-    accounts = Accounts(app, _sinks(core, enabled), read_headers, core.mint_id)
-    ops = Accounts(create_pages(ops_pages), (), RequestHeaders(), core.mint_id)
-    return Application(core, accounts, ops, probes, enabled)
+    site = Site(core, stages, attempt, probes, enabled)
+    app = site.app(_sinks(core, enabled), _tasks(core, enabled, probes))
+    return Application(core, app, site.ops(), probes, enabled)
 
 
 def _resolve(core: Core, enabled: Sequence[Feature]) -> Resolve:

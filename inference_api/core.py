@@ -78,25 +78,26 @@ class Outside(NamedTuple):
 
 
 class Core:
-    """Raises CatalogueError if the static catalogue cannot be read. `balancers`: algorithms by their name.
+    """Raises CatalogueError if the static catalogue cannot be read.
 
-    `entry`: the class of the catalogue's entries."""
+    `balancers`: algorithms by name that replace the core's. `entry`: the class of the catalogue's entries.
+    """
 
     def __init__(
         self,
         settings: Settings,
         outside: Outside,
-        balancers: Mapping[str, MakeBalancer] = MappingProxyType({}),
+        balancers: Sequence[Mapping[str, MakeBalancer]] = (),
         entry: type[CatalogueEntry] = CatalogueEntry,
     ) -> None:
         self.settings, self.outside, self._entry = settings, outside, entry
         self.rand = rand = outside.rand or random.Random()
-        balancers = {**BALANCERS, **balancers}
+        makers = {name: make for group in (BALANCERS, *balancers) for name, make in group.items()}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
         self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
         # Own pools for health checks: they never wait behind traffic, and do not count as its progress.
         self.own_transport = outside.transport or self._make_transport(_OWN_KEEPALIVE)
-        self.fleet = Fleet(lambda name: balancers[name](rand.random))
+        self.fleet = Fleet(lambda name: makers[name](rand.random))
         self.discovery = self._make_discovery()
         cluster = outside.cluster
         self.slices = None if cluster is None else self._make_slices(cluster)

@@ -1,11 +1,11 @@
 """Feature: one value with all parts of an optional feature; every part defaults to nothing.
 
-A module of `features/` has a function `build(core, settings)` that returns a Feature, or None if it is off, and one
-line in `app.py`. A feature that is off is not built: it has no object, and no request checks for it.
+A module of `features/` exports a Switch, `FEATURE`, and has one line in `app.py`. A feature that is off is not built:
+it has no object, and no request checks for it.
 """
 
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.routing import Route as PageRoute
 from starlette.types import ASGIApp
@@ -15,8 +15,14 @@ from inference_api.http.pipeline import Resolve
 from inference_api.models import Call, Caller, Reply, Send, Tap
 from inference_api.observe.account import Sink
 from inference_api.observe.exposition import Family
+from inference_api.routing.balancer import MakeBalancer
+from inference_api.routing.entries import EntryKey
 from inference_api.routing.fleet import Model
+from inference_api.settings import Group, Settings
 from inference_api.upstream.attempt import SendAttempt
+
+if TYPE_CHECKING:
+    from inference_api.core import Core
 
 Run = Callable[[], Coroutine[Any, Any, None]]
 
@@ -55,6 +61,19 @@ class Feature(NamedTuple):
     tasks: tuple[Run, ...] = ()
     # Called at the end of the process, after the last request.
     close: Callable[[], None] | None = None
+
+
+class Switch(NamedTuple):
+    """How one feature is turned on. A module of `features/` exports it as FEATURE; `app` lists it."""
+
+    # Returns the feature, or None if the settings leave it off. Raises SettingsError.
+    build: "Callable[[Core, Settings], Feature | None]"
+    # Its settings
+    options: type[Group] | None = None
+    # Its keys of a catalogue entry
+    keys: tuple[EntryKey[Any], ...] = ()
+    # Balancing algorithms by name; they replace the core's if the feature is on.
+    balancers: Callable[[Settings], Mapping[str, MakeBalancer]] | None = None
 
 
 def with_taps(taps: list[Callable[[Call, Reply], Tap | None]]) -> Callable[[Send], Send]:

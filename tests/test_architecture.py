@@ -28,7 +28,7 @@ LAYERS = (
     ("inference_api.server",),
     ("inference_api.http",),
     ("inference_api.feature",),
-    ("inference_api.core", "inference_api.application"),
+    ("inference_api.core", "inference_api.application", "inference_api.site"),
     ("inference_api.features",),
     ("inference_api.app",),
     ("inference_api.commands",),

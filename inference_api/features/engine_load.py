@@ -12,7 +12,7 @@ from pydantic import Field
 
 from inference_api.core import Core
 from inference_api.discovery.engine_metrics import EngineMetrics
-from inference_api.feature import Feature
+from inference_api.feature import Feature, Switch
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import BY_BACKEND, gauge
 from inference_api.routing.backend import Backend, Reading
@@ -95,3 +95,6 @@ def families(fleet: Fleet) -> Iterator[Family]:
     text = "When the backend last told its load, in Unix seconds."
     scraped = [((backend.model, backend.label), backend.origin.scraped_at or None) for backend in backends]
     yield gauge("backend_last_scrape_timestamp_seconds", text, BY_BACKEND, scraped)
+
+
+FEATURE = Switch(build, Options, balancers=balancers)

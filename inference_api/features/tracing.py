@@ -4,7 +4,7 @@ The spans are in `spans`, which is loaded, with OpenTelemetry, only where traces
 """
 
 from inference_api.core import Core
-from inference_api.feature import Feature
+from inference_api.feature import Feature, Switch
 from inference_api.settings import Settings, SettingsError, wants_traces
 
 
@@ -26,3 +26,6 @@ def build(core: Core, settings: Settings) -> Feature | None:
         ) from None
     except ValueError as exc:
         raise SettingsError(f"OpenTelemetry does not take one of its variables (OTEL_...): {exc}") from None
+
+
+FEATURE = Switch(build)

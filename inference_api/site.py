@@ -1,0 +1,70 @@
+"""The HTTP side, put together: pipelines and pages, the layers of features around them, the accounts outermost."""
+
+from collections.abc import Sequence
+
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from inference_api.core import Core
+from inference_api.feature import Feature, Run
+from inference_api.http.accounts import Accounts
+from inference_api.http.backends import Backends
+from inference_api.http.dispatch import Dispatch
+from inference_api.http.head import RequestHeaders
+from inference_api.http.identify import Identify
+from inference_api.http.openapi import Document
+from inference_api.http.pages import Models, Probes, create_pages
+from inference_api.http.pipeline import Stages
+from inference_api.http.routes import INFERENCE_ROUTES
+from inference_api.http.stored import StoredResponses
+from inference_api.observe.account import Sink
+from inference_api.upstream.attempt import SendAttempt
+
+
+class Site:
+    """What the ports serve. `probes` say whether the router is ready; `attempt` makes one attempt on a backend."""
+
+    def __init__(
+        self, core: Core, stages: Stages, attempt: SendAttempt, probes: Probes, enabled: Sequence[Feature]
+    ) -> None:
+        self._core = core
+        self._probes = probes
+        self._enabled = enabled
+        self._resolve = stages.resolve
+        self._stored = StoredResponses(attempt, core.prepare, stages)
+        self._pipelines: dict[str, ASGIApp] = {route.path: self._stored.pipeline(route) for route in INFERENCE_ROUTES}
+
+    def app(self, sinks: Sequence[Sink], tasks: Sequence[Run]) -> Accounts:
+        """For clients. `tasks` run from its start to its end; `sinks` get the Record of each request."""
+        settings = self._core.settings
+        pages = create_pages(self._pages(), lambda app: self._core.running(tasks, self._probes.drain))
+        app: ASGIApp = Dispatch(self._pipelines, pages)
+        if identify := [feature.identify for feature in self._enabled if feature.identify]:
+            app = Identify(app, identify)
+        for feature in reversed(self._enabled):
+            app = feature.layer(app) if feature.layer else app
+        read_headers = RequestHeaders(frozenset(name.encode() for name in settings.forward_headers))
+        return Accounts(app, sinks, read_headers, self._core.mint_id)
+
+    def ops(self) -> Accounts:
+        """For operators, on a port of their own. Its requests are not accounted for."""
+        return Accounts(create_pages(self._ops_pages()), (), RequestHeaders(), self._core.mint_id)
+
+    def _pages(self) -> list[Route]:
+        alone = self._core.settings.ops_port is None
+        return [
+            # Registered a second time so that a wrong method on them is a 405 that says which one is right.
+            *(Route(path, pipeline, methods=["POST"]) for path, pipeline in self._pipelines.items()),
+            *self._stored.routes(),
+            *Models(self._core.fleet, self._resolve).routes(),
+            *(page for feature in self._enabled for page in feature.pages),
+            *(self._ops_pages() if alone else self._probes.routes()),
+            *Document(INFERENCE_ROUTES, ops=alone).routes(),
+        ]
+
+    def _ops_pages(self) -> list[Route]:
+        return [
+            *self._probes.ops_routes(),
+            *Backends(self._core.fleet, self._core.retry_policy.resting.get).routes(),
+            *(page for feature in self._enabled for page in feature.ops_pages),
+        ]
