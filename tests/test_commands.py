@@ -366,12 +366,12 @@ async def test_a_catalogue_that_is_edited_is_read_again_and_told(tmp_path: Path,
         await ready(router.client)
         catalogue_of(tmp_path, engine, aliases=["n"])
         router.process.send_signal(signal.SIGHUP)
-        await until(lambda: "read again" in router.output and "changed" in router.output)
+        await until(lambda: "reloaded" in router.output and "changed" in router.output)
         answer = await router.client.post("/v1/chat/completions", json=CHAT | {"model": "n"})
         _, out, _ = await router.stop()
 
     assert answer.status_code == 200
-    told = next(line for line in log_of(out) if line["event"] == "the static catalogue was read again")
+    told = next(line for line in log_of(out) if line["event"] == "the static catalogue was reloaded")
     assert (told["models"], told["changed"]) == (1, ["m"])
 
 

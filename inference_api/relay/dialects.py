@@ -61,7 +61,7 @@ class Event:
 
     @property
     def is_ping(self) -> bool:
-        """Whether it is only a sign of life: comments, blank lines, or a ping of the Messages API."""
+        """Whether it is a heartbeat: comments, blank lines, or a ping of the Messages API."""
         return (
             (not self.data and not self.name) or self.name == b"ping" or (len(self.data) < 99 and self.kind == "ping")
         )

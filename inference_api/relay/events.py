@@ -68,7 +68,7 @@ class EventTracker:
     `finish_ends`: an event with a reason to finish may be the last one.
 
     `begin` parses the events before the first token; `feed` then takes for a token whatever can be nothing else. Both
-    return True if the data were only signs of life.
+    return True if the data held only heartbeats.
     """
 
     __slots__ = (
@@ -216,7 +216,7 @@ class EventTracker:
         return block.count(b"\n\n") or len(BOUNDARY.findall(block))
 
     def _read(self, block: bytes) -> bool:
-        """Read each event. Returns whether all of them were signs of life."""
+        """Read each event. Returns whether all were heartbeats."""
         self._begun = True
         alive = True
         for text in block.split(b"\n\n") if block.find(b"\r") < 0 else BOUNDARY.split(block):
@@ -225,7 +225,7 @@ class EventTracker:
         return alive
 
     def _read_event(self, text: bytes) -> bool:
-        """Read one event. Returns whether it is a sign of life."""
+        """Read one event. Returns whether it is a heartbeat."""
         if text == _DONE:
             self.ended = True
         elif self.tokens and text.startswith(_OBJECT) and text.find(b"error") < 0 and _is_line(text):

@@ -51,7 +51,7 @@ class Pump:
         # Per body: bytes passed on, and when the first was, or the first token of a stream (0: none)
         self.size = 0
         self.first_at = 0.0
-        # Gets each piece, and returns whether it is nothing but a sign of life. None: nobody needs it.
+        # Gets each piece, and returns whether it holds only heartbeats. None: not needed.
         self._feed: Callable[[bytes], bool] | None = self._begin
         self._alive = False
         self._outcome: Outcome | None = None

@@ -116,7 +116,7 @@ class CatalogueFile:
     def _keep(self, complaint: str) -> None:
         if complaint != self._complaint:
             self._complaint = complaint
-            logger.warning("the catalogue was not read again, the last one stays: %s", complaint)
+            logger.warning("the catalogue could not be reloaded, the previous one stays: %s", complaint)
 
 
 class GivenCatalogue:

@@ -120,7 +120,7 @@ class Registry:
     def replace_static(self, catalogue: Catalogue) -> None:
         """The static catalogue has been read again; it is what is served only if no registry has answered."""
         fields = {"models": len(catalogue), "serving": self.source, **changes(self._static, catalogue)}
-        logger.info("the static catalogue was read again", extra={"fields": fields})
+        logger.info("the static catalogue was reloaded", extra={"fields": fields})
         changed, self._static = catalogue != self._static, catalogue
         if changed and self._last_good is None:
             self._take(catalogue, "static catalogue")

@@ -1,4 +1,4 @@
-"""How many requests of one model may be in flight: the innermost `send` layer, right around the attempts."""
+"""Admission per model: the innermost `send` layer, directly around the attempts."""
 
 from inference_api.errors import Overloaded
 from inference_api.models import Call, Reply, Send
@@ -6,9 +6,9 @@ from inference_api.routing.fleet import Model
 
 
 def model_admission(send: Send) -> Send:
-    """Counts a model's requests from their first attempt to the end of the answer, and keeps its `max_in_flight`.
+    """Counts a model's requests from the first attempt to the end of the answer, and enforces `max_in_flight`.
 
-    The count falls in the end of the Reply, or with the exception that takes its place. Raises Overloaded.
+    The count falls when the Reply ends, or when an exception takes its place. Raises Overloaded.
     """
 
     async def admitted(call: Call, model: Model) -> Reply:

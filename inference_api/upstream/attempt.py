@@ -1,4 +1,4 @@
-"""The attempt seam: one request to one backend, and what takes it to a Reply.
+"""The attempt seam: one request to one backend, and its Reply.
 
 A feature that acts on single attempts (a span for each, a header of its own) wraps one SendAttempt into another:
 
@@ -9,7 +9,7 @@ A feature that acts on single attempts (a span for each, a header of its own) wr
 
         return wrapped
 
-It may change the header lines, and gets the Reply or the exception: nothing else.
+A wrapper may change the header lines, and gets the Reply or the exception, nothing else.
 """
 
 import random
@@ -74,7 +74,7 @@ class SendToBackend:
         url, target = backend.address(call.route.path)
         if call.suffix:
             target = one_line(target + call.suffix)
-        # Engines key generations by the request id: every attempt has one that no other has.
+        # Engines key generations by the request id, so every attempt has its own.
         request_id = f"{call.request_id}-{self._random_bits(32):08x}".encode()
         lines = b"host: %b\r\nx-request-id: %b\r\n%b" % (backend.host, request_id, prepared.lines)
         stream: httpx.AsyncByteStream
@@ -83,7 +83,7 @@ class SendToBackend:
         backend.origin.in_flight += 1
         try:
             if self._own is not None:
-                # The target is one line: without a suffix it is made of the catalogue and the routes.
+                # No check for line breaks: without a suffix, the target comes from the catalogue and the routes.
                 head = b"%b %b HTTP/1.1\r\n%b\r\n" % (call.route.method.encode(), target, lines)
                 body, _, timeout, deadline, _ = prepared
                 stream = await self._own.send(backend.url, url, head, body, timeout, deadline, fresh)
@@ -113,7 +113,7 @@ class SendToBackend:
 def _request(
     method: str, url: httpx.URL, target: bytes, lines: bytes, prepared: Prepared, fresh: bool
 ) -> httpx.Request:
-    """The same request for a transport that is not ours."""
+    """The same request for another transport than the router's."""
     headers = [tuple(line.split(b": ", 1)) for line in lines.split(b"\r\n")[:-1]]
     extensions = {
         "timeout": prepared.timeout._asdict(),

@@ -1,4 +1,4 @@
-"""One connection to a backend, on httptools: a request goes out, a head comes back, a body is pushed or pulled."""
+"""One connection to a backend, on httptools: writes a request, parses the head, and pushes or buffers the body."""
 
 import asyncio
 from typing import Protocol, cast
@@ -13,21 +13,21 @@ from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
 from inference_api.upstream.response import ResponseStream
 from inference_api.upstream.rewrite import Content
 
-# An engine's head is below 1 KiB, but vLLM puts 0.1 KiB for each of up to 2,048 embeddings there, if they are asked for
-# as bytes. curl takes 300 KiB, so that nobody needs more.
+# An engine's head is below 1 KiB, but vLLM adds 0.1 KiB for each of up to 2,048 embeddings in the format `bytes`. curl
+# has the same limit.
 MAX_HEAD = 256 * 1024
-# From here on joining head and body would copy more than a second buffer costs.
+# Bytes of a body from which a second write costs less than a copy.
 _JOIN = 16 * 1024
 
-# Length of a whole chunk without extensions -> where its data begins, and how it does, as uvicorn and hyper write it.
+# Length of a whole chunk without extensions -> offset of its data, and its size line, as uvicorn and hyper write it.
 _SIZE_LINES = {len(b"%x" % n) + n + 4: (len(b"%x" % n) + 2, (b"%x\r\n" % n, b"%X\r\n" % n)) for n in range(1, 4096)}
 _NO_SIZE = (0, (b"", b""))
 
 
 class ConnectionPool(Protocol):
-    """Where a connection lives between two exchanges.
+    """Holds the connections of one origin.
 
-    `last_read`: loop time of the last read of any of them that was more than a sign of life.
+    `last_read`: loop time of the last read of any of them, heartbeats excluded.
     """
 
     last_read: float
@@ -63,17 +63,17 @@ class BackendConnection(asyncio.Protocol):
         self.stream: ResponseStream | None = None
         self._reused = False
         self._received = 0
-        # Where the headers go while the head of a response is read.
+        # Headers of the head that is being parsed.
         self._headers: RawHeaders | None = None
         self._head_done = False
-        # No byte of a chunk has been parsed since the last whole one, or since the head.
+        # Between two chunks: no byte parsed since the last whole one, or since the head.
         self._between_chunks = False
-        # The same, known for sure, and there is a sink: the next read need not be parsed if it is one whole chunk.
+        # The same, certainly, and there is a sink: a read that is one whole chunk may skip the parser.
         self._direct = False
         self._keep_alive = False
         self._poisoned = False
         self._paused = False
-        # Timers: one handle, kept from exchange to exchange and looked at only when it fires
+        # One timer, kept across exchanges and evaluated only when it fires
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         self._last_read = 0.0
@@ -92,7 +92,7 @@ class BackendConnection(asyncio.Protocol):
         self._headers = stream.headers
         now = self._last_read = self.loop.time()
         soonest = self._deadlines.start(now, timeout, deadline)
-        # The timer of an earlier exchange will do, if it fires no later; setting one costs 3 us.
+        # Keep an earlier exchange's timer if it fires in time; setting one costs 3 us.
         if soonest is not None and (self._timer is None or soonest < self._due):
             self._set_timer(soonest)
         if isinstance(body, tuple):
@@ -104,7 +104,7 @@ class BackendConnection(asyncio.Protocol):
         return stream
 
     def abandon(self, stream: ResponseStream) -> None:
-        """Close, if `stream` has not ended: a rest of its body must never meet the next request."""
+        """Close unless `stream` has ended: the rest of its body must never reach the next request."""
         if self.stream is stream:
             self.stream = None
             self.close()
@@ -117,7 +117,7 @@ class BackendConnection(asyncio.Protocol):
     def resume(self, stream: ResponseStream) -> None:
         if self.stream is stream and self._paused and self.transport is not None:
             self._paused = False
-            # The reader's pause was not the backend's silence.
+            # Silence during the reader's pause does not count against the backend.
             self._last_read = self.loop.time()
             self.transport.resume_reading()
 
@@ -128,7 +128,7 @@ class BackendConnection(asyncio.Protocol):
         self._disarm()
         self.pool.discard(self)
         if self.transport is not None:
-            # Not close(): it would wait for a stuck backend to read the rest of a request.
+            # Not close(): that waits for a stuck backend to read the rest of a request.
             self.transport.abort()
 
     def fail(self, error: httpx.TransportError) -> None:
@@ -146,10 +146,10 @@ class BackendConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         stream = self.stream
         if stream is None:
-            self.close()  # nobody asked
+            self.close()  # bytes without a request
             return
         if self._direct:
-            # Engines write an event as one chunk; it goes to the client as it is, without a parser in between.
+            # Engines write an event as one chunk: passed to the client unchanged, without the parser.
             at, sizes = _SIZE_LINES.get(len(data), _NO_SIZE)
             if at and data[:at] in sizes and data[-2:] == b"\r\n":
                 if not stream.sink.data_received(data[at:-2], False, data):  # type: ignore[union-attr]
@@ -165,14 +165,14 @@ class BackendConnection(asyncio.Protocol):
             self._last_read, self.pool.last_read = before
 
     def _parse(self, stream: ResponseStream, data: bytes, fresh: bool) -> bool | None:
-        """Parse a read; True: all of it was a sign of life."""
+        """Parse a read; True: it held heartbeats only."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as exc:
             if not stream.complete:
                 self.fail(Malformed(f"the backend sent {_reason(exc)}"))
                 return None
-            # What followed a complete response was no response; the one we have is good.
+            # The bytes after a complete response are invalid; the response itself is good.
             self._poisoned = True
         if not self._head_done:
             if self._received > MAX_HEAD:
@@ -182,12 +182,12 @@ class BackendConnection(asyncio.Protocol):
             if fresh and stream.status == 200 and self._keep_alive and not self._poisoned:
                 self.pool.heads.parsed(data, stream.headers)
             self._end_exchange()
-        # The beginning of a chunk's size may have been parsed unnoticed, but never with its line break.
+        # The parser may have taken part of a chunk's size line, but never its line break.
         self._direct = self._between_chunks and stream.sink is not None and data.endswith(b"\r\n")
         return stream.deliver()
 
     def _whole(self, stream: ResponseStream, known: RepeatedHead, headers: RawHeaders, body: bytes) -> None:
-        """The read is a whole answer whose head needs no parsing."""
+        """Deliver a whole answer with a known head, without parsing."""
         stream.status = 200
         stream.headers = headers
         stream.known = known
@@ -205,7 +205,7 @@ class BackendConnection(asyncio.Protocol):
         if stream is None:
             return
         if self._head_done and not stream.framed and exc is None:
-            # RFC 9112 6.3: without a length, the end of the connection is the end of the body.
+            # RFC 9112 6.3: without a length, the end of the connection ends the body.
             stream.complete = True
             stream.deliver()
         else:
@@ -213,14 +213,14 @@ class BackendConnection(asyncio.Protocol):
             waited = self.loop.time() - self._last_read
             stream.fail(Disconnected(message, received=self._received, reused=self._reused, waited=waited))
 
-    # httptools callbacks; what they raise comes out of feed_data as an HttpParserError
+    # httptools callbacks; feed_data turns their exceptions into HttpParserError
 
     def on_message_begin(self) -> None:
         if self.stream is None or self.stream.complete:
             self._poisoned = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Else it is a trailer, or of a message that nobody asked for.
+        # Otherwise a trailer, or part of an unsolicited message.
         if self._headers is not None:
             self._headers.append((name.lower(), value))
 
@@ -232,7 +232,7 @@ class BackendConnection(asyncio.Protocol):
         if status == 101 or status < 100 or status > 599:
             raise ValueError(f"an answer with the status {status}")
         headers = stream.headers
-        # As RFC 9113 6.5.2 counts: what a header costs us is more than its bytes.
+        # Counted as in RFC 9113 6.5.2: a header costs more than its bytes.
         size = 32 * len(headers) + self._received
         if size > MAX_HEAD and sum([len(name) + len(value) + 32 for name, value in headers]) > MAX_HEAD:
             raise ValueError(f"a response head of more than {MAX_HEAD} bytes")
@@ -242,7 +242,7 @@ class BackendConnection(asyncio.Protocol):
         stream.status = status
         names = dict(headers)
         coding = names.get(b"transfer-encoding")
-        # `identity` is of RFC 2616, and says as much as if it were not there.
+        # `identity` (RFC 2616) means no transfer coding.
         coded = coding is not None and coding.lower() != b"identity"
         stream.framed = coded or b"content-length" in names or status in (204, 304)
         self._between_chunks = coding == b"chunked"
@@ -268,7 +268,7 @@ class BackendConnection(asyncio.Protocol):
             self._keep_alive = self.parser.should_keep_alive()
 
     def _end_exchange(self) -> None:
-        """The response is complete: back pool, if no request byte is left to write and no byte too many was read."""
+        """The response is complete: return the connection if the request is written and no surplus byte was read."""
         self.stream = None
         transport = self.transport
         assert transport is not None
@@ -304,7 +304,7 @@ class BackendConnection(asyncio.Protocol):
             self._set_timer(soonest)
 
     def _silent_since(self) -> float | None:
-        """None: before the head, and while the reader pauses, silence does not count."""
+        """None before the head, and while the reader pauses: silence does not count then."""
         return self._last_read if self._head_done and not self._paused else None
 
     def __repr__(self) -> str:

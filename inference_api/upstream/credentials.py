@@ -1,4 +1,4 @@
-"""The tokens of backends' credentials, by what names them: variables of the environment, and files, read again."""
+"""The tokens of backends' credentials, from environment variables and from files, which are reloaded."""
 
 import logging
 import os
@@ -16,9 +16,9 @@ _MAX_BYTES = 64 * 1024
 
 
 class Tokens(dict[str, str]):
-    """Name of a variable, or path of a file -> token. A request only looks one up; files are read in threads.
+    """Maps the name of a variable, or the path of a file, to a token. Requests only look up; threads read files.
 
-    `environ` has the variables, of which only those that a catalogue may name are taken.
+    Of `environ`, only variables that a catalogue may name are kept.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -27,19 +27,19 @@ class Tokens(dict[str, str]):
         self._complaints: dict[str, str] = {}
 
     def prepare(self, entries: Iterable[CatalogueEntry]) -> None:
-        """Read the files that these entries name, so far as they are new. It may block."""
+        """Read the files that these entries name, except those already read. Blocks."""
         for path in paths_of(entries) - self._files.keys():
             self._files[path] = Changes(path)
             self._read(path)
 
     def retain(self, entries: Iterable[CatalogueEntry]) -> None:
-        """Forget the files that none of these entries names."""
+        """Drop files that none of these entries names."""
         for path in self._files.keys() - paths_of(entries):
             for known in (self._files, self._complaints, self):
                 known.pop(path, None)
 
     def poll(self, now: bool) -> None:
-        """As `routing.files.Watched`; a request takes what is there."""
+        """As `routing.files.Watched`. Requests meanwhile use the current tokens."""
         for path, changes in list(self._files.items()):
             if changes.settled(now):
                 self._read(path)
@@ -51,11 +51,11 @@ class Tokens(dict[str, str]):
             complaint = (exc.strerror if isinstance(exc, OSError) else "") or str(exc)
             if self._complaints.get(path) != complaint:
                 self._complaints[path] = complaint
-                kept = "the last one stays" if path in self else "its models are asked without one"
+                kept = "the previous one stays" if path in self else "requests to its models carry no token"
                 logger.warning("the token of the file %.200r cannot be used, %s: %s", path, kept, complaint)
             return
         if self.get(path) not in (None, token) or path in self._complaints:
-            logger.info("the token of the file %.200r was read again", path)
+            logger.info("the token file %.200r was reloaded", path)
         self._complaints.pop(path, None)
         self[path] = token
 
@@ -66,12 +66,12 @@ def paths_of(entries: Iterable[CatalogueEntry]) -> set[str]:
 
 
 def read_token(path: str) -> str:
-    """The token in a file. Raises OSError, or ValueError for what is none; no message has it."""
-    # A pipe would block until somebody writes into it.
+    """The token in a file. Raises OSError or ValueError; messages never contain the content."""
+    # A pipe would block until it has a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         content = os.read(descriptor, _MAX_BYTES)
     finally:
         os.close(descriptor)
@@ -84,8 +84,8 @@ def read_token(path: str) -> str:
 
 
 def with_token(lines: bytes, credentials: Credentials, token: str | None) -> bytes:
-    """The lines of a head with the token in its header, in place of what the client sent there."""
-    # Set but empty is a secret that was not filled in; `Bearer ` alone would be refused by everybody.
+    """The lines of a head with the token in its header, replacing the client's value."""
+    # An empty variable is a secret that was not filled in; every engine refuses `Bearer ` alone.
     if not token:
         return lines
     name = credentials.header.encode("ascii")

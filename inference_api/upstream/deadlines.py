@@ -1,4 +1,4 @@
-"""When an exchange with a backend has taken too long. Sans-IO; all times are loop times."""
+"""Time limits of one exchange with a backend. Sans-IO; all times are loop times."""
 
 from typing import NamedTuple
 
@@ -19,9 +19,9 @@ class Timeout(NamedTuple):
 
 
 class Deadlines:
-    """The limits of one exchange; `start` begins the next one.
+    """The limits of one exchange; `start` resets them for the next.
 
-    `head_done`: the head of the response has come. `silent_since`: the last read, None while silence does not count.
+    `head_done`: the response head has arrived. `silent_since`: the last read, None while silence does not count.
     """
 
     __slots__ = ("_deadline", "_first_byte", "_idle")
@@ -32,7 +32,7 @@ class Deadlines:
         self._deadline: float | None = None
 
     def start(self, now: float, timeout: Timeout, deadline: float | None) -> float | None:
-        """An exchange begins that must end before `deadline`. Returns when to look at the clock first, if ever."""
+        """Begin an exchange that must end before `deadline`. Returns the time of the first check, or None."""
         _, first_byte, self._idle = timeout
         self._first_byte = None if first_byte is None else now + first_byte
         self._deadline = deadline
@@ -42,7 +42,7 @@ class Deadlines:
         """The earliest time at which a limit can be exceeded."""
         soonest = None if head_done else self._first_byte
         if self._idle is not None:
-            # Silence that does not count yet may count from now on.
+            # Silence may start to count at any time from now.
             quiet = (now if silent_since is None else silent_since) + self._idle
             soonest = quiet if soonest is None else min(soonest, quiet)
         if self._deadline is not None and (soonest is None or self._deadline < soonest):

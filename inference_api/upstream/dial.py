@@ -1,8 +1,8 @@
 """Connects to a host by the first of its addresses that accepts: RFC 8305, "happy eyeballs".
 
-The addresses are tried in the system's order, families in turn, each a quarter of a second after the one before, or at
-once when that has failed. The first connection wins, the others are given up. TLS belongs to the connection: an address
-whose handshake hangs is passed like one that swallows packets.
+Attempts start in the system's order of addresses, families alternating, every 250 ms, or at once after a failure. The
+first connection wins, the others are cancelled. The TLS handshake is part of an attempt, so an address with a hanging
+handshake is overtaken like one that drops packets.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ import httpx
 from inference_api.discovery.resolver import Resolver
 from inference_api.routing.urls import is_address, is_usable_address
 
-# File descriptors, and ports to connect from
+# No file descriptors, or no local ports, left
 LACKS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
 
 # Seconds between two attempts, as RFC 8305 recommends.
 DELAY = 0.25
-# Seconds for which an address that failed, or was overtaken, is tried after the others.
+# Seconds for which an address that failed, or was overtaken, comes last.
 _AVOIDED = 60.0
-# A name may have thousands: each attempt is a packet to somebody.
+# A name may have thousands of addresses, and each attempt sends a packet.
 _MOST = 32
 
 
@@ -36,7 +36,7 @@ Attempt = Callable[[str], Awaitable[C]]
 
 
 class Dialer:
-    """Connects to one host, and remembers which of its addresses failed.
+    """Connects to one host, and records which of its addresses failed.
 
     `may_reach`: whether a connection may lead to an IP address. `delay`: seconds between two attempts.
     """
@@ -54,14 +54,14 @@ class Dialer:
         self._may_reach = may_reach
         self._delay = delay
         self._given = [host] if is_address(host) else None
-        # Shared: until when an address comes last
+        # Shared: address -> time until which it comes last
         self._avoided: dict[str, float] = {}
 
     async def dial(self, attempt: Attempt[C], seconds: float | None) -> C:
-        """A connection that `attempt` made to one address. The caller keeps the time, `seconds` says how much there is.
+        """The first connection that `attempt` makes. The caller enforces the time limit, of which `seconds` are left.
 
-        Raises what the attempts raise, OSError or UnicodeError if there is no address, httpx.ConnectError if none may
-        be reached.
+        Raises the error of the attempts, OSError or UnicodeError if the name has no address, httpx.ConnectError if all
+        of them are forbidden.
         """
         if self._given is not None:
             return await self._dial(self._given, attempt)
@@ -72,17 +72,17 @@ class Dialer:
             self._resolver.doubt(self.host)
             if not isinstance(exc, OSError) or exc.errno in LACKS:
                 raise
-            # What was remembered may be out of date; a look-up for each connection would not have been.
+            # Cached addresses may be out of date: look the name up again.
             newer = await self._resolver.addresses(self.host, seconds)
             if newer == addresses:
                 raise
             return await self._dial(newer, attempt)
 
     async def _dial(self, addresses: Sequence[str], attempt: Attempt[C]) -> C:
-        # A name may be made to resolve to what a URL may not name.
+        # DNS may return an address that a URL may not contain.
         allowed = [address for address in addresses if self._may_reach(address)]
         if not allowed:
-            raise httpx.ConnectError("the backend's name leads to an address that no backend may have")
+            raise httpx.ConnectError("the backend's name resolves to a forbidden address")
         if len(allowed) == 1:
             return await attempt(allowed[0])
         return await race(in_turn(allowed, self._avoid())[:_MOST], attempt, self._delay, self._note)
@@ -101,7 +101,7 @@ class Dialer:
 
 
 def in_turn(addresses: Sequence[str], avoided: Collection[str] = ()) -> list[str]:
-    """The families in turn, beginning with that of the first address; those that are avoided come last."""
+    """Addresses with families alternating, beginning with that of the first; avoided ones come last."""
     last = [address for address in addresses if address in avoided]
     if last and len(last) < len(addresses):
         return in_turn([address for address in addresses if address not in avoided]) + in_turn(last)
@@ -116,10 +116,10 @@ async def race(
     delay: float,
     note: Callable[[str, bool], None] = lambda address, good: None,
 ) -> C:
-    """The first connection that is made; the others are cancelled, and closed if they are made all the same.
+    """The first connection; the others are cancelled, and closed if they complete nevertheless.
 
-    `note` gets each address and whether it is good; one that took more than `delay` is not, unless it wins. Raises the
-    first attempt's error when all fail, but before that a lack of our own.
+    `note` gets each address and whether it is good; a loser that took more than `delay` is not. If all fail, raises the
+    first attempt's error, but a shortage of the router's own (descriptors, ports) takes precedence.
     """
     running: dict[asyncio.Future[C], str] = {}
     errors: list[OSError] = []
@@ -150,6 +150,6 @@ async def race(
 
 
 def _drop(loser: asyncio.Future[C]) -> None:
-    # It may have won in the same turn of the loop.
+    # It may have completed in the same turn of the loop.
     if not loser.cancelled() and loser.exception() is None:
         loser.result().close()

@@ -1,4 +1,4 @@
-"""How an attempt fails: the transport's exceptions, the Outcome of each, and which failures a repeat is safe after."""
+"""Failures of an attempt: the transport's exceptions, the Outcome of each, and whether a retry is safe."""
 
 from enum import StrEnum
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import httpx
 from inference_api.models import Outcome, Reply, Route
 from inference_api.routing.backend import Backend
 
-# Seconds; a hundred round trips within a cluster, so that a busy event loop makes no difference.
+# Seconds; a hundred round trips within a cluster, to allow for a busy event loop.
 _RACE = 1.0
 
 
@@ -23,14 +23,14 @@ class Disconnected(httpx.ReadError):
 
     @property
     def silent(self) -> bool:
-        """Not one byte of a response came."""
+        """No byte of a response arrived."""
         return self.received == 0
 
     @property
     def stale(self) -> bool:
-        """The backend had closed the idle connection already when the request was written to it.
+        """The backend had closed the idle connection before the request was written to it.
 
-        The news of that takes a round trip. If it comes later, the backend had received the request.
+        The FIN or RST then arrives within a round trip. If it arrives later, the backend had received the request.
         """
         return self.silent and self.reused and self.waited < _RACE
 
@@ -48,7 +48,7 @@ class FirstByteTimeout(httpx.ReadTimeout):
 
 
 class IdleTimeout(httpx.ReadTimeout):
-    """Nothing of the body for `idle` seconds, but signs of life."""
+    """No byte of the body for `idle` seconds, except heartbeats."""
 
 
 class TotalTimeout(httpx.ReadTimeout):
@@ -75,12 +75,12 @@ def outcome_of(exc: BaseException) -> Outcome:
     for kind, outcome in _OUTCOMES:
         if isinstance(exc, kind):
             return outcome
-    # A cancelled task is a client that left; any other exception is a defect of the router.
+    # A cancelled task means that the client disconnected; any other exception is a defect of the router.
     return Outcome.INTERNAL_ERROR if isinstance(exc, Exception) else Outcome.CLIENT_GONE
 
 
 class Reason(StrEnum):
-    """Why an attempt is repeated."""
+    """The reason for a retry."""
 
     CONNECT = "connect"
     STALE = "stale"
@@ -89,28 +89,27 @@ class Reason(StrEnum):
 
 
 class Failure(NamedTuple):
-    """An attempt that gave no answer, or one that another attempt may improve on."""
+    """An attempt without an answer, or with one that may be retried."""
 
     backend: Backend
     outcome: Outcome
-    # None: it may not be repeated
+    # None: not retryable
     reason: Reason | None
-    # The repeat needs no permit. It was never sent, or its backend had no recent failures: a backend that dies takes
-    # many requests with it at once, and to send them elsewhere moves load and adds none.
+    # The retry needs no permit: the request was never sent, or its backend had no recent failures. A backend that
+    # dies fails many requests at once, and retrying them elsewhere moves load without adding any.
     free: bool
-    # The backend had received the request and sent nothing; it may have executed it.
+    # The backend received the request, may have executed it, and sent no byte.
     silent: bool = False
-    # An answer with one of the statuses that are tried again
+    # An answer with a status of RETRY_ON_STATUS
     reply: Reply | None = None
 
 
 def classify(exc: httpx.TransportError, backend: Backend, route: Route, free: bool) -> Failure:
-    """Whether a failed attempt may be repeated; nothing has gone to the client yet.
+    """Decide whether a failed attempt may be retried; the client has received nothing yet.
 
-    Not connected: the request was never sent. A reused connection that ends at once and without a byte: the backend had
-    closed it before the request came (of 257 such failures in a measurement, none had been executed). Any other that
-    ends without a byte: the backend may have executed the request, so only where a second execution does no harm.
-    Anything else may do harm.
+    Not connected: yes, the request was never sent. A reused connection that ends at once without a byte: yes, the
+    backend had closed it before (of 257 such failures measured, none was executed). Any other end without a byte: only
+    on routes where a second execution does no harm, since the backend may have executed it. Otherwise: no.
     """
     outcome = outcome_of(exc)
     silent = isinstance(exc, Disconnected) and exc.silent and not exc.stale

@@ -1,4 +1,4 @@
-"""The attempt loop: choose a backend, send, and after a failure do what the RetryPolicy decides."""
+"""The attempt loop: choose a backend, send, and follow the RetryPolicy after a failure."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,8 +21,7 @@ from inference_api.upstream.retry_guards import FREE
 class Forward:
     """Takes a Call to a Reply.
 
-    `on_retry` gets each repeat, and each that the budget or the poison guard forbids: the model's name, and the Reason
-    or the Why.
+    `on_retry` gets the model's name, and the Reason of each retry, or the Why if budget or poison guard forbid one.
     """
 
     def __init__(
@@ -38,9 +37,9 @@ class Forward:
         self._on_retry = on_retry
 
     async def __call__(self, call: Call, model: Model) -> Reply:
-        """Raises RouterError when no attempt gave an answer. The caller closes the Reply.
+        """Raises RouterError if no attempt gave an answer. The caller closes the Reply.
 
-        `call.tried` has the backends of all attempts, the one under way among them.
+        `call.tried` lists the backends of all attempts, the current one included.
         """
         policy = self._policy
         prepared = self._prepare(call, model)
@@ -76,9 +75,9 @@ class Forward:
             backend, permit, fresh = again, decision.permit, decision.fresh
 
     async def _next(self, model: Model, key: str, past: list[Failure], retry: Retry) -> Backend | None:
-        """Wait, choose the backend for the next attempt, and close the answer before it; None if there is no backend.
+        """Wait, choose the next backend, and close the previous answer.
 
-        Without one the permit is released.
+        None if there is no backend; the permit is then released.
         """
         failure = past[-1]
         reply = failure.reply

@@ -1,4 +1,4 @@
-"""What can be said of a stretch of JSON text without building it: where its strings and brackets are; and its judge."""
+"""Finds strings and brackets in JSON text without building values; and the parser that validates it."""
 
 import gc
 import json
@@ -10,24 +10,24 @@ import orjson
 SPACE = b" \t\n\r"
 DIGITS = b"0123456789"
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-# Where a document may be cut; brackets are part of what precedes the cut, a comma of what follows.
+# Where a document may be cut: behind a bracket, or before a comma.
 _CUTS = (b",", b"[", b"]", b"{", b"}")
-# In a valid document at most two strings are between two of these.
+# A valid document has at most two strings between two of these.
 _PARTS_LOOKED_AT = 8
-# Pairs that are left after so many rounds are deep, so there are few runs of openers and closers.
+# Rounds after which the remaining pairs are deep, and runs of openers and closers few.
 _ROUNDS = 8
 _RUN = re.compile(rb"[\[{]+|[\]}]+")
-# Quotes after a backslash that are tried one by one
+# Quotes after a backslash that are checked one by one
 _TRIES = 300
 _BACKSLASH = ord("\\")
 
-# Possessive: a long string (an image in base64) must not leave a backtracking mark per character.
+# Possessive: a long string (an image in base64) must not store a backtracking state per character.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],]', re.DOTALL)
 _STRING_VALUE = re.compile(rb'\s*+:\s*+("(?:[^"\\]++|\\.)*+")', re.DOTALL)
 
 
 class NotJSON(ValueError):
-    """Why a text is no JSON, in words that repeat nothing of it; `at`: the offset in bytes, if it is known."""
+    """The reason for which text is not JSON, without quoting it; `at`: the offset in bytes, if known."""
 
     def __init__(self, why: str, at: int | None = None) -> None:
         super().__init__(why)
@@ -39,8 +39,8 @@ class NotJSON(ValueError):
 
 
 def judge(document: bytes) -> Any:
-    """What json.loads makes of it, long numbers aside. Raises NotJSON, or RecursionError if it is too deep to tell."""
-    # A parser leaves no garbage, and to look for it among so many new objects takes longer than to make them.
+    """The value, as json.loads returns it, long numbers aside. Raises NotJSON, or RecursionError if nested too deep."""
+    # A parser leaves no garbage, and collecting among so many new objects takes longer than parsing.
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -75,16 +75,16 @@ def _integer(digits: str) -> int | float:
 
 
 def mask(text: bytes) -> bytes:
-    """The same with escapes blotted out, if they could be taken for the end of a string."""
+    """The text with escapes masked that could be taken for the end of a string."""
     if text.find(b"\\") < 0:
         return text
     return text.replace(b"\\\\", b"__").replace(b'\\"', b"__")
 
 
 def last_cut(parts: list[bytes], size: int) -> tuple[int, bytes] | None:
-    """Where masked text of `size` bytes can be cut last, and the brackets before that.
+    """The last offset at which masked text of `size` bytes can be cut, and the brackets before it.
 
-    `parts`: the text, split at its quotes; it begins outside of a string. None: nowhere but at its beginning.
+    `parts`: the text, split at its quotes, beginning outside of a string. None: it can be cut only at its beginning.
     """
     end, last = size, len(parts) - 1
     if last % 2:
@@ -104,9 +104,9 @@ def last_cut(parts: list[bytes], size: int) -> tuple[int, bytes] | None:
 
 
 def collapse(brackets: bytes) -> tuple[int, str]:
-    """How many containers they close that were open before, and the openers of those that they leave open.
+    """The number of earlier containers that the brackets close, and the openers that they leave open.
 
-    Whether an opener and its closer are of one kind is for the judge to say.
+    Does not check that opener and closer match: the parser does.
     """
     for _ in range(_ROUNDS):
         size = len(brackets)
@@ -129,7 +129,7 @@ def collapse(brackets: bytes) -> tuple[int, str]:
 
 
 def end_of_string(window: bytes) -> int:
-    """Where the string ends in which `window` begins, or -1."""
+    """The offset at which the string ends in which `window` begins, or -1."""
     end = window.find(b'"')
     for _ in range(_TRIES):
         if end <= 0 or window[end - 1] != _BACKSLASH:
@@ -142,7 +142,7 @@ def end_of_string(window: bytes) -> int:
 
 
 def safe_end(data: bytes, start: int, end: int) -> int:
-    """The last offset up to `end` at which a string, in which `start` is, can be cut: in no character and no escape."""
+    """The last offset up to `end` at which the string around `start` can be cut: not within a character or escape."""
     for _ in range(3):
         if end < len(data) and data[end] & 0xC0 == 0x80:
             end -= 1
@@ -155,7 +155,7 @@ def safe_end(data: bytes, start: int, end: int) -> int:
 
 
 def find_string(document: bytes, name: str) -> tuple[int, int] | None:
-    """Where the value of the top-level member `name` is, if it is a string; of several the last counts."""
+    """The span of the top-level member `name`, if it is a string; the last of several counts."""
     span = None
     depth, at_key, position = 0, False, 0
     while match := _TOKEN.search(document, position):
@@ -176,7 +176,7 @@ def find_string(document: bytes, name: str) -> tuple[int, int] | None:
 
 
 def find_only_string(document: bytes, name: str) -> tuple[int, int] | None:
-    """The same for a member that is known to be there, if that can be said without looking at every token."""
+    """The same for a member that exists, if that is certain without reading every token."""
     key = b'"%b"' % name.encode()
     if document.count(key) != 1 or document.find(b"\\u") >= 0:
         return None

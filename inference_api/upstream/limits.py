@@ -1,10 +1,10 @@
-"""How long one call may take, and how often it may be tried."""
+"""Limits of one call: seconds and attempts."""
 
 from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """Seconds and counts that hold for one call; a model's own timeouts come first."""
+    """Seconds and counts per call; timeouts of the model's entry take precedence."""
 
     connect: float = 2.0
     first_byte: float = 120.0

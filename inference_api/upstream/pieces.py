@@ -1,15 +1,15 @@
-"""A slice of a JSON document, what makes it a document of its own, and where it stands."""
+"""A slice of a JSON document: its offsets in the body, and the text that completes it to a document."""
 
 _CLOSERS = str.maketrans("[{", "]}")
 _OPENERS = {"[": b"[", "{": b'{"":'}
-# What stands for the values of a container before the place where a slice begins, and after the one where it ends
+# Placeholders for the values of a container before and after the slice
 _BEFORE = {"[": b"0", "{": b'"":0'}
 _AFTER = {"[": b",", "{": b',"":'}
 _FIRST = {"[": b"", "{": b'"":'}
 
 
 class Places:
-    """Where the bytes of a text stand in the body; text that is shorter than there has a gap."""
+    """The offsets in the body of a text that may have gaps."""
 
     __slots__ = ("_starts",)
 
@@ -21,7 +21,7 @@ class Places:
         return next((at + index - start for start, at in reversed(self._starts) if index >= start), 0)
 
     def followed(self, size: int, at: int) -> "Places":
-        """Those of the first `size` bytes, and of what follows them, which stands at `at`."""
+        """The offsets of the first `size` bytes, and of the rest, which is at `at`."""
         return Places([*(place for place in self._starts if place[0] < size), (size, at)])
 
     def after(self, index: int) -> "Places":
@@ -48,7 +48,7 @@ class Piece:
 
 
 def prefix(stack: str, base: int, follows: bool) -> bytes:
-    """What opens the containers of `stack` from number `base` on; `follows`: values of the innermost precede."""
+    """The openers of the containers of `stack` from number `base` on; `follows`: the innermost has earlier values."""
     if not stack:
         return b""
     outer = b"".join([_OPENERS[kind] for kind in stack[base:-1]])

@@ -1,4 +1,4 @@
-"""The connections to one origin, from the first byte of TLS to the end of the last response."""
+"""The connections to one origin: opening, reuse, close."""
 
 import asyncio
 import ssl
@@ -13,11 +13,11 @@ from inference_api.upstream.repeated_head import RepeatedHeads
 
 
 class Pool:
-    """The connections to one origin: the last one used is reused first, so that the others can expire.
+    """The connections to one origin. Reuses the most recent one first, so that the others can expire.
 
-    It has no limit and so no queue: the number of requests in the router is what bounds it.
+    Has no limit and no queue: the router's limit of requests bounds it.
 
-    `dialer` knows where to connect; `tls` gives the context of each new connection, None: there is no TLS.
+    `dialer` connects; `tls` returns the context of each new connection, None: no TLS.
     """
 
     def __init__(
@@ -44,27 +44,27 @@ class Pool:
         self.heads = RepeatedHeads()
 
     def take(self) -> BackendConnection | None:
-        """An idle connection that the backend should still hold open, or None."""
+        """An idle connection younger than `keepalive`, or None."""
         if not self._idle:
             return None
         connection, _ = self._idle.popitem()
         if self._loop.time() - connection.idle_since < self._keepalive:
             return connection
-        # The youngest is too old, so all of them are.
+        # The youngest has expired, so all have.
         connection.close()
         self.close_idle()
         return None
 
     async def connect(self, seconds: float | None) -> BackendConnection:
-        """A new connection. Raises httpx.ConnectError, ConnectTimeout or PoolTimeout; cancelling leaves nothing."""
+        """A new connection. Raises httpx.ConnectError, ConnectTimeout or PoolTimeout; cancellation leaks nothing."""
         try:
             async with asyncio.timeout(seconds):
                 return await self._dialer.dial(self._attempt, seconds)
         except TimeoutError as exc:
             raise httpx.ConnectTimeout("no connection to the backend in time") from exc
-        except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA refuses
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a label that IDNA rejects
             if isinstance(exc, OSError) and exc.errno in LACKS:
-                # The lack is ours; the backend has done nothing.
+                # The router's own shortage, not a fault of the backend.
                 raise httpx.PoolTimeout("no file descriptor or port left for a connection") from exc
             raise httpx.ConnectError("no connection to the backend") from exc
 

@@ -15,10 +15,10 @@ from inference_api.upstream.rewrite import Content, replaced, rewrite_json, size
 
 
 class Prepared(NamedTuple):
-    """What is the same in all attempts of a call.
+    """The parts that all attempts of a call share.
 
-    `lines`: the headers as lines of a head, without Host and X-Request-Id, which each attempt has of its own.
-    `deadline`: loop time. `key`: what the balancer goes by, see routing.affinity.
+    `lines`: the headers as lines of a head, without Host and X-Request-Id, which each attempt adds.
+    `deadline`: loop time. `key`: for the balancer, see routing.affinity.
     """
 
     body: Content
@@ -29,17 +29,17 @@ class Prepared(NamedTuple):
 
 
 class Prepare:
-    """Makes the Prepared of a Call. `tokens`: name of a variable, or path of a file -> token."""
+    """Makes the Prepared of a Call. `tokens`: maps the name of a variable, or the path of a file, to a token."""
 
     def __init__(self, limits: Limits, tokens: Mapping[str, str]) -> None:
         self._limits = limits
         self._tokens = tokens
-        # Per model, for as long as its entry stays the same
+        # Cached per model, until its entry changes
         self._timeouts: dict[str, tuple[CatalogueEntry, Timeout]] = {}
 
     def __call__(self, call: Call, model: Model) -> Prepared:
         entry = model.entry
-        # An alias is the router's word; the engine knows the model by its name.
+        # Engines do not know the router's aliases.
         served = entry.served_model_name or model.name
         body: Content = call.body if served == call.model else _renamed(call, served)
         total = self._limits.total
@@ -47,7 +47,7 @@ class Prepare:
             total = self._limits.stream_total
         elif entry.timeouts.total is not None:
             total = entry.timeouts.total
-        # The clock of both event loops; to ask for the running one is a system call in Python 3.11.
+        # The clock of both event loops; asking for the running loop is a system call in Python 3.11.
         deadline = monotonic() + total
         size = len(body) if isinstance(body, bytes) else size_of(body)
         known = self._timeouts.get(model.name)
@@ -84,7 +84,7 @@ def _renamed(call: Call, served: str) -> Content:
 
 
 def _prioritised(headers: RawHeaders, priority: str | int) -> bytes:
-    """vLLM goes by the header rather than by the body's `priority`, so no byte of that need change."""
-    # Without API keys every caller is as urgent as any other.
+    """The header overrides the body's `priority` in vLLM, so the body stays unchanged."""
+    # Without API keys all callers have the same priority.
     own = (b"x-vllm-priority", b"%d" % (priority if isinstance(priority, int) else 0))
     return header_lines([own, *(pair for pair in headers if pair[0] != own[0])])

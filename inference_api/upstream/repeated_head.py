@@ -1,6 +1,6 @@
 """Response heads that a backend repeats byte for byte, but for the date and the digits of the length. Sans-IO.
 
-Equal bytes parse equally, so an answer that begins with a head known by now needs no parser (docs/adr/0008).
+Equal bytes parse equally, so an answer with a known head skips the parser (docs/adr/0008).
 """
 
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from inference_api.models import RawHeaders
 
-# The value of a Date has one length (RFC 9110 5.6.7); any printable text of that length is a header value as well.
+# A Date has a fixed length (RFC 9110 5.6.7); any printable text of that length is a valid header value, too.
 _VARIABLE = re.compile(rb"(?i:\r\n(?:date:[ \t]*+([ -~]{29})|content-length:[ \t]*+([0-9]{1,12})))(?=\r\n)")
 _LONGEST = 4096
 
@@ -23,14 +23,14 @@ class RepeatedHead:
         self._headers = headers
         self._date_at = date_at
         self._length_at = length_at
-        # For the relay: what it made of the headers.
+        # The relay's rendering of the headers.
         self.returned: Any = None
 
     @classmethod
     def learn(cls, data: bytes, headers: RawHeaders) -> "RepeatedHead | None":
-        """From the bytes of one read, and the (lower-case) headers that were parsed from them.
+        """Make one from the bytes of one read, and the (lower-case) headers parsed from them.
 
-        None unless they are one whole answer with one Content-Length and at most one Date.
+        None unless the read is one whole answer with one Content-Length and at most one Date.
         """
         end = data.find(b"\r\n\r\n") + 4
         names = [name for name, _ in headers]
@@ -68,13 +68,13 @@ class RepeatedHead:
 
 
 class RepeatedHeads:
-    """The newest head of one origin that is worth knowing."""
+    """The last head that one origin repeated."""
 
     __slots__ = ("_learn_at", "_parsed", "newest")
 
     def __init__(self) -> None:
         self.newest: RepeatedHead | None = None
-        # Learnt at the 2nd, 4th, 8th ... answer that had to be parsed: a backend that varies them costs nothing soon.
+        # Recorded at the 2nd, 4th, 8th ... parsed answer, so that a backend with varying heads soon costs nothing.
         self._parsed = 0
         self._learn_at = 2
 

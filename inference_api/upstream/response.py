@@ -9,7 +9,7 @@ import httpx
 from inference_api.models import RawHeaders
 from inference_api.upstream.repeated_head import RepeatedHead
 
-# What may wait in memory for a reader that pulls.
+# Bytes buffered for a reader that pulls.
 HIGH_WATER = 64 * 1024
 
 
@@ -27,15 +27,15 @@ class Sink(Protocol):
     """Takes a response body as it arrives. Called from the event loop, must not raise."""
 
     def data_received(self, data: bytes, complete: bool, frame: bytes | None = None) -> bool | None:
-        """Body bytes of one read; `complete`: the message ended with them (they may be empty).
+        """Body bytes of one read, possibly none; `complete`: the message ended with them.
 
-        `frame`: what was read, if that is one whole chunk with `data` in it. True: all of it was a sign of life, and
-        nothing of the answer; for the clocks it has not come.
+        `frame`: the read itself, if it is one whole chunk of `data`. Returns True if it held only heartbeats
+        (comments, pings), which do not reset IDLE_TIMEOUT.
         """
         ...
 
     def broken(self, error: httpx.TransportError) -> None:
-        """The body ended too early; nothing follows."""
+        """The body broke off; nothing follows."""
         ...
 
 
@@ -53,7 +53,7 @@ class ResponseStream(httpx.AsyncByteStream):
         self.status = 0
         self.headers: RawHeaders = []
         self.known: RepeatedHead | None = None
-        # Its end does not depend on the end of the connection.
+        # The end of the body does not depend on the end of the connection.
         self.framed = True
         self.head: asyncio.Future[None] = connection.loop.create_future()
         # Body
@@ -68,7 +68,7 @@ class ResponseStream(httpx.AsyncByteStream):
     # Called by the connection
 
     def deliver(self) -> bool | None:
-        """Pass one read on: to the sink, which says whether it was a sign of life, or to the waiting reader."""
+        """Deliver one read to the sink, or to the waiting reader. Returns as `Sink.data_received`."""
         if self.sink is not None:
             data = self.take()
             return self.sink.data_received(data, self.complete) if data or self.complete else None
@@ -82,7 +82,7 @@ class ResponseStream(httpx.AsyncByteStream):
         self.error = error
         if not self.head.done():
             self.head.set_exception(error)
-            # Whoever waited may have been cancelled; the error is then nobody's to retrieve.
+            # The reader may have been cancelled; mark the error as retrieved.
             self.head.exception()
         elif self.sink is not None:
             self.sink.broken(error)
@@ -91,7 +91,7 @@ class ResponseStream(httpx.AsyncByteStream):
     # Called by the reader
 
     def push_to(self, sink: Sink) -> None:
-        """From now on give the body to `sink` as it arrives, beginning with what is here already."""
+        """Push the body to `sink` as it arrives, the buffered part first."""
         self.sink = sink
         self.resume()
         if self.pieces or self.complete:
@@ -106,7 +106,7 @@ class ResponseStream(httpx.AsyncByteStream):
         self.connection.resume(self)
 
     def take(self) -> bytes:
-        """What has come of the body and was not taken yet."""
+        """The buffered bytes of the body."""
         pieces = self.pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
@@ -114,19 +114,19 @@ class ResponseStream(httpx.AsyncByteStream):
         return data
 
     async def collect(self, limit: int) -> tuple[bytes, bool]:
-        """The body, and True, if it ends within `limit` bytes; else what came so far, and False.
+        """The body and True if it ends within `limit` bytes; otherwise the bytes so far and False.
 
-        Raises httpx.TransportError when it breaks off.
+        Raises httpx.TransportError if the body breaks off.
         """
         while not self.complete and self.size <= limit:
-            # No wake-up, and no pause, for each of the reads that it takes.
+            # One wake-up for all reads, and no pause between them.
             await self._arrival(limit)
         return self.take(), self.complete
 
     async def peek(self, wanted: int = 0) -> bytes:
-        """What has come of the body, once that is more than `wanted` bytes, or all; it stays to be read.
+        """More than `wanted` bytes of the body, or all of it, without consuming them.
 
-        Raises httpx.TransportError when the body breaks off.
+        Raises httpx.TransportError if the body breaks off.
         """
         while not self.complete and self.size <= wanted:
             await self._arrival(wanted)
@@ -144,11 +144,11 @@ class ResponseStream(httpx.AsyncByteStream):
                 await self._arrival()
 
     async def aclose(self) -> None:
-        """Done with it. If the response had not ended, its connection is closed: the engine stops generating."""
+        """Release the response. Before its end, this closes the connection, and the engine stops generating."""
         self.connection.abandon(self)
 
     async def _arrival(self, wanted: int = 0) -> None:
-        """Until more than so many bytes are here, or the body is complete."""
+        """Wait for more than so many bytes, or the end of the body."""
         if self.error is not None:
             raise self.error
         self._wanted = wanted

@@ -1,4 +1,4 @@
-"""Decides what follows a failed attempt: a repeat, after which pause and on which backend, or none. Sans-IO."""
+"""Decides whether a failed attempt is retried, after which pause, and on which backend. Sans-IO."""
 
 import random
 from collections.abc import Callable, Collection, Sequence
@@ -28,9 +28,9 @@ _BACK_OFF = 0.025, 0.25
 
 
 class Why(StrEnum):
-    """Why an attempt is not repeated."""
+    """The reason for which an attempt is not retried."""
 
-    # It may have been executed, or there is no attempt or no backend left.
+    # The request may have been executed, or no attempt or backend is left.
     NEVER = "never"
     LATE = "late"
     BUDGET_EXHAUSTED = "budget_exhausted"
@@ -38,28 +38,28 @@ class Why(StrEnum):
 
     @property
     def is_limit(self) -> bool:
-        """An SDK must not try again either, although it could."""
+        """Whether the SDK must not retry either."""
         return self in (Why.BUDGET_EXHAUSTED, Why.POISON)
 
 
 class Retry(NamedTuple):
-    """Repeat, after `delay` seconds. The caller releases the permit at the end of the next answer."""
+    """Retry after `delay` seconds. The caller releases the permit at the end of the next answer."""
 
     delay: float
     permit: Permit
-    # Lost to a connection once: not to that of another backend again.
+    # A reused connection failed: the next attempt opens a new one.
     fresh: bool
 
 
 class GiveUp(NamedTuple):
-    """Do not repeat. `final`: an SDK must be told not to try again either."""
+    """Do not retry. `final`: the answer must forbid the SDK to retry, too."""
 
     why: Why
     final: bool
 
 
 class RetryPolicy:
-    """Decides what follows a failure. Holds what all calls share for that; only a failure touches it.
+    """Decides what follows a failure, and holds the state for that. Only failures use it.
 
     `rand` gives [0, 1), `clock` seconds, `wall` Unix seconds.
     """
@@ -81,16 +81,16 @@ class RetryPolicy:
         self.resting = RetryAfter()
 
     def busy(self, backend: Backend, reply: Reply) -> Failure:
-        """The failure that an answer with one of the statuses is that may be retried."""
+        """The Failure for an answer with a retryable status, or None."""
         seconds = retry_after(reply.headers, self._wall())
         if seconds and reply.status in (429, 503):
             self.resting.pause(backend, seconds, self._clock())
         return Failure(backend, Outcome.of_status(reply.status), Reason.STATUS, free=False, reply=reply)
 
     def decide(self, call: Call, model: Model, past: Sequence[Failure], left: float) -> Retry | GiveUp:
-        """What follows the last of the failures; `left`: seconds until the call's deadline.
+        """Decide what follows the last failure; `left`: seconds until the call's deadline.
 
-        A permit is drawn before the pause: calls that wait are repeats, too, and count.
+        Draws the permit before the pause, so that waiting retries count.
         """
         failure, delay = past[-1], self._delay(model, past)
         why = self._why_not(call, model, past, left - delay)
@@ -102,7 +102,7 @@ class RetryPolicy:
         return Retry(delay, permit, failure.reason in (Reason.STALE, Reason.RESET))
 
     def give_up(self, model: Model, past: Sequence[Failure], why: Why) -> GiveUp:
-        # A single busy backend may well answer the next time.
+        # A single busy backend may answer the next attempt.
         all_tried = not _others(model, past) and (past[-1].reply is None or len(past) > 1)
         return GiveUp(why, why.is_limit or all_tried)
 
@@ -119,7 +119,7 @@ class RetryPolicy:
         return backend
 
     def rested(self, model: Model, key: str, tried: Collection[Backend] = (), only: bool = False) -> Backend | None:
-        """A backend that did not ask for a pause; if all did, any of them, but None if `only`."""
+        """A backend without a Retry-After pause; if all pause, any of them, or None with `only`."""
         backend, resting = model.choose(key, tried), self.resting.paused(self._clock())
         if backend not in resting:
             return backend
@@ -129,8 +129,8 @@ class RetryPolicy:
     def _delay(self, model: Model, past: Sequence[Failure]) -> float:
         """Seconds until the next attempt.
 
-        0 if another backend follows one that could not be reached: it has nothing to recover from, and the client
-        waits. A busy one may say that all are, and the same one again may just be restarting.
+        0 after a failure to connect, if another backend follows. After a busy backend others may be busy, too, and the
+        same backend may be restarting: both need a pause.
         """
         if past[-1].reason is not Reason.STATUS and _others(model, past):
             return 0.0
@@ -143,17 +143,17 @@ class RetryPolicy:
         if failure.reason is None or len(past) >= self._attempts:
             return Why.NEVER
         if failure.reason is Reason.STATUS and model.panic:
-            return Why.NEVER  # what is left of the backends has enough to do
+            return Why.NEVER  # the remaining backends are loaded enough
         resting = self.resting.paused(self._clock()) if failure.reason is Reason.STATUS else ()
         if failure.reason is not Reason.STALE and not _others(model, past, resting):
             return Why.NEVER
         return Why.LATE if left <= 0 else None
 
     def _is_poison(self, call: Call, past: Sequence[Failure]) -> bool:
-        """Whether backends die of this very request: no other one may get it. Two that fell silent are enough."""
+        """Whether this request killed backends: after two that broke off silently, no other backend may get it."""
         failure = past[-1]
         if failure.silent:
-            # What looked like an idle connection's end was perhaps the first death.
+            # An apparent end of an idle connection may have been the first death.
             scene = [failure.backend.label for failure in past if failure.silent or failure.reason is Reason.STALE]
             return self.poison_guard.record(call.body, scene)
         return failure.reason is Reason.STALE and self.poison_guard.is_poison(call.body)
@@ -166,7 +166,7 @@ def _others(model: Model, past: Sequence[Failure], resting: Collection[Backend] 
 
 
 def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterError:
-    """The error that the client gets where no attempt gave an answer."""
+    """The error for the client if no attempt gave an answer."""
     error = _error(past[-1].outcome, model.name, give_up)
     if past[-1].outcome is Outcome.CONNECT_FAILED:
         error.logged = {"why": why_not(model, monotonic())}
@@ -180,10 +180,10 @@ def _error(outcome: Outcome, model: str, give_up: GiveUp) -> RouterError:
     if outcome is Outcome.SHED:
         return Overloaded("The router has no connection left for this request.", retry_after=1)
     if outcome is Outcome.CONNECT_FAILED:
-        # Nothing was executed, and Retry-After says when it may work; unless there are too many repeats.
+        # Nothing was executed: the SDK may retry after Retry-After, unless the budget is spent.
         return NoBackend(model, SOON, final=why.is_limit)
     if outcome in (Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT):
-        # A repetition would cost another generation of the same length.
+        # A retry would cost another generation of the same length.
         return UpstreamTimeout("The model did not answer in time.", outcome, final=True)
     if outcome is Outcome.PROTOCOL_ERROR:
         return UpstreamProtocolError("The model's backend gave an answer that is not valid HTTP.", outcome, final=final)

@@ -1,6 +1,6 @@
-"""Guards against harmful repeats: a budget, a memory of requests that kill backends, and the pauses of Retry-After.
+"""Guards against harmful retries: a budget, a record of requests that kill backends, and Retry-After pauses.
 
-Pure, and asked only after an attempt has failed.
+Pure, and used only after a failed attempt.
 """
 
 import os
@@ -16,28 +16,28 @@ from cachetools import TTLCache
 from inference_api.models import Outcome, RawHeaders, Reply
 from inference_api.routing.backend import Backend
 
-# Bytes at either end of a body by which it is known again
+# Bytes at either end of a body that identify it
 _HASHED = 2 * 1024 * 1024
-# Envoy's: enough for a small model to survive a backend's restart.
+# Envoy's minimum: enough for a small model to survive a backend's restart.
 _LEAST = 3
-# Seconds. A backend that wants a longer rest is asked again after this one.
+# Seconds; longer Retry-After pauses are cut to this.
 _LONGEST_PAUSE = 30.0
 # Seconds, and bodies.
 _MEMORY = 60.0
 _BODIES = 1024
-# Seconds. A backend that dies breaks all of its connections at once, and that is one death.
+# Seconds. A backend that dies breaks all of its connections at once, which counts as one death.
 _ONE_DEATH = 1.0
 
 
 class Budget:
-    """How many repeats a model may have at once: `share` of its requests in flight, and always three."""
+    """Limits the concurrent retries of a model to `share` of its requests in flight, but at least three."""
 
     def __init__(self, share: float) -> None:
         self._share = share
         self._drawn: dict[str, int] = {}
 
     def draw(self, model: str, in_flight: int) -> "Permit | None":
-        """A permit for one repeat, or None if the budget is spent."""
+        """A permit for one retry, or None if the budget is spent."""
         drawn = self._drawn.get(model, 0)
         if drawn >= max(_LEAST, int(self._share * in_flight)):
             return None
@@ -54,7 +54,7 @@ class Budget:
 
 
 class Permit:
-    """Permission for one repeat, from before it is sent to the end of its answer's body."""
+    """Permission for one retry, from before it is sent to the end of its answer's body."""
 
     __slots__ = ("_on_release",)
 
@@ -62,7 +62,7 @@ class Permit:
         self._on_release = on_release
 
     def release(self) -> None:
-        """Give it back; doing so again does nothing."""
+        """Return it to the budget; idempotent."""
         on_release, self._on_release = self._on_release, None
         if on_release is not None:
             on_release()
@@ -72,20 +72,20 @@ class Permit:
         self.release()
 
 
-# For a repeat that needs none
+# For a free retry
 FREE = Permit(None)
 
 
 class _Deaths(NamedTuple):
     total: int
-    # Label of a backend -> when it last died of it
+    # Label of a backend -> time of its last death over this body
     last: dict[str, float]
 
 
 class PoisonGuard:
     """Remembers requests over which backends died.
 
-    A body is kept as a digest with a key of this process, so that memory reveals nothing of a prompt.
+    Stores a keyed digest of each body, so that a memory dump reveals no prompt.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -94,19 +94,19 @@ class PoisonGuard:
         self._known: TTLCache[bytes, _Deaths] = TTLCache(_BODIES, _MEMORY, timer=clock)
 
     def record(self, body: bytes, backends: Collection[str]) -> bool:
-        """Record that these backends (by label) went silent over `body`; True: it is poison now."""
+        """Record that these backends (by label) died over `body`; True: it is poison now."""
         digest, now = self._digest(body), self._clock()
         count, last = self._known.get(digest, _Deaths(0, {}))
         for backend in backends:
             if now - last.get(backend, -_ONE_DEATH) >= _ONE_DEATH:
                 count += 1
                 last = last | {backend: now}
-        # Each record is kept for a minute, so two deaths in it are never more than that apart.
+        # A record is kept for a minute, so its deaths are at most a minute apart.
         self._known[digest] = _Deaths(count, last)
         return count > 1
 
     def is_poison(self, body: bytes) -> bool:
-        """Whether backends died of it twice, each time within a minute of the one before."""
+        """Whether two backends died over it, at most a minute apart."""
         if not self._known:
             return False
         deaths = self._known.get(self._digest(body))
@@ -116,20 +116,20 @@ class PoisonGuard:
         return len(self._known)
 
     def _digest(self, body: bytes) -> bytes:
-        """Of the two ends of a large body: all of it would stop the event loop."""
+        """Digest of a body; only both ends of a large one, since all of it would block the event loop."""
         digest = blake2b(b"%d" % len(body), digest_size=16, key=self._key)
         digest.update(body if len(body) <= 2 * _HASHED else body[:_HASHED] + body[-_HASHED:])
         return digest.digest()
 
 
 class RetryAfter(dict[Backend, float]):
-    """The backends that sent Retry-After, and until when they get no requests; nearly always empty."""
+    """Backends that sent Retry-After, and the ends of their pauses; nearly always empty."""
 
     def pause(self, backend: Backend, seconds: float, now: float) -> None:
         self[backend] = now + min(seconds, _LONGEST_PAUSE)
 
     def paused(self, now: float) -> list[Backend]:
-        """The backends that pause at `now`; forgets the others."""
+        """The backends that pause at `now`; drops the others."""
         for backend in [backend for backend, until in self.items() if until <= now]:
             del self[backend]
         return list(self)
@@ -156,7 +156,7 @@ def _value_of(headers: RawHeaders, name: bytes) -> bytes:
 
 def _unix(date: bytes) -> float | None:
     """Unix seconds of an HTTP date in any of its three forms, or None. It is in UTC, whether it says so or not."""
-    # Much longer ones are none, and would only cost time.
+    # Longer text is not a date.
     if not date or len(date) > 64:
         return None
     try:

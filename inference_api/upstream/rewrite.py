@@ -1,13 +1,13 @@
-"""The one rewrite there is: the body's `model` becomes the backend's `served_model_name`; every other byte stays."""
+"""The only rewrite: `model` in the body becomes the backend's `served_model_name`; all other bytes stay."""
 
 import orjson
 
 from inference_api.upstream.scanner import find
 
-# The bytes of a request body, or pieces that follow each other: nobody has to copy a large one to change a word.
+# The bytes of a request body, or consecutive pieces, so that a rewrite does not copy a large body.
 Content = bytes | tuple[bytes | memoryview, ...]
 
-# Up to here a copy costs less than pieces.
+# Bytes up to which a copy costs less than pieces.
 _COPIED = 128 * 1024
 
 

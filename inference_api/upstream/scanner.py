@@ -1,16 +1,16 @@
-"""Reads the top level of a large JSON document in slices, each judged by a real parser. Sans-IO.
+"""Reads the top level of a large JSON document in slices, each validated by a real parser. Sans-IO.
 
-To build all of a document costs up to sixty times its size and stops everything else meanwhile. Here a slice is cut off
-at a bracket or comma outside of strings, completed on both sides to a document of its own, parsed, and forgotten: that
-says whether it is valid, and what it has of the top level. Of what precedes a slice it is enough to know which
-containers are open. Between two slices the caller may do something else.
+Parsing a whole document costs up to sixty times its size and blocks the event loop. The scan cuts a slice at a bracket
+or comma outside of strings, completes it on both sides to a document, parses it and drops it: this validates the slice
+and yields its top-level members. The only state from earlier slices is which containers are open. Between two slices
+the caller may do other work.
 
     scan = Scan(body, {"model"})
     for _ in scan.slices(): ...            # raises NotJSON
     scan.members["model"].value
 
-Valid is what Python's `json.loads` takes, as engines ask it: a byte order mark, NaN, halves of surrogate pairs, numbers
-of any size; of a repeated key the last counts. Nesting ends at MAX_DEPTH.
+A document is valid if Python's `json.loads`, which engines use, accepts it: a byte order mark, NaN, lone surrogates,
+numbers of any size; the last of a repeated key counts. Nesting ends at MAX_DEPTH.
 """
 
 from codecs import BOM_UTF8
@@ -32,9 +32,9 @@ from inference_api.upstream.json_text import (
 )
 from inference_api.upstream.pieces import Piece, Places, prefix, suffix
 
-# Levels; about as many as Python's own parser has. Some engines die of more.
+# Levels; about the limit of Python's own parser. More crash some engines.
 MAX_DEPTH = 10_000
-# Parsed within five milliseconds, whatever it holds
+# Bytes that are parsed within five milliseconds, whatever their content
 SLICE = 32 * 1024
 # Bytes kept of a longer string: 1024 characters in the longest spelling, two \uXXXX each
 KEPT = 12 * 1024
@@ -58,9 +58,9 @@ class Member:
         self._value = value
         self._piece = piece
         self._more = [piece.after]
-        # Of what follows the piece that it begins in
+        # Bytes after the piece in which it begins
         self.size = 0
-        # False: what is kept of it is its beginning.
+        # False: only its beginning is kept.
         self.whole = True
 
     def grow(self, text: bytes, after: bytes) -> None:
@@ -70,7 +70,7 @@ class Member:
 
     @property
     def value(self) -> Any:
-        """With long strings cut, and of a container that is not whole the beginning."""
+        """The value, with long strings cut, and only the beginning of a container that is not complete."""
         if self.size:
             try:
                 self._value = judge(b"".join([self._piece.before, self._piece.text, *self._more]))[self._name]
@@ -80,7 +80,7 @@ class Member:
         return self._value
 
     def string_span(self) -> tuple[int, int] | None:
-        """Where the value stands in the body, if it is a string, quotes included."""
+        """The span of the value in the body, quotes included, if it is a string."""
         return self._span(find_only_string) or self._span(find)
 
     def _span(self, finder: Callable[[bytes, str], tuple[int, int] | None]) -> tuple[int, int] | None:
@@ -105,16 +105,16 @@ class Scan:
         self._largest = self._size = size
         self._kept = kept
         self._opening = opening
-        # Up to where the body has been read; what of that is not judged yet, and where it stands
+        # Offset of the next byte to read; text not yet parsed, and its offsets
         self._at = len(BOM_UTF8) if body.startswith(BOM_UTF8) else 0
         self._text = b""
         self._places = Places([])
         self._in_long_string = False
-        # What is open where the text begins, and whether a value of it precedes
+        # Containers open at the beginning of the text, and whether a value of the innermost precedes
         self._stack = ""
         self._follows = False
         self._ended = False
-        # Members whose value has not ended
+        # Members whose value is incomplete
         self._growing: list[Member] = []
 
     def slices(self) -> Iterator[None]:
@@ -157,11 +157,11 @@ class Scan:
             self._check_end(self._text, self._places.of(0))
 
     def _accept(self, text: bytes, brackets: bytes, places: Places) -> None:
-        """Judge a slice and take what it has of the top level."""
+        """Parse a slice and take its top-level members."""
         closers, opened = collapse(brackets)
         stack = self._stack
         depth = max(len(stack) - closers, 0)
-        # The outermost container that the slice is in: the one that it leaves open, or the document
+        # Index of the outermost container around the slice
         base = max(depth - 1, 0)
         left = stack[:depth] + opened
         if len(left) > MAX_DEPTH:
@@ -171,7 +171,7 @@ class Scan:
         value = self._judge(piece)
         is_object = self.is_object if stack else type(value) is dict
         at_top = is_object and not base
-        # Before anything is changed, as this may find the slice too deep.
+        # Before any change of state: the slice may be too deep.
         open_names = self._open_names(value, piece, suffix(left, 0, follows, b"1")) if at_top and len(left) > 1 else []
         for member in self._growing:
             member.grow(text, suffix(left, 0, follows))
@@ -186,7 +186,7 @@ class Scan:
         return member.whole
 
     def _open_names(self, value: dict[str, Any], piece: Piece, other_after: bytes) -> list[str]:
-        """The members whose value goes on after the slice: it differs if the slice is completed in another way."""
+        """The members whose value continues after the slice: those that differ if it is completed differently."""
         found = [name for name in self._names if type(value.get(name)) in (dict, list)]
         other = judge(b"%b%b%b" % (piece.before, piece.text, other_after)) if found else {}
         return [name for name in found if value[name] != other[name]]
@@ -199,7 +199,7 @@ class Scan:
             raise NotJSON(exc.why, at) from None
 
     def _shorten(self, string: int) -> None:
-        """Keep the text small, as there is nowhere to cut it. `string`: where the one begins that it ends in, or 0."""
+        """Shrink text that has no place to cut. `string`: offset of the string in which it ends, or 0."""
         text = self._text
         if string:
             if len(text) - string > self._kept:
@@ -215,7 +215,7 @@ class Scan:
             self._finish()
 
     def _pass_string(self) -> None:
-        """On to the end of a string of which enough is kept."""
+        """Skip to the end of a string that exceeds the kept size."""
         at, body = self._at, self._body
         window = body[at : at + max(self._size, 16)]
         end = end_of_string(window)
@@ -223,7 +223,7 @@ class Scan:
         if end < 0 and at + len(window) < len(body):
             end = safe_end(body, at, at + len(window)) - at
         if end < 0:
-            # It has no end, which is for the last judgement to say.
+            # It has no end; the final parse reports that.
             self._at = len(body)
             return
         try:
@@ -242,14 +242,14 @@ class Scan:
             raise NotJSON("Extra data", at + len(text) - len(rest))
 
     def _finish(self) -> None:
-        """What is left must be a document without brackets and commas."""
+        """Parse the rest, which must be a document without brackets and commas."""
         if not self._ended:
             start = prefix(self._stack, max(len(self._stack) - 1, 0), self._follows)
             self._judge(Piece(start, self._text, b"", self._places))
 
 
 def find(document: bytes, name: str) -> tuple[int, int] | None:
-    """Where the value of the top-level member `name` stands in a valid document, if it is a string, quotes included."""
+    """The span of the top-level string `name` in a valid document, quotes included, or None."""
     if len(document) <= _FINE:
         return find_string(document, name)
     scan = Scan(document, (name,), size=_FINE, kept=_FINE_KEPT)

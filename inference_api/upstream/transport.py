@@ -1,8 +1,8 @@
 """The port to the backends: an httpx transport with one connection pool per origin.
 
-It differs from httpx's own where a router suffers (docs/adr/0001): a request cancelled at any point closes its
-connection and leaks nothing, no pool is ever scanned, bytes beyond the end of a response are never given to the next
-one, there are no cookies, redirects, proxies or environment, and the body can be pushed instead of pulled.
+Differences to httpx's own (docs/adr/0001): a request cancelled at any point closes its connection and leaks nothing, no
+operation scans a pool, bytes beyond the end of a response never reach the next one, there are no cookies, redirects,
+proxies or environment, and the body can be pushed instead of pulled.
 
     transport = Transport()
     response = await transport.handle_async_request(request)       # returns at the end of the response head
@@ -12,9 +12,9 @@ one, there are no cookies, redirects, proxies or environment, and the body can b
 Request extensions it reads: `timeout` {connect, first_byte, idle} in seconds (or an httpx client's `read` for the last
 two), `deadline` in loop time, `fresh` (do not reuse a connection), `target` (path and query, as httpx defines it),
 `origin` (scheme://host:port, to save parsing; with `#address` after it the connection goes to that address, and the
-URL's host is only the name that TLS asks for).
-Errors are httpx's: ConnectError, ConnectTimeout, PoolTimeout (no file descriptor left), and those of `connection`,
-which say how many response bytes had come and whether the connection had been used before.
+URL's host is only the server name of TLS).
+Errors are httpx's ConnectError, ConnectTimeout and PoolTimeout (no file descriptor left), and those of `failures`, with
+the number of response bytes and whether the connection was reused.
 """
 
 import ssl
@@ -40,8 +40,8 @@ class Transport(httpx.AsyncBaseTransport):
     """An httpx transport over one Pool per origin.
 
     `keepalive`: seconds an idle connection may be reused; must be below the backend's own (vLLM closes after 5).
-    `tls`: gives the context for a new connection to an https origin; by default the system's trust.
-    `resolver`: what knows the addresses of host names, by default one of its own.
+    `tls`: returns the context for a new connection to an https origin; by default the system's trust.
+    `resolver`: resolves host names, by default one of its own.
     `may_reach`: whether a connection may lead to an IP address.
     """
 
@@ -90,9 +90,9 @@ class Transport(httpx.AsyncBaseTransport):
         deadline: float | None,
         fresh: bool,
     ) -> ResponseStream:
-        """What `handle_async_request` does, without the 12 us of an httpx.Request and an httpx.Response.
+        """As `handle_async_request`, without the 12 us for an httpx.Request and an httpx.Response.
 
-        `head`: request line and headers, ready to be written. Returns at the end of the response head.
+        `head`: request line and headers, as bytes. Returns at the end of the response head.
         """
         pool = self._pools.get(origin) if origin is not None else None
         if pool is None:
@@ -116,12 +116,12 @@ class Transport(httpx.AsyncBaseTransport):
             await self._own_resolver.aclose()
 
     def retain(self, origins: set[str]) -> None:
-        """Forget the pools of other origins: their idle connections close now, their streams run to the end."""
+        """Drop the pools of other origins: idle connections close now, streams run to the end."""
         for origin in self._pools.keys() - origins:
             self._pools.pop(origin).close_idle()
 
     def last_read(self, origin: str) -> float:
-        """Loop time of the last byte that came from there, 0 if none did."""
+        """Loop time of the last byte from this origin, 0 if there was none."""
         pool = self._pools.get(origin)
         return 0.0 if pool is None else pool.last_read
 
@@ -141,7 +141,7 @@ class Transport(httpx.AsyncBaseTransport):
 
 
 async def _connect(pool: Pool, seconds: float | None, deadline: float | None) -> BackendConnection:
-    """A new connection, before the time to connect is over and before the deadline. Raises as `Pool.connect`."""
+    """A new connection, within the connect timeout and the deadline. Raises as `Pool.connect`."""
     left = None if deadline is None else deadline - monotonic()
     if left is None or (seconds is not None and seconds <= left):
         return await pool.connect(seconds)
@@ -152,13 +152,13 @@ async def _connect(pool: Pool, seconds: float | None, deadline: float | None) ->
 
 
 def request_head(method: str, target: bytes, lines: bytes) -> bytes:
-    """A head of lines that `header_lines` made. Raises httpx.LocalProtocolError if `target` would start another one."""
+    """A head of lines that `header_lines` made. Raises httpx.LocalProtocolError if `target` holds a line break."""
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode("ascii"), one_line(target), lines)
 
 
 def one_line(target: bytes) -> bytes:
-    """The target. Raises httpx.LocalProtocolError if it would start another line."""
-    # Not `in`, which for bytes makes and drops an exception each time.
+    """The target. Raises httpx.LocalProtocolError if it holds a line break."""
+    # Not `in`: for bytes it creates and drops an exception each time.
     if len(target.translate(None, b"\n\r\0")) != len(target):
         raise httpx.LocalProtocolError("a request target holds a line break")
     return target

@@ -1,4 +1,4 @@
-"""Whom TLS trusts, as the machine says: SSL_CERT_FILE and SSL_CERT_DIR included, read again when they change."""
+"""The system's trusted certificates for TLS, with SSL_CERT_FILE and SSL_CERT_DIR, reloaded when they change."""
 
 import logging
 import ssl
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trust:
-    """Gives the context for a new connection; it is made when the first one is needed."""
+    """Returns the context for a new connection; created on first use."""
 
     def __init__(self) -> None:
         paths = ssl.get_default_verify_paths()
@@ -26,11 +26,11 @@ class Trust:
         return self._context
 
     def poll(self, now: bool) -> Callable[[], None] | None:
-        """As `routing.files.Watched`; connections that are open stay."""
+        """As `routing.files.Watched`. Open connections stay."""
         if not self._changes.settled(now) or self._context is None:
             return None
         try:
-            # The default context takes no offence at a file that is missing or broken, and trusts nobody then.
+            # The default context ignores a missing or broken file, and then trusts no certificate.
             if self._context.cert_store_stats()["x509_ca"]:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(self._file)
             return partial(self._use, ssl.create_default_context())
@@ -40,9 +40,9 @@ class Trust:
     def _use(self, context: ssl.SSLContext) -> None:
         self._complaint = ""
         self._context = context
-        logger.info("the trusted certificates were read again")
+        logger.info("the trusted certificates were reloaded")
 
     def _keep(self, complaint: str) -> None:
         if complaint != self._complaint:
             self._complaint = complaint
-            logger.warning("the trusted certificates were not read again, the last ones stay: %s", complaint)
+            logger.warning("the trusted certificates could not be reloaded, the previous ones stay: %s", complaint)

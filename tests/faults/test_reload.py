@@ -108,7 +108,7 @@ async def test_a_bad_file_changes_nothing_and_is_told_once(tmp_path: Path, start
         await ready(router.client)
         path.write_text("{ this is no catalogue")
         # By itself, and when it is told to.
-        await until(lambda: "the last one stays" in router.output)
+        await until(lambda: "the previous one stays" in router.output)
         for _ in range(5):
             router.process.send_signal(signal.SIGHUP)
             assert (await router.client.post(URL, json=CHAT)).status_code == 200
@@ -118,7 +118,7 @@ async def test_a_bad_file_changes_nothing_and_is_told_once(tmp_path: Path, start
         _, out, err = await router.stop()
 
     assert err == ""
-    assert out.count("the last one stays") == 1
+    assert out.count("the previous one stays") == 1
 
 
 async def test_a_changed_file_is_read_within_five_seconds_as_the_kubelet_changes_it(
@@ -195,7 +195,7 @@ async def test_with_a_registry_in_charge_the_file_is_read_and_not_served(tmp_pat
         assert await names(router) == ["r"]
         write(path, entry("m", engine), entry("n", engine))
         router.process.send_signal(signal.SIGHUP)
-        await until(lambda: "the static catalogue was read again" in router.output)
+        await until(lambda: "the static catalogue was reloaded" in router.output)
         assert await names(router) == ["r"]
 
 

@@ -138,7 +138,7 @@ def test_a_bad_file_changes_nothing_and_is_told_once(
 
     assert shelf.taken == []
     (message,) = caplog.messages
-    assert "the last one stays" in message
+    assert "the previous one stays" in message
     assert str(shelf.path) in message
     replace(shelf.path, "models: [{name: b}]")
     for _ in range(3):
