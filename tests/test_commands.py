@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,23 @@ def test_the_cause_of_a_failure_is_the_systems_word() -> None:
     assert cause_of(ValueError()) == "ValueError"
 
 
+async def test_check_says_that_a_backend_speaks_no_tls(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine()
+    url = engine.url.replace("http://", "https://")
+
+    code, out, _ = await run("check", "--connect", "--catalogue", written(tmp_path, {"name": "m", "backends": [url]}))
+
+    assert code == 1
+    assert "  failed  connect_failed: no TLS: " in out[1]
+
+
+def test_the_cause_of_a_refused_certificate_is_its_fault() -> None:
+    refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    refused.verify_message = "self-signed certificate"
+
+    assert cause_of(refused) == "its certificate is refused: self-signed certificate"
+
+
 # models --url
 
 
@@ -282,7 +300,19 @@ async def test_a_router_that_is_not_there_is_exit_code_3(argv: tuple[str, ...]) 
 
     assert (code, out, len(err)) == (3, [], 1)
     assert err[0].startswith(f"inference-api: {url}/")
-    assert "refused" in err[0]
+    assert err[0].endswith(": connection refused; --url must name a router that runs")
+
+
+async def test_a_url_of_no_router_is_told_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await asyncio.to_thread(main, ["status", "--url", "127.0.0.1:8000"]) == 3
+    assert capsys.readouterr().err == (
+        "inference-api: --url '127.0.0.1:8000': must be the URL of a router, such as http://127.0.0.1:8000\n"
+    )
+
+
+def test_models_warns_of_the_packaged_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    assert capsys.readouterr().err.startswith("warning: no catalogue is named, so the packaged one is used")
 
 
 async def test_static_models_were_created_when_their_file_was_written(start_router: Start, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from inference_api.app import build
 from inference_api.commands.configuration import (
+    PACKAGED,
     environment,
     is_packaged,
     read_catalogue,
@@ -18,11 +19,6 @@ from inference_api.routing.catalogue import Catalogue, read_document
 from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.settings import Settings
 from inference_api.upstream.credentials import read_token
-
-PACKAGED = (
-    "no catalogue is named, so the packaged one is used, with its names of Services; set INFERENCE_API_CATALOGUE, or "
-    "use `serve --backend NAME=URL`"
-)
 
 
 def run(arguments: argparse.Namespace) -> int:

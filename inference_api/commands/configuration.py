@@ -14,6 +14,10 @@ from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, Settings
 
 # Those of `serve` that stand for a variable.
 _OPTIONS = ("host", "port", "catalogue", "registry_url")
+PACKAGED = (
+    "no catalogue is named, so the packaged one is used, with its names of Services; set INFERENCE_API_CATALOGUE, or "
+    "use `serve --backend NAME=URL`"
+)
 
 
 def environment() -> Mapping[str, str]:

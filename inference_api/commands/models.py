@@ -5,9 +5,10 @@ import sys
 from typing import Any
 
 from inference_api.app import ENTRY
-from inference_api.commands.configuration import settings_of, table
+from inference_api.commands.configuration import PACKAGED, is_packaged, settings_of, table
 from inference_api.commands.router import NotReachable, ask
 from inference_api.routing.catalogue import load_catalogue
+from inference_api.settings import Settings
 
 Rows = list[tuple[str, ...]]
 
@@ -15,7 +16,10 @@ Rows = list[tuple[str, ...]]
 def run(arguments: argparse.Namespace) -> int:
     """0, or 3 if the router cannot be asked."""
     if arguments.url is None:
-        print(table(_listed(arguments)))
+        settings = settings_of(arguments)
+        if is_packaged(settings):
+            print(f"warning: {PACKAGED}", file=sys.stderr)
+        print(table(_listed(settings)))
         return 0
     try:
         cards = ask(arguments.url, "/v1/models")["data"]
@@ -26,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _listed(arguments: argparse.Namespace) -> Rows:
+def _listed(settings: Settings) -> Rows:
     rows: Rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "ALIASES", "BACKENDS")]
-    for entry in load_catalogue(settings_of(arguments).catalogue, ENTRY).values():
+    for entry in load_catalogue(settings.catalogue, ENTRY).values():
         backends = " ".join(backend.url for backend in entry.backends) or "none"
         aliases = ",".join(entry.aliases) or "none"
         rows.append((entry.name, entry.version, entry.owner, entry.engine, entry.balancing, aliases, backends))

@@ -4,6 +4,8 @@ from typing import Any
 
 import httpx
 
+from inference_api.routing.causes import cause_of
+
 _TIMEOUT = 10.0
 
 
@@ -17,8 +19,10 @@ def ask(url: str, path: str) -> Any:
     try:
         # Not by a proxy of the environment: it is often on this machine.
         response = httpx.get(asked, timeout=_TIMEOUT, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise NotReachable(f"{asked}: {exc or type(exc).__name__}") from None
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL):
+        raise NotReachable(f"--url {url!r}: must be the URL of a router, such as http://127.0.0.1:8000") from None
+    except httpx.HTTPError as exc:
+        raise NotReachable(f"{asked}: {cause_of(exc)}; --url must name a router that runs") from None
     if response.status_code != 200:
         hint = "; with INFERENCE_API_OPS_PORT set it is on that port" if path == "/backends" else ""
         raise NotReachable(f"{asked}: answered {response.status_code}{hint}")

@@ -4,7 +4,7 @@ import ipaddress
 import logging
 
 from inference_api.application import Application
-from inference_api.commands.check import PACKAGED
+from inference_api.commands.configuration import PACKAGED
 from inference_api.settings import Settings, without_password
 
 logger = logging.getLogger(__name__)

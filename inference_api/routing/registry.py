@@ -25,6 +25,7 @@ from inference_api.errors import ModelNotFound, RegistryUnavailable
 from inference_api.models import Caller
 from inference_api.pace import back_off, spread
 from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_catalogue
+from inference_api.routing.causes import cause_of
 from inference_api.routing.changes import changes
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Fleet, Model
@@ -212,7 +213,7 @@ class Registry:
         except httpx.TimeoutException as exc:
             raise RegistryError("timeout", "it did not answer in time") from exc
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
-            raise RegistryError("connect", f"it cannot be reached ({type(exc).__name__})") from exc
+            raise RegistryError("connect", f"it cannot be reached ({cause_of(exc)})") from exc
         if response.status_code == 304 and self._last_good is not None:
             self._empty_once = False
             return self._last_good

@@ -33,7 +33,8 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
     if circuit != "closed":
         return Standing(circuit, circuit, _reason(backend), since, None if circuit == "half_open" else backend.due)
     if not origin.healthy:
-        return Standing("unhealthy", circuit, f"health check: {origin.cause or 'failed'}", since)
+        # Without a cause the last one has passed, and one is not enough.
+        return Standing("unhealthy", circuit, f"health check: {origin.cause or 'one has passed, two must'}", since)
     if origin.stuck_since is not None:
         return Standing("stuck", circuit, "requests wait, and no byte comes", origin.stuck_since)
     if origin.asleep:
@@ -43,7 +44,7 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
     if backend.share < 1.0:
         return Standing("recovering", circuit, "slow start", since)
     # Not out yet: it takes a few failures in a row.
-    return Standing("ready", circuit, f"health check: {origin.cause}" if origin.cause else None, since)
+    return Standing("ready", circuit, _trouble(backend), since)
 
 
 def no_backend(model: Model, now: float) -> NoBackend:
@@ -75,6 +76,12 @@ def _cause(backend: Backend, now: float) -> str:
         return backend.last_error[0].value
     state = standing(backend, now)
     return state.reason or state.state
+
+
+def _trouble(backend: Backend) -> str | None:
+    if backend.origin.cause:
+        return f"health check: {backend.origin.cause}"
+    return backend.last_error[0].value if backend.origin.failures and backend.last_error else None
 
 
 def _circuit(backend: Backend, now: float) -> CircuitState:

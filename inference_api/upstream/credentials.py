@@ -3,7 +3,7 @@
 import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from inference_api.headers import header_lines
@@ -26,17 +26,31 @@ class Tokens(dict[str, str]):
         self._files: dict[str, Changes] = {}
         self._complaints: dict[str, str] = {}
 
-    def prepare(self, entries: Iterable[CatalogueEntry]) -> None:
+    def prepare(self, entries: Collection[CatalogueEntry]) -> None:
         """Read the files that these entries name, except those already read. Blocks."""
+        for entry in entries:
+            self._miss(entry)
         for path in paths_of(entries) - self._files.keys():
             self._files[path] = Changes(path)
             self._read(path)
 
-    def retain(self, entries: Iterable[CatalogueEntry]) -> None:
-        """Drop files that none of these entries names."""
+    def _miss(self, entry: CatalogueEntry) -> None:
+        """Tell once of a variable that is not set: the client of its models would blame its own key."""
+        credentials = entry.credentials
+        name = credentials.env if isinstance(credentials, Credentials) else None
+        if name is None or self.get(name) or name in self._complaints:
+            return
+        self._complaints[name] = "not set"
+        fields = {"fields": {"model": entry.name}}
+        logger.warning("the variable %s is not set; its models are asked without a token", name, extra=fields)
+
+    def retain(self, entries: Collection[CatalogueEntry]) -> None:
+        """Drop files, and complaints of variables, that none of these entries names."""
         for path in self._files.keys() - paths_of(entries):
             for known in (self._files, self._complaints, self):
                 known.pop(path, None)
+        for name in self._complaints.keys() - self._files.keys() - _variables_of(entries):
+            del self._complaints[name]
 
     def poll(self, now: bool) -> None:
         """As `routing.files.Watched`. Requests meanwhile use the current tokens."""
@@ -61,8 +75,15 @@ class Tokens(dict[str, str]):
 
 
 def paths_of(entries: Iterable[CatalogueEntry]) -> set[str]:
-    found = (entry.credentials for entry in entries if isinstance(entry.credentials, Credentials))
-    return {credentials.file for credentials in found if credentials.file is not None}
+    return {credentials.file for credentials in _credentials_of(entries) if credentials.file is not None}
+
+
+def _variables_of(entries: Iterable[CatalogueEntry]) -> set[str]:
+    return {credentials.env for credentials in _credentials_of(entries) if credentials.env is not None}
+
+
+def _credentials_of(entries: Iterable[CatalogueEntry]) -> Iterator[Credentials]:
+    return (entry.credentials for entry in entries if isinstance(entry.credentials, Credentials))
 
 
 def read_token(path: str) -> str:

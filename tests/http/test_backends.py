@@ -70,6 +70,15 @@ async def test_a_backend_that_is_not_out_yet_is_ready_with_a_reason(start_router
     assert (card["state"], card["reason"]) == ("ready", "health check: connection refused")
 
 
+async def test_a_backend_whose_last_request_failed_is_ready_with_its_outcome(start_router: Start) -> None:
+    models = [{"name": "m", "backends": [f"http://127.0.0.1:{free_port()}"]}]
+    served: Served = await start_router(models=models, health_interval=60)
+    await served.chat()
+
+    [card] = (await cards(served)).values()
+    assert (card["state"], card["reason"]) == ("ready", "connect_failed")
+
+
 async def test_a_backend_that_fails_its_health_checks_is_told_with_the_cause(
     start_engine: Start, start_router: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -90,6 +99,18 @@ async def test_a_backend_that_fails_its_health_checks_is_told_with_the_cause(
     told = [record for record in caplog.records if record.message.startswith("a backend can")]
     assert [record.message for record in told] == ["a backend cannot be reached", "a backend can be reached again"]
     assert told[0].fields["cause"] == "status 500"  # type: ignore[attr-defined]
+
+
+async def test_a_backend_that_has_passed_one_health_check_says_that_two_are_needed(
+    start_engine: Start, start_router: Start
+) -> None:
+    served: Served = await start_router(await start_engine(), health_interval=60)
+    [origin] = served.router.core.fleet.origins.values()
+    await until(lambda: origin.streak == 1)
+    origin.healthy = False
+
+    [card] = (await cards(served)).values()
+    assert (card["state"], card["reason"]) == ("unhealthy", "health check: one has passed, two must")
 
 
 async def test_a_backend_that_sent_retry_after_rests(start_engine: Start, start_router: Start) -> None:

@@ -1,6 +1,7 @@
 """The registry client, before a real registry on a real port, and before everything a registry can do wrong."""
 
 import asyncio
+import errno
 import gzip
 import logging
 import time
@@ -184,8 +185,12 @@ async def test_one_that_stops_waiting_does_not_stop_the_look(connect: Start, htt
     assert client.names == ["a"]
 
 
-async def test_the_loop_outlives_failures_and_ends_when_cancelled(connect: Start, httpx_mock: HTTPXMock) -> None:
-    httpx_mock.add_exception(httpx.ConnectError("refused"))
+async def test_the_loop_outlives_failures_and_ends_when_cancelled(
+    connect: Start, httpx_mock: HTTPXMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = httpx.ConnectError("All connection attempts failed")
+    refused.__cause__ = ConnectionRefusedError(errno.ECONNREFUSED, "x")
+    httpx_mock.add_exception(refused)
     httpx_mock.add_response(500)
     httpx_mock.add_response(json=listing("a"), is_reusable=True)
     client = connect(refresh=0.01)
@@ -196,6 +201,7 @@ async def test_the_loop_outlives_failures_and_ends_when_cancelled(connect: Start
     with pytest.raises(asyncio.CancelledError):
         await task
     assert client.registry.status().failures == {"connect": 1, "status": 1}
+    assert caplog.messages[0] == "the registry cannot be used: it cannot be reached (connection refused)"
 
 
 async def test_a_failure_nobody_thought_of_does_not_end_the_loop(connect: Start, httpx_mock: HTTPXMock) -> None:

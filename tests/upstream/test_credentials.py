@@ -87,6 +87,24 @@ def test_a_file_that_is_not_there_yet_is_read_when_it_comes(tmp_path: Path, capl
     assert tokens == {str(path): "here"}
 
 
+def test_a_variable_that_is_not_set_is_told_once_with_a_model(caplog: pytest.LogCaptureFixture) -> None:
+    missing = CatalogueEntry(name="m", credentials=Credentials(env="BACKEND_MISSING"))
+    empty = CatalogueEntry(name="n", credentials=Credentials(env="BACKEND_EMPTY"))
+    there = CatalogueEntry(name="o", credentials=Credentials(env="BACKEND_A"))
+    tokens = Tokens({"BACKEND_A": "a", "BACKEND_EMPTY": ""})
+    tokens.prepare([missing, empty, there])
+    tokens.retain([missing, empty, there])
+    tokens.prepare([missing, empty, there])
+    assert caplog.messages == [
+        "the variable BACKEND_MISSING is not set; its models are asked without a token",
+        "the variable BACKEND_EMPTY is not set; its models are asked without a token",
+    ]
+    assert caplog.records[0].fields == {"model": "m"}  # type: ignore[attr-defined]
+    tokens.retain([there])
+    tokens.prepare([missing])
+    assert len(caplog.messages) == 3
+
+
 def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path) -> None:
     tokens = Tokens({})
     os.mkfifo(tmp_path / "BACKEND_PIPE")
