@@ -20,7 +20,7 @@ _MAX_CREDENTIAL = 64 * 1024
 
 
 class ApiError(Exception):
-    """The API server could not be used this time; `reason` is a short word for metrics."""
+    """A request to the API server failed; `reason` is a short word for metrics."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class ApiError(Exception):
 
 
 class Event(NamedTuple):
-    """What a watch says of one object."""
+    """A change of one object."""
 
     kind: str
     document: dict[str, Any]
@@ -36,7 +36,7 @@ class Event(NamedTuple):
 
 
 class Api:
-    """A connection to the API server, for one list and the watches after it. Token and CA are read anew each time."""
+    """A connection to the API server, for one list and the watches after it. Token and CA are read each time."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -45,7 +45,7 @@ class Api:
             tls = ssl.create_default_context(cafile=cluster.ca) if cluster.url.startswith("https") else False
         except (OSError, ssl.SSLError) as exc:
             raise ApiError("credentials", f"the certificate of its CA cannot be read ({type(exc).__name__})") from exc
-        # No proxies or certificates from the environment, no redirects: the token goes nowhere else.
+        # No proxies or certificates of the environment, no redirects: only the API server gets the token.
         timeout = httpx.Timeout(None, connect=self._limits.connect, write=self._limits.connect)
         self._client = httpx.AsyncClient(
             base_url=cluster.url, verify=tls, timeout=timeout, trust_env=False, follow_redirects=False
@@ -60,7 +60,7 @@ class Api:
         await self._client.aclose()
 
     async def slices(self, namespace: str, names: Sequence[str]) -> tuple[list[Any], str]:
-        """The EndpointSlices of these Services, as JSON has them, and the version they are of. Raises ApiError."""
+        """The EndpointSlices of these Services, decoded from JSON, and their resource version. Raises ApiError."""
         found: list[Any] = []
         token = ""
         try:
@@ -68,7 +68,7 @@ class Api:
                 while True:
                     more = {"continue": token} if token else {}
                     page = await self._page(namespace, {**self._selector(names), "limit": str(_PAGE), **more})
-                    # A thousand endpoints take some milliseconds to read: not on the event loop.
+                    # In a thread: a thousand endpoints take some milliseconds to parse.
                     items, version, token = await asyncio.to_thread(_read_page, page)
                     found += items
                     if not token:
@@ -103,10 +103,10 @@ class Api:
         seconds: float,
         take: Callable[[list[Event]], None],
     ) -> None:
-        """What happens after `version`, as many events as came together at a time; first none, when it has begun.
+        """Yield the events after `version`, those of one read together; first an empty batch when the watch begins.
 
-        Returns when the server has ended the watch, or after so many seconds. Raises ApiError, with the reason `gone`
-        when the server does not remember so much, and `closed` when the connection broke.
+        Returns when the server ends the watch, or after so many seconds. Raises ApiError, with the reason `gone` if
+        `version` is too old for the server, and `closed` if the connection broke.
         """
         until = asyncio.get_running_loop().time() + seconds
         # The server ends it first, if it can.
@@ -134,7 +134,7 @@ class Api:
             await response.aclose()
 
     def _request(self, namespace: str, query: dict[str, str]) -> httpx.Request:
-        # Not compressed: a limit on what is read should be one on what is kept.
+        # Not compressed: limits on bytes read are then limits on memory.
         headers = {"accept": "application/json", "accept-encoding": "identity", "authorization": self._bearer()}
         path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
         return self._client.build_request("GET", path, params=query, headers=headers)
@@ -144,27 +144,27 @@ class Api:
         return {"labelSelector": chosen}
 
     def _bearer(self) -> str:
-        """Read for every request: the kubelet replaces a token well before it expires."""
+        """The token, read for every request: the kubelet replaces it before it expires."""
         try:
             with self._cluster.token.open("rb") as file:
                 token = file.read(_MAX_CREDENTIAL).decode("ascii").strip()
         except (OSError, UnicodeDecodeError) as exc:
             raise ApiError("credentials", f"the service account token cannot be read ({type(exc).__name__})") from None
-        # Checked here: the HTTP library's complaint about it would quote it.
+        # Checked here: an error message of the HTTP library would contain it.
         if not token or not token.isprintable() or " " in token:
             raise ApiError("credentials", "the service account token is empty, or not a token")
         return f"Bearer {token}"
 
 
 class Lines:
-    """Whole lines out of bytes as they come; of one that has not ended no more than `limit` bytes are kept."""
+    """Splits bytes into lines as they arrive; keeps at most `limit` bytes of an incomplete one."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines that are complete now, without the empty ones. Raises ApiError when one is too long."""
+        """The lines complete by now, without empty ones. Raises ApiError if one is too long."""
         begin, _, last = data.rpartition(b"\n")
         lines: list[bytes] = []
         if len(last) < len(data):
@@ -184,7 +184,7 @@ async def _follow(response: httpx.Response, take: Callable[[list[Event]], None],
 
 
 def read_event(line: bytes) -> Event:
-    """An event of a watch. Raises ApiError if it is none, or says that the watch is over."""
+    """Parse an event of a watch. Raises ApiError if it is invalid, or reports the end of the watch."""
     try:
         event = orjson.loads(line)
         kind, document = event["type"], event["object"]
@@ -192,9 +192,9 @@ def read_event(line: bytes) -> Event:
             raise _status(document)
         version = document["metadata"]["resourceVersion"]
     except (orjson.JSONDecodeError, KeyError, TypeError) as exc:
-        raise ApiError("garbage", "its watch says what is no event") from exc
+        raise ApiError("garbage", "its watch sent an invalid event") from exc
     if not isinstance(version, str) or not version:
-        raise ApiError("garbage", "its watch says what is no event")
+        raise ApiError("garbage", "its watch sent an invalid event")
     return Event(str(kind), document, version)
 
 
@@ -202,12 +202,12 @@ def _read_page(body: bytes) -> tuple[list[Any], str, str]:
     try:
         document = orjson.loads(body)
         metadata = document["metadata"]
-        # An empty list may be null: Go's slices are.
+        # An empty list may be null, as Go encodes a nil slice.
         items, version, token = document["items"] or [], metadata["resourceVersion"], metadata.get("continue") or ""
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as exc:
-        raise ApiError("garbage", "its answer is no list of EndpointSlices") from exc
+        raise ApiError("garbage", "its answer is not a list of EndpointSlices") from exc
     if not (isinstance(items, list) and isinstance(version, str) and version and isinstance(token, str)):
-        raise ApiError("garbage", "its answer is no list of EndpointSlices")
+        raise ApiError("garbage", "its answer is not a list of EndpointSlices")
     return items, version, token
 
 
@@ -221,17 +221,17 @@ async def _beginning(response: httpx.Response) -> bytes:
 
 
 def _refusal(status: int, body: bytes | bytearray) -> ApiError:
-    """An answer that is not 200: Kubernetes says why in a Status."""
+    """The error for an answer other than 200; Kubernetes gives the reason in a Status."""
     try:
         message = str(orjson.loads(body)["message"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        message = "it does not say why"
+        message = "no reason given"
     reason = "gone" if status == 410 else "status"
     return ApiError(reason, f"it answered with the status {status}: {message[:300]!r}")
 
 
 def _status(document: Any) -> ApiError:
-    """The end of a watch, as a Status: 410 when it does not remember so much."""
+    """The error for a Status that ends a watch; 410: the version is too old."""
     code = document.get("code") if isinstance(document, dict) else None
     reason = "gone" if code == 410 else "status"
     return ApiError(reason, f"its watch ended with the status {str(code)[:10]}")

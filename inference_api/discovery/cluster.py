@@ -1,4 +1,4 @@
-"""Where the API server of a Kubernetes cluster is, and how much of its answers is read."""
+"""The address of the Kubernetes API server, and limits on its answers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +10,14 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 class ClusterError(ValueError):
-    """This process cannot talk to an API server: it is in no pod, or in one without a service account."""
+    """This process cannot use an API server: it runs outside of a pod, or without a service account."""
 
 
 class ApiLimits(NamedTuple):
-    """Seconds to connect, for the head of a watch, and for all of a list; bytes of an event and of a page; slices.
+    """Seconds to connect, for the head of a watch, and for a whole list; bytes of an event and of a page; slices.
 
-    etcd takes objects of up to 1.5 MB, which JSON may blow up somewhat; a page has 50 of at most 1,000 endpoints.
-    `names`: more of them make a selector that proxies may refuse; then all slices are listed, and the caller picks.
+    etcd accepts objects of up to 1.5 MB, which grow in JSON; a page has 50 slices of at most 1,000 endpoints. `names`:
+    with more names proxies may refuse the selector; then all slices are listed, and the caller selects.
     """
 
     connect: float = 5.0
@@ -30,7 +30,7 @@ class ApiLimits(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """Where the API server is and how to talk to it. The token and the CA are files that others keep current."""
+    """Address of the API server, and files of token and CA, which the kubelet keeps current."""
 
     url: str
     namespace: str
@@ -40,10 +40,10 @@ class Cluster(NamedTuple):
 
 
 def in_cluster(environ: Mapping[str, str], account: Path = ACCOUNT) -> Cluster:
-    """The cluster that this pod is in, by what the kubelet puts into every pod. Raises ClusterError."""
+    """The cluster of this pod, from the variables and files that the kubelet provides. Raises ClusterError."""
     host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host:
-        raise ClusterError("KUBERNETES_SERVICE_HOST is not set, so this is no pod of a cluster; use `dns`")
+        raise ClusterError("KUBERNETES_SERVICE_HOST is not set, so this is not a pod of a cluster; use `dns`")
     try:
         namespace = (account / "namespace").read_text("utf-8").strip()
         (account / "token").read_bytes()

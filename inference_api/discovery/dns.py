@@ -1,8 +1,8 @@
-"""From a host name to backends: the names of backends with `discovery: dns` are looked up again and again.
+"""From a host name to backends: polls DNS for the names of backends with `discovery: dns`.
 
-Every address of a name is a backend, and the router connects to the address that was checked, not to the name: what
-the name means a moment later is of no consequence. An address that is gone gets no new requests, and its streams run
-to their end. A name that cannot be looked up, or suddenly has no address, keeps those it had.
+Every address of a name is a backend, and the router connects to the address that was checked, not to the name, so that
+a later answer of DNS cannot redirect it. A removed address gets no new requests, and its streams run to their end. A
+name whose look-up fails, or that suddenly has no address, keeps its addresses.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from inference_api.routing.urls import is_usable_address
 
 logger = logging.getLogger(__name__)
 
-# Hosts that one poll waits for at once; how many look-ups there are in all is the resolver's to say.
+# Hosts that one poll awaits at once; the resolver limits look-ups as a whole.
 _CONCURRENCY = 16
 
 
 class Discovery:
     """Keeps the addresses of a Fleet up to date with DNS.
 
-    `resolve` looks a name up, and should not let one that hangs hold up another. `every`: seconds between two polls,
-    +-20 %; `rand` gives [0, 1). `on_leave` is called after addresses have gone. `failures` counts look-ups by
-    why they failed. Names that are `watched` are not looked up: a watch knows them. `timeout`: seconds per name,
-    `cold_start`: for the first poll.
+    `resolve` looks a name up; one that hangs should not delay others. `every`: seconds between two polls, +-20 %;
+    `rand` gives [0, 1). `on_leave` is called after addresses were removed. `failures` counts failed look-ups by reason.
+    `watched` names are not looked up: a watch finds their backends. `timeout`: seconds per name, `cold_start`: for the
+    first poll.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class Discovery:
         self._every = every
         self._rand = rand
         self._on_leave = on_leave
-        # Shared: host -> the names of its models, as of a version of the fleet
+        # Shared: host -> names of its models, and the version of the fleet
         self._hosts: dict[str, list[str]] = {}
         self._version = -1
         self._woken = asyncio.Event()
-        # Look-ups that have not returned, given up or not: one per host
+        # Unfinished look-ups, also timed-out ones: one per host
         self._under_way: dict[str, asyncio.Future[Iterable[str]]] = {}
-        # What is known to be wrong, and so is no news
+        # Failures that were logged already
         self._failing: set[str] = set()
         self._refused: dict[str, list[str]] = {}
         self.failures: Counter[str] = Counter()
 
     async def start(self) -> None:
-        """The first poll, before any request is taken; what does not answer within 5 s comes later."""
+        """The first poll, before the first request, for at most `cold_start` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._cold_start):
                 await self.poll()
@@ -81,20 +81,20 @@ class Discovery:
                 try:
                     await self.poll()
                 except Exception:
-                    # The boundary of a background task: it has to be there for the next poll.
+                    # The boundary of a background task: it must survive for the next poll.
                     logger.exception("looking up the hosts of the catalogue failed")
         finally:
             for lookup in self._under_way.values():
                 lookup.cancel()
 
     def wake(self) -> None:
-        """Poll now: the catalogue may name new hosts."""
+        """Poll now, since the catalogue may name new hosts."""
         self._woken.set()
 
     async def poll(self) -> None:
-        """Look up each host once, a few at a time, and give the fleet what has changed."""
+        """Look up each host once, a few at a time, and apply changes to the fleet."""
         self._rebuild()
-        # Those that failed come last: a name server that hangs must not keep the others waiting.
+        # Failed ones come last: a name server that hangs must not delay the others.
         hosts = iter(sorted(self._hosts, key=self._failing.__contains__))
 
         async def worker() -> None:
@@ -107,7 +107,7 @@ class Discovery:
                 group.create_task(worker())
 
     def _rebuild(self) -> None:
-        """Read the hosts of the catalogue if it changed; forget those that are gone."""
+        """Update the hosts if the catalogue changed; drop removed ones."""
         if self._version == self._fleet.version:
             return
         self._version = self._fleet.version
@@ -127,7 +127,7 @@ class Discovery:
 
         def ended(lookup: asyncio.Future[Iterable[str]]) -> None:
             del self._under_way[host]
-            # Nobody may be there any more to retrieve it.
+            # Mark the exception as retrieved: the poll may have timed out.
             _ = lookup.cancelled() or lookup.exception()
 
         lookup.add_done_callback(ended)
@@ -139,7 +139,7 @@ class Discovery:
         elif usable := self._usable(host, lookup.result()):
             self._found(host, usable)
         else:
-            self._failed(host, "empty", "it has no address that can be used")
+            self._failed(host, "empty", "it has no usable address")
 
     def _usable(self, host: str, found: Iterable[str]) -> tuple[str, ...]:
         addresses = {*found}
@@ -153,14 +153,14 @@ class Discovery:
     def _found(self, host: str, addresses: tuple[str, ...]) -> None:
         if host in self._failing:
             self._failing.discard(host)
-            logger.info("the host %r can be looked up again", host)
+            logger.info("the host %r resolves again", host)
         before = self._fleet.addresses.get(host, ())
         if addresses == before:
             return
         self._fleet.resolve(host, addresses, self._hosts.get(host, ()))
         come, gone = {*addresses} - {*before}, {*before} - {*addresses}
         fields = {"addresses": len(addresses), "come": len(come), "gone": len(gone)}
-        logger.info("the host %r has other addresses", host, extra={"fields": fields})
+        logger.info("addresses of %r changed", host, extra={"fields": fields})
         if gone:
             self._on_leave()
 

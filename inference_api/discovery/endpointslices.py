@@ -1,8 +1,8 @@
-"""From a Service to backends, as its cluster's API server has it: EndpointSlices are listed, and then watched.
+"""From a Service to backends: lists and watches the EndpointSlices of the Kubernetes API.
 
-For backends with `discovery: dns` whose host name is that of a Service, if DISCOVERY is `endpointslices`; the others
-are looked up by `discovery`. One round is a list, and watches that go on from where it was, until it is time for the
-next list. What a watch forgets, the next list knows; while neither can be had, the last that was known stays.
+For backends with `discovery: dns` whose host name is that of a Service, if DISCOVERY is `endpointslices`; `dns` looks
+up the others. One round is a list, and watches from its version on, until the next list is due. The next list repairs
+what a watch missed; while both fail, the backends stay as they are.
 """
 
 import asyncio
@@ -20,20 +20,20 @@ from inference_api.routing.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 
-# URL of a backend -> the names of the models that have it.
+# URL of a backend -> names of its models.
 _Users = Mapping[str, list[str]]
 
 
 def watched_in(cluster: Cluster) -> Callable[[str], bool]:
-    """Whether a host name is that of a Service, and so found here."""
+    """Whether a host name is that of a Service."""
     return lambda host: service_of(host, cluster.namespace) is not None
 
 
 class EndpointSlices:
     """Keeps the backends of a Fleet up to date with EndpointSlices. `relist`: seconds between two lists, +-20 %.
 
-    `failures` counts failures by reason; `rand` gives [0, 1), `now` seconds. `on_leave` is called when
-    backends have gone.
+    `failures` counts failures by reason; `rand` gives [0, 1), `now` seconds. `on_leave` is called after
+    backends were removed.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class EndpointSlices:
         self._timing = timing
         self._rhythm = Rhythm(relist, rand, now, timing)
         self._on_leave = on_leave
-        # Shared: the Services in use, as of a version of the fleet, and one watch for each of their namespaces
+        # Shared: the Services in use, the version of the fleet, and one watch per namespace
         self._users: dict[Service, _Users] = {}
         self._version = -1
         self._watches: dict[str, Watch] = {}
         self._woken = asyncio.Event()
-        # What is known to be wrong, and so is no news
+        # Failures that were logged already
         self._odd: dict[str, Located] = {}
 
     async def start(self) -> None:
-        """The first lists, before any request is taken; what is not there within 5 s comes later."""
+        """The first lists, before the first request, for at most 5 s."""
         self._rebuild()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._timing.cold_start):
@@ -71,13 +71,13 @@ class EndpointSlices:
                     await watch.tried.wait()
 
     async def run(self) -> None:
-        """Follow the catalogue, until cancelled."""
+        """Follow the catalogue until cancelled."""
         try:
             while True:
                 try:
                     self._rebuild()
                 except Exception:
-                    # The boundary of a background task: it has to be there for the next catalogue.
+                    # The boundary of a background task: it must survive for the next catalogue.
                     logger.exception("following the Services of the catalogue failed")
                 await self._woken.wait()
                 self._woken.clear()
@@ -89,30 +89,30 @@ class EndpointSlices:
     async def known(self) -> None:
         """Return once every namespace was listed; after 30 s, once one was, or a backend is known.
 
-        A new router that may not list (no Role, no way to the API server) would otherwise be ready with nobody to send
-        to, and a rollout would replace with its like all those that do know. One namespace alone is no reason to wait
-        for ever: the catalogue may name one that nobody has, and the others are to be served.
+        A new router that cannot list (no Role, API server not reachable) would otherwise be ready without backends, and
+        a rollout would replace all working routers. A single namespace does not block for ever: the catalogue may
+        name one that does not exist.
         """
         until = self._rhythm.now() + self._timing.ready_within
         told = False
         while missing := [watch.namespace for watch in self._watches.values() if watch.slices is None]:
             if self._rhythm.now() >= until:
                 if len(missing) < len(self._watches) or any(model.backends for model in self._fleet.models.values()):
-                    logger.warning("ready, though the Services of %r have never been listed", missing)
+                    logger.warning("ready, although the Services of %r have never been listed", missing)
                     return
                 if not told:
                     told = True
                     logger.warning(
-                        "not ready: the Services of %r have never been listed, nor is a backend known", missing
+                        "not ready: the Services of %r have never been listed, and no backend is known", missing
                     )
             await asyncio.sleep(self._timing.poll)
 
     def wake(self) -> None:
-        """The catalogue may name other Services."""
+        """Wake the task, since the catalogue may name other Services."""
         self._woken.set()
 
     def _rebuild(self) -> None:
-        """Read the Services of the catalogue if it changed, and restart the watches of changed namespaces."""
+        """Update the Services if the catalogue changed, and restart the watches of changed namespaces."""
         if self._version == self._fleet.version:
             return
         self._version = self._fleet.version
@@ -129,7 +129,7 @@ class EndpointSlices:
         for namespace, names in wanted.items():
             watch = self._watches.get(namespace)
             if watch is not None and watch.names == names:
-                # A URL may be new where the Service is not.
+                # A known Service may have a new URL.
                 self._notify(watch, names)
                 continue
             if watch is not None:
@@ -163,7 +163,7 @@ class EndpointSlices:
             self._on_leave()
 
     def _found(self, service: Service, url: str, located: Located, models: Iterable[str]) -> bool:
-        """True: backends have gone."""
+        """Apply the addresses of a URL. True: backends were removed."""
         self._warn_once(service, url, located)
         known = self._fleet.addresses.get(url)
         if known == located.urls:
@@ -172,7 +172,7 @@ class EndpointSlices:
         come, gone = {*located.urls} - {*(known or ())}, {*(known or ())} - {*located.urls}
         fields = {"addresses": len(located.urls), "come": len(come), "gone": len(gone)}
         level = logging.INFO if located.urls else logging.WARNING
-        logger.log(level, "the Service %r has other addresses", str(service), extra={"fields": fields})
+        logger.log(level, "addresses of the Service %r changed", str(service), extra={"fields": fields})
         return bool(gone)
 
     def _warn_once(self, service: Service, url: str, located: Located) -> None:
@@ -182,6 +182,6 @@ class EndpointSlices:
             logger.warning(text, len(located.refused), str(service), located.refused[0])
         if located.portless and (before is None or not before.portless):
             self._failures["port"] += 1
-            text = "of the Service %r it cannot be told which port %r means: name one of its ports like the scheme"
+            text = "the Service %r has several ports, and none is named like the scheme of %r: name one so"
             logger.warning(text, str(service), url)
         self._odd[url] = located

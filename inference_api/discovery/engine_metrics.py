@@ -1,7 +1,7 @@
 """Reads the metrics of engines: whether they sleep, and how much load they have.
 
-A sleeping backend passes its health checks, looks idle, and never answers, so that is asked for always. Load is asked
-for by `features.engine_load`: a router knows what it has in flight itself, and not what other routers have sent.
+A sleeping backend passes its health checks, looks idle, and never answers, so sleep is always polled.
+`features.engine_load` polls load: a router counts its own requests in flight, but not those of other routers.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from inference_api.routing.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 
-# In intervals; what was told is dropped by the first poll after that.
+# In intervals; the first poll after that drops older reports.
 _STALE_AFTER = 2.0
 
 
@@ -29,11 +29,10 @@ class EngineMetrics:
     """Reads `/metrics` of every backend whose engine reports its load, every `every` seconds, +-20 %.
 
     `sleep_only`: reads only whether the engine sleeps, and only of backends that sent no byte since the last poll: an
-    engine takes milliseconds to make that page, and one that sends tokens is awake. `last_byte_at(url)`: when the last
-    byte of an answer came, in seconds of `clock`. `on_failure` gets each backend that did not report its load,
-    `on_sleep` each that reported whether it sleeps, and None if it has not for too long. `wall`: Unix seconds.
-    `timeout`: seconds per backend. The transport should not be that of the requests: a backend that answers a scrape
-    need not work.
+    engine takes milliseconds to render that page, and one that sends tokens is awake. `last_byte_at(url)`: time of the
+    last byte of an answer, in seconds of `clock`. `on_failure` gets each backend that did not report its load,
+    `on_sleep` each with its sleep state, or None without a recent report. `wall`: Unix seconds. `timeout`: seconds per
+    backend. The transport should not be that of the requests: an answer to a scrape does not show that a backend works.
     """
 
     def __init__(
@@ -66,9 +65,9 @@ class EngineMetrics:
         self._clock = clock
         self._wall = wall
         self._rand = rand
-        # When the last poll began
+        # Start of the last poll
         self._polled = clock()
-        # By URL: when a backend last told, and which did not the last time it was asked
+        # By URL: time of the last report, and the backends that failed the last poll
         self._told: dict[str, float] = {}
         self._silent: set[str] = set()
 
@@ -79,16 +78,16 @@ class EngineMetrics:
             try:
                 await self.poll()
             except Exception:
-                # The boundary of a background task: without the signal, balancing is what it is without it.
-                logger.exception("asking the backends for their load failed")
+                # The boundary of a background task: without reports, balancing uses the router's own counts.
+                logger.exception("polling the metrics of engines failed")
             pause = spread(self._every, self._rand())
             await asyncio.sleep(max(0.0, began + pause - self._clock()))
 
     async def poll(self) -> None:
-        """Ask every backend once, a few at a time, for at most one interval; then drop what is old."""
+        """Poll every backend once, a few at a time, for at most one interval; then drop old reports."""
         last, self._polled = self._polled, self._clock()
         engines = self._engines()
-        # Those that were silent come last, so that they can delay only each other.
+        # Backends that failed come last, so that they delay only each other.
         asked = iter(sorted(engines, key=lambda origin: origin.url in self._silent))
 
         async def worker() -> None:
@@ -105,7 +104,7 @@ class EngineMetrics:
         self._drop_old(engines)
 
     def _engines(self) -> dict[Origin, Engine]:
-        """Each address once, whatever the number of its models, with the engine that its first one names."""
+        """Each address once for all of its models, with the engine of its first one."""
         engines: dict[Origin, Engine] = {}
         for model in self._fleet.models.values():
             for backend in model.backends if model.entry.engine in self._telling else ():
@@ -115,7 +114,7 @@ class EngineMetrics:
     async def _ask(self, origin: Origin, engine: Engine) -> None:
         before = origin.in_flight
         try:
-            # Below the interval, or a look would end before it knows who is silent.
+            # Below the interval, so that timeouts occur before the poll ends.
             async with asyncio.timeout(min(self._timeout, self._every / 2)):
                 gauges = await self._scrape(origin, engine)
             self._on_sleep(origin, gauges.asleep())
@@ -127,7 +126,7 @@ class EngineMetrics:
         self._silent.discard(origin.url)
         self._told[origin.url] = self._clock()
         if reading is not None:
-            # Underestimate others' load, never overestimate: some of our own requests came or went since.
+            # Underestimate others' load, never overestimate: the router's own requests have changed since.
             others = reading.running + reading.waiting - max(before, origin.in_flight)
             origin.reported = max(0.0, others)
             origin.reading = reading
@@ -158,7 +157,7 @@ class EngineMetrics:
         self._silent &= urls
         self._told = {url: told for url, told in self._told.items() if url in urls}
         oldest = self._clock() - _STALE_AFTER * self._every
-        # Those of another engine now, too: they told before their entry changed.
+        # Also backends whose entry has changed to another engine since.
         for origin in list(self._fleet.origins.values()):
             if self._told.get(origin.url, oldest - 1) < oldest:
                 if not self._sleep_only:

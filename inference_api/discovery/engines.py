@@ -1,4 +1,4 @@
-"""Asks the engines once a minute for the context length that /v1/models shows."""
+"""Polls the engines once a minute for the context length that /v1/models shows."""
 
 import asyncio
 import logging
@@ -17,12 +17,12 @@ from inference_api.routing.fleet import Fleet, Model
 logger = logging.getLogger(__name__)
 
 _EVERY = 60.0
-# A model list is a few KiB; an engine that sends more is not listened to.
+# Limit of a model list, which is a few KiB.
 _MAX_BYTES = 1 << 20
 
 
 class EngineFacts:
-    """Keeps `Model.max_model_len` up to date with the first backend that reports it; it may change with a restart.
+    """Keeps `Model.max_model_len` up to date from the first backend that reports it; a restart may change it.
 
     A backend that does not answer changes nothing.
     """
@@ -42,7 +42,7 @@ class EngineFacts:
         self._transport = transport
         self._every = every
         self._rand = rand
-        # What has been told, by model and URL
+        # Mismatches that were logged, by model and URL
         self._misnamed: dict[tuple[str, str], str] = {}
 
     async def run(self) -> None:
@@ -50,12 +50,12 @@ class EngineFacts:
             try:
                 await self.poll()
             except Exception:
-                # The boundary of a background task: what the engines say of themselves is not worth stopping for.
-                logger.exception("asking the engines failed")
+                # The boundary of a background task: requests do not need these facts.
+                logger.exception("polling the models of engines failed")
             await asyncio.sleep(spread(self._every, self._rand()))
 
     async def poll(self) -> None:
-        """Ask about every model, a few at a time; an engine of many models is asked once for all of them."""
+        """Poll for every model, a few at a time; once per engine, whatever the number of its models."""
         together: defaultdict[str, list[Model]] = defaultdict(list)
         for model in self._fleet.models.values():
             if asked := _asked(model):
@@ -74,7 +74,7 @@ class EngineFacts:
                 group.create_task(worker())
 
     async def _update(self, model: Model, told: dict[str, object]) -> None:
-        """`told`: by URL what engines have said in this poll."""
+        """Update one model. `told`: answers of engines in this poll, by URL."""
         for backend in _asked(model):
             if backend.url not in told:
                 told[backend.url] = await self._ask(backend)
@@ -88,7 +88,7 @@ class EngineFacts:
             return
 
     def _compare(self, model: Model, backend: Backend, document: object) -> None:
-        """Tell once that a backend does not know the model by its name, as then every request for it is a 404."""
+        """Log once that a backend does not serve the model's name: every request for it would be a 404."""
         names = names_in(document)
         if names is None or model.entry.engine in IGNORES_NAMES:
             return
@@ -101,7 +101,7 @@ class EngineFacts:
             logger.warning("a backend does not serve the model of its entry: it %s", wrong, extra={"fields": fields})
 
     async def _ask(self, backend: Backend) -> object:
-        """What its /v1/models says, None if that is nothing."""
+        """The models in its /v1/models, None without an answer."""
         try:
             async with asyncio.timeout(self._timeout):
                 return orjson.loads(await self._fetch(backend))
@@ -126,7 +126,7 @@ class EngineFacts:
 
 
 def _asked(model: Model) -> tuple[Backend, ...]:
-    """Of many backends a few, and those first that answer."""
+    """A few of many backends, those that answer first."""
     return (model.available or model.backends)[:3]
 
 

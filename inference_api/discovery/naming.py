@@ -1,17 +1,17 @@
-"""Whether an engine knows a model by the name that requests for it have."""
+"""Whether an engine serves a model under the name that its requests have."""
 
 from typing import Any
 
 from inference_api.routing.entries import CatalogueEntry, Engine
 
-# They take any name, and answer with the one model that they have.
+# They accept any name, and answer with their only model.
 IGNORES_NAMES: frozenset[Engine] = frozenset({"tgi", "llamacpp"})
 _SHOWN = 3
 _LONGEST = 256
 
 
 def names_in(document: Any) -> list[str] | None:
-    """The names in an answer to GET /v1/models; None if it is none."""
+    """The names in an answer to GET /v1/models; None if the answer is invalid."""
     cards = document.get("data") if isinstance(document, dict) else None
     if not isinstance(cards, list):
         return None
@@ -19,7 +19,7 @@ def names_in(document: Any) -> list[str] | None:
 
 
 def misnamed(entry: CatalogueEntry, names: list[str]) -> str | None:
-    """What an engine with these `names` serves instead of the entry's model, and the fix; None if it serves that."""
+    """The models that the engine serves instead of the entry's, and the fix; None if it serves that."""
     if (entry.served_model_name or entry.name) in names:
         return None
     if not names:

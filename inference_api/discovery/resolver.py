@@ -1,15 +1,15 @@
-"""From a host name to addresses: look-ups that hold up nobody else, and a memory that outlives the name server.
+"""From a host name to addresses: look-ups that do not delay each other, and a cache that outlives the name server.
 
-Not the event loop's own look-ups: libuv has four threads for those of all names, the C library may keep each for half
-a minute, and four of one dead zone would stop every other name.
+The event loop's own look-ups share the four threads of libuv, and the C library may block each for half a minute: four
+look-ups in one dead zone would stop all others.
 
-    the last answer is fresh         it is given, without a look-up
-    it is older                      a look-up; if that takes more than a moment, the last answer meanwhile
+    the last answer is fresh         that answer, without a look-up
+    it is older                      a look-up; if that takes more than a moment, the last answer
     the look-up fails                the last answer, however old
-    there is no last answer          what the look-up gives or raises
+    there is no last answer          the result of the look-up, or its error
 
-getaddrinfo does not tell how long an answer holds: `ttl` is what CoreDNS and Envoy take by default. A name whose
-addresses let nobody in is looked up sooner.
+getaddrinfo does not return a TTL: `ttl` is the default of CoreDNS and Envoy. A name whose addresses refuse connections
+is looked up sooner.
 """
 
 import asyncio
@@ -27,23 +27,23 @@ logger = logging.getLogger(__name__)
 Resolve = Callable[[str], Awaitable[Iterable[str]]]
 
 TTL = 5.0
-# Look-ups under way of names that are not known to hang, seconds after which one hangs, and how many may then go on
-# beside the others. Look-ups of names that did hang have as many places of their own as the first.
+# Concurrent look-ups of names that did not hang before; seconds after which a look-up counts as hanging; hanging ones
+# that run beside the others. Names whose last look-up hung have separate places, as many as the first number.
 _CONCURRENCY, _LATE, _MOST_LATE = 16, 2.0, 96
-# Seconds for which a name whose addresses are known waits for new ones, and the same as a share of a connect timeout.
+# Time that a name with known addresses waits for new ones: in seconds, and as a share of the connect timeout.
 _MOMENT, _SHARE = 0.25, 0.25
-# Seconds from the end of a look-up to the next one, if it failed or its addresses let nobody in.
+# Seconds from the end of a look-up to the next one, if it failed or its addresses refused connections.
 _AGAIN = 1.0
-# Those asked for least are forgotten; a catalogue has seldom as many.
+# Names in the cache; the least recently used are dropped. Catalogues rarely have as many.
 _NAMES = 16_384
 
 
 async def resolve(host: str) -> list[str]:
     """The addresses of a host name in the system's order of preference, of the families that this machine has.
 
-    Raises OSError, or UnicodeError for what cannot be a name.
+    Raises OSError, or UnicodeError for an invalid name.
     """
-    # The loopback interface has both families, whatever the machine has else; no name server is asked for it.
+    # The loopback interface has both families on every machine, and needs no name server.
     local = host == "localhost" or host.endswith(".localhost")
     flags = 0 if local else socket.AI_ADDRCONFIG
     found = await in_thread(lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags), "look-up")
@@ -51,9 +51,9 @@ async def resolve(host: str) -> list[str]:
 
 
 class _Answer:
-    """The last addresses of a name, and from when on they are looked up again.
+    """The last addresses of a name, and the time from which they are looked up again.
 
-    `used`: somebody connected to them; `failing`: the look-ups since then gave nothing.
+    `used`: for a connection; `failing`: the look-ups since then failed.
     """
 
     __slots__ = ("addresses", "failing", "since", "until", "used")
@@ -67,11 +67,11 @@ class _Answer:
 
 
 class Resolver:
-    """Looks host names up, each once at a time for all who ask, and remembers their addresses.
+    """Looks host names up, with one look-up at a time per name, and caches their addresses.
 
-    `ttl`: seconds for which an answer is fresh. A look-up hangs after `late` seconds. At most `concurrency` are under
-    way that do not, `most_late` that do, and `concurrency` of names that hung the last time, which wait for each other
-    only. `clock`: monotonic seconds.
+    `ttl`: seconds for which an answer is fresh. A look-up hangs after `late` seconds. At most `concurrency` others run
+    at once, `most_late` hanging ones, and `concurrency` of names that hung the last time, which wait only for each
+    other. `clock`: monotonic seconds.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Resolver:
         self._slow: LRUCache[str, None] = LRUCache(_NAMES)
 
     async def addresses(self, host: str, seconds: float | None = None) -> list[str]:
-        """Addresses to connect to within so many seconds. Raises OSError or UnicodeError if none was ever found."""
+        """The addresses, within so many seconds. Raises OSError or UnicodeError if none was ever found."""
         known = self._answers.get(host)
         if known is None:
             found = await self.look_up(host)
@@ -117,24 +117,24 @@ class Resolver:
         return self._answers.get(host, known).addresses
 
     async def look_up(self, host: str) -> list[str]:
-        """What the look-up that is under way, or else a new one, gives or raises."""
+        """The result of the running look-up, or of a new one; raises its error."""
         return await asyncio.shield(self._join(host)[0])
 
     def doubt(self, host: str) -> None:
-        """Look the name up again soon: no connection to its addresses could be made."""
+        """Look the name up again soon, since no connection to its addresses could be made."""
         known = self._answers.get(host)
         if known is not None:
             known.until = min(known.until, known.since + _AGAIN)
 
     async def aclose(self) -> None:
-        """Give up the look-ups that are under way."""
+        """Abandon the running look-ups."""
         tasks = [task for task, _ in self._under_way.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _join(self, host: str) -> tuple[asyncio.Task[list[str]], float]:
-        """The look-up under way and when it began."""
+        """The running look-up, and its start."""
         under_way = self._under_way.get(host)
         if under_way is None:
             task = asyncio.create_task(self._look_up(host))
@@ -153,7 +153,7 @@ class Resolver:
             else:
                 self._slow[host] = None
                 if slots is self._slots and not self._late_slots.locked():
-                    # Its place is for those that need it only for a moment.
+                    # Its place is for short look-ups.
                     await self._late_slots.acquire()
                     slots.release()
                     slots = self._late_slots
@@ -165,7 +165,7 @@ class Resolver:
 
     def _ended(self, host: str, look_up: asyncio.Task[list[str]]) -> None:
         del self._under_way[host]
-        # Nobody may wait for it any more.
+        # Mark the exception as retrieved: the waiters may have been cancelled.
         error = None if look_up.cancelled() else look_up.exception()
         known, now = self._answers.get(host), self._clock()
         if look_up.cancelled() or error is not None or not look_up.result():
@@ -174,12 +174,12 @@ class Resolver:
                 self._failed(host, known, error)
             return
         if known is not None and known.failing:
-            logger.info("the host %r can be looked up again", host)
+            logger.info("the host %r resolves again", host)
         used = known is not None and known.used
         self._answers[host] = _Answer(look_up.result(), now, now + self._ttl, used)
 
     def _failed(self, host: str, known: _Answer, error: BaseException | None) -> None:
-        # Of one that nobody connects to, whoever looks it up says so.
+        # Only names used for connections; `dns` logs its own.
         if known.used and not known.failing:
             known.failing = True
             reason = str(error or "") or "it has no address"

@@ -1,4 +1,4 @@
-"""What a Service's EndpointSlices say, sans-IO: where its pods take requests that are meant for a backend's URL.
+"""From the EndpointSlices of a Service to the addresses of its pods for a backend's URL. Sans-IO.
 
 https://kubernetes.io/docs/reference/kubernetes-api/service-resources/endpoint-slice-v1/
 """
@@ -14,18 +14,18 @@ from inference_api.routing.entries import MAX_BACKENDS
 from inference_api.routing.urls import is_usable_address
 
 SERVICE_LABEL = "kubernetes.io/service-name"
-# RFC 1123, as Kubernetes has it: these go into URLs and selectors as they are.
+# RFC 1123, as in Kubernetes: names go into URLs and selectors unescaped.
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def is_label(text: str) -> bool:
-    """Whether it can be the name of a Service or of a namespace."""
+    """Whether it is a valid name of a Service or namespace."""
     return _LABEL.fullmatch(text) is not None
 
 
 class Service(NamedTuple):
-    """A Service by its place in the cluster."""
+    """A Service by name and namespace."""
 
     namespace: str
     name: str
@@ -35,10 +35,10 @@ class Service(NamedTuple):
 
 
 def service_of(host: str, namespace: str) -> Service | None:
-    """The Service that a host name means to a pod of `namespace`; None: it is not one's name.
+    """The Service that a host name means in a pod of `namespace`; None: not a Service.
 
-    `service`, `service.namespace`, `service.namespace.svc`, or that with the cluster's domain behind it. One with a dot
-    at its end is never short for another, as in DNS.
+    `service`, `service.namespace`, `service.namespace.svc`, or that with the cluster's domain appended. A name with a
+    dot at its end is never abbreviated, as in DNS.
     """
     absolute = host.endswith(".")
     labels = host.removesuffix(".").split(".")
@@ -50,16 +50,16 @@ def service_of(host: str, namespace: str) -> Service | None:
 
 
 class Endpoint(NamedTuple):
-    """An address that takes requests; `pod`: whose it is, None for nobody's."""
+    """An address that takes requests; `pod`: its owner, or None."""
 
     address: str
     pod: str
 
 
 class Slice(NamedTuple):
-    """One EndpointSlice: the endpoints of it that take requests, and the ports all of them have, by name.
+    """One EndpointSlice: its endpoints that take requests, and their common ports, by name.
 
-    No ports: any. `others` counts the endpoints that are not ready, or on their way out.
+    No ports: any. `others` counts endpoints that are not ready, or terminating.
     """
 
     service: str
@@ -91,7 +91,7 @@ class _Endpoint(_Part):
 
     @property
     def takes_requests(self) -> bool:
-        """What is not said means yes; `serving` is what `ready` is, without regard to `terminating`."""
+        """Whether an endpoint is ready; absent means yes. `serving` is `ready` regardless of `terminating`."""
         said = self.conditions or _Conditions()
         serving = said.ready if said.serving is None else said.serving
         return serving is not False and not said.terminating
@@ -120,7 +120,7 @@ def read_slice(document: Any) -> tuple[str, Slice]:
     read = _Document.model_validate(document)
     listed = read.endpoints or []
     usable = [endpoint for endpoint in listed if endpoint.takes_requests]
-    # Several addresses of an endpoint are the same one to whoever listens there.
+    # Several addresses of an endpoint lead to the same listener.
     endpoints = tuple(Endpoint(one.addresses[0], _pod(one.targetRef)) for one in usable)
     service = read.metadata.labels.get(SERVICE_LABEL, "")
     found = Slice(service, read.addressType, _ports(read.ports or []), endpoints, len(listed) - len(usable))
@@ -133,15 +133,15 @@ def _pod(reference: _Reference | None) -> str:
 
 def _ports(listed: list[_Port]) -> tuple[tuple[str, int], ...]:
     known = [(port.name or "", port.port) for port in listed if port.protocol in (None, "TCP")]
-    # One without a number stands for all there are.
+    # A port without a number stands for all.
     return tuple((name, number) for name, number in known if number is not None) if all(n for _, n in known) else ()
 
 
 def port_of(url: str, ports: tuple[tuple[str, int], ...]) -> int | None:
-    """The port of the pods that is meant by a URL whose host is their Service; None: it cannot be told.
+    """The pods' port for a URL whose host is their Service; None: ambiguous.
 
-    It is the URL's own if they have it, as with a headless Service in DNS. Otherwise the URL's is that of the
-    Service, which a slice does not tell: then it is the only one, or the one that is named like the scheme.
+    The URL's port if the pods have it, as with a headless Service in DNS. Otherwise the URL has the Service's port,
+    which slices do not contain: then the only port, or the one named like the scheme.
     """
     parts = urlsplit(url)
     own = parts.port or _DEFAULT_PORTS[parts.scheme]
@@ -153,9 +153,9 @@ def port_of(url: str, ports: tuple[tuple[str, int], ...]) -> int | None:
 
 
 class Located(NamedTuple):
-    """The backends of a URL, as `catalogue.Address` writes them, and what kept others from being one.
+    """The backends of a URL, as `catalogue.Address` writes them, and the endpoints that were left out.
 
-    `refused`: addresses that no backend may have. `portless`: there were endpoints whose port could not be told.
+    `refused`: forbidden addresses. `portless`: the port of some endpoints is ambiguous.
     """
 
     urls: tuple[str, ...]
@@ -164,15 +164,15 @@ class Located(NamedTuple):
 
 
 def locate(url: str, slices: Iterable[Slice]) -> Located:
-    """Where the pods of a Service take requests that are meant for `url`, from all slices of the Service.
+    """The addresses of a Service's pods for `url`, from all slices of the Service.
 
-    A pod that is in two slices, because it moves between them or has addresses of both families, is one backend.
+    A pod in two slices, because it moves between them or has addresses of both families, is one backend.
     """
     urls: set[str] = set()
     refused: set[str] = set()
     portless = False
     pods: set[str] = set()
-    # IPv4 before IPv6: every cluster with both has the first, and not every pod of it may have the second.
+    # IPv4 first: in a cluster with both families, not every pod may have IPv6.
     for one in sorted(slices):
         port = port_of(url, one.ports)
         if port is None:

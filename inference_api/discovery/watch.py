@@ -1,4 +1,4 @@
-"""A watch of the EndpointSlices of one namespace: a list, then events, round after round."""
+"""A watch of the EndpointSlices of one namespace: repeats a list, then events."""
 
 import asyncio
 import logging
@@ -13,17 +13,17 @@ from inference_api.pace import back_off, spread
 
 logger = logging.getLogger(__name__)
 
-# What happens while everything is in order: a server ends watches, and remembers only so much.
+# Normal operation: servers end watches, and keep a limited history.
 _USUAL = frozenset({"gone", "closed"})
-# Seconds; a watch that lasts no longer is one of several in a row.
+# Seconds; shorter watches count as several in a row.
 _SHORT = 1.0
 _CHANGES = frozenset({"ADDED", "MODIFIED", "DELETED"})
 
 
 class Timing(NamedTuple):
-    """Seconds. `cold_start`: for the first lists. `ready_within`: after which a router need not know all Services to be
-    ready, polled every `poll`; with the former and the registry's start well within the minute of the chart's startup
-    probe. After failures in a row the next round comes within `first_back_off`, twice that ... `longest_back_off`.
+    """Seconds. `cold_start`: for the first lists. `ready_within`: then a router is ready without knowing all Services,
+    checked every `poll`; both together with the registry's start stay within the minute of the chart's startup probe.
+    After failures in a row the next round begins within `first_back_off`, twice that ... `longest_back_off`.
     """
 
     cold_start: float = 5.0
@@ -37,7 +37,7 @@ TIMING = Timing()
 
 
 class Rhythm:
-    """When to list and retry. `relist`: seconds between two lists, +-20 %; `rand` gives [0, 1), `now` seconds."""
+    """Times of lists and retries. `relist`: seconds between two lists, +-20 %; `rand` gives [0, 1), `now` seconds."""
 
     def __init__(
         self, relist: float, rand: Callable[[], float], now: Callable[[], float], timing: Timing = TIMING
@@ -46,7 +46,7 @@ class Rhythm:
         self._relist = relist
         self._rand = rand
         self._first = min(timing.first_back_off, relist)
-        # After a round of more seconds than this a failure is not one of several in a row.
+        # Seconds; a failure after a longer round is the first in a row.
         self.longest = min(timing.longest_back_off, relist)
 
     def round(self) -> float:
@@ -76,13 +76,13 @@ class Watch:
         self._rhythm = rhythm
         self._failures = failures
         self._notify = notify
-        # Shared: the slices by name, None before the first list, and the version they are of
+        # Shared: the slices by name, None before the first list, and their version
         self.slices: dict[str, Slice] | None = None
         self._at = ""
-        # What is known to be wrong, and so is no news
+        # Failures that were logged already
         self._failing = False
         self._unreadable: set[str] = set()
-        # Something has come of the first list, or nothing will for now.
+        # The first list has succeeded or failed.
         self.tried = asyncio.Event()
         self.task = asyncio.create_task(self._run())
 
@@ -90,7 +90,7 @@ class Watch:
         self.task.cancel()
 
     async def _run(self) -> None:
-        """Round after round, until cancelled."""
+        """Run rounds until cancelled."""
         failed_in_a_row = 0
         while True:
             began = self._rhythm.now()
@@ -101,7 +101,7 @@ class Watch:
             except ApiError as exc:
                 self._failed(exc)
             except Exception:
-                # The boundary of a background task: it has to be there for the next round.
+                # The boundary of a background task: it must survive for the next round.
                 logger.exception("watching the Services of the namespace %r failed", self.namespace)
                 self._failures["internal"] += 1
             self.tried.set()
@@ -125,7 +125,7 @@ class Watch:
                     if exc.reason != "closed":
                         raise
                     self._failed(exc)
-                # It goes on from where it was; but a server that ends each one at once is not to be pestered.
+                # Continue from the last version, but with a pause if the server ends watches at once.
                 short = 0 if self._rhythm.now() - began > _SHORT else short + 1
                 if short:
                     await asyncio.sleep(min(self._rhythm.pause(short), max(0.0, until - self._rhythm.now())))
@@ -136,7 +136,7 @@ class Watch:
         for name, found in listed:
             self._warn_once(name, found)
             seen.add(name)
-            # One that cannot be read stays what it was, if that is known.
+            # A slice that cannot be read keeps its previous content, if there is any.
             found = found or kept.get(name)
             if found is not None and found.service in self.names:
                 self.slices[name] = found
@@ -144,7 +144,7 @@ class Watch:
         self._notify(self, self.names)
 
     def _take(self, events: list[Event]) -> None:
-        """What a watch said; at its beginning nothing."""
+        """Apply a batch of events; empty at the beginning of a watch."""
         if self._failing:
             self._failing = False
             logger.info("the Services of the namespace %r are watched again", self.namespace)
@@ -157,7 +157,7 @@ class Watch:
             self._notify(self, changed)
 
     def _change(self, event: Event) -> set[str]:
-        """The Services that it changed."""
+        """Apply one event. Returns the Services that it changed."""
         assert self.slices is not None
         name, found = _read(event.document)
         self._warn_once(name, found)
@@ -176,7 +176,7 @@ class Watch:
         self._failures["garbage"] += 1
         if name not in self._unreadable:
             self._unreadable.add(name)
-            logger.warning("an EndpointSlice of the namespace %r makes no sense: %.100r", self.namespace, name)
+            logger.warning("an EndpointSlice of the namespace %r is invalid: %.100r", self.namespace, name)
 
     def _failed(self, error: ApiError) -> None:
         self._failures[error.reason] += 1
@@ -188,7 +188,7 @@ class Watch:
 
 
 def _read(document: object) -> tuple[str, Slice | None]:
-    """A slice by its name; None: it is none, and goes by the name in it, if there is one."""
+    """The name and the slice; None in place of an invalid one, under its name if there is one."""
     try:
         return read_slice(document)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The addresses of a model: what its entries, and what was found behind their names, come to."""
+"""The addresses of a model, from its entries and the results of discovery."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from inference_api.routing.entries import MAX_BACKENDS, BackendEntry
 class Address(NamedTuple):
     """One backend that a BackendEntry stands for.
 
-    `url` is the entry's; where its host name was looked up, with the address after a `#`. No other URL has a fragment.
+    `url` is the entry's, with `#address` appended if its host name was looked up. No other URL has a fragment.
     """
 
     url: str
@@ -17,10 +17,10 @@ class Address(NamedTuple):
 
 
 def addresses_of(entries: Iterable[BackendEntry], addresses: Mapping[str, Sequence[str]]) -> list[Address]:
-    """The backends of these entries; `addresses` has what is known of those that are to be found.
+    """The backends of these entries; `addresses` holds the results of discovery.
 
-    By host name what it was looked up to, or by URL the URLs of its backends, where an entry's Service is watched.
-    What two names lead to is one backend, so that none gets two shares, or has two series of one label.
+    Its keys are host names (values: addresses), or for watched Services the entries' URLs (values: backend URLs). An
+    address behind two names is one backend, so that it gets one share of traffic and one series per label.
     """
     entries = tuple(entries)
     found = [Address(entry.url, entry.weight) for entry in entries if entry.discovery == "static"]
@@ -40,11 +40,11 @@ def _found(entry: BackendEntry, addresses: Mapping[str, Sequence[str]]) -> Seque
 
 
 def place_of(url: str) -> str:
-    """host:port/path of an Address, the host being the address if it was looked up."""
+    """host:port/path of an Address; the host is the address if it was looked up."""
     rest, _, address = url.partition("://")[2].partition("#")
     if not address:
         return rest
     netloc, slash, path = rest.partition("/")
-    # A name has no colon of its own.
+    # A host name has no colon.
     _, colon, port = netloc.partition(":")
     return f"[{address}]{colon}{port}{slash}{path}" if ":" in address else f"{address}{colon}{port}{slash}{path}"

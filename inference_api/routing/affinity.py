@@ -1,4 +1,4 @@
-"""The key by which requests that share the beginning of a prompt find the same backend. Pure."""
+"""The key that sends requests with the same beginning of a prompt to the same backend. Pure."""
 
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -6,7 +6,7 @@ from typing import Any
 
 from inference_api.models import Prompt
 
-# What of a prompt decides on its key: enough to tell conversations apart, little enough to cost microseconds.
+# Characters of a prompt that make its key: enough to distinguish conversations, and few enough to cost microseconds.
 _MAX_CHARS, _MAX_TOKENS, _MAX_MESSAGES, _MAX_PARTS = 1024, 256, 32, 8
 
 
@@ -33,7 +33,7 @@ def _opening(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
         return []
     if isinstance(value[0], int):
-        # Not str(): it refuses integers of more than 4300 digits.
+        # Not str(): it rejects integers of more than 4300 digits.
         return [",".join(hex(token) for token in value[:_MAX_TOKENS] if isinstance(token, int))]
     return _first_exchange(value)
 
@@ -60,7 +60,7 @@ def _text(content: Any) -> str:
 
 
 def _part_text(part: Any) -> str:
-    """The text of one part of a content; an image is known by the beginning of its URL, which may hold its data."""
+    """The text of one content part; for an image the beginning of its URL, which may hold its data."""
     if isinstance(part, Mapping):
         image = part.get("image_url")
         part = part.get("text") or (image.get("url") if isinstance(image, Mapping) else image)

@@ -1,4 +1,4 @@
-"""One address of an engine and what is known of it: an Origin, and the Backend that each of its models has there."""
+"""The state of one address of an engine: an Origin, and one Backend per model served there."""
 
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ from inference_api.routing.breaker import Circuit, due
 
 
 class Reading(NamedTuple):
-    """What a backend says of itself: requests it works on, requests it has waiting, used share of its KV cache."""
+    """The load that an engine reports: running requests, waiting requests, used share of the KV cache."""
 
     running: float
     waiting: float
@@ -19,11 +19,11 @@ class Reading(NamedTuple):
 
 
 class Origin(Circuit):
-    """Shared by the Backends at one URL: fifty adapters in one pod are one circuit, one health check and one load.
+    """The state that Backends at one URL share: fifty adapters in one pod have one circuit, health check and load.
 
-    The circuit is that of the address: of what never was an answer, and of 502, 503, 504, whatever the model.
+    The circuit counts attempts without an answer, and 502, 503, 504, of all models.
 
-    `url` is what it is known by; where its host name was looked up, the address follows after a `#`.
+    `url` identifies it, with `#address` appended if its host name was looked up.
     """
 
     __slots__ = (
@@ -36,27 +36,27 @@ class Origin(Circuit):
         parts = urlsplit(url)
         # Identity
         self.url = url
-        # The path too: two engines may share a host behind a gateway. The address: a name may have many.
+        # With the path: two engines may share a host behind a gateway. With the address: a name may have many.
         self.label = place_of(url)
         self.host = parts.netloc.encode("ascii")
         self.base_path = parts.path
         self._addresses: dict[str, tuple[httpx.URL, bytes]] = {}
-        # Those of the models that are served here, in the order in which they came
+        # The Backends of the models that are served here, oldest first
         self.backends: dict[Backend, None] = {}
-        # Attempts of all models whose answer has not ended
+        # Attempts of all models, until their answers end
         self.in_flight = 0
-        # Its circuit opened because no connection could be made
+        # The circuit opened because no connection could be made
         self.refused = False
-        # Why the last health check failed; None: it did not
+        # Reason for which the last health check failed, or None
         self.cause: str | None = None
-        # Health checks: passes in a row, or failures if negative, and when it last passed one
+        # Health checks: passes in a row, or failures if negative; time of the last pass
         self.healthy = True
         self.streak = 0
         self.passed = 0.0
-        # Watchdog: since when it has had several requests in flight, and since when it is known to be stuck
+        # Watchdog: time since which it has several requests in flight; time since which it is stuck
         self.crowded_since: float | None = None
         self.stuck_since: float | None = None
-        # What it says of itself, if it is asked: see `load`; None: it does not say
+        # Reported by the engine, see discovery.engine_metrics; None: not reported
         self.asleep: bool | None = None
         self.reported = 0.0
         self.reading: Reading | None = None
@@ -64,7 +64,7 @@ class Origin(Circuit):
 
     @property
     def up(self) -> bool:
-        """It passes its health checks, and is not stuck."""
+        """Whether it passes its health checks, and is not stuck."""
         return self.healthy and self.stuck_since is None
 
     @property
@@ -84,9 +84,9 @@ class Origin(Circuit):
 
 
 class Backend:
-    """One backend of a model: an address that may serve other models too, and this model's part of it.
+    """One backend of a model: an address, which may serve other models, too, and the state of this model there.
 
-    `in_flight` is exact on every path: admission and drain stand on it; balancing goes by `origin.in_flight`.
+    `in_flight` is exact on every path, for admission and drain; balancing uses `origin.in_flight`.
     """
 
     __slots__ = (
@@ -103,34 +103,34 @@ class Backend:
         self.label = self.origin.label
         self.host = self.origin.host
         self.address = self.origin.address
-        # Load: its weight is the share that it gets of its full weight
+        # Load: `weight` is its current part of its full weight
         self.in_flight = 0
         self.weight = self.full_weight = weight
         self.share = 1.0
-        # Errors that it gave this model in a row; whether all are 4xx, and whether any came after an answer's head
+        # Errors in a row for this model; whether all are 4xx, and whether any followed an answer's head
         self.errors = 0
-        # The recent ones, which fade, and what they add to its load where others have fewer, see `faults`
+        # Recent errors, which decay, and their addition to the load if others have fewer, see `faults`
         self.recent = 0.0
         self.extra = 0
         self.refuses = True
         self.late = False
-        # Whether they are compared with what others give, until when not again, and the circuit that this may open
+        # Whether it is being compared, the earliest next comparison, and the circuit that this may open
         self.compared = False
         self.spared_until = 0.0
         self.circuit = Circuit()
-        # For those who ask what is wrong: when it was last taken out or back, how an attempt last failed and when
+        # For operators: time of its last change of state, and outcome and time of its last failed attempt
         self.was_usable = True
         self.changed: float | None = None
         self.last_error: tuple[Outcome, float] | None = None
 
     @property
     def closed(self) -> bool:
-        """No circuit keeps requests from it."""
+        """Whether all of its circuits are closed."""
         return self.circuit.opened is None and self.origin.opened is None
 
     @property
     def failing(self) -> bool:
-        """A circuit is not closed for what says that it cannot serve; a 4xx, even of its own, does not."""
+        """Whether a circuit is open because the backend cannot serve; a circuit opened by 4xx does not count."""
         return self.origin.opened is not None or (self.circuit.opened is not None and not self.refuses)
 
     @property
@@ -139,16 +139,16 @@ class Backend:
 
     @property
     def due(self) -> float:
-        """When a request may try it, if one of its circuits is not closed."""
+        """Time at which a request may try it, if a circuit is not closed."""
         return max(due(circuit) for circuit in (self.circuit, self.origin) if circuit.opened is not None)
 
     def note(self, now: float) -> None:
-        """Something that keeps it from requests has begun or ended."""
+        """Record that its availability changed."""
         if self.usable is not self.was_usable:
             self.was_usable, self.changed = not self.was_usable, now
 
     def weigh(self, share: float) -> None:
-        """Give it a share of its full weight; a balancer sees that with the next tuple it is handed."""
+        """Set its share of its full weight; balancers see it with the next tuple of backends."""
         self.share = share
         self.weight = self.full_weight * share
 

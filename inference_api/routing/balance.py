@@ -1,6 +1,6 @@
 """Choose a backend. Four pure balancers: in-flight counts, a key and a source of randomness in, a backend out.
 
-What a balancer has to precompute for a set of backends it keeps until it is handed another tuple.
+A balancer caches what it precomputes for a set of backends until it gets another tuple.
 """
 
 import random
@@ -15,12 +15,11 @@ from typing import Any, Generic
 
 from inference_api.routing.balancer import BackendView, Balancer, MakeBalancer, R, Random, running_weights
 
-# A full backend may have this much more than its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with
-# Bounded Loads" (2018). Lower spills sooner and loses prefixes, higher makes hot backends.
+# Load of a full backend, relative to its share: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with Bounded
+# Loads" (2018). A lower bound spills sooner and loses prefixes, a higher one makes hot backends.
 _BOUND = 1.25
-# And so many times the square root of its share more, for that is how far counts scatter by themselves: a router that
-# is one of many has few requests at each backend, and without this its keys leave their homes for noise. With 2 the
-# fullest backend is too full.
+# Allowance on top, in square roots of its share, which is the random scatter of counts: one router of many has few
+# requests at each backend, and without this, noise moves its keys. With 2, the fullest backend gets too much.
 _NOISE = 1.0
 # Points on the ring for a backend of average weight, and places on it that a key has, of which the one with the nearest
 # point counts: its part of the keys is then 4 % off its share, and 14 % where a ring of many backends has 8 points of
@@ -35,7 +34,7 @@ _in_flight = attrgetter("origin.in_flight")
 
 
 class RoundRobin(Generic[R]):
-    """Each in turn, the heavier ones more often, evenly spread."""
+    """Each backend in turn, heavier ones more often, evenly spread."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -50,7 +49,7 @@ class RoundRobin(Generic[R]):
             return None
         turn = self._next
         if tried:
-            # A repetition is nobody's turn: if it were, a bad backend would be first in line every time.
+            # A retry takes no turn: otherwise the backend after a bad one would get all of its retries.
             return next((backend for backend in self._slots[turn:] + self._slots[:turn] if backend not in tried), None)
         self._next = turn + 1 if turn + 1 < len(self._slots) else 0
         return self._slots[turn]
@@ -58,12 +57,12 @@ class RoundRobin(Generic[R]):
     def _rebuild(self, backends: Sequence[R]) -> None:
         self._backends = backends
         self._slots = _schedule(backends)
-        # Routers that start together, or see the same backend leave, must not go round in step.
+        # Random start: routers that start together, or lose the same backend, must not run in step.
         self._next = int(self._random() * len(self._slots))
 
 
 class LeastInFlight(Generic[R]):
-    """The fewest in flight for its weight; a random one of equals, so that the first in the list is not favoured."""
+    """The backend with the fewest in flight for its weight; random among equals, to not favour the first."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -79,12 +78,12 @@ class LeastInFlight(Generic[R]):
         return equals[_draw(running_weights(equals), self._random())]
 
     def loads(self, backends: Sequence[R]) -> list[float]:
-        """What each has to do for its weight."""
+        """Load by weight, per backend."""
         return [(backend.origin.in_flight + backend.extra) / backend.weight for backend in backends]
 
 
 class TwoChoices(Generic[R]):
-    """The less loaded of two random ones: nearly as even as the least of all, without looking at all of them."""
+    """The less loaded of two random backends: nearly as even as least in flight, without reading all of them."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -109,18 +108,18 @@ class TwoChoices(Generic[R]):
         return first if first.origin.in_flight + first.extra <= second.origin.in_flight + second.extra else second
 
     def ends(self, backends: Sequence[R]) -> list[float] | None:
-        """Running sums of the weights, or None if all are equal, which is chosen from faster."""
+        """Running sums of the weights, or None if all are equal, for a faster choice."""
         return None if _alike(backends) else running_weights(backends)
 
     def _choose_weighted(self, backends: Sequence[R], ends: list[float]) -> R:
         i = _draw(ends, self._random())
         first = backends[i]
-        # The second comes from what the first leaves, by weight; drawing until they differ could take long.
+        # The second is drawn from the others, by weight; drawing until they differ could take long.
         at = self._random() * (ends[-1] - first.weight)
         if at >= ends[i] - first.weight:
             at += first.weight
         j = bisect(ends, at, 0, len(ends) - 1)
-        # Only rounding can bring the first again.
+        # Only rounding can yield the first again.
         second = backends[j if j != i else i - 1]
         return first if self.is_lighter(first, second) else second
 
@@ -132,12 +131,12 @@ class TwoChoices(Generic[R]):
 
 
 class PrefixAffinity(Generic[R]):
-    """Consistent hashing with bounded loads: equal keys meet the same backend, and so its prefix cache, unless it is
-    full; then the one that its keys would go to if it left. Routers agree without talking, and a backend that comes or
-    goes moves only its own share of the keys.
+    """Consistent hashing with bounded loads: equal keys go to the same backend, and its prefix cache, unless it is
+    full; then to the one that would get its keys if it left. Routers agree without communication, and adding or
+    removing a backend moves only its own share of the keys.
 
     With s its share of all that is in flight, this request included, a backend is full at `_BOUND` s + `_NOISE`
-    sqrt(s), rounded up. An idle home needs no total. Otherwise it is counted, and from `_COUNTED` backends on only once
+    sqrt(s), rounded up. An idle home needs no total. Otherwise s is counted, and from `_COUNTED` backends on only once
     in n / `_COUNTED` choices, so that the cost of a choice does not grow with n: s is then about 1 / `_COUNTED` off.
     """
 
@@ -148,7 +147,7 @@ class PrefixAffinity(Generic[R]):
         self._owners: list[R] = []
         self._weight = 0.0
         self._total = 0
-        # Choices since the total was counted.
+        # Choices since the last count.
         self._age = 0
 
     def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None:
@@ -169,7 +168,7 @@ class PrefixAffinity(Generic[R]):
         for owner in self._around(places):
             if owner not in tried and _has_room(owner, unit):
                 return owner
-        # Only those already tried have room.
+        # Only backends that were tried have room.
         return self._keyless.choose(backends, key, tried)
 
     def _home(self, places: Sequence[int]) -> R:
@@ -181,7 +180,7 @@ class PrefixAffinity(Generic[R]):
         return self._owners[found]
 
     def _around(self, places: Sequence[int]) -> Iterator[R]:
-        """The owners of the points by distance from one of the places: where it would go if those before had left."""
+        """The owners of the points in the order of distance: each is the choice if those before it left."""
         points, owners = self._points, self._owners
         last = len(points) - 1
         ways = [(points[at] - place, at, place) for place in places for at in [bisect(points, place)]]
@@ -205,13 +204,13 @@ class PrefixAffinity(Generic[R]):
         ring = _ring(backends, self._weight)
         self._points = sorted(ring)
         self._owners = [ring[point] for point in self._points]
-        # Behind the last one comes the first one again.
+        # The first point follows the last.
         self._points += [point + _AROUND for point in self._points[:1]]
         self._owners += self._owners[:1]
         self._age = len(backends)
 
 
-# What an entry may say in `balancing`
+# Values of `balancing` in an entry
 BALANCERS: dict[str, MakeBalancer] = {
     "round_robin": RoundRobin,
     "least_in_flight": LeastInFlight,
@@ -221,12 +220,12 @@ BALANCERS: dict[str, MakeBalancer] = {
 
 
 def make_balancer(name: str, random: Random = random.random) -> Balancer[Any]:
-    """A balancer with a state of its own: one per model. `random` returns floats in [0, 1)."""
+    """Make a balancer, one per model. `random` returns floats in [0, 1)."""
     return BALANCERS[name](random)
 
 
 def _has_room(backend: BackendView, unit: float) -> bool:
-    """Whether it may have one more, if each unit of weight should have `unit` with it."""
+    """Whether it may take one more, if `unit` is the fair share of each unit of weight."""
     share = unit * backend.weight
     return backend.origin.in_flight < _BOUND * share + _NOISE * sqrt(share)
 
@@ -236,12 +235,12 @@ def _alike(backends: Sequence[BackendView]) -> bool:
 
 
 def _draw(ends: list[float], at: float) -> int:
-    """The index that `at`, in [0, 1), falls on when each takes a part as wide as its weight."""
+    """The index of the part that contains `at`, in [0, 1); parts are as wide as the weights."""
     return bisect(ends, at * ends[-1], 0, len(ends) - 1)
 
 
 def _schedule(backends: Sequence[R]) -> list[R]:
-    """One round: everyone at least once, as often as its weight says, at even distances."""
+    """One round: each backend at least once, in proportion to its weight, at even distances."""
     if _alike(backends):
         return list(backends)
     slots = max(1024, 4 * len(backends))
@@ -249,22 +248,22 @@ def _schedule(backends: Sequence[R]) -> list[R]:
     places: list[tuple[float, int]] = []
     for number, backend in enumerate(backends):
         times = max(1, round(slots * backend.weight / total))
-        # Multiples of the golden ratio spread out: backends of equal weight must not all have their turn together.
+        # Multiples of the golden ratio: spreads the turns of backends of equal weight.
         offset = number * 0.6180339887 % 1
         places += [((turn + offset) / times, number) for turn in range(times)]
     return [backends[number] for _, number in sorted(places)]
 
 
 def _ring(backends: Sequence[R], total: float) -> dict[int, R]:
-    """Point -> owner. The points follow from the URL alone, so every router finds the same ones in any order.
+    """Point -> owner. The points depend on the URL alone, so every router computes the same ring.
 
-    Their number goes by weight, in a unit that changes as rarely as can be, because most keys move when it does: the
+    Their number follows the weight, in a unit that rarely changes, because a change moves most keys: the
     power of 16 next to the mean weight. Beyond 256 backends it is the next power, to build any ring in milliseconds.
     """
     ring: dict[int, R] = {}
     unit = 16 ** round(log(total / min(len(backends), 64), 16)) if backends else 1
     for backend in backends:
         count = max(1, round(_POINTS * backend.weight / unit))
-        # shake_128 is as long as it is asked to be, and a longer one begins with the shorter one.
+        # shake_128 has any length, and a longer digest begins with the shorter one.
         ring |= dict.fromkeys(unpack(f">{count}Q", shake_128(backend.url.encode()).digest(8 * count)), backend)
     return ring

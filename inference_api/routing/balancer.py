@@ -1,4 +1,4 @@
-"""What a balancing algorithm is, and what it sees of a backend."""
+"""The protocols of a balancing algorithm, and of the backends that it chooses from."""
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 
 class Load(Protocol):
-    """What an address has to do, for all of its models: this router's attempts, and what it reports of others'."""
+    """The load of an address, for all of its models: this router's attempts, and the load that the engine reports."""
 
     @property
     def in_flight(self) -> int: ...
@@ -15,10 +15,10 @@ class Load(Protocol):
 
 
 class BackendView(Protocol):
-    """What a balancer sees of a backend.
+    """The part of a backend that a balancer uses.
 
-    `weight`: its share of the traffic, above 0. `extra`: requests to be added to its load, because it fails more often
-    than others.
+    `weight`: its share of the traffic, above 0. `extra`: requests added to its load because it fails more often than
+    others.
     """
 
     @property
@@ -37,10 +37,10 @@ Random = Callable[[], float]
 
 
 class Balancer(Protocol[R]):
-    """Chooses one of `backends` that is not in `tried`, or None when nothing is left.
+    """Chooses one of `backends` that is not in `tried`, or None if none is left.
 
-    Each model has one. `backends` are those that are available; it is the same tuple until they or their weights
-    change. `key` is equal for requests with the same beginning, "" unless the model goes by that.
+    One per model. `backends` are the available ones, as the same tuple until they or their weights change. `key` is
+    equal for requests with the same beginning, and "" unless the model's balancing uses it.
     """
 
     def choose(self, backends: Sequence[R], key: str, tried: Collection[R] = ()) -> R | None: ...
@@ -50,5 +50,5 @@ MakeBalancer = Callable[[Random], Balancer[Any]]
 
 
 def running_weights(backends: Sequence[BackendView]) -> list[float]:
-    """The sums of the weights up to each backend: what a random number is looked up in."""
+    """The running sums of the weights, for a random choice by bisection."""
     return list(accumulate(backend.weight for backend in backends))

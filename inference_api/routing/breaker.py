@@ -1,4 +1,4 @@
-"""The circuit breaker of a backend. Pure: what happened, who it happened to, and the time in; the circuit's state out.
+"""The circuit breaker of a backend. Pure: outcomes, their owners and the time in; the state of the circuit out.
 
     closed      `threshold` failures in a row                          -> open
     open        `cooldown` seconds later, +-20 %                       -> half-open
@@ -7,8 +7,8 @@
                     it fails                                           -> open
                     it ends without a verdict, because its client left -> half-open, and the next request is the probe
 
-While a circuit is not closed only the probe is listened to: what began before it opened says how the backend was, and a
-backend that is shutting down finishes its old streams while it refuses new connections.
+While a circuit is not closed, only the probe counts: earlier attempts show the backend's earlier state, and a backend
+that is shutting down finishes its streams while it refuses new connections.
 """
 
 import math
@@ -20,24 +20,24 @@ from inference_api.pace import spread
 
 
 class Owner(Protocol):
-    """Who has the probe: the request's task. A probe is over when its owner is, whatever was or was not reported."""
+    """The owner of the probe: the request's task. The probe ends with its owner, reported or not."""
 
     def done(self) -> bool: ...
 
 
 class Circuit:
-    """What a breaker keeps of a backend."""
+    """The state of a breaker for one backend."""
 
     __slots__ = ("cooldown", "failures", "opened", "probe", "probed")
 
     def __init__(self) -> None:
-        # In a row; 0 only while the circuit is closed.
+        # Failures in a row; 0 only while the circuit is closed.
         self.failures = 0
-        # When it opened, or opened again; None: it is closed.
+        # Time at which it last opened; None: closed.
         self.opened: float | None = None
-        # Seconds from there to half-open.
+        # Seconds from opening to half-open.
         self.cooldown = 0.0
-        # Who has the probe, and since when.
+        # Owner of the probe, and its start.
         self.probe: Owner | None = None
         self.probed = 0.0
 
@@ -51,7 +51,7 @@ class Breaker:
         self._rand = rand
 
     def failed(self, circuit: Circuit, now: float, owner: Owner | None) -> bool:
-        """An attempt of `owner` failed. True when that opened the circuit, for the first time or again."""
+        """Record a failed attempt of `owner`. True if it opened the circuit, for the first time or again."""
         circuit.failures += 1
         opens = _has_probe(circuit, owner) if circuit.opened is not None else circuit.failures >= self._threshold
         if opens:
@@ -59,12 +59,12 @@ class Breaker:
         return opens
 
     def open(self, circuit: Circuit, now: float) -> None:
-        """Open it, or open it again, for a cooldown."""
+        """Open the circuit, or reopen it, for a cooldown."""
         circuit.failures = max(circuit.failures, 1)
         _open(circuit, now, spread(self._cooldown, self._rand()))
 
     def succeeded(self, circuit: Circuit, owner: Owner | None) -> bool:
-        """An attempt of `owner` was answered well. True when that closed the circuit."""
+        """Record a good answer to `owner`. True if it closed the circuit."""
         was_open = circuit.opened is not None
         if was_open and not _has_probe(circuit, owner):
             return False
@@ -73,12 +73,12 @@ class Breaker:
         return was_open
 
     def released(self, circuit: Circuit, owner: Owner | None) -> None:
-        """An attempt of `owner` is over, with or without a verdict."""
+        """Record the end of an attempt of `owner`, with or without a result."""
         if _has_probe(circuit, owner):
             circuit.probe = None
 
     def take(self, circuit: Circuit, now: float, owner: Owner, at_most: float = math.inf) -> bool:
-        """Make `owner` the probe, if the circuit is half-open and has none; `at_most` cuts the cooldown short."""
+        """Make `owner` the probe, if the circuit is half-open and has none; `at_most`: upper limit of the cooldown."""
         if circuit.opened is None or now < circuit.opened + min(circuit.cooldown, at_most):
             return False
         if circuit.probe is not None and not circuit.probe.done():
@@ -87,13 +87,13 @@ class Breaker:
         return True
 
     def suspect(self, circuit: Circuit, now: float) -> None:
-        """Make the circuit half-open: its backend may be well again, and one request is to find out."""
+        """Make the circuit half-open, since its backend may have recovered."""
         circuit.failures = max(circuit.failures, 1)
         _open(circuit, now, 0.0)
 
 
 def due(circuit: Circuit) -> float:
-    """When the circuit is half-open; never, if it is closed."""
+    """Time at which the circuit becomes half-open; infinity if it is closed."""
     return math.inf if circuit.opened is None else circuit.opened + circuit.cooldown
 
 

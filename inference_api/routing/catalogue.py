@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from inference_api.routing import wording
 from inference_api.routing.entries import MAX_BACKENDS, BackendEntry, CatalogueEntry, Credentials, Hardware, Timeouts
 
-# Beyond these a document is not a catalogue but an attack or an accident; up to them it is below 100 MB of memory.
+# Larger documents are an attack or an accident; within these limits a catalogue takes below 100 MB.
 _MAX_MODELS = 20_000
 _MAX_BACKENDS_OF_ALL = 50_000
-# Rounds in which unknown keys are left out of an entry
+# Rounds of removing unknown keys from an entry
 _MOST_IGNORED = 16
-# More at once are no newer registry's, and would take long.
+# More unknown keys do not come from a newer registry, and removing them takes long.
 _MOST_UNKNOWN = 64
-# So many refused entries are named one by one.
+# Refused entries that messages name one by one.
 _TOLD_PROBLEMS = 100
 
 
@@ -29,7 +29,7 @@ class CatalogueError(ValueError):
 class Catalogue(dict[str, CatalogueEntry]):
     """name -> entry, in the order given; `problems` holds one sentence for each entry that was refused.
 
-    `ignored`: the keys that nobody here knows and that were passed over.
+    `ignored`: unknown keys that were skipped.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ def parse_catalogue(
 ) -> Catalogue:
     """Check a decoded catalogue, `{"models": [...]}`; a bad entry is refused alone.
 
-    `entry_type`: the class of its entries, with the keys of features. `lenient`: it comes from a registry, which may be
-    newer than this router; keys that are unknown are ignored.
+    `entry_type`: the class of its entries, with the keys of features. `lenient`: ignore unknown keys, since a registry
+    may be newer than this router.
 
-    Raises CatalogueError when there is no list of models to look at, or one that is too long.
+    Raises CatalogueError if the list of models is missing or too long.
     """
     if not isinstance(document, dict) or not isinstance(document.get("models"), list):
         raise CatalogueError("a catalogue is a mapping with a list under `models`")
@@ -85,20 +85,20 @@ def parse_catalogue(
 
 
 def _check_size(models: list[Any]) -> None:
-    """Before anything is made of it: a hostile registry must not fill the memory with entries that are sound."""
+    """Check the size before parsing: a hostile registry must not fill the memory with valid entries."""
     if len(models) > _MAX_MODELS:
-        raise CatalogueError(f"it lists {len(models)} models, and {_MAX_MODELS} is the limit")
+        raise CatalogueError(f"it lists {len(models)} models; the limit is {_MAX_MODELS}")
     lists = (raw.get("backends") for raw in models if isinstance(raw, dict))
-    # One that is too long is refused alone.
+    # An entry that is too long is refused alone.
     count = sum(len(one) for one in lists if isinstance(one, list) and len(one) <= MAX_BACKENDS)
     if count > _MAX_BACKENDS_OF_ALL:
-        raise CatalogueError(f"it lists {count} backends, and {_MAX_BACKENDS_OF_ALL} is the limit")
+        raise CatalogueError(f"it lists {count} backends; the limit is {_MAX_BACKENDS_OF_ALL}")
 
 
 def _entry(
     raw: Any, entry_type: type[CatalogueEntry], taken: set[str], ignored: set[str] | None
 ) -> CatalogueEntry | ValidationError | str:
-    """The entry, or why it is refused. Unknown keys are left out and added to `ignored`, if there is that."""
+    """The entry, or the reason to refuse it. Unknown keys are removed and added to `ignored`, if that is given."""
     entry = _valid(raw, entry_type)
     for _ in range(_MOST_IGNORED):
         # Of a list only the first bad item is named.
@@ -126,7 +126,7 @@ def load_catalogue(
     entry_type: type[CatalogueEntry] = CatalogueEntry,
     named_by: str = "INFERENCE_API_CATALOGUE or --catalogue",
 ) -> Catalogue:
-    """Read a YAML or JSON catalogue file. Raises CatalogueError with the path and the fix: what it was `named_by`."""
+    """Read a YAML or JSON catalogue file. Raises CatalogueError with the path and the fix: what `named_by` it."""
     document = read_document(path, named_by)
     try:
         return parse_catalogue(document, entry_type)
@@ -135,7 +135,7 @@ def load_catalogue(
 
 
 def read_document(path: Path, named_by: str = "INFERENCE_API_CATALOGUE or --catalogue") -> Any:
-    """What a catalogue file says, decoded and not yet checked. Raises CatalogueError."""
+    """A catalogue file, decoded and not yet checked. Raises CatalogueError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
@@ -160,7 +160,7 @@ def _document(path: Path, text: str) -> Any:
 
 
 def describe(exc: ValidationError) -> str:
-    """What is wrong with an entry, as one sentence."""
+    """The errors of an entry as one sentence."""
     return wording.describe(exc, _KEYS)
 
 
@@ -179,7 +179,7 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_SafeLoader):  # type: ignore[misc]
-    """Refuses a key that a mapping has twice, of which YAML's own loader drops the first in silence."""
+    """Rejects duplicate keys of a mapping, where YAML's own loader silently drops the first."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -196,7 +196,7 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, which has no lines any more."""
+    """An object of JSON without duplicate keys; the parser keeps no line numbers."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,4 +1,4 @@
-"""Why a connection could not be made, in the system's words."""
+"""The system's reason for a failed connection."""
 
 import os
 import ssl
@@ -7,7 +7,7 @@ import httpx
 
 
 def cause_of(exc: BaseException) -> str:
-    """The error of the system at the root of a failure to connect, such as `connection refused`."""
+    """The system error that caused a failure to connect, such as `connection refused`."""
     seen: BaseException | None = exc
     while seen is not None:
         if isinstance(seen, BaseExceptionGroup):
@@ -15,7 +15,7 @@ def cause_of(exc: BaseException) -> str:
         if isinstance(seen, ssl.SSLError):
             return _cause_of_tls(seen)
         if isinstance(seen, OSError) and seen.errno:
-            # Negative ones are of name look-ups.
+            # Negative numbers are errors of name look-ups.
             text = os.strerror(seen.errno) if seen.errno > 0 else seen.strerror
             return (text or str(seen)).lower()
         seen = seen.__cause__ or seen.__context__

@@ -1,4 +1,4 @@
-"""What a new catalogue changes, for the log."""
+"""The differences between two catalogues, for the log."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,7 @@ _SHOWN = 10
 
 
 def changes(before: Mapping[str, CatalogueEntry], after: Mapping[str, CatalogueEntry]) -> dict[str, list[str]]:
-    """Names of models that were `added`, `removed` or `changed`; only those that there are, ten of each at most."""
+    """Names of models under `added`, `removed` and `changed`, at most ten each, without empty keys."""
     found = {
         "added": [name for name in after if name not in before],
         "removed": [name for name in before if name not in after],

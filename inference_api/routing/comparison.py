@@ -1,9 +1,9 @@
-"""Decides whether errors are the fault of a backend or of the requests that it was given. Pure.
+"""Decides whether errors are the fault of a backend or of its requests. Pure.
 
-The answers alone cannot tell, nor can those of the other backends: who sends a session id, or a bad request in every
-third place, decides which backend meets the bad ones. A random choice cannot be decided by anybody. While a backend is
-compared, a random half of the requests meant for it goes to the others instead. Only where these get good answers and
-it gives none is it the backend.
+The answers alone do not show that, nor do those of other backends: a client with a session id, or with a bad request in
+every third place, determines which backend gets the bad ones. A random choice rules that out. During a comparison, a
+random half of the requests for the backend goes to the others. The backend is at fault only if these get good answers
+and it gives none.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from typing import NamedTuple
 from inference_api.routing.backend import Backend
 from inference_api.routing.breaker import Owner
 
-# Errors that a backend gives until its requests all go to others, whose good answers may take longer; and that it still
-# has to give after these, or it would be blamed for bad requests that came in a short run.
+# Errors of the backend after which all of its requests go to others, whose good answers may take longer; and errors
+# still required after these, so that a short run of bad requests does not decide.
 _BEFORE, _AFTER = 3, 1
-# Good answers of others that are needed, and how many more for each bad one. Where a share p of the requests is bad
-# wherever it goes, the result is wrong with a probability of 0.0002 at most, which is at p = 0.22.
+# Good answers required of others, and how many more for each bad one. If a share p of the requests fails on every
+# backend, the probability of a wrong result is at most 0.0002, at p = 0.22.
 _GOOD, _GOOD_PER_BAD = 12, 8
-# Bad answers of others after which it is the requests.
+# Bad answers of others after which the requests are at fault.
 _BAD = 3
-# Seconds; what has not shown by then is not shown.
+# Seconds; then the comparison ends without a result.
 _LONGEST = 600.0
 
 
@@ -31,7 +31,7 @@ class Fault(Enum):
 
 
 class Comparison:
-    """Counts what became of the requests meant for a backend: of those it got, and of those that others got."""
+    """Counts the results of requests for a backend: those that it got, and those that went to others."""
 
     __slots__ = ("_after", "_bad", "_before", "_good")
 
@@ -50,7 +50,7 @@ class Comparison:
         return (self._before < _BEFORE or self._enough) and random < 0.5
 
     def own(self, good: bool) -> Fault | None:
-        """The backend has answered one. None: it does not show yet."""
+        """Record an answer of the backend. None: no result yet."""
         if good:
             return Fault.REQUESTS
         if self._enough:
@@ -60,7 +60,7 @@ class Comparison:
         return Fault.BACKEND if self._after >= _AFTER else None
 
     def other(self, good: bool) -> Fault | None:
-        """Another has answered one that was meant for it."""
+        """Record an answer of another backend in its place."""
         if good:
             self._good += 1
         else:
@@ -69,14 +69,14 @@ class Comparison:
 
 
 class Sample(NamedTuple):
-    """An attempt that counts in a comparison: of which backend, and on which it is made."""
+    """An attempt that counts in a comparison: the compared backend, and the one that gets the attempt."""
 
     of: Backend
     on: Backend
 
 
 class Comparisons:
-    """Those that are going on. `samples`: by whom each attempt that counts in one is made; empty nearly always."""
+    """The running comparisons. `samples`: owner -> attempt that counts in one; nearly always empty."""
 
     def __init__(self, rand: Callable[[], float]) -> None:
         self._rand = rand
@@ -97,14 +97,14 @@ class Comparisons:
         return [backend for backend, (_, began) in self._open.items() if now - began > _LONGEST]
 
     def assign(self, backend: Backend, other: Callable[[], Backend | None], owner: Owner) -> Backend:
-        """Who gets a request that is meant for one that is compared; `other()`: who would, if not that one."""
+        """The backend for a request that balancing gave to a compared one; `other()` chooses an alternative."""
         comparison, _ = self._open[backend]
         chosen = backend if comparison.keeps(self._rand()) else other() or backend
         self.samples[owner] = Sample(backend, chosen)
         return chosen
 
     def result(self, owner: Owner, on: Backend, good: bool) -> tuple[Backend, Fault] | None:
-        """An attempt has had its answer. The backend that it was a sample of, if it shows now whose fault it is."""
+        """Record the answer to an attempt. Returns the compared backend if this decides its comparison."""
         sample = self.samples.pop(owner, None)
         if sample is None or sample.on is not on:
             return None

@@ -50,7 +50,7 @@ _NO_CREDENTIALS = frozenset(
         "x-request-id",
     }
 )
-# A model that has more is refused; a name that has more addresses is used in part.
+# A model with more is refused; of a name with more addresses, only these are used.
 MAX_BACKENDS = 4096
 
 
@@ -59,9 +59,9 @@ class _Entry(BaseModel):
 
 
 class BackendEntry(_Entry):
-    """One backend: its base URL and its share of the traffic, relative to its siblings. A URL alone is one, too.
+    """One backend: its base URL and its weight, relative to the model's other backends. A plain URL is valid, too.
 
-    With `discovery: dns` it is as many backends as its host name has addresses, each with this weight.
+    With `discovery: dns` each address of the host name is one backend, with this weight.
     """
 
     url: str = Field(max_length=2048)
@@ -90,7 +90,7 @@ class BackendEntry(_Entry):
 
 
 class Hardware(_Entry):
-    """What a model runs on; carried through to /v1/models, not acted on."""
+    """The hardware of a model; only shown in /v1/models."""
 
     gpu: str | None = None
     gpu_count: int | None = Field(default=None, ge=0)
@@ -98,7 +98,7 @@ class Hardware(_Entry):
 
 
 class Timeouts(_Entry):
-    """Seconds, per model; None takes the router's setting."""
+    """Seconds, per model; None: the router's setting."""
 
     connect: Seconds | None = None
     first_byte: Seconds | None = None
@@ -107,10 +107,10 @@ class Timeouts(_Entry):
 
 
 class Credentials(_Entry):
-    """The token for the backends, by the environment variable or the file that holds it; a file is read again.
+    """The token for the backends: the environment variable or the file that holds it. Files are reloaded.
 
-    Only names that begin with BACKEND_: a catalogue must not be able to send the router's other secrets anywhere.
-    It goes out as `header: scheme token`; the scheme is Bearer where the header is `authorization`, else none.
+    Names must begin with BACKEND_, so that a catalogue cannot send other secrets of the router to a backend.
+    It is sent as `header: scheme token`; the default scheme is Bearer for `authorization`, else none.
     """
 
     env: Annotated[str, StringConstraints(pattern=r"^BACKEND_[A-Z0-9_]{1,100}$")] | None = None
@@ -123,7 +123,7 @@ class Credentials(_Entry):
     @field_validator("file")
     @classmethod
     def _file(cls, path: str | None, info: ValidationInfo) -> str | None:
-        # One that is refused is not here.
+        # A refused value is missing here.
         if "env" in info.data and (info.data["env"] is None) == (path is None):
             raise ValueError("give either `env` or `file`")
         if path is not None and not {".", ".."}.isdisjoint(path.split("/")):
@@ -139,12 +139,12 @@ class Credentials(_Entry):
 
     @property
     def source(self) -> str:
-        """What its token is known by."""
+        """The key of its token: the name of the variable, or the path of the file."""
         return self.env or self.file or ""
 
     @property
     def prefix(self) -> str:
-        """What stands before the token."""
+        """The text before the token."""
         scheme = self.scheme if self.scheme is not None else "Bearer" * (self.header == "authorization")
         return f"{scheme} " if scheme else ""
 
@@ -165,9 +165,9 @@ class CatalogueEntry(_Entry):
     timeouts: Timeouts = Timeouts()
     max_in_flight: int | None = Field(default=None, ge=1)
     credentials: Credentials | Literal["passthrough"] | None = None
-    # Whether clients may send what only those should who run the engines
+    # Whether clients may send fields that are reserved for operators
     engine_fields: Literal["refuse", "allow"] = "refuse"
-    # Who says how urgent a request is: an int64 that vLLM takes, lower is earlier
+    # Source of a request's priority: an int64 for vLLM, lower is earlier
     priority: Literal["client", "ignore", "caller"] | Int64 = "client"
     created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
 
@@ -191,11 +191,11 @@ class EntryKey(NamedTuple, Generic[T]):
     default: T
 
     def of(self, entry: CatalogueEntry) -> T:
-        """What the entry has under this key."""
+        """The entry's value of this key."""
         return cast(T, getattr(entry, self.name, self.default))
 
 
 def entry_type(keys: Iterable[EntryKey[Any]]) -> type[CatalogueEntry]:
-    """The class of entries that may have these keys, too."""
+    """The class of entries with these additional keys."""
     fields: dict[str, Any] = {key.name: (key.type, key.default) for key in keys}
     return create_model("CatalogueEntry", __base__=CatalogueEntry, **fields) if fields else CatalogueEntry

@@ -1,12 +1,12 @@
-"""Decides what errors do to a backend that the model's other backends do not give.
+"""Decides the effect of errors that a backend gives and the model's other backends do not.
 
-An error in an answer may be the fault of the request, or of what the router takes for an error. Two things follow.
+An error in an answer may be the fault of the request, or not be an error at all. There are two effects.
 
-At once: a backend that answers with errors is quicker than one that works, and looks idle. Where it has given more of
-them than the others lately, they count as requests in flight.
+At once: a backend that answers with errors is faster than a working one, and looks idle. If it recently gave more
+errors than the others, the excess counts as requests in flight.
 
-After several in a row they are compared (`comparison`). If that shows that it is the backend, its own circuit opens,
-for this model alone: a backend may lack one adapter, or refuse one key, and serve everything else.
+After several errors in a row it is compared with the others (`comparison`). If the backend is at fault, its own circuit
+opens, for this model alone: a backend may lack one adapter, or refuse one key, and serve everything else.
 """
 
 import logging
@@ -21,29 +21,29 @@ from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
 
-# Errors in a row that begin a comparison.
+# Errors in a row that start a comparison.
 _SUSPICIOUS = 3
-# Seconds without another one, after the requests were to blame: it costs a few requests their prefix caches.
+# Seconds until the next comparison, if the requests were at fault: it costs a few requests their prefix caches.
 _PAUSE = 10.0
 
-# What remains of the recent errors after each second; so they last for about half a minute. Less than one is none.
+# Decay of recent errors per second, so that they last for about half a minute. Less than one counts as none.
 _FADING = 0.967
-# So many more than the others chance may give a backend, and standard deviations of what all have.
+# Excess that chance explains: errors, and standard deviations of the common rate.
 _CHANCE, _DEVIATIONS = 8, 3.0
-# In a model that has more backends, who has more than the others is found once a second, not with every error.
+# With more backends, the excess is computed once a second, not at every error.
 _MANY = 64
 
-# Errors that are not a status, or not known by it.
+# Errors that are not a status, or that a status does not show.
 _LATE = frozenset({Outcome.PROTOCOL_ERROR, Outcome.TRUNCATED, Outcome.ERROR_EVENT})
-# What says that an address cannot serve: no answer, or one of these. Another circuit counts them, see `health`.
+# The address cannot serve: no answer, or one of these. The circuit of the address counts them, see `health`.
 DOWN_STATUS = frozenset({502, 503, 504})
 DOWN = frozenset({Outcome.CONNECT_FAILED, Outcome.RESET, Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT})
 
 
 class Faults:
-    """Gets the errors, and good answers while there is need of it.
+    """Gets errors, and good answers while it needs them.
 
-    `out` gets each backend whose circuit opens, for the first time or again, `back` each whose circuit closes.
+    `out` gets each backend whose circuit opens or reopens, `back` each whose circuit closes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Faults:
         # Models with recent errors
         self._recent: set[Model] = set()
         self._comparisons = Comparisons(rand)
-        # While there are any, good answers have to be reported, too.
+        # While there are any, good answers are reported, too.
         self.samples = self._comparisons.samples
 
     def answered(self, backend: Backend, owner: Owner, now: float, status: int) -> None:
@@ -83,7 +83,7 @@ class Faults:
         self._breaker.released(backend.circuit, owner)
 
     def choose(self, model: Model, key: str, backend: Backend, owner: Owner) -> Backend:
-        """Who gets a request that the balancer gives to `backend`, which is compared."""
+        """The backend for a request that the balancer gave to `backend`, which is being compared."""
 
         def other() -> Backend | None:
             return model.balancer.choose(model.available, key, [one for one in model.backends if one.compared])
@@ -91,7 +91,7 @@ class Faults:
         return self._comparisons.assign(backend, other, owner)
 
     def poll(self, now: float) -> None:
-        """Once a second: let recent errors fade, and end the comparisons that show nothing."""
+        """Once a second: decay recent errors, and end comparisons without a result."""
         for model in list(self._recent):
             for backend in model.backends:
                 faded = backend.recent * _FADING
@@ -103,7 +103,7 @@ class Faults:
             self._conclude(backend, Fault.REQUESTS, now)
 
     def _bad(self, backend: Backend, owner: Owner, now: float, refused: bool, late: bool) -> None:
-        """An error. `refused`: a 4xx. `late`: it came after the head of the answer, or instead of it."""
+        """Record an error. `refused`: a 4xx. `late`: it followed the head of the answer, or replaced it."""
         backend.errors += 1
         backend.recent += 1
         backend.refuses &= refused
@@ -120,7 +120,7 @@ class Faults:
             self._out(backend)
 
     def _good(self, backend: Backend, owner: Owner, now: float, complete: bool) -> None:
-        """A good answer; its head alone, unless `complete`, which shows as much where errors come with the head."""
+        """Record a good answer. Without `complete` only its head, which is enough where errors come with the head."""
         sample = self.samples.get(owner)
         if sample is not None and (complete or not sample.of.late):
             self._heed(owner, backend, now, good=True)
@@ -131,10 +131,10 @@ class Faults:
             _forget(backend)
             backend.recent, backend.extra = 0.0, 0
             self._back(backend)
-            _log(logging.INFO, "a backend no longer answers with errors of its own", backend)
+            _log(logging.INFO, "a backend no longer gives errors of its own", backend)
 
     def _failed(self, backend: Backend, owner: Owner, now: float) -> None:
-        """What a probe and a sample are for has failed."""
+        """Record the failure of a probe or sample."""
         self._heed(owner, backend, now, good=False)
         if backend.circuit.opened is not None and self._breaker.failed(backend.circuit, now, owner):
             self._out(backend)
@@ -148,7 +148,7 @@ class Faults:
         self._comparisons.end(backend)
         if fault is Fault.BACKEND:
             self._breaker.open(backend.circuit, now)
-            _log(logging.WARNING, "a backend answers with errors that others do not give", backend)
+            _log(logging.WARNING, "a backend gives errors that others do not", backend)
         else:
             backend.spared_until = now + _PAUSE
         self._out(backend)
@@ -161,11 +161,11 @@ def _is_comparable(model: Model, backend: Backend) -> bool:
 
 
 def _charge(model: Model) -> None:
-    """What every backend has given, by its weight, the requests may have brought; what one has beyond that counts."""
-    # One that is new has not met as many requests as the others.
+    """Errors beyond the common rate, by weight: the requests may have caused that rate."""
+    # A new backend has not had as many requests as the others.
     settled = [backend for backend in model.available if backend.share == 1.0]
     least = min((backend.recent / backend.weight for backend in settled), default=0.0)
-    # Where keys decide who gets a request, they decide who gets the bad ones, too.
+    # With prefix affinity, keys decide which backend gets the bad requests.
     keyed = model.entry.balancing == "prefix_affinity"
     for backend in model.backends:
         usual = least * backend.weight

@@ -1,8 +1,8 @@
-"""Files that are read again when they change, or at SIGHUP: the router goes on as they say.
+"""Reloads files when they change, or at SIGHUP.
 
-A change is seen by a poll of the file's identity, size and time once a second, through the symbolic links of which
-Kubernetes makes a ConfigMap or Secret. It counts when two polls have seen the same: not while the file is written. What
-cannot be used is logged once, and what there was before stays.
+A poll once a second compares identity, size and time of each file, and follows the symbolic links of ConfigMaps and
+Secrets. A change counts once two polls agree, not while the file is being written. An invalid file is logged once, and
+the previous content stays in use.
 """
 
 import asyncio
@@ -22,31 +22,31 @@ logger = logging.getLogger(__name__)
 
 _EVERY = 1.0
 _TOLD_PROBLEMS = 3
-# Identity, size and time of each file; None: there is none.
+# Identity, size and time of each file; None: missing.
 _Signature = list[tuple[int, int, int, int] | None]
 
 
 class Watched(Protocol):
-    """Something that is read from files."""
+    """An object that is read from files."""
 
     def poll(self, now: bool) -> Callable[[], None] | None:
-        """In a thread: read what has changed, or `now` everything. What it returns is called on the event loop."""
+        """Read changed files, or all of them with `now`, in a thread. The result is called on the event loop."""
         ...
 
 
 class Changes:
-    """Whether files have changed since they were last read."""
+    """Detects changes of files since they were last read."""
 
     def __init__(self, *paths: str | Path) -> None:
         self._paths = paths
         self._read = self._seen = _signature(paths)
 
     def settled(self, now: bool = False) -> bool:
-        """They have, and did not change since the last poll; or they are to be read `now`."""
+        """Whether they changed, and not since the last poll; or `now`."""
         before, self._seen = self._seen, _signature(self._paths)
         if not now and (self._seen == self._read or self._seen != before):
             return False
-        # Before they are read: a change meanwhile is another one.
+        # Recorded before reading: a change during it is a new one.
         self._read = self._seen
         return True
 
@@ -64,9 +64,9 @@ def _stat(path: str | Path) -> tuple[int, int, int, int] | None:
 
 
 class CatalogueFile:
-    """The static catalogue. `take` gets it whenever it has been read again.
+    """The static catalogue. `take` gets it after each reload.
 
-    `prepare` is called in the thread that reads, before.
+    `prepare` is called before that, in the thread that reads.
     """
 
     def __init__(
@@ -80,18 +80,18 @@ class CatalogueFile:
         self._prepare = prepare
         self._changes = Changes(path)
         self._complaint = ""
-        # When the file that first named a model was written, Unix seconds
+        # Model -> time of the file that first named it, Unix seconds
         self._created: dict[str, int] = {}
         self.take: Callable[[Catalogue], None] = lambda catalogue: None
 
     def load(self) -> Catalogue:
-        """For the start, when entries may be refused one by one. Raises CatalogueError."""
+        """Read it at the start, when entries may be refused one by one. Raises CatalogueError."""
         catalogue = self._dated(load_catalogue(self._path, self._entry_type))
         self._prepare(catalogue)
         return catalogue
 
     def _dated(self, catalogue: Catalogue) -> Catalogue:
-        """With a time in each entry, the same as before in one that was there before: it did not change by that."""
+        """The catalogue with a time in each entry; a model keeps its earlier time, so that its entry stays equal."""
         written = int(self._path.stat().st_mtime)
         self._created = {name: self._created.get(name, written) for name in catalogue}
         return dated(catalogue, self._created)
@@ -104,7 +104,7 @@ class CatalogueFile:
         except CatalogueError as exc:
             return partial(self._keep, str(exc))
         if catalogue.problems:
-            # What was served a moment ago is worth more than a part of what is meant.
+            # The complete previous catalogue is better than a part of the new one.
             told = "; ".join(catalogue.problems[:_TOLD_PROBLEMS])
             return partial(self._keep, f"catalogue {str(self._path)!r}: {told}")
         return partial(self._use, catalogue)
@@ -120,7 +120,7 @@ class CatalogueFile:
 
 
 class GivenCatalogue:
-    """A catalogue that is no file's and stays as it is."""
+    """A catalogue without a file, which never changes."""
 
     def __init__(self, catalogue: Catalogue, prepare: Callable[[Catalogue], None]) -> None:
         self._catalogue = catalogue
@@ -132,7 +132,7 @@ class GivenCatalogue:
         return self._catalogue
 
     def poll(self, now: bool) -> None:
-        """Nothing changes it."""
+        """Return None: it never changes."""
 
 
 def static_source(
@@ -141,12 +141,12 @@ def static_source(
     prepare: Callable[[Catalogue], None],
     entry_type: type[CatalogueEntry] = CatalogueEntry,
 ) -> CatalogueFile | GivenCatalogue:
-    """Where the static catalogue comes from: the file, unless one is `given`."""
+    """The source of the static catalogue: the file, unless one is `given`."""
     return CatalogueFile(path, prepare, entry_type) if given is None else GivenCatalogue(given, prepare)
 
 
 class Reloader:
-    """Has each of these look at its files, `every` so many seconds; a look that hangs holds up no other."""
+    """Polls each of these `every` so many seconds; a poll that hangs delays no other."""
 
     def __init__(self, watched: Iterable[Watched], every: float = _EVERY) -> None:
         self._every = every
@@ -159,7 +159,7 @@ class Reloader:
                 group.create_task(self._follow(one, told))
 
     def now(self) -> None:
-        """Have everything read again, changed or not."""
+        """Reload everything, changed or not."""
         for _, told in self._watched:
             told.set()
 
@@ -175,5 +175,5 @@ class Reloader:
                 if take is not None:
                     take()
             except Exception:
-                # The boundary of a background task: it has to be there for the next poll.
-                logger.exception("reading a file again failed")
+                # The boundary of a background task: it must survive for the next poll.
+                logger.exception("reloading a file failed")

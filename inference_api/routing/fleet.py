@@ -1,4 +1,4 @@
-"""What lives behind a catalogue: a Model is the set of its backends, the Fleet that of all models."""
+"""The live state of a catalogue: a Model holds its backends, the Fleet all models."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -9,18 +9,18 @@ from inference_api.routing.backend import Backend, Origin
 from inference_api.routing.balancer import Balancer
 from inference_api.routing.entries import BalancingName, CatalogueEntry
 
-# What a backend that is new, or back, gets of its weight at first.
+# Initial part of its weight for a new or recovered backend.
 FIRST_SHARE = 0.1
 
 
 class Guard(Protocol):
-    """Chooses for a Model while a circuit of a backend is not closed, or one is compared with the others."""
+    """Chooses for a Model while a circuit of a backend is not closed, or a comparison runs."""
 
     def choose(self, model: "Model", key: str, tried: Collection[Backend]) -> Backend | None: ...
 
 
 class Model:
-    """A resolved name: its catalogue entry, its backends, and what they have in flight together."""
+    """A resolved name: its catalogue entry, its backends, and its requests in flight."""
 
     __slots__ = (
         "_guard", "available", "awake", "backends", "balancer", "entry", "guard", "in_flight", "leaving",
@@ -37,25 +37,25 @@ class Model:
         self.name = entry.name
         self.entry = entry
         self.balancer = balancer
-        # Shared: replaced as a whole, never edited, so that a balancer may cache by identity.
+        # Shared: replaced as a whole, never edited, so that balancers may cache by identity.
         self.backends = backends
         self.available = self.awake = backends
-        # Those whose circuit is not closed, in the order in which they become half-open.
+        # Backends with a circuit that is not closed, in the order in which they become half-open.
         self.open: tuple[Backend, ...] = ()
         self.panic = False
-        # `guard`: while there is need of it.
+        # `guard`, while it is needed.
         self._guard = guard
         self.guard: Guard | None = None
-        # Gone from the catalogue, not yet done: one that comes back must not look idle.
+        # Removed, with attempts in flight: a backend that returns must not look idle.
         self.leaving: tuple[Backend, ...] = ()
         # Live state
         self.in_flight = 0
         self.max_model_len: int | None = None
-        # Of an address that serves another model there may be something known already.
+        # An address that serves another model may have state already.
         self.refresh()
 
     def choose(self, key: str, tried: Collection[Backend] = ()) -> Backend | None:
-        """The backend for the next attempt, None if there is none now. Whoever gets one makes an attempt on it."""
+        """The backend for the next attempt, or None. The caller must use it: choosing may claim the half-open probe."""
         if self.guard is not None:
             return self.guard.choose(self, key, tried)
         return self.balancer.choose(self.available, key, tried)
@@ -65,7 +65,7 @@ class Model:
         self.refresh()
 
     def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], balancer: Balancer[Backend]) -> None:
-        """Take a new version of the entry, or other backends of it; what is in flight stays counted."""
+        """Apply a new entry, or new backends; attempts in flight stay counted."""
         if entry is not self.entry:
             self.max_model_len = None
         self.entry, self.balancer = entry, balancer
@@ -76,11 +76,11 @@ class Model:
             self.refresh()
 
     def refresh(self, reweighed: bool = False) -> None:
-        """Decide anew which backends are available, because one has changed its state or (`reweighed`) its share.
+        """Recompute the available backends after a change of state or (`reweighed`) of a share.
 
-        All are, if more than half should not be: then it is the judgement that is wrong, or the rest would be crushed.
-        And so is an only one: trying it is all that can be done. Those that sleep are no matter of judgement: they say
-        so themselves, and would not answer.
+        All are available if more than half would be out: then detection is wrong, or the rest would be overloaded. An
+        only backend is always available: there is no alternative. Sleeping backends are out in any case: the engine
+        reports that itself, and would not answer.
         """
         self.awake = backends = tuple(backend for backend in self.backends if not backend.origin.asleep)
         usable = [backend for backend in backends if backend.usable]
@@ -99,31 +99,31 @@ class Model:
 
 
 class Fleet:
-    """Every Model by every name it answers to, kept across catalogue changes so that live state survives them."""
+    """Every Model by all of its names. Models persist across catalogue changes, with their state."""
 
     def __init__(self, make_balancer: Callable[[BalancingName], Balancer[Backend]]) -> None:
         self._make_balancer = make_balancer
         self.models: dict[str, Model] = {}
-        # name or alias -> Model; the one look-up that a request makes.
+        # Name or alias -> Model; the only look-up of a request.
         self.by_name: dict[str, Model] = {}
-        # Of the backends with `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of backends, see
+        # Results of `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of backends, see
         # `endpointslices`. A host name is no URL.
         self.addresses: dict[str, Sequence[str]] = {}
-        # URL -> Origin, of all backends, and of those that left and have not yet ended what they have in flight.
+        # URL -> Origin, of all backends, and of removed ones with attempts in flight.
         self.origins: dict[str, Origin] = {}
         self._vacant: set[Origin] = set()
         self._guard: Guard | None = None
-        # Grows with every change that a list of the models would show.
+        # Grows with every change of the list of models.
         self.version = 0
 
     def protect(self, guard: Guard) -> None:
-        """Let it choose for each of the models while there is need of it."""
+        """Give every model this guard, which chooses while it is needed."""
         self._guard = guard
         for model in self.models.values():
             model.protect(guard)
 
     def update(self, catalogue: Mapping[str, CatalogueEntry]) -> None:
-        """Make the fleet what the catalogue says. Backends that left finish what they have in flight."""
+        """Apply a catalogue. Removed backends finish their attempts in flight."""
         models = {entry.name: self._model(entry) for entry in catalogue.values()}
         for gone in self.models.keys() - models.keys():
             self._move(self.models[gone].backends, ())
@@ -146,8 +146,8 @@ class Fleet:
         return known
 
     def resolve(self, name: str, addresses: Sequence[str], models: Iterable[str]) -> None:
-        """The host name, or URL, has these addresses now; `models` are those that use it."""
-        # What the first poll finds is not new, only found late.
+        """Set the addresses of a host name or URL; `models`: those that use it."""
+        # Backends that the first poll finds are not new, and need no slow start.
         joining = name in self.addresses
         self.addresses[name] = addresses
         for user in models:
@@ -164,7 +164,7 @@ class Fleet:
             backend, origin = by_url.get(url), self._origin(url)
             if backend is None or backend.origin is not origin:
                 backend = Backend(entry.name, url, origin=origin)
-                # Beside backends that are warm a new one starts slowly.
+                # Slow start for a new backend beside warm ones.
                 backend.share = 0.0 if joining and known and known.backends else 1.0
             backend.full_weight = weight
             backend.weigh(max(backend.share, first_share(entry.balancing)))
@@ -178,7 +178,7 @@ class Fleet:
         return origin
 
     def _move(self, before: Sequence[Backend], after: Sequence[Backend]) -> None:
-        """Tell the origins of a model's backends which of these they serve now."""
+        """Update the origins of a model's backends."""
         if before == after:
             return
         for backend in set(before).difference(after):
@@ -189,7 +189,7 @@ class Fleet:
             backend.origin.backends[backend] = None
 
     def _forget_vacant(self) -> None:
-        """Drop the origins that serve no model any more; not before what they have in flight has ended."""
+        """Drop origins without a model, once their attempts have ended."""
         for origin in [origin for origin in self._vacant if origin.backends or not origin.in_flight]:
             self._vacant.discard(origin)
             if not origin.backends:
@@ -197,5 +197,5 @@ class Fleet:
 
 
 def first_share(balancing: BalancingName) -> float:
-    """What a cold backend gets of its weight. With prefix affinity all: a weight that grows would move keys about."""
+    """The initial part of a cold backend's weight. With prefix affinity all of it: a growing weight would move keys."""
     return 1.0 if balancing == "prefix_affinity" else FIRST_SHARE

@@ -1,13 +1,12 @@
 """Decides which backends are available: circuit breaker, health checks, stall watchdog.
 
-A backend is out while a circuit of it is not closed (`breaker`), and while its address fails its health checks
-(`prober`), sleeps (`engine_metrics`), or is stuck: it has requests and has not sent a byte for a minute, whatever its
-/health says. One that comes back starts slowly. `Model.available` is made anew whenever any of this changes; a request
-only looks at the result.
+A backend is out while one of its circuits is not closed (`breaker`), or while its address fails health checks
+(`prober`), sleeps (`engine_metrics`), or is stuck: it has requests and has sent no byte for a minute, even if /health
+passes. A recovered backend starts slowly. `Model.available` is recomputed at every change; requests only read it.
 
-There are two circuits. What never was an answer, and 502, 503 and 504, say that the address cannot serve: a few in a
-row open the circuit of the address, for all of its models. Any other error a request or a dialect may cause; whether it
-is the backend's, and its own circuit opens, is decided in `faults`.
+There are two circuits. Attempts without an answer, and 502, 503 and 504, mean that the address cannot serve: a few in a
+row open the circuit of the address, for all of its models. Requests or dialects may cause any other error: `faults`
+decides whether the backend is at fault, and then opens the backend's own circuit.
 """
 
 import asyncio
@@ -23,21 +22,21 @@ from inference_api.routing.fleet import Fleet, Model, first_share
 
 logger = logging.getLogger(__name__)
 
-# Failures in a row until a backend is out, passes in a row until it is back.
+# Failed checks in a row until a backend is out, passes in a row until it is back.
 _OUT_AFTER, _IN_AFTER = 3, 2
-# A backend with so many requests in flight is watched for silence.
+# Requests in flight from which a backend is watched for silence.
 _CROWD = 3
 _USUAL_FIRST_BYTE = 120.0
-# Seconds from the first share of the weight to all of it.
+# Seconds of slow start, from the initial part of the weight to all of it.
 _SLOW_START = 30.0
-# A model's only backend is tried this often while it refuses connections.
+# Seconds between attempts on a model's only backend while it refuses connections.
 _SOLE_COOLDOWN = 1.0
 
 _OK = Outcome.OK
-# That an address can serve. What is neither this nor DOWN says nothing of it: a client that left, or the total timeout.
+# The address can serve. Outcomes neither here nor in DOWN are neutral: a client disconnect, or the total timeout.
 _SERVED = frozenset({_OK, Outcome.UPSTREAM_4XX})
 
-# What is shown as a backend's last error
+# Outcomes shown as a backend's last error
 _ERRORS = DOWN | {Outcome.PROTOCOL_ERROR, Outcome.UPSTREAM_5XX, Outcome.TRUNCATED, Outcome.ERROR_EVENT}
 
 
@@ -52,12 +51,12 @@ def _task() -> Owner:
 
 
 class Health:
-    """Takes every attempt and every health check into account, and polls all backends once a second.
+    """Evaluates every attempt and every health check, and polls all backends once a second.
 
-    `last_byte_at(url)`: when a byte last came from a backend, in seconds of `clock`. `connect`, `first_byte`: the
-    timeouts, in seconds, of models that have none of their own. `owner()`: the task whose attempt is chosen for or
-    reported; a request is one task from choice to end, by which a probe is known from other attempts. `rand`
-    gives [0, 1). `stuck_after`: seconds without a byte, longer where the first byte of an answer may take longer.
+    `last_byte_at(url)`: time of the last byte from a backend, in seconds of `clock`. `connect`, `first_byte`: default
+    timeouts in seconds. `owner()`: the current task; a request is one task from choice to end, which distinguishes the
+    probe from other attempts. `rand` gives [0, 1). `stuck_after`: seconds without a byte, longer if the timeout of
+    the first byte is longer.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Health:
         self._clock = clock
         self._owner = owner
         self._faults = Faults(fleet, breaker, rand, self._refresh_one, self._bring_back)
-        # Attempts of which a good answer counts, too; and when it last looked
+        # Attempts whose good answers count, too; time of the last poll
         self._samples = self._faults.samples
         self._polled: float | None = None
         fleet.protect(self)
@@ -92,12 +91,12 @@ class Health:
     # Attempts
 
     def answered(self, backend: Backend, status: int) -> None:
-        """The head of an answer has come."""
+        """Record the head of an answer."""
         if status >= 400 or backend.errors or backend.origin.failures or self._samples:
             self._answered(backend, status)
 
     def ended(self, backend: Backend, outcome: Outcome) -> None:
-        """An attempt is over, whether it had an answer or not."""
+        """Record the end of an attempt, with or without an answer."""
         if outcome is not _OK or backend.errors or backend.origin.failures or self._samples:
             self._ended(backend, outcome)
 
@@ -107,7 +106,7 @@ class Health:
             self._failed(origin, owner)
         elif origin.opened is not None:
             if status >= 500:
-                # Not known to be well. Without this, one request after the other would be the probe.
+                # No result. Without this, one request after the other would be the probe.
                 self._failed(origin, owner)
             elif self._breaker.succeeded(origin, owner):
                 self._closed(origin)
@@ -128,7 +127,7 @@ class Health:
 
     def _failed(self, origin: Origin, owner: Owner, refused: bool = False) -> None:
         if origin.asleep:
-            # It is out without having failed; what it was sent before that was known says nothing new.
+            # It is out without a failure; earlier attempts on it carry no new information.
             return
         was_closed = origin.opened is None
         if not self._breaker.failed(origin, self._clock(), owner):
@@ -149,7 +148,7 @@ class Health:
         if len(model.awake) == 1:
             return self._choose_sole(model, model.awake[0], tried, now)
         if tried:
-            # A request that has failed once is the probe only where nothing else is left.
+            # A retry becomes the probe only if no other backend is left.
             return model.balancer.choose(model.available, key, tried) or self._probe(model, tried, now)
         backend = self._probe(model, tried, now) or model.balancer.choose(model.available, key, tried)
         if backend is None or not backend.compared:
@@ -165,12 +164,12 @@ class Health:
         return None
 
     def _take(self, backend: Backend, now: float) -> bool:
-        """Make the request the probe of each circuit that is not closed. Only that of the address has other users."""
+        """Make the request the probe of each circuit that is not closed; other models share that of the address."""
         owner, circuits = self._owner(), (backend.origin, backend.circuit)
         return all(self._breaker.take(circuit, now, owner) for circuit in circuits if circuit.opened is not None)
 
     def _choose_sole(self, model: Model, sole: Backend, tried: Collection[Backend], now: float) -> Backend | None:
-        """It is kept from requests only while it refuses connections, so that they fail fast."""
+        """A model's only backend is out only while it refuses connections, so that requests fail fast."""
         if sole in tried:
             return None
         origin = sole.origin
@@ -178,14 +177,14 @@ class Health:
             return sole
         if not origin.refused:
             return sole
-        # A probe that is out for longer than connecting may take has its connection.
+        # After the connect timeout, a running probe has its connection.
         connected = origin.probe is not None and now - origin.probed > (model.entry.timeouts.connect or self._connect)
         return sole if connected else None
 
     # Health checks
 
     def checked(self, origin: Origin, passed: bool) -> None:
-        """A health check has passed or failed."""
+        """Record the result of a health check."""
         if passed:
             origin.passed = self._clock()
             origin.streak = max(origin.streak, 0) + 1
@@ -200,19 +199,19 @@ class Health:
             self._come_back(origin)
             _log(logging.INFO, "a backend passes its health checks again", origin)
 
-    # What it says of itself
+    # State that engines report
 
     def slept(self, origin: Origin, asleep: bool | None) -> None:
-        """A backend has told whether it sleeps, or has not told for long (None)."""
+        """Record whether a backend sleeps; None: no report for long."""
         was, origin.asleep = origin.asleep, asleep
         if asleep and not was:
-            # Whatever it is silent for, it is not stuck.
+            # A sleeping backend is silent, not stuck.
             origin.stuck_since = None
             self._refresh(origin)
             _log(logging.INFO, "a backend is asleep", origin, in_flight=origin.in_flight)
         elif was and not asleep:
             self._come_back(origin)
-            _log(logging.INFO, "a backend is not asleep any more", origin, told=asleep is not None)
+            _log(logging.INFO, "a backend is awake again", origin, told=asleep is not None)
 
     # Once a second
 
@@ -222,11 +221,11 @@ class Health:
             try:
                 self.poll()
             except Exception:
-                # The boundary of a background task: the next poll must not depend on this one.
-                logger.exception("a look at the backends failed")
+                # The boundary of a background task: a failed poll must not end the next ones.
+                logger.exception("polling the state of backends failed")
 
     def poll(self) -> None:
-        """Find stuck backends and those that recovered, and raise the share of those that started slowly."""
+        """Find stuck and recovered backends, and raise the shares of backends in slow start."""
         now = self._clock()
         grown = 0.0 if self._polled is None else (now - self._polled) / _SLOW_START
         self._polled = now
@@ -253,7 +252,7 @@ class Health:
             _log(logging.WARNING, "a backend is stuck", origin, in_flight=origin.in_flight)
 
     def _is_silent(self, origin: Origin, crowded: float, now: float) -> bool:
-        """Whether no byte has come for longer than any of its models may take to begin an answer."""
+        """Whether it has been silent for longer than the first-byte timeouts of all of its models."""
         since = max(crowded, self._last_byte_at(origin.url))
         if now - since < self._stuck_after:
             return False
@@ -269,7 +268,7 @@ class Health:
         if not answered:
             if origin.crowded_since is not None or origin.passed <= since:
                 return
-            # Those that waited have given up. It may be well again; one request finds out.
+            # The waiting requests have timed out. It may have recovered; one request tries.
             self._breaker.suspect(origin, now)
         origin.stuck_since = None
         self._come_back(origin)
@@ -282,7 +281,7 @@ class Health:
         return [model for model in models if model is not None]
 
     def _come_back(self, origin: Origin) -> None:
-        """One reason less for its backends to be out; those of which it was the last one start slowly."""
+        """Clear one reason for being out; backends without another one return with a slow start."""
         for backend in origin.backends:
             self._bring_back(backend)
 
@@ -309,7 +308,7 @@ class Health:
 
 
 def _log(level: int, text: str, origin: Origin, **fields: object) -> None:
-    """Once for an address, whatever the number of its models; the first one is named."""
+    """Log a change of an address once, with the first of its models."""
     models = [backend.model for backend in origin.backends]
     if len(models) > 1:
         fields = {"models": len(models), **fields}

@@ -1,4 +1,4 @@
-"""Health checks: asks every address for its /health, on connections of its own."""
+"""Health checks: requests /health of every address, on separate connections."""
 
 import asyncio
 import logging
@@ -16,25 +16,25 @@ from inference_api.routing.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 
-# Seconds in which each of them is asked for the first time.
+# Seconds over which the first checks are spread.
 _FIRST = 3.0
-# Engines that are well may take longer than most: SGLang generates a token first, and gives up after 20 s itself; in
-# llama.cpp all threads that could answer may be waiting for a long prompt.
+# Healthy engines may answer slowly: SGLang generates a token first, with a timeout of 20 s; in llama.cpp, all threads
+# may be busy with a long prompt.
 _LEAST_TIMEOUT: dict[Engine, float] = {"sglang": 25.0, "llamacpp": 25.0}
-# An answer is enough; a connection that is kept would be closed by the engine before the next time.
+# Engines close an idle connection before the next check.
 _HEADERS = {"connection": "close", "user-agent": "inference-api"}
 
 
 class Prober:
     """Reports to `on_check` whether an address passes: it answers in time, with a status below 500.
 
-    An address has one check, whatever the number of its models. Engines without a /health pass, too. A timeout is no
-    verdict while the backend sends bytes of other answers: it is busy.
+    An address has one check for all of its models. Engines without /health pass, too. A timeout does not count while
+    the backend sends bytes of other answers: it is busy.
 
     `last_byte_at(url)`: loop time of the backend's last byte. `every`: seconds between two checks, +-20 %; the first
-    one comes within `first`. `timeout`: seconds for one, at least, see `_LEAST_TIMEOUT`. `enrol_every`: seconds until
-    a new address is found. `concurrency`: of a thousand backends, a hundred of them hung, about 50 are checked at a
-    time. `transport` should not be the one that carries the traffic.
+    one comes within `first`. `timeout`: seconds for one, at least `_LEAST_TIMEOUT`. `enrol_every`: seconds until a
+    new address is found. `concurrency`: of a thousand backends with a hundred that hang, about 50 are checked at a
+    time. `transport` should not be the one of the traffic.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Prober:
         self._rand = rand
         self._first = min(every, first)
         self._enrol_every = enrol_every
-        # Those that have a task here
+        # Addresses with a running task
         self._watched: set[Origin] = set()
         self._slots = asyncio.Semaphore(concurrency)
 
     async def run(self) -> None:
-        """Check until cancelled; addresses that come are found within a second, those that left are let go."""
+        """Check until cancelled; new addresses are found within a second, removed ones dropped."""
         async with asyncio.TaskGroup() as group:
             while True:
                 for origin in self._fleet.origins.values():
@@ -75,7 +75,7 @@ class Prober:
                 await asyncio.sleep(self._enrol_every)
 
     async def _watch(self, origin: Origin) -> None:
-        # Spread: a thousand at once would be a burst. Soon: who starts a router wants to know who cannot be reached.
+        # Spread, to avoid a burst; soon, so that the operator sees unreachable backends at the start.
         await asyncio.sleep(self._first * self._rand())
         while origin.backends:
             before = origin.cause
@@ -87,13 +87,13 @@ class Prober:
                 if passed is not None:
                     self._on_check(origin, passed)
             except Exception:
-                # The boundary of a background task: one odd engine must not end the checks of the others.
+                # The boundary of a background task: a failed check must not end the others.
                 logger.exception("a health check could not be made", extra={"fields": {"backend": origin.label}})
             await asyncio.sleep(spread(self._every, self._rand()))
         self._watched.discard(origin)
 
     async def check(self, origin: Origin) -> bool | None:
-        """One health check; None: no verdict. `origin.cause` is then why it failed."""
+        """Make one health check; None: no result. Sets `origin.cause` to the reason of a failure."""
         began = asyncio.get_running_loop().time()
         try:
             url, target = origin.address("/health")
@@ -126,7 +126,7 @@ def _failed(origin: Origin, cause: str) -> Literal[False]:
 
 
 def _log_change(origin: Origin) -> None:
-    """Once for each change, whatever comes of it: what is out, and what is not, is decided in `health`."""
+    """Log each change once. `health` decides whether the backend is out."""
     fields = {"model": next((backend.model for backend in origin.backends), None), "backend": origin.label}
     if origin.cause is None:
         logger.info("a backend can be reached again", extra={"fields": fields})

@@ -1,11 +1,11 @@
-"""From a model's name to the Model: a registry that is asked in the background, over a static catalogue.
+"""From a model's name to the Model: a registry, polled in the background, over a static catalogue.
 
     registry answers      its catalogue is served                               source "registry"
     it stops answering    its last good catalogue is served, however old        source "stale"
     it never answered     the static catalogue is served                        source "static"
                           a name that is not in it may exist: 503, not 404
 
-A request only looks a name up in memory. It never waits for the registry; the start of the process does, 5 s at most.
+A request looks the name up in memory and never waits for the registry; the start of the process waits, up to 5 s.
 """
 
 import asyncio
@@ -32,17 +32,17 @@ from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
 
-# Beyond this an answer is not a catalogue; 10,000 models are about 3 MB. Decoding one holds up the event loop.
+# Limit of an answer; 10,000 models are about 3 MB. Decoding blocks the event loop.
 MAX_BYTES = 16 * 1024 * 1024
 # Seconds to the next poll after failures in a row: any time up to 1, 2, 4 ... 30.
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
 _TOLD_KEYS = 10
-# A longer one is not worth sending back.
+# A longer ETag is not sent back.
 _MAX_ETAG = 256
 
 
 class RegistryStatus(NamedTuple):
-    """What the registry client says about itself; `last_success` is Unix seconds, 0 for never."""
+    """The state of the registry client; `last_success` is Unix seconds, 0 for never."""
 
     source: str
     models: int
@@ -51,7 +51,7 @@ class RegistryStatus(NamedTuple):
 
 
 class RegistryError(Exception):
-    """The registry could not be used this time; `reason` is a short word for metrics."""
+    """A poll of the registry failed; `reason` is a short word for metrics."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -61,9 +61,9 @@ class RegistryError(Exception):
 class Registry:
     """Keeps a Fleet up to date with the registry. `refresh`: seconds between two polls, +-20 %; less after a failure.
 
-    `clock` is monotonic seconds, `rand` gives [0, 1). `prepare` gets each catalogue before it is served, in a thread.
-    `cold_start`: seconds that the start waits; `timeout`: for one poll, all in all: httpx's own limit is for each
-    read, which a dripping registry never exceeds. `max_bytes`: of an answer.
+    `clock` is monotonic seconds, `rand` gives [0, 1). `prepare` gets each catalogue before it takes effect, in a
+    thread. `cold_start`: seconds that the start waits; `timeout`: for a whole poll, since httpx's own limit is per
+    read, which a trickling answer never exceeds. `max_bytes`: of an answer.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Registry:
         self._rand = rand
         self._on_change = on_change
         self._prepare = prepare
-        # Shared: the catalogue is in the cache for as long as it counts as live
+        # Shared: the cache holds the catalogue while it counts as live
         self._live: TTLCache[str, Catalogue] = TTLCache(maxsize=1, ttl=2.5 * refresh, timer=clock)
         self._last_good: Catalogue | None = None
         self._etag: str | None = None
@@ -100,8 +100,8 @@ class Registry:
         self._last_success = 0.0
         self._failures: Counter[str] = Counter()
         self._failed_in_a_row = 0
-        # The source and the reason of the failures that the log has told of; None: of none
-        # The keys that it has told of
+        # Source and reason of the failure that was logged, or None
+        # Unknown keys that were logged
         self._ignored: frozenset[str] = frozenset()
         self._told: tuple[str, str] | None = None
         self._polling: asyncio.Task[None] | None = None
@@ -109,7 +109,7 @@ class Registry:
         self._take(static, "static catalogue")
 
     def resolve(self, name: str, caller: Caller | None = None) -> Model:
-        """The Model of a name or alias. Raises ModelNotFound, or RegistryUnavailable if that is not known yet."""
+        """The Model of a name or alias. Raises ModelNotFound, or RegistryUnavailable before the first answer."""
         model = self._fleet.by_name.get(name)
         if model is None:
             if self.awaited:
@@ -119,7 +119,7 @@ class Registry:
         return model
 
     def replace_static(self, catalogue: Catalogue) -> None:
-        """The static catalogue has been read again; it is what is served only if no registry has answered."""
+        """Apply a reloaded static catalogue, unless a registry has answered."""
         fields = {"models": len(catalogue), "serving": self.source, **changes(self._static, catalogue)}
         logger.info("the static catalogue was reloaded", extra={"fields": fields})
         changed, self._static = catalogue != self._static, catalogue
@@ -129,7 +129,7 @@ class Registry:
 
     @property
     def awaited(self) -> bool:
-        """There is a registry, and it has not given a catalogue yet."""
+        """Whether a registry is set and has not given a catalogue yet."""
         return self._client is not None and self._last_good is None
 
     @property
@@ -142,7 +142,7 @@ class Registry:
         return RegistryStatus(self.source, len(self._fleet.models), self._last_success, dict(self._failures))
 
     async def start(self) -> None:
-        """The first poll, before any request is taken; it may fail, the static catalogue is there."""
+        """The first poll, before the first request; if it fails, the static catalogue is served."""
         if self._client is None:
             return
         try:
@@ -184,8 +184,8 @@ class Registry:
             self._failed(RegistryError("timeout", f"its answer did not end within {self._timeout:.0f} s"))
             return
         except Exception:
-            # The boundary of a background task: it has to be there for the next poll.
-            logger.exception("a look at the registry failed")
+            # The boundary of a background task: it must survive for the next poll.
+            logger.exception("polling the registry failed")
             self._failures["internal"] += 1
             self._failed_in_a_row += 1
             return
@@ -203,9 +203,9 @@ class Registry:
                 self._on_change()
 
     async def _fetch(self) -> Catalogue | None:
-        """The registry's catalogue; the last one when it has not changed; None to keep what there is."""
+        """The registry's catalogue, or the previous one if unchanged; None: keep the current one."""
         assert self._client is not None
-        # Not compressed: of a few KB an attacker could make more than the memory holds.
+        # Not compressed: a few KB could expand to more than the memory.
         headers = {"accept-encoding": "identity"} | ({} if self._etag is None else {"if-none-match": self._etag})
         try:
             async with self._client.stream("GET", "/models", headers=headers, follow_redirects=False) as response:
@@ -222,10 +222,10 @@ class Registry:
         # 10,000 entries take about 0.2 s to check: not on the event loop.
         catalogue = await asyncio.to_thread(self._read, content)
         if not catalogue and self._fleet.models and not self._empty_once:
-            # All models gone at once is more often a fault than a wish, and a registry that has just been set up is
-            # empty before it is filled; accept it the second time.
+            # An empty catalogue is more often a fault than intended, and a new registry is empty before it is filled:
+            # accept it the second time.
             self._empty_once = True
-            logger.warning("the registry lists no models; the last catalogue is kept until it says so again")
+            logger.warning("the registry lists no models; the previous catalogue stays until a second poll agrees")
             return None
         self._empty_once = False
         self._etag = _etag(response)
@@ -246,7 +246,7 @@ class Registry:
         state = self.source, error.reason
         if state != self._told:
             if state[0] == "stale" and (self._told is None or self._told[0] != "stale"):
-                logger.warning("the registry's catalogue is stale, and is served until there is another one")
+                logger.warning("the registry's catalogue is stale, and stays in use until the registry answers")
             if self._told is None or state[1] != self._told[1]:
                 logger.warning("the registry cannot be used: %s", error, extra={"fields": {"serving": self.source}})
             self._told = state
@@ -255,7 +255,7 @@ class Registry:
         self._empty_once = False
 
     def _tell_changes(self, catalogue: Catalogue) -> None:
-        """Of the catalogue that is served; the first one of the registry stands for the static one."""
+        """Log the changes of the served catalogue; the first one of the registry replaces the static one."""
         before = self._static if self._last_good is None else self._last_good
         if changed := changes(before, catalogue):
             logger.info("the catalogue has changed", extra={"fields": {"models": len(catalogue), **changed}})
@@ -263,7 +263,7 @@ class Registry:
     def _take(self, catalogue: Catalogue, source: str) -> None:
         if catalogue.ignored - self._ignored:
             told = ", ".join(sorted(catalogue.ignored)[:_TOLD_KEYS])
-            logger.warning("keys of the registry's entries are ignored, for this router does not know them: %s", told)
+            logger.warning("unknown keys in the registry's entries are ignored: %s", told)
             self._ignored = catalogue.ignored
         for problem in catalogue.problems:
             logger.warning("an entry of the %s is refused: %s", source, problem)
@@ -272,13 +272,13 @@ class Registry:
 
 def _etag(response: httpx.Response) -> str | None:
     etag = response.headers.get("etag")
-    # Anything else cannot be sent back, or not cheaply.
+    # Other values are not valid in a request header, or too long.
     return etag if etag is not None and etag.isascii() and etag.isprintable() and len(etag) <= _MAX_ETAG else None
 
 
 async def _read_body(response: httpx.Response, limit: int) -> bytes:
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise RegistryError("garbage", "its answer is compressed, which it was not asked for")
+        raise RegistryError("garbage", "its answer is compressed, although the router does not accept that")
     body = bytearray()
     async for data in response.aiter_bytes():
         body += data

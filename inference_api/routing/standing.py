@@ -1,4 +1,4 @@
-"""The state of a backend, for operators: whether it takes requests, since when not, and why."""
+"""The state of a backend, for operators: whether it takes requests, and since when and why not."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -11,7 +11,7 @@ from inference_api.routing.fleet import Model
 State = Literal["open", "half_open", "unhealthy", "stuck", "asleep", "resting", "recovering", "ready"]
 CircuitState = Literal["closed", "open", "half_open"]
 
-# Seconds for a client, where nobody accepts connections: it is a restart, or takes longer than any client waits.
+# Retry-After if connections are refused: either a short restart, or longer than any client waits.
 SOON = 1
 _SHOWN = 3
 
@@ -27,7 +27,7 @@ class Standing(NamedTuple):
 
 
 def standing(backend: Backend, now: float, resting: float | None = None) -> Standing:
-    """`resting`: until when it has asked to be left alone."""
+    """`resting`: end of its Retry-After pause."""
     origin, since = backend.origin, backend.changed
     circuit = _circuit(backend, now)
     if circuit != "closed":
@@ -36,19 +36,19 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
         # Without a cause the last one has passed, and one is not enough.
         return Standing("unhealthy", circuit, f"health check: {origin.cause or 'one has passed, two must'}", since)
     if origin.stuck_since is not None:
-        return Standing("stuck", circuit, "requests wait, and no byte comes", origin.stuck_since)
+        return Standing("stuck", circuit, "it has requests, and sends no byte", origin.stuck_since)
     if origin.asleep:
-        return Standing("asleep", circuit, "it says that it sleeps", since)
+        return Standing("asleep", circuit, "it reports that it sleeps", since)
     if resting is not None and resting > now:
         return Standing("resting", circuit, "it sent Retry-After", since, resting)
     if backend.share < 1.0:
         return Standing("recovering", circuit, "slow start", since)
-    # Not out yet: it takes a few failures in a row.
+    # Not out yet: that requires a few failures in a row.
     return Standing("ready", circuit, _trouble(backend), since)
 
 
 def no_backend(model: Model, now: float) -> NoBackend:
-    """The error of a request for which there is nobody to try."""
+    """The error for a request without an available backend."""
     refused = bool(model.awake) and all(backend.origin.refused for backend in model.awake)
     return NoBackend(
         model.name,
@@ -60,9 +60,9 @@ def no_backend(model: Model, now: float) -> NoBackend:
 
 
 def why_not(model: Model, now: float) -> str:
-    """Why its backends take no requests, for the log: `10.0.0.11:8000: connection refused`."""
+    """The reasons for which its backends are out, for the log: `10.0.0.11:8000: connection refused`."""
     if not model.backends:
-        return "no address is known of its backends" if model.entry.backends else "it has no backends"
+        return "its backends have no known address" if model.entry.backends else "it has no backends"
     told = [f"{backend.label}: {_cause(backend, now)}" for backend in model.backends[:_SHOWN]]
     if len(model.backends) > _SHOWN:
         told.append(f"and {len(model.backends) - _SHOWN} more")

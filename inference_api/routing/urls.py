@@ -1,4 +1,4 @@
-"""Which URLs and which addresses a backend may have: a registry is not trusted to aim the router at anything."""
+"""The URLs and addresses that a backend may have: a registry must not direct the router to arbitrary hosts."""
 
 import ipaddress
 import re
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-# Cloud metadata services that are not link-local by number, and the names they answer to.
+# Cloud metadata services without a link-local address, and the names of all.
 _METADATA_HOSTS = frozenset(
     {
         "metadata",
@@ -28,12 +28,12 @@ _EMBEDDING = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b::/9
 
 
 def check_backend_url(url: str) -> str:
-    """Return the base of `url`, which routes are added to, or raise ValueError with a sentence that says why not.
+    """The base of `url`, to which routes are appended. Raises ValueError with the reason.
 
-    A registry is not trusted to aim the router at anything: only http(s), no credentials in the URL, and no
+    A registry must not direct the router to arbitrary hosts: only http(s), no credentials in the URL, and no
     link-local, metadata, multicast or unspecified address, in any spelling the resolver would accept.
     """
-    # First, so that no sentence below can show a password or a token.
+    # First, so that no message below can show a password or a token.
     if "@" in url:
         raise ValueError("a backend url carries user information; put the token in `credentials: {env: NAME}` instead")
     if "?" in url or "#" in url:
@@ -59,9 +59,9 @@ def check_backend_url(url: str) -> str:
 
 
 def _base(url: str) -> str:
-    """Without the slashes, and the /v1 of the clients' base URLs, at its end: every route is added with its own /v1.
+    """Remove slashes and /v1 at the end: every route is appended with its own /v1.
 
-    All there are: what a registry has read once is read again by a router.
+    Removes all of them, so that a router accepts unchanged what a registry has normalised.
     """
     scheme, _, rest = url.partition("://")
     host, *path = rest.split("/")
@@ -70,15 +70,15 @@ def _base(url: str) -> str:
     return f"{scheme}://{'/'.join((host, *path))}"
 
 
-# A thousand addresses are asked about every few seconds, and are nearly all the same ones.
+# Cached: the same thousand addresses are checked every few seconds.
 @lru_cache(maxsize=16384)
 def is_usable_address(address: str) -> bool:
-    """Whether an address that a name was resolved to may be connected to: by the same rule as one in a URL."""
+    """Whether a resolved address is allowed, by the same rule as one in a URL."""
     return is_address(address) and not _is_forbidden_address(address)
 
 
 def is_address(host: str) -> bool:
-    """Whether it is an IP address, and no name."""
+    """Whether it is an IP address, not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -96,7 +96,7 @@ def _is_forbidden_address(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        # "0x7f.1", "2130706433": numbers that a resolver would take for an IPv4 address.
+        # "0x7f.1", "2130706433": numbers that resolvers read as an IPv4 address.
         last = host.rstrip(".").rsplit(".", 1)[-1]
         return last.isdigit() or last.startswith("0x")
     if isinstance(address, ipaddress.IPv6Address):
@@ -111,7 +111,7 @@ def _is_forbidden_address(host: str) -> bool:
 
 
 def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 one stands for, if it does."""
+    """The IPv4 address embedded in an IPv6 one, or None."""
     if address == ipaddress.IPv6Address("::1"):
         return None
     if address.ipv4_mapped or address.sixtofour:

@@ -1,4 +1,4 @@
-"""What is wrong with an entry, in the words of those who wrote it: the key, its value, and what would be right."""
+"""Errors of an entry, worded for its author: the key, its value, and the valid values."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ Location = tuple[int | str, ...]
 _SHOWN_ERRORS = 3
 _LOOKED_AT = 20
 _LONGEST = 64
-# What may be one of several shapes: pydantic names each of them, and what is wrong with it.
+# Fields with several shapes: pydantic lists the errors of every shape.
 _SHAPES = {
     "credentials": "must be {env: BACKEND_...}, {file: /path/BACKEND_...} or passthrough",
     "priority": "must be client, ignore, caller or a whole number of 64 bits",
@@ -25,19 +25,19 @@ _PATTERNS = {
     "env": "the name must begin with BACKEND_, and have capitals, digits and _ only",
     "file": "the path must be absolute, and its last part must begin with BACKEND_",
 }
-# Anything else where a variable's name should be may be the secret itself.
+# A value in place of a variable's name may be the secret itself.
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
-# Tags that pydantic puts into a place: names of classes and of types.
+# Names of classes and types that pydantic adds to a location.
 _TAG = re.compile(r"[A-Z].*|.*\[.*|int|str|constrained-.*")
 
 
 def describe(exc: ValidationError, keys: Mapping[str, Collection[str]]) -> str:
-    """A pydantic error as one sentence: the first offending keys by their paths, with the reasons.
+    """A pydantic error as one sentence: paths of the first invalid keys, with reasons.
 
     `keys`: the known keys of an entry ("") and of its parts, by their names.
     """
     errors = _deepest(exc.errors(include_url=False, include_context=False))
-    # Of a hostile entry there may be a million, and each sentence takes a while.
+    # A hostile entry may have a million errors, and each sentence takes time.
     told = list(dict.fromkeys(_sentence(error, keys) for error in errors[:_LOOKED_AT]))
     shown = told[:_SHOWN_ERRORS]
     if more := len(told) - len(shown) + len(errors[_LOOKED_AT:]):
@@ -46,20 +46,20 @@ def describe(exc: ValidationError, keys: Mapping[str, Collection[str]]) -> str:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was meant, if one is near."""
+    """The most similar known word, if one is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     return close[0] if close else None
 
 
 def unknown_keys(exc: ValidationError) -> dict[Location, str]:
-    """Where there are keys that are not known -> what they are called, whichever item of a list they are in."""
+    """Locations of unknown keys -> their names, without indices of lists."""
     errors = exc.errors(include_url=False, include_context=False, include_input=False)
     places = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
     return {place: _place(part for part in place if not isinstance(part, int)) for place in places}
 
 
 def without(raw: Any, places: Iterable[Location]) -> Any:
-    """Decoded JSON that has nothing at these places, which are pydantic's; of a list in no item."""
+    """The JSON without the values at these locations of pydantic; for a list in all of its items."""
     for place in places:
         raw = _without(raw, place)
     return raw
@@ -75,12 +75,12 @@ def _without(node: Any, place: Location) -> Any:
         return {key: value for key, value in node.items() if key != part}
     if isinstance(node, dict) and part in node:
         return {**node, part: _without(node[part], rest)}
-    # Between the keys there are the names of what they were tried as.
+    # Locations also contain the names of the shapes that were tried.
     return _without(node, rest)
 
 
 def _deepest(errors: Iterable[Any]) -> list[Any]:
-    """Of what may have several shapes the errors of the one that was meant."""
+    """For a field with several shapes, the errors of the intended one."""
     errors = list(errors)
     meant = {error["loc"][0] for error in errors if len(error["loc"]) > 2 and error["loc"][0] in _SHAPES}
     return [error for error in errors if len(error["loc"]) > 2 or not meant.intersection(error["loc"][:1])]

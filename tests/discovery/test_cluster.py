@@ -113,7 +113,7 @@ async def test_the_answer_to_a_watch_that_is_refused_is_not_read_for_ever(api: F
     head = b"HTTP/1.1 403 Forbidden\r\ntransfer-encoding: chunked\r\n\r\n"
     api.on_watch.append(raw(head, *[chunk(b"x" * 65536)] * 3))
     async with Api(api.cluster) as client:
-        with pytest.raises(ApiError, match="403: 'it does not say why'"):
+        with pytest.raises(ApiError, match="403: 'no reason given'"):
             await client.watch("models", ["llama"], "1", 60, lambda events: None)
 
 

@@ -198,13 +198,13 @@ def test_it_does_not_matter_how_the_bytes_arrive(cuts: list[int]) -> None:
     ],
 )
 def test_what_does_not_tell_the_load_is_refused(page: str) -> None:
-    with pytest.raises(ValueError, match=r"load|not the metrics|could not convert"):
+    with pytest.raises(ValueError, match=r"load|not in Prometheus|could not convert"):
         read(page.encode())
 
 
 @pytest.mark.parametrize("page", [b"x" * 70_000, b"x\n" * 3_000_000], ids=["a line", "a page"])
 def test_what_is_too_long_is_refused_before_it_ends(page: bytes) -> None:
-    with pytest.raises(ValueError, match="not the metrics"):
+    with pytest.raises(ValueError, match="not in Prometheus"):
         Gauges("vllm").feed(page)
 
 
@@ -441,7 +441,7 @@ async def test_it_goes_on_until_cancelled_and_outlives_faults(
     asking = Asking(transport, server.url, every=0.02)
     models, asking.fleet.models = asking.fleet.models, None  # type: ignore[assignment]
     task = asyncio.create_task(asking.signal.run())
-    await until(lambda: "asking the backends for their load failed" in caplog.messages)
+    await until(lambda: "polling the metrics of engines failed" in caplog.messages)
     asking.fleet.models = models
     await until(lambda: len(server.requests) > 2)
     task.cancel()

@@ -98,7 +98,7 @@ async def test_a_name_that_cannot_be_looked_up_any_more_keeps_its_addresses(
     names.say("a", ["10.0.0.2"])
     clock.now += 2
     assert await resolver.addresses("a") == ["10.0.0.2"]
-    assert caplog.messages[1:] == ["the host 'a' can be looked up again"]
+    assert caplog.messages[1:] == ["the host 'a' resolves again"]
 
 
 async def test_of_a_name_that_nobody_connects_to_whoever_looks_it_up_says_what_is_wrong(

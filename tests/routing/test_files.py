@@ -226,4 +226,4 @@ async def test_a_fault_of_its_own_does_not_end_the_looks(late: bool, caplog: pyt
     with running(Reloader([one], every=0.01)):
         await until(lambda: len(one.looks) > 3)
 
-    assert "reading a file again failed" in caplog.messages
+    assert "reloading a file failed" in caplog.messages

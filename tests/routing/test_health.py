@@ -544,7 +544,7 @@ def test_a_sleeping_backend_is_out_and_has_not_failed(caplog: pytest.LogCaptureF
     assert ward.available == "ab"
     assert a.share == 0.1
     told = [(record.levelno, record.getMessage()) for record in caplog.records]
-    assert told == [(logging.INFO, "a backend is asleep"), (logging.INFO, "a backend is not asleep any more")]
+    assert told == [(logging.INFO, "a backend is asleep"), (logging.INFO, "a backend is awake again")]
 
 
 def test_a_backend_that_was_stuck_before_it_was_known_to_sleep_is_not_stuck() -> None:
@@ -781,4 +781,4 @@ async def test_it_looks_again_and_again_even_after_a_failure(
 
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert [record.getMessage() for record in caplog.records] == ["a look at the backends failed"]
+    assert [record.getMessage() for record in caplog.records] == ["polling the state of backends failed"]

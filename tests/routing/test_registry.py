@@ -394,7 +394,7 @@ async def test_a_registry_that_is_down_leaves_the_last_good_catalogue_until_it_i
     await client.registry.refresh()
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "the registry cannot be used",
-        "the registry's catalogue is stale, and is served until there is another one",
+        "the registry's catalogue is stale, and stays in use until the registry answers",
         "the registry answers",
         "the registry cannot be used",
     ]
@@ -620,8 +620,7 @@ async def test_keys_of_a_newer_registry_are_ignored_and_told_once(
     assert [backend.url for backend in entry.backends] == ["http://a:1", "http://b:1", "http://c:1"]
     assert isinstance(entry.credentials, Credentials)
     assert caplog.messages == [
-        "keys of the registry's entries are ignored, for this router does not know them: "
-        "backends.rack, backends.zone, colour, credentials.kind"
+        "unknown keys in the registry's entries are ignored: backends.rack, backends.zone, colour, credentials.kind"
     ]
 
 
