@@ -212,6 +212,18 @@ async def test_check_connects_to_every_backend(tmp_path: Path, start_engine: Sta
     ]
 
 
+async def test_check_connects_to_no_backend_of_a_registry_and_says_so(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine()
+    serving_models(engine, "m")
+    catalogue = written(tmp_path, {"name": "m", "backends": [engine.url]})
+    registry = {"INFERENCE_API_REGISTRY_URL": "http://127.0.0.1:1"}
+
+    code, out, err = await run("check", "--connect", "--catalogue", catalogue, **registry)
+
+    assert (code, len(out), len(err)) == (0, 2, 1)
+    assert err[0].startswith(f"warning: --connect asks the backends of {catalogue}, the fallback; ")
+
+
 async def test_check_sends_the_credentials_of_the_entry(tmp_path: Path, start_engine: Start) -> None:
     engine = await start_engine()
     sent: list[str | None] = []

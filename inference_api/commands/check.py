@@ -20,6 +20,11 @@ from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.settings import Settings
 from inference_api.upstream.credentials import read_token
 
+ONLY_THE_FILE = (
+    "--connect asks the backends of {}, the fallback; those of the registry are in the `inference-api status` of a "
+    "running router"
+)
+
 
 def run(arguments: argparse.Namespace) -> int:
     """0: valid; 1: a backend failed `--connect`. Raises SettingsError or CatalogueError for what is not valid."""
@@ -29,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     build(settings, Outside(environment())).close()
     for warning in _warnings(settings, catalogue):
         print(f"warning: {warning}", file=sys.stderr)
+    if arguments.connect and settings.registry_url is not None:
+        print(f"warning: {ONLY_THE_FILE.format(settings.catalogue)}", file=sys.stderr)
     if arguments.connect:
         return connect(settings, catalogue, environment())
     print(f"settings and catalogue are valid: {size_of(catalogue)} in {settings.catalogue}")

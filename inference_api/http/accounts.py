@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # The key of the ASGI scope under which every layer finds the Account of the request.
 ACCOUNT = "inference_api.account"
 # For input that never became a request
-_NO_SCOPE: Scope = {"client": None, "path": "", "state": {}}
+_NO_SCOPE: Scope = {"path": "", "state": {}}
 
 
 class Accounts:
@@ -76,9 +76,9 @@ class Accounts:
                 for sink in self._sinks:
                     sink(record)
 
-    def rejected(self, error: RouterError, request_id: str, size: int) -> None:
+    def rejected(self, error: RouterError, request_id: str, size: int, client: tuple[str, int] | None) -> None:
         """Count and log input that the server rejected before it was a request."""
-        account = Account(request_id, self._clock, _NO_SCOPE, self._read_headers([]))
+        account = Account(request_id, self._clock, {**_NO_SCOPE, "client": client}, self._read_headers([]))
         account.rejected(error, error.status, size)
         record = account.end()
         for sink in self._sinks:

@@ -52,7 +52,7 @@ def _event(event: str, fields: Mapping[str, Any], paint: Paint) -> Iterator[str]
 
 def _pairs(fields: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
-        if value is not None and (name not in usual or value != usual[name]):
+        if value not in (None, []) and (name not in usual or value != usual[name]):
             yield f"{_clean(name)}={_value(value)}"
 
 

@@ -34,7 +34,8 @@ _MAX_UNREAD = 64 * 1024
 _MAX_LOOKS = 100
 
 # error, request id, size of the answer's body
-OnRejection = Callable[[RouterError, str, int], None]
+# (error, request id, bytes of the answer, address of the client)
+OnRejection = Callable[[RouterError, str, int, tuple[str, int] | None], None]
 
 
 class _Stop(Exception):
@@ -116,7 +117,8 @@ class ClientConnection(Flow):
         if len(self._state.connections) > self._max_connections:
             # Abort without a response: lingering would hold the file descriptors that the router lacks.
             self._ignoring = True
-            self._on_rejection(Overloaded("The router has as many connections as it takes."), uuid.uuid4().hex, 0)
+            error = Overloaded("The router has as many connections as it takes.")
+            self._on_rejection(error, uuid.uuid4().hex, 0, self._client)
             self.transport.abort()
             return
         self._timer = self.loop.call_later(self._deadlines.header, self._time_out)
@@ -379,7 +381,7 @@ class ClientConnection(Flow):
         request_id = uuid.uuid4().hex
         status, headers, body = render(error, request_id)
         if cycle is None:
-            self._on_rejection(error, request_id, len(body))
+            self._on_rejection(error, request_id, len(body), self._client)
         else:
             # The application counts it; to it the request ends here.
             cycle.rejection = Rejection(error, request_id, len(body))

@@ -87,9 +87,10 @@ async def test_tls_on_the_plain_port_is_told_in_the_log(served: Served) -> None:
         await asyncio.open_connection("127.0.0.1", served.port, ssl=context)
     await until(lambda: served.lines)
 
-    assert (served.lines[0]["code"], served.lines[0]["why"]) == (
+    assert (served.lines[0]["code"], served.lines[0]["why"], served.lines[0]["client"]) == (
         "bad_request",
         "this port speaks plain HTTP, not TLS",
+        "127.0.0.1",
     )
 
 
