@@ -30,8 +30,10 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
     """`resting`: end of its Retry-After pause."""
     origin, since = backend.origin, backend.changed
     circuit = _circuit(backend, now)
-    if circuit != "closed":
-        return Standing(circuit, circuit, _reason(backend), since, None if circuit == "half_open" else backend.due)
+    if circuit == "half_open":
+        return Standing(circuit, circuit, f"{_reason(backend)}; the next request tries it", since)
+    if circuit == "open":
+        return Standing(circuit, circuit, _reason(backend), since, backend.due)
     if not origin.healthy:
         # Without a cause the last one has passed, and one is not enough.
         return Standing("unhealthy", circuit, f"health check: {origin.cause or 'one has passed, two must'}", since)

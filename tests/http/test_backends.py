@@ -61,6 +61,23 @@ async def test_a_backend_that_refuses_connections_is_told_with_time_and_reason(s
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
+async def test_a_backend_whose_circuit_is_half_open_waits_for_a_request(
+    start_engine: Start, start_router: Start
+) -> None:
+    dead = f"127.0.0.1:{free_port()}"
+    served: Served = await start_router(
+        models=[{"name": "m", "backends": [f"http://{dead}", (await start_engine()).url], "balancing": "round_robin"}],
+        breaker_failures=1,
+        breaker_cooldown=0.001,
+        health_interval=3600,
+    )
+    await refused(served, 2)
+
+    card = (await cards(served))[dead]
+    assert (card["state"], card["circuit"]) == ("half_open", "half_open")
+    assert card["reason"] == "connect_failed; the next request tries it"
+
+
 async def test_a_backend_that_is_not_out_yet_is_ready_with_a_reason(start_router: Start) -> None:
     served: Served = await start_router(models=[{"name": "m", "backends": [f"http://127.0.0.1:{free_port()}"]}])
     [origin] = served.router.core.fleet.origins.values()
