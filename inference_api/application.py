@@ -37,4 +37,8 @@ class Application:
         """Flush the features before the process ends."""
         for feature in self.features.values():
             if feature.close:
-                feature.close()
+                try:
+                    feature.close()
+                except Exception:
+                    # The others have something to send, too.
+                    logger.exception("the feature %s did not end as it should", feature.name)

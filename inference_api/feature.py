@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from inference_api.http.head import RequestHead
 from inference_api.http.pipeline import Resolve
-from inference_api.models import Call, Caller, Reply, Send, Tap
+from inference_api.models import INTERNAL_ERROR, Call, Caller, Reply, Send, Tap
 from inference_api.observe.account import Sink
 from inference_api.observe.exposition import Family
 from inference_api.routing.balancer import MakeBalancer
@@ -37,7 +37,8 @@ class Feature(NamedTuple):
     name: str
     # ASGI layer inside of Accounts: `scope[ACCOUNT]` is set; a RouterError is answered, counted and logged;
     # `http.accounts.respond` sends an answer of the layer's own. If it wraps `send` or `receive`, it gets every byte,
-    # as plain ASGI messages.
+    # as plain ASGI messages; both are stepped outside of a task (relay.pump, http.disconnect), so that neither anyio
+    # nor `asyncio.timeout` works inside of them.
     layer: Callable[[ASGIApp], ASGIApp] | None = None
     # RequestHead -> Caller, before the body is read, for all paths but the probes. Raises RouterError (401).
     identify: Callable[[RequestHead], Caller | None] | None = None
@@ -82,7 +83,11 @@ def with_taps(taps: list[Callable[[Call, Reply], Tap | None]]) -> Callable[[Send
     def wrap(send: Send) -> Send:
         async def tapped(call: Call, model: Model) -> Reply:
             reply = await send(call, model)
-            reply.taps += tuple(tap for make in taps if (tap := make(call, reply)) is not None)
+            try:
+                reply.taps += tuple(tap for make in taps if (tap := make(call, reply)) is not None)
+            except BaseException:
+                await reply.aclose(INTERNAL_ERROR)
+                raise
             return reply
 
         return tapped

@@ -1,5 +1,6 @@
 """The values that travel through the stages: Route, Call, Model, Reply, and the one Outcome that all accounts share."""
 
+import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -9,6 +10,8 @@ import httpx
 if TYPE_CHECKING:
     from inference_api.routing.backend import Backend
     from inference_api.routing.fleet import Model
+
+logger = logging.getLogger(__name__)
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -204,9 +207,12 @@ class Reply:
         if self.ended:
             return False
         self.ended = True
-        if self._more is not None:
-            for ended in self._more:
+        for ended in self._more or ():
+            try:
                 ended(self, outcome)
+            except Exception:
+                # Contained: the counts fall and the answer ends all the same.
+                logger.exception("a callback for the end of an answer failed")
         if self.model is not None:
             self.model.in_flight -= 1
         if self._on_end is not None:

@@ -3,9 +3,9 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -28,8 +28,6 @@ PREFIX = "INFERENCE_API_"
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 
-# Never shown in messages.
-_SECRETS = frozenset({"registry_token"})
 # URLs may contain passwords, and invalid values are echoed in errors.
 _PASSWORD = re.compile(r"(//|^)[^/]*@")
 
@@ -217,7 +215,8 @@ def load_settings(environ: Mapping[str, str] | None = None, groups: Iterable[typ
     """Read and check the environment. Raises SettingsError naming every variable that is unknown or invalid."""
     environ = os.environ if environ is None else environ
     groups = tuple(groups)
-    known = {PREFIX + name.upper() for name in fields_of(groups)}
+    fields = fields_of(groups)
+    known = {PREFIX + name.upper() for name in fields}
     given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
     problems = [_unknown(name, known) for name in sorted(given) if name.upper() not in known]
     values = {
@@ -227,7 +226,9 @@ def load_settings(environ: Mapping[str, str] | None = None, groups: Iterable[typ
     try:
         settings = make_settings(values, groups)
     except InvalidSettings as exc:
-        problems += [reason for error in exc.errors for reason in _reasons(error, values)]
+        # Never shown in messages
+        secrets = {name for name, field in fields.items() if _is_secret(field)}
+        problems += [reason for error in exc.errors for reason in _reasons(error, values, secrets)]
     if problems or settings is None:
         raise SettingsError("\n".join(problems))
     return settings
@@ -260,7 +261,11 @@ def fields_of(groups: Iterable[type[Group]]) -> dict[str, FieldInfo]:
     return {name: field for model in models for name, field in model.model_fields.items()}
 
 
-def _reasons(exc: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
+def _is_secret(field: FieldInfo) -> bool:
+    return SecretStr in (field.annotation, *get_args(field.annotation))
+
+
+def _reasons(exc: ValidationError, values: Mapping[str, Any], secrets: Collection[str]) -> Iterator[str]:
     for error in exc.errors(include_url=False, include_context=False, include_input=False):
         reason = _reason(error["type"], error["msg"])
         if error["loc"]:
@@ -269,7 +274,7 @@ def _reasons(exc: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
             if value.startswith("tcp://"):
                 # Kubernetes sets NAME_PORT for each Service of the namespace.
                 reason += "; Kubernetes sets it for a Service of that name: set `enableServiceLinks: false` in the pod"
-            shown = "***" if name in _SECRETS else without_password(value)[:80]
+            shown = "***" if name in secrets else without_password(value)[:80]
             reason = f"{PREFIX}{name.upper()}={shown!r}: {reason}"
         yield reason
 

@@ -1,13 +1,13 @@
 """Configuration: every variable works, and what cannot be used is refused by the variable's name."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
-from pydantic import SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from inference_api.app import GROUPS
-from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, fields_of, load_settings
+from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Group, Settings, SettingsError, fields_of, load_settings
 
 # A value that is not the default, for every setting.
 VALUES: dict[str, tuple[str, Any]] = {
@@ -197,6 +197,41 @@ def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(token: str) -
 
 def test_a_token_is_not_in_what_settings_look_like() -> None:
     assert "s3cret" not in repr(load(registry_token="s3cret"))
+
+
+class Door(Group):
+    key_pepper: SecretStr | None = Field(default=None, min_length=8)
+    sized: int = 0
+
+
+class Window(Group):
+    panes: int = 1
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if not self.panes:
+            raise ValueError(f"{PREFIX}PANES='0': set it to at least 1")
+        return self
+
+
+def test_every_group_says_what_is_wrong_with_it_and_no_secret() -> None:
+    environ = {"KEY_PEPPER": "s3cret", "SIZED": "x", "PANES": "0", "PORT": "y", "PANE": "1"}
+    with pytest.raises(SettingsError) as raised:
+        load_settings({PREFIX + name: value for name, value in environ.items()}, (Door, Window))
+
+    unknown, port, pepper, sized, panes = str(raised.value).splitlines()
+    assert unknown == f"{PREFIX}PANE: there is no such setting; did you mean {PREFIX}PANES?"
+    assert port.startswith(f"{PREFIX}PORT='y': ")
+    assert pepper.startswith(f"{PREFIX}KEY_PEPPER='***': ")
+    assert sized == f"{PREFIX}SIZED='x': must be a whole number"
+    assert panes == f"{PREFIX}PANES='0': set it to at least 1"
+
+
+def test_each_group_gets_its_own() -> None:
+    settings = load_settings({f"{PREFIX}SIZED": "3", f"{PREFIX}PANES": "2", f"{PREFIX}PORT": "1"}, (Door, Window))
+
+    assert (settings.port, settings.of(Door).sized, settings.of(Window).panes) == (1, 3, 2)
+    assert load_settings({}).of(Window).panes == 1
 
 
 def test_a_value_in_a_message_is_cut() -> None:

@@ -104,7 +104,10 @@ def _attempt(send: SendAttempt) -> SendAttempt:
     """Each attempt has a span, and carries its context to the backend in place of the client's."""
 
     async def traced(attempt: Attempt) -> Reply:
-        trace: Trace = attempt.call.state[_TRACE]
+        trace: Trace | None = attempt.call.state.get(_TRACE)
+        if trace is None:
+            # What is done with a stored response is no inference, and has no spans.
+            return await send(attempt)
         span = trace.begin(attempt)
         prepared = attempt.prepared
         lines = _CLIENTS_CONTEXT.sub(b"", prepared.lines) + span.lines

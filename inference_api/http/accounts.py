@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Outcome, RawHeaders
-from inference_api.observe.account import Account, Sink
+from inference_api.observe.account import Account, Record, Sink
 from inference_api.server.cycle import Cycle, cycle_of
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _NO_SCOPE: Scope = {"path": "", "state": {}}
 
 
 class Accounts:
-    """Wraps the whole HTTP side. `sinks` get the Record of each request; they are fast and do not raise.
+    """Wraps the whole HTTP side. `sinks` get the Record of each request; they are fast.
 
     `clock` gives seconds.
     """
@@ -72,17 +72,21 @@ class Accounts:
             if cycle is not None and cycle.rejection is not None:
                 _rejected_by_server(cycle, account)
             if not account.silent:
-                record = account.end()
-                for sink in self._sinks:
-                    sink(record)
+                self._tell(account.end())
 
     def rejected(self, error: RouterError, request_id: str, size: int, client: tuple[str, int] | None) -> None:
         """Count and log input that the server rejected before it was a request."""
         account = Account(request_id, self._clock, {**_NO_SCOPE, "client": client}, self._read_headers([]))
         account.rejected(error, error.status, size)
-        record = account.end()
+        self._tell(account.end())
+
+    def _tell(self, record: Record) -> None:
         for sink in self._sinks:
-            sink(record)
+            try:
+                sink(record)
+            except Exception:
+                # Contained: the answer has gone out, and the other sinks get the Record all the same.
+                logger.exception("a sink failed", extra={"fields": {"request_id": record.request_id}})
 
 
 async def respond(scope: Scope, send: Send, status: int, headers: RawHeaders, body: bytes = b"") -> None:

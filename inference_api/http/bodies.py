@@ -117,11 +117,10 @@ class JSONReader:
         try:
             fields: dict[str, Any] = self._validate(body)
         except ValidationError as exc:
-            refusal = _refusal(exc)
-            if isinstance(refusal, InvalidJSON):
+            if exc.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "json_invalid":
                 # Engines take JSON that pydantic does not: a byte order mark, deep nesting, half a surrogate pair.
                 return None
-            raise refusal from None
+            raise _refusal(exc) from None
         if self._one_of:
             self._check_one_of(fields)
         return fields, fields, None

@@ -2,8 +2,8 @@
 
 The router's own server knows at once: its Cycle is a DisconnectWatcher. Any other reports it through `receive`, which
 suspends until then; so `receive` is stepped by hand: once to where it suspends, and again when the future is done.
-That is cheaper than a task (docs/adr/0002). Stepping relies on `receive` waiting for a plain future, as
-uvicorn's does.
+That is cheaper than a task (docs/adr/0002). Stepping relies on `receive` waiting for a plain future, as uvicorn's does,
+or for the next turn of the event loop, and on its not needing a running task.
 """
 
 import asyncio
@@ -58,6 +58,10 @@ class DisconnectWatcher:
         except StopIteration as stop:
             self._receiving = self._waits_for = None
             self._told(stop.value)
+            return
+        if waits_for is None:
+            # `asyncio.sleep(0)` of a layer: not for a future, for the next turn of the loop.
+            asyncio.get_running_loop().call_soon(self._step, None)
             return
         waits_for._asyncio_future_blocking = False
         self._waits_for = waits_for

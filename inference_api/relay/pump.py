@@ -75,8 +75,8 @@ class Pump:
         except TimeoutError:
             return Outcome.CLIENT_GONE
         finally:
-            # It may be a method of this object.
-            self._feed = None
+            # It may be a method of this object, and the stream refers to it: rings, left for the garbage collector.
+            self._feed = self._stream = None
             if self._stalled is not None:
                 self._stalled.close()
         assert self._outcome is not None
@@ -106,21 +106,27 @@ class Pump:
         if self._stalled is not None:
             self._backlog.append((data, complete))
             return False
-        if frame is not None and direct is not None and (write := direct.frames) is not None:
-            # `_note` and `push` inlined: the fast path of nearly every event.
-            self.size += len(data)
-            feed = self._feed
-            alive = feed is not None and feed(data)
-            for tap in self._taps:
-                tap.chunk(data)
-            write(frame)
-            return alive
-        self._alive = False
-        if data or complete:
-            data = self._note(data, complete)
-        if data or complete:
-            self._pass_on(data, not complete or self._end(), complete)
-        return self._alive
+        try:
+            if frame is not None and direct is not None and (write := direct.frames) is not None:
+                # `_note` and `push` inlined: the fast path of nearly every event.
+                self.size += len(data)
+                feed = self._feed
+                alive = feed is not None and feed(data)
+                for tap in self._taps:
+                    tap.chunk(data)
+                write(frame)
+                return alive
+            self._alive = False
+            if data or complete:
+                data = self._note(data, complete)
+            if data or complete:
+                self._pass_on(data, not complete or self._end(), complete)
+            return self._alive
+        except Exception as exc:
+            # Of a tap or a filter: raised in the backend's connection it would count as a fault of the backend.
+            self._failure = exc
+            self._wake()
+            return False
 
     def _pass_on(self, data: bytes, more: bool, complete: bool) -> None:
         direct = self._direct

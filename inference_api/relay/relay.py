@@ -85,8 +85,8 @@ class Relay:
         looks complete.
         """
         reply = self._reply
-        head = self._head()
         try:
+            head = self._head()
             if 300 <= reply.status < 400 and reply.status != 304:
                 # A redirect points into the cluster, and SDKs would follow.
                 raise UpstreamProtocolError("The model's backend sent a redirect.", Outcome.PROTOCOL_ERROR)
@@ -107,13 +107,16 @@ class Relay:
             if self.outcome is CLIENT_GONE and events is not None and events.over:
                 # The last event went out; the OpenAI SDKs hang up there, and at an error, before the end of the body.
                 self.outcome = events.verdict()
-            for tap in reply.taps:
-                tap.end(self.outcome)
             stream = reply.stream
-            if isinstance(stream, ResponseStream) and stream.complete:
-                reply.end(self.outcome)
-            else:
-                await reply.aclose(self.outcome)
+            try:
+                if isinstance(stream, ResponseStream) and stream.complete:
+                    reply.end(self.outcome)
+                else:
+                    await reply.aclose(self.outcome)
+            finally:
+                # Last: one that fails must not keep the counts from falling.
+                for tap in reply.taps:
+                    tap.end(self.outcome)
         return self.outcome
 
     async def interrupt(self, send: Send) -> Outcome:

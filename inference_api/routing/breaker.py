@@ -94,7 +94,9 @@ class Breaker:
 
 def due(circuit: Circuit) -> float:
     """Time at which the circuit becomes half-open; infinity if it is closed."""
-    return math.inf if circuit.opened is None else circuit.opened + circuit.cooldown
+    # Read once: with OPS_PORT another thread may ask while it closes.
+    opened = circuit.opened
+    return math.inf if opened is None else opened + circuit.cooldown
 
 
 def _has_probe(circuit: Circuit, owner: Owner | None) -> bool:

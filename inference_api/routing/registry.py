@@ -100,9 +100,9 @@ class Registry:
         self._last_success = 0.0
         self._failures: Counter[str] = Counter()
         self._failed_in_a_row = 0
-        # Source and reason of the failure that was logged, or None
         # Unknown keys that were logged
         self._ignored: frozenset[str] = frozenset()
+        # Source and reason of the failure that was logged, or None
         self._told: tuple[str, str] | None = None
         self._polling: asyncio.Task[None] | None = None
         self._static = static

@@ -1,11 +1,11 @@
 """The state of a backend, for operators: whether it takes requests, and since when and why not."""
 
-from collections.abc import Sequence
+import math
 from typing import Literal, NamedTuple
 
 from inference_api.errors import NoBackend
 from inference_api.routing.backend import Backend
-from inference_api.routing.breaker import Circuit
+from inference_api.routing.breaker import due
 from inference_api.routing.fleet import Model
 
 State = Literal["open", "half_open", "unhealthy", "stuck", "asleep", "resting", "recovering", "ready"]
@@ -29,11 +29,11 @@ class Standing(NamedTuple):
 def standing(backend: Backend, now: float, resting: float | None = None) -> Standing:
     """`resting`: end of its Retry-After pause."""
     origin, since = backend.origin, backend.changed
-    circuit = _circuit(backend, now)
+    circuit, half_open_at = _circuit(backend, now)
     if circuit == "half_open":
         return Standing(circuit, circuit, f"{_reason(backend)}; the next request tries it", since)
     if circuit == "open":
-        return Standing(circuit, circuit, _reason(backend), since, backend.due)
+        return Standing(circuit, circuit, _reason(backend), since, half_open_at)
     if not origin.healthy:
         # Without a cause the last one has passed, and one is not enough.
         return Standing("unhealthy", circuit, f"health check: {origin.cause or 'one has passed, two must'}", since)
@@ -86,11 +86,12 @@ def _trouble(backend: Backend) -> str | None:
     return backend.last_error[0].value if backend.origin.failures and backend.last_error else None
 
 
-def _circuit(backend: Backend, now: float) -> CircuitState:
-    opened: Sequence[Circuit] = [one for one in (backend.origin, backend.circuit) if one.opened is not None]
-    if not opened:
-        return "closed"
-    return "open" if now < backend.due else "half_open"
+def _circuit(backend: Backend, now: float) -> tuple[CircuitState, float]:
+    """The state, and when it becomes half-open. Each circuit is read once, as it may close meanwhile (OPS_PORT)."""
+    moments = [moment for moment in (due(backend.origin), due(backend.circuit)) if moment < math.inf]
+    if not moments:
+        return "closed", 0.0
+    return "open" if now < max(moments) else "half_open", max(moments)
 
 
 def _reason(backend: Backend) -> str:

@@ -1,6 +1,6 @@
 """One request and its response on a client's connection: the `receive` and `send` that ASGI applications are given.
 
-Both suspend only on a plain future, so that they can be stepped by hand (`watcher`, `relay.pump`).
+Both suspend only on a plain future, so that they can be stepped by hand (`http.disconnect`, `relay.pump`).
 """
 
 import asyncio
@@ -171,7 +171,7 @@ class Cycle:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    # An extension of ASGI
+    # For the router's own application, beside ASGI (`Direct`, `DisconnectWatcher`)
 
     @property
     def repeatable(self) -> bool:

@@ -105,6 +105,8 @@ class Transport(httpx.AsyncBaseTransport):
             await stream.head
         except BaseException:
             connection.abandon(stream)
+            # It has the error, whose traceback has this frame: a ring, left for the garbage collector.
+            del stream
             raise
         return stream
 

@@ -606,3 +606,22 @@ def test_a_collector_that_takes_nothing_does_not_keep_the_process(caplog: pytest
     stuck.released.set()
 
     assert "the collector did not take the last spans in time" in caplog.messages
+
+
+async def test_what_is_done_with_a_stored_response_has_no_spans(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(raw(json_response({"id": "resp_1", "output": []})))
+    engine.page = raw(json_response({"id": "resp_1"}))
+    spans = Spans()
+    served: Served = await start_router(engine, features=[spans.tracing])
+    await served.client.post("/v1/responses", json={"model": "m", "input": "hello"})
+    await until(lambda: served.lines)
+    before = len(spans.all)
+
+    answers = [
+        await served.client.get("/v1/responses/resp_1"),
+        await served.client.post("/v1/responses/resp_1/cancel"),
+        await served.client.delete("/v1/responses/resp_1"),
+    ]
+
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert len(spans.all) == before

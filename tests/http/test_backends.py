@@ -9,6 +9,9 @@ import orjson
 import pytest
 
 from inference_api.commands.status import age
+from inference_api.routing.backend import Backend
+from inference_api.routing.breaker import Circuit
+from inference_api.routing.standing import standing
 from tests.conftest import Served
 from tests.fakes import FakeEngine, json_response, raw, until
 from tests.ports import free_port
@@ -138,6 +141,27 @@ async def test_a_backend_that_sent_retry_after_rests(start_engine: Start, start_
     [card] = (await cards(served)).values()
     assert (card["state"], card["reason"]) == ("resting", "it sent Retry-After")
     assert 0 < card["retry_at"] - time.time() * 1000 < 9500
+
+
+class Closing(Circuit):
+    """Closes on another thread, right after it was looked at."""
+
+    looks = 0
+
+    @property
+    def opened(self) -> float | None:
+        self.looks += 1
+        return 1.0 if self.looks == 1 else None
+
+    @opened.setter
+    def opened(self, moment: float | None) -> None: ...
+
+
+def test_a_circuit_that_closes_meanwhile_is_told_as_it_was() -> None:
+    backend = Backend("m", "http://10.0.0.1:8000")
+    backend.circuit = Closing()
+
+    assert standing(backend, 2.0).circuit == "half_open"
 
 
 async def test_backends_are_on_the_ops_port_alone_where_there_is_one(start_engine: Start, start_router: Start) -> None:
