@@ -56,6 +56,7 @@ class Quiescence:
         return {
             "requests": sum(served.router.core.admission.in_flight for served in self.routers),
             "backends with requests": sum(b.in_flight != 0 for model in models for b in model.backends),
+            "addresses with requests": sum(b.origin.in_flight != 0 for model in models for b in model.backends),
             "upstream connections in use": sum(active(served) for served in self.routers),
             "requests at engines": sum(engine.busy for engine in self.engines),
         }
@@ -138,6 +139,7 @@ class _Snapshot:
             "requests": self._served.router.core.admission.in_flight,
             "requests of models": [model for model in models if model.in_flight],
             "requests at backends": [backend for model in models for backend in model.backends if backend.in_flight],
+            "requests at addresses": [b.origin for model in models for b in model.backends if b.origin.in_flight],
             "connections in use": max(0, active(self._served) - self._active),
             "files": max(0, open_files() - _client_files(self._served) - self._files),
             "tasks": asyncio.all_tasks() - self._tasks,

@@ -156,7 +156,10 @@ async def finish(reply: Reply) -> bytes:
 
 
 def in_flight(model: Model) -> list[int]:
-    return [backend.in_flight for backend in model.backends]
+    counts = [backend.in_flight for backend in model.backends]
+    # Balancing goes by the count of the address, which is the same where no other model is served.
+    assert [backend.origin.in_flight for backend in model.backends] == counts
+    return counts
 
 
 STALE = Disconnected("gone", received=0, reused=True)
