@@ -129,7 +129,7 @@ def test_check_says_that_all_is_well(catalogue: Path, capsys: pytest.CaptureFixt
 
     out, err = capsys.readouterr()
     assert out == f"settings and catalogue are valid: 2 models, 2 backends in {catalogue}\n"
-    assert err == "warning: model 'idle' has no backends: every request for it is a 503\n"
+    assert err == "warning: model 'idle' has no backends: every request for it gets 503\n"
 
 
 def test_check_reads_the_packaged_catalogue_when_nothing_is_set(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,10 +141,10 @@ def test_check_warns_of_what_is_probably_not_meant(
     out, err = capsys.readouterr()
     assert out == f"settings and catalogue are valid: 3 models, 2 backends in {catalogue}\n"
     assert err.splitlines() == [
-        "warning: model 'a' has no backends: every request for it is a 503",
+        "warning: model 'a' has no backends: every request for it gets 503",
         "warning: model 'b': the variable BACKEND_TOKEN of its credentials is not set; no token is sent",
         f"warning: model 'c': the token of {tmp_path}/BACKEND_C cannot be used: No such file or directory",
-        "warning: model 'b': the url 'http://b/v1' ends in /v1, which is left out: every route has its own /v1",
+        "warning: model 'b': the url 'http://b/v1' ends in /v1, which is ignored: every route has its own /v1",
     ]
 
 

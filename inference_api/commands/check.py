@@ -1,4 +1,4 @@
-"""`inference-api check`: whether settings and catalogue are valid, and what in them is probably not meant."""
+"""`inference-api check`: validates settings and catalogue, and warns of probable mistakes."""
 
 import argparse
 import sys
@@ -27,10 +27,10 @@ ONLY_THE_FILE = (
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: valid; 1: a backend failed `--connect`. Raises SettingsError or CatalogueError for what is not valid."""
+    """0: valid; 1: a backend failed `--connect`. Raises SettingsError or CatalogueError if they are not valid."""
     settings = settings_of(arguments)
     catalogue = read_catalogue(settings.catalogue)
-    # Whatever the features refuse is refused here, too.
+    # Features validate their settings, too.
     build(settings, Outside(environment())).close()
     for warning in _warnings(settings, catalogue):
         print(f"warning: {warning}", file=sys.stderr)
@@ -51,12 +51,12 @@ def _warnings(settings: Settings, catalogue: Catalogue) -> Iterator[str]:
         yield from _warnings_of(entry, environment())
     for name, url in _urls(read_document(settings.catalogue)):
         if url.rstrip("/").endswith("/v1"):
-            yield f"model {name!r}: the url {url!r} ends in /v1, which is left out: every route has its own /v1"
+            yield f"model {name!r}: the url {url!r} ends in /v1, which is ignored: every route has its own /v1"
 
 
 def _warnings_of(entry: CatalogueEntry, environ: Mapping[str, str]) -> Iterator[str]:
     if not entry.backends:
-        yield f"model {entry.name!r} has no backends: every request for it is a 503"
+        yield f"model {entry.name!r} has no backends: every request for it gets 503"
     credentials = entry.credentials
     if not isinstance(credentials, Credentials):
         return
@@ -71,7 +71,7 @@ def _warnings_of(entry: CatalogueEntry, environ: Mapping[str, str]) -> Iterator[
 
 
 def _urls(document: dict[str, list[dict[str, object]]]) -> Iterator[tuple[str, str]]:
-    """The URLs as they are written, of a document that is valid."""
+    """The URLs of a valid document, as written."""
     for entry in document["models"]:
         backends = entry.get("backends")
         for backend in backends if isinstance(backends, list) else ():

@@ -1,4 +1,4 @@
-"""What the commands share: the settings of a command line, its catalogue, and tables."""
+"""Shared by the commands: settings and catalogue of a command line, and tables."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from inference_api.routing.catalogue import Catalogue, CatalogueError, describe,
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings
 
-# Those of `serve` that stand for a variable.
+# Options of `serve` that stand for a variable.
 _OPTIONS = ("host", "port", "catalogue", "registry_url")
 PACKAGED = (
     "no catalogue is named, so the packaged one is used, with its names of Services; set INFERENCE_API_CATALOGUE, or "
@@ -26,12 +26,12 @@ def environment() -> Mapping[str, str]:
 
 
 def takes_colours() -> bool:
-    """Whether a terminal that there may be is to have colours, see no-color.org."""
+    """Whether a terminal gets colours, see no-color.org."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The settings of the environment and of the options, which come first. Raises SettingsError."""
+    """Settings from the environment and options; options take precedence. Raises SettingsError."""
     environ: dict[str, str] = dict(environment())
     options: Mapping[str, object] = vars(arguments)
     for name in _OPTIONS:
@@ -50,7 +50,7 @@ def _names_catalogue(options: Mapping[str, object]) -> str | None:
 
 
 def catalogue_of(backends: Sequence[str]) -> Catalogue:
-    """The catalogue that options `--backend NAME=URL` make. Raises CatalogueError naming the option."""
+    """The catalogue of `--backend NAME=URL` options. Raises CatalogueError naming the option."""
     urls: dict[str, list[str]] = {}
     for option in backends:
         name, equals, url = option.partition("=")
@@ -72,7 +72,7 @@ def _without_password(option: str) -> str:
 
 
 def read_catalogue(path: Path) -> Catalogue:
-    """The catalogue of a file, all of whose entries can be used. Raises CatalogueError with a line for each other."""
+    """The catalogue of a file without invalid entries. Raises CatalogueError with a line per invalid entry."""
     catalogue = load_catalogue(path, ENTRY)
     if catalogue.problems:
         raise CatalogueError("\n".join(f"{path}: {problem}" for problem in catalogue.problems))
@@ -80,7 +80,7 @@ def read_catalogue(path: Path) -> Catalogue:
 
 
 def size_of(catalogue: Catalogue) -> str:
-    """How much is in it: `1 model, 3 backends`."""
+    """Its size: `1 model, 3 backends`."""
     return f"{counted(len(catalogue), 'model')}, {counted(backends_of(catalogue), 'backend')}"
 
 
@@ -93,12 +93,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def is_packaged(settings: Settings) -> bool:
-    """Whether nobody has said which models there are."""
+    """Whether neither a catalogue nor a registry is set."""
     return settings.catalogue == DEFAULT_CATALOGUE
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as columns of text, the last one as long as it is."""
+    """Rows as aligned columns; the last one is not padded."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     padded = ([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]] for row in rows)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)

@@ -1,4 +1,4 @@
-"""`check --connect`: asks each backend for its /v1/models, and whether the model's name is among them."""
+"""`check --connect`: requests /v1/models of each backend, and looks for the model's name."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _TIMEOUT = 10.0
 
 
 class Result(NamedTuple):
-    """`result`: ok, name (it serves others), or failed."""
+    """`result`: ok, name (the backend serves other models), or failed."""
 
     model: str
     backend: str
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
 
 def connect(settings: Settings, catalogue: Catalogue, environ: Mapping[str, str]) -> int:
-    """Print what each backend says; 1 if one of them cannot serve its model."""
+    """Print a line per backend. Returns 1 if one cannot serve its model."""
     results = asyncio.run(_ask_all(settings, catalogue, environ))
     print(table([("MODEL", "BACKEND", "RESULT", "DETAIL"), *results]))
     return 0 if all(result.result == "ok" for result in results) else 1

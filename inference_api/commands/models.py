@@ -1,4 +1,4 @@
-"""`inference-api models`: what the catalogue lists, or what a running router serves."""
+"""`inference-api models`: lists the models of the catalogue, or of a running router."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ Rows = list[tuple[str, ...]]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 3 if the router cannot be asked."""
+    """Returns 0, or 3 if the router does not answer."""
     if arguments.url is None:
         settings = settings_of(arguments)
         if is_packaged(settings):

@@ -1,4 +1,4 @@
-"""Asks a running router what it answers itself."""
+"""GET requests to a running router."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ _TIMEOUT = 10.0
 
 
 class NotReachable(Exception):
-    """The router did not answer, or not with what was asked for; the message names the URL."""
+    """The router did not answer, or not with the requested document; the message names the URL."""
 
 
 def ask(url: str, path: str) -> Any:
     """The JSON document at `path` of the router at `url`, which may end in /v1. Raises NotReachable."""
     asked = url.rstrip("/").removesuffix("/v1") + path
     try:
-        # Not by a proxy of the environment: it is often on this machine.
+        # No proxy of the environment: the router is often on this machine.
         response = httpx.get(asked, timeout=_TIMEOUT, trust_env=False)
     except (httpx.UnsupportedProtocol, httpx.InvalidURL):
         raise NotReachable(f"--url {url!r}: must be the URL of a router, such as http://127.0.0.1:8000") from None

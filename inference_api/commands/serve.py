@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def run(arguments: argparse.Namespace) -> int:
     """0 after SIGTERM or SIGINT. Raises SettingsError or CatalogueError if it cannot start."""
-    # While there is nothing to read again, before the server and after it, the signal must not end the process either.
+    # Before and after the server, there is nothing to reload, and SIGHUP must not end the process.
     with handling({signal.SIGHUP: signal.SIG_IGN}):
         return _serve(arguments)
 
@@ -30,7 +30,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     access_log = configure_logging(settings.log_level, settings.log_format, colours=takes_colours())
     log_unhandled()
     answer_validation_with(int(settings.validation_status))
-    # Set by the Dockerfile, and no setting: nobody is to have an opinion of what was built.
+    # Set by the Dockerfile; not a setting, since it describes the build.
     built = environment().get("IMAGE_REVISION", "")
     outside = Outside(
         environment(),

@@ -11,7 +11,7 @@ from inference_api.commands.router import NotReachable, ask
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: all backends are ready, 1: one is not, 3: the router cannot be asked."""
+    """Returns 0 if all backends are ready, 1 if one is not, 3 if the router does not answer."""
     try:
         document = ask(arguments.url, "/backends")
     except NotReachable as exc:
@@ -36,7 +36,7 @@ def _rows(backends: list[Any], now: float) -> list[tuple[str, ...]]:
 
 
 def age(seconds: float) -> str:
-    """A time that has passed, in its largest unit of which there are two."""
+    """Elapsed time, in the largest unit with at least two."""
     whole = max(0, int(seconds))
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if whole >= 2 * size:

@@ -1,4 +1,4 @@
-"""What `serve` says of itself at its start."""
+"""The summary that `serve` logs at its start."""
 
 import ipaddress
 import logging
@@ -13,7 +13,7 @@ _SHOWN_MODELS = 20
 
 
 class Summary:
-    """One event `serving`, and warnings of what is probably not meant.
+    """Log one event `serving`, and warnings of probable mistakes.
 
     `source`: the file of the static catalogue, `packaged`, or `--backend`.
     """
@@ -24,7 +24,7 @@ class Summary:
         self._source = source
 
     def tell(self, address: str) -> None:
-        """`address`: where clients are listened to, as a URL has it."""
+        """Warn of an open router. `address`: host and port of the listener, as in a URL."""
         settings, models = self._settings, self._application.core.fleet.models
         names = list(models)
         backends = sum(len(model.backends) for model in models.values())

@@ -1,7 +1,7 @@
-"""LOAD_SIGNAL_INTERVAL: the load that engines report is added to the router's own count, for balancing and metrics.
+"""LOAD_SIGNAL_INTERVAL: adds the load that engines report to the router's own count, for balancing and metrics.
 
-What other routers and other clients have put on a backend only the backend can say. A reading that is old is dropped:
-then balancing is what it is without it.
+Only the backend knows the load from other routers and clients. Old readings are dropped: balancing then uses the
+router's own counts.
 """
 
 import functools
@@ -46,14 +46,14 @@ def build(core: Core, settings: Settings) -> Feature | None:
 
 
 def balancers(settings: Settings) -> Mapping[str, MakeBalancer]:
-    """The algorithms that go by load alone, with what the engines report; none where that is off."""
+    """The algorithms that use load alone, with the reported load; none if that is off."""
     if not settings.of(Options).load_signal_interval:
         return {}
     return {"least_in_flight": LeastReported, "two_choices": TwoReported}
 
 
 class LeastReported(LeastInFlight[R]):
-    """The fewest in flight and reported for its weight."""
+    """The backend with the least load by weight, in flight and reported."""
 
     def loads(self, backends: Sequence[R]) -> list[float]:
         return [
@@ -63,7 +63,7 @@ class LeastReported(LeastInFlight[R]):
 
 
 class TwoReported(TwoChoices[R]):
-    """The less loaded of two random ones, by what is in flight and reported."""
+    """The less loaded of two random backends, by requests in flight and reported."""
 
     def ends(self, backends: Sequence[R]) -> list[float] | None:
         # Never None, so that only one place compares.
@@ -76,7 +76,7 @@ class TwoReported(TwoChoices[R]):
 
 
 def families(fleet: Fleet) -> Iterator[Family]:
-    """What each backend last said of its load; no sample where it does not say."""
+    """Gauges of the load that each backend last reported; no series without a report."""
     backends = [backend for model in fleet.models.values() for backend in model.backends]
 
     def read(value: Callable[[Backend, Reading], float | None]) -> list[tuple[tuple[str, str], float | None]]:
@@ -86,13 +86,13 @@ def families(fleet: Fleet) -> Iterator[Family]:
             for reading in (backend.origin.reading,)
         ]
 
-    text = "Requests the backend says it works on."
+    text = "Running requests, as the backend reports."
     yield gauge("backend_running_requests", text, BY_BACKEND, read(lambda _, reading: reading.running))
-    text = "Requests the backend says it has waiting."
+    text = "Waiting requests, as the backend reports."
     yield gauge("backend_queue_depth", text, BY_BACKEND, read(lambda _, reading: reading.waiting))
     text = "Used share of the backend's KV cache."
     yield gauge("backend_kv_cache_usage_ratio", text, BY_BACKEND, read(lambda _, reading: reading.kv_cache))
-    text = "When the backend last told its load, in Unix seconds."
+    text = "Time of the backend's last report of its load, in Unix seconds."
     scraped = [((backend.model, backend.label), backend.origin.scraped_at or None) for backend in backends]
     yield gauge("backend_last_scrape_timestamp_seconds", text, BY_BACKEND, scraped)
 

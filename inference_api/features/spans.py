@@ -1,8 +1,7 @@
 """The spans of a request: SERVER for the request, CLIENT for each attempt (docs/tracing.md has their attributes).
 
-A layer begins the trace, each attempt carries a `traceparent` of its own to the backend, and the Record of the request
-ends them. The names are those of the HTTP and GenAI conventions. Nothing of a prompt, a completion or a key gets into
-a span.
+A layer begins the trace, each attempt sends its own `traceparent` to the backend, and the Record of the request ends
+the spans. Names follow the HTTP and GenAI conventions. Spans contain no prompt, completion or key.
 """
 
 import logging
@@ -41,28 +40,28 @@ from inference_api.upstream.failures import outcome_of
 logger = logging.getLogger(__name__)
 
 _W3C = TraceContextTextMapPropagator()
-# Under this name the state of a request has its Trace.
+# Key of the Trace in the state of a request.
 _TRACE = "tracing"
 _CLIENTS_CONTEXT = re.compile(rb"^trace(?:parent|state): [^\r]*\r\n", re.MULTILINE)
-# gen_ai.operation.name where the conventions have a word for what a route does; its label elsewhere.
+# gen_ai.operation.name of routes in the conventions; others use their label.
 _OPERATIONS = {"chat_completions": "chat", "completions": "text_completion", "responses": "chat", "messages": "chat"}
 _ROUTES = {route.path: route for route in INFERENCE_ROUTES}
 
 
 def tracing(provider: TracerProvider, timeout: float = 5.0) -> Feature:
-    """Spans of one provider, which is shut down at the end.
+    """Makes spans with one provider, which is shut down at the end.
 
-    `timeout`: seconds that the end of the process waits for the collector; spans that it does not take are lost.
+    `timeout`: seconds that shutdown waits for the collector; spans not accepted by then are lost.
     """
     tracer = provider.get_tracer("inference_api", __version__)
 
     def close() -> None:
-        # The SDK would wait for 30 s, and takes no other time.
+        # The SDK waits for a fixed 30 s.
         closing = threading.Thread(target=provider.shutdown, name="traces", daemon=True)
         closing.start()
         closing.join(timeout)
         if closing.is_alive():
-            logger.warning("the collector did not take the last spans in time")
+            logger.warning("the collector did not accept the last spans in time")
 
     return Feature(
         "tracing",
@@ -74,8 +73,8 @@ def tracing(provider: TracerProvider, timeout: float = 5.0) -> Feature:
 
 
 def otlp_provider() -> TracerProvider:
-    """Sends by OTLP over HTTP from a thread of the SDK. Raises ValueError if that refuses one of its variables."""
-    # What a client sends is not worth a line each; and a header that cannot be read would be logged with its key.
+    """Export by OTLP over HTTP, on a thread of the SDK. Raises ValueError if the SDK rejects a variable."""
+    # No log line per invalid header of a client; and a header that cannot be parsed would be logged with its key.
     for name in ("opentelemetry.trace", "opentelemetry.util"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ours = Resource.create({"service.name": "inference-api", "service.version": __version__})
@@ -101,7 +100,7 @@ class _Layer:
 
 
 def _attempt(send: SendAttempt) -> SendAttempt:
-    """Each attempt has a span, and carries its context to the backend in place of the client's."""
+    """Give each attempt a span, and send its context to the backend in place of the client's."""
 
     async def traced(attempt: Attempt) -> Reply:
         trace: Trace | None = attempt.call.state.get(_TRACE)
@@ -124,14 +123,14 @@ def _attempt(send: SendAttempt) -> SendAttempt:
 
 
 def _end(record: Record) -> None:
-    """The sink: ends the spans of a request with what is known of it."""
+    """The sink: ends the spans of a request with the attributes of its Record."""
     trace: Trace | None = record.state.get(_TRACE)
     if trace is not None:
         trace.end(record)
 
 
 class Trace:
-    """The spans of one request: its own, and that of the attempt that gave the answer, which ends with it."""
+    """The spans of one request: its own, and that of the attempt with the answer, which ends with it."""
 
     def __init__(self, tracer: Tracer, route: Route, scope: Scope) -> None:
         self._tracer = tracer
@@ -153,7 +152,7 @@ class Trace:
 
     @property
     def ids(self) -> dict[str, str]:
-        """`trace_id` and `span_id` as the access line has them."""
+        """`trace_id` and `span_id`, as in the access line."""
 
         context = self._span.get_span_context()
         return {"trace_id": format_trace_id(context.trace_id), "span_id": format_span_id(context.span_id)}
@@ -187,7 +186,7 @@ class Trace:
         return self._attempts[-1]
 
     def end(self, record: Record) -> None:
-        """End all spans with what is known of the request."""
+        """End all spans, with attributes from the Record."""
         for attempt in self._attempts:
             attempt.close(record if attempt is self._attempts[-1] else None)
         span = self._span
@@ -205,7 +204,7 @@ class Trace:
             if first is not None:
                 attributes["inference_api.time_to_first_token"] = first
             span.set_attributes(attributes)
-            # The conventions for HTTP: what a client did wrong is no error of the server.
+            # HTTP conventions: a client's fault is not an error of the server span.
             fault = not 400 <= record.status < 500
             error_type = record.code or _error_type(record.outcome, record.status)
             _set_error(span, record.outcome, error_type, fault)
@@ -213,7 +212,7 @@ class Trace:
 
 
 class AttemptSpan:
-    """The CLIENT span of one attempt. That of the answer stays open for what the Record says of it."""
+    """The CLIENT span of one attempt. That of the answer stays open until the Record."""
 
     def __init__(self, span: Span, began: float) -> None:
         self._span = span
@@ -225,7 +224,7 @@ class AttemptSpan:
 
     @property
     def lines(self) -> bytes:
-        """The context that the backend gets, as lines of a request head."""
+        """The context for the backend, as lines of a request head."""
         context = self._span.get_span_context()
         lines = b"traceparent: 00-%032x-%016x-%02x\r\n" % (context.trace_id, context.span_id, context.trace_flags)
         if context.trace_state:
@@ -233,7 +232,7 @@ class AttemptSpan:
         return lines
 
     def ended(self, outcome: Outcome) -> None:
-        """The backend has nothing to do with the request any more."""
+        """Note that the exchange with the backend has ended."""
         self._outcome, self._ended_at = outcome, time_ns()
 
     def close(self, record: Record | None = None) -> None:
@@ -257,7 +256,7 @@ def _first(record: Record) -> float | None:
 
 
 def _usage_attributes(record: Record, began: float) -> dict[str, Any]:
-    """What the answer said of itself; never an estimate. `began`: the attempt, in seconds of the request."""
+    """Attributes from the answer; never estimates. `began`: start of the attempt, in seconds of the request."""
     prompt, cached, completion, _ = record.tokens
     first = _first(record)
     found = {
@@ -270,10 +269,10 @@ def _usage_attributes(record: Record, began: float) -> dict[str, Any]:
 
 
 def _sent_context(headers: RawHeaders) -> Context:
-    """The client's place in a trace; empty if it sent none, or none that is sound."""
+    """The client's trace context; empty if missing or invalid."""
 
     parents = [value for name, value in headers if name == b"traceparent"]
-    if len(parents) != 1:  # of two, neither can be trusted
+    if len(parents) != 1:  # repeated headers are ambiguous
         return Context()
     state = b",".join(value for name, value in headers if name == b"tracestate")
     carrier = {"traceparent": parents[0].decode("latin-1"), "tracestate": state.decode("latin-1")}
@@ -289,6 +288,6 @@ def _set_error(span: Span, outcome: Outcome, error_type: str, fault: bool) -> No
     if outcome is Outcome.OK:
         return
     span.set_attribute("error.type", error_type)
-    # Nor is it anybody's fault when a client leaves.
+    # A client disconnect is not an error, either.
     if fault and outcome is not Outcome.CLIENT_GONE:
         span.set_status(StatusCode.ERROR)

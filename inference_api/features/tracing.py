@@ -1,6 +1,6 @@
 """Traces by OpenTelemetry, the extra `otel`: off unless one of its variables names an endpoint.
 
-The spans are in `spans`, which is loaded, with OpenTelemetry, only where traces are asked for.
+`spans`, and with it OpenTelemetry, is imported only if traces are on.
 """
 
 from inference_api.core import Core
@@ -9,9 +9,9 @@ from inference_api.settings import Settings, SettingsError, wants_traces
 
 
 def build(core: Core, settings: Settings) -> Feature | None:
-    """Spans that are sent by OTLP as OpenTelemetry's variables say; off where none of them names an endpoint.
+    """Traces, exported by OTLP as configured by OpenTelemetry's variables; off if none names an endpoint.
 
-    Raises SettingsError if OpenTelemetry is not installed, or refuses one of its variables.
+    Raises SettingsError if OpenTelemetry is not installed, or rejects one of its variables.
     """
     if not wants_traces(core.outside.variables):
         return None
@@ -25,7 +25,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
             "pip install 'inference-api[otel]', or unset it"
         ) from None
     except ValueError as exc:
-        raise SettingsError(f"OpenTelemetry does not take one of its variables (OTEL_...): {exc}") from None
+        raise SettingsError(f"OpenTelemetry rejects one of its variables (OTEL_...): {exc}") from None
 
 
 FEATURE = Switch(build)

@@ -18,9 +18,9 @@ from inference_api.server.cycle import Cycle, cycle_of
 
 logger = logging.getLogger(__name__)
 
-# The key of the ASGI scope under which every layer finds the Account of the request.
+# Key of the Account in the ASGI scope.
 ACCOUNT = "inference_api.account"
-# For input that never became a request
+# Stands for input that never became a request
 _NO_SCOPE: Scope = {"path": "", "state": {}}
 
 
@@ -90,7 +90,7 @@ class Accounts:
 
 
 async def respond(scope: Scope, send: Send, status: int, headers: RawHeaders, body: bytes = b"") -> None:
-    """A whole answer of a layer's own: with the request id, and noted in the Account."""
+    """Send a whole answer of a layer's own, with the request id, and note it in the Account."""
     account: Account = scope[ACCOUNT]
     account.responded(status, len(body))
     headers = [*headers, (b"x-request-id", account.request_id.encode())]
@@ -101,7 +101,7 @@ async def respond(scope: Scope, send: Send, status: int, headers: RawHeaders, bo
 
 
 async def reject(error: RouterError, account: Account, send: Send) -> None:
-    """Answer with an error of the router's own."""
+    """Answer with an error of the router."""
     status, headers, body = render(error, account.request_id)
     if isinstance(error, TooLarge):
         headers.append((b"connection", b"close"))

@@ -7,8 +7,8 @@ from inference_api.http.turns import Turns
 class Admission:
     """Counts inference requests in flight, and the bytes of bodies that did not arrive together with their head.
 
-    A request is in flight once its body is complete, so that slow senders do not exclude others. Their bytes have a
-    limit of their own.
+    A request counts as in flight once its body is complete, so that slow senders do not exclude others. Incomplete
+    bodies have a limit of bytes.
     """
 
     __slots__ = ("buffered", "in_flight", "max_buffered", "max_in_flight", "turns")

@@ -21,7 +21,7 @@ _SLICE = 200
 class Backends:
     """`resting(backend)`: the end of the pause that it asked for, in seconds of the monotonic clock.
 
-    It may be asked on another thread than the one that changes the fleet, so it only reads.
+    Runs on another thread than the changes of the fleet (OPS_PORT), so it only reads.
     """
 
     def __init__(self, fleet: Fleet, resting: Callable[[Backend], float | None] = lambda backend: None) -> None:
@@ -42,7 +42,7 @@ class Backends:
         return Response(json_bytes({"data": cards}), media_type="application/json")
 
     def _card(self, backend: Backend, now: float, wall: float) -> dict[str, Any]:
-        """As in the reports to a control plane; times are Unix milliseconds."""
+        """One backend, in the format of router reports; times are Unix milliseconds."""
 
         def at(moment: float) -> int:
             return int((wall - now + moment) * 1000)

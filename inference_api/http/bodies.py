@@ -1,4 +1,4 @@
-"""What the router reads of request bodies: a few fields, checked by pydantic. The rest is skipped.
+"""Reads a few fields of request bodies, checked by pydantic, and skips the rest.
 
 A small body is checked in one call. A large one is scanned in slices (upstream.scanner, http.forms), and the
 fields that the scan has found are checked by the same call.
@@ -25,7 +25,7 @@ _LIGHT, _VALUES = 1024 * 1024, 40_000
 _COMMAS_LOOKED_FOR = 500
 # Characters of a long text that the checks below need
 _LONG = 1024
-# Reserved for operators: with these an engine takes or gives the state of another request, or dies.
+# Reserved for operators: they make an engine import or export the state of another request, or crash.
 TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 # Where vLLM also reads them from
 _EXTRA = "vllm_xargs"
@@ -65,7 +65,7 @@ class Embedding(Named, total=False):
 
 
 class Pooling(Embedding, total=False):
-    # Its shape is the business of the model's plugin
+    # The model's plugin defines its shape
     data: Any
 
 
@@ -98,10 +98,10 @@ class Rerank(Named):
 class JSONReader:
     """Reads the fields of `shape`; of `one_of` at least one must be there, and not null.
 
-    In `Call.fields` are those that every body has, and those that are `kept`: small ones, for whoever needs another
-    field of the top level. Of the others only the type is looked at, and the beginning for prefix affinity.
+    `Call.fields` gets the fields of every body, and those in `kept`: small top-level fields for features. Of other
+    fields only the type is checked, and the beginning read for prefix affinity.
 
-    It raises InvalidJSON for what is not JSON, and InvalidRequest, naming the field, for what is not the shape.
+    Raises InvalidJSON, or InvalidRequest naming the field.
     """
 
     def __init__(self, shape: type, one_of: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
@@ -118,7 +118,7 @@ class JSONReader:
             fields: dict[str, Any] = self._validate(body)
         except ValidationError as exc:
             if exc.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "json_invalid":
-                # Engines take JSON that pydantic does not: a byte order mark, deep nesting, half a surrogate pair.
+                # Engines accept JSON that pydantic rejects: a byte order mark, deep nesting, a lone surrogate.
                 return None
             raise _refusal(exc) from None
         if self._one_of:
@@ -149,7 +149,7 @@ class JSONReader:
         return schema
 
     def _outline(self, scan: Scan) -> bytes:
-        """A small document about which pydantic says the same as about the whole."""
+        """A small document for which pydantic reports the same errors as for the whole."""
         if not scan.is_object:
             return b"[]"
         return json.dumps({name: self._outlined(name, member) for name, member in scan.members.items()}).encode()
@@ -172,7 +172,7 @@ class JSONReader:
 
 
 class FormReader:
-    """Reads the `model` and `stream` fields of a multipart body, which itself stays as it is."""
+    """Reads the `model` and `stream` fields of a multipart body, without changing it."""
 
     bulky: frozenset[str] = frozenset()
 
@@ -261,8 +261,8 @@ def _form_extra(field: FormField) -> Any:
 def _refusal(exc: ValidationError) -> InvalidJSON | InvalidRequest:
     error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
     if error["type"] == "json_invalid":
-        # Every slice was JSON, so it is what a text in Rust cannot hold.
-        return InvalidJSON("The body is not valid JSON (half a surrogate pair in a field that is read).")
+        # Every slice was JSON, so the reason is a lone surrogate, which Rust strings cannot hold.
+        return InvalidJSON("The body is not valid JSON (a lone surrogate in a field that the router reads).")
     param = str(error["loc"][0]) if error["loc"] else None
     if error["type"] == "missing":
         return InvalidRequest(f"The field {param!r} is required.", param=param)

@@ -8,14 +8,14 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 # A part costs 50 us; a slice may hold 280.
 SLICE = 16 * 1024
-# As many fields and files together as the engines' own parser takes
+# Fields and files together; the limit of the engines' own parser
 MAX_PARTS = 2000
 # Bytes kept of a field
 KEPT = 64 * 1024
 
 
 class FormField(NamedTuple):
-    """`span`: where the value stands in the body; None for one of nothing but the beginning of a boundary."""
+    """A field. `span`: of the value in the body; None if all of it looked like the beginning of a boundary."""
 
     value: bytes
     span: tuple[int, int] | None
@@ -26,7 +26,7 @@ def form_fields(
 ) -> Generator[None, None, dict[str, FormField]]:
     """The last field of each name, files aside; yields after each slice of `size` bytes.
 
-    Raises ValueError, with a sentence, when the body is not the multipart message that its content type says.
+    Raises ValueError, with a sentence, if the body is not valid multipart/form-data.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
@@ -57,10 +57,10 @@ class _Form:
         self.slice, self.slice_at = b"", 0
         self._names = names
         self._parts = 0
-        # The header that is being read
+        # The current header
         self._header = b""
         self._content = b""
-        # The field that is being read, its bytes so far, how many there are in all, and where it begins
+        # The current field: its name, kept bytes, size so far, and offset
         self._field: str | None = None
         self._value = b""
         self._size = 0

@@ -1,4 +1,4 @@
-"""What the router reads of a request's headers, and which of them go to a backend. Pure."""
+"""Reads the headers of a request, and selects those for the backend. Pure."""
 
 import re
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 from inference_api.headers import PLAIN_CONNECTION, Verdicts, header_lines, is_repeated, without_connection_headers
 from inference_api.models import RawHeaders
 
-# An allow-list, so that nothing new ever leaks: credentials, cookies, forwarding claims and engine controls stay here.
-# `endpoint-load-metrics-format` asks an engine for its load, which comes back as `endpoint-load-metrics` (ORCA).
+# An allow-list, so that no new header leaks: credentials, cookies, proxy headers and engine controls are dropped.
+# `endpoint-load-metrics-format` requests an engine's load, returned as `endpoint-load-metrics` (ORCA).
 FORWARDED = frozenset(
     {
         b"accept",
@@ -25,7 +25,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestHead(NamedTuple):
-    """What the router reads from a request's headers, and the ones that go on to the backend."""
+    """The headers that the router reads, and those that it forwards to the backend."""
 
     request_id: str
     content_type: bytes
@@ -38,21 +38,21 @@ class RequestHead(NamedTuple):
     forwarded: RawHeaders
     # `forwarded` as lines of a request head
     lines: bytes
-    # All of them, names in lower case. Where a head repeats an earlier one, Content-Length may be that one's.
+    # All headers, names in lower case. In a repeated head, Content-Length may be that of the earlier one.
     headers: RawHeaders
 
 
 class RequestHeaders:
-    """Reads the (lower-case) headers of a request. `extra`: names that are forwarded beside the usual ones."""
+    """Reads the (lower-case) headers of a request. `extra`: additional names to forward."""
 
     def __init__(self, extra: frozenset[bytes] = frozenset()) -> None:
         names = FORWARDED | extra
         self._forwarded = Verdicts(lambda name: name in names or name.startswith(FORWARDED_PREFIXES))
 
     def __call__(self, headers: RawHeaders) -> RequestHead:
-        """`request_id` is "" if the client gave none that is valid: one is to be minted."""
+        """Read the headers. `request_id` is "" without a valid one of the client: the caller mints one."""
         is_forwarded = self._forwarded
-        # Reversed: of a repeated header the first counts, as it does for the engines.
+        # Reversed: the first of repeated headers counts, as in the engines.
         seen = dict(headers[::-1]).get
         forwarded = [pair for pair in headers if is_forwarded[pair[0]]]
         connection = seen(b"connection")

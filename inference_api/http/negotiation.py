@@ -9,7 +9,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8; escap
 _WEIGHT = re.compile(r"0(?:\.\d{0,3})?|1(?:\.0{0,3})?")
 _OPENMETRICS = "application/openmetrics-text"
 _TEXT = "text/plain"
-# At equal weight a range that names the format counts more than one that includes it.
+# At equal weight, a range that names the format outranks one that includes it.
 _ANY = {_OPENMETRICS: ("application/*", "*/*"), _TEXT: ("text/*", "*/*")}
 
 
@@ -28,7 +28,7 @@ def takes_gzip(accept_encoding: str) -> bool:
 
 
 def _rank(ranges: list[tuple[str, str | None, float]], name: str) -> tuple[float, int, int]:
-    """(weight, how exactly it is named, how early): the more, the better. Only the most exact ranges count."""
+    """(weight, specificity, earliness), higher is better. Only the most specific ranges count."""
     found = []
     for place, (media, version, weight) in enumerate(ranges):
         if media == name and (name == _TEXT or version in (None, "1.0.0")):

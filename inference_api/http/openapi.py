@@ -1,4 +1,4 @@
-"""GET /openapi.json: the routes as an OpenAPI 3.1 document, made from the table of routes; GET /docs: as a page."""
+"""GET /openapi.json: an OpenAPI 3.1 document, made from the table of routes; GET /docs: the same as a page."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -16,15 +16,15 @@ from inference_api.models import Route
 
 _JSON = "application/json"
 _ERROR = {"$ref": "#/components/schemas/Error"}
-# Those of the router; an engine's own are the default.
+# Statuses of the router; an engine's own are the default.
 _FAILURES = {
-    400: "The body is not JSON, or the request is not sound.",
-    404: "There is no such model or response.",
-    408: "The body did not come in time.",
+    400: "The body is not valid JSON, or the request is malformed.",
+    404: "The model or response does not exist.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The content type is another one.",
-    431: "The head is too large.",
-    500: "A fault of the router.",
+    415: "The content type is not supported.",
+    431: "The request head is too large.",
+    500: "An internal error of the router.",
     502: "The backend gave no usable answer.",
     503: "No backend is available, or a limit is reached; see Retry-After.",
     504: "The backend did not answer in time.",
@@ -108,7 +108,7 @@ _PAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {
 _OPS_PAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {"/backends": ("The state of each backend.", "Backends", ())}
 _STORED = {
     "/v1/responses/{id}": {"get": "A stored response.", "delete": "Delete a stored response."},
-    "/v1/responses/{id}/cancel": {"post": "Cancel a response that is made in the background."},
+    "/v1/responses/{id}/cancel": {"post": "Cancel a response that is generated in the background."},
 }
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"
@@ -119,7 +119,7 @@ _STYLE = (
 
 
 class Document:
-    """Both are made when they are first asked for. `ops`: operators' pages are on this port too."""
+    """Renders both on first use. `ops`: operators' pages are on this port, too."""
 
     def __init__(self, routes: Iterable[Route], ops: bool) -> None:
         self._inference = tuple(routes)
@@ -210,9 +210,9 @@ def _page(path: str, summary: str, schema: str, failures: tuple[int, ...]) -> di
     answer = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
     responses: dict[str, Any] = {"200": {"description": summary, "content": {_JSON: answer}}}
     for status in failures:
-        # A probe that fails says so in the same shape.
+        # A failing probe has the same schema.
         body = answer if status == 503 and schema == "Status" else {"schema": _ERROR}
-        responses[str(status)] = {"description": "It is not so.", "content": {_JSON: body}}
+        responses[str(status)] = {"description": "No.", "content": {_JSON: body}}
     operation: dict[str, Any] = {"operationId": f"get_{_identifier(path)}", "summary": summary, "responses": responses}
     if "{model}" in path:
         operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
@@ -220,7 +220,7 @@ def _page(path: str, summary: str, schema: str, failures: tuple[int, ...]) -> di
 
 
 def _failure(text: str) -> dict[str, Any]:
-    # Of most statuses an engine has errors, too, which come as they are.
+    # Engines answer with most of these statuses, too; their errors pass unchanged.
     either = {"anyOf": [_ERROR, {"description": "The engine's own error.", "type": "object"}]}
     return {"description": text, "content": {_JSON: {"schema": either}, "*/*": {}}}
 

@@ -1,4 +1,4 @@
-"""The routes that the router answers itself: models, probes, metrics; and its answers to everything else."""
+"""The routes that the router answers itself: models, probes, metrics, and errors for unknown paths."""
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -54,7 +54,7 @@ class Models:
         return [Route("/v1/models", self.list_all), Route("/v1/models/{model:path}", self.retrieve)]
 
 
-# Neither counted nor logged: they come every few seconds, and not from clients.
+# Neither counted nor logged: probes arrive every few seconds, and not from clients.
 _PROBES = frozenset({"/", "/health", "/healthz", "/readyz", "/metrics", "/backends"})
 # Open to callers without keys.
 OPEN_PATHS = frozenset(
@@ -69,14 +69,13 @@ class Finder(Protocol):
 
 
 class Probes:
-    """/healthz: the process runs. /readyz: it takes requests, and from which catalogue. /metrics: the numbers.
+    """/healthz: liveness. /readyz: readiness, and the source of the catalogue. /metrics: Prometheus metrics.
 
-    /health and /version are vLLM's, for clients that were made for an engine; `/` is the default of load balancers, and
-    answers as /readyz.
+    /health and /version are for clients of vLLM; `/` is the default of load balancers, and answers as /readyz.
 
-    `silence`: seconds since the event loop of requests last ran a turn, None while it need not; OPS_PORT has another
-    loop, which answers even if that one hangs. `registry_required`: not ready before the registry has
-    given a catalogue; else not before there is any model to serve.
+    `silence`: seconds since the last turn of the event loop of requests, None while it is not running; with OPS_PORT,
+    another loop answers even if that one hangs. `registry_required`: not ready before the registry has given a
+    catalogue; otherwise, not ready without a model.
 
     `late`, `hung`: seconds without a turn of that loop after which /readyz, and /healthz, fail.
     """
@@ -124,7 +123,7 @@ class Probes:
 
     async def metrics(self, request: Request) -> Response:
         if self._exposition.busy:
-            return Response("Too many scrapes are under way.\n", 503, {"retry-after": "1"}, "text/plain")
+            return Response("Too many concurrent scrapes; retry later.\n", 503, {"retry-after": "1"}, "text/plain")
         openmetrics = wants_openmetrics(",".join(request.headers.getlist("accept")))
         gzip = takes_gzip(",".join(request.headers.getlist("accept-encoding")))
         headers = {"content-type": OPENMETRICS if openmetrics else TEXT, "vary": "accept, accept-encoding"}
@@ -133,7 +132,7 @@ class Probes:
         return Page(self._exposition.page(openmetrics, gzip), headers=headers)
 
     def routes(self) -> list[Route]:
-        """Routes of the clients' port too: load balancers check it, and clients expect them of an engine."""
+        """Routes on the clients' port, too, for load balancers and clients of engines."""
         return [
             Route("/", self.readyz),
             Route("/health", self.healthz),
@@ -148,7 +147,7 @@ class Probes:
 
 
 class Page(StreamingResponse):
-    """A response that is made while it is sent; the generator is closed when the client disconnects, or for HEAD."""
+    """A response generated while it is sent; a disconnect, or HEAD, closes the generator."""
 
     def __init__(self, pieces: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
         super().__init__(pieces, headers=headers)
@@ -198,7 +197,7 @@ class _Pages:
 
     def _refusal(self, exc: HTTPException, method: str, path: str) -> RouterError:
         if exc.status_code == 405:
-            # Starlette joins a set, in an order that changes from process to process.
+            # Starlette joins a set, whose order differs between processes.
             allow = ", ".join(sorted((exc.headers or {}).get("Allow", "GET").split(", ")))
             return MethodNotAllowed(method, path, allow)
         return UnknownURL(method, path, meant(path, self._paths))

@@ -25,7 +25,7 @@ class Stages(NamedTuple):
     send: Send
     admission: Admission
     max_body: int = 32 * 1024 * 1024
-    # Seconds without progress after which a client that does not read is given up
+    # Seconds without progress until a client that does not read is reset
     write_stall: float = 60.0
 
 

@@ -47,5 +47,5 @@ INFERENCE_ROUTES = (
 
 
 def normal_path(path: str) -> str:
-    """Without doubled or trailing slashes: base_urls often end in one, and a redirect would lose the body."""
+    """The path without doubled or trailing slashes: base URLs often end in one, and a redirect would lose the body."""
     return "/" + "/".join(part for part in path.split("/") if part)

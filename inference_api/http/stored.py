@@ -1,7 +1,7 @@
-"""GET, DELETE and cancel of a response that an engine has stored: sent to the backend that made it, known by the id.
+"""GET, DELETE and cancel of a stored response: sent to the backend that made it, found by the id.
 
-The process keeps the model and backend of the last responses that it relayed; any other id is a 404, as from an
-engine that does not have it.
+The process keeps model and backend of the last responses that it relayed; any other id gets 404, as from an engine
+without it.
 """
 
 import re
@@ -38,7 +38,7 @@ _ID = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,128})"')
 
 
 class Place(NamedTuple):
-    """Where a response is: the model's name, the backend's URL, and who asked for it."""
+    """The place of a response: the model's name, the backend's URL, and the caller."""
 
     model: str
     url: str
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Memory(OrderedDict[str, Place]):
-    """Id of a response -> its Place, of the last ones."""
+    """Id of a response -> its Place, for the last responses."""
 
     def put(self, response: str, place: Place) -> None:
         self[response] = place
@@ -80,7 +80,7 @@ class _IdTap:
 
 
 class StoredResponses:
-    """`send` is for one attempt, as one backend has the response and no other."""
+    """`send` makes one attempt, since only one backend has the response."""
 
     def __init__(self, send: SendAttempt, prepare: Prepare, stages: Stages) -> None:
         self._memory = Memory()
@@ -89,7 +89,7 @@ class StoredResponses:
         self._stages = stages
 
     def pipeline(self, route: Route) -> Pipeline:
-        """The pipeline of the route; that of the route that makes responses keeps their places."""
+        """The pipeline of the route; on the route that creates responses, it keeps their places."""
         stages = self._stages
         return Pipeline(route, stages._replace(send=self._remembering(stages.send)) if route is RESPONSES else stages)
 
@@ -110,7 +110,7 @@ class StoredResponses:
         return remembering
 
     def find(self, response: str, caller: Caller | None) -> tuple[Model, Backend]:
-        """Raises ResponseNotFound, for another caller's too."""
+        """The place of a response. Raises ResponseNotFound, also for the response of another caller."""
         place = self._memory.get(response)
         if place is None or place.caller != _id_of(caller):
             raise ResponseNotFound(response)
@@ -134,7 +134,7 @@ class StoredResponses:
 
 
 class _Operation:
-    """ASGI: one of the things that can be done with a stored response. `rest`: what follows its id in the path."""
+    """ASGI app of one operation on a stored response. `rest`: the path after the id."""
 
     def __init__(self, stored: StoredResponses, methods: tuple[str, ...], rest: bytes) -> None:
         self._stored = stored

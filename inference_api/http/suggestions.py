@@ -7,7 +7,7 @@ _LONGEST = 128
 
 
 def meant(path: str, known: Iterable[str]) -> str | None:
-    """The path of the route that was probably meant: one /v1 too many or too few, or a typing error."""
+    """The path of the probably intended route, for a /v1 too many or too few, or a typing error."""
     paths = [one for one in known if "{" not in one]
     if len(path) > _LONGEST:
         return None

@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Does at most `seconds` of such work, and the rest of a slice, in one turn of the loop, for all requests together.
+    """Does at most `seconds` of work, plus the rest of a slice, per turn of the loop, for all requests together.
 
-    A thread would not help: it would hold the interpreter as long as the slice does.
+    A thread would not help: it would hold the interpreter just as long.
     """
 
     def __init__(self, seconds: float = 0.004, clock: Callable[[], float] = monotonic) -> None:

@@ -26,7 +26,7 @@ async def read_body(receive: Receive, head: RequestHead, limit: int, admission: 
     if head.content_length is not None and int(head.content_length) > limit:
         raise TooLarge(limit)
     admission.check()
-    # Its final value is its own buffer; joining the parts would copy a large body in one go.
+    # Its buffer becomes the body; joining the parts would copy a large body at once.
     whole = BytesIO()
     size, more = 0, True
     try:
@@ -65,7 +65,7 @@ def read(route: Route, head: RequestHead, body: bytes) -> Asked | Generator[None
 
 def _not_this_type(kind: str, given: bytes) -> UnsupportedMediaType:
     instead = f", not {printable(given.decode('latin-1'))!r}" if given else ""
-    # curl's default with -d is another one.
+    # curl -d sets another default.
     hint = f"; with curl: -H 'content-type: {kind}'" if kind == "application/json" else ""
     return UnsupportedMediaType(f"The content type must be {kind}{instead}{hint}.")
 
@@ -96,7 +96,7 @@ def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: 
 def _not_the_clients(name: str) -> InvalidRequest:
     held = "" if name in TRANSFERS else f" with {' or '.join(map(repr, TRANSFERS))} in it"
     return InvalidRequest(
-        f"The field {name!r}{held} is for those who run the engines: leave it out, or set `engine_fields: allow` in "
+        f"The field {name!r}{held} is reserved for operators: leave it out, or set `engine_fields: allow` in "
         "the model's entry.",
         param=name,
     )

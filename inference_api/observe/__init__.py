@@ -1,1 +1,1 @@
-"""What every request leaves behind: metrics and one log line."""
+"""Observability: metrics and the log."""

@@ -21,11 +21,11 @@ _NO_COUNTS: Counts = (None, None, None, None)
 
 
 class Record(NamedTuple):
-    """All that is known of a finished request, refused ones included. Nothing of a prompt, an answer or a secret.
+    """The facts of a finished request, also of a rejected one. Contains no prompt, answer or secret.
 
     Times are seconds: `took` from the request head to the end of the answer, `first` to the first token of a stream,
     `overhead` from the whole request to its first attempt. `status` is the one that the client got, 0 if none;
-    `tokens`: (input, cached input, output, reasoning) as the engine counted them, None where it did not say.
+    `tokens`: (input, cached input, output, reasoning) as counted by the engine, None if not reported.
     """
 
     request_id: str
@@ -68,7 +68,7 @@ class Account:
     `clock` gives seconds.
     """
 
-    # Slots, all of them set at once: a default on the class would cost ten times as much to read.
+    # Slots, all set at once: reading a default of the class costs ten times as much.
     __slots__ = (
         "_accepted", "_received", "asked", "began", "call", "caller", "client", "clock", "code", "cycle", "extra",
         "head", "model", "model_name", "outcome", "path", "relay", "reply", "request_id", "route", "silent", "size",
@@ -86,12 +86,12 @@ class Account:
         self.request_id = request_id
         self.clock = clock
         self.began = self._received = clock()
-        # Not the scope itself, which refers to this object: that would be a reference cycle.
+        # Not the scope itself, which refers to this object: avoids a reference cycle.
         self.client: tuple[str, int] | None = scope.get("client")
         self.path: str = scope["path"]
         self.state: Mapping[str, Any] = scope["state"]
         self.head = head
-        # The Cycle of our own server; `receive` and `send` are its methods, unless a layer wraps them.
+        # The Cycle of the router's own server; `receive` and `send` are its methods, unless a layer wraps them.
         self.cycle = cycle
         # Defaults. Only names of the catalogue become labels, so that clients cannot make series.
         self.route = "other"
@@ -112,11 +112,11 @@ class Account:
         self._accepted: float | None = None
 
     def received(self) -> None:
-        """The body is complete: the time that it took to arrive does not count as overhead."""
+        """Note that the body is complete: its arrival does not count as overhead."""
         self._received = self.clock()
 
     def accepted(self, call: Call, model: Model) -> None:
-        """The request is valid, and goes to `model`."""
+        """Note a valid request, and its model."""
         self.call = call
         self.model = model
         self._accepted = self.clock()
@@ -127,12 +127,12 @@ class Account:
         return self.status > 0 if self.relay is None else self.relay.started
 
     def responded(self, status: int, size: int) -> None:
-        """A layer or a page answers, with a body of `size` bytes."""
+        """Note an answer of a layer or page, with a body of `size` bytes."""
         self.status, self.size = status, size
         self.outcome = OK if status < 400 else Outcome.REFUSED
 
     def rejected(self, error: RouterError, status: int, size: int) -> None:
-        """The router itself answers, with an error of `size` bytes."""
+        """Note an error answer of the router, of `size` bytes."""
         self.outcome, self.status, self.size = error.outcome, status, size
         self.relay = None
         self.code = error.code

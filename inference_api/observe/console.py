@@ -7,7 +7,7 @@ from typing import Any
 _RESET, _DIM = "\x1b[0m", "\x1b[2m"
 _RED, _GREEN, _YELLOW, _CYAN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[36m"
 _LEVELS = {"debug": _DIM, "info": "", "warning": _YELLOW, "error": _RED, "critical": _RED}
-# Fields with columns of their own, fields at the end, and fields that are shown only if they are not as usual
+# Fields with their own columns, fields at the end, and fields shown only with unusual values
 _COLUMNS = frozenset({"status", "latency_ms", "model", "backend", "route", "request_id"})
 _USUAL = {"outcome": "ok", "attempts": 1, "stream": False}
 
@@ -66,7 +66,7 @@ def _duration(milliseconds: float) -> str:
 
 
 def _clean(value: object) -> str:
-    """Anything that is not printable could forge a line, or take over the terminal."""
+    """Escape text that is not printable: it could forge lines, or control the terminal."""
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 

@@ -1,7 +1,7 @@
 """Metrics as text: Prometheus' format 0.0.4 and OpenMetrics 1.0.0, a bounded piece at a time.
 
-A family is written while it is read, series by series, so that the writer may pause between any two of them. That is
-five to ten times as fast as prometheus_client, which makes an object and a dictionary of every sample (docs/adr/0014).
+Writes each series as it is read, so that it can pause between any two. This is five to ten times as fast as
+prometheus_client, which creates an object and a dictionary per sample (docs/adr/0014).
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from inference_api.observe.series import Histogram
 
 _SPECIAL = re.compile(r'[\\"\n]')
-# Stands for a histogram's labels in the text of its lines.
+# Placeholder for the labels in the lines of a histogram.
 _LABELS = "\0"
 # The overhead of a piece, in characters
 _PIECE = 20
@@ -35,7 +35,7 @@ class Family(NamedTuple):
 
 
 def write(families: Iterable[Family], openmetrics: bool = False) -> Iterator[str]:
-    """The text of the families, each series by itself. OpenMetrics' last line is not there: more may follow."""
+    """The text of the families, one series at a time, without the last line of OpenMetrics: more may follow."""
     for family in families:
         yield _head(family, openmetrics)
         line = _histogram(family) if family.kind == "histogram" else _line(family)
@@ -92,7 +92,7 @@ def _histogram(family: Family) -> Callable[[Sequence[str], Any], str]:
 
 
 def _template(family: Family, bounds: Sequence[float]) -> str:
-    """The lines of one histogram, to be given its labels and its numbers."""
+    """A template for the lines of one histogram, for labels and numbers."""
     name = family.name
     limits = [*(str(float(bound)) for bound in bounds), "+Inf"]
     more = f",{_LABELS}" if family.labels else ""

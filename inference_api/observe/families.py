@@ -1,4 +1,4 @@
-"""The families of a scrape: the numbers of `metrics`, and gauges that are read at that moment."""
+"""The families of a scrape: the counters of `metrics`, and gauges read at that moment."""
 
 import platform
 import time
@@ -14,12 +14,12 @@ from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend
 from inference_api.routing.registry import RegistryStatus
 
-# Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first of them.
+# Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first event.
 _OF_A_MODEL = ("overload", "no_backend")
 _OF_NO_MODEL = ("overload", "unknown_model", "too_large")
-# So are these, and why a stream was aborted: of each model, route and kind of request that has been seen, and of chat
-# from the start, for the first burst of a new pod may well be of errors. In a catalogue of more models than this most
-# are never asked for here, and their zeros would be most of what is scraped: there each has to be seen first.
+# Also shown as 0, like the reasons of aborted streams: for each model, route and kind of request seen so far, and for
+# chat from the start, since the first requests of a new pod may fail. In catalogues of more models than this, most get
+# no requests here, and their zeros would dominate the scrape: there only models that were requested have series.
 _FAULTS = (502, 503, 504)
 _FEW_MODELS = 100
 _CHAT = "chat_completions"
@@ -30,10 +30,10 @@ BY_BACKEND = ("model_name", "backend")
 class Families:
     """Every family, made anew for each scrape; its series are looked up while they are read.
 
-    May be read on a thread of its own (OPS_PORT): every source must allow that.
+    May run on a separate thread (OPS_PORT): every source must allow that.
 
-    `discovery`: failed look-ups, by reason. `draining`: whether the process has been asked to stop.
-    `silence`: seconds since the event loop last ran a turn, None if it need not. `revision`: of the source.
+    `discovery`: failed look-ups, by reason. `draining`: whether the process is stopping.
+    `silence`: seconds since the last turn of the event loop, None while it is not running. `revision`: of the source.
     `dropped_lines`: lines of the log that were not written. `clock`: Unix seconds. `collectors`: the
     families of features.
     """
@@ -72,7 +72,7 @@ class Families:
 
     def _of_requests(self) -> Iterator[Family]:
         metrics = self._metrics
-        text = "Requests answered, or given up."
+        text = "Finished requests."
         yield counter("requests", text, ("model_name", "route", "code", "stream"), self._requests())
         text = "Seconds from the request head to the end of the answer."
         durations = (
@@ -83,7 +83,7 @@ class Families:
         text = "Seconds from the whole request to its first attempt."
         yield seconds("overhead", text, ("route",), metrics.overheads.snapshot().items())
         in_flight = (((name,), model.in_flight) for name, model in self._metrics.fleet().items())
-        yield gauge("requests_in_flight", "Requests whose answer has not ended.", ("model_name",), in_flight)
+        yield gauge("requests_in_flight", "Requests in flight.", ("model_name",), in_flight)
         text = "Requests turned away, by why."
         yield counter("rejected_requests", text, ("model_name", "reason"), self._rejections())
 
@@ -97,7 +97,7 @@ class Families:
                 yield (model, route, str(code), _flag(stream)), zero
 
     def _asked_for(self, seen: Iterable[tuple[str, str, int, bool]]) -> Iterator[tuple[str, str, bool]]:
-        """The (model, route, stream) for which there is to be a 0 where nothing has gone wrong."""
+        """The (model, route, stream) for which counters of errors are shown as 0."""
         told = set()
         for model, route, _, stream in seen:
             if model != UNKNOWN and (model, route, stream) not in told:
@@ -136,32 +136,32 @@ class Families:
         yield counter("tokens", text, kinds, counts)
         text = "Tokens of one request."
         yield Family("histogram", "inference_api_request_tokens", text, kinds, metrics.token_counts.snapshot().items())
-        text = "Answers that broke after a good head."
+        text = "Answers that failed after a successful head."
         yield counter("stream_aborts", text, ("model_name", "reason"), self._aborts())
 
     def _of_attempts(self) -> Iterator[Family]:
         metrics = self._metrics
-        text = "Attempts, by how they ended."
+        text = "Attempts, by outcome."
         yield counter("upstream_attempts", text, (*BY_BACKEND, "outcome"), _counts(metrics.attempts))
-        text = "Attempts repeated, and requests that were not because the budget was spent or they are poison."
+        text = "Retries, and retries forbidden by the budget or the poison guard."
         yield counter("retries", text, ("model_name", "reason"), _counts(metrics.retries))
 
     def _of_backends(self) -> Iterator[Family]:
-        text = "Attempts whose answer has not ended."
+        text = "Attempts in flight."
         yield gauge("backend_in_flight", text, BY_BACKEND, self._each(lambda backend: backend.in_flight))
-        text = "1: it passes its health checks and is not stuck."
+        text = "1: the backend passes its health checks and is not stuck."
         yield gauge("backend_up", text, BY_BACKEND, self._each(lambda backend: backend.origin.up))
-        text = "1: failures keep all requests but a probe from it."
+        text = "1: the circuit is not closed; the backend gets only probes."
         yield gauge("backend_circuit_open", text, BY_BACKEND, self._each(lambda backend: backend.failing))
-        text = "1: it answers with errors that the other backends do not give, and gets no requests but a probe."
+        text = "1: the backend gives errors that the other backends do not, and gets only probes."
         # Rare: a series exists only while the value is 1.
         aside = self._each(lambda backend: None if backend.circuit.opened is None else True)
         yield gauge("backend_set_aside", text, BY_BACKEND, aside)
-        text = "1: the backend says that it sleeps, so no request goes to it."
+        text = "1: the backend reports that it sleeps, and gets no requests."
         yield gauge("backend_asleep", text, BY_BACKEND, self._each(lambda backend: backend.origin.asleep))
-        text = "Times a backend failed a health check, or did not tell its metrics."
+        text = "Failed health checks and failed reads of metrics."
         yield counter("backend_probe_failures", text, (*BY_BACKEND, "kind"), self._probe_failures())
-        text = "1: more than half of its backends are out, so all are used."
+        text = "1: more than half of the model's backends are out, so all are used."
         panic = (((name,), model.panic) for name, model in self._metrics.fleet().items())
         yield gauge("panic_mode", text, ("model_name",), panic)
 
@@ -180,30 +180,30 @@ class Families:
 
     def _of_registry(self) -> Iterator[Family]:
         status = self._registry()
-        text = "Models that can be named, by where the catalogue came from."
+        text = "Models, by the source of the catalogue."
         sources = ("registry", "stale", "static")
         models = (((source,), status.models if source == status.source else 0) for source in sources)
         yield gauge("registry_models", text, ("source",), models)
-        text = "When the registry last answered; 0: never."
+        text = "Time of the registry's last answer, in Unix seconds; 0: never."
         yield gauge("registry_last_success_timestamp_seconds", text, (), _alone(status.last_success))
-        text = "Looks at the registry that failed."
+        text = "Failed polls of the registry."
         yield counter("registry_sync_failures", text, ("reason",), _reasons(status.failures))
-        text = "Look-ups of backends' host names that were of no use."
+        text = "Failed look-ups of backends' host names."
         yield counter("discovery_failures", text, ("reason",), _reasons(self._discovery()))
 
     def _of_process(self) -> Iterator[Family]:
-        text = "1: the process has been asked to stop, and ends what it has in flight."
+        text = "1: the process is stopping, and finishes requests in flight."
         yield gauge("draining", text, (), _alone(self._draining()))
         text = "Seconds by which the event loop was late for a timer."
         yield seconds("event_loop_lag", text, (), _alone(self._metrics.loop_lag))
-        text = "When the event loop last came by, in Unix seconds."
+        text = "Time of the event loop's last turn, in Unix seconds."
         silence = self._silence()
-        # From a clock that nobody sets, so that a step of the other one is no hang.
+        # From the monotonic clock, so that a step of the wall clock does not look like a hang.
         ticked = () if silence is None else _alone(self._clock() - silence)
         yield gauge("event_loop_last_tick_timestamp_seconds", text, (), ticked)
-        text = "Lines of the log that could not be written in time."
+        text = "Log lines that were dropped."
         yield counter("log_lines_dropped", text, (), _alone(self._dropped_lines()))
-        text = "Always 1; the labels say what runs."
+        text = "Always 1; the labels have the version."
         built = [((__version__, self._revision, platform.python_version()), 1)]
         yield gauge("build_info", text, ("version", "revision", "python_version"), built)
 

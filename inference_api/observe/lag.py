@@ -1,4 +1,4 @@
-"""Measures how late the event loop is: the cause of slow answers of a busy router, and the sign that it hangs."""
+"""Measures the lag of the event loop, which shows an overloaded or hanging router."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ _EVERY = 0.25
 
 
 class LoopLag:
-    """Sets a timer, and reports by how many seconds it was late. `clock`: monotonic seconds.
+    """Sets a timer, and reports its delay in seconds. `clock`: monotonic seconds.
 
     Not the loop's own clock: uvloop's stands still while the loop is busy.
     """
@@ -19,7 +19,7 @@ class LoopLag:
         self._observe = observe
         self._every = every
         self._clock = clock
-        # When the loop last ran the timer; None before the start and after the end.
+        # Time of the last run of the timer; None before the start and after the end.
         self._ticked: float | None = None
 
     def silence(self) -> float | None:

@@ -8,7 +8,7 @@ from inference_api.observe.log import UNSERVED, Fields
 
 def access_line(record: Record) -> Fields:
     """The fields of one request. Unknown values are null; rare fields are left out."""
-    # Taken apart at once: to ask for a field by its name costs ten times as much.
+    # Unpacked at once: reading a field by name costs ten times as much.
     (
         request_id, route, model_name, asked, backend, status, outcome, attempts, stream, code, took, first, _,
         (prompt, cached, completion, _), events, size, _, _, client, _, extra, _,

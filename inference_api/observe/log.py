@@ -1,7 +1,7 @@
 """Logging to stdout: one JSON object per line, or aligned text on a terminal; and the access line of every request.
 
-Access lines are rendered at once but handed to the writer together, at most 50 ms later: to wake its thread for each
-would cost more than the line itself. Anything else that is logged goes at once, after the lines that came before it.
+Access lines are rendered at once, and passed to the writer in batches, at most 50 ms later: waking its thread for each
+would cost more than the line itself. All other lines are passed at once, after earlier ones.
 """
 
 import json
@@ -22,9 +22,9 @@ from inference_api.observe.writer import LogWriter, standard_output
 
 logger = logging.getLogger(__name__)
 
-# Seconds that the end of the process waits for the log to be written.
+# Seconds that the process waits for the writer at its end.
 _TIMEOUT = 1.0
-# A request with this status was not served: its line is a warning.
+# Statuses of requests that were not served: their lines are warnings.
 UNSERVED = 503
 Fields = dict[str, Any]
 Render = Callable[[float, str, str, Fields], str]
@@ -44,7 +44,7 @@ class AccessLog:
 
 
 class LogHandler(logging.Handler):
-    """Hands records of the logging module to a writer; `flush` waits for it, but not for long."""
+    """Passes records of the logging module to a writer; `flush` waits for it, with a time limit."""
 
     def __init__(self, writer: LogWriter, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class LogHandler(logging.Handler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Report which line could not be rendered; logging would print that to stderr, which may block."""
+        """Log which line could not be rendered; logging would print that to stderr, which may block."""
         fields = {"exception": traceback.format_exc()}
         text = f"a line of {record.name} cannot be rendered: {record.msg!r}"
         self.writer.now(render_json(record.created, "error", text, fields))
@@ -97,7 +97,7 @@ def render_json(now: float, level: str, event: str, fields: Fields) -> str:
     except TypeError:
         # Text that is not UTF-8 (the name of a file), or an integer of more than 64 bits.
         rest = json.dumps(fields, default=str)
-    # Joined as text: cheaper than a dictionary of all of them.
+    # Joined as text: cheaper than one dictionary of all fields.
     return f'{{"time":"{_timestamp(now)}{_start(level, event, bool(fields))}{rest[1:]}'
 
 
@@ -110,9 +110,9 @@ def _start(level: str, event: str, more: bool) -> str:
 def configure_logging(
     level: str, log_format: str | None, stream: TextIO | None = None, colours: bool = True
 ) -> AccessLog | None:
-    """Send the logging module here; the access log, or None at a level above warning.
+    """Configure the logging module. Returns the access log, or None at a level above warning.
 
-    `colours`: whether a terminal may have them; nothing else does.
+    `colours`: on a terminal.
     """
     stream = standard_output() if stream is None else stream
     terminal = stream.isatty()
@@ -132,20 +132,20 @@ def configure_logging(
 
 
 def _notice(render: Render, lines: int) -> str:
-    text = "lines of the log were dropped here, for they could not be written in time"
+    text = "log lines were dropped here, because they could not be written in time"
     return render(time.time(), "warning", text, {"logger": __name__, "lines": lines})
 
 
 def dropped_lines() -> int:
-    """How many lines could not be written since logging was configured."""
+    """The number of lines dropped since logging was configured."""
     handlers = logging.getLogger().handlers
     return sum(handler.writer.dropped for handler in handlers if isinstance(handler, LogHandler))
 
 
 def log_unhandled() -> None:
-    """Log what Python would print to stderr from the middle of the work: warnings, exceptions that nobody caught.
+    """Log warnings and uncaught exceptions, which Python would print to stderr.
 
-    The traceback that ends the process is printed still, but no longer waited for than the log.
+    The traceback that ends the process is still printed, with the time limit of the log.
     """
     logging.captureWarnings(True)
     threading.excepthook = _thread_failed
@@ -160,8 +160,8 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 
 
 def _finalizer_failed(args: "sys.UnraisableHookArgs") -> None:
-    what = args.err_msg or "an exception is ignored"
-    # By name: its content is not for the log.
+    what = args.err_msg or "an exception was ignored"
+    # By name: its content may be secret.
     name = getattr(args.object, "__qualname__", type(args.object).__qualname__)
     logger.error("%s: %s", what, name, exc_info=args.exc_value)
 

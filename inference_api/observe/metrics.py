@@ -1,7 +1,7 @@
-"""The counters of requests: plain numbers, written at each event and read at a scrape.
+"""The counters of requests: plain numbers, updated at each event and read at a scrape.
 
 A labelled prometheus_client child costs 0.9 us to count and 2.5 us to observe; an int and a bisect cost a tenth
-(docs/adr/0003). Everything is written by the event loop only, so there is nothing to lock.
+(docs/adr/0003). Only the event loop writes, so there are no locks.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ DURATION_BUCKETS = (
     0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68, 655.36,
 )  # fmt: skip
 OVERHEAD_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
-# Tokens: OpenTelemetry's powers of four, up to the longest context there is.
+# Tokens: OpenTelemetry's powers of four, up to the longest contexts.
 TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 ABORTS = {
@@ -104,7 +104,7 @@ class Metrics:
 
     def record(self, record: Record) -> None:
         """A sink: count a finished request."""
-        # Taken apart at once: to ask for a field by its name costs ten times as much.
+        # Unpacked at once: reading a field by name costs ten times as much.
         (
             _, route, model, _, _, status, outcome, _, stream, code, took, first, overhead,
             tokens, events, _, _, _, _, _, _, _,
@@ -118,7 +118,7 @@ class Metrics:
             cell.overhead.observe(overhead)
         if code is not None and (reason := _REJECTIONS.get(code)) is not None:
             self.rejections[model, reason].count += 1
-        # The head of the answer was a success; so is that of a JSON answer that was too large to be held.
+        # The head was a success, also that of a JSON answer that was too large to be held.
         if outcome is not OK and 0 < status < 300:
             self._abort(model, outcome)
         if first is not None and status < 300:
@@ -171,7 +171,7 @@ class Metrics:
             series.forget()
 
     def forget_backends(self) -> None:
-        """Drop the series of backends that have left; with pod addresses they would pile up with every rollout."""
+        """Drop the series of removed backends; with pod addresses, every rollout would add new ones."""
         known = {(name, backend.label) for name, model in self.fleet().items() for backend in model.backends}
         self.attempts.forget(lambda key: key[:2] in known)
         self.probe_failures.forget(lambda key: key[:2] in known)

@@ -1,4 +1,4 @@
-"""The page of a scrape, in slices: the event loop does other work in between, whatever the number of series."""
+"""Renders a scrape in slices: the event loop does other work in between, whatever the number of series."""
 
 import asyncio
 import zlib
@@ -11,7 +11,7 @@ from prometheus_client.openmetrics import exposition as openmetrics_exposition
 from inference_api.observe.exposition import Family, slices, write
 from inference_api.threads import in_thread
 
-# Characters: 0.3 ms, compressed and all.
+# Characters: 0.3 ms, with compression.
 _SLICE = 32 * 1024
 # Each has a compressor of 256 KiB, and at most a slice and a full buffer of its client's connection.
 _MOST = 32
@@ -31,7 +31,7 @@ def process_collectors() -> CollectorRegistry:
 
 
 class Exposition:
-    """Everything that is exported, as a page.
+    """Renders all metrics as a page.
 
     `families`: the router's own, which are read slice by slice between other work of the loop that serves them.
     `collectors`: of prometheus_client, with few numbers each, as their text is made in one step. They may read files,

@@ -1,4 +1,4 @@
-"""The numbers of a metric: a cell for each set of labels that has been seen."""
+"""The numbers of a metric: one cell per set of labels."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
@@ -38,10 +38,10 @@ class Histogram:
 
 
 class Series(dict[K, V], Generic[K, V]):
-    """Cells by labels, made when they are first asked for.
+    """Cells by labels, created on first use.
 
-    `keep`: whether the labels may have one. Others get a cell that is not kept: a request that ends after its model has
-    left the catalogue must not bring the series back.
+    `keep`: whether to keep the cell of these labels. Others get a temporary cell: a request that ends after its model
+    was removed must not restore the series.
     """
 
     def __init__(self, make: Callable[[K], V], keep: Callable[[K], bool] = lambda key: True) -> None:
@@ -56,7 +56,7 @@ class Series(dict[K, V], Generic[K, V]):
         return cell
 
     def forget(self, keep: Callable[[K], bool] | None = None) -> None:
-        """Drop the cells that would not be kept any more. `keep`: a faster test with the same result."""
+        """Drop cells that are no longer kept. `keep`: a faster test with the same result."""
         keep = keep or self._keep
         for key in [key for key in self if not keep(key)]:
             del self[key]

@@ -1,4 +1,4 @@
-"""Writes lines to a stream from a thread of its own.
+"""Writes lines to a stream on a separate thread.
 
 A pipe without a reader, a paused terminal and a disk that hangs block a writer, which must not be the event loop
 (docs/adr/0013). The queue has a bound; beyond it lines are dropped and counted.
@@ -28,10 +28,9 @@ class _Batch(NamedTuple):
 
 
 class LogWriter:
-    """Writes lines in the order in which they come. `later` is for the event loop's thread, the rest for any.
+    """Writes lines in order. Only the event loop's thread may call `later`; any thread may call the rest.
 
-    `capacity`: bytes that may wait to be written. `notice`: the line that says how many were dropped; it is written
-    where they are missing.
+    `capacity`: bytes that may wait. `notice`: a line with the number of dropped lines, written in their place.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class LogWriter:
         self._write = _writing(stream, self._encoding)
         self._capacity = capacity
         self._notice = notice
-        # Lines of the last moment
+        # Lines for the next batch
         self._lines: deque[str] = deque()
         self._size = 0
         self._due: asyncio.TimerHandle | None = None
@@ -59,7 +58,7 @@ class LogWriter:
 
     @property
     def dropped(self) -> int:
-        """How many lines could not be written."""
+        """The number of dropped lines."""
         return self._dropped
 
     def later(self, line: str) -> None:
@@ -72,7 +71,7 @@ class LogWriter:
             self._due = asyncio.get_running_loop().call_later(_FLUSH_AFTER, self._on_time)
 
     def now(self, line: str) -> None:
-        """Write a line, behind those that came before it."""
+        """Write a line, after all earlier ones."""
         self._lines.append(line)
         self.flush()
 
@@ -81,7 +80,7 @@ class LogWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Hand over what has come. The timer stays: it belongs to the loop, and this may be another thread."""
+        """Pass the batch to the thread. Keeps the timer: it belongs to the loop, and this may be another thread."""
         with self._lock:
             lines = []
             while self._lines:
@@ -95,7 +94,7 @@ class LogWriter:
         if self._dropped > self._told:
             lines.insert(0, self._notice(self._dropped - self._told))
         data = ("\n".join(lines) + "\n").encode(self._encoding, "backslashreplace")
-        # One line alone is taken, however long it is.
+        # A single line is accepted at any length.
         if self._waiting and self._waiting + len(data) > self._capacity:
             self._dropped += count
             return
@@ -104,14 +103,14 @@ class LogWriter:
         self._batches.put(_Batch(data, count))
 
     def drain(self, seconds: float) -> bool:
-        """Wait until everything is written, but no longer than this; whether it is."""
+        """Wait until everything is written, with a time limit. Returns whether it is."""
         self.flush()
         written = threading.Event()
         self._batches.put(written)
         return written.wait(seconds)
 
     def close(self) -> None:
-        """Let the thread end when it has written what there is. Lines that come later are not written."""
+        """End the thread once it has written the queue. Later lines are dropped."""
         self.flush()
         self._batches.put(None)
 
@@ -124,7 +123,7 @@ class LogWriter:
             try:
                 self._write(batch.data)
             except (OSError, ValueError):
-                # The reader has left, the disk is full, or the stream is closed.
+                # The reader is gone, the disk is full, or the stream is closed.
                 lost = batch.lines
             with self._lock:
                 self._waiting -= len(batch.data)
@@ -158,7 +157,7 @@ class _Descriptor:
         self._torn = False
 
     def __call__(self, data: bytes) -> None:
-        # A write that failed in the middle of a line must not take the next line along.
+        # After a write that failed within a line, the next line must begin on its own.
         rest = memoryview(b"\n" + data if self._torn else data)
         while rest:
             written = self._write(rest)
@@ -169,7 +168,7 @@ class _Descriptor:
         try:
             return os.write(self._stream.fileno(), data)
         except BlockingIOError:
-            # Another process that shares the descriptor, say the shell, does not want to wait for it.
+            # Another process with the same descriptor, such as the shell, has set it to non-blocking.
             poll = select.poll()
             poll.register(self._stream, select.POLLOUT)
             poll.poll()

@@ -1,4 +1,4 @@
-"""Bodies that are not streams of events: held until they are complete, peeked into, and checked."""
+"""Bodies other than event streams: buffered until complete, and checked."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +12,7 @@ from inference_api.relay.dialects import ends_in_abort, is_aborted, is_json
 from inference_api.relay.usage import find_usage
 from inference_api.upstream.response import ResponseStream
 
-# Up to this size an answer that claims to be JSON is parsed (2 us per KiB); of a larger one only the ends are checked.
+# Up to this size a JSON answer is parsed (2 us per KiB); of a larger one only the ends are checked.
 _PARSED = 1 << 16
 
 

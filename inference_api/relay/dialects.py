@@ -20,7 +20,7 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _ABORT = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 # White space of JSON, and the separator of a sequence (RFC 7464).
 _PADDING = b" \t\r\n\x1e"
-# Bytes of padding after which an answer is taken for JSON: nothing else is padded.
+# Bytes of padding after which an answer counts as JSON: only JSON is padded.
 _LONGEST_PADDING = 4096
 
 
@@ -48,7 +48,7 @@ class Event:
         if self._document is None:
             found = read_json(self.data) if self.data[:1] == b"{" else {}
             if found is None:
-                # Printed over several lines, of which only the first is a `data:`.
+                # Printed over several lines, with `data:` only on the first.
                 found = read_json(self._block[self._block.find(b"{") : self._block.rfind(b"}") + 1])
             self._document = found if isinstance(found, dict) else {}
         return self._document
@@ -136,7 +136,7 @@ def is_delta(kind: str) -> bool:
 def is_aborted(document: Any) -> bool:
     """Whether an answer, or a part of a stream, reports that the engine aborted the generation.
 
-    vLLM says `abort` in a choice, `cancelled` of a response, and of a message no reason to stop.
+    vLLM reports `abort` in a choice, `cancelled` in a response, and in a message no reason to stop.
     """
     if not isinstance(document, dict):
         return False
@@ -151,12 +151,12 @@ def is_aborted(document: Any) -> bool:
 
 
 def ends_in_abort(body: bytes) -> bool:
-    """The same for a JSON text that is too long to parse: by its end."""
+    """The same for a JSON text that is too long to parse, by its end."""
     return _ABORT.search(body, max(0, len(body) - 2048)) is not None
 
 
 class Body(Enum):
-    """What the body of an answer is."""
+    """The kind of a body."""
 
     EVENTS = auto()
     JSON = auto()
@@ -190,7 +190,7 @@ def read_json(text: bytes) -> Any:
 def is_json(body: bytes, whole: bool) -> bool:
     """Whether a text that does not parse here is probably JSON, or a JSON sequence.
 
-    Engines nest deeper than parsers go, and write NaN, halves of surrogate pairs, and padding. `whole`: check all of
+    Engines nest deeper than parsers allow, and write NaN, lone surrogates, and padding. `whole`: check all of
     it, and not only its ends.
     """
     text = body.removeprefix(_BOM).strip(_PADDING)

@@ -1,7 +1,7 @@
-"""Follows server-sent events without changing them: where they end, which carry a token, how the stream ends.
+"""Follows server-sent events without changing them: their ends, their tokens, and the end of the stream.
 
-Sans-IO. Nearly every event carries one token and nothing else: those are recognised in a few steps, and `dialects`
-reads the others.
+Sans-IO. Nearly every event carries one token and nothing else: the fast path recognises these, and `dialects` reads
+the others.
 """
 
 import re
@@ -67,7 +67,7 @@ class EventTracker:
     `end_marks`: marks of the last event of a complete stream, beside `[DONE]`; () if the stream may end anywhere.
     `finish_ends`: an event with a reason to finish may be the last one.
 
-    `begin` parses the events before the first token; `feed` then takes for a token whatever can be nothing else. Both
+    `begin` parses the events before the first token; `feed` then counts as a token whatever can be nothing else. Both
     return True if the data held only heartbeats.
     """
 
@@ -82,7 +82,7 @@ class EventTracker:
         self._open = bytearray()
         self._blind = False
         self._begun = False
-        # The last event that may have carried a token: it may say how the stream ends.
+        # The last event that may have carried a token: it may contain the end of the stream.
         self._last = b""
         # The last event with a usage
         self._reported = b""
@@ -118,7 +118,7 @@ class EventTracker:
         return self._take(data)
 
     def finish(self) -> None:
-        """The body is at its end. A last event counts without the blank line behind it, too."""
+        """The body has ended. A last event also counts without the blank line after it."""
         if not self._open or self._blind:
             return
         rest = bytes(self._open)
@@ -188,7 +188,7 @@ class EventTracker:
         unfinished = self._open
         before = len(unfinished)
         unfinished += data
-        # An end may straddle the seam; its first bytes are at most 3 before it.
+        # An end may begin up to 3 bytes before this piece.
         seam = max(0, before - 3)
         ends = [i + len(mark) for mark in ENDS if (i := unfinished.rfind(mark, seam)) >= 0]
         block = b""
@@ -261,7 +261,7 @@ class EventTracker:
             self._last = text
 
     def _has_token(self, event: Event) -> bool:
-        # After the first, an event without choices is a report of usage. Checking all would mean parsing all.
+        # After the first, an event without choices reports usage. Checking all would require parsing all.
         return _has_choices(event.data) if self.tokens else event.has_token
 
     def _is_end(self, event: Event) -> bool:

@@ -9,10 +9,10 @@ from inference_api.relay.pump import Pump
 
 
 class FilteringPump(Pump):
-    """Reads of whole events without the filter's marker go on as they came, and as fast.
+    """Reads of whole events without the filter's marker pass unchanged, without extra cost.
 
-    The tracker sees every event, the removed ones too. The client gets whole events: the beginning of one waits for its
-    rest, up to 1 MiB.
+    The tracker sees every event, also removed ones. The client gets whole events: an incomplete one waits for its rest,
+    up to 1 MiB.
     """
 
     __slots__ = ("_filter", "_held")

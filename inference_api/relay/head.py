@@ -1,4 +1,4 @@
-"""Which headers of a backend's answer the client gets. Pure."""
+"""Selects the headers of a backend's answer for the client. Pure."""
 
 from inference_api.headers import HOP_BY_HOP, PLAIN_CONNECTION, Verdicts, header_lines, without_connection_headers
 from inference_api.models import RawHeaders
@@ -8,7 +8,7 @@ _NOT_RETURNED = HOP_BY_HOP | {b"set-cookie", b"server", b"date", b"alt-svc", b"x
 _RETRY_HINTS = frozenset({b"retry-after", b"x-should-retry"})
 _EVENT_STREAM = b"text/event-stream"
 _NO_CODING = frozenset({b"", b"identity"})
-# Without these nginx and its kin hold events back.
+# Without these, nginx and similar proxies buffer events.
 _UNBUFFERED = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 _OURS_IN_A_STREAM = frozenset(name for name, _ in _UNBUFFERED)
 
@@ -30,8 +30,8 @@ def returned(status: int, headers: RawHeaders) -> RawHeaders:
 class ReturnedHead:
     """A response head as the client gets it, without length and request id, which differ from answer to answer.
 
-    `is_stream`, `is_json`, `is_sequence` (of JSON texts): what it says of the body. `is_coded`: nobody but the client
-    can read that.
+    `is_stream`, `is_json`, `is_sequence` (of JSON texts): by its content type. `is_coded`: the body is compressed, and
+    only the client can read it.
     """
 
     __slots__ = ("_lines", "headers", "is_coded", "is_json", "is_sequence", "is_stream", "length")
@@ -40,13 +40,13 @@ class ReturnedHead:
         kept = returned(status, headers)
         seen = dict(kept)
         kind = seen.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        # Some backends compress although they are asked for `identity`.
+        # Some backends compress in spite of `accept-encoding: identity`.
         coding = seen.get(b"content-encoding")
         self.is_coded = coding is not None and coding.lower() not in _NO_CODING
         self.is_stream = kind == _EVENT_STREAM and not self.is_coded and status not in (204, 304)
         self.is_json = kind.endswith((b"/json", b"+json")) and not self.is_coded
         self.is_sequence = not self.is_json and kind.find(b"json") >= 0
-        # Of the backend's answer; None: it did not say.
+        # Content-Length of the backend's answer, or None.
         self.length = seen.get(b"content-length")
         self.headers = [pair for pair in kept if pair[0] != b"content-length"]
         self._lines: bytes | None = None
@@ -57,7 +57,7 @@ class ReturnedHead:
         return [*kept, (b"content-type", _EVENT_STREAM + b"; charset=utf-8")]
 
     def unbuffered(self) -> RawHeaders:
-        """The headers of an answer that no proxy on the way to the client should buffer."""
+        """The headers of an answer that proxies must not buffer."""
         return [pair for pair in self.headers if pair[0] not in _OURS_IN_A_STREAM] + _UNBUFFERED
 
     @property

@@ -1,9 +1,9 @@
 """Moves one body from a backend to the client, chunk by chunk: the hot loop of a stream.
 
-What one read of the backend's connection brought is written to the client within the same turn of the event loop,
-and no task wakes for it. The ASGI `send` is a coroutine that suspends only while the client's write buffer is full, so
-it is stepped by hand. Only when it does suspend is the backend's connection paused, and the pump's task woken to see it
-through: back-pressure with at most one read in memory. (docs/adr/0002 has the measurement.)
+The bytes of one read of the backend's connection are written to the client within the same turn of the event loop, and
+no task wakes for them. The ASGI `send` is a coroutine that suspends only while the client's write buffer is full, so it
+is stepped by hand. When it suspends, the backend's connection is paused, and the pump's task wakes to complete it:
+back-pressure with at most one read in memory. (docs/adr/0002 has the measurement.)
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Pump:
         self._before_end = before_end
         self._direct = direct
         self._clock = clock
-        # Per body: bytes passed on, and when the first was, or the first token of a stream (0: none)
+        # Per body: bytes passed on, and the time of the first, or of a stream's first token (0: none)
         self.size = 0
         self.first_at = 0.0
         # Gets each piece, and returns whether it holds only heartbeats. None: not needed.
@@ -62,7 +62,7 @@ class Pump:
         self._stream: ResponseStream | None = None
 
     async def run(self, stream: httpx.AsyncByteStream | AsyncIterator[bytes], first: bytes | None = None) -> Outcome:
-        """Relay `first`, even if it is empty, and then the stream to its end. Returns how it ended."""
+        """Relay `first`, even if it is empty, and then the stream to its end. Returns the outcome."""
         try:
             if first is not None:
                 if first:
@@ -84,16 +84,16 @@ class Pump:
 
     @property
     def stalled(self) -> bool:
-        """Whether a piece is being written to a client that does not read: it may be lost."""
+        """Whether a write waits for a client that does not read, and may be lost."""
         return self._stalled is not None
 
     async def write(self, data: bytes) -> None:
-        """Write without ending. Raises TimeoutError when the client does not read."""
+        """Write without ending the body. Raises TimeoutError if the client does not read."""
         async with asyncio.timeout(self._write_stall):
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> Outcome:
-        """End a body that broke off with nothing missing. Returns how it ended. Raises TimeoutError as `write`."""
+        """End a body that broke off with nothing missing. Returns the outcome. Raises TimeoutError as `write`."""
         self._before_end()
         async with asyncio.timeout(self._write_stall):
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -228,7 +228,7 @@ class Pump:
         return alive
 
     def _end(self) -> bool:
-        """The body is at its end. Returns whether it stays incomplete, so that the server cuts the connection.
+        """End the body. Returns whether it stays incomplete, so that the server cuts the connection.
 
         A stream that stopped early must not look complete.
         """
@@ -249,12 +249,12 @@ class Pump:
 
 def _outcome_in_body(error: httpx.TransportError) -> Outcome:
     outcome = outcome_of(error)
-    # Other transports have one error for both.
+    # Other transports raise one error for both.
     return Outcome.IDLE_TIMEOUT if outcome is Outcome.FIRST_BYTE_TIMEOUT else outcome
 
 
 class _Suspended:
-    """A coroutine that was started by hand and suspended; awaiting this sees it through in the task that awaits."""
+    """A coroutine that was started by hand and suspended; awaiting this completes it in the awaiting task."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
         self._coroutine = coroutine

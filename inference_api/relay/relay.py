@@ -1,6 +1,6 @@
-"""The ASGI response that owns a Reply: it relays the bytes, feeds the taps, and returns how the answer ended.
+"""The ASGI response that owns a Reply: relays the bytes, feeds the taps, and returns the outcome.
 
-`pump` moves the chunks; this module has the decisions that are made once per answer.
+`pump` moves the chunks; this module decides once per answer.
 """
 
 import re
@@ -25,16 +25,16 @@ from inference_api.relay.typed_events import follow
 from inference_api.upstream.failures import outcome_of
 from inference_api.upstream.response import ResponseStream
 
-# An answer of up to 1 MiB is complete before its head goes out, so that a broken one can still become an error.
+# An answer of up to 1 MiB is buffered before its head is sent, so that a broken one can become an error.
 _HELD = 1 << 20
 
-# The error event that the client gets, when the stream stops before its end.
+# Messages of the error event for a stream that stops before its end.
 _BREAKS = {
     Outcome.RESET: ("upstream_stream_interrupted", "The model's backend closed the connection during the stream."),
     Outcome.PROTOCOL_ERROR: ("upstream_stream_interrupted", "The model's backend broke the stream."),
-    Outcome.TRUNCATED: ("upstream_stream_truncated", "The stream stopped before the model said that it was complete."),
+    Outcome.TRUNCATED: ("upstream_stream_truncated", "The model's backend ended the stream before it was complete."),
     Outcome.IDLE_TIMEOUT: ("upstream_idle_timeout", "The model's backend sent nothing for too long."),
-    Outcome.TOTAL_TIMEOUT: ("upstream_timeout", "The stream took longer than the router allows."),
+    Outcome.TOTAL_TIMEOUT: ("upstream_timeout", "The stream exceeded the router's time limit."),
 }
 
 # Matches requests that may ask for more than one choice.
@@ -44,9 +44,8 @@ _CHOICES = re.compile(rb'"(?:n|best_of)"\s*:\s*(?!1\b)|"prompt"\s*:\s*\[')
 class Relay:
     """Relays one Reply and closes it.
 
-    The taps of the Reply see the answer as the client does. `write_stall`: seconds without
-    progress after which a client that does not read is given up. `before_end` is called just before the last byte goes
-    out: a later disconnect is no early one.
+    The taps of the Reply get the client's bytes. `write_stall`: seconds without progress until a client that does not
+    read is reset. `before_end` is called just before the last byte is sent: a later disconnect is not premature.
     """
 
     __slots__ = (
@@ -79,10 +78,10 @@ class Relay:
         self._size = 0
 
     async def __call__(self, send: Send) -> Outcome:
-        """Relay, and return how it ended. Raises RouterError when nothing went out and the answer was unusable.
+        """Relay, and return the outcome. Raises RouterError if the answer is unusable and no byte was sent.
 
-        A broken answer is left incomplete: the caller returns, the server cuts the connection, and no truncated answer
-        looks complete.
+        A broken answer stays incomplete: the caller returns, and the server cuts the connection, so that no truncated
+        answer looks complete.
         """
         reply = self._reply
         try:
@@ -105,7 +104,7 @@ class Relay:
         finally:
             events = self._events
             if self.outcome is CLIENT_GONE and events is not None and events.over:
-                # The last event went out; the OpenAI SDKs hang up there, and at an error, before the end of the body.
+                # The last event was sent; the OpenAI SDKs disconnect there, and at an error, before the body ends.
                 self.outcome = events.verdict()
             stream = reply.stream
             try:
@@ -122,11 +121,11 @@ class Relay:
     async def interrupt(self, send: Send) -> Outcome:
         """End a stream at the end of the drain timeout: with an error event, if it stands between two events."""
         if self.outcome is CLIENT_GONE:
-            # Neither client nor backend ended it.
+            # Neither client nor backend ended the stream.
             self.outcome = Outcome.DRAIN_TIMEOUT
         stalled = self._pumping is not None and self._pumping.stalled
         if self._events is not None and self._events.at_boundary and not self._events.over and not stalled:
-            text = "The router is shutting down before the stream is complete."
+            text = "The router is shutting down; the stream is incomplete."
             event = error_event("router_shutting_down", text)
             await send({"type": "http.response.body", "body": event, "more_body": True})
         return self.outcome
@@ -137,24 +136,24 @@ class Relay:
 
     @property
     def first_at(self) -> float:
-        """When the first byte of the body was passed on, or the first token of a stream, in seconds of the clock.
+        """Time of the first byte of the body, or of a stream's first token, in seconds of the clock.
 
-        0 if none was.
+        0 without one.
         """
         return self._first_at if self._pumping is None else self._pumping.first_at
 
     @property
     def size(self) -> int:
-        """Bytes of the backend's body that were passed on."""
+        """Bytes of the backend's body that were relayed."""
         return self._size if self._pumping is None else self._pumping.size
 
     @property
     def streamed_events(self) -> int:
-        """How many events carried a token."""
+        """The number of events with a token."""
         return 0 if self._events is None else self._events.tokens
 
     def usage(self) -> Mapping[str, Any] | None:
-        """The usage that the answer reports, if it does."""
+        """The usage that the answer reports, or None."""
         return self._usage if self._events is None else self._events.usage()
 
     def _head(self) -> ReturnedHead:
@@ -168,7 +167,7 @@ class Relay:
         return head
 
     async def _whole(self, send: Send, head: ReturnedHead) -> Outcome:
-        """Relay an answer that is no stream: held until it is complete, unless it is too large."""
+        """Relay an answer other than a stream: buffered until complete, unless it is too large."""
         status = self._reply.status
         stream = self._reply.stream
         rest: AsyncIterator[bytes] | ResponseStream | None = None
@@ -206,13 +205,13 @@ class Relay:
         return outcome
 
     async def _unlabelled(self, send: Send, head: ReturnedHead) -> Outcome:
-        """Relay an answer to a request for a stream whose content type is not that of one: by its first bytes."""
+        """Relay the answer to a stream request with another content type, by its first bytes."""
         kind = Body.OTHER if head.is_coded else await self._body_kind()
         if kind is Body.EVENTS:
             return await self._stream(send, head.of_events())
         if head.is_json or (kind is Body.JSON and not head.is_sequence):
             return await self._whole(send, head)
-        # Lines of JSON, audio, or a compressed body: relayed as it comes.
+        # Lines of JSON, audio, or a compressed body: relayed as it arrives.
         await self._start(send, head.unbuffered(), head.length)
         return await self._pump(send, None).run(self._reply.stream, b"")
 
@@ -228,12 +227,12 @@ class Relay:
             wanted = len(first)
 
     async def _stream(self, send: Send, headers: RawHeaders) -> Outcome:
-        """Relay server-sent events as they come; if they break off between two, add an error event."""
+        """Relay server-sent events as they arrive; if they break off between two, add an error event."""
         events = self._events = follow(self._call.route, self._finish_ends())
         # A length would leave no room for an error event.
         await self._start(send, headers, None)
         pump = self._pump(send, events)
-        # An empty first piece: the head goes out now, and not with the first event.
+        # An empty first piece sends the head now, not with the first event.
         outcome = await pump.run(self._reply.stream, b"")
         if outcome in _BREAKS:
             events.finish()
@@ -246,9 +245,9 @@ class Relay:
         return outcome
 
     def _finish_ends(self) -> bool:
-        """Whether a reason to finish, with the end of the body, completes the stream: some engines have no `[DONE]`.
+        """Whether a reason to finish at the end of the body completes the stream: some engines send no `[DONE]`.
 
-        Not if the end of the connection is that of the body, and another choice may have followed.
+        Not if the connection's end is the body's end, and another choice may be missing.
         """
         stream = self._reply.stream
         return (isinstance(stream, ResponseStream) and stream.framed) or not _CHOICES.search(self._call.body)

@@ -12,7 +12,7 @@ from inference_api.relay.usage import later
 class TypedEvents(EventTracker):
     """An EventTracker for the Responses and Messages APIs, whose events have types.
 
-    `token_type`: text that is once in each event that carries a token, and in no other.
+    `token_type`: text that occurs once in each event with a token, and in no other.
     """
 
     __slots__ = ("_token_type", "_usage")
@@ -52,7 +52,7 @@ class TypedEvents(EventTracker):
             or (self._aborted and event.kind != "message_delta")
         )
         if (usage := event.usage) is not None:
-            # A message begins with its input, and ends with its output.
+            # A message begins with its input tokens, and ends with its output tokens.
             self._usage = usage if self._usage is None else later(self._usage, usage)
 
     def _is_end(self, event: Event) -> bool:

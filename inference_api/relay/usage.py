@@ -1,4 +1,4 @@
-"""Reads what engines report of an answer's tokens, in the shapes of the OpenAI, Responses and Messages APIs. Pure."""
+"""Reads the token counts that engines report, in the shapes of the OpenAI, Responses and Messages APIs. Pure."""
 
 import re
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def later(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
 
 
 def find_usage(text: bytes) -> dict[str, Any] | None:
-    """The last `"usage": {...}` object in a piece of JSON text, or None.
+    """The last `"usage": {...}` object in a part of a JSON text, or None.
 
     A quote inside a JSON string is escaped, so a completion that talks about "usage" cannot match.
     """

@@ -1,9 +1,9 @@
-"""The protocol class that uvicorn is given: HTTP/1.1 from clients, on httptools, with the limits a router needs.
+"""The protocol class for uvicorn: HTTP/1.1 from clients, on httptools, with the limits of a router.
 
 uvicorn's own has no deadline for a request head or body, loses the body of a request that offers `Upgrade: h2c`, does
-not tell a pipelined request that its client left, and answers bad framing with text (docs/adr/0005). What is relied on
-in uvicorn: that it makes one of these per connection with `config`, `server_state` and `app_state`, keeps the
-connections and tasks that are put into `server_state`, and calls `shutdown` on each connection when it stops.
+not report a disconnect to pipelined requests, and answers bad framing with text (docs/adr/0005). Assumptions about
+uvicorn: it creates one instance per connection with `config`, `server_state` and `app_state`, keeps the connections and
+tasks that are added to `server_state`, and calls `shutdown` on each connection when it stops.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from inference_api.server.repeated_head import RepeatedHead, RepeatedHeads
 from inference_api.server.request_head import scope_of
 from inference_api.server.upgrade import DeclinedUpgrade
 
-# Pipelined requests that may wait, and how much of bodies may come before their requests have their turn. Reading goes
-# on while they wait, so that the end of the connection is noticed; what is beyond is not answered.
+# Limits of pipelined requests that wait, and of bytes of their bodies. Reading continues while they wait, to notice a
+# disconnect; requests beyond the limits are not answered.
 _MAX_WAITING = 100
 _MAX_UNREAD = 64 * 1024
-# Empty lines in one read of a chunked body, each of which may be its end, that are looked at; forms have a few.
+# Empty lines per read of a chunked body that are checked as its possible end; forms have a few.
 _MAX_LOOKS = 100
 
 # error, request id, size of the answer's body
@@ -39,11 +39,11 @@ OnRejection = Callable[[RouterError, str, int, tuple[str, int] | None], None]
 
 
 class _Stop(Exception):
-    """Raised in a parser callback: nothing that follows is answered."""
+    """Raised in a parser callback to stop reading; later requests are not answered."""
 
 
 class State(ServerState):
-    """What uvicorn shares among its connections, and whether each is to end with its next answer."""
+    """The state that connections share; `draining`: each closes with its next answer."""
 
     draining = False
 
@@ -52,7 +52,7 @@ class State(ServerState):
         self._rendered: tuple[Any, bytes] = (None, b"")
 
     def default_lines(self) -> bytes:
-        """What the server adds to every response; it makes a new list when the date changes."""
+        """The header lines of every response; uvicorn makes a new list when the date changes."""
         headers = self.default_headers
         if self._rendered[0] is not headers:
             self._rendered = headers, b"".join([b"%b: %b\r\n" % pair for pair in headers])
@@ -60,7 +60,7 @@ class State(ServerState):
 
 
 class ClientConnection(Flow):
-    """One client connection. Requests on it are answered in their order, one at a time."""
+    """One client connection. Answers its requests in order, one at a time."""
 
     __slots__ = (
         "_age_timer", "_app", "_blind", "_client", "_expired", "_framing", "_head_open", "_headers", "_heads",
@@ -90,16 +90,16 @@ class ClientConnection(Flow):
         self._server: tuple[str, int] | None = None
         self._running: Cycle | None = None
         self._waiting: list[Cycle] = []
-        # Of one that is older than it may become, the next answer is the last.
+        # Past MAX_CONNECTION_AGE: the next answer is the last.
         self._expired = False
         self._age_timer: asyncio.TimerHandle | None = None
         # Request being read
         self._parser = httptools.HttpRequestParser(self)
         self._reading: Cycle | None = None
         self._framing = Framing()
-        # A head has begun, and has not ended.
+        # Within a head.
         self._head_open = False
-        # What is parsed may hold more than one end of a message: nothing behind the first is taken.
+        # The parsed bytes may hold more than one end of a message: ignore everything after the first.
         self._blind = False
         self._upgrading = False
         self._url = b""
@@ -123,14 +123,14 @@ class ClientConnection(Flow):
             return
         self._timer = self.loop.call_later(self._deadlines.header, self._time_out)
         if age := self._deadlines.age:
-            # Not all at once, though they were all made at once.
+            # Jitter: connections that were opened together must not close together.
             self._age_timer = self.loop.call_later(age * random.uniform(0.9, 1.1), self._expire)
 
     def data_received(self, data: bytes) -> None:
         if self._ignoring:
             self._received = True
             return
-        # The parser holds nothing of another request: neither of a head, nor of one that a read ended within.
+        # The parser has no state of another request.
         between = self._reading is None and not self._framing.head
         known = self._heads.newest
         if between and known is not None and (body_at := known.body_at(data)) and self._has_place():
@@ -156,27 +156,27 @@ class ClientConnection(Flow):
             self._wait_for_more(self._reading)
 
     def _has_place(self) -> bool:
-        """Whether one more request may wait, if it has to."""
+        """Whether one more request may wait."""
         if self._running is None or not self._waiting:
             return True
         return len(self._waiting) < _MAX_WAITING and sum([one.unread for one in self._waiting]) <= _MAX_UNREAD
 
     def _wait_for_more(self, cycle: Cycle) -> None:
-        """The body of a request takes more than one read."""
+        """Start the deadline of a body that takes more than one read."""
         if self._timer is None:
             self._timer = self.loop.call_later(self._deadlines.body, self._time_out)
         if cycle.unread > _MAX_UNREAD:
             if cycle is self._running:
-                # It waits in the kernel until the application asks for more.
+                # The rest stays in the kernel until the application reads.
                 self.pause_reading()
             else:
                 self._waiting.pop()
                 self._stop_reading()
 
     def eof_received(self) -> bool:
-        """A client that closes its half has left, as for nginx, Envoy and every engine behind us: work for it ends.
+        """Treat a half-close as a disconnect, as nginx, Envoy and the engines do: the running request is cancelled.
 
-        Answers that need none still go out, to those who close their half to say that they have asked.
+        Answers without further work are still sent, for clients that half-close after their request.
         """
         self.left = True
         self._drop_unfinished()
@@ -210,9 +210,9 @@ class ClientConnection(Flow):
     # What is read
 
     def _feed(self, data: bytes) -> None:
-        """Parse, but never across the end of a message: the parser does not tell where the next one begins.
+        """Parse, but never across the end of a message: the parser does not report where the next one begins.
 
-        Raises RouterError, _Stop, or HttpParserError because of either or by itself.
+        Raises RouterError, _Stop, or HttpParserError, also as a wrapper of either.
         """
         framing, at, looks = self._framing, 0, 0
         while at < len(data):
@@ -221,7 +221,7 @@ class ClientConnection(Flow):
             end = len(data) if self._blind else framing.end_of_piece(data, at, in_body)
             piece: bytes | memoryview = data
             if end - at < len(data):
-                # Not copied: the parser does that with what it makes of it.
+                # No copy: the parser copies what it returns.
                 piece = memoryview(data)[at:end]
             at = end
             looks += framing.take(piece, in_body)
@@ -236,7 +236,7 @@ class ClientConnection(Flow):
                 looks = 0
 
     def _decline_upgrade(self) -> None:
-        """httptools stops at the offer, so another parser goes on."""
+        """Continue with another parser, since httptools stops at an offer to upgrade."""
         declined = DeclinedUpgrade(self, self._headers, self._parser.should_keep_alive())
         self._parser = declined.parser
         self._upgrading = False
@@ -256,7 +256,7 @@ class ClientConnection(Flow):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # What comes after the head is a trailer, and no header.
+        # After the head it is a trailer.
         if self._head_open:
             self._headers.append((name.lower(), value))
 
@@ -281,7 +281,7 @@ class ClientConnection(Flow):
         self._queue(cycle)
 
     def _begin(self, known: RepeatedHead, body: bytes) -> None:
-        """A request that is here as a whole, and whose head needs no parsing."""
+        """Start a complete request with a known head, without parsing."""
         cycle = Cycle(self, known.scope(len(body)), not self._state.draining, False, known)
         cycle.feed(body)
         cycle.end_of_body()
@@ -294,8 +294,8 @@ class ClientConnection(Flow):
             self._waiting.append(cycle)
 
     def _stop_reading(self) -> None:
-        """Read no further request. The client repeats what it sent behind the last answer, as whenever a server
-        closes (RFC 9112, 9.3.2)."""
+        """Read no further request. The client must repeat requests after the last answer, as after every close by a
+        server (RFC 9112, 9.3.2)."""
         self._ignoring = True
         self._reading = None
         self._cancel_timer()
@@ -318,7 +318,7 @@ class ClientConnection(Flow):
         self._reading.end_of_body()
         self._reading = None
 
-    # Used by the cycle
+    # Called by the Cycle
 
     def write(self, data: bytes) -> None:
         self.transport.write(data)
@@ -330,7 +330,7 @@ class ClientConnection(Flow):
         return self._state.default_lines()
 
     def cycle_ended(self, cycle: Cycle) -> None:
-        """The response is complete: on to the next request, or the end of the connection."""
+        """The response is complete: start the next request, or close the connection."""
         self._running = None
         self._state.total_requests += 1
         if self.transport.is_closing():
@@ -352,7 +352,7 @@ class ClientConnection(Flow):
     # Called by the server
 
     def shutdown(self) -> None:
-        """Close when idle, else after the response under way."""
+        """Close when idle, else after the current response."""
         if self._running is not None:
             self._running.keep_alive = False
         elif self._ignoring:
@@ -369,13 +369,13 @@ class ClientConnection(Flow):
         task.add_done_callback(cycle.ended)
 
     def _reject(self, error: RouterError) -> None:
-        """Answer what the application will never see, and close: what follows cannot be told from it."""
+        """Answer input that never reaches the application, and close: its end is unknown."""
         self._ignoring = True
         self._cancel_timer()
         self._drop_unfinished()
         cycle = self._waiting[-1] if self._waiting else self._running
         if cycle is not None and cycle is not self._reading:
-            # What is wrong came after sound requests; they keep their answers.
+            # Valid requests before the error are answered first.
             cycle.keep_alive = False
             return
         request_id = uuid.uuid4().hex
@@ -383,7 +383,7 @@ class ClientConnection(Flow):
         if cycle is None:
             self._on_rejection(error, request_id, len(body), self._client)
         else:
-            # The application counts it; to it the request ends here.
+            # The application counts it; for it the request ends here.
             cycle.rejection = Rejection(error, request_id, len(body))
             cycle.disconnect()
             if cycle.response_started:
@@ -394,7 +394,7 @@ class ClientConnection(Flow):
         self._close(unread=True)
 
     def _drop_unfinished(self) -> None:
-        """Drop the request that is being read: its rest will not come, and it has not been started."""
+        """Drop the incomplete request, which has not started."""
         if self._waiting and self._waiting[-1] is self._reading:
             self._waiting.pop()
 
@@ -416,9 +416,9 @@ class ClientConnection(Flow):
             self._hang_up()
 
     def _expire(self) -> None:
-        """The next answer is the last; one that has begun is not touched, however long it takes."""
+        """Close with the next answer; an answer that has begun continues, however long it takes."""
         self._expired = True
-        # The short way for known heads does not ask.
+        # Known heads skip that check.
         self._heads.close()
         last = self._waiting[-1] if self._waiting else self._running
         if last is not None and not last.response_started:

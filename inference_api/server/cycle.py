@@ -1,4 +1,4 @@
-"""One request and its response on a client's connection: the `receive` and `send` that ASGI applications are given.
+"""One request and its response on a client connection: the `receive` and `send` of ASGI.
 
 Both suspend only on a plain future, so that they can be stepped by hand (`http.disconnect`, `relay.pump`).
 """
@@ -18,7 +18,7 @@ from inference_api.server.repeated_head import HeadCache
 
 logger = logging.getLogger(__name__)
 
-# From here on joining head and body would copy more than a second buffer costs.
+# Bytes of a body from which a second write costs less than a copy.
 _JOIN = 16 * 1024
 
 
@@ -37,7 +37,7 @@ _NO_SCOPE: Scope = {}
 
 
 class Rejection(NamedTuple):
-    """What the server answered in the middle of a request, because the rest of it could not be taken."""
+    """The server's own answer to a request whose rest it could not read."""
 
     error: RouterError
     request_id: str
@@ -45,13 +45,13 @@ class Rejection(NamedTuple):
 
 
 class Connection(Protocol):
-    """What a Cycle needs of the connection that it answers on."""
+    """The connection, as a Cycle uses it."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
-    # Set while the client's buffer is full: done when it has drained
+    # Set while the write buffer is full: done when it has drained
     drained: asyncio.Future[None] | None
-    # The client has closed its half.
+    # The client has half-closed the connection.
     left: bool
 
     def write(self, data: bytes) -> None: ...
@@ -64,7 +64,7 @@ class Connection(Protocol):
 
 
 def client_gone(exc: BaseException | None) -> NoReturn:
-    """The running task was cancelled because its client left, and goes on. Raises ClientGone."""
+    """Turn the cancellation of the running task by a disconnect into ClientGone."""
     task = asyncio.current_task()
     assert task is not None
     task.uncancel()
@@ -72,13 +72,13 @@ def client_gone(exc: BaseException | None) -> NoReturn:
 
 
 def cycle_of(function: Callable[..., object]) -> "Cycle | None":
-    """The Cycle whose own `receive` or `send` this is; None for that of a layer, or of another server."""
+    """The Cycle of this bound `receive` or `send`; None for that of a layer, or of another server."""
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, Cycle) else None
 
 
 class Cycle:
-    """Fed by its ClientConnection, run by a task of its own."""
+    """Fed by its ClientConnection, run by its own task."""
 
     __slots__ = (
         "_body",
@@ -126,7 +126,7 @@ class Cycle:
         self.unread = 0
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
-        # Somebody works on it who is to be cancelled when the client leaves; `gone`: and has been.
+        # Whether a disconnect cancels the task; `gone`: it did.
         self._watched = False
         self.gone = False
         # Response
@@ -161,7 +161,7 @@ class Cycle:
             self._cancel()
 
     def half_closed(self) -> None:
-        """The client will say no more, which is how a client that leaves looks: disconnect if somebody waits for it."""
+        """The client half-closed, which counts as a disconnect if the request is being processed."""
         if self.more_body or self._watched or self._waiter is not None:
             self.disconnect()
 
@@ -175,13 +175,13 @@ class Cycle:
 
     @property
     def repeatable(self) -> bool:
-        """Whether a request with the same head would be taken in the same way, body length aside."""
+        """Whether a request with the same head would be handled alike, body length aside."""
         if self.more_body or self._expects_continue or not self.keep_alive or self.scope.get("method") != "POST":
             return False
         return not {b"upgrade", b"transfer-encoding"}.intersection(dict(self.scope["headers"]))
 
     def whole_body(self, limit: int) -> bytes | None:
-        """The body if it is here already and has at most `limit` bytes, or None: then it is to be received."""
+        """The body if it has arrived and has at most `limit` bytes; None: use `receive`."""
         if self.more_body or self.disconnected or self.unread > limit:
             return None
         self._news = False
@@ -191,9 +191,9 @@ class Cycle:
         return body
 
     def respond(self, status: int, lines: bytes, body: bytes) -> bool:
-        """A whole response to a POST, at once. False: the client's buffer is full, it is to be sent.
+        """Send a whole response to a POST at once. False: the write buffer is full, use `send`.
 
-        `lines`: the response's headers as lines of a head, as long as the body is by its Content-Length.
+        `lines`: the response's headers as lines of a head, with the Content-Length of the body.
         """
         protocol = self._protocol
         if protocol.drained is not None:
@@ -210,7 +210,7 @@ class Cycle:
         return True
 
     def push(self, body: bytes, more_body: bool) -> bool:
-        """One piece of a response that has been started. False: the client's buffer is full, it is to be sent."""
+        """Send one piece of a started response. False: the write buffer is full, use `send`."""
         if self._protocol.drained is not None:
             return False
         if not self.disconnected:
@@ -218,11 +218,11 @@ class Cycle:
         return True
 
     def __enter__(self) -> "Cycle":
-        """As a DisconnectWatcher: while entered, a client that leaves cancels the task; raises if it has left."""
+        """As DisconnectWatcher: while entered, a disconnect cancels the task. Raises if the client has disconnected."""
         if self.disconnected or self._protocol.left:
             raise ClientGone
         self._watched = True
-        # Nobody may be reading the body any more, and a pause would hide the end of the connection.
+        # Paused reading would hide a disconnect, and nothing reads the body any more.
         self._protocol.resume_reading()
         return self
 
@@ -234,7 +234,7 @@ class Cycle:
             client_gone(exc)
 
     def close(self) -> None:
-        """A client that leaves from now on is none of this request's business."""
+        """Stop watching: a later disconnect does not affect this request."""
         self._watched = False
 
     def _cancel(self) -> None:
@@ -243,22 +243,22 @@ class Cycle:
             self.task.cancel()
 
     def ended(self, task: asyncio.Task[None]) -> None:
-        """The application has returned. If it was cancelled, the server stops, and has waited as long as it may."""
+        """The application has returned. Cancelled: the server stops, and DRAIN_TIMEOUT has passed."""
         self._protocol.forget(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
             logger.error("the application failed", exc_info=error)
-        # The scope refers to this object in turn; a ring would be left for the garbage collector.
+        # Break the reference cycle with the scope, to avoid garbage collection.
         self.scope = _NO_SCOPE
         if not self.response_complete and not self.disconnected:
-            # Never a clean end: the client must see that the answer is not whole.
+            # Never a clean end: the client must see that the answer is incomplete.
             to_the_end = self.response_started and not self._chunked and self._left is None
             self._protocol.cut(to_the_end)
 
     # ASGI
 
     async def receive(self) -> Message:
-        # Behind the server's own refusal nothing may be written, an interim answer neither.
+        # After the server's own rejection nothing may be written, not even an interim response.
         if self._expects_continue and not (self.response_started or self.disconnected):
             self._expects_continue = False
             self._protocol.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -289,7 +289,7 @@ class Cycle:
             self._send_head(message["status"], message["headers"])
 
     def _send_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        """Raises RuntimeError if a header would start another line."""
+        """Write or buffer the head. Raises RuntimeError if a header holds a line break."""
         protocol = self._protocol
         self.response_started = True
         self._expects_continue = False
@@ -299,17 +299,17 @@ class Cycle:
         length = values.get(b"content-length")
         has_close = values.get(b"connection") == b"close"
         if has_close or self.more_body:
-            # Nothing that comes after a body that nobody read can be told from it.
+            # After an unread body the next request cannot be found.
             self.keep_alive = False
         if length is not None:
-            # RFC 9110 8.6: of a 304 it is the length that a 200 would have had.
+            # RFC 9110 8.6: a 304 has the length of the 200.
             self._left = None if status == 304 else int(length)
         elif status not in (204, 304) and self.scope["method"] != "HEAD":
             if self.scope["http_version"] == "1.1":
                 self._chunked = True
                 lines.append(b"transfer-encoding: chunked\r\n")
             else:
-                self.keep_alive = False  # to an older client the end of the connection is the end of the body
+                self.keep_alive = False  # HTTP/1.0: the end of the connection ends the body
         if not self.keep_alive:
             if not has_close:
                 lines.append(b"connection: close\r\n")
@@ -318,11 +318,11 @@ class Cycle:
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
             raise RuntimeError("a response header holds a line break")
-        # Written together with the first piece of the body: one system call less.
+        # Written together with the first piece of the body, to save a system call.
         self._head = head + b"\r\n"
 
     def _send_body(self, body: bytes, more_body: bool) -> None:
-        """Raises RuntimeError if the body is not as long as its Content-Length says."""
+        """Write a piece of the body. Raises RuntimeError if the body differs from its Content-Length."""
         if self.response_complete:
             raise RuntimeError("the response is complete already")
         if self.scope["method"] == "HEAD":
@@ -355,7 +355,7 @@ class Cycle:
 
 
 class OlderCycle(Cycle):
-    """Of an HTTP/1.0 client, which is to be told that its connection stays: without the short cuts, which do not."""
+    """For HTTP/1.0 clients, which need `connection: keep-alive`: without the short cuts, which omit it."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""The bytes of a client's connection, whatever they say: back-pressure both ways, and how a connection ends."""
+"""Byte-level control of a client connection: back-pressure in both directions, and closing."""
 
 import asyncio
 import fcntl
@@ -15,8 +15,8 @@ _LEAST_READ = 64 * 1024
 class Deadlines(NamedTuple):
     """Seconds for a client to send a request head, to send a body, to be idle between requests, and not to read.
 
-    `age`: after which its connection is closed with an answer, 0: never. `linger`: after the last byte of either side,
-    for a client that is still sending a rejected body to read why.
+    `age`: after which the connection closes with an answer, 0: never. `linger`: after the last byte of either side, so
+    that a client that is still sending a rejected body can read the answer.
     """
 
     header: float = 10.0
@@ -28,7 +28,7 @@ class Deadlines(NamedTuple):
 
 
 class Flow(asyncio.Protocol):
-    """Base of a connection's protocol, which reads what comes unless `_ignoring` is set, and sets `_timer`."""
+    """Base of a connection's protocol class, which reads unless `_ignoring` is set, and sets `_timer`."""
 
     __slots__ = (
         "_deadlines", "_idle_timer", "_ignoring", "_linger_until", "_read_paused", "_received", "_stall_timer",
@@ -39,17 +39,17 @@ class Flow(asyncio.Protocol):
         self.loop = loop
         self._deadlines = deadlines
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
-        # Of the client's half: it is not read for now; nothing of it matters any more; it has ended.
+        # The client's half: reading is paused; input is ignored; it has ended.
         self._read_paused = self._ignoring = self.left = False
-        # Set while the client's buffer is full: done when it has drained
+        # Set while the write buffer is full: done when it has drained
         self.drained: asyncio.Future[None] | None = None
-        # For a head or a body, between two requests, and for the client to read
+        # Timers: for a head or body or idle time, and for the client to read
         self._timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
-        # Bytes that the client had not taken when the last one was set
+        # Bytes pending when the last write timer was set
         self._unwritten = 0
-        # After the last answer: whether anything came lately, and until when it matters
+        # After the last answer: whether bytes arrived since the last check, and the end of lingering
         self._received, self._linger_until = False, 0.0
 
     # asyncio.Protocol
@@ -85,7 +85,7 @@ class Flow(asyncio.Protocol):
             self.transport.resume_reading()
 
     def _unread(self) -> int:
-        """Bytes that the client has not taken: ours, and the kernel's, which takes and gives in large pieces."""
+        """Pending bytes: in the write buffer, and in the kernel's, which moves large pieces."""
         try:
             kernel = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         except (OSError, ValueError):
@@ -113,24 +113,24 @@ class Flow(asyncio.Protocol):
             self._hang_up()
 
     def _reset(self) -> None:
-        # What is buffered will not be read; with RST the kernel does not go on offering it.
+        # The client will not read the buffer; RST makes the kernel drop it, too.
         sock = self.transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def _hang_up(self) -> None:
-        """Close, once the client has read what it is to read; if it does."""
+        """Close once the client has read the buffer, or does not read in time."""
         self._cancel_timer()
         self.transport.close()
         if self._stall_timer is None and self.transport.get_write_buffer_size():
             self._watch_stall()
 
     def _close(self, unread: bool) -> None:
-        """Close behind the last answer; `unread`: there may be more from the client."""
+        """Close after the last answer; `unread`: the client may still send."""
         if not unread or self.left or not self.transport.can_write_eof():
             self._hang_up()
             return
-        # To close with bytes unread would reset the connection, and the answer might never be seen.
+        # Closing with unread bytes resets the connection, and the client may lose the answer.
         self._ignoring = True
         self.transport.write_eof()
         self.resume_reading()

@@ -1,4 +1,4 @@
-"""What a client speaks that does not speak HTTP/1.1."""
+"""Recognises other protocols than HTTP/1.1, for a helpful error."""
 
 from inference_api.errors import BadRequest
 
@@ -7,7 +7,7 @@ _HTTP_2 = b"PRI * HTTP/2"
 
 
 def not_http(data: bytes, reason: object) -> BadRequest:
-    """The error for a connection whose last bytes, `data`, no parser of HTTP/1.1 takes, for its `reason`."""
+    """The error for bytes that are not HTTP/1.1; `reason`: of the parser."""
     if data.startswith(_TLS_HANDSHAKE):
         why = "this port speaks plain HTTP, not TLS"
     elif data.startswith(_HTTP_2):

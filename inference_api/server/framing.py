@@ -1,29 +1,29 @@
-"""Where the messages of a connection end. Sans-IO.
+"""Finds the ends of messages on a connection. Sans-IO.
 
-The parser does not tell where the next message begins, so it never gets bytes of two of them.
+The parser does not report where the next message begins, so it never gets bytes of two messages.
 """
 
 from inference_api.errors import BadRequest
 from inference_api.server.request_head import EMPTY_LINE, check_size
 
-# Of a chunked body: bytes that are neither content nor the 16 that a chunk may take; Go's server allows as many.
+# Bytes of a chunked body beyond content and 16 per chunk; the limit of Go's server.
 _MAX_OVERHEAD = 16 * 1024
 _CHUNK_OVERHEAD = 16
 
 
 class Framing:
-    """Cuts what is read of requests. `in_body`: the head of the request under way is complete."""
+    """Splits reads at the ends of requests. `in_body`: the head of the current request is complete."""
 
     __slots__ = ("_left", "_overhead", "_tail", "head")
 
     def __init__(self) -> None:
-        # What has come of a head, and of the lines before it
+        # The current head so far, and the empty lines before it
         self.head = b""
-        # Of a body: what is to come by its Content-Length. Of a chunked one: its last bytes, and what is not content
+        # Bytes left by Content-Length. For a chunked body: its last bytes, and the overhead
         self._left, self._tail, self._overhead = 0, b"", 0
 
     def end_of_piece(self, data: bytes, at: int, in_body: bool) -> int:
-        """Where the message may end that goes on, or begins, at `at`: the piece from there has one end at most."""
+        """A possible end of the message at `at`: the piece up to there has at most one end."""
         if self._left:
             return min(at + self._left, len(data))
         before = (self._tail if in_body else self.head)[-3:]
@@ -33,7 +33,7 @@ class Framing:
         return len(data) if end < 0 else end + len(EMPTY_LINE)
 
     def take(self, piece: bytes | memoryview, in_body: bool) -> bool:
-        """Before a piece is parsed. True: the end of a body may be in it. Raises HeadersTooLarge."""
+        """Account for a piece before it is parsed. True: a body may end in it. Raises HeadersTooLarge."""
         if not in_body:
             self.head += piece
             check_size(self.head)
@@ -46,12 +46,12 @@ class Framing:
         return False
 
     def end_of_head(self) -> bytes:
-        """The bytes of the head that is complete now."""
+        """The bytes of the completed head."""
         head, self.head = self.head, b""
         return head
 
     def begin_body(self, length: int) -> None:
-        """`length`: by Content-Length, 0 if there is none."""
+        """A body begins. `length`: its Content-Length, 0 without one."""
         self._left, self._tail, self._overhead = length, b"", 0
 
     def chunk(self) -> None:
@@ -59,11 +59,11 @@ class Framing:
         self._overhead -= _CHUNK_OVERHEAD
 
     def content(self, size: int) -> None:
-        """So many bytes were content of the body."""
+        """Count content bytes of the body."""
         if self._overhead:
             self._overhead -= size
 
     def check_overhead(self) -> None:
-        """After a piece was parsed. Raises BadRequest."""
+        """Check the limits after a piece was parsed. Raises BadRequest."""
         if self._overhead > _MAX_OVERHEAD:
             raise BadRequest("The body has chunk extensions or trailers that are too large.")

@@ -1,4 +1,4 @@
-"""Request heads that a client repeats byte for byte, but for the digits of the length. Sans-IO."""
+"""Request heads that a client repeats byte for byte, except for the digits of the length. Sans-IO."""
 
 import math
 import re
@@ -12,19 +12,19 @@ _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]{1,12})\r\n", re.IG
 
 
 class HeadCache:
-    """What is known of a request head; the requests that repeat it byte for byte share one."""
+    """The parsed form of a request head, shared by the requests that repeat it byte for byte."""
 
     __slots__ = ("head",)
 
     def __init__(self) -> None:
-        # For the application: what it read from the headers.
+        # For the application: its own reading of the headers.
         self.head: Any = None
 
 
 class RepeatedHead(HeadCache):
-    """A request head that was parsed, and accepted, on this connection: the next one often differs in its length only.
+    """A parsed and accepted request head of this connection: the next one often differs only in its length.
 
-    Where every other byte is the same, so is all that parsing would say. Comparing costs a tenth of parsing.
+    If all other bytes are equal, so is the result of parsing. Comparing costs a tenth of parsing.
     """
 
     __slots__ = ("_after", "_before", "_headers", "_length_at", "_scope")
@@ -39,7 +39,7 @@ class RepeatedHead(HeadCache):
 
     @classmethod
     def learn(cls, data: bytes, scope: Scope) -> "RepeatedHead | None":
-        """From the bytes of one read and what they were parsed to; None unless they are one whole request."""
+        """Make one from the bytes of one read and their parsed form; None unless they are one whole request."""
         end = data.find(EMPTY_LINE) + 4
         lengths = list(_LENGTH_LINE.finditer(data, 0, end))
         if len(lengths) != 1 or len(data) - end != int(lengths[0][1]):
@@ -48,7 +48,7 @@ class RepeatedHead(HeadCache):
         return cls(data[:first], data[last:end], scope)
 
     def body_at(self, data: bytes) -> int:
-        """Where the body begins if `data` is one whole request with this head, else 0."""
+        """Offset of the body if `data` is one whole request with this head, else 0."""
         first = len(self._before)
         last = data.find(b"\r", first, first + 13)
         length = data[first:last]
@@ -64,31 +64,31 @@ class RepeatedHead(HeadCache):
 
 
 class RepeatedHeads:
-    """The newest head of one connection that is worth knowing."""
+    """The last head that one connection repeated."""
 
     __slots__ = ("_learn_at", "_parsed", "newest")
 
     def __init__(self) -> None:
         self.newest: RepeatedHead | None = None
-        # Learnt at the 2nd, 4th, 8th ... head that had to be parsed: a client that varies them costs nothing soon.
+        # Recorded at the 2nd, 4th, 8th ... parsed head, so that a client with varying heads soon costs nothing.
         self._parsed = 0
         self._learn_at: float = 2
 
     def parsed(self) -> None:
-        """One more head had to be parsed."""
+        """Count a parsed head."""
         self._parsed += 1
 
     @property
     def due(self) -> bool:
-        """The head that was parsed last is one to learn."""
+        """Whether to record the head that was parsed last."""
         return self._parsed >= self._learn_at
 
     def learn(self, data: bytes, scope: Scope | None) -> None:
-        """`data`: one read, parsed to `scope`; None: its head may not be repeated."""
+        """Record a head. `data`: one read, parsed to `scope`; None: not repeatable."""
         self._learn_at *= 2
         if scope is not None:
             self.newest = RepeatedHead.learn(data, scope)
 
     def close(self) -> None:
-        """From now on each head is parsed."""
+        """Forget the head: parse each one from now on."""
         self.newest, self._learn_at = None, math.inf

@@ -1,4 +1,4 @@
-"""What a request head may be, and the ASGI scope it stands for."""
+"""Limits of request heads, and their ASGI scopes."""
 
 from urllib.parse import unquote
 
@@ -8,21 +8,21 @@ from inference_api.errors import HeadersTooLarge
 from inference_api.models import RawHeaders
 from inference_api.server.strict_head import head_error, wrong_lines
 
-# gunicorn's and Envoy's order of magnitude; an SDK sends 20 headers of 1 KiB together.
+# The order of magnitude of gunicorn and Envoy; an SDK sends 20 headers, together 1 KiB.
 _MAX_HEADERS = 100
 _MAX_HEAD = 32 * 1024
-# It ends a head, and the chunks of a body.
+# Ends a head, and the chunks of a body.
 EMPTY_LINE = b"\r\n\r\n"
 
 
 def check_size(head: bytes) -> None:
-    """Raises HeadersTooLarge for what has come of a head, the empty lines before it included."""
+    """Raises HeadersTooLarge for an incomplete head that is too large, empty lines before it included."""
     if len(head) > _MAX_HEAD:
         raise HeadersTooLarge(f"The request head is larger than {_MAX_HEAD} bytes.")
 
 
 def scope_of(head: bytes, method: bytes, target: bytes, headers: RawHeaders, version: str) -> Scope:
-    """The scope of a head as the parser read it; `head`: its bytes. Raises RouterError if it is not to be taken."""
+    """The scope of a parsed head; `head`: its bytes. Raises RouterError if it is not acceptable."""
     if len(headers) > _MAX_HEADERS:
         raise HeadersTooLarge(f"The request has more than {_MAX_HEADERS} headers.")
     error = wrong_lines(head, len(headers)) or head_error(method, target, headers, version)
@@ -48,5 +48,5 @@ def scope_of(head: bytes, method: bytes, target: bytes, headers: RawHeaders, ver
 
 
 def _origin_form(target: bytes) -> bytes:
-    """RFC 9112 3.2.2: a client that takes the router for a proxy names scheme and host as well."""
+    """Path and query of a target in absolute form, as clients send it to a proxy (RFC 9112 3.2.2)."""
     return b"/" + target.partition(b"://")[2].partition(b"/")[2]

@@ -1,4 +1,4 @@
-"""uvicorn, set up for a router: our sockets and log, no proxy headers, no WebSockets; probes on their own thread."""
+"""Configures and runs uvicorn: own sockets and log, no proxy headers, no WebSockets; probes on a separate thread."""
 
 import asyncio
 import contextlib
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class Served(Protocol):
-    """What is served: `app` to clients, `ops` on OPS_PORT.
+    """The application: `app` serves clients, `ops` serves OPS_PORT.
 
-    `drain` is called when the process is asked to stop, `reload` when it is asked to read its configuration again.
+    SIGTERM and SIGINT call `drain`, SIGHUP calls `reload`.
     """
 
     app: ASGIApp
@@ -41,18 +41,18 @@ class Served(Protocol):
 
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
-# As many connections as may wait while the loop is busy with a burst.
+# Connections that may wait while the event loop is busy.
 _BACKLOG = 2048
-# Seconds for requests to say that they are over, when nobody wants to wait.
+# Seconds for requests to end after a second signal.
 _FORCED = 1.0
-# Log, sockets that listen, two event loops, the registry, the probes' clients, a scrape: about 25.
+# File descriptors beside traffic: log, listeners, two event loops, registry, probes, a scrape: about 25.
 _OWN_FILES = 48
 
 
 def run_server(served: Served, settings: Settings, on_listen: Callable[[str], None] = lambda address: None) -> None:
-    """Serve until SIGTERM or SIGINT, then wait for what is in flight. Raises SettingsError if a port cannot be had.
+    """Serve until SIGTERM or SIGINT, then drain. Raises SettingsError if it cannot listen on a port.
 
-    `on_listen` gets the address, as a URL has it, once there are sockets.
+    `on_listen` gets host and port, as in a URL, once the sockets listen.
     """
     raise_file_limit()
     with contextlib.ExitStack() as stack:
@@ -63,18 +63,17 @@ def run_server(served: Served, settings: Settings, on_listen: Callable[[str], No
         config = server_config(served.app, settings, served.rejected)
         server = Server(config, settings.drain_delay, served.drain, served.reload)
         on_listen(_authority(*listener.getsockname()[:2]))
-        # What is there now stays for good: the collector need not look at it again, request after request.
+        # Objects of the start are permanent: exclude them from garbage collection.
         gc.collect()
         gc.freeze()
         server.run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, but SIGTERM and SIGINT are requests to stop, not a way to die: the exit code is 0.
+    """uvicorn's server, but SIGTERM and SIGINT drain, and the exit code is 0.
 
-    `on_stop` is called at the signal; `delay`: seconds to go on accepting after it, until nobody sends any more. During
-    these each answer says that its connection is closed, so that clients go elsewhere, and none is idle in the end.
-    `on_reload` is called at SIGHUP, which ends nothing.
+    `on_stop` is called at the signal; `delay`: seconds to keep accepting after it. Meanwhile each answer closes its
+    connection, so that clients reconnect elsewhere. `on_reload` is called at SIGHUP.
     """
 
     def __init__(
@@ -92,11 +91,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_stop()
-        # Who asks a second time does not want to wait, for whatever it is.
+        # A second signal skips the drain.
         self.force_exit = self.server_state.draining
         self.server_state.draining = True
         if not self.force_exit:
-            # By a turn of the loop: the signal may have come in the middle of a line of the log.
+            # In a turn of the loop: the signal may interrupt a log call.
             asyncio.get_running_loop().call_soon_threadsafe(self._tell_waiting)
         if self._delay and not self.force_exit:
             asyncio.get_running_loop().call_later(self._delay, self._stop)
@@ -104,7 +103,7 @@ class Server(uvicorn.Server):
             self._stop()
 
     def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
-        # By a turn of the loop: the signal may come anywhere, and before or after there is a loop.
+        # In a turn of the loop: the signal may arrive anywhere, also before or after the loop.
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(self._on_reload)
 
@@ -121,7 +120,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         if self.force_exit:
-            # uvicorn leaves requests and lifespan to the end of the loop, where they fail in any order.
+            # uvicorn leaves requests and lifespan to the end of the loop, which cancels them in any order.
             tasks = list(self.server_state.tasks)
             for task in tasks:
                 task.cancel()
@@ -142,7 +141,7 @@ class Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """Handle signals so for a while; only the main thread may."""
+    """Install signal handlers, and restore the previous ones; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -183,7 +182,7 @@ def _config(app: ASGIApp, protocol: Callable[..., asyncio.Protocol], **more: Any
         log_config=None,
         access_log=False,
         server_header=False,
-        # Whoever can reach the port could claim any address; nothing here trusts one.
+        # Any client could forge proxy headers; the router does not use them.
         proxy_headers=False,
         backlog=_BACKLOG,
         **more,
@@ -191,17 +190,17 @@ def _config(app: ASGIApp, protocol: Callable[..., asyncio.Protocol], **more: Any
 
 
 def raise_file_limit() -> None:
-    """The soft limit is often 1024, from a time when more could break `select`; nothing here uses that."""
+    """Raise the soft limit to the hard one: its usual 1024 only protects users of `select`."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Where there is no permission for the hard one, the soft one will do.
+    # Without permission, the soft limit stays.
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connection_limit(max_in_flight: int) -> int:
-    """How many clients may be connected, so that there is a file descriptor left for each request's backend.
+    """The limit of client connections, which leaves a file descriptor for each request's backend.
 
-    To run out of them is worse than to refuse: the process could not even look up a name or open a certificate.
+    Running out of descriptors is worse than a refusal: the process could not look up a name or open a certificate.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
@@ -211,14 +210,14 @@ def connection_limit(max_in_flight: int) -> int:
 
 
 def _authority(host: str, port: int) -> str:
-    """Host and port as a URL has them."""
+    """Host and port, as in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def listen(host: str, port: int, variable: str) -> socket.socket:
     """A bound socket. Raises SettingsError naming the variable and what to do."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only on connections whose protocol is named; without it probes in a row take 40 ms each.
+    # asyncio sets TCP_NODELAY only with an explicit protocol number; without it, successive probes take 40 ms each.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -238,8 +237,8 @@ def listen(host: str, port: int, variable: str) -> socket.socket:
 
 @contextlib.contextmanager
 def ops_thread(ops: ASGIApp, listener: socket.socket, deadlines: Deadlines | None = None) -> Iterator[None]:
-    """Serve probes and metrics from a thread with an event loop of its own, so that they never wait behind traffic."""
-    # What is refused here is not counted: metrics and log belong to the other loop.
+    """Serve probes and metrics on a thread with its own event loop, so that they never wait behind traffic."""
+    # Rejections are not counted here: metrics and log belong to the other loop.
     protocol = connection_factory(deadlines or Deadlines(), lambda *_: None)
     server = Server(_config(ops, protocol, loop="asyncio", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="ops", daemon=True)

@@ -1,4 +1,4 @@
-"""The parser that goes on where an offer to upgrade stopped another one: RFC 9110 7.8 lets a server ignore offers."""
+"""Continues parsing after an offer to upgrade, at which httptools stops: servers may ignore offers (RFC 9110 7.8)."""
 
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ from inference_api.models import RawHeaders
 
 
 class Callbacks(Protocol):
-    """Those of httptools that a connection has."""
+    """The callbacks of httptools that a connection has."""
 
     def on_message_begin(self) -> None: ...
     def on_url(self, url: bytes) -> None: ...
@@ -20,7 +20,7 @@ class Callbacks(Protocol):
 
 
 class DeclinedUpgrade:
-    """Replays the framing of a head to a new parser, which then reads its body, and what follows, for `connection`."""
+    """Replays the framing of a head to a new parser, which then parses the body and later requests for `connection`."""
 
     __slots__ = ("_connection", "_replaying", "on_body", "on_chunk_header", "parser", "whole")
 

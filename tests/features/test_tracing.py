@@ -605,7 +605,7 @@ def test_a_collector_that_takes_nothing_does_not_keep_the_process(caplog: pytest
         close()
     stuck.released.set()
 
-    assert "the collector did not take the last spans in time" in caplog.messages
+    assert "the collector did not accept the last spans in time" in caplog.messages
 
 
 async def test_what_is_done_with_a_stored_response_has_no_spans(start_engine: Start, start_router: Start) -> None:

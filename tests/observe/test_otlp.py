@@ -148,7 +148,7 @@ async def test_a_collector_that_takes_no_spans_keeps_nobody(tmp_path: Path, star
     lines = log_of(out)
     assert code == 0
     assert [line["event"] for line in lines if line["level"] == "warning"] == [
-        "the collector did not take the last spans in time"
+        "the collector did not accept the last spans in time"
     ]
     assert lines[-1]["event"] == "stopped"
     # A header that cannot be read is not shown.
@@ -238,5 +238,5 @@ async def test_check_holds_the_variables_of_opentelemetry_too(
     assert main(["check"]) == 2
 
     err = capsys.readouterr().err
-    assert err.startswith("inference-api: OpenTelemetry does not take one of its variables (OTEL_...): max_queue_size ")
+    assert err.startswith("inference-api: OpenTelemetry rejects one of its variables (OTEL_...): max_queue_size ")
     assert err.count("\n") == 1
