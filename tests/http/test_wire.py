@@ -391,7 +391,7 @@ def test_not_all_of_them_may_be_null(path: str, body: dict[str, Any], param: str
     assert caught.value.param == param
 
 
-# Fields that are for those who run the engines
+# Fields reserved for operators
 
 TRANSFERS = ["kv_transfer_params", "ec_transfer_params"]
 PAYLOADS: list[Any] = [{"do_remote_prefill": True}, {}, [], "x", 1, False]
@@ -405,7 +405,7 @@ def test_a_client_moves_no_engines_state(path: str, name: str, size: int) -> Non
         for body in ({name: payload}, {"vllm_xargs": {"a": 1, name: payload}}):
             request = {"x": [0] * size, "model": "m", **MINIMAL[path], **body}
 
-            with pytest.raises(InvalidRequest, match="run the engines") as caught:
+            with pytest.raises(InvalidRequest, match="reserved for operators") as caught:
                 read(request, path)
             assert (caught.value.status, caught.value.param) == (422, next(iter(body)))
             if not size:
@@ -423,7 +423,7 @@ def test_a_client_moves_no_engines_state(path: str, name: str, size: int) -> Non
     ],
 )
 def test_no_spelling_gets_it_past(body: bytes) -> None:
-    with pytest.raises(InvalidRequest, match="run the engines"):
+    with pytest.raises(InvalidRequest, match="reserved for operators"):
         read(body)
 
 
@@ -457,7 +457,7 @@ def test_a_form_moves_no_engines_state_either(field: bytes, param: str | None) -
         assert read_form(MODEL, part).model == "m"
         return
 
-    with pytest.raises(InvalidRequest, match="run the engines") as caught:
+    with pytest.raises(InvalidRequest, match="reserved for operators") as caught:
         read_form(MODEL, part)
     assert caught.value.param == param
 
@@ -654,7 +654,7 @@ async def test_a_client_that_leaves_while_it_sends_is_gone(before: tuple[Message
 async def test_bodies_beyond_what_is_to_be_in_memory_are_refused() -> None:
     load = Admission(max_buffered=15)
     assert await body_of(part(b"x" * 10, more=False), load=load) == b"x" * 10
-    with pytest.raises(Overloaded, match="bytes of request bodies"):
+    with pytest.raises(Overloaded, match="Buffered request bodies exceed"):
         await body_of(part(b"xxx"), part(b"xxx", more=False), load=load)
     assert await body_of(part(b"x" * 5, more=False), load=load) == b"x" * 5
 
