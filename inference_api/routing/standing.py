@@ -1,6 +1,7 @@
 """The state of a backend, for operators: whether it takes requests, and since when and why not."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from inference_api.errors import NoBackend
@@ -61,11 +62,15 @@ def no_backend(model: Model, now: float) -> NoBackend:
     )
 
 
-def why_not(model: Model, now: float) -> str:
-    """The reasons for which its backends are out, for the log: `10.0.0.11:8000: connection refused`."""
+def why_not(model: Model, now: float, causes: Mapping[Backend, str] | None = None) -> str:
+    """The reasons for which its backends are out, for the log: `10.0.0.11:8000: connection refused`.
+
+    `causes`: of the connections that have just failed.
+    """
+    causes = causes or {}
     if not model.backends:
         return "its backends have no known address" if model.entry.backends else "it has no backends"
-    told = [f"{backend.label}: {_cause(backend, now)}" for backend in model.backends[:_SHOWN]]
+    told = [f"{backend.label}: {causes.get(backend) or _cause(backend, now)}" for backend in model.backends[:_SHOWN]]
     if len(model.backends) > _SHOWN:
         told.append(f"and {len(model.backends) - _SHOWN} more")
     return "; ".join(told)

@@ -7,6 +7,7 @@ import httpx
 
 from inference_api.models import Outcome, Reply, Route
 from inference_api.routing.backend import Backend
+from inference_api.routing.causes import cause_of
 
 # Seconds; a hundred round trips within a cluster, to allow for a busy event loop.
 _RACE = 1.0
@@ -102,6 +103,8 @@ class Failure(NamedTuple):
     silent: bool = False
     # An answer with a status of RETRY_ON_STATUS
     reply: Reply | None = None
+    # Why there was no connection, in the system's words
+    cause: str | None = None
 
 
 def classify(exc: httpx.TransportError, backend: Backend, route: Route, free: bool) -> Failure:
@@ -113,10 +116,10 @@ def classify(exc: httpx.TransportError, backend: Backend, route: Route, free: bo
     """
     outcome = outcome_of(exc)
     silent = isinstance(exc, Disconnected) and exc.silent and not exc.stale
-    reason = None
     if outcome is Outcome.CONNECT_FAILED:
-        reason, free = Reason.CONNECT, True
-    elif outcome is Outcome.STALE:
+        return Failure(backend, outcome, Reason.CONNECT, free=True, cause=cause_of(exc))
+    reason = None
+    if outcome is Outcome.STALE:
         reason = Reason.STALE
     elif silent and route.repeatable:
         reason = Reason.RESET

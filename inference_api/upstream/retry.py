@@ -169,7 +169,8 @@ def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterEr
     """The error for the client if no attempt gave an answer."""
     error = _error(past[-1].outcome, model.name, give_up)
     if past[-1].outcome is Outcome.CONNECT_FAILED:
-        error.logged = {"why": why_not(model, monotonic())}
+        causes = {failure.backend: failure.cause for failure in past if failure.cause is not None}
+        error.logged = {"why": why_not(model, monotonic(), causes)}
     return error
 
 

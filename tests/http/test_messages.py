@@ -81,6 +81,15 @@ async def test_the_reason_of_a_503_is_in_the_log_and_not_in_the_answer(start_rou
     assert dead not in answers[0].text
 
 
+async def test_the_reason_is_known_before_the_first_health_check(start_router: Start) -> None:
+    dead = f"127.0.0.1:{free_port()}"
+    served: Served = await start_router(models=[{"name": "m", "backends": [f"http://{dead}"]}], health_interval=3600)
+    await served.chat()
+    await until(lambda: served.lines)
+
+    assert served.lines[0]["why"] == f"{dead}: connection refused"
+
+
 async def test_tls_on_the_plain_port_is_told_in_the_log(served: Served) -> None:
     context = ssl.create_default_context()
     with pytest.raises((ssl.SSLError, ConnectionError)):

@@ -85,7 +85,7 @@ async def test_a_new_file_of_trusted_certificates_holds_for_new_connections(
             assert [poll(trust) for _ in range(2)] == [False, True]
             poll(trust, now=True)
             assert await get(transport, engine) == 200
-        told = [message for message in caplog.messages if "the last ones stay" in message]
+        told = [message for message in caplog.messages if "the previous ones stay" in message]
         assert len(told) == len(set(told)) >= 2
         assert all(str(trusted) in message for message in told)
 
