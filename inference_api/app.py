@@ -36,7 +36,7 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     balancers = [switch.balancers(settings) for switch in FEATURES if switch.balancers]
     core = Core(settings, outside or Outside(), balancers, ENTRY)
     enabled = [*(made for switch in FEATURES if (made := switch.build(core, settings)) is not None), *features]
-    attempt = core.attempt([feature.attempt for feature in enabled if feature.attempt])
+    attempt = core.send_attempt([feature.attempt for feature in enabled if feature.attempt])
     send, resolve = _send(core, attempt, enabled), _resolve(core, enabled)
     stages = Stages(resolve, send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
     probes = core.probes([feature.collect for feature in enabled if feature.collect])
@@ -55,7 +55,7 @@ def _resolve(core: Core, enabled: Sequence[Feature]) -> Resolve:
 def _send(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> Send:
     taps = [feature.tap for feature in enabled if feature.tap]
     return chain(
-        core.attempts(attempt),
+        core.forward(attempt),
         [
             # Outermost: taps see the answer that the client gets, also one that a feature made.
             *([with_taps(taps)] if taps else ()),

@@ -103,7 +103,7 @@ class Core:
         self.slices = None if cluster is None else self._make_slices(cluster)
         self._finders = [finder for finder in (self.discovery, self.slices) if finder]
         self._client = outside.registry_client or self._registry_client()
-        self._catalogue = static_source(settings.catalogue, outside.catalogue, self._prepare, entry)
+        self._catalogue = static_source(settings.catalogue, outside.catalogue, self._read_credentials, entry)
         self.registry = self._make_registry()
         self._catalogue.take = self.registry.replace_static
         self.reloader = Reloader((self._catalogue, self._tokens, self._trust))
@@ -120,11 +120,11 @@ class Core:
 
     # Bound methods: cheaper to call than an object with __call__.
 
-    def attempts(self, send: SendAttempt) -> Send:
+    def forward(self, send: SendAttempt) -> Send:
         """The attempt loop, from a Call to a Reply; `send` makes one attempt."""
         return Forward(send, self.prepare, self.retry_policy, self.metrics.retry).__call__
 
-    def attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
+    def send_attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
         """One attempt on a backend, inside of `wrappers`."""
         send: SendAttempt = SendToBackend(self.transport, self._attempt_ended, self.health.answered, self.rand).__call__
         for wrap in reversed(wrappers):
@@ -137,7 +137,7 @@ class Core:
         facts = EngineFacts(self.fleet, self.own_transport, rand=rand)
         timeout, last_read = self.settings.health_timeout, self.last_read()
         prober = Prober(self.fleet, self.own_transport, self._checked, last_read, every, timeout, rand)
-        sleep = EngineMetrics(
+        sleep_poller = EngineMetrics(
             self.fleet,
             self.own_transport,
             every,
@@ -147,7 +147,7 @@ class Core:
             rand=rand,
         )
         run = [self.reloader.run, self.registry.run, *(finder.run for finder in self._finders)]
-        return [*run, facts.run, self.health.run, prober.run, self.lag.run, sleep.run]
+        return [*run, facts.run, self.health.run, prober.run, self.lag.run, sleep_poller.run]
 
     def probes(self, collectors: Sequence[Callable[[], Iterator[Family]]]) -> Probes:
         """Liveness, readiness, and the metrics of the core and of `collectors`."""
@@ -222,7 +222,7 @@ class Core:
             self.settings.registry_refresh,
             rand=self.rand.random,
             on_change=self._catalogue_changed,
-            prepare=self._prepare,
+            prepare=self._read_credentials,
             entry_type=self._entry,
         )
 
@@ -243,12 +243,13 @@ class Core:
             self.metrics.probe_failed(origin, "health")
         self.health.checked(origin, passed)
 
-    def _prepare(self, catalogue: Catalogue) -> None:
+    def _read_credentials(self, catalogue: Catalogue) -> None:
         """Read the files that a catalogue names, before it takes effect; runs in a thread, or at the start."""
         self._tokens.prepare(catalogue.values())
 
     def _catalogue_changed(self) -> None:
         self._tokens.retain(model.entry for model in self.fleet.models.values())
+        self.prepare.retain(self.fleet.models)
         self.metrics.forget_models()
         self._forget_backends()
         for finder in self._finders:

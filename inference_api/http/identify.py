@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from inference_api.http.accounts import ACCOUNT
 from inference_api.http.head import RequestHead
 from inference_api.http.pages import OPEN_PATHS
+from inference_api.http.routes import normal_path
 from inference_api.models import Caller
 from inference_api.observe.account import Account
 
@@ -19,7 +20,7 @@ class Identify:
         self._identify = identify
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and normal_path(scope["path"]) not in OPEN_PATHS:
             account: Account = scope[ACCOUNT]
             account.caller = next(
                 (caller for identify in self._identify if (caller := identify(account.head)) is not None), None

@@ -9,8 +9,8 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import httpx
-from starlette.routing import Route as Page
-from starlette.types import ASGIApp, Receive, Scope
+from starlette.routing import Route as PageRoute
+from starlette.types import Receive, Scope
 from starlette.types import Send as ASGISend
 
 from inference_api.errors import MethodNotAllowed, ResponseNotFound
@@ -93,10 +93,10 @@ class StoredResponses:
         stages = self._stages
         return Pipeline(route, stages._replace(send=self._remembering(stages.send)) if route is RESPONSES else stages)
 
-    def routes(self) -> list[Page]:
+    def routes(self) -> list[PageRoute]:
         return [
-            Page("/v1/responses/{id}", _Operation(self, ("GET", "DELETE"), b""), methods=["GET", "DELETE"]),
-            Page("/v1/responses/{id}/cancel", _Operation(self, ("POST",), b"/cancel"), methods=["POST"]),
+            PageRoute("/v1/responses/{id}", _Operation(self, ("GET", "DELETE"), b""), methods=["GET", "DELETE"]),
+            PageRoute("/v1/responses/{id}/cancel", _Operation(self, ("POST",), b"/cancel"), methods=["POST"]),
         ]
 
     def _remembering(self, send: Send) -> Send:
@@ -140,7 +140,6 @@ class _Operation:
         self._stored = stored
         self._methods = methods
         self._rest = rest
-        self.app: ASGIApp = self
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         account: Account = scope[ACCOUNT]

@@ -1,6 +1,6 @@
 """Prepares a call for its backends: the body, the header lines and the limits that all its attempts share."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from time import monotonic
 from typing import NamedTuple
 
@@ -53,6 +53,11 @@ class Prepare:
         known = self._timeouts.get(model.name)
         timeout = known[1] if known is not None and known[0] is entry else self._timeout(model)
         return tuple.__new__(Prepared, (body, self._lines(call, entry, size), timeout, deadline, call.prefix))
+
+    def retain(self, models: Collection[str]) -> None:
+        """Forget all models but these, by name."""
+        for name in self._timeouts.keys() - models:
+            del self._timeouts[name]
 
     def _lines(self, call: Call, entry: CatalogueEntry, size: int) -> bytes:
         lines = call.lines

@@ -469,6 +469,7 @@ async def test_probes_and_preflights_are_open_to_everybody(start_router: Start) 
     served: Served = await start_router(features=[Feature("door", identify=knows)])
     headers = {"authorization": "Bearer wrong"}
 
-    assert (await served.client.get("/readyz", headers=headers)).status_code == 200
+    for path in ("/readyz", "/readyz/"):
+        assert (await served.client.get(path, headers=headers)).status_code == 200
     assert (await served.client.options(URL, headers=headers)).status_code == 405
     assert (await served.client.get("/v1/models", headers=headers)).status_code == 401
