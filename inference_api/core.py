@@ -248,7 +248,7 @@ class Core:
         self._tokens.prepare(catalogue.values())
 
     def _catalogue_changed(self) -> None:
-        self._tokens.retain(model.entry for model in self.fleet.models.values())
+        self._tokens.retain([model.entry for model in self.fleet.models.values()])
         self.prepare.retain(self.fleet.models)
         self.metrics.forget_models()
         self._forget_backends()

@@ -20,15 +20,27 @@ async def test_nothing_is_kept_of_a_model_that_has_left(start_engine: Start, sta
     served: Served = await start_router(engine)
     core = served.router.core
     other = CatalogueEntry.model_validate({"name": "other", "backends": [engine.url]})
-    for name in ("gone", "other"):
-        entry = CatalogueEntry.model_validate({"name": name, "backends": [engine.url]})
-        core.registry.replace_static(Catalogue([entry]))
-        assert (await served.chat(model=name)).status_code == 200
-        if name == "gone":
-            left = weakref.ref(entry)
-        del entry
+    entry = CatalogueEntry.model_validate({"name": "gone", "backends": [engine.url]})
+    left = weakref.ref(entry)
+    core.registry.replace_static(Catalogue([entry]))
+    assert (await served.chat(model="gone")).status_code == 200
+    del entry
 
     core.registry.replace_static(Catalogue([other]))
     gc.collect()
 
     assert left() is None
+
+
+async def test_a_variable_that_is_not_set_is_told_of_once(
+    start_engine: Start, start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = {"name": "m", "backends": [(await start_engine()).url], "credentials": {"env": "BACKEND_KEY"}}
+    served: Served = await start_router(models=[entry])
+    core = served.router.core
+    for version in ("2", "3"):
+        catalogue = Catalogue([CatalogueEntry.model_validate({**entry, "version": version})])
+        core.registry.replace_static(catalogue)
+        core._tokens.prepare(catalogue.values())
+
+    assert len([record for record in caplog.records if "BACKEND_KEY" in record.getMessage()]) == 1
