@@ -216,18 +216,19 @@ async def test_head_is_get_without_a_page(start_router: Start) -> None:
 
 async def test_there_is_an_end_to_how_many_scrapes_are_under_way() -> None:
     exposition = Exposition(busy_router(10), CollectorRegistry(), most=2)
-    under_way = [exposition.page(False, False) for _ in range(2)]
     async with pages_of(exposition) as client:
-        for page in under_way:
-            await anext(page)
-        refused = await client.get("/metrics")
-        assert (await client.get("/healthz")).status_code == 200
-        for page in under_way:
-            await read(page)
-        answered = await client.get("/metrics")
+        for _ in ("at first", "after others have ended"):
+            under_way = [exposition.page(False, False) for _ in range(2)]
+            for page in under_way:
+                await anext(page)
+            refused = await client.get("/metrics")
+            assert (await client.get("/healthz")).status_code == 200
+            for page in under_way:
+                await read(page)
+            answered = await client.get("/metrics")
 
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-    assert answered.status_code == 200
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert answered.status_code == 200
 
 
 async def test_a_scraper_that_leaves_or_does_not_read_takes_a_place_and_no_more(tmp_path: Any) -> None:
