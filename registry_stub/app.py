@@ -1,4 +1,4 @@
-"""The HTTP surface of the registry: reads are open, writes are conditional and may need a token, or may be closed."""
+"""The HTTP API of the registry: reads are open; writes are conditional, and need a token or are refused."""
 
 import hashlib
 import hmac
@@ -36,14 +36,14 @@ def create_app(
 ) -> ASGIApp:
     """The registry over an open store; with a token, PUT and DELETE need it as a bearer token.
 
-    `read_only`: PUT and DELETE are refused. With `ops_port` metrics are on that port alone, and on it nothing else is
-    but /healthz: who may read metrics need not reach the port that takes writes.
+    `read_only`: PUT and DELETE are refused. `ops_port` serves metrics and /healthz only, and no other port serves
+    metrics: monitoring needs no access to the port of writes.
     """
     surface, metrics = _Surface(store, token, clock, read_only), Metrics(lambda: len(store.snapshot.models))
     models = [
         Route("/models", surface.listing),
         Route("/models/", surface.listing),
-        # One route for all methods: the Allow header of a 405 must name them all.
+        # One route for all methods, so that the Allow header of a 405 names them all.
         Route("/models/{name:path}", surface.model, methods=["GET", "PUT", "DELETE"]),
     ]
     health, page = Route("/healthz", _healthz), Route("/metrics", metrics.page)
@@ -63,7 +63,7 @@ def _served(routes: list[Route], metrics: Metrics) -> Starlette:
 
 
 class _ByPort:
-    """ASGI: by the port that the connection came in on, which is no word of the client's."""
+    """ASGI app: dispatches by the local port of the connection, which clients cannot forge."""
 
     def __init__(self, ops_port: int, ops: ASGIApp, main: ASGIApp) -> None:
         self._ops_port = ops_port
@@ -102,7 +102,7 @@ class _Surface:
         def check(stored: Stored | None) -> None:
             current(stored.etag if stored else None)
 
-        # In a thread: a commit waits for the disk, and on a slow volume that must not hold up readers and probes.
+        # In a thread: a commit waits for the disk, which must not delay readers and probes.
         try:
             stored, created = await run_in_threadpool(self._store.put, entry, int(self._clock()), check)
         except NameTaken as exc:
@@ -129,7 +129,7 @@ class _Surface:
         if self._token_digest is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # latin-1 gives back the header's bytes; digests compare in the same time whatever the guess looks like.
+        # latin-1 restores the header's bytes; comparing digests takes constant time.
         digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
         if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._token_digest):
             message = "Changing the registry needs its token; send it as 'Authorization: Bearer <token>'."
@@ -144,7 +144,7 @@ _json = partial(Response, media_type="application/json")
 
 
 def _conditional(request: Request, document: Document) -> Response:
-    # no-cache: a proxy may keep a copy but must ask whether it is still the latest.
+    # no-cache: proxies may store a copy, but must revalidate it.
     headers = {"ETag": document.etag, "Cache-Control": "no-cache"}
     if conditional.names(request.headers.getlist("if-none-match"), document.etag, weak=True):
         return Response(status_code=304, headers=headers)
@@ -163,13 +163,13 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def _translate(request: Request, error: Exception) -> Refused:
-    # Not request.url: that is built from the Host header, which may be nonsense.
+    # Not request.url: it contains the Host header, which may be invalid.
     path: str = request.scope["path"][:128]
     match error:
         case Refused():
             return error
         case HTTPException(status_code=405, headers=headers):
-            # Sorted, as Starlette lists them in the order of a set.
+            # Sorted: Starlette lists them in the order of a set.
             allow = ", ".join(sorted((headers or {})["Allow"].split(", ")))
             message = f"{request.method[:32]} is not allowed on {path!r}; use {allow}."
             return Refused(405, "method_not_allowed", message, headers={"Allow": allow})
@@ -177,10 +177,10 @@ def _translate(request: Request, error: Exception) -> Refused:
             message = f"The URL {path!r} is unknown. The registry answers on /models and /models/{{name}}."
             return Refused(404, "unknown_url", message)
         case ClientDisconnect():
-            # Nobody reads it; but a client that leaves in the middle of its body is not a crash to be logged as one.
+            # The client is gone; this avoids a traceback for a disconnect within the body.
             return Refused(400, "bad_request", "The request ended before its body did.")
         case StoreError():
-            # The reason is for the operator: it names files of this host.
+            # Log only: the reason names files of this host.
             log.error("%s %r failed: %s", request.method, path, error)
             message = "The registry could not write the change to its disk, and nothing was changed. Try again later."
             return Refused(503, "storage_unavailable", message, headers={"Retry-After": "5"})

@@ -1,4 +1,4 @@
-"""The command line: opens the store, seeds it, binds the port, and serves until it is told to stop."""
+"""The command line: opens the store, seeds it, binds the port, and serves until SIGTERM."""
 
 import argparse
 import ipaddress
@@ -94,7 +94,7 @@ def _port(text: str) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     lines = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Any client makes lines; whoever does not read them must not hold up the others.
+    # Clients cause log lines; a log that nobody reads must not block the registry.
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[LogHandler(LogWriter(sys.stderr), lines)])
     token = _token(arguments.token_env)
     with Store(arguments.database) as store:
@@ -110,7 +110,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                 ops_port = listeners[1].getsockname()[1]
             read_only = token is None and not _is_loopback(listener)
             server = _server(create_app(store, token, read_only=read_only, ops_port=ops_port))
-            # uvicorn raises the signal again once it is done, and what that would do by default is not exit code 0.
+            # uvicorn raises the signal again at its end, and the default action is not exit code 0.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, server.handle_exit)
             _announce(listeners, arguments.database, store, read_only)
@@ -139,7 +139,7 @@ def _token(variable: str | None) -> str | None:
     value = os.environ.get(name)
     if value is None and variable is None:
         return None
-    # strip: a secret made from a file often ends in a newline, which no header can carry.
+    # strip: a secret made from a file often ends in a newline, which is not valid in a header.
     token = (value or "").strip()
     if not token:
         fix = "set it to the token" if variable else "set it to a token, or unset it to go without"
@@ -158,13 +158,13 @@ def _seed(store: Store, path: Path) -> None:
 
 
 def _print_refused(source: str, problem: str) -> None:
-    # One line each, whatever line breaks a key in the file has.
+    # One line each: keys in the file may contain line breaks.
     print(f"registry-stub: {source}: refused {' '.join(problem.split())}", file=sys.stderr)
 
 
 def _listen(option: str, host: str, port: int) -> socket.socket:
     try:
-        # Looked up first: it knows the family of the address, and bind() leaks a socket over a malformed name.
+        # Resolved first, for the address family, and because bind() leaks a socket with a malformed name.
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address, family=family)
     except (OSError, UnicodeError) as exc:
@@ -182,7 +182,7 @@ def _announce(listeners: list[socket.socket], database: Path, store: Store, read
     metrics = f", metrics on {ops[0]}" if ops else ""
     if read_only:
         log.info("%s has no token, so it takes no changes; set %s to allow them with it", url, TOKEN_VARIABLE)
-    # Last: who waits for this line has read all that is to be said of the start.
+    # Last line of the start: readers that wait for it have seen all others.
     log.info("listening on %s, database %s, %d models%s", url, database, len(store.snapshot.models), metrics)
 
 

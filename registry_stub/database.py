@@ -1,4 +1,4 @@
-"""The database file: taken for one process, checked before it is touched, opened so that a commit is on the disk."""
+"""The database file: locked for one process, checked before use, and opened for durable commits."""
 
 import fcntl
 import logging
@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 log = logging.getLogger("registry_stub")
 
-# Written into the file's header, so that another program's database is recognised and left alone. ASCII "mreg".
+# In the file's header, to recognise databases of other programs. ASCII "mreg".
 _APPLICATION_ID = 0x6D726567
 _SCHEMA_VERSION = 1
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS models (position INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, entry TEXT NOT NULL)"
 )
 
-# A write-ahead log needs an index in memory that is shared through a file, which network file systems do not offer.
+# A write-ahead log needs shared memory through a file, which network file systems lack.
 _NO_SHARED_MEMORY = ("SQLITE_IOERR_SHM", "SQLITE_CANTOPEN", "SQLITE_PROTOCOL")
 
 
@@ -27,7 +27,7 @@ class StoreError(Exception):
 
 
 class Database:
-    """A SQLite connection and the lock that makes it the only one. Any thread may use it, one at a time."""
+    """A SQLite connection with an exclusive lock. Any thread may use it, one at a time."""
 
     def __init__(self, path: Path, busy_timeout: float) -> None:
         self._path = path
@@ -42,13 +42,13 @@ class Database:
             return self._connection.execute(statement).fetchall()
 
     def write(self, statement: str, *rows: tuple[str, ...]) -> None:
-        """Run the statement once for each row, all or nothing. On disk when this returns."""
+        """Run the statement once per row, in one transaction. On disk when this returns."""
         with self._explained(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany(statement, rows)
 
     def _open(self, busy_timeout: float) -> sqlite3.Connection:
-        """With a write-ahead log where the file system can have one, which is decided anew at each start."""
+        """Open with a write-ahead log if the file system supports one; decided at each start."""
         try:
             return self._connect(busy_timeout, _write_ahead_log)
         except sqlite3.OperationalError as exc:
@@ -71,7 +71,7 @@ class Database:
             )
             stack.callback(connection.close)
             if set_journal is _rollback_journal:
-                # Who has the file alone reads a write-ahead log that is there already without shared memory.
+                # With exclusive access, an existing write-ahead log can be read without shared memory.
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._check_owner(connection)
             set_journal(connection)
@@ -80,7 +80,7 @@ class Database:
         return connection
 
     def _check_owner(self, connection: sqlite3.Connection) -> None:
-        """An empty file or one of ours; not another program's and not a later release's."""
+        """Refuse databases of other programs and of later releases."""
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -106,17 +106,17 @@ def _write_ahead_log(connection: sqlite3.Connection) -> None:
 
 
 def _rollback_journal(connection: sqlite3.Connection) -> None:
-    # Not DELETE: what is truncated is on the disk by FULL below, what is deleted is not.
+    # Not DELETE: FULL below makes a truncation durable, but not a deletion.
     connection.execute("PRAGMA journal_mode = TRUNCATE")
-    # From here on others may read the file again, for a backup.
+    # Others may read the file again, for a backup.
     connection.execute("PRAGMA locking_mode = NORMAL")
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    # FULL: a commit is on the disk before the client hears of it, so a power cut loses nothing.
+    # FULL: a commit is on the disk before the answer, so that a power cut loses nothing.
     connection.execute("PRAGMA synchronous = FULL")
     with connection:
-        # Written at every start, so that a read-only file is found out now and not by the first PUT.
+        # Written at every start, to detect a read-only file before the first PUT.
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(_SCHEMA)
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -124,11 +124,11 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 
 def _lock(path: Path) -> BinaryIO:
-    """Take the database for this process. The kernel drops the lock with the process, however that ends.
+    """Lock the database for this process. The kernel releases the lock when the process ends, however it ends.
 
     The lock is on a file of its own: SQLite's locks on the database die when any descriptor of it is closed.
     """
-    # realpath: two names of one database must meet at one lock.
+    # realpath: two names of one database share one lock.
     name = os.path.realpath(path) + ".lock"
     try:
         with ExitStack() as stack:

@@ -3,7 +3,7 @@
 import orjson
 from starlette.responses import Response
 
-# A body may hold thousands of mistakes; a reader needs the first few.
+# A body may have thousands of errors; the first few are enough.
 _LONGEST_MESSAGE = 2000
 
 

@@ -1,4 +1,4 @@
-"""What the registry tells Prometheus; it has a few requests a second, so prometheus-client's own counters will do."""
+"""The metrics of the registry. With a few requests a second, prometheus-client's counters suffice."""
 
 import platform
 import time
@@ -49,7 +49,7 @@ class Metrics:
 
 
 class Counted:
-    """ASGI layer: counts and times every request, by labels that a client cannot make more of."""
+    """ASGI layer: counts and times every request, with a bounded set of labels."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -60,7 +60,7 @@ class Counted:
             await self._app(scope, receive, send)
             return
         metrics, began = self._metrics, self._metrics.clock()
-        # What ends without an answer has one made for it outside of this layer.
+        # For requests without an answer, an outer layer makes one.
         status = 500
 
         async def counted_send(message: Message) -> None:

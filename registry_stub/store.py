@@ -1,4 +1,4 @@
-"""The models: read from memory, written through to the database, changed one at a time."""
+"""The models: reads from memory, writes through to the database, one change at a time."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -49,17 +49,17 @@ class Snapshot:
 
     @cached_property
     def listing(self) -> Document:
-        """Rendered by the first reader after a write: a run of ten thousand PUTs must not render it every time."""
+        """Rendered by the first reader after a write, not by each of ten thousand PUTs."""
         body = b'{"models":[' + b",".join(stored.body for stored in self.models.values()) + b"]}"
         return Document(body, etag_of(body))
 
 
-# Sees what is stored now and raises to refuse; nothing can change between the check and the write.
+# Gets the stored model, and raises to refuse; nothing changes between the check and the write.
 Check = Callable[[Stored | None], None]
 
 
 class Store:
-    """The models of one database file; opening it takes the file for this process alone."""
+    """The models of one database file, which is locked for this process."""
 
     def __init__(self, path: Path, *, busy_timeout: float = 5.0) -> None:
         self.snapshot = Snapshot({})
@@ -88,7 +88,7 @@ class Store:
             check(old)
             self._refuse_clash(entry)
             new = _render(entry, created=(old and old.entry.created) or now)
-            # A controller that repeats its PUT costs no disk write, and no reader its cached list.
+            # A repeated PUT costs no disk write, and keeps the cached list of readers.
             if old != new:
                 self._database.write(_UPSERT, _row(new))
                 self._forget(old)
@@ -97,7 +97,7 @@ class Store:
             return new, old is None
 
     def delete(self, name: str, check: Check = lambda stored: None) -> None:
-        """Remove a model if there is one; `check` may insist on it."""
+        """Remove a model if it exists; `check` may raise."""
         with self._writing:
             models = self.snapshot.models
             old = models.get(name)
@@ -123,7 +123,7 @@ class Store:
                 self._refuse_clash(stored.entry)
             except (ValidationError, NameTaken) as exc:
                 reason = describe(exc) if isinstance(exc, ValidationError) else exc
-                # Left in the file: another release may read it, and a PUT of the name replaces it.
+                # Stays in the file: another release may read it, and a PUT of the name replaces it.
                 self.problems.append(f"model {name!r}: {reason}")
                 continue
             self._own(stored)

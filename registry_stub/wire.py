@@ -1,4 +1,4 @@
-"""What a write carries, checked: the entry in its body and the preconditions in its headers."""
+"""Reads and checks a write: the entry in its body, and the preconditions in its headers."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ async def read_entry(request: Request, name: str) -> CatalogueEntry:
     except orjson.JSONDecodeError as exc:
         raise Refused(400, "invalid_json", f"The body is not JSON: {exc}.") from None
     try:
-        # From the bytes, not from what orjson made of them: the messages then speak of JSON, not of Python.
+        # From the bytes, not from orjson's objects: the messages then use the words of JSON, not of Python.
         entry = ENTRY.model_validate_json(body)
     except ValidationError as exc:
         param = ".".join(map(str, exc.errors()[0]["loc"])) or None
@@ -48,7 +48,7 @@ async def _read_body(request: Request) -> bytes:
         else:
             return bytes(body)
     message = f"The request body is larger than the limit of {MAX_BODY_BYTES} bytes; split the entry or shorten it."
-    # close: to use the connection again, all that the client still sends would have to be read.
+    # close: reusing the connection would require reading the rest of the body.
     raise Refused(413, "request_too_large", message, headers={"Connection": "close"})
 
 
