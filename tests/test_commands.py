@@ -133,7 +133,12 @@ def test_check_warns_of_what_is_probably_not_meant(
         tmp_path,
         {"name": "a"},
         {"name": "b", "backends": ["http://b/v1"], "credentials": {"env": "BACKEND_TOKEN"}},
-        {"name": "c", "backends": [{"url": "http://c"}], "credentials": {"file": f"{tmp_path}/BACKEND_C"}},
+        {
+            "name": "c",
+            "backends": ["http://c"],
+            "credentials": {"file": f"{tmp_path}/BACKEND_C"},
+            "policy": "two_choices",
+        },
     )
 
     assert main(["check", "--catalogue", catalogue]) == 0
@@ -144,6 +149,7 @@ def test_check_warns_of_what_is_probably_not_meant(
         "warning: model 'a' has no backends: every request for it gets 503",
         "warning: model 'b': the variable BACKEND_TOKEN of its credentials is not set; no token is sent",
         f"warning: model 'c': the token of {tmp_path}/BACKEND_C cannot be used: No such file or directory",
+        "warning: model 'c': the key 'policy' is now 'balancing'; the old name will be refused",
         "warning: model 'b': the url 'http://b/v1' ends in /v1, which is ignored: every route has its own /v1",
     ]
 

@@ -16,7 +16,7 @@ from inference_api.commands.configuration import (
 from inference_api.commands.connect import connect
 from inference_api.core import Outside
 from inference_api.routing.catalogue import Catalogue, read_document
-from inference_api.routing.entries import CatalogueEntry, Credentials
+from inference_api.routing.entries import RENAMED, CatalogueEntry, Credentials
 from inference_api.settings import Settings
 from inference_api.upstream.credentials import read_token
 
@@ -49,7 +49,11 @@ def _warnings(settings: Settings, catalogue: Catalogue) -> Iterator[str]:
         yield f"{settings.catalogue}: `models` is an empty list"
     for entry in catalogue.values():
         yield from _warnings_of(entry, environment())
-    for name, url in _urls(read_document(settings.catalogue)):
+    document = read_document(settings.catalogue)
+    for entry in document["models"]:
+        for key in RENAMED.keys() & entry.keys():
+            yield f"model {entry['name']!r}: the key {key!r} is now {RENAMED[key]!r}; the old name will be refused"
+    for name, url in _urls(document):
         if url.rstrip("/").endswith("/v1"):
             yield f"model {name!r}: the url {url!r} ends in /v1, which is ignored: every route has its own /v1"
 

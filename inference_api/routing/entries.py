@@ -50,6 +50,8 @@ _NO_CREDENTIALS = frozenset(
         "x-request-id",
     }
 )
+# Keys of an entry by their names in earlier releases
+RENAMED = {"policy": "balancing"}
 # A model with more is refused; of a name with more addresses, only these are used.
 MAX_BACKENDS = 4096
 
@@ -170,6 +172,14 @@ class CatalogueEntry(_Entry):
     # Source of a request's priority: an int64 for vLLM, lower is earlier
     priority: Literal["client", "ignore", "caller"] | Int64 = "client"
     created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        """Accept a key by its name in earlier releases, for one release more; `check` warns of it."""
+        if isinstance(value, dict) and (old := [key for key in RENAMED if key in value and RENAMED[key] not in value]):
+            return {RENAMED[key] if key in old else key: given for key, given in value.items()}
+        return value
 
     @field_validator("backends")
     @classmethod

@@ -542,3 +542,15 @@ def test_no_other_priority_is_taken(value: Any) -> None:
     (problem,) = parse_catalogue({"models": [{"name": "bad", "priority": value}]}).problems
 
     assert problem.startswith("model 'bad': priority")
+
+
+def test_a_key_is_known_by_its_name_before() -> None:
+    entry = {"name": "m", "backends": ["http://a:1"]}
+
+    (renamed,) = parse_catalogue({"models": [{**entry, "policy": "round_robin"}]}).values()
+    both = parse_catalogue({"models": [{**entry, "policy": "round_robin", "balancing": "two_choices"}]})
+
+    assert renamed.balancing == "round_robin"
+    assert renamed.model_dump(exclude_unset=True).keys() == {"name", "backends", "balancing"}
+    assert not both
+    assert "'policy'" in both.problems[0]
