@@ -1,4 +1,4 @@
-"""The values that travel through the stages: Route, Call, Model, Reply, and the one Outcome that all accounts share."""
+"""The values that pass through the stages: Route, Call, Reply, and the Outcome of attempts and requests."""
 
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping
@@ -17,7 +17,7 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 
 class Outcome(StrEnum):
-    """How an attempt, or a whole request, ended; metrics, breaker, retry and log speak of nothing else."""
+    """How an attempt or a request ended; shared by metrics, breaker, retries and log."""
 
     OK = "ok"
     CLIENT_GONE = "client_gone"
@@ -25,21 +25,21 @@ class Outcome(StrEnum):
     UPSTREAM_5XX = "upstream_5xx"
     CONNECT_FAILED = "connect_failed"
     RESET = "reset"
-    # A reused connection that the backend had closed before the request came: no fault of the backend.
+    # The backend had closed a reused connection before the request: not its fault.
     STALE = "stale"
     PROTOCOL_ERROR = "protocol_error"
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     TOTAL_TIMEOUT = "total_timeout"
-    # The router stopped, and the stream had had all the time there was.
+    # The router cut the stream at the end of DRAIN_TIMEOUT.
     DRAIN_TIMEOUT = "drain_timeout"
     TRUNCATED = "truncated"
     ERROR_EVENT = "error_event"
-    # The engine ended the generation early, and said so in the place of a reason to stop.
+    # The engine ended the generation early, and reported that as the reason to stop.
     ABORTED = "aborted"
     SHED = "shed"
     NO_BACKEND = "no_backend"
-    # The request never reached a backend: it was refused as invalid, or the router itself failed.
+    # The request never reached a backend: it was invalid, or the router failed.
     REFUSED = "refused"
     INTERNAL_ERROR = "internal_error"
 
@@ -50,7 +50,7 @@ class Outcome(StrEnum):
         return cls.UPSTREAM_4XX if status < 500 else cls.UPSTREAM_5XX
 
 
-# For the hot path: in Python 3.11 a member of an enumeration costs 0.2 us to look up.
+# For the hot path: reading a member of an enumeration costs 0.2 us in Python 3.11.
 OK = Outcome.OK
 CLIENT_GONE = Outcome.CLIENT_GONE
 INTERNAL_ERROR = Outcome.INTERNAL_ERROR
@@ -58,51 +58,51 @@ of_status = Outcome.of_status
 
 
 class Prompt(Protocol):
-    """The fields of a body that hold a prompt, at least the beginning of it: what prefix affinity goes by."""
+    """The fields of a body with the prompt, or its beginning, for prefix affinity."""
 
     def get(self, name: str, /) -> Any: ...
 
 
-# What the router reads of a body: the fields that the route names, checked; the prompt among them; and where the value
-# of `model` stands, quotes included, if that was looked for. A plain tuple, as one is made for every request.
+# The result of reading a body: the checked fields of the route; the prompt; the span of the value of `model`, quotes
+# included, or None if not searched for. A plain tuple, since one is made for every request.
 Asked = tuple[dict[str, Any], Prompt, tuple[int, int] | None]
 
 
 class Reader(Protocol):
-    """Reads the bodies of a route; both ways raise RouterError."""
+    """Reads the bodies of a route; both methods raise RouterError."""
 
-    # The fields that hold a prompt, or as much as one
+    # The fields that may contain a prompt, or data as large as one
     bulky: frozenset[str]
 
     def at_once(self, body: bytes) -> Asked | None:
-        """None: it would take long, or is not for sure what it should be; then it is to be read in slices."""
+        """Read a body at once. None: too large, or not certainly valid; use the slices."""
         ...
 
     def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]: ...
 
     def schema(self) -> dict[str, Any]:
-        """Of the body, as JSON Schema: the fields that are read."""
+        """The JSON Schema of the fields that are read."""
         ...
 
 
 class Route(NamedTuple):
-    """One inference route of the HTTP API; the path is the same for the client and for the backend."""
+    """One inference route of the HTTP API; client and backend use the same path."""
 
     path: str
     label: str
     reader: Reader
     multipart: bool = False
-    # A second execution costs GPU time and nothing else, so a silent reset may be tried once more.
+    # A second execution only costs GPU time, so a silent reset may be retried once.
     repeatable: bool = True
-    # What the last event of a complete stream says; () when the route has no such mark.
+    # Marks of the last event of a complete stream; () if the route has none.
     end_marks: tuple[bytes, ...] = ()
-    # Where every event has a type: what the types of those that carry a token end with, as they are written in JSON.
+    # For typed events: the JSON text at the end of the types that carry a token.
     token_type: bytes = b""
     method: str = "POST"
 
 
 class Call(NamedTuple):
-    """A parsed request: what the client asked for, and the bytes and headers that go to the backend."""
+    """A parsed request: its fields, and the bytes and headers for the backend."""
 
     route: Route
     model: str
@@ -110,42 +110,42 @@ class Call(NamedTuple):
     body: bytes
     headers: RawHeaders
     request_id: str
-    # The backends of its attempts, in order: each attempt adds its own.
+    # The backends of its attempts, in order.
     tried: "list[Backend]"
-    # What follows the route's path in the request target: `?a=b`
+    # The request target after the route's path: `?a=b`
     suffix: bytes = b""
-    # What it said in the fields that are no prompt
+    # The small fields of the body, without the prompt
     fields: Mapping[str, Any] = {}
-    # For balancing: equal for requests that share the beginning of a prompt; "" unless the model goes by that.
+    # For balancing: equal for requests with the same beginning of a prompt; "" without prefix affinity.
     prefix: str = ""
     authorization: bytes | None = None
-    # `headers` as lines of a request head, if somebody has rendered them already.
+    # `headers` as lines of a request head, if already rendered.
     lines: bytes | None = None
-    # Where the model's name is in the body, quotes included, if somebody has looked.
+    # Span of the model's name in the body, quotes included, if already found.
     model_at: tuple[int, int] | None = None
-    # Who asks; None: everybody is anonymous.
+    # The caller; None: no feature identifies callers.
     caller: "Caller | None" = None
-    # The ASGI `state` of the request: what features keep of it between their parts, by a name of their own.
+    # The ASGI `state` of the request: data of features, under their own names.
     state: "Mapping[str, Any]" = {}
 
 
 class Caller(Protocol):
-    """Who asks: what a feature made of the credentials in a request head."""
+    """The identity that a feature derived from the credentials of a request head."""
 
     @property
     def id(self) -> str:
-        """A public name for logs and records; never a secret."""
+        """The public name for logs and records; never a secret."""
         ...
 
     def may_use(self, model: str) -> bool:
-        """Whether the name may be shown to this caller, and asked for."""
+        """Whether this caller may see and use the model."""
         ...
 
 
 class Usage(NamedTuple):
-    """The tokens of one answer as its engine counted them, in one shape for all APIs; None: it did not say.
+    """The tokens of one answer, as counted by its engine, in one shape for all APIs; None: not reported.
 
-    `input_tokens` includes those that were in the engine's cache.
+    `input_tokens` includes cached ones.
     """
 
     input_tokens: int | None = None
@@ -155,7 +155,7 @@ class Usage(NamedTuple):
 
 
 class Reply:
-    """An open answer. Whoever does not return it closes it; closing twice is closing once.
+    """An open answer. Code that gets one must return it or close it; closing is idempotent.
 
     `backend` is None where no backend gave it (a cached answer, a vote). `extra`: headers for this client only, beside
     those of the backend. `taps`: who sees the bytes of this answer; none: the fast path stays open. `filter`: which
@@ -185,13 +185,13 @@ class Reply:
         self.taps: tuple[Tap, ...] = ()
         self.filter: EventFilter | None = None
         self.ended = False
-        # The model that has it in flight
+        # The model that counts it in flight
         self.model: Model | None = None
         self._on_end = on_end
         self._more: list[Callable[[Reply, Outcome], None]] | None = None
 
     def on_end(self, ended: "Callable[[Reply, Outcome], None]") -> None:
-        """Call `ended` once, when the exchange ends; the last one added is called first."""
+        """Call `ended` once, when the exchange ends; callbacks run in reverse order."""
         self._more = [ended, *(self._more or ())]
 
     async def aclose(self, outcome: Outcome) -> None:
@@ -200,9 +200,9 @@ class Reply:
             await self.stream.aclose()
 
     def end(self, outcome: Outcome) -> bool:
-        """Count the exchange as ended: the in-flight counts fall here and nowhere else. False: it was already.
+        """End the exchange: only here the in-flight counts fall. False: it had already ended.
 
-        The stream is the caller's to close then, unless it is at its end.
+        The caller must then close the stream, unless it is at its end.
         """
         if self.ended:
             return False
@@ -225,9 +225,9 @@ class Reply:
 
 
 class EventFilter(NamedTuple):
-    """Keeps single events of a stream from the client: those with `marker` in them, unless `keeps` says otherwise.
+    """Removes single events of a stream: those that contain `marker`, unless `keeps` returns True.
 
-    `keeps` gets the bytes of one whole event, and may remember what it says.
+    `keeps` gets the bytes of one whole event, and may record their content.
     """
 
     marker: bytes
@@ -235,14 +235,13 @@ class EventFilter(NamedTuple):
 
 
 class Direct(Protocol):
-    """What a server may offer beside ASGI's `send`: the same without a coroutine. False: not now, it is to be sent."""
+    """A server's short cuts for ASGI's `send`, without a coroutine. False: not possible now, use `send`."""
 
-    # Takes a piece of the body as one whole chunk of HTTP/1.1, if it came as one: it need not be taken apart and framed
-    # again. None: not now, it is to be pushed.
+    # Writes one whole chunk of HTTP/1.1 as received, without new framing. None: not possible now, use `push`.
     frames: Callable[[bytes], None] | None
 
     def respond(self, status: int, lines: bytes, body: bytes) -> bool:
-        """`lines`: the headers as lines of a head, Content-Length among them; a whole answer to a POST."""
+        """Send a whole answer to a POST. `lines`: the headers as lines of a head, with Content-Length."""
         ...
 
     def push(self, body: bytes, more_body: bool) -> bool: ...
@@ -255,7 +254,7 @@ class Send(Protocol):
 
 
 class Tap(Protocol):
-    """Sees an answer on its way to the client; synchronous, must not raise, must not keep the bytes."""
+    """Gets the bytes of an answer to the client; synchronous, must not raise, must not keep the bytes."""
 
     def start(self, status: int, headers: RawHeaders) -> None: ...
     def chunk(self, data: bytes) -> None: ...

@@ -1,4 +1,4 @@
-"""The HTTP side, put together: pipelines and pages, the layers of features around them, the accounts outermost."""
+"""Assembles the HTTP side: pipelines and pages, the layers of features around them, Accounts outermost."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from inference_api.upstream.attempt import SendAttempt
 
 
 class Site:
-    """What the ports serve. `probes` say whether the router is ready; `attempt` makes one attempt on a backend."""
+    """Makes the ASGI apps of both ports. `probes`: readiness and metrics; `attempt`: one attempt on a backend."""
 
     def __init__(
         self, core: Core, stages: Stages, attempt: SendAttempt, probes: Probes, enabled: Sequence[Feature]
@@ -35,7 +35,7 @@ class Site:
         self._pipelines: dict[str, ASGIApp] = {route.path: self._stored.pipeline(route) for route in INFERENCE_ROUTES}
 
     def app(self, sinks: Sequence[Sink], tasks: Sequence[Run]) -> Accounts:
-        """For clients. `tasks` run from its start to its end; `sinks` get the Record of each request."""
+        """The app for clients. `tasks` run during its lifespan; `sinks` get the Record of each request."""
         settings = self._core.settings
         pages = create_pages(self._pages(), lambda app: self._core.running(tasks, self._probes.drain))
         app: ASGIApp = Dispatch(self._pipelines, pages)
@@ -47,13 +47,13 @@ class Site:
         return Accounts(app, sinks, read_headers, self._core.mint_id)
 
     def ops(self) -> Accounts:
-        """For operators, on a port of their own. Its requests are not accounted for."""
+        """The app for OPS_PORT. Its requests are neither counted nor logged."""
         return Accounts(create_pages(self._ops_pages()), (), RequestHeaders(), self._core.mint_id)
 
     def _pages(self) -> list[Route]:
         alone = self._core.settings.ops_port is None
         return [
-            # Registered a second time so that a wrong method on them is a 405 that says which one is right.
+            # Registered again so that a wrong method gets 405 with the right one in Allow.
             *(Route(path, pipeline, methods=["POST"]) for path, pipeline in self._pipelines.items()),
             *self._stored.routes(),
             *Models(self._core.fleet, self._resolve).routes(),

@@ -45,7 +45,7 @@ class Summary:
             logger.warning("serve without a catalogue: %s", PACKAGED)
         if not is_loopback(settings.host):
             logger.warning(
-                "anybody who can reach %s can use every model: there is no authentication and no TLS; listen on "
+                "every client that can reach %s can use every model: there is no authentication and no TLS; listen on "
                 "127.0.0.1, or put a gateway in front",
                 address,
             )

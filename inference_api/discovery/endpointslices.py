@@ -94,14 +94,14 @@ class EndpointSlices:
         name one that does not exist.
         """
         until = self._rhythm.now() + self._timing.ready_within
-        told = False
+        warned = False
         while missing := [watch.namespace for watch in self._watches.values() if watch.slices is None]:
             if self._rhythm.now() >= until:
                 if len(missing) < len(self._watches) or any(model.backends for model in self._fleet.models.values()):
                     logger.warning("ready, although the Services of %r have never been listed", missing)
                     return
-                if not told:
-                    told = True
+                if not warned:
+                    warned = True
                     logger.warning(
                         "not ready: the Services of %r have never been listed, and no backend is known", missing
                     )

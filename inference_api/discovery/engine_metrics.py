@@ -68,7 +68,7 @@ class EngineMetrics:
         # Start of the last poll
         self._polled = clock()
         # By URL: time of the last report, and the backends that failed the last poll
-        self._told: dict[str, float] = {}
+        self._reported_at: dict[str, float] = {}
         self._silent: set[str] = set()
 
     async def run(self) -> None:
@@ -93,7 +93,7 @@ class EngineMetrics:
         async def worker() -> None:
             for origin in asked:
                 if self._sleep_only and not origin.asleep and self._last_byte_at(origin.url) >= last:
-                    self._told[origin.url] = self._clock()
+                    self._reported_at[origin.url] = self._clock()
                 else:
                     await self._ask(origin, engines[origin])
 
@@ -124,7 +124,7 @@ class EngineMetrics:
             self._on_failure(origin)
             return
         self._silent.discard(origin.url)
-        self._told[origin.url] = self._clock()
+        self._reported_at[origin.url] = self._clock()
         if reading is not None:
             # Underestimate others' load, never overestimate: the router's own requests have changed since.
             others = reading.running + reading.waiting - max(before, origin.in_flight)
@@ -155,11 +155,11 @@ class EngineMetrics:
     def _drop_old(self, origins: Collection[Origin]) -> None:
         urls = {origin.url for origin in origins}
         self._silent &= urls
-        self._told = {url: told for url, told in self._told.items() if url in urls}
+        self._reported_at = {url: at for url, at in self._reported_at.items() if url in urls}
         oldest = self._clock() - _STALE_AFTER * self._every
         # Also backends whose entry has changed to another engine since.
         for origin in list(self._fleet.origins.values()):
-            if self._told.get(origin.url, oldest - 1) < oldest:
+            if self._reported_at.get(origin.url, oldest - 1) < oldest:
                 if not self._sleep_only:
                     origin.reported, origin.reading = 0.0, None
                 if origin.asleep is not None:

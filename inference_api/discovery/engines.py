@@ -65,21 +65,21 @@ class EngineFacts:
 
         async def worker() -> None:
             for models in groups:
-                told: dict[str, object] = {}
+                answers: dict[str, object] = {}
                 for model in models:
-                    await self._update(model, told)
+                    await self._update(model, answers)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._concurrency, len(together))):
                 group.create_task(worker())
 
-    async def _update(self, model: Model, told: dict[str, object]) -> None:
-        """Update one model. `told`: answers of engines in this poll, by URL."""
+    async def _update(self, model: Model, answers: dict[str, object]) -> None:
+        """Update one model. `answers`: answers of engines in this poll, by URL."""
         for backend in _asked(model):
-            if backend.url not in told:
-                told[backend.url] = await self._ask(backend)
-            self._compare(model, backend, told[backend.url])
-            length = _length(told[backend.url], model.entry.served_model_name or model.name)
+            if backend.url not in answers:
+                answers[backend.url] = await self._ask(backend)
+            self._compare(model, backend, answers[backend.url])
+            length = _length(answers[backend.url], model.entry.served_model_name or model.name)
             if length is None:
                 continue
             if length != model.max_model_len:

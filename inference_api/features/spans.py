@@ -105,7 +105,7 @@ def _attempt(send: SendAttempt) -> SendAttempt:
     async def traced(attempt: Attempt) -> Reply:
         trace: Trace | None = attempt.call.state.get(_TRACE)
         if trace is None:
-            # What is done with a stored response is no inference, and has no spans.
+            # Operations on stored responses are not inference, and have no spans.
             return await send(attempt)
         span = trace.begin(attempt)
         prepared = attempt.prepared

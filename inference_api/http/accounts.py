@@ -72,15 +72,15 @@ class Accounts:
             if cycle is not None and cycle.rejection is not None:
                 _rejected_by_server(cycle, account)
             if not account.silent:
-                self._tell(account.end())
+                self._deliver(account.end())
 
     def rejected(self, error: RouterError, request_id: str, size: int, client: tuple[str, int] | None) -> None:
         """Count and log input that the server rejected before it was a request."""
         account = Account(request_id, self._clock, {**_NO_SCOPE, "client": client}, self._read_headers([]))
         account.rejected(error, error.status, size)
-        self._tell(account.end())
+        self._deliver(account.end())
 
-    def _tell(self, record: Record) -> None:
+    def _deliver(self, record: Record) -> None:
         for sink in self._sinks:
             try:
                 sink(record)

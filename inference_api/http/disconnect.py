@@ -57,7 +57,7 @@ class DisconnectWatcher:
             waits_for = self._receiving.send(None)
         except StopIteration as stop:
             self._receiving = self._waits_for = None
-            self._told(stop.value)
+            self._received(stop.value)
             return
         if waits_for is None:
             # `asyncio.sleep(0)` of a layer: not for a future, for the next turn of the loop.
@@ -67,7 +67,7 @@ class DisconnectWatcher:
         self._waits_for = waits_for
         waits_for.add_done_callback(self._step)
 
-    def _told(self, message: dict[str, Any]) -> None:
+    def _received(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.disconnect":
             self._left()
 

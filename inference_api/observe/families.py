@@ -98,23 +98,23 @@ class Families:
 
     def _asked_for(self, seen: Iterable[tuple[str, str, int, bool]]) -> Iterator[tuple[str, str, bool]]:
         """The (model, route, stream) for which counters of errors are shown as 0."""
-        told = set()
+        shown = set()
         for model, route, _, stream in seen:
-            if model != UNKNOWN and (model, route, stream) not in told:
-                told.add((model, route, stream))
+            if model != UNKNOWN and (model, route, stream) not in shown:
+                shown.add((model, route, stream))
                 yield model, route, stream
         names = self._metrics.fleet()
         if len(names) <= _FEW_MODELS:
             chats = ((name, _CHAT, stream) for name in names for stream in (False, True))
-            yield from (chat for chat in chats if chat not in told)
+            yield from (chat for chat in chats if chat not in shown)
 
     def _aborts(self) -> Iterator[Shown]:
         seen = self._metrics.aborts.snapshot()
         yield from ((labels, cell.count) for labels, cell in seen.items())
-        told = set()
+        shown = set()
         for model, _, _ in self._asked_for(self._metrics.requests.snapshot()):
-            if model not in told:
-                told.add(model)
+            if model not in shown:
+                shown.add(model)
                 yield from _zeros(model, dict.fromkeys(ABORTS.values()), seen)
 
     def _rejections(self) -> Iterator[Shown]:

@@ -53,7 +53,7 @@ class LogWriter:
         self._lock = threading.RLock()
         self._batches: SimpleQueue[_Batch | threading.Event | None] = SimpleQueue()
         self._waiting = 0
-        self._dropped = self._told = 0
+        self._dropped = self._noticed = 0
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     @property
@@ -91,14 +91,14 @@ class LogWriter:
 
     def _hand_over(self, lines: list[str]) -> None:
         count = len(lines)
-        if self._dropped > self._told:
-            lines.insert(0, self._notice(self._dropped - self._told))
+        if self._dropped > self._noticed:
+            lines.insert(0, self._notice(self._dropped - self._noticed))
         data = ("\n".join(lines) + "\n").encode(self._encoding, "backslashreplace")
         # A single line is accepted at any length.
         if self._waiting and self._waiting + len(data) > self._capacity:
             self._dropped += count
             return
-        self._told = self._dropped
+        self._noticed = self._dropped
         self._waiting += len(data)
         self._batches.put(_Batch(data, count))
 

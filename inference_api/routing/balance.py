@@ -21,9 +21,9 @@ _BOUND = 1.25
 # Allowance on top, in square roots of its share, which is the random scatter of counts: one router of many has few
 # requests at each backend, and without this, noise moves its keys. With 2, the fullest backend gets too much.
 _NOISE = 1.0
-# Points on the ring for a backend of average weight, and places on it that a key has, of which the one with the nearest
-# point counts: its part of the keys is then 4 % off its share, and 14 % where a ring of many backends has 8 points of
-# each (9 and 36 % with one place): Appleton, O'Reilly, "Multi-probe consistent hashing" (2015).
+# Points on the ring for a backend of average weight, and places of a key; the place with the nearest point decides. The
+# keys of a backend are then 4 % off its share, or 14 % with 8 points each in a ring of many backends (9 and 36 % with
+# one place): Appleton, O'Reilly, "Multi-probe consistent hashing" (2015).
 _POINTS = 128
 _PROBES = 4
 _PLACES = f">{_PROBES}Q"

@@ -94,7 +94,7 @@ class Breaker:
 
 def due(circuit: Circuit) -> float:
     """Time at which the circuit becomes half-open; infinity if it is closed."""
-    # Read once: with OPS_PORT another thread may ask while it closes.
+    # Read once: with OPS_PORT another thread may read while it closes.
     opened = circuit.opened
     return math.inf if opened is None else opened + circuit.cooldown
 

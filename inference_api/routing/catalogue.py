@@ -19,7 +19,7 @@ _MOST_IGNORED = 16
 # More unknown keys do not come from a newer registry, and removing them takes long.
 _MOST_UNKNOWN = 64
 # Refused entries that messages name one by one.
-_TOLD_PROBLEMS = 100
+_SHOWN_PROBLEMS = 100
 
 
 class CatalogueError(ValueError):
@@ -76,11 +76,11 @@ def parse_catalogue(
             entries.append(entry)
             continue
         refused += 1
-        if refused <= _TOLD_PROBLEMS:
+        if refused <= _SHOWN_PROBLEMS:
             reason = describe(entry) if isinstance(entry, ValidationError) else entry
             problems.append(f"{_title(raw, position)}: {reason}")
-    if refused > _TOLD_PROBLEMS:
-        problems.append(f"and {refused - _TOLD_PROBLEMS} more")
+    if refused > _SHOWN_PROBLEMS:
+        problems.append(f"and {refused - _SHOWN_PROBLEMS} more")
     return Catalogue(entries, problems, ignored or ())
 
 

@@ -21,7 +21,7 @@ from inference_api.threads import in_thread
 logger = logging.getLogger(__name__)
 
 _EVERY = 1.0
-_TOLD_PROBLEMS = 3
+_SHOWN_PROBLEMS = 3
 # Identity, size and time of each file; None: missing.
 _Signature = list[tuple[int, int, int, int] | None]
 
@@ -105,8 +105,8 @@ class CatalogueFile:
             return partial(self._keep, str(exc))
         if catalogue.problems:
             # The complete previous catalogue is better than a part of the new one.
-            told = "; ".join(catalogue.problems[:_TOLD_PROBLEMS])
-            return partial(self._keep, f"catalogue {str(self._path)!r}: {told}")
+            problems = "; ".join(catalogue.problems[:_SHOWN_PROBLEMS])
+            return partial(self._keep, f"catalogue {str(self._path)!r}: {problems}")
         return partial(self._use, catalogue)
 
     def _use(self, catalogue: Catalogue) -> None:
@@ -155,21 +155,21 @@ class Reloader:
     async def run(self) -> None:
         """Poll until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for one, told in self._watched:
-                group.create_task(self._follow(one, told))
+            for one, reload in self._watched:
+                group.create_task(self._follow(one, reload))
 
     def now(self) -> None:
         """Reload everything, changed or not."""
-        for _, told in self._watched:
-            told.set()
+        for _, reload in self._watched:
+            reload.set()
 
-    async def _follow(self, one: Watched, told: asyncio.Event) -> None:
+    async def _follow(self, one: Watched, reload: asyncio.Event) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._every):
-                    await told.wait()
-            now = told.is_set()
-            told.clear()
+                    await reload.wait()
+            now = reload.is_set()
+            reload.clear()
             try:
                 take = await in_thread(partial(one.poll, now), "reload")
                 if take is not None:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 MAX_BYTES = 16 * 1024 * 1024
 # Seconds to the next poll after failures in a row: any time up to 1, 2, 4 ... 30.
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
-_TOLD_KEYS = 10
+_SHOWN_KEYS = 10
 # A longer ETag is not sent back.
 _MAX_ETAG = 256
 
@@ -103,7 +103,7 @@ class Registry:
         # Unknown keys that were logged
         self._ignored: frozenset[str] = frozenset()
         # Source and reason of the failure that was logged, or None
-        self._told: tuple[str, str] | None = None
+        self._logged: tuple[str, str] | None = None
         self._polling: asyncio.Task[None] | None = None
         self._static = static
         self._take(static, "static catalogue")
@@ -192,9 +192,9 @@ class Registry:
         self._failed_in_a_row = 0
         self._last_success = time.time()
         if catalogue is not None:
-            if self.source != "registry" or self._told:
+            if self.source != "registry" or self._logged:
                 logger.info("the registry answers", extra={"fields": {"models": len(catalogue)}})
-            self._told = None
+            self._logged = None
             self._live["catalogue"] = catalogue
             if catalogue is not self._last_good:
                 self._tell_changes(catalogue)
@@ -244,12 +244,12 @@ class Registry:
 
     def _failed(self, error: RegistryError) -> None:
         state = self.source, error.reason
-        if state != self._told:
-            if state[0] == "stale" and (self._told is None or self._told[0] != "stale"):
+        if state != self._logged:
+            if state[0] == "stale" and (self._logged is None or self._logged[0] != "stale"):
                 logger.warning("the registry's catalogue is stale, and stays in use until the registry answers")
-            if self._told is None or state[1] != self._told[1]:
+            if self._logged is None or state[1] != self._logged[1]:
                 logger.warning("the registry cannot be used: %s", error, extra={"fields": {"serving": self.source}})
-            self._told = state
+            self._logged = state
         self._failures[error.reason] += 1
         self._failed_in_a_row += 1
         self._empty_once = False
@@ -262,8 +262,8 @@ class Registry:
 
     def _take(self, catalogue: Catalogue, source: str) -> None:
         if catalogue.ignored - self._ignored:
-            told = ", ".join(sorted(catalogue.ignored)[:_TOLD_KEYS])
-            logger.warning("unknown keys in the registry's entries are ignored: %s", told)
+            names = ", ".join(sorted(catalogue.ignored)[:_SHOWN_KEYS])
+            logger.warning("unknown keys in the registry's entries are ignored: %s", names)
             self._ignored = catalogue.ignored
         for problem in catalogue.problems:
             logger.warning("an entry of the %s is refused: %s", source, problem)

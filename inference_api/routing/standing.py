@@ -70,10 +70,10 @@ def why_not(model: Model, now: float, causes: Mapping[Backend, str] | None = Non
     causes = causes or {}
     if not model.backends:
         return "its backends have no known address" if model.entry.backends else "it has no backends"
-    told = [f"{backend.label}: {causes.get(backend) or _cause(backend, now)}" for backend in model.backends[:_SHOWN]]
+    reasons = [f"{backend.label}: {causes.get(backend) or _cause(backend, now)}" for backend in model.backends[:_SHOWN]]
     if len(model.backends) > _SHOWN:
-        told.append(f"and {len(model.backends) - _SHOWN} more")
-    return "; ".join(told)
+        reasons.append(f"and {len(model.backends) - _SHOWN} more")
+    return "; ".join(reasons)
 
 
 def _cause(backend: Backend, now: float) -> str:

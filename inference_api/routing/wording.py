@@ -38,9 +38,9 @@ def describe(exc: ValidationError, keys: Mapping[str, Collection[str]]) -> str:
     """
     errors = _deepest(exc.errors(include_url=False, include_context=False))
     # A hostile entry may have a million errors, and each sentence takes time.
-    told = list(dict.fromkeys(_sentence(error, keys) for error in errors[:_LOOKED_AT]))
-    shown = told[:_SHOWN_ERRORS]
-    if more := len(told) - len(shown) + len(errors[_LOOKED_AT:]):
+    sentences = list(dict.fromkeys(_sentence(error, keys) for error in errors[:_LOOKED_AT]))
+    shown = sentences[:_SHOWN_ERRORS]
+    if more := len(sentences) - len(shown) + len(errors[_LOOKED_AT:]):
         shown.append(f"and {more} more")
     return "; ".join(shown)
 

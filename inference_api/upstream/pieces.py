@@ -29,7 +29,7 @@ class Places:
 
 
 class Piece:
-    """A slice of the body, made a document by what is before and after it."""
+    """A slice of the body, completed to a document by `before` and `after`."""
 
     __slots__ = ("after", "before", "places", "text")
 
@@ -56,7 +56,7 @@ def prefix(stack: str, base: int, follows: bool) -> bytes:
 
 
 def suffix(stack: str, base: int, follows: bool, last: bytes = b"") -> bytes:
-    """What closes them; `follows`: behind a value, which is to be complete; `last`: a number to put there anyway."""
+    """The closers of the same; `follows`: after a complete value; `last`: a number to insert in any case."""
     if not stack:
         return b""
     value = b""
