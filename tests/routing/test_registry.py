@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,28 @@ async def test_one_that_stops_waiting_does_not_stop_the_look(connect: Start, htt
     await patient
 
     assert client.names == ["a"]
+
+
+async def test_each_failure_in_a_row_doubles_the_pause_and_an_answer_ends_that(
+    connect: Start, httpx_mock: HTTPXMock
+) -> None:
+    polls: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        polls.append(asyncio.get_running_loop().time())
+        return httpx.Response(500) if len(polls) < 6 else httpx.Response(200, json=listing("a"))
+
+    httpx_mock.add_callback(answer, is_reusable=True)
+    client = connect(refresh=0.02, rand=lambda: 0.99)
+    task = asyncio.create_task(client.registry.run())
+    await until(lambda: len(polls) >= 8)
+    task.cancel()
+    gaps = [later - earlier for earlier, later in pairwise(polls)]
+
+    # A busy machine only adds to a gap; the loop's clock ticks in milliseconds.
+    for gap, longest in zip(gaps[:5], [0.02, 0.04, 0.08, 0.16, 0.32], strict=True):
+        assert 0.99 * longest - 0.004 <= gap < 0.99 * longest + 0.5
+    assert min(gaps[5:]) < 0.3
 
 
 async def test_the_loop_outlives_failures_and_ends_when_cancelled(
