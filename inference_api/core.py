@@ -175,7 +175,7 @@ class Core:
         """
         await self.registry.start()
         await asyncio.gather(*(finder.start() for finder in self._finders))
-        running = [asyncio.create_task(run()) for run in tasks]
+        running = [asyncio.create_task(_logged(run)) for run in tasks]
         try:
             yield
         finally:
@@ -275,3 +275,11 @@ def _limits(settings: Settings) -> Limits:
         settings.retry_on_status,
         settings.retry_budget,
     )
+
+
+async def _logged(run: Run) -> None:
+    """Run a background task; an exception that ends it is logged at once, not at the end of the process."""
+    try:
+        await run()
+    except Exception:
+        logger.exception("a background task failed, and does not run any more")

@@ -38,6 +38,7 @@ from tests.fakes import (
     raw,
     raw_client,
     read_answer,
+    until,
 )
 from tests.features.everything import Forbidden, Unauthorized, knows
 
@@ -473,3 +474,15 @@ async def test_probes_and_preflights_are_open_to_everybody(start_router: Start) 
         assert (await served.client.get(path, headers=headers)).status_code == 200
     assert (await served.client.options(URL, headers=headers)).status_code == 405
     assert (await served.client.get("/v1/models", headers=headers)).status_code == 401
+
+
+async def test_a_task_that_fails_is_logged_at_once(
+    start_engine: Start, start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise RuntimeError("no such thing")
+
+    served: Served = await start_router(await start_engine(), features=[Feature("task", tasks=(fail,))])
+
+    await until(lambda: any(record.exc_info for record in caplog.records))
+    assert (await served.chat()).status_code == 200
