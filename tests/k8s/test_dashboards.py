@@ -100,7 +100,7 @@ def test_the_metrics_of_an_expression_are_found() -> None:
 
 @pytest.mark.anyio
 async def test_what_is_asked_for_is_exported(start_router: Start) -> None:
-    served = await start_router()
+    served = await start_router(load_signal_interval=60)
     page = (await served.client.get("/metrics")).text
     exported = sample_names(page) | sample_names(Telemetry("m", 10).page().decode()) | sample_names(TGI)
     exported |= chart_files.recorded(RULES)
@@ -117,7 +117,7 @@ async def test_what_is_asked_for_is_exported(start_router: Start) -> None:
 @pytest.mark.anyio
 async def test_every_metric_of_the_router_is_shown_or_watched(start_router: Start) -> None:
     """What nobody looks at would cost for nothing."""
-    page = (await (await start_router()).client.get("/metrics")).text
+    page = (await (await start_router(load_signal_interval=60)).client.get("/metrics")).text
     exported = {name for name in sample_names(page) if name.startswith("inference_api_")}
     used = set().union(*(metrics(expression) for _, expression in chart_files.panel_expressions()))
     used |= set().union(*(metrics(rule["expr"]) for rule in RULES))
