@@ -36,12 +36,15 @@ class Feature(NamedTuple):
 
     name: str
     # ASGI layer inside of Accounts: `scope[ACCOUNT]` is set; a RouterError is answered, counted and logged;
-    # `http.accounts.respond` sends an answer of the layer's own. If it wraps `send` or `receive`, it gets every byte,
-    # as plain ASGI messages; both are stepped outside of a task (relay.pump, http.disconnect), so that neither anyio
-    # nor `asyncio.timeout` works inside of them.
+    # `http.accounts.respond` sends an answer of the layer's own; `scope[ACCOUNT].answer_headers` adds headers to every
+    # answer. If it wraps `send` or `receive`, it gets every byte, as plain ASGI messages, but no answer to an error;
+    # both are stepped outside of a task (relay.pump, http.disconnect), so that neither anyio nor `asyncio.timeout`
+    # works inside of them.
     layer: Callable[[ASGIApp], ASGIApp] | None = None
     # RequestHead -> Caller, before the body is read, for all paths but the probes. Raises RouterError (401).
     identify: Callable[[RequestHead], Caller | None] | None = None
+    # Names of small top-level fields of JSON bodies that its parts find in `Call.fields`.
+    fields: tuple[str, ...] = ()
     # Wraps the look-up of a name: access per caller. Raises RouterError (403, 404).
     resolve: Callable[[Resolve], Resolve] | None = None
     # Wraps (Call, Model) -> Reply: reject, rewrite, answer without a backend, try another model. `reply.extra` adds

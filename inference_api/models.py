@@ -1,7 +1,7 @@
 """The values that pass through the stages: Route, Call, Reply, and the Outcome of attempts and requests."""
 
 import logging
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -80,6 +80,10 @@ class Reader(Protocol):
 
     def slices(self, body: bytes, content_type: bytes) -> Generator[None, None, Asked]: ...
 
+    def keeping(self, names: Collection[str]) -> "Reader":
+        """The same, and these fields of JSON bodies are kept, whatever their values are."""
+        ...
+
     def schema(self) -> dict[str, Any]:
         """The JSON Schema of the fields that are read."""
         ...
@@ -114,7 +118,7 @@ class Call(NamedTuple):
     tried: "list[Backend]"
     # The request target after the route's path: `?a=b`
     suffix: bytes = b""
-    # The small fields of the body, without the prompt
+    # The small fields of the body, without the prompt: `model`, `stream`, those of the route and of `Feature.fields`
     fields: Mapping[str, Any] = {}
     # For balancing: equal for requests with the same beginning of a prompt; "" without prefix affinity.
     prefix: str = ""

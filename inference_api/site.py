@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from starlette.routing import Route
+from starlette.routing import Route as Page
 from starlette.types import ASGIApp
 
 from inference_api.core import Core
@@ -17,6 +17,7 @@ from inference_api.http.pages import Models, Probes, create_pages
 from inference_api.http.pipeline import Stages
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.http.stored import StoredResponses
+from inference_api.models import Route
 from inference_api.observe.account import Sink
 from inference_api.upstream.attempt import SendAttempt
 
@@ -32,7 +33,8 @@ class Site:
         self._enabled = enabled
         self._resolve = stages.resolve
         self._stored = StoredResponses(attempt, core.prepare, stages)
-        self._pipelines: dict[str, ASGIApp] = {route.path: self._stored.pipeline(route) for route in INFERENCE_ROUTES}
+        self._routes = _routes(enabled)
+        self._pipelines: dict[str, ASGIApp] = {route.path: self._stored.pipeline(route) for route in self._routes}
 
     def app(self, sinks: Sequence[Sink], tasks: Sequence[Run]) -> Accounts:
         """The app for clients. `tasks` run during its lifespan; `sinks` get the Record of each request."""
@@ -50,21 +52,29 @@ class Site:
         """The app for OPS_PORT. Its requests are neither counted nor logged."""
         return Accounts(create_pages(self._ops_pages()), (), RequestHeaders(), self._core.mint_id)
 
-    def _pages(self) -> list[Route]:
+    def _pages(self) -> list[Page]:
         alone = self._core.settings.ops_port is None
         return [
             # Registered again so that a wrong method gets 405 with the right one in Allow.
-            *(Route(path, pipeline, methods=["POST"]) for path, pipeline in self._pipelines.items()),
+            *(Page(path, pipeline, methods=["POST"]) for path, pipeline in self._pipelines.items()),
             *self._stored.routes(),
             *Models(self._core.fleet, self._resolve).routes(),
             *(page for feature in self._enabled for page in feature.pages),
             *(self._ops_pages() if alone else self._probes.routes()),
-            *Document(INFERENCE_ROUTES, ops=alone).routes(),
+            *Document(self._routes, ops=alone).routes(),
         ]
 
-    def _ops_pages(self) -> list[Route]:
+    def _ops_pages(self) -> list[Page]:
         return [
             *self._probes.ops_routes(),
             *Backends(self._core.fleet, self._core.retry_policy.resting.get).routes(),
             *(page for feature in self._enabled for page in feature.ops_pages),
         ]
+
+
+def _routes(enabled: Sequence[Feature]) -> Sequence[Route]:
+    """The inference routes, whose readers keep the fields that features name."""
+    names = {name: None for feature in enabled for name in feature.fields}
+    if not names:
+        return INFERENCE_ROUTES
+    return [route._replace(reader=route.reader.keeping(names)) for route in INFERENCE_ROUTES]

@@ -28,6 +28,7 @@ from inference_api.routing.fleet import Model
 from inference_api.settings import PREFIX, SettingsError, load_settings
 from tests.conftest import Served, serving
 from tests.fakes import CHAT, COMPLETION, FakeEngine, hang, json_response, post, raw, raw_client, until
+from tests.features.test_contract import ALWAYS
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -114,7 +115,7 @@ async def test_the_feature_leaves_the_short_cuts_and_is_not_built_where_it_is_of
 
     assert all(isinstance(one, Accounts) for one in accounts)
     assert [type(getattr(one, "app", None)) for one in accounts] == [Identify, Dispatch]
-    assert [list(served.router.features) for served in (on, off)] == [["teams"], []]
+    assert [served.router.features.keys() - ALWAYS for served in (on, off)] == [{"teams"}, set()]
     assert (await off.chat()).status_code == 200
 
 
@@ -148,6 +149,29 @@ async def test_the_layer_of_the_page_counts_exactly(start_engine: Start, start_r
     with pytest.raises(Overloaded):
         await namespace["counted"](full)(call, None)
     assert open_calls == set()
+
+
+def test_the_feature_of_the_page_keeps_the_rules_of_the_sources(tmp_path: Path) -> None:
+    source, _, _ = code_in(FEATURE)
+    for folder in ("inference_api", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", *(path.name for path in ROOT.glob("*.md"))):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "inference_api/features/teams.py").write_text(source)
+    module = tmp_path / "inference_api/app.py"
+    with_it = re.sub(
+        r"^(FEATURES = \(.*?)^\)", r"\1    teams.FEATURE,\n)", module.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    imported = "from inference_api.features import "
+    assert "    teams.FEATURE,\n)" in with_it
+    module.write_text(with_it.replace(imported, f"{imported}teams, ", 1))
+
+    names = ["tests/test_glossary.py", "tests/test_architecture.py", "tests/features/test_contract.py"]
+    off = "not test_contract or off or adds_none"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", off, *names]
+    done = subprocess.run(run, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_every_part_of_a_feature_is_explained() -> None:

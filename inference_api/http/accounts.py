@@ -93,7 +93,7 @@ async def respond(scope: Scope, send: Send, status: int, headers: RawHeaders, bo
     """Send a whole answer of a layer's own, with the request id, and note it in the Account."""
     account: Account = scope[ACCOUNT]
     account.responded(status, len(body))
-    headers = [*headers, (b"x-request-id", account.request_id.encode())]
+    headers = [*headers, (b"x-request-id", account.request_id.encode()), *account.answer_headers]
     if status != 204:
         headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -105,6 +105,7 @@ async def reject(error: RouterError, account: Account, send: Send) -> None:
     status, headers, body = render(error, account.request_id)
     if isinstance(error, TooLarge):
         headers.append((b"connection", b"close"))
+    headers += account.answer_headers
     account.rejected(error, status, len(body))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -5,7 +5,7 @@ fields that the scan has found are checked by the same call.
 """
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Annotated, Any, Required
 
 from pydantic import StringConstraints, TypeAdapter, ValidationError
@@ -108,6 +108,7 @@ class JSONReader:
         self.bulky = frozenset(shape.__annotations__.keys() - Named.__annotations__.keys() - set(kept))
         self._names = frozenset(shape.__annotations__)
         self._one_of = one_of
+        self._kept = kept
         self._shape = shape
         self._validate = TypeAdapter(shape).validator.validate_json
 
@@ -148,6 +149,12 @@ class JSONReader:
         schema["properties"] = {name: it for name, it in schema["properties"].items() if name not in ENGINE_FIELDS}
         return schema
 
+    def keeping(self, names: Collection[str]) -> "JSONReader":
+        """A reader that also keeps these fields, of any type. In a large body a large value may be cut."""
+        fields: dict[str, Any] = dict.fromkeys(names, Any) | self._shape.__annotations__
+        shape: Any = TypedDict(self._shape.__name__, fields, total=False)  # type: ignore[misc]
+        return JSONReader(shape, self._one_of, (*self._kept, *names))
+
     def _outline(self, scan: Scan) -> bytes:
         """A small document for which pydantic reports the same errors as for the whole."""
         if not scan.is_object:
@@ -178,6 +185,10 @@ class FormReader:
 
     def at_once(self, body: bytes) -> Asked | None:
         return None
+
+    def keeping(self, names: Collection[str]) -> "FormReader":
+        # Fields of forms are not JSON.
+        return self
 
     def schema(self) -> dict[str, Any]:
         return _FORM

@@ -181,7 +181,7 @@ class _Pages:
         async def noted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 others = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message["headers"] = [*others, (b"x-request-id", account.request_id.encode())]
+                message["headers"] = [*others, (b"x-request-id", account.request_id.encode()), *account.answer_headers]
                 account.status = message["status"]
                 account.outcome = Outcome.OK if account.status < 400 else Outcome.REFUSED
             else:

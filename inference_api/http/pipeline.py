@@ -58,6 +58,7 @@ class Pipeline:
             call, model = self._accept(asked, body, scope, account)
             with reader or DisconnectWatcher(receive) as watcher:
                 account.reply = reply = await stages.send(call, model)
+                reply.extra += account.answer_headers
                 account.relay = relay = Relay(reply, call, stages.write_stall, watcher.close, direct, account.clock)
                 account.outcome = await relay(send)
         finally:

@@ -91,7 +91,9 @@ class StoredResponses:
     def pipeline(self, route: Route) -> Pipeline:
         """The pipeline of the route; on the route that creates responses, it keeps their places."""
         stages = self._stages
-        return Pipeline(route, stages._replace(send=self._remembering(stages.send)) if route is RESPONSES else stages)
+        if route.path == RESPONSES.path:
+            stages = stages._replace(send=self._remembering(stages.send))
+        return Pipeline(route, stages)
 
     def routes(self) -> list[PageRoute]:
         return [

@@ -70,9 +70,9 @@ class Account:
 
     # Slots, all set at once: reading a default of the class costs ten times as much.
     __slots__ = (
-        "_accepted", "_received", "asked", "began", "call", "caller", "client", "clock", "code", "cycle", "extra",
-        "head", "model", "model_name", "outcome", "path", "relay", "reply", "request_id", "route", "silent", "size",
-        "state", "status", "stream",
+        "_accepted", "_received", "answer_headers", "asked", "began", "call", "caller", "client", "clock", "code",
+        "cycle", "extra", "head", "model", "model_name", "outcome", "path", "relay", "reply", "request_id", "route",
+        "silent", "size", "state", "status", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +107,8 @@ class Account:
         self.relay: Relay | None = None
         self.outcome = INTERNAL_ERROR
         self.extra: Mapping[str, Any] = _NOTHING
+        # Headers that a layer adds to the answer, whoever gives it: a backend, a page, or the router with an error.
+        self.answer_headers: tuple[tuple[bytes, bytes], ...] = ()
         # Probes: neither counted nor logged.
         self.silent = False
         self._accepted: float | None = None

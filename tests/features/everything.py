@@ -66,6 +66,7 @@ class Everything:
             "everything",
             layer=self._layer,
             identify=self._identify,
+            fields=("user",),
             resolve=self._resolve,
             send=self._send,
             attempt=self._attempt,

@@ -1,6 +1,6 @@
 """What a feature can do at each seam: ASGI layers, Replies, single events, taps, attempts, names and callers."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope
 from starlette.types import Send as ASGISend
 
 from inference_api.feature import Feature
-from inference_api.http.accounts import respond
+from inference_api.http.accounts import ACCOUNT, respond
 from inference_api.http.pipeline import Resolve
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import Call, Caller, EventFilter, Outcome, RawHeaders, Reply, Send
@@ -21,6 +21,7 @@ from inference_api.observe.account import Record
 from inference_api.relay.filter import FilteringPump
 from inference_api.relay.typed_events import follow
 from inference_api.routing.fleet import Model
+from inference_api.server.cycle import cycle_of
 from inference_api.upstream.attempt import Attempt, SendAttempt
 from tests.conftest import Served
 from tests.fakes import (
@@ -156,6 +157,70 @@ async def test_a_layer_gives_an_answer_of_its_own(start_router: Start) -> None:
     assert [(line["status"], line["outcome"], line["request_id"]) for line in served.lines] == [(204, "ok", "mine")]
 
 
+async def test_headers_of_the_account_are_on_every_answer(start_engine: Start, start_router: Start) -> None:
+    sends: list[object] = []
+
+    def marking(app: ASGIApp) -> ASGIApp:
+        def layer(scope: Scope, receive: Receive, send: ASGISend) -> Awaitable[None]:
+            if scope["type"] == "http":
+                mark = dict(scope["headers"]).get(b"x-mark")
+                scope[ACCOUNT].answer_headers += () if mark is None else ((b"x-marked", mark),)
+            return app(scope, receive, send)
+
+        return layer
+
+    def fails(app: ASGIApp) -> ASGIApp:
+        async def layer(scope: Scope, receive: Receive, send: ASGISend) -> None:
+            if scope["type"] == "http":
+                sends.append(cycle_of(send))
+            if scope.get("path") == "/fails":
+                raise ValueError
+            if scope.get("path") == "/own":
+                await respond(scope, send, 204, [])
+            else:
+                await app(scope, receive, send)
+
+        return layer
+
+    features = [Feature("mark", layer=marking), Feature("door", layer=fails, identify=knows)]
+    engine = await start_engine()
+    served: Served = await start_router(engine, features=features)
+    events = [event(f"word{number} ") for number in range(5)]
+    nobody = {"authorization": "Bearer wrong"}
+
+    for mark in ("1", None, "2"):
+        served.client.headers.pop("x-mark", None)
+        served.client.headers.update({"x-mark": mark} if mark else {})
+        engine.script = raw(json_response(COMPLETION))
+        whole = await served.chat()
+        engine.script = raw(SSE_HEAD, *map(chunk, [*events, DONE]), LAST_CHUNK)
+        stream = await served.chat(stream=True)
+        engine.script = raw(json_response({"id": "resp_1"}))
+        stored = [
+            await served.client.post("/v1/responses", json={"model": "m", "input": "x"}),
+            await served.client.get("/v1/responses/resp_1"),
+        ]
+        others = {
+            path: (await served.client.get(path, headers=headers)).headers.get_list("x-marked")
+            for path, headers in (
+                ("/v1/models", {}),
+                ("/own", {}),
+                ("/nope", {}),
+                ("/fails", {}),
+                ("/v1/models/m", nobody),
+            )
+        }
+
+        wanted = [mark] if mark else []
+        assert (whole.content, stream.content) == (orjson.dumps(COMPLETION), b"".join(events) + DONE)
+        assert [answer.status_code for answer in stored] == [200, 200]
+        for answer in (whole, stream, *stored, await served.chat(model="nope")):
+            assert answer.headers.get_list("x-marked") == wanted
+        assert others == dict.fromkeys(others, wanted)
+    # The short cuts are left.
+    assert None not in sends
+
+
 async def test_an_error_of_a_layer_is_answered_counted_and_logged(start_router: Start) -> None:
     def refusing(app: ASGIApp) -> ASGIApp:
         async def layer(scope: Scope, receive: Receive, send: ASGISend) -> None:
@@ -204,6 +269,34 @@ async def test_a_layer_answers_without_a_backend(stream: bool, start_engine: Sta
     assert await served.metric("inference_api_requests_total", model_name="m", code="200") == 1
     assert engine.requests == []
     assert served.router.core.fleet.models["m"].in_flight == 0
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+async def test_a_feature_finds_the_fields_that_it_names(size: int, start_engine: Start, start_router: Start) -> None:
+    seen: list[Mapping[str, Any]] = []
+
+    def look(send: Send) -> Send:
+        def looking(call: Call, model: Model) -> Awaitable[Reply]:
+            seen.append(call.fields)
+            return send(call, model)
+
+        return looking
+
+    engine = await start_engine()
+    first = Feature("first", fields=("max_tokens", "n"), send=look)
+    served: Served = await start_router(engine, features=[first, Feature("second", fields=("n", "store"))])
+    sent: dict[str, Any] = {"max_tokens": 7, "n": "many", "other": 1, "user": "x" * size}
+
+    assert (await served.chat(**sent)).status_code == 200
+    assert (await served.chat(messages="none", **sent)).status_code == 422
+    engine.script = raw(json_response({"id": "resp_1"}))
+    form = await served.client.post("/v1/images/edits", data={"model": "m", "n": "2"}, files={"image": b"x"})
+    made = await served.client.post("/v1/responses", json={"model": "m", "input": "x", "store": True, **sent})
+    found = await served.client.get("/v1/responses/resp_1")
+
+    assert [answer.status_code for answer in (form, made, found)] == [200] * 3
+    named = {"model": "m", "max_tokens": 7, "n": "many"}
+    assert seen == [named | {"stream": False}, {"model": "m", "stream": False}, named | {"store": True}]
 
 
 @pytest.mark.parametrize("stream", [False, True])
