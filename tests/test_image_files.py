@@ -38,7 +38,7 @@ def test_the_process_is_told_the_revision() -> None:
     assert 'ENV IMAGE_REVISION="${REVISION}"\n' in stage
     assert stage.index("ARG REVISION") < stage.index("ENV IMAGE_REVISION")
     # The name that the command reads.
-    assert '"IMAGE_REVISION"' in (ROOT / "inference_api/cli.py").read_text()
+    assert '"IMAGE_REVISION"' in (ROOT / "inference_api/commands/serve.py").read_text()
 
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-build.lock"])
