@@ -719,3 +719,28 @@ async def test_a_stream_over_a_plain_httpx_transport(
     assert (DONE in received, received.endswith(LAST_CHUNK)) == (not breaks, not breaks)
     assert (b"upstream_stream_interrupted" in received) == breaks
     assert (served.lines[0]["outcome"] == "ok") == (not breaks)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("body", "kind", "outcome"),
+    [
+        (event("a") + DONE, b"text/event-stream; charset=utf-8", Outcome.OK),
+        (event("a"), b"text/event-stream; charset=utf-8", Outcome.TRUNCATED),
+        (ANSWER, b"text/plain", Outcome.OK),
+        (b"no json, no events", b"text/plain", Outcome.OK),
+    ],
+    ids=["events", "events that break off", "json", "other"],
+)
+async def test_an_answer_without_a_label_is_what_its_first_bytes_say(
+    size: int, body: bytes, kind: bytes, outcome: Outcome, desk: Desk
+) -> None:
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    call, client = Call(ROUTES["chat_completions"], "m", True, b"", [], "rid", []), Client()
+
+    assert await Relay(await desk(b"text/plain", *parts), call)(client) is outcome
+
+    assert dict(client.headers)[b"content-type"] == kind
+    assert client.body.startswith(body)
+    assert client.complete == (outcome is Outcome.OK)
+    assert (desk.ended, desk.closed()) == ([outcome], True)
