@@ -129,11 +129,6 @@ class InvalidRequest(_ClientError):
     status, code = 422, "validation_error"
 
 
-def answer_validation_with(status: int) -> None:
-    """Set the status of InvalidRequest for the whole process: VALIDATION_STATUS."""
-    InvalidRequest.status = status
-
-
 class InternalError(RouterError):
     outcome = Outcome.INTERNAL_ERROR
 

@@ -46,7 +46,8 @@ class Site:
         for feature in reversed(self._enabled):
             app = feature.layer(app) if feature.layer else app
         read_headers = RequestHeaders(frozenset(name.encode() for name in settings.forward_headers))
-        return Accounts(app, sinks, read_headers, self._core.mint_id)
+        status = int(settings.validation_status)
+        return Accounts(app, sinks, read_headers, self._core.mint_id, validation_status=status)
 
     def ops(self) -> Accounts:
         """The app for OPS_PORT. Its requests are neither counted nor logged."""
@@ -61,7 +62,7 @@ class Site:
             *Models(self._core.fleet, self._resolve).routes(),
             *(page for feature in self._enabled for page in feature.pages),
             *(self._ops_pages() if alone else self._probes.routes()),
-            *Document(self._routes, ops=alone).routes(),
+            *Document(self._routes, int(self._core.settings.validation_status), ops=alone).routes(),
         ]
 
     def _ops_pages(self) -> list[Page]:

@@ -423,14 +423,6 @@ async def test_a_catalogue_that_is_edited_is_read_again_and_told(tmp_path: Path,
     assert (told["models"], told["changed"]) == (1, ["m"])
 
 
-async def test_the_status_of_what_is_not_valid_is_a_setting(tmp_path: Path, start_engine: Start) -> None:
-    async with command(tmp_path, await start_engine(), validation_status=400) as router:
-        await ready(router.client)
-        answer = await router.client.post("/v1/chat/completions", json={"model": "m"})
-
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "validation_error")
-
-
 @pytest.mark.parametrize(("environ", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 async def test_a_terminal_has_colours_unless_it_wants_none(
     tmp_path: Path, start_engine: Start, environ: dict[str, str], coloured: bool

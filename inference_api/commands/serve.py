@@ -9,7 +9,6 @@ from inference_api.commands.configuration import catalogue_of, environment, is_p
 from inference_api.commands.summary import Summary
 from inference_api.core import Outside
 from inference_api.discovery.cluster import Cluster, ClusterError, in_cluster
-from inference_api.errors import answer_validation_with
 from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled
 from inference_api.server.server import handling, run_server
 from inference_api.settings import PREFIX, Settings, SettingsError
@@ -29,7 +28,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     given = catalogue_of(arguments.backend) if arguments.backend else None
     access_log = configure_logging(settings.log_level, settings.log_format, colours=takes_colours())
     log_unhandled()
-    answer_validation_with(int(settings.validation_status))
     # Set by the Dockerfile; not a setting, since it describes the build.
     built = environment().get("IMAGE_REVISION", "")
     outside = Outside(

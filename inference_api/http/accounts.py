@@ -10,7 +10,7 @@ from time import perf_counter
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from inference_api.errors import ClientGone, InternalError, RouterError, ShuttingDown, TooLarge, render
+from inference_api.errors import ClientGone, InternalError, InvalidRequest, RouterError, ShuttingDown, TooLarge, render
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Outcome, RawHeaders
 from inference_api.observe.account import Account, Record, Sink
@@ -27,7 +27,7 @@ _NO_SCOPE: Scope = {"path": "", "state": {}}
 class Accounts:
     """Wraps the whole HTTP side. `sinks` get the Record of each request; they are fast.
 
-    `clock` gives seconds.
+    `clock` gives seconds. `validation_status`: the status of InvalidRequest.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class Accounts:
         read_headers: RequestHeaders,
         mint_id: Callable[[], str],
         clock: Callable[[], float] = perf_counter,
+        validation_status: int = InvalidRequest.status,
     ) -> None:
         self.app = app
         self._sinks = tuple(sinks)
         self._read_headers = read_headers
         self._mint_id = mint_id
         self._clock = clock
+        self._validation_status = validation_status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +69,7 @@ class Accounts:
             await _shut_down(account, send)
             raise
         except Exception as exc:
-            await _failed(exc, account, send)
+            await self._failed(exc, account, send)
         finally:
             if cycle is not None and cycle.rejection is not None:
                 _rejected_by_server(cycle, account)
@@ -79,6 +81,18 @@ class Accounts:
         account = Account(request_id, self._clock, {**_NO_SCOPE, "client": client}, self._read_headers([]))
         account.rejected(error, error.status, size)
         self._deliver(account.end())
+
+    async def _failed(self, exc: Exception, account: Account, send: Send) -> None:
+        """Answer with the error; if an answer has begun, leave it incomplete: the server then cuts the connection."""
+        error = exc if isinstance(exc, RouterError) else InternalError()
+        if error is not exc or account.started:
+            logger.error("a request failed", exc_info=exc, extra={"fields": {"request_id": account.request_id}})
+        if account.started:
+            account.outcome = Outcome.INTERNAL_ERROR
+            return
+        if isinstance(error, InvalidRequest):
+            error.status = self._validation_status
+        await reject(error, account, send)
 
     def _deliver(self, record: Record) -> None:
         for sink in self._sinks:
@@ -109,17 +123,6 @@ async def reject(error: RouterError, account: Account, send: Send) -> None:
     account.rejected(error, status, len(body))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def _failed(exc: Exception, account: Account, send: Send) -> None:
-    """Answer with the error; if an answer has begun, leave it incomplete: the server then cuts the connection."""
-    error = exc if isinstance(exc, RouterError) else InternalError()
-    if error is not exc or account.started:
-        logger.error("a request failed", exc_info=exc, extra={"fields": {"request_id": account.request_id}})
-    if account.started:
-        account.outcome = Outcome.INTERNAL_ERROR
-    else:
-        await reject(error, account, send)
 
 
 async def _shut_down(account: Account, send: Send) -> None:

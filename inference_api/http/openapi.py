@@ -119,10 +119,14 @@ _STYLE = (
 
 
 class Document:
-    """Renders both on first use. `ops`: operators' pages are on this port, too."""
+    """Renders both on first use. `validation_status`: of a body that is not valid.
 
-    def __init__(self, routes: Iterable[Route], ops: bool) -> None:
+    `ops`: operators' pages are on this port, too.
+    """
+
+    def __init__(self, routes: Iterable[Route], validation_status: int = InvalidRequest.status, *, ops: bool) -> None:
         self._inference = tuple(routes)
+        self._validation_status = validation_status
         self._ops = ops
 
     def routes(self) -> list[Page]:
@@ -142,7 +146,9 @@ class Document:
     @cached_property
     def document(self) -> dict[str, Any]:
         pages = _PAGES | (_OPS_PAGES if self._ops else {})
-        paths: dict[str, Any] = {route.path: {"post": _operation(route)} for route in self._inference}
+        paths: dict[str, Any] = {
+            route.path: {"post": _operation(route, self._validation_status)} for route in self._inference
+        }
         paths |= {
             path: {method: _stored(path, method, summary) for method, summary in operations.items()}
             for path, operations in _STORED.items()
@@ -175,12 +181,15 @@ class Document:
         )
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Route, validation_status: int) -> dict[str, Any]:
     kind = "multipart/form-data" if route.multipart else _JSON
     answers: dict[str, Any] = {"*/*": {}}
     if route.end_marks:
         answers["text/event-stream"] = {}
-    failures = _FAILURES | {InvalidRequest.status: "A field is missing or not valid."}
+    # With VALIDATION_STATUS=400 one status has both meanings.
+    failures = _FAILURES | {
+        validation_status: f"{_FAILURES.get(validation_status, '')} A field is missing or not valid.".lstrip()
+    }
     return {
         "operationId": _identifier(route.path),
         "summary": f"Sent to a backend of the model: {route.label.replace('_', ' ')}.",

@@ -150,7 +150,7 @@ class _Operation:
             # HEAD, which comes with GET
             raise MethodNotAllowed(scope["method"], scope["path"], ", ".join(sorted(self._methods)))
         stages, response = self._stored.stages, scope["path_params"]["id"]
-        reader, direct = cycle_of(receive), cycle_of(send)
+        reader = cycle_of(receive)
         if reader is None or reader.whole_body(stages.max_body) is None:
             body = await wire.read_body(receive, account.head, stages.max_body, stages.admission)
             stages.admission.buffered -= len(body)
@@ -161,7 +161,7 @@ class _Operation:
         account.stream = call.stream
         with reader or DisconnectWatcher(receive) as watcher:
             account.reply = reply = await self._stored.serve(call, model, backend)
-            account.relay = relay = Relay(reply, call, stages.write_stall, watcher.close, direct, account.clock)
+            account.relay = relay = Relay(reply, call, stages.write_stall, watcher.close, clock=account.clock)
             account.outcome = await relay(send)
 
     def _call(self, scope: Scope, account: Account, model: Model, response: str) -> Call:

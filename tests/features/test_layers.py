@@ -79,7 +79,7 @@ def changing(change: Callable[[Call, Reply], None]) -> Callable[[Send], Send]:
 
 
 class Listener:
-    """A layer that hears what is sent, and what is received."""
+    """A layer that records messages in both directions."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
@@ -88,7 +88,7 @@ class Listener:
 
     def __call__(self, app: ASGIApp) -> ASGIApp:
         async def layer(scope: Scope, receive: Receive, send: ASGISend) -> None:
-            async def hear(message: Message) -> None:
+            async def record(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     self.statuses.append(message["status"])
                     self.sent = b""
@@ -96,12 +96,12 @@ class Listener:
                     self.sent += message.get("body", b"")
                 await send(message)
 
-            async def hear_received() -> Message:
+            async def record_received() -> Message:
                 message = await receive()
                 self.received += message.get("body", b"")
                 return message
 
-            await app(scope, hear_received, hear)
+            await app(scope, record_received, record)
 
         return layer
 
@@ -452,7 +452,7 @@ class Ear:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_tap_hears_what_the_client_gets(stream: bool, start_engine: Start, start_router: Start) -> None:
+async def test_a_tap_gets_what_the_client_gets(stream: bool, start_engine: Start, start_router: Start) -> None:
     ears: list[Ear] = []
 
     def listen(call: Call, reply: Reply) -> Ear | None:
@@ -474,7 +474,7 @@ async def test_a_tap_hears_what_the_client_gets(stream: bool, start_engine: Star
     assert ear.outcome is Outcome.OK
 
 
-async def test_a_wrapper_of_attempts_is_told_which_one_it_is(start_engine: Start, start_router: Start) -> None:
+async def test_a_wrapper_of_attempts_gets_their_number(start_engine: Start, start_router: Start) -> None:
     attempts: list[Attempt] = []
 
     def wrap(send: SendAttempt) -> SendAttempt:

@@ -469,3 +469,19 @@ async def test_an_answer_too_large_to_be_held_is_a_success(served: Served, engin
     assert answer.json() == document
     await until(lambda: served.lines)
     assert (served.lines[0]["outcome"], served.lines[0]["status"]) == ("ok", 200)
+
+
+async def test_the_status_of_an_invalid_body_is_each_routers_own(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine()
+    usual: Served = await start_router(engine)
+    as_vllm: Served = await start_router(engine, validation_status="400")
+    statuses = []
+
+    for served in (usual, as_vllm, usual):
+        answer = await served.client.post(URL, json={"model": "m"})
+        assert answer.json()["error"]["code"] == "validation_error"
+        document = (await served.client.get("/openapi.json")).json()
+        responses = document["paths"][URL]["post"]["responses"]
+        statuses.append((answer.status_code, "422" in responses, served.lines[0]["status"]))
+
+    assert statuses == [(422, True, 422), (400, False, 400), (422, True, 422)]
