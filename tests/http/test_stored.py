@@ -1,11 +1,13 @@
 """Stored responses: each is asked for where it is, by those who may, and nowhere else. Real engines, a real router."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 
+from inference_api.feature import Feature
+from inference_api.http.head import RequestHead
 from tests.conftest import Served
 from tests.fakes import (
     LAST_CHUNK,
@@ -132,3 +134,32 @@ async def test_other_methods_are_told_the_right_ones(start_engine: Start, start_
             405,
             set(allow.split(", ")),
         )
+
+
+class Team(NamedTuple):
+    """A caller who may use every model."""
+
+    id: str
+
+    def may_use(self, model: str) -> bool:
+        return True
+
+
+async def test_a_response_is_found_by_its_own_caller_only(start_engine: Start, start_router: Start) -> None:
+    def identify(head: RequestHead) -> Team:
+        return Team(dict(head.headers).get(b"x-team", b"none").decode())
+
+    engine = await start_engine(keeper("resp_a"))
+    engine.page = raw(json_response({"id": "resp_a"}))
+    served: Served = await start_router(engine, features=[Feature("teams", identify=identify)])
+    red, blue = {"x-team": "red"}, {"x-team": "blue"}
+    url = "/v1/responses/resp_a"
+    await served.client.post("/v1/responses", json={"model": "m", "input": "hello"}, headers=red)
+
+    others = [await served.client.request(method, url, headers=blue) for method in ("GET", "DELETE")]
+    others.append(await served.client.post(f"{url}/cancel", headers=blue))
+    own = await served.client.get(url, headers=red)
+
+    assert [answer.status_code for answer in others] == [404] * 3
+    assert own.status_code == 200
+    assert len(stored(engine)) == 1
