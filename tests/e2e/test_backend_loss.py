@@ -1,19 +1,26 @@
 """A backend that dies under load takes with it only the streams that had begun, and none of those looks complete."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import Engines, unfinished
-from tests.e2e.processes import until
+from tests.e2e.conftest import Engines, StartRouter, unfinished
+from tests.e2e.processes import Process, until
 
 pytestmark = pytest.mark.e2e
 
 CLIENTS = 40
 TOKENS = 900
 BODY = {"model": "llama-3-8b", "prompt": "Once upon a time", "max_tokens": TOKENS, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def router(start_router: StartRouter, catalogue: Path) -> Process:
+    """A new one: to others, an engine of an earlier test may still be asleep, or in its slow start."""
+    return start_router(catalogue)
 
 
 class Told(NamedTuple):
