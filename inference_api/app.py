@@ -4,17 +4,16 @@ from collections.abc import Sequence
 
 from inference_api.application import Application
 from inference_api.core import Core, Outside
-from inference_api.feature import Feature, Run, chain, with_taps
+from inference_api.feature import ByModel, Feature, Layer, Run, with_taps
 from inference_api.features import engine_load, tracing
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
-from inference_api.models import Send
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
 from inference_api.routing.entries import entry_type
 from inference_api.settings import Settings
 from inference_api.site import Site
-from inference_api.upstream.admission import model_admission
+from inference_api.upstream.admission import admission
 from inference_api.upstream.attempt import SendAttempt
 
 FEATURES = (
@@ -37,11 +36,14 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     core = Core(settings, outside or Outside(), balancers, ENTRY)
     enabled = [*(made for switch in FEATURES if (made := switch.build(core, settings)) is not None), *features]
     attempt = core.send_attempt([feature.attempt for feature in enabled if feature.attempt])
-    send, resolve = _send(core, attempt, enabled), _resolve(core, enabled)
-    stages = Stages(resolve, send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
-    probes = core.probes([feature.collect for feature in enabled if feature.collect])
+    parts, resolve = _parts(core, attempt, enabled), _resolve(core, enabled)
+    stages = Stages(resolve, parts.send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
+    probes = core.probes(
+        [feature.collect for feature in enabled if feature.collect],
+        [feature.ready for feature in enabled if feature.ready],
+    )
     site = Site(core, stages, attempt, probes, enabled)
-    app = site.app(_sinks(core, enabled), _tasks(core, enabled, probes))
+    app = site.app(_sinks(core, enabled), _tasks(core, enabled, probes), parts.annotators)
     return Application(core, app, site.ops(), probes, enabled)
 
 
@@ -52,18 +54,19 @@ def _resolve(core: Core, enabled: Sequence[Feature]) -> Resolve:
     return resolve
 
 
-def _send(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> Send:
+def _parts(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> ByModel:
     taps = [feature.tap for feature in enabled if feature.tap]
-    return chain(
-        core.forward(attempt),
-        [
-            # Outermost: taps see the answer that the client gets, also one that a feature made.
-            *([with_taps(taps)] if taps else ()),
-            *(feature.send for feature in enabled if feature.send),
-            # Innermost: counts in the model that runs, and the layers above can handle Overloaded.
-            model_admission,
-        ],
-    )
+    layers = [
+        # Outermost: taps see the answer that the client gets, also one that a feature made.
+        *([Layer(with_taps(taps))] if taps else ()),
+        *(Layer(feature.send, feature.for_model) for feature in enabled if feature.send),
+        # Counts in the model that runs; the layers above can handle Overloaded.
+        Layer(admission(core.admission)),
+        # Innermost: depends on the model that really answers.
+        *(Layer(feature.ask, feature.for_model) for feature in enabled if feature.ask),
+    ]
+    annotators = [(feature.annotate, feature.for_model) for feature in enabled if feature.annotate]
+    return ByModel(core.forward(attempt), layers, annotators)
 
 
 def _sinks(core: Core, enabled: Sequence[Feature]) -> list[Sink]:

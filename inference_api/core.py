@@ -3,11 +3,14 @@
 import asyncio
 import logging
 import math
+import platform
 import random
+import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import httpx
 
@@ -33,7 +36,7 @@ from inference_api.routing.balancer import MakeBalancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.entries import CatalogueEntry
-from inference_api.routing.files import Reloader, static_source
+from inference_api.routing.files import Reloader, Watched, static_source
 from inference_api.routing.fleet import Fleet
 from inference_api.routing.health import Health
 from inference_api.routing.prober import Prober
@@ -49,6 +52,8 @@ from inference_api.upstream.transport import Transport
 from inference_api.upstream.trust import Trust
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Seconds; health checks are too far apart to reuse a connection.
 _OWN_KEEPALIVE = 0.1
@@ -92,6 +97,9 @@ class Core:
     ) -> None:
         self.settings, self.outside, self._entry = settings, outside, entry
         self.rand = rand = outside.rand or random.Random()
+        # Of this process: its name among the routers, and one that no other process ever has.
+        self.instance, self.boot = _instance(settings.port), secrets.token_hex(8)
+        self._provided: dict[type, object] = {}
         makers = {name: make for group in (BALANCERS, *balancers) for name, make in group.items()}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
         self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
@@ -102,7 +110,7 @@ class Core:
         cluster = outside.cluster
         self.slices = None if cluster is None else self._make_slices(cluster)
         self._finders = [finder for finder in (self.discovery, self.slices) if finder]
-        self._client = outside.registry_client or self._registry_client()
+        self.registry_client = outside.registry_client or self._registry_client()
         self._catalogue = static_source(settings.catalogue, outside.catalogue, self._read_credentials, entry)
         self.registry = self._make_registry()
         self._catalogue.take = self.registry.replace_static
@@ -149,8 +157,24 @@ class Core:
         run = [self.reloader.run, self.registry.run, *(finder.run for finder in self._finders)]
         return [*run, facts.run, self.health.run, prober.run, self.lag.run, sleep_poller.run]
 
-    def probes(self, collectors: Sequence[Callable[[], Iterator[Family]]]) -> Probes:
-        """Liveness, readiness, and the metrics of the core and of `collectors`."""
+    def provide(self, part: object) -> None:
+        """Share an object of one feature with those after it in the list, by its class."""
+        self._provided[type(part)] = part
+
+    def provided(self, kind: type[T]) -> T | None:
+        """The object of this class that a feature has provided, or None."""
+        return cast(T | None, self._provided.get(kind))
+
+    def watch(self, watched: Watched) -> None:
+        """Reload it when its files change, and at SIGHUP."""
+        self.reloader.add(watched)
+
+    def probes(
+        self,
+        collectors: Sequence[Callable[[], Iterator[Family]]],
+        ready: Sequence[Callable[[], str | None]] = (),
+    ) -> Probes:
+        """Liveness, readiness, and the metrics of the core and of `collectors`. `ready`: reasons not to be ready."""
         families = Families(
             self.metrics,
             self.registry.status,
@@ -164,7 +188,7 @@ class Core:
         pause = 0.0 if self.settings.ops_port is None else _SCRAPE_PAUSE
         exposition = Exposition(families, process_collectors(), pause)
         required = self.settings.registry_required == "on"
-        probes = Probes(self.registry, exposition, self.lag.silence, required)
+        probes = Probes(self.registry, exposition, self.lag.silence, required, ready)
         return probes
 
     @asynccontextmanager
@@ -186,8 +210,8 @@ class Core:
             await self.transport.aclose()
             await self.own_transport.aclose()
             await self._resolver.aclose()
-            if self._client is not None:
-                await self._client.aclose()
+            if self.registry_client is not None:
+                await self.registry_client.aclose()
 
     def last_read(self) -> Callable[[str], float]:
         """Time of the last byte from an origin; infinity for a transport without that."""
@@ -218,7 +242,7 @@ class Core:
         return Registry(
             self.fleet,
             self._catalogue.load(),
-            self._client,
+            self.registry_client,
             self.settings.registry_refresh,
             rand=self.rand.random,
             on_change=self._catalogue_changed,
@@ -262,6 +286,12 @@ class Core:
         for transport in (self.transport, self.own_transport):
             if isinstance(transport, Transport):
                 transport.retain(origins)
+
+
+def _instance(port: int) -> str:
+    """`<host name>-<port>`, in the characters of a name."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", platform.node()).lstrip("._-")[:100]
+    return f"{host or 'router'}-{port}"
 
 
 def _limits(settings: Settings) -> Limits:

@@ -2,6 +2,8 @@
 
 RouterError
 +-- BadRequest 400            +-- HeadersTooLarge 431     +-- ModelNotFound 404     +-- UnknownURL 404
++-- Unauthorized 401          +-- ModelForbidden 403      +-- ModelNotPriced 403
++-- RateLimited 429           +-- QuotaExceeded 429
 +-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
 +-- InvalidRequest 422        +-- RequestTimeout 408      +-- URITooLong 414        +-- InternalError 500
 +-- ResponseNotFound 404
@@ -10,6 +12,7 @@ RouterError
 |   +-- UpstreamProtocolError 502
 |   +-- UpstreamTimeout 504
 +-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- RegistryUnavailable   +-- ShuttingDown
+                              +-- AuthUnavailable   +-- LimitsUnavailable
 
 ClientGone                    no answer: the client has disconnected
 """
@@ -21,6 +24,8 @@ import orjson
 from inference_api.models import Outcome, RawHeaders
 
 _SHOWN = 64
+# Milliseconds that a client may be told to wait before its own retry
+_PATIENCE = 60_000
 # The OpenAI SDK obeys it; without it, the SDK decides by the status.
 NOT_AGAIN = (b"x-should-retry", b"false")
 
@@ -68,6 +73,57 @@ class ModelNotFound(_ClientError):
         listed = f" Known models: {', '.join(known)}." if 0 < len(known) <= 10 else " GET /v1/models lists them."
         super().__init__(f"The model {printable(name)!r} does not exist.{listed}", param="model")
         self.logged = {"asked_model": printable(name)[:_SHOWN]}
+
+
+class Unauthorized(_ClientError):
+    """No valid key; `code`: invalid_api_key, api_key_expired or api_key_disabled."""
+
+    status, code = 401, "invalid_api_key"
+
+    def __init__(self, message: str, code: str = code) -> None:
+        super().__init__(message, headers=[(b"www-authenticate", b'Bearer realm="inference-api"')])
+        self.code = code
+
+
+class ModelForbidden(_ClientError):
+    """One text whether or not the model exists."""
+
+    status, code = 403, "model_not_found"
+
+    def __init__(self, name: str) -> None:
+        message = f"The model {printable(name)!r} does not exist, or this API key may not use it."
+        super().__init__(message, param="model")
+        self.logged = {"asked_model": printable(name)[:_SHOWN]}
+
+
+class ModelNotPriced(_ClientError):
+    """`holder`: whose budget it is, quoted."""
+
+    status, code = 403, "model_not_priced"
+
+    def __init__(self, name: str, holder: str) -> None:
+        super().__init__(f"The model {printable(name)!r} has no price, and {holder} has a cost budget.", param="model")
+
+
+class RateLimited(RouterError):
+    """`kind`: requests or tokens. `wait`: milliseconds after which the same request is let through, not capped."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self, message: str, kind: str, wait: int) -> None:
+        retry = [(b"retry-after", b"%d" % -(-wait // 1000)), (b"retry-after-ms", b"%d" % wait)]
+        # SDKs would wait as long.
+        super().__init__(message, headers=[*retry, *([NOT_AGAIN] if wait > _PATIENCE else [])])
+        self.type = kind
+
+
+class QuotaExceeded(RouterError):
+    """A budget is used up."""
+
+    status, type, code = 429, "insufficient_quota", "insufficient_quota"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers=[NOT_AGAIN])
 
 
 class ResponseNotFound(_ClientError):
@@ -207,6 +263,22 @@ class RegistryUnavailable(_Unavailable):
         super().__init__(message)
         self.param = "model"
         self.logged = {"asked_model": printable(name)[:_SHOWN], "why": "the registry has not answered yet"}
+
+
+class AuthUnavailable(_Unavailable):
+    """There is no policy yet, so nobody is known."""
+
+    code, outcome = "auth_unavailable", Outcome.SHED
+
+    def __init__(self) -> None:
+        super().__init__("The router has no API keys yet: its policy has not been read; retry shortly.")
+
+
+class LimitsUnavailable(_Unavailable):
+    code, outcome = "limits_unavailable", Outcome.SHED
+
+    def __init__(self) -> None:
+        super().__init__("The rate limits cannot be checked at the moment; retry shortly.", retry_after=1)
 
 
 class Overloaded(_Unavailable):

@@ -4,7 +4,7 @@ A module of `features/` exports a Switch, `FEATURE`, and has one line in `app.py
 it has no object, and no request checks for it.
 """
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.routing import Route as PageRoute
@@ -13,10 +13,10 @@ from starlette.types import ASGIApp
 from inference_api.http.head import RequestHead
 from inference_api.http.pipeline import Resolve
 from inference_api.models import INTERNAL_ERROR, Call, Caller, Reply, Send, Tap
-from inference_api.observe.account import Sink
+from inference_api.observe.account import Annotate, Sink
 from inference_api.observe.exposition import Family
 from inference_api.routing.balancer import MakeBalancer
-from inference_api.routing.entries import EntryKey
+from inference_api.routing.entries import CatalogueEntry, EntryKey
 from inference_api.routing.fleet import Model
 from inference_api.settings import Group, Settings
 from inference_api.upstream.attempt import SendAttempt
@@ -50,10 +50,16 @@ class Feature(NamedTuple):
     # Wraps (Call, Model) -> Reply: reject, rewrite, answer without a backend, try another model. `reply.extra` adds
     # headers, `reply.on_end` reports the end, `reply.filter` drops single events.
     send: Callable[[Send], Send] | None = None
+    # The same, directly around the attempts: inside of admission, so that it runs for the model that answers.
+    ask: Callable[[Send], Send] | None = None
+    # Whether `send`, `ask` and `annotate` apply to the models of this entry; None: to all. Asked once per entry.
+    for_model: Callable[[CatalogueEntry], bool] | None = None
     # Wraps one attempt on one backend.
     attempt: Callable[[SendAttempt], SendAttempt] | None = None
     # A Tap for the bytes of this answer, or None; without taps the fast path stays open.
     tap: Callable[[Call, Reply], Tap | None] | None = None
+    # Adds fields to the Record of a finished request (`Record.extra`), before the sinks.
+    annotate: Annotate | None = None
     # Gets the Record of every finished request, rejected ones included; must not raise.
     record: Sink | None = None
     # Metric families, made anew for each scrape; with OPS_PORT on another thread.
@@ -63,6 +69,10 @@ class Feature(NamedTuple):
     ops_pages: tuple[PageRoute, ...] = ()
     # Background tasks; each runs until it is cancelled.
     tasks: tuple[Run, ...] = ()
+    # The reason for which the router is not ready, or None.
+    ready: Callable[[], str | None] | None = None
+    # Warnings of `inference-api check`: of what is valid, and probably wrong.
+    check: Callable[[], Iterator[str]] | None = None
     # Called at the end of the process, after the last request.
     close: Callable[[], None] | None = None
 
@@ -98,7 +108,69 @@ def with_taps(taps: list[Callable[[Call, Reply], Tap | None]]) -> Callable[[Send
     return wrap
 
 
-def chain(send: Send, layers: list[Callable[[Send], Send]]) -> Send:
+class Layer(NamedTuple):
+    """One `send` layer, and the entries that it applies to; None: all."""
+
+    wrap: Callable[[Send], Send]
+    for_model: Callable[[CatalogueEntry], bool] | None = None
+
+
+class _Parts(NamedTuple):
+    entry: CatalogueEntry
+    send: Send
+    annotators: Sequence[Annotate]
+
+
+class ByModel:
+    """The layers and annotators that apply to each model, composed at its first request with this entry.
+
+    A feature that a key of the catalogue turns on so costs nothing for models without the key.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        layers: Sequence[Layer],
+        annotators: Sequence[tuple[Annotate, Callable[[CatalogueEntry], bool] | None]],
+    ) -> None:
+        self._send = send
+        self._layers = layers
+        self._annotators = annotators
+        # Of requests without a model
+        self._of_no_model = tuple(annotate for annotate, for_model in annotators if for_model is None)
+        # Shared: models with the same layers have one chain.
+        self._chains: dict[tuple[bool, ...], Send] = {}
+
+    def send(self, call: Call, model: Model) -> Awaitable[Reply]:
+        parts = model.parts
+        if parts is None or parts.entry is not model.entry:
+            parts = self._compose(model)
+        sent: Awaitable[Reply] = parts.send(call, model)
+        return sent
+
+    def annotators(self, model: Model | None) -> Sequence[Annotate]:
+        if model is None:
+            return self._of_no_model
+        parts: _Parts = model.parts
+        if parts is None or parts.entry is not model.entry:
+            parts = self._compose(model)
+        return parts.annotators
+
+    def _compose(self, model: Model) -> _Parts:
+        entry = model.entry
+        on = tuple(layer.for_model is None or layer.for_model(entry) for layer in self._layers)
+        send = self._chains.get(on)
+        if send is None:
+            layers = [layer.wrap for layer, applies in zip(self._layers, on, strict=True) if applies]
+            send = self._chains[on] = chain(self._send, layers)
+        annotators = tuple(
+            annotate for annotate, for_model in self._annotators if for_model is None or for_model(entry)
+        )
+        model.parts = parts = _Parts(entry, send, annotators)
+        return parts
+
+
+def chain(send: Send, layers: Sequence[Callable[[Send], Send]]) -> Send:
     """Wrap `send` in `layers`, the first one outermost."""
     for layer in reversed(layers):
         send = layer(send)

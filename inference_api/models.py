@@ -129,8 +129,12 @@ class Call(NamedTuple):
     model_at: tuple[int, int] | None = None
     # The caller; None: no feature identifies callers.
     caller: "Caller | None" = None
-    # The ASGI `state` of the request: data of features, under their own names.
+    # The ASGI `state` of the request: data of features, under their own names. The Record has it, too.
     state: "Mapping[str, Any]" = {}
+    # Headers for every answer to the request, whoever gives it; shared with the Account.
+    answer_headers: "list[tuple[bytes, bytes]]" = []
+    # (host, port) of the client
+    client: tuple[str, int] | None = None
 
 
 class Caller(Protocol):

@@ -28,6 +28,8 @@ _ANSWERED = Record(
     path="/v1/chat/completions",
     extra={},
     state={},
+    body_size=0,
+    fields={},
 )
 
 

@@ -10,12 +10,17 @@ import pytest
 
 from inference_api import errors
 from inference_api.errors import (
+    AuthUnavailable,
     InternalError,
     InvalidRequest,
+    LimitsUnavailable,
     MethodNotAllowed,
     ModelNotFound,
+    ModelNotPriced,
     NoBackend,
     Overloaded,
+    QuotaExceeded,
+    RateLimited,
     RouterError,
     ShuttingDown,
     TooLarge,
@@ -34,6 +39,13 @@ Start = Callable[..., Any]
 TABLE = {
     "BadRequest": (400, "bad_request"),
     "InvalidJSON": (400, "invalid_json"),
+    "Unauthorized": (401, "invalid_api_key"),
+    "ModelForbidden": (403, "model_not_found"),
+    "ModelNotPriced": (403, "model_not_priced"),
+    "RateLimited": (429, "rate_limit_exceeded"),
+    "QuotaExceeded": (429, "insufficient_quota"),
+    "AuthUnavailable": (503, "auth_unavailable"),
+    "LimitsUnavailable": (503, "limits_unavailable"),
     "ModelNotFound": (404, "model_not_found"),
     "ResponseNotFound": (404, "response_not_found"),
     "UnknownURL": (404, "unknown_url"),
@@ -54,6 +66,9 @@ TABLE = {
     "ShuttingDown": (503, "shutting_down"),
 }
 
+# OpenAI's types of 429
+OWN_TYPES = {RateLimited: "tokens", QuotaExceeded: "insufficient_quota"}
+
 
 def leaves(kind: type[RouterError] = RouterError) -> list[type[RouterError]]:
     # Features and tests have errors of their own.
@@ -64,6 +79,10 @@ def leaves(kind: type[RouterError] = RouterError) -> list[type[RouterError]]:
 def example(kind: type[RouterError]) -> RouterError:
     made: dict[type[RouterError], Callable[[], RouterError]] = {
         ModelNotFound: lambda: ModelNotFound("gpt-5", ["a", "b"]),
+        ModelNotPriced: lambda: ModelNotPriced("m", "organisation 'team-a'"),
+        RateLimited: lambda: RateLimited("Too many.", "tokens", 1200),
+        AuthUnavailable: AuthUnavailable,
+        LimitsUnavailable: LimitsUnavailable,
         UnknownURL: lambda: UnknownURL("GET", "/nope"),
         MethodNotAllowed: lambda: MethodNotAllowed("PUT", "/v1/models", "GET"),
         TooLarge: lambda: TooLarge(10),
@@ -90,7 +109,8 @@ def test_every_error_is_rendered_with_every_key(kind: type[RouterError]) -> None
     assert list(document["error"]) == ["message", "type", "param", "code"]
     assert document["request_id"] == "abc"
     assert (status, document["error"]["code"]) == TABLE[kind.__name__]
-    assert document["error"]["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    usual = "server_error" if status >= 500 else "invalid_request_error"
+    assert document["error"]["type"] == OWN_TYPES.get(kind, usual)
     assert document["error"]["message"].endswith((".", "?"))
     assert headers[:3] == [
         (b"content-type", b"application/json"),
@@ -108,6 +128,19 @@ def test_the_docstring_draws_the_tree() -> None:
 @pytest.mark.parametrize("kind", leaves(), ids=lambda kind: kind.__name__)
 def test_what_a_client_did_wrong_is_refused_and_nothing_else_is(kind: type[RouterError]) -> None:
     assert (example(kind).outcome is Outcome.REFUSED) == (kind.status < 500)
+
+
+@pytest.mark.parametrize(
+    ("wait", "headers"),
+    [
+        (1, {b"retry-after": b"1", b"retry-after-ms": b"1"}),
+        (1001, {b"retry-after": b"2", b"retry-after-ms": b"1001"}),
+        (60_000, {b"retry-after": b"60", b"retry-after-ms": b"60000"}),
+        (60_001, {b"retry-after": b"61", b"retry-after-ms": b"60001", b"x-should-retry": b"false"}),
+    ],
+)
+def test_the_wait_of_a_rate_limit_is_not_capped(wait: int, headers: dict[bytes, bytes]) -> None:
+    assert dict(RateLimited("Too many.", "requests", wait).headers) == headers
 
 
 def test_a_few_known_models_are_listed_and_many_are_not() -> None:

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from inference_api.errors import ClientGone, InternalError, InvalidRequest, RouterError, ShuttingDown, TooLarge, render
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Outcome, RawHeaders
-from inference_api.observe.account import Account, Record, Sink
+from inference_api.observe.account import Account, Annotate, Record, Sink
+from inference_api.routing.fleet import Model
 from inference_api.server.cycle import Cycle, cycle_of
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ _NO_SCOPE: Scope = {"path": "", "state": {}}
 class Accounts:
     """Wraps the whole HTTP side. `sinks` get the Record of each request; they are fast.
 
-    `clock` gives seconds. `validation_status`: the status of InvalidRequest.
+    `clock` gives seconds. `validation_status`: the status of InvalidRequest. `annotators`: those that add to the Record
+    of a request for this model, before the sinks.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Accounts:
         mint_id: Callable[[], str],
         clock: Callable[[], float] = perf_counter,
         validation_status: int = InvalidRequest.status,
+        annotators: Callable[[Model | None], Sequence[Annotate]] | None = None,
     ) -> None:
         self.app = app
         self._sinks = tuple(sinks)
@@ -45,6 +48,7 @@ class Accounts:
         self._mint_id = mint_id
         self._clock = clock
         self._validation_status = validation_status
+        self._annotators = annotators
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,13 +78,13 @@ class Accounts:
             if cycle is not None and cycle.rejection is not None:
                 _rejected_by_server(cycle, account)
             if not account.silent:
-                self._deliver(account.end())
+                self._deliver(account)
 
     def rejected(self, error: RouterError, request_id: str, size: int, client: tuple[str, int] | None) -> None:
         """Count and log input that the server rejected before it was a request."""
         account = Account(request_id, self._clock, {**_NO_SCOPE, "client": client}, self._read_headers([]))
         account.rejected(error, error.status, size)
-        self._deliver(account.end())
+        self._deliver(account)
 
     async def _failed(self, exc: Exception, account: Account, send: Send) -> None:
         """Answer with the error; if an answer has begun, leave it incomplete: the server then cuts the connection."""
@@ -94,13 +98,29 @@ class Accounts:
             error.status = self._validation_status
         await reject(error, account, send)
 
-    def _deliver(self, record: Record) -> None:
+    def _deliver(self, account: Account) -> None:
+        if self._annotators is None:
+            record = account.end()
+        else:
+            record = self._annotated(account, self._annotators(account.model))
         for sink in self._sinks:
             try:
                 sink(record)
             except Exception:
                 # Contained: the answer has gone out, and the other sinks get the Record all the same.
                 logger.exception("a sink failed", extra={"fields": {"request_id": record.request_id}})
+
+    def _annotated(self, account: Account, annotators: Sequence[Annotate]) -> Record:
+        if not annotators:
+            return account.end()
+        account.extra = extra = dict(account.extra)
+        record = account.end()
+        for annotate in annotators:
+            try:
+                annotate(record, extra)
+            except Exception:
+                logger.exception("an annotator failed", extra={"fields": {"request_id": record.request_id}})
+        return record
 
 
 async def respond(scope: Scope, send: Send, status: int, headers: RawHeaders, body: bytes = b"") -> None:

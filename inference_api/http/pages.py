@@ -1,7 +1,7 @@
 """The routes that the router answers itself: models, probes, metrics, and errors for unknown paths."""
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, Protocol
 
@@ -75,7 +75,7 @@ class Probes:
 
     `silence`: seconds since the last turn of the event loop of requests, None while it is not running; with OPS_PORT,
     another loop answers even if that one hangs. `registry_required`: not ready before the registry has given a
-    catalogue; otherwise, not ready without a model.
+    catalogue; otherwise, not ready without a model. `ready`: reasons of features not to be ready, or None.
 
     `late`, `hung`: seconds without a turn of that loop after which /readyz, and /healthz, fail.
     """
@@ -88,11 +88,13 @@ class Probes:
         exposition: Exposition,
         silence: Callable[[], float | None] = lambda: None,
         registry_required: bool = False,
+        ready: Sequence[Callable[[], str | None]] = (),
     ) -> None:
         self._registry = registry
         self._registry_required = registry_required
         self._exposition = exposition
         self._silence = silence
+        self._ready = ready
         self.state = "starting"
 
     async def open(self, finder: "Finder | None") -> None:
@@ -115,6 +117,8 @@ class Probes:
         state = "hung" if (self._silence() or 0.0) > self.late else self.state
         if state == "ready" and self._registry.awaited and (self._registry_required or not status.models):
             state = "registry_unavailable"
+        if state == "ready":
+            state = next((reason for ready in self._ready if (reason := ready()) is not None), state)
         body = {"status": state, "catalogue": status.source, "models": status.models}
         return JSONResponse(body, 200 if state == "ready" else 503)
 

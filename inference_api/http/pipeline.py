@@ -58,7 +58,8 @@ class Pipeline:
             call, model = self._accept(asked, body, scope, account)
             with reader or DisconnectWatcher(receive) as watcher:
                 account.reply = reply = await stages.send(call, model)
-                reply.extra += account.answer_headers
+                if account.answer_headers:
+                    reply.extra += tuple(account.answer_headers)
                 account.relay = relay = Relay(reply, call, stages.write_stall, watcher.close, direct, account.clock)
                 account.outcome = await relay(send)
         finally:
@@ -73,7 +74,5 @@ class Pipeline:
         model = self.stages.resolve(account.asked, account.caller)
         account.model_name = model.name
         call = wire.make_call(self.route, account, body, scope, asked, model)
-        if self.stages.admission.in_flight > self.stages.admission.max_in_flight:
-            raise self.stages.admission.full()
         account.accepted(call, model)
         return call, model

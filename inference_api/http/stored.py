@@ -178,6 +178,8 @@ class _Operation:
             authorization=account.head.authorization,
             caller=account.caller,
             state=scope["state"],
+            answer_headers=account.answer_headers,
+            client=account.client,
         )
 
 

@@ -49,12 +49,23 @@ class Record(NamedTuple):
     # From the server: (host, port) of the client, and the path as requested
     client: tuple[str, int] | None
     path: str
-    # More fields of the access line
+    # More fields of the access line, also from `Feature.annotate`
     extra: Mapping[str, Any]
     state: Mapping[str, Any]
+    # Bytes of the request body, and its small fields: those of the route and of `Feature.fields`
+    body_size: int
+    fields: Mapping[str, Any]
+
+    @property
+    def cost(self) -> int | None:
+        """10^-9 of CURRENCY; None: unknown, or no feature computes it."""
+        found: int | None = self.extra.get("cost_nanos")
+        return found
 
 
 Sink = Callable[[Record], None]
+# Adds fields to `Record.extra`, the second argument
+Annotate = Callable[[Record, dict[str, Any]], None]
 
 
 def shown_status(status: int, outcome: Outcome) -> int:
@@ -108,7 +119,7 @@ class Account:
         self.outcome = INTERNAL_ERROR
         self.extra: Mapping[str, Any] = _NOTHING
         # Headers that a layer adds to the answer, whoever gives it: a backend, a page, or the router with an error.
-        self.answer_headers: tuple[tuple[bytes, bytes], ...] = ()
+        self.answer_headers: list[tuple[bytes, bytes]] = []
         # Probes: neither counted nor logged.
         self.silent = False
         self._accepted: float | None = None
@@ -143,11 +154,13 @@ class Account:
 
     def end(self) -> Record:
         """Make the Record, at the end of the answer."""
-        relay, reply, first, events, tokens = self.relay, self.reply, None, 0, _NO_COUNTS
+        relay, reply, call, first, events, tokens = self.relay, self.reply, self.call, None, 0, _NO_COUNTS
         took = self.clock() - self.began
-        attempts, backend = 0, None
-        if self.call is not None and self.call.tried:
-            attempts, backend = len(self.call.tried), self.call.tried[-1].label
+        attempts, backend, body_size, fields = 0, None, 0, _NOTHING
+        if call is not None:
+            body_size, fields = len(call.body), call.fields
+            if call.tried:
+                attempts, backend = len(call.tried), call.tried[-1].label
         if reply is not None:
             backend = None if reply.backend is None else reply.backend.label
         if relay is not None and relay.started:
@@ -159,10 +172,10 @@ class Account:
                 first = relay.first_at - self.began
         accepted = self._accepted
         overhead = None if accepted is None else accepted - self._received
-        fields = (
+        facts = (
             self.request_id, self.route, self.model_name, self.asked, backend, self.status, self.outcome, attempts,
             self.stream, self.code, took, first, overhead, tokens, events, self.size, self.caller, self.model,
-            self.client, self.path, self.extra, self.state,
+            self.client, self.path, self.extra, self.state, body_size, fields,
         )  # fmt: skip
         # Avoids the NamedTuple's constructor, which is a call in Python.
-        return tuple.__new__(Record, fields)
+        return tuple.__new__(Record, facts)

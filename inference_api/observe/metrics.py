@@ -48,6 +48,14 @@ _REJECTIONS = {
     "headers_too_large": "too_large",
     "uri_too_long": "too_large",
     "shutting_down": "draining",
+    "invalid_api_key": "auth",
+    "api_key_expired": "auth",
+    "api_key_disabled": "auth",
+    "auth_unavailable": "auth",
+    "model_not_priced": "forbidden",
+    "rate_limit_exceeded": "rate_limit",
+    "insufficient_quota": "budget",
+    "limits_unavailable": "limits",
 }
 
 
@@ -107,7 +115,7 @@ class Metrics:
         # Unpacked at once: reading a field by name costs ten times as much.
         (
             _, route, model, _, _, status, outcome, _, stream, code, took, first, overhead,
-            tokens, events, _, _, _, _, _, _, _,
+            tokens, events, *_,
         ) = record  # fmt: skip
         cell = self.requests[model, route, shown_status(status, outcome), stream]
         cell.count += 1
@@ -117,7 +125,7 @@ class Metrics:
                 cell.overhead = self.overheads[route,]
             cell.overhead.observe(overhead)
         if code is not None and (reason := _REJECTIONS.get(code)) is not None:
-            self.rejections[model, reason].count += 1
+            self.rejections[model, "forbidden" if status == 403 else reason].count += 1
         # The head was a success, also that of a JSON answer that was too large to be held.
         if outcome is not OK and 0 < status < 300:
             self._abort(model, outcome)

@@ -152,6 +152,10 @@ class Reloader:
         self._every = every
         self._watched = [(one, asyncio.Event()) for one in watched]
 
+    def add(self, watched: Watched) -> None:
+        """Poll this, too; before `run`."""
+        self._watched.append((watched, asyncio.Event()))
+
     async def run(self) -> None:
         """Poll until cancelled."""
         async with asyncio.TaskGroup() as group:

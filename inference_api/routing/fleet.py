@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 from inference_api.routing.addresses import addresses_of
 from inference_api.routing.backend import Backend, Origin
@@ -24,7 +24,7 @@ class Model:
 
     __slots__ = (
         "_guard", "available", "awake", "backends", "balancer", "entry", "guard", "in_flight", "leaving",
-        "max_model_len", "name", "open", "panic",
+        "max_model_len", "name", "open", "panic", "parts",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +51,8 @@ class Model:
         # Live state
         self.in_flight = 0
         self.max_model_len: int | None = None
+        # The parts of features that apply to its entry, composed at its first request: see `feature.ByModel`.
+        self.parts: Any = None
         # An address that serves another model may have state already.
         self.refresh()
 

@@ -1,27 +1,46 @@
-"""Admission per model: the innermost `send` layer, directly around the attempts."""
+"""Admission of the process and of each model: the `send` layer around the attempts."""
+
+from collections.abc import Callable
+from typing import Protocol
 
 from inference_api.errors import Overloaded
 from inference_api.models import Call, Reply, Send
 from inference_api.routing.fleet import Model
 
 
-def model_admission(send: Send) -> Send:
-    """Counts a model's requests from the first attempt to the end of the answer, and enforces `max_in_flight`.
+class Process(Protocol):
+    """The limit of the process; this request is counted already."""
 
-    The count falls when the Reply ends, or when an exception takes its place. Raises Overloaded.
+    in_flight: int
+    max_in_flight: int
+
+    def full(self) -> Overloaded: ...
+
+
+def admission(process: Process) -> Callable[[Send], Send]:
+    """Enforces the limit of the process, counts a model's requests, and enforces the model's `max_in_flight`.
+
+    A model counts from the first attempt to the end of the answer: the count falls when the Reply ends, or when an
+    exception takes its place. Raises Overloaded. Other refusals come first: the layers above have raised them.
     """
 
-    async def admitted(call: Call, model: Model) -> Reply:
-        limit = model.entry.max_in_flight
-        if limit is not None and model.in_flight >= limit:
-            raise Overloaded(f"The model {model.name!r} is at its limit of {limit} concurrent requests.", retry_after=1)
-        model.in_flight += 1
-        try:
-            reply = await send(call, model)
-        except BaseException:
-            model.in_flight -= 1
-            raise
-        reply.model = model
-        return reply
+    def wrap(send: Send) -> Send:
+        async def admitted(call: Call, model: Model) -> Reply:
+            if process.in_flight > process.max_in_flight:
+                raise process.full()
+            limit = model.entry.max_in_flight
+            if limit is not None and model.in_flight >= limit:
+                text = f"The model {model.name!r} is at its limit of {limit} concurrent requests."
+                raise Overloaded(text, retry_after=1)
+            model.in_flight += 1
+            try:
+                reply = await send(call, model)
+            except BaseException:
+                model.in_flight -= 1
+                raise
+            reply.model = model
+            return reply
 
-    return admitted
+        return admitted
+
+    return wrap

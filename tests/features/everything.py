@@ -70,12 +70,17 @@ class Everything:
             resolve=self._resolve,
             send=self._send,
             attempt=self._attempt,
+            ask=self._ask,
+            for_model=lambda entry: True,
             tap=self._tap,
+            annotate=self._annotate,
             record=self._record,
             collect=self._collect,
             pages=(PageRoute("/page", self._page),),
             ops_pages=(PageRoute("/ops-page", self._page),),
             tasks=(self._task,),
+            ready=lambda: None,
+            check=lambda: iter(()),
             close=lambda: self.seen.add("close"),
         )
 
@@ -127,6 +132,16 @@ class Everything:
     def _tap(self, call: Call, reply: Reply) -> "_Tap":
         self.seen.add("tap")
         return _Tap(self)
+
+    def _ask(self, send: Send) -> Send:
+        async def asking(call: Call, model: Model) -> Reply:
+            self.seen.add("ask")
+            return await send(call, model)
+
+        return asking
+
+    def _annotate(self, record: Record, extra: dict[str, Any]) -> None:
+        self.seen.add("annotate")
 
     def _record(self, record: Record) -> None:
         self.seen.add("record")

@@ -173,7 +173,7 @@ async def test_the_parts_of_a_feature_are_all_met(start_engine: Start, start_rou
     assert opened == 0
     # Those that are no page, no metric, and no more than once.
     assert everything.seen == {
-        *("layer", "identify", "resolve", "send", "attempt", "tap", "record"),
+        *("layer", "identify", "resolve", "send", "ask", "attempt", "tap", "annotate", "record"),
         *("task", "close"),
     }
 

@@ -32,6 +32,8 @@ from tests.fakes import (
     SSE_HEAD,
     STREAM,
     USAGE,
+    Line,
+    Received,
     chunk,
     event,
     json_response,
@@ -164,7 +166,7 @@ async def test_headers_of_the_account_are_on_every_answer(start_engine: Start, s
         def layer(scope: Scope, receive: Receive, send: ASGISend) -> Awaitable[None]:
             if scope["type"] == "http":
                 mark = dict(scope["headers"]).get(b"x-mark")
-                scope[ACCOUNT].answer_headers += () if mark is None else ((b"x-marked", mark),)
+                scope[ACCOUNT].answer_headers += [] if mark is None else [(b"x-marked", mark)]
             return app(scope, receive, send)
 
         return layer
@@ -579,3 +581,87 @@ async def test_a_task_that_fails_is_logged_at_once(
 
     await until(lambda: any(record.exc_info for record in caplog.records))
     assert (await served.chat()).status_code == 200
+
+
+async def test_a_feature_of_a_key_applies_to_the_models_that_have_it(start_engine: Start, start_router: Start) -> None:
+    """Its `send` and `annotate` are not on the path of other models."""
+    met: list[str] = []
+
+    def wrap(send: Send) -> Send:
+        async def sending(call: Call, model: Model) -> Reply:
+            met.append(f"send {model.name}")
+            return await send(call, model)
+
+        return sending
+
+    def annotate(record: Record, extra: dict[str, Any]) -> None:
+        met.append(f"annotate {record.model_name}")
+        extra["noted"] = record.status
+
+    feature = Feature("keyed", send=wrap, annotate=annotate, for_model=lambda entry: entry.owner == "paying")
+    engine = await start_engine()
+    entries = [
+        {"name": name, "owner": owner, "backends": [engine.url]} for name, owner in (("m", "paying"), ("n", "x"))
+    ]
+    served: Served = await start_router(models=entries, features=[feature])
+
+    for name in ("m", "n", "nope"):
+        await served.chat(model=name)
+    await until(lambda: len(served.lines) == 3)
+
+    assert met == ["send m", "annotate m"]
+    assert [line.get("noted") for line in served.lines] == [200, None, None]
+
+
+async def test_an_annotator_that_fails_spoils_nothing(start_engine: Start, start_router: Start) -> None:
+    def annotate(record: Record, extra: dict[str, Any]) -> None:
+        raise ValueError
+
+    records: list[Record] = []
+    feature = Feature("failing", annotate=annotate, record=records.append)
+    served: Served = await start_router(await start_engine(), features=[feature])
+
+    assert (await served.chat()).status_code == 200
+    await until(lambda: served.lines)
+    assert [record.status for record in records] == [200]
+
+
+async def test_a_feature_may_keep_the_router_from_being_ready(start_engine: Start, start_router: Start) -> None:
+    reasons: list[str | None] = ["no_policy", None]
+    feature = Feature("careful", ready=lambda: reasons[0])
+    served: Served = await start_router(await start_engine(), features=[feature])
+
+    answers = [await served.client.get("/readyz")]
+    reasons.pop(0)
+    answers.append(await served.client.get("/readyz"))
+
+    assert [(answer.status_code, answer.json()["status"]) for answer in answers] == [(503, "no_policy"), (200, "ready")]
+
+
+async def test_headers_of_a_call_are_on_its_errors_too(start_engine: Start, start_router: Start) -> None:
+    def wrap(send: Send) -> Send:
+        async def sending(call: Call, model: Model) -> Reply:
+            call.answer_headers.append((b"x-noted", b"1"))
+            return await send(call, model)
+
+        return sending
+
+    async def broken(request: Received, line: Line) -> None:
+        await line.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{")
+        line.close()
+
+    engine = await start_engine()
+    served: Served = await start_router(engine, features=[Feature("noting", send=wrap)], max_in_flight=1)
+
+    well = await served.chat()
+    engine.script = broken
+    failed = await served.chat()
+    served.router.core.admission.in_flight += 1
+    async with raw_client(served.port) as client:
+        # With its body at once: before waiting for one, the router would have refused without looking at it.
+        await client.send(post("/v1/chat/completions", CHAT))
+        full = await read_answer(client.reader)
+    served.router.core.admission.in_flight -= 1
+
+    assert [well.status_code, failed.status_code, full.status] == [200, 502, 503]
+    assert [answer.headers["x-noted"] for answer in (well, failed, full)] == ["1"] * 3
