@@ -21,6 +21,7 @@ LAYERS = (
     ),
     ("inference_api.settings",),
     ("inference_api.routing",),
+    ("inference_api.policy",),
     ("inference_api.discovery",),
     ("inference_api.upstream",),
     ("inference_api.relay",),

@@ -21,7 +21,7 @@ from inference_api.routing.fleet import Model
 from inference_api.routing.standing import SOON, why_not
 from inference_api.upstream.failures import Failure, Reason
 from inference_api.upstream.limits import Limits
-from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, retry_after
+from inference_api.upstream.retry_guards import FREE, Permit, PoisonGuard, RetryAfter, RetryBudget, retry_after
 
 # Seconds, the first and the longest; Envoy's.
 _BACK_OFF = 0.025, 0.25
@@ -76,7 +76,7 @@ class RetryPolicy:
         self._rand = rand
         self._clock = clock
         self._wall = wall
-        self.budget = Budget(limits.retry_budget)
+        self.budget = RetryBudget(limits.retry_budget)
         self.poison_guard = PoisonGuard(clock)
         self.resting = RetryAfter()
 

@@ -29,7 +29,7 @@ _BODIES = 1024
 _ONE_DEATH = 1.0
 
 
-class Budget:
+class RetryBudget:
     """Limits the concurrent retries of a model to `share` of its requests in flight, but at least three."""
 
     def __init__(self, share: float) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_api.routing.backend import Backend
-from inference_api.upstream.retry_guards import FREE, Budget, Permit, PoisonGuard, RetryAfter, retry_after
+from inference_api.upstream.retry_guards import FREE, Permit, PoisonGuard, RetryAfter, RetryBudget, retry_after
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
         return self.now
 
 
-# Budget
+# RetryBudget
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ class Clock:
     [(0.2, 0, 3), (0.2, 15, 3), (0.2, 19, 3), (0.2, 20, 4), (0.2, 200, 40), (0.0, 200, 3), (1.0, 200, 200)],
 )
 def test_a_model_may_repeat_a_share_of_what_it_has_in_flight(share: float, in_flight: int, allowed: int) -> None:
-    budget = Budget(share)
+    budget = RetryBudget(share)
 
     permits = [budget.draw("m", in_flight) for _ in range(allowed + 5)]
 
@@ -35,7 +35,7 @@ def test_a_model_may_repeat_a_share_of_what_it_has_in_flight(share: float, in_fl
 
 
 def test_models_do_not_share_a_budget() -> None:
-    budget = Budget(0.2)
+    budget = RetryBudget(0.2)
     for _ in range(3):
         assert budget.draw("m", 0)
 
@@ -44,7 +44,7 @@ def test_models_do_not_share_a_budget() -> None:
 
 
 def test_a_permit_is_given_back_once() -> None:
-    budget = Budget(0.2)
+    budget = RetryBudget(0.2)
     first, *_ = [budget.draw("m", 0) for _ in range(3)]
     assert first is not None
 
@@ -63,7 +63,7 @@ def test_what_is_free_has_nothing_to_give_back() -> None:
 
 @given(st.floats(0, 1), st.lists(st.tuples(st.sampled_from("mn"), st.integers(0, 60), st.booleans())))
 def test_never_more_than_allowed_and_all_come_back(share: float, steps: list[tuple[str, int, bool]]) -> None:
-    budget, held = Budget(share), {"m": list[Permit](), "n": list[Permit]()}
+    budget, held = RetryBudget(share), {"m": list[Permit](), "n": list[Permit]()}
     for model, in_flight, draws in steps:
         if not draws:
             if held[model]:

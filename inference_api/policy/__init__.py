@@ -1,0 +1,1 @@
+"""Who may ask, how much, and with which prompts: one document, compiled into one immutable Policy."""
