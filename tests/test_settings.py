@@ -1,5 +1,6 @@
 """Configuration: every variable works, and what cannot be used is refused by the variable's name."""
 
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "registry_required": ("on", "on"),
     "discovery_interval": ("2.5", 2.5),
     "load_signal_interval": ("5", 5.0),
+    "trusted_proxies": ("10.0.0.0/8, ::1", frozenset({ip_network("10.0.0.0/8"), ip_network("::1")})),
     "connect_timeout": ("1", 1.0),
     "first_byte_timeout": ("2", 2.0),
     "idle_timeout": ("3", 3.0),

@@ -60,6 +60,7 @@ def traced() -> On:
 TURN_ON: dict[str, Callable[[], On]] = {
     "tracing": traced,
     "engine_load": lambda: On(settings={"load_signal_interval": 0.2}),
+    "trusted_proxies": lambda: On(settings={"trusted_proxies": "127.0.0.1"}),
     "everything": lambda: On([Everything().feature]),
 }
 
