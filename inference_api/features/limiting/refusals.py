@@ -1,0 +1,65 @@
+"""Which limit refuses a request, for how long, and the headers that say what is left of limits."""
+
+from collections.abc import Iterable, Sequence
+
+from inference_api.errors import RateLimited
+from inference_api.features.limiting.plans import Plan, StreamLimit, Wants, WindowLimit
+from inference_api.features.limiting.wording import KINDS, go_duration, message
+from inference_api.policy.rules import Rule
+
+Headers = list[tuple[bytes, bytes]]
+REQUESTS = b"requests"
+TOKENS = b"tokens"
+# Milliseconds: a stream may end at any time.
+_NEXT_STREAM = 1000
+_NAMES = {
+    unit: tuple(b"x-ratelimit-%b-%b" % (part, unit) for part in (b"limit", b"remaining", b"reset"))
+    for unit in (REQUESTS, TOKENS)
+}
+
+
+def headers(unit: bytes, limit: WindowLimit, left: int, now: int, last: tuple[int, bytes] = (0, b"0s")) -> Headers:
+    """The three headers of a unit. `last`: a duration, and its text."""
+    names = _NAMES[unit]
+    reset = limit.window.reset(now)
+    text = last[1] if reset == last[0] else go_duration(reset)
+    return [(names[0], limit.header), (names[1], b"%d" % left), (names[2], text)]
+
+
+def standing(plan: Plan, now: int) -> Headers:
+    """The headers of a request that is refused: what is left without it."""
+    found: Headers = []
+    for unit, limits in ((REQUESTS, plan.requests), (TOKENS, plan.tokens)):
+        if limits:
+            left = [max(limit.amount - limit.window.used(now), 0) for limit in limits]
+            tightest = min(range(len(limits)), key=lambda place: left[place] / limits[place].amount)
+            found += headers(unit, limits[tightest], left[tightest], now)
+    return found
+
+
+class Refusal:
+    """A limit that refuses a request; `wait`: milliseconds."""
+
+    def __init__(self, rule: Rule, amount: int, wanted: int, wait: int) -> None:
+        self.rule = rule
+        self.amount = amount
+        self.wanted = wanted
+        self.wait = wait
+
+    def error(self) -> RateLimited:
+        kind = KINDS.get(self.rule.unit, "tokens")
+        return RateLimited(message(self.rule, self.amount, self.wanted, self.wait), kind, self.wait)
+
+
+def refusal(windows: Iterable[WindowLimit], streams: Sequence[StreamLimit], wants: Wants, now: int) -> Refusal | None:
+    """Of all limits that refuse the request, the one with the longest wait."""
+    longest: Refusal | None = None
+    for limit in windows:
+        want = min(wants[limit.place], limit.amount)
+        wait = limit.window.wait(limit.amount - want, now)
+        if wait and (longest is None or wait > longest.wait):
+            longest = Refusal(limit.rule, limit.amount, want, wait)
+    for stream in streams:
+        if stream.streams.used(now) >= stream.amount and (longest is None or longest.wait < _NEXT_STREAM):
+            longest = Refusal(stream.rule, stream.amount, 1, _NEXT_STREAM)
+    return longest
