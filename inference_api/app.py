@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from inference_api.application import Application
 from inference_api.core import Core, Outside
 from inference_api.feature import ByModel, Feature, Layer, Run, with_taps
-from inference_api.features import engine_load, tracing, trusted_proxies
+from inference_api.features import engine_load, keys, policy, tracing, trusted_proxies
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
 from inference_api.observe.account import Sink
@@ -23,6 +23,9 @@ FEATURES = (
     engine_load.FEATURE,
     # Before all that reads the address of a client.
     trusted_proxies.FEATURE,
+    # Before all that applies it.
+    policy.FEATURE,
+    keys.FEATURE,
 )
 # The settings of features, and the class of catalogue entries with their keys
 GROUPS = tuple(feature.options for feature in FEATURES if feature.options)

@@ -10,10 +10,11 @@ import yaml
 
 from inference_api.app import GROUPS
 from inference_api.errors import RouterError
-from inference_api.features import engine_load
+from inference_api.features import engine_load, keys, policy
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
+from inference_api.policy.source import Policies
 from inference_api.routing.balance import make_balancer
 from inference_api.routing.catalogue import load_catalogue
 from inference_api.routing.fleet import Fleet
@@ -49,9 +50,10 @@ def test_every_metric_is_documented_with_its_labels() -> None:
 
     fleet = Fleet(make_balancer)
     core = Families(Metrics(dict), lambda: RegistryStatus("static", 0, 0.0, {}))()
+    policies = Policies("policy.yaml")
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))
-        for family in (*core, *engine_load.families(fleet))
+        for family in (*core, *engine_load.families(fleet), *policy.families(policies), *keys.Keys(policies).collect())
     }
 
     assert documented == exported

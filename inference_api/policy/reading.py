@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from inference_api.policy.document import SECTIONS, USED, Anonymous, Key, Organisation, StoredPrompt, Version
 from inference_api.policy.json_items import Walk
 from inference_api.policy.snapshot import KeyRow, Policy
+from inference_api.policy.yaml_items import items_of_yaml
 from inference_api.routing import wording
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -32,13 +33,13 @@ class PolicyError(ValueError):
 
 
 def read(
-    document: "str | dict[str, Any]", *, peppered: bool, ignored: set[str] | None = None
+    document: "str | dict[str, Any]", *, peppered: bool, ignored: set[str] | None = None, is_yaml: bool = False
 ) -> Generator[None, None, Policy]:
-    """Read a document: text of JSON, or decoded. `peppered`: there is a KEY_PEPPER. `ignored`: collects unknown keys of
-    a registry; without it they are refused. Raises PolicyError.
+    """Read a document: text of JSON or YAML, or decoded. `peppered`: there is a KEY_PEPPER. `ignored`: collects unknown
+    keys of a registry; without it they are refused. Raises PolicyError.
     """
     made = _Made(peppered, ignored)
-    items = _items_of_text(document) if isinstance(document, str) else _items(document)
+    items = _items_of_text(document, is_yaml) if isinstance(document, str) else _items(document)
     for number, (section, index, raw) in enumerate(items):
         made.take(section, index, raw)
         if number % _SLICE == 0:
@@ -67,16 +68,16 @@ def _items(document: Any) -> Items:
         yield str(section), -1, value
 
 
-def _items_of_text(text: str) -> Items:
+def _items_of_text(text: str, is_yaml: bool) -> Items:
     try:
-        for section, index, value in Walk(text).items(SECTIONS):
+        for section, index, value in items_of_yaml(text, SECTIONS) if is_yaml else Walk(text).items(SECTIONS):
             if index < 0 and section in SECTIONS and value != []:
                 raise PolicyError(f"{section}: must be a list")
             yield section, index, value
     except PolicyError:
         raise
     except ValueError as exc:
-        raise PolicyError(f"it is not valid JSON: {exc}") from None
+        raise PolicyError(str(exc) if is_yaml else f"it is not valid JSON: {exc}") from None
 
 
 class _Made:

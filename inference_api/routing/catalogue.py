@@ -152,7 +152,7 @@ def _document(path: Path, text: str) -> Any:
     try:
         if path.suffix == ".json":
             return json.loads(text, object_pairs_hook=_once)
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=YamlLoader)
     except CatalogueError:
         raise
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
@@ -178,7 +178,7 @@ _KEYS: Mapping[str, Collection[str]] = {
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_SafeLoader):  # type: ignore[misc]
+class YamlLoader(_SafeLoader):  # type: ignore[misc]
     """Rejects duplicate keys of a mapping, where YAML's own loader silently drops the first."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -33,6 +33,9 @@ OWN = {
         "registry_refresh",
         "registry_token",
         "registry_required",
+        "policy",
+        "policy_cache",
+        "key_pepper",
     ),
 }
 

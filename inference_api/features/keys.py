@@ -1,0 +1,150 @@
+"""AUTH=keys: who asks is known by an API key of the policy; without a valid one a request is refused."""
+
+from collections.abc import Callable, Iterator, Sequence
+from time import time
+from typing import Any, Literal
+
+from pydantic import Field
+
+from inference_api.core import Core
+from inference_api.errors import AuthUnavailable, ModelForbidden, ModelNotFound, RouterError, Unauthorized
+from inference_api.feature import Feature, Switch
+from inference_api.features.policy import Options as PolicyOptions
+from inference_api.http.head import RequestHead
+from inference_api.http.pipeline import Resolve
+from inference_api.models import Caller, RawHeaders
+from inference_api.observe.account import Record
+from inference_api.observe.exposition import Family
+from inference_api.observe.families import counter
+from inference_api.policy.document import shown_time
+from inference_api.policy.keys import hmac_sha256, is_well_formed, sha256
+from inference_api.policy.snapshot import KeyCaller, Policy
+from inference_api.policy.source import Policies
+from inference_api.routing.fleet import Model
+from inference_api.settings import PREFIX, Group, Settings, SettingsError
+
+# One text for all: it must not tell whether a key exists.
+_NOT_VALID = "The API key is missing or not valid. Send it as 'Authorization: Bearer <key>'."
+_RESULTS = ("ok", "invalid", "expired", "disabled", "forbidden", "unavailable")
+_CREDENTIALS = (b"authorization", b"x-api-key")
+
+
+class Options(Group):
+    auth: Literal["off", "keys"] = Field(
+        default="off", description="keys: each request needs an API key of the policy; off: keys are not read"
+    )
+
+
+def build(core: Core, settings: Settings) -> Feature | None:
+    """Off with AUTH=off. Raises SettingsError without a policy."""
+    if settings.of(Options).auth == "off":
+        return None
+    policies = core.provided(Policies)
+    if policies is None:
+        raise SettingsError(f"{PREFIX}AUTH='keys': needs {PREFIX}POLICY; set it to a policy file, or to registry")
+    keys = Keys(policies, [pepper.encode() for pepper in settings.of(PolicyOptions).peppers])
+    return Feature(
+        "keys",
+        identify=keys.identify,
+        resolve=keys.resolve,
+        annotate=keys.annotate,
+        collect=keys.collect,
+        ready=keys.ready,
+    )
+
+
+class Keys:
+    """Identifies callers by their keys. `clock` gives Unix seconds."""
+
+    def __init__(self, policies: Policies, peppers: Sequence[bytes] = (), clock: Callable[[], float] = time) -> None:
+        self._policies = policies
+        self._peppers = tuple(peppers)
+        self._clock = clock
+        self._results = dict.fromkeys(_RESULTS, 0)
+
+    def identify(self, head: RequestHead) -> Caller:
+        policy = self._policies.current
+        if policy is None:
+            self._results["unavailable"] += 1
+            raise AuthUnavailable
+        found = self._find(policy, head.headers)
+        if found is None:
+            raise self._refused("invalid", _NOT_VALID)
+        caller, is_replaced = found
+        if is_replaced or caller.expires is not None or caller.is_disabled:
+            self._check(caller, is_replaced)
+        return caller
+
+    def _find(self, policy: Policy, headers: RawHeaders) -> tuple[KeyCaller, bool] | None:
+        key = key_of(headers)
+        if key is None or not is_well_formed(key):
+            return None
+        # Only the kinds of digests that the policy has
+        found = policy.find(sha256(key)) if "sha256" in policy.kinds else None
+        if found is None and "hmac-sha256" in policy.kinds:
+            found = next((one for pepper in self._peppers if (one := policy.find(hmac_sha256(key, pepper)))), None)
+        return found
+
+    def _check(self, caller: KeyCaller, is_replaced: bool) -> None:
+        now, shown = self._clock(), f"{caller.name!r} ({caller.id})"
+        if caller.expires is not None and now >= caller.expires:
+            message = f"The API key {shown} expired at {shown_time(caller.expires)}."
+            raise self._refused("expired", message, "api_key_expired")
+        if is_replaced and caller.until is not None and now >= caller.until:
+            until = shown_time(caller.until)
+            message = f"This secret of the API key {shown} was replaced; it was valid until {until}."
+            raise self._refused("expired", message, "api_key_expired")
+        if caller.is_disabled:
+            raise self._refused("disabled", f"The API key {shown} is disabled.", "api_key_disabled")
+
+    def _refused(self, result: str, message: str, code: str = Unauthorized.code) -> RouterError:
+        self._results[result] += 1
+        return Unauthorized(message, code)
+
+    def resolve(self, resolve: Resolve) -> Resolve:
+        def resolved(name: str, caller: Caller | None) -> Model:
+            if caller is None or getattr(caller, "allows_all", False):
+                return resolve(name, caller)
+            try:
+                model = resolve(name, caller)
+            except ModelNotFound:
+                raise ModelForbidden(name) from None
+            if not caller.may_use(model.name):
+                raise ModelForbidden(name)
+            return model
+
+        return resolved
+
+    def annotate(self, record: Record, extra: dict[str, Any]) -> None:
+        caller = record.caller
+        if caller is None:
+            return
+        self._results["forbidden" if record.status == 403 and record.code == ModelForbidden.code else "ok"] += 1
+        extra["key_id"] = caller.id
+        if isinstance(caller, KeyCaller):
+            if caller.organisation is not None:
+                extra["organisation"] = caller.organisation
+            if caller.user is not None:
+                extra["user"] = caller.user
+
+    def collect(self) -> Iterator[Family]:
+        series = [((result,), count) for result, count in dict(self._results).items()]
+        yield counter("auth", "Requests that need a key, by what became of it.", ("result",), series)
+
+    def ready(self) -> str | None:
+        return "auth_unavailable" if self._policies.current is None else None
+
+
+def key_of(headers: RawHeaders) -> bytes | None:
+    """The key of a request: that of `Authorization: Bearer`, else of x-api-key. None: none, or a header given twice."""
+    given = [pair for pair in headers if pair[0] in _CREDENTIALS]
+    values = dict(given)
+    if len(values) < len(given):
+        return None
+    scheme, _, key = values.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return key.strip()
+    return values.get(b"x-api-key")
+
+
+FEATURE = Switch(build, Options)

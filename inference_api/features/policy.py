@@ -1,0 +1,78 @@
+"""POLICY: keys, limits, budgets and prompts, from a file or from the registry, for the features that apply them."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr, field_validator
+
+from inference_api.core import Core
+from inference_api.feature import Feature, Switch
+from inference_api.observe.exposition import Family
+from inference_api.observe.families import counter, gauge
+from inference_api.policy.reading import PolicyError
+from inference_api.policy.source import Policies, PolicyFile
+from inference_api.settings import Group, Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+REGISTRY = "registry"
+_SHORTEST_PEPPER = 32
+
+
+class Options(Group):
+    policy: str | None = Field(
+        default=None,
+        min_length=1,
+        description="YAML or JSON file of keys, limits, budgets and prompts, or `registry`; unset: there are none",
+    )
+    policy_cache: Path | None = Field(
+        default=None, description="file with the last policy of the registry, for starts without a registry"
+    )
+    key_pepper: SecretStr | None = Field(
+        default=None,
+        description="HMAC key of `hmac-sha256` digests, at least 32 characters; `new,old` while it is replaced",
+    )
+
+    @field_validator("key_pepper", mode="before")
+    @classmethod
+    def _long(cls, value: Any) -> Any:
+        given = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if isinstance(given, str):
+            peppers = given.split(",")
+            if len(peppers) > 2 or any(len(pepper) < _SHORTEST_PEPPER for pepper in peppers):
+                raise ValueError(f"must be at least {_SHORTEST_PEPPER} characters without commas, or two such: new,old")
+        return value
+
+    @property
+    def peppers(self) -> tuple[str, ...]:
+        """The first one is for new keys."""
+        return () if self.key_pepper is None else tuple(self.key_pepper.get_secret_value().split(","))
+
+
+def build(core: Core, settings: Settings) -> Feature | None:
+    """Off without a source of the policy. Raises SettingsError if a file is not valid."""
+    options = settings.of(Options)
+    if options.policy is None or options.policy == REGISTRY:
+        return None
+    policies = Policies(options.policy)
+    core.provide(policies)
+    file = PolicyFile(Path(options.policy), policies, peppered=bool(options.peppers))
+    try:
+        file.load()
+    except PolicyError as exc:
+        raise SettingsError(str(exc)) from None
+    core.watch(file)
+    return Feature("policy", collect=lambda: families(policies))
+
+
+def families(policies: Policies) -> Iterator[Family]:
+    policy, text = policies.current, "Seconds since the policy in use was known to be the newest one."
+    yield gauge("policy_age_seconds", text, (), [] if policy is None else [((), policies.age)])
+    yield gauge("policy_keys", "API keys of the policy in use.", (), [((), 0 if policy is None else policy.keys)])
+    failures = [((reason,), count) for reason, count in policies.failures.items()]
+    yield counter("policy_refresh_failures", "Failed reads of the policy.", ("reason",), failures)
+
+
+FEATURE = Switch(build, Options)
