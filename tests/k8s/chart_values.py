@@ -6,6 +6,36 @@ Json = dict[str, Any]
 
 RELEASE, NAMESPACE = "inference-api", "inference"
 
+DIGEST = "6f328c10ea289f25df518b331fb8b9e1ce7e11285b92e6b57d77009fe7c16a1d"
+KEY: Json = {"id": "k3v9Qm2XbT7a", "name": "batch", "digest": f"sha256:{DIGEST}", "organisation": "team-a"}
+POLICY: Json = {
+    "organisations": [{"name": "team-a", "limits": [{"tokens": 20000000, "per": 60}]}],
+    "keys": [{**KEY, "expires": "2027-01-31T00:00:00Z"}],
+}
+# A policy in the values, with keys and limits that each pod counts for itself.
+KEYS: Json = {
+    "router": {"auth": {"mode": "keys"}, "policy": {"document": POLICY}, "usage": {"mode": "log"}, "currency": "EUR"}
+}
+POLICY_LATER: Json = {"document": {**POLICY, "keys": []}}
+# All from a control plane, with Redis.
+CONTROL_PLANE: Json = {
+    "registry": {"enabled": False},
+    "router": {
+        "auth": {"mode": "keys", "pepper": {"existingSecret": "pepper"}},
+        "policy": {"fromRegistry": True},
+        "registry": {"url": "https://control.example.com:8443", "existingSecret": "service-token"},
+        "rateLimits": {"store": "redis", "redis": {"existingSecret": "redis", "port": 6380}},
+        "usage": {"mode": "registry"},
+        "trustedProxies": ["10.0.0.0/8", "fd00::/8"],
+        "networkPolicy": {"egress": {"enabled": True}},
+    },
+}
+
+
+def _policy(document: Json) -> Json:
+    return {"router": {"policy": {"document": document}}}
+
+
 # What is refused: the values, and what the one line must say.
 REFUSED: dict[str, tuple[Json, str]] = {
     "a wrong type": ({"router": {"replicaCount": "two"}}, "at '/router/replicaCount': got string"),
@@ -80,6 +110,88 @@ REFUSED: dict[str, tuple[Json, str]] = {
     "the tag latest, of one engine": (
         {"engines": {"enabled": True}, "models": {"gpt2": {"deploy": {"image": {"tag": "latest"}}}}},
         "models.gpt2.deploy.image.tag is latest, which is another image tomorrow",
+    ),
+    "keys without a policy": (
+        {"router": {"auth": {"mode": "keys"}}},
+        "router.auth.mode is keys, and there is no policy with keys: give router.policy.document, existingSecret or",
+    ),
+    "a policy from two places": (
+        {"router": {"policy": {"document": POLICY, "existingSecret": "policy"}}},
+        "router.policy.document and router.policy.existingSecret are all given, and there is one policy",
+    ),
+    "a policy of a registry that there is not": (
+        {"registry": {"enabled": False}, "router": {"policy": {"fromRegistry": True}}},
+        "router.policy.fromRegistry: there is no control plane: set router.registry.url",
+    ),
+    "usage to a registry that there is not": (
+        {"registry": {"enabled": False}, "router": {"usage": {"mode": "registry"}}},
+        "router.usage.mode registry: there is no control plane: set router.registry.url",
+    ),
+    "policy and usage of the chart's own registry": (
+        {"router": {"policy": {"fromRegistry": True}, "usage": {"mode": "registry"}}},
+        "router.policy.fromRegistry and router.usage.mode registry: the chart's own registry has models only",
+    ),
+    "Redis without its URL": (
+        {"router": {"policy": {"existingSecret": "policy"}, "rateLimits": {"store": "redis"}}},
+        "router.rateLimits.store is redis: name the Secret with its URL in router.rateLimits.redis.existingSecret",
+    ),
+    "Redis without limits": (
+        {"router": {"rateLimits": {"store": "redis", "redis": {"existingSecret": "redis"}}}},
+        "router.rateLimits.store is redis, and there is no policy with limits to count",
+    ),
+    "a share of nothing": (
+        {"router": {"rateLimits": {"share": 0}}},
+        "at '/router/rateLimits/share': minimum: got 0, want 1",
+    ),
+    "keys that go to backends": (
+        {**KEYS, "models": {"gpt2": {"credentials": "passthrough"}}},
+        "models.gpt2.credentials is passthrough, and with router.auth.mode keys what clients send is a key of",
+    ),
+    "a spool that one pod can have": (
+        {
+            **CONTROL_PLANE,
+            "router": {
+                **CONTROL_PLANE["router"],
+                "usage": {
+                    "mode": "registry",
+                    "spool": {"persistence": {"enabled": True, "accessModes": ["ReadWriteOnce"]}},
+                },
+            },
+        },
+        "router.usage.spool.persistence.accessModes is ReadWriteOnce, and several pods share the volume",
+    ),
+    "a proxy that is no address": (
+        {"router": {"trustedProxies": ["proxy.example.com"]}},
+        "at '/router/trustedProxies/0'",
+    ),
+    "a currency that is none": ({"router": {"currency": "euro"}}, "at '/router/currency'"),
+    "a key in the clear": (
+        _policy({**POLICY, "keys": [{**KEY, "key": "sk-ia-..."}]}),
+        "at '/router/policy/document/keys/0': additional properties 'key' not allowed",
+    ),
+    "a key of nobody": (
+        _policy({"keys": [KEY]}),
+        "router.policy.document.keys.0.organisation: team-a is not in organisations",
+    ),
+    "two keys with one id": (
+        _policy({**POLICY, "keys": [KEY, {**KEY, "digest": f"sha256:{'0' * 64}"}]}),
+        "router.policy.document.keys.1.id: k3v9Qm2XbT7a is given twice",
+    ),
+    "two keys with one secret": (
+        _policy({**POLICY, "keys": [KEY, {**KEY, "id": "000000000000"}]}),
+        "router.policy.document.keys.1: its digest is given twice, and each key has its own",
+    ),
+    "an organisation twice": (
+        _policy({"organisations": [{"name": "team-a"}, {"name": "team-a"}]}),
+        "router.policy.document.organisations.1.name: team-a is given twice",
+    ),
+    "digests without their pepper": (
+        _policy({"keys": [{"id": KEY["id"], "name": "batch", "digest": f"hmac-sha256:{DIGEST}"}]}),
+        "router.policy.document has hmac-sha256 digests, which nobody can check without their pepper",
+    ),
+    "too many keys for a Secret": (
+        _policy({"keys": [{"id": f"{n:012d}", "name": "n" * 100, "digest": f"sha256:{n:064x}"} for n in range(5000)]}),
+        "and a Secret holds 1 MiB: keep it in a control plane, and set router.policy.fromRegistry",
     ),
     "an HPA with KEDA": (
         {"router": {"autoscaling": {"enabled": True}, "keda": {"enabled": True, "serverAddress": "http://prometheus"}}},

@@ -23,14 +23,17 @@ from tests.k8s.chart_values import (
     BAD_MODELS,
     CANARY,
     CHANGES,
+    CONTROL_PLANE,
     DASHBOARD,
     EVERYTHING,
+    KEYS,
     LABELS,
     LIVE,
     MESH,
     OF_OTHERS,
     OLD_CLAIM,
     PARENT,
+    POLICY_LATER,
     REFUSED,
     RULES,
     SCALED_BY_OTHERS,
@@ -48,19 +51,49 @@ CLUSTERS = {path.stem: path for path in sorted((ROOT / "k8s" / "clusters").glob(
 INSTALLS = [f"{name} on {release}" for name in VALUES for release in (OLDEST, NEWEST)] + [*CLUSTERS]
 # Of marked-values.yaml, what cannot be together.
 MARKED: Json = yaml.safe_load(Path(__file__).with_name("marked-values.yaml").read_text())
-_OWN_REGISTRY: Json = {"router.registry.url": ""}
+_NO_POLICY: Json = {
+    "router.auth.mode": "none",
+    "router.auth.pepper.existingSecret": "",
+    "router.policy.document": {},
+    "router.policy.existingSecret": "",
+    "router.policy.fromRegistry": False,
+    "router.rateLimits.store": "local",
+    "router.usage.mode": "none",
+    "router.currency": "",
+}
+_OWN_REGISTRY: Json = {**_NO_POLICY, "router.registry.url": ""}
+_ONE: Json = {"router.autoscaling.enabled": False}
+_CONTROL_PLANE: Json = {
+    **_ONE,
+    "registry.enabled": False,
+    "router.policy.document": {},
+    "router.policy.existingSecret": "",
+}
 MARKED_INSTALLS: dict[str, Json] = {
-    "marks": {**_OWN_REGISTRY, "router.autoscaling.enabled": False},
-    "marks with a claim": {
-        **_OWN_REGISTRY,
-        "router.autoscaling.enabled": False,
-        "registry.persistence.existingClaim": "20128",
-    },
+    "marks": {**_OWN_REGISTRY, **_ONE},
+    "marks with a claim": {**_OWN_REGISTRY, **_ONE, "registry.persistence.existingClaim": "20128"},
     "marks with an HPA": _OWN_REGISTRY,
-    "marks with KEDA": {
-        "router.autoscaling.enabled": False,
-        "router.keda.enabled": True,
-        "registry.enabled": False,
+    "marks with KEDA": {**_NO_POLICY, **_ONE, "router.keda.enabled": True, "registry.enabled": False},
+    "marks with a policy": {
+        **_ONE,
+        "router.registry.url": "",
+        "router.policy.existingSecret": "",
+        "router.policy.fromRegistry": False,
+        "router.usage.mode": "log",
+    },
+    "marks with a policy of others": {
+        **_ONE,
+        "router.registry.url": "",
+        "router.policy.document": {},
+        "router.policy.fromRegistry": False,
+        "router.usage.mode": "log",
+    },
+    "marks with a control plane": _CONTROL_PLANE,
+    "marks with a spool": {**_CONTROL_PLANE, "router.usage.spool.persistence.existingClaim": ""},
+    "marks with a spool of the pod": {
+        **_CONTROL_PLANE,
+        "router.usage.spool.persistence.enabled": False,
+        "router.usage.spool.persistence.existingClaim": "",
     },
 }
 _RUNNER = (
@@ -210,6 +243,7 @@ def _jobs(with_files: Path) -> dict[str, Json]:
     keda = {"enabled": True, "serverAddress": "http://prometheus"}
     scraped = {"serviceMonitor": {"enabled": True}}
     near = {"router": {"service": {"trafficDistribution": "PreferSameNode"}}}
+    three = {"enabled": True, "minReplicas": 3}
     unchecked = with_files.with_name("unchecked")
     return jobs | {
         "upgrade": {**default, "upgrade": more},
@@ -236,6 +270,10 @@ def _jobs(with_files: Path) -> dict[str, Json]:
             "values": {"inference-api": {"enabled": False}},
         },
         "in a mesh": {**default, "values": MESH},
+        "keys": {**default, "values": KEYS},
+        "keys, an HPA": {**default, "values": _changed(KEYS, {"router.autoscaling": three})},
+        "a control plane": {**default, "values": CONTROL_PLANE},
+        "a changed policy": {**default, "values": KEYS, "upgrade": _changed(KEYS, {"router.policy": POLICY_LATER})},
         "KEDA with its own series": {**default, "values": {"router": {"keda": keda}, "monitoring": scraped}},
         "near on 1.33": {**default, "values": near, "kubernetes": "1.33"},
         "near on 1.34": {**default, "values": near, "kubernetes": "1.34"},

@@ -128,7 +128,8 @@ async def test_probes_ask_for_paths_that_the_app_has(name: str) -> None:
     assert {probe["port"] for probe in probes.values()} == {"ops"}
     assert probes["liveness"]["path"] != probes["readiness"]["path"]
     # One that waits for its registry is not killed for that.
-    waits = settings(found).registry_required == "on"
+    given = environ(found)
+    waits = "INFERENCE_API_REGISTRY_REQUIRED" in given or given.get("INFERENCE_API_POLICY") == "registry"
     assert probes["startup"]["path"] == probes["liveness" if waits else "readiness"]["path"]
 
     router = build(Settings())
@@ -339,18 +340,22 @@ async def test_helm_test_passes_where_the_router_answers(start_router: Callable[
     served = await start_router(FakeEngine())
     (container,) = hook["spec"]["containers"]
     python, dash_c, program = container["command"]
-    url, key, probe = container["args"]
+    url, key, probe, wanted = container["args"]
     assert (python, dash_c, urlsplit(url).hostname) == ("python", "-c", "inference-api")
     assert urlsplit(probe).hostname == "inference-api-ops"
 
-    async def run(base: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, base + urlsplit(url).path, key, base + urlsplit(probe).path]
+    async def run(base: str, wanted: str = wanted) -> subprocess.CompletedProcess[str]:
+        places = [base + urlsplit(url).path, key, base + urlsplit(probe).path]
+        command = [sys.executable, "-c", program, *places, wanted]
         return await asyncio.to_thread(subprocess.run, command, text=True, capture_output=True, timeout=30)
 
     passed, failed = await run(served.url), await run("http://127.0.0.1:1")
     assert passed.returncode == 0
     assert passed.stdout == f"200 at {served.url}/readyz\n1 models at {served.url}/v1/models\n"
     assert failed.returncode == 1
+
+    # One that is to ask for keys must not answer this.
+    assert (await run(served.url, "401")).returncode == 1
 
     empty = await run((await start_router(models=[])).url)
     assert empty.returncode == 1
@@ -365,6 +370,6 @@ def test_helm_test_asks_services_that_there_are(name: str) -> None:
     services = {o["metadata"]["name"]: [p["port"] for p in o["spec"]["ports"]] for o in found.of("Service")}
 
     for hook in (hook for hook in found.hooks if hook["kind"] == "Pod"):
-        url, _, probe = hook["spec"]["containers"][0]["args"]
+        url, _, probe, _ = hook["spec"]["containers"][0]["args"]
         for place in (urlsplit(url), urlsplit(probe)):
             assert place.port in services[place.hostname or ""]

@@ -7,9 +7,20 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from inference_api.app import GROUPS
 from inference_api.headers import NEVER_FORWARDED
+from inference_api.policy.document import (
+    SECTIONS,
+    Anonymous,
+    Budget,
+    Key,
+    Limit,
+    Organisation,
+    ScopedBudget,
+    ScopedLimit,
+)
 from inference_api.routing.entries import BackendEntry, CatalogueEntry, Hardware, Timeouts
 from inference_api.settings import PREFIX, SettingsError, fields_of, load_settings
 from tests.k8s.charts import CHART, CLUSTERS, ROOT
@@ -37,6 +48,8 @@ OWN = {
         "policy_cache",
         "key_pepper",
     ),
+    *("auth", "policy", "policy_cache", "key_pepper", "limits", "limits_on_failure", "limits_share", "redis_url"),
+    *("trusted_proxies", "usage", "usage_spool", "currency"),
 }
 
 
@@ -111,26 +124,50 @@ def test_every_setting_of_the_app_can_be_set() -> None:
 NUMBERS: list[Any] = [-1, 0, 0.5, 1, 1.5, 3, 4, 600, "many", ""]
 LISTS: dict[str, list[Any]] = {
     "FORWARD_HEADERS": [["x-vllm-priority"], ["X-Forwarded-For"], ["a b"], *([n.decode()] for n in NEVER_FORWARDED)],
-    "TRUSTED_PROXIES": [["10.0.0.0/8"], ["10.1.2.3/8", "fd00::/8", "::1"], ["10.0.0.0/33"], ["proxy"], ["10.0.0"]],
     "RETRY_ON_STATUS": [[503], [429, 504], [500], ["many"]],
 }
+_PROXIES = [["10.0.0.0/8"], ["10.1.2.3/8", "fd00::/8", "::1"], ["10.0.0.0/33"], ["proxy"], ["10.0.0"]]
+VALUE_OF: dict[tuple[str, str], list[Any]] = {("trustedProxies", "TRUSTED_PROXIES"): _PROXIES}
+ITEMS: dict[str, type[BaseModel]] = {
+    **{"organisation": Organisation, "apiKey": Key, "rateLimits": Limit, "budget": Budget},
+    **{"anonymous": Anonymous, "limits": ScopedLimit, "budgets": ScopedBudget},
+}
+
+
+def app_takes(name: str, value: Any) -> bool:
+    try:
+        load_settings({PREFIX + name: ",".join(map(str, value)) if isinstance(value, list) else str(value)}, GROUPS)
+    except SettingsError:
+        return False
+    return True
+
+
+def schema_takes(schema: dict[str, Any], value: Any) -> bool:
+    return jsonschema.Draft7Validator({**schema, "definitions": SCHEMA["definitions"]}).is_valid(value)
 
 
 @pytest.mark.parametrize("name", SCHEMA["properties"]["router"]["properties"]["settings"]["properties"])
 def test_the_schema_takes_of_a_setting_what_the_app_takes(name: str) -> None:
     """A pod that is restarted with a setting that cannot be used does not come back."""
-    schema = {**SCHEMA["properties"]["router"]["properties"]["settings"], "definitions": SCHEMA["definitions"]}
-    judge = jsonschema.Draft7Validator(schema)
+    schema = node(("router", "settings", name))
 
-    def app_takes(value: Any) -> bool:
-        try:
-            load_settings({PREFIX + name: ",".join(map(str, value)) if isinstance(value, list) else str(value)}, GROUPS)
-        except SettingsError:
-            return False
-        return True
+    assert [value for value in LISTS.get(name, NUMBERS) if schema_takes(schema, value) != app_takes(name, value)] == []
 
-    wrong = [value for value in LISTS.get(name, NUMBERS) if judge.is_valid({name: value}) != app_takes(value)]
-    assert wrong == []
+
+@pytest.mark.parametrize(("path", "name"), VALUE_OF, ids=[name for _, name in VALUE_OF])
+def test_the_schema_takes_of_a_value_what_the_app_takes(path: str, name: str) -> None:
+    schema = node(("router", *path.split(".")))
+
+    assert [value for value in VALUE_OF[path, name] if schema_takes(schema, value) != app_takes(name, value)] == []
+
+
+def test_a_policy_in_the_values_has_the_keys_of_a_policy() -> None:
+    sections = SCHEMA["definitions"]["policy"]["properties"]
+
+    assert sections.keys() == {*SECTIONS, "anonymous"}
+    told = [{**SCHEMA["definitions"], **sections}[name] for name in ITEMS]
+    for schema, model in zip(told, ITEMS.values(), strict=True):
+        assert schema.get("items", schema)["properties"].keys() == model.model_fields.keys(), model
 
 
 def test_a_model_has_the_keys_of_a_catalogue_entry() -> None:

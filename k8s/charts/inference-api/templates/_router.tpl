@@ -43,6 +43,7 @@ labels to select them by: a NetworkPolicy knows no host names.
 {{- end -}}
 {{- $ports := list -}}
 {{- range $urls }}{{ $ports = append $ports (include "inference-api.portOf" . | int) }}{{ end -}}
+{{- if eq .Values.router.rateLimits.store "redis" }}{{ $ports = append $ports (int .Values.router.rateLimits.redis.port) }}{{ end -}}
 {{- if include "inference-api.watchesSlices" . }}{{ $ports = concat $ports (list 443 6443) }}{{ end -}}
 {{- dict "ports" (uniq $ports) | toJson -}}
 {{- end -}}
@@ -73,15 +74,18 @@ labels to select them by: a NetworkPolicy knows no host names.
 {{- with include "inference-api.registryUrl" . }}{{ $_ := set $settings "REGISTRY_URL" . }}{{ end -}}
 {{- if $router.registry.required }}{{ $_ := set $settings "REGISTRY_REQUIRED" "on" }}{{ end -}}
 {{- if include "inference-api.watchesSlices" . }}{{ $_ := set $settings "DISCOVERY" $router.discovery.mode }}{{ end -}}
+{{- range $name, $value := include "inference-api.policySettings" . | fromJson }}{{ $_ := set $settings $name $value }}{{ end -}}
 {{- range $name, $value := $router.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
 {{- range $name, $value := $settings }}
 - name: INFERENCE_API_{{ $name }}
   value: {{ include "inference-api.scalar" $value | quote }}
 {{- end }}
-{{- with $router.registry }}
-{{- if .existingSecret }}
-- name: INFERENCE_API_REGISTRY_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .existingSecretKey | quote }}}}
+{{- $secrets := dict "REGISTRY_TOKEN" $router.registry "KEY_PEPPER" $router.auth.pepper -}}
+{{- if eq $router.rateLimits.store "redis" }}{{ $_ := set $secrets "REDIS_URL" $router.rateLimits.redis }}{{ end -}}
+{{- range $name, $source := $secrets }}
+{{- if $source.existingSecret }}
+- name: INFERENCE_API_{{ $name }}
+  valueFrom: {secretKeyRef: {name: {{ $source.existingSecret | quote }}, key: {{ $source.existingSecretKey | quote }}}}
 {{- end }}
 {{- end }}
 {{- range $name, $source := $router.backendTokens }}

@@ -7,6 +7,10 @@ What does not go together with what is in the cluster, a line each: told before 
 {{- if and (include "inference-api.registryKeeps" .) (not $claim.existingClaim) }}
 {{ include "inference-api.claimProblems" (dict "root" . "name" (include "inference-api.registryClaim" .) "claim" $claim "size" $claim.size "place" "registry.persistence" "sizePlace" "registry.persistence.size" "instead" "registry.persistence.existingClaim") }}
 {{- end -}}
+{{- $spool := .Values.router.usage.spool.persistence -}}
+{{- if and (include "inference-api.spoolClaim" .) (not $spool.existingClaim) }}
+{{ include "inference-api.claimProblems" (dict "root" . "name" (include "inference-api.spoolClaim" .) "claim" $spool "size" $spool.size "place" "router.usage.spool.persistence" "sizePlace" "router.usage.spool.persistence.size" "instead" "router.usage.spool.persistence.existingClaim") }}
+{{- end -}}
 {{- $cache := .Values.engines.cache -}}
 {{- range $name, $model := include "inference-api.deployed" . | fromJson -}}
 {{- $slug := include "inference-api.slug" $name -}}

@@ -96,7 +96,7 @@
 {{- if and .Values.monitoring.otel.enabled (not .Values.monitoring.otel.endpoint) -}}
 {{- $wrong = append $wrong "monitoring.otel needs monitoring.otel.endpoint, the URL of a collector" -}}
 {{- end -}}
-{{- $more := list (include "inference-api.modelProblems" .) (include "inference-api.catalogueProblems" .) (include "inference-api.liveProblems" .) -}}
+{{- $more := list (include "inference-api.modelProblems" .) (include "inference-api.catalogueProblems" .) (include "inference-api.policyProblems" .) (include "inference-api.liveProblems" .) -}}
 {{- range $more }}{{ range splitList "\n" . }}{{ with trim . }}{{ $wrong = append $wrong . }}{{ end }}{{ end }}{{ end -}}
 {{- $alerts := list -}}
 {{- range $path, $_ := .Files.Glob "files/rules/*.yaml" }}{{ range ($.Files.Get $path | fromYaml).groups }}{{ range .rules }}{{ $alerts = append $alerts (.alert | default "") }}{{ end }}{{ end }}{{ end -}}
