@@ -11,6 +11,8 @@ import yaml
 from inference_api.app import GROUPS
 from inference_api.errors import RouterError
 from inference_api.features import engine_load, keys, policy
+from inference_api.features.limits import Limiter
+from inference_api.features.stores.memory import MemoryStore
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.observe.families import Families
 from inference_api.observe.metrics import Metrics
@@ -53,7 +55,13 @@ def test_every_metric_is_documented_with_its_labels() -> None:
     policies = Policies("policy.yaml")
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))
-        for family in (*core, *engine_load.families(fleet), *policy.families(policies), *keys.Keys(policies).collect())
+        for family in (
+            *core,
+            *engine_load.families(fleet),
+            *policy.families(policies),
+            *keys.Keys(policies).collect(),
+            *Limiter(policies, MemoryStore()).collect(),
+        )
     }
 
     assert documented == exported

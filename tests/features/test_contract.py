@@ -38,6 +38,7 @@ from tests.fakes import (
 )
 from tests.faults.quiescence import quiet
 from tests.features.everything import Everything, knows, parts_of
+from tests.features.limited import Limited
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -57,10 +58,12 @@ def traced() -> On:
     return On([tracing(provider)])
 
 
+GENEROUS = [{"requests": 999, "per": 60}, {"tokens": 99_999, "per": 60}, {"streams": 9}]
 TURN_ON: dict[str, Callable[[], On]] = {
     "tracing": traced,
     "engine_load": lambda: On(settings={"load_signal_interval": 0.2}),
     "trusted_proxies": lambda: On(settings={"trusted_proxies": "127.0.0.1"}),
+    "limits": lambda: On([Limited(anonymous={"limits": GENEROUS}).limiter.feature()]),
     "everything": lambda: On([Everything().feature]),
 }
 

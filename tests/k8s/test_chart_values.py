@@ -47,6 +47,7 @@ OWN = {
         "policy",
         "policy_cache",
         "key_pepper",
+        "redis_url",
     ),
     *("auth", "policy", "policy_cache", "key_pepper", "limits", "limits_on_failure", "limits_share", "redis_url"),
     *("trusted_proxies", "usage", "usage_spool", "currency"),

@@ -37,6 +37,10 @@ class WindowLimit:
         self.precise = precise
         self.header = b"%d" % amount
 
+    def wanted(self, wants: Wants) -> int:
+        """What a request takes of it: at most all, so that a large request passes an empty window."""
+        return min(wants[self.place], self.amount)
+
 
 class StreamLimit:
     """The same for streams."""
@@ -51,22 +55,37 @@ class StreamLimit:
 
 
 class Plan:
-    """The limits of a request, by what they count; `windows`: those of requests and of tokens.
+    """The limits of a request.
 
-    `era`: in which it was made, see Limiter.
+    `requests`, `tokens`, `streams`: those that are taken here; `precise`: those that the store is asked for; `windows`,
+    `metered`, `all_streams`: all of requests and tokens, of tokens, of streams. `era`: in which it was made, see
+    Limiter. `is_closed`: it lets nothing through.
     """
 
-    __slots__ = ("era", "is_empty", "reads_input", "reads_output", "requests", "streams", "tokens", "windows")
+    __slots__ = (
+        "all_streams", "era", "is_closed", "is_empty", "is_special", "metered", "precise", "reads_input",
+        "reads_output", "requests", "streams", "tokens", "windows",
+    )  # fmt: skip
 
-    def __init__(self, windows: Sequence[WindowLimit], streams: Sequence[StreamLimit], era: int) -> None:
+    def __init__(
+        self, windows: Sequence[WindowLimit], streams: Sequence[StreamLimit], era: int = 0, is_closed: bool = False
+    ) -> None:
         self.era = era
-        self.requests = tuple(limit for limit in windows if limit.place == 0)
-        self.tokens = tuple(limit for limit in windows if limit.place)
-        self.windows = self.requests + self.tokens
-        self.streams = tuple(streams)
+        self.windows, self.all_streams = tuple(windows), tuple(streams)
+        self.metered = tuple(limit for limit in windows if limit.place)
+        precise = [limit for limit in windows if limit.precise], [limit for limit in streams if limit.precise]
+        self.precise: tuple[WindowLimit | StreamLimit, ...] = (*precise[0], *precise[1])
+        self.requests = tuple(limit for limit in windows if limit.place == 0 and not limit.precise)
+        self.tokens = tuple(limit for limit in self.metered if not limit.precise)
+        self.streams = tuple(limit for limit in streams if not limit.precise)
         self.is_empty = not windows and not streams
-        self.reads_input = any(limit.rule.unit != "output_tokens" for limit in self.tokens)
-        self.reads_output = any(limit.rule.unit != "input_tokens" for limit in self.tokens)
+        self.is_closed = is_closed and not self.is_empty
+        self.is_special = self.is_closed or bool(self.precise)
+        self.reads_input = any(limit.rule.unit != "output_tokens" for limit in self.metered)
+        self.reads_output = any(limit.rule.unit != "input_tokens" for limit in self.metered)
+
+    def without_precise(self) -> "Plan":
+        return Plan([*self.requests, *self.tokens], self.streams, self.era)
 
 
 # The name of a counter that limits share, the rule with the smallest of their amounts, and whether one is precise
@@ -104,7 +123,7 @@ def take(limits: tuple[WindowLimit, ...], wants: Wants, now: int) -> tuple[Windo
 def give_back(limits: Iterable[WindowLimit], wants: Wants, taken_at: int) -> None:
     """Undo `take`."""
     for limit in limits:
-        limit.window.give_back(min(wants[limit.place], limit.amount), taken_at)
+        limit.window.give_back(limit.wanted(wants), taken_at)
 
 
 def settle(limits: Iterable[WindowLimit], wants: Wants, used: Used, taken_at: int, now: int) -> None:
@@ -113,7 +132,7 @@ def settle(limits: Iterable[WindowLimit], wants: Wants, used: Used, taken_at: in
         amount = used[limit.place]
         if amount is None:
             continue
-        more = amount - min(wants[limit.place], limit.amount)
+        more = amount - limit.wanted(wants)
         if more < 0:
             limit.window.give_back(-more, taken_at)
         elif more:
@@ -122,23 +141,28 @@ def settle(limits: Iterable[WindowLimit], wants: Wants, used: Used, taken_at: in
 
 
 class Plans:
-    """Makes Plans of rules, with the counters of `store`. `routers`: among which each limit is divided."""
+    """Makes Plans of rules, with the counters of `store`. `routers`: among which each limit is divided.
 
-    def __init__(self, store: Store, routers: int = 1) -> None:
+    `asks`: the store can be asked for precise limits. `is_closed`: it lets nothing through that has a limit.
+    """
+
+    def __init__(self, store: Store, routers: int = 1, asks: bool = False, is_closed: bool = False) -> None:
         self._store = store
         self.routers = routers
+        self._asks = asks
+        self._is_closed = is_closed
 
-    def make(self, rules: Iterable[Rule], model: str, address: str, era: int = 0) -> Plan:
+    def make(self, rules: Iterable[Rule], model: str, address: str, era: int) -> Plan:
         """The Plan of requests by one caller, from one address, for one model."""
         windows: list[WindowLimit] = []
         streams: list[StreamLimit] = []
         for name, rule, precise in named(rules, model, address):
-            amount = max(rule.amount // self.routers, 1)
+            amount, precise = max(rule.amount // self.routers, 1), precise and self._asks
             if rule.unit == "streams":
                 streams.append(StreamLimit(rule, amount, self._store.streams(name), precise))
             else:
                 windows.append(WindowLimit(rule, amount, self._store.window(name, rule.per * 1000), precise))
-        return Plan(windows, streams, era)
+        return Plan(windows, streams, era, self._is_closed)
 
 
 def named(rules: Iterable[Rule], model: str, address: str) -> Iterator[Shared]:

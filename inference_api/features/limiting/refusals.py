@@ -27,9 +27,9 @@ def headers(unit: bytes, limit: WindowLimit, left: int, now: int, last: tuple[in
 
 
 def standing(plan: Plan, now: int) -> Headers:
-    """The headers of a request that is refused: what is left without it."""
+    """The headers of a request for which nothing is taken, or everything is."""
     found: Headers = []
-    for unit, limits in ((REQUESTS, plan.requests), (TOKENS, plan.tokens)):
+    for unit, limits in ((REQUESTS, [limit for limit in plan.windows if not limit.place]), (TOKENS, plan.metered)):
         if limits:
             left = [max(limit.amount - limit.window.used(now), 0) for limit in limits]
             tightest = min(range(len(limits)), key=lambda place: left[place] / limits[place].amount)
@@ -55,7 +55,7 @@ def refusal(windows: Iterable[WindowLimit], streams: Sequence[StreamLimit], want
     """Of all limits that refuse the request, the one with the longest wait."""
     longest: Refusal | None = None
     for limit in windows:
-        want = min(wants[limit.place], limit.amount)
+        want = limit.wanted(wants)
         wait = limit.window.wait(limit.amount - want, now)
         if wait and (longest is None or wait > longest.wait):
             longest = Refusal(limit.rule, limit.amount, want, wait)

@@ -1,0 +1,364 @@
+"""LIMITS: how many requests, tokens and streams the policy lets keys, users, organisations, models and addresses have.
+
+All limits of a request are looked at, then all are taken, or none. Tokens are reserved before they are known, and
+settled with the Record of the request. `limiting` has the rules, `stores` the counters.
+"""
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Iterator
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from inference_api.core import Core
+from inference_api.errors import LimitsUnavailable, RateLimited
+from inference_api.feature import Feature, Switch
+from inference_api.features.limiting.amounts import FIELDS, Means, choices_of, input_estimate, output_estimate
+from inference_api.features.limiting.plans import (
+    ONE,
+    Plan,
+    Plans,
+    StreamLimit,
+    Wants,
+    WindowLimit,
+    address_of,
+    give_back,
+    settle,
+    take,
+)
+from inference_api.features.limiting.refusals import REQUESTS, TOKENS, Refusal, headers, refusal, standing
+from inference_api.features.limiting.windows import Store
+from inference_api.features.stores.memory import MemoryStore
+from inference_api.features.stores.shared import Asked, take_share
+from inference_api.models import OK, Call, Caller, Reply, Send
+from inference_api.observe.account import Record
+from inference_api.observe.exposition import Family
+from inference_api.observe.families import counter, gauge
+from inference_api.policy.rules import Rule
+from inference_api.policy.snapshot import Policy
+from inference_api.policy.source import Policies
+from inference_api.routing.fleet import Model
+from inference_api.settings import PREFIX, Count, Group, Settings, SettingsError, without_password
+
+# Under which the state of a request has its Ticket
+_NAME = "limits"
+# The Plan of a request, what it wanted, when, and its limits of streams
+Ticket = tuple[Plan, Wants, int, tuple[StreamLimit, ...]]
+# Plans at most; one is made again in microseconds.
+_PLANS = 20_000
+# Models whose means are kept
+_MODELS = 10_000
+Precise = list[WindowLimit | StreamLimit]
+OnFailure = Literal["share", "open", "closed"]
+
+
+class Options(Group):
+    limits: Literal["local", "redis"] = Field(
+        default="local", description="where the limits of the policy are counted: in each router, or together in Redis"
+    )
+    limits_on_failure: OnFailure = Field(
+        default="share",
+        description="while Redis is away: a share of each limit for each router, none (`open`), or 503 (`closed`)",
+    )
+    limits_share: Count = Field(
+        default=1, description="number of routers among which `local` divides each limit, rounded down, at least 1"
+    )
+    redis_url: str | None = Field(
+        default=None, description="URL of Redis or Valkey: redis://, rediss:// or unix://; needs `inference-api[redis]`"
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):
+                raise ValueError("must be a redis://, rediss:// or unix:// URL")
+        return value
+
+
+def build(core: Core, settings: Settings) -> Feature | None:
+    """Off without a policy. Raises SettingsError without REDIS_URL, or if the extra `redis` is not installed."""
+    options, policies = settings.of(Options), core.provided(Policies)
+    if options.limits == "redis" and options.redis_url is None:
+        raise SettingsError(f"{PREFIX}LIMITS='redis': needs {PREFIX}REDIS_URL; set it to redis://HOST:6379")
+    if policies is None:
+        return None
+    if options.limits == "local":
+        store = MemoryStore()
+        limiter = Limiter(policies, store, options.limits_share)
+        store.on_evict(limiter.forget)
+        return limiter.feature()
+    try:
+        from inference_api.features.stores.redis import RedisStore
+    except ModuleNotFoundError as exc:
+        raise SettingsError(
+            f"{PREFIX}LIMITS='redis': the extra is not installed ({exc}); pip install 'inference-api[redis]'"
+        ) from None
+    assert options.redis_url is not None
+    try:
+        shared = RedisStore(options.redis_url, core.instance)
+    except ValueError as exc:
+        shown = without_password(options.redis_url)
+        raise SettingsError(f"{PREFIX}REDIS_URL={shown!r}: {exc}") from None
+    limiter = Limiter(policies, shared, options.limits_share, shared, options.limits_on_failure)
+    shared.on_evict(limiter.forget)
+    shared.on_change(limiter.forget)
+    return limiter.feature()._replace(tasks=(shared.run,))
+
+
+class Limiter:
+    """Lets requests through, or refuses them. `routers`: among which each limit is divided without Redis.
+
+    `asked`: `store`, if other routers count there, too; `on_failure`: what holds while it is away.
+    """
+
+    def __init__(
+        self,
+        policies: Policies,
+        store: Store,
+        routers: int = 1,
+        asked: Asked | None = None,
+        on_failure: OnFailure = "share",
+    ) -> None:
+        self._policies = policies
+        self._store = store
+        self._asked = asked
+        self._touch = None if asked is None else asked.touch
+        self._routers = routers
+        self._on_failure = on_failure
+        self._plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+        # Plans of an earlier one are made anew.
+        self._era = 0
+        self._means: dict[str, Means] = {}
+        # Refused requests by scope and unit
+        self._refused: dict[tuple[str, str], int] = {}
+        # Whether limits of addresses are for callers with a key, too
+        self._by_address = False
+        self._maker = Plans(store, routers)
+        policies.on_change(self._applied)
+        self.forget()
+
+    def feature(self) -> Feature:
+        return Feature("limits", fields=FIELDS, send=self.send, record=self.record, collect=self.collect)
+
+    def forget(self) -> None:
+        """Begin an era: the policy has changed, counters have gone, or Redis has. The counts stay."""
+        policy, asked = self._policies.current, self._asked
+        self._by_address = policy is not None and bool(policy.by_address)
+        self._era += 1
+        if asked is None:
+            self._maker = Plans(self._store, self._routers)
+        elif not asked.is_away:
+            self._maker = Plans(self._store, asks=True)
+        else:
+            routers = (asked.routers or self._routers) if self._on_failure == "share" else 1
+            self._maker = Plans(self._store, routers, is_closed=self._on_failure == "closed")
+
+    def send(self, send: Send) -> Send:
+        """The layer. Raises RateLimited, LimitsUnavailable."""
+        plans, clock = self._plans, self._store.now
+
+        # No coroutine: most requests do not wait here.
+        def limited(call: Call, model: Model) -> Awaitable[Reply]:
+            caller = call.caller
+            if caller is None or self._by_address:
+                client = call.client
+                key: tuple[object, ...] = caller, None if client is None else client[0], model.name
+            else:
+                key = caller, model.name
+            plan = plans.get(key)
+            if plan is None or plan.era != self._era:
+                plan = self._make(key, call, model)
+            if plan.is_empty:
+                return send(call, model)
+            wants = self._wants(call, model, plan) if plan.metered else ONE
+            if plan.is_special:
+                return self._special(send, call, model, plan, wants)
+            now = clock()
+            requests, tokens, streams = self._take(call, plan, wants, now)
+            # The Record has the same dictionary.
+            call.state[_NAME] = (plan, wants, now, streams)  # type: ignore[index]
+            if requests is not None:
+                call.answer_headers.extend(headers(REQUESTS, *requests, now))
+            if tokens is not None:
+                call.answer_headers.extend(headers(TOKENS, *tokens, now))
+            return send(call, model)
+
+        return limited
+
+    def record(self, record: Record) -> None:
+        """Release and settle what the request has taken."""
+        ticket: Ticket | None = record.state.get(_NAME)
+        if ticket is None:
+            return
+        plan, wants, taken_at, streams = ticket
+        for limit in streams:
+            limit.streams.own -= 1
+        if record.code is not None and (record.status == 503 or not record.attempts):
+            # The router itself has refused it.
+            give_back(plan.windows, wants, taken_at)
+        elif plan.metered:
+            self._settle(record, plan, wants, taken_at)
+        if self._touch is not None:
+            self._touch(plan)
+
+    def collect(self) -> Iterator[Family]:
+        asked = self._asked
+        text = "Requests that a limit has refused, by the scope and unit of the limit."
+        series = [(labels, float(count)) for labels, count in dict(self._refused).items()]
+        yield counter("limits_refused", text, ("scope", "unit"), series)
+        text = "1: Redis is away, and LIMITS_ON_FAILURE holds."
+        yield gauge("limits_degraded", text, (), [((), float(asked is not None and asked.is_away))])
+        text = "Routers that count limits together, or among which each limit is divided."
+        yield gauge("limits_routers", text, (), [((), float(self._routers if asked is None else asked.routers))])
+        text = "Calls of Redis that failed."
+        failures = {} if asked is None else dict(asked.failures)
+        yield counter("limits_sync_failures", text, ("reason",), [((why,), n) for why, n in failures.items()])
+
+    def _applied(self, policy: Policy) -> None:
+        self.forget()
+
+    def _make(self, key: tuple[object, ...], call: Call, model: Model) -> Plan:
+        host = "" if call.client is None else call.client[0]
+        era, rules = self._era, self._rules(call.caller)
+        plan = self._maker.make(rules, model.name, address_of(host), era)
+        self._plans[key] = plan
+        if len(self._plans) > _PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _rules(self, caller: Caller | None) -> Iterator[Rule]:
+        policy = self._policies.current
+        if policy is None or (self._asked is not None and self._asked.is_away and self._on_failure == "open"):
+            return
+        yield from policy.anonymous if caller is None else getattr(caller, "limits", policy.everyone)
+        yield from policy.by_address
+        yield from policy.by_model
+
+    def _wants(self, call: Call, model: Model, plan: Plan) -> Wants:
+        """What a request reserves."""
+        means, route = self._means_of(model.name), call.route
+        read = input_estimate(route, call.body, model.max_model_len, means) if plan.reads_input else 0
+        made = output_estimate(route, call.fields, means) if plan.reads_output else 0
+        return (1, read + made, read, made)
+
+    def _take(
+        self, call: Call, plan: Plan, wants: Wants, now: int
+    ) -> tuple[tuple[WindowLimit, int] | None, tuple[WindowLimit, int] | None, tuple[StreamLimit, ...]]:
+        """Take from all limits that are not precise. Returns the tightest of requests and of tokens, and the streams.
+
+        Raises RateLimited.
+        """
+        requests = tokens = None
+        streams = plan.streams if call.stream else ()
+        if self._touch is not None:
+            self._touch(plan)
+        for stream in streams:
+            if stream.streams.used(now) >= stream.amount:
+                raise self._refusal(call, plan, wants, now)
+        if plan.requests:
+            requests = take(plan.requests, wants, now)
+            if requests is None:
+                raise self._refusal(call, plan, wants, now)
+        if plan.tokens:
+            tokens = take(plan.tokens, wants, now)
+            if tokens is None:
+                give_back(plan.requests, wants, now)
+                raise self._refusal(call, plan, wants, now)
+        for stream in streams:
+            stream.streams.own += 1
+        return requests, tokens, streams
+
+    def _refusal(self, call: Call, plan: Plan, wants: Wants, now: int, found: Refusal | None = None) -> RateLimited:
+        """The error of a request that is refused; `found`: by this limit."""
+        if found is None:
+            found = refusal(plan.windows, plan.all_streams if call.stream else (), wants, now)
+        if found is None:
+            # Redis has refused, and there is room again.
+            rule, amount = plan.precise[0].rule, plan.precise[0].amount
+            found = Refusal(rule, amount, min(wants[1], amount), 1)
+        labels = found.rule.scope, found.rule.unit
+        self._refused[labels] = self._refused.get(labels, 0) + 1
+        call.answer_headers.extend(standing(plan, now))
+        return found.error()
+
+    def _special(self, send: Send, call: Call, model: Model, plan: Plan, wants: Wants) -> Awaitable[Reply]:
+        if plan.is_closed:
+            raise LimitsUnavailable
+        return self._ask(send, call, model, plan, wants)
+
+    async def _ask(self, send: Send, call: Call, model: Model, plan: Plan, wants: Wants) -> Reply:
+        """Take the limits that are not precise, then the precise ones; if those refuse, give the others back."""
+        asked = self._asked
+        assert asked is not None
+        now = self._store.now()
+        _, _, streams = self._take(call, plan, wants, now)
+        precise: Precise = [limit for limit in plan.precise if call.stream or isinstance(limit, WindowLimit)]
+        try:
+            granted = await asked.ask(precise, wants) if precise else True
+            if granted is None:
+                plan = self._without_answer(call, plan, precise, wants)
+            elif not granted:
+                raise self._refusal(call, plan, wants, self._store.now())
+        except BaseException:
+            give_back([*plan.requests, *plan.tokens], wants, now)
+            for stream in streams:
+                stream.streams.own -= 1
+            raise
+        held = tuple(limit for limit in plan.precise if call.stream and isinstance(limit, StreamLimit))
+        call.state[_NAME] = (plan, wants, now, streams + held)  # type: ignore[index]
+        call.answer_headers.extend(standing(plan, self._store.now()))
+        return await send(call, model)
+
+    def _without_answer(self, call: Call, plan: Plan, precise: Precise, wants: Wants) -> Plan:
+        """Redis has not answered in time: decide by LIMITS_ON_FAILURE. Returns the Plan of what is taken."""
+        asked = self._asked
+        assert asked is not None
+        if self._on_failure == "closed":
+            raise LimitsUnavailable
+        if self._on_failure == "open":
+            return plan.without_precise()
+        now = self._store.now()
+        refused = take_share(precise, wants, asked.routers or self._routers, now)
+        if refused is not None:
+            raise self._refusal(call, plan, wants, now, refused)
+        asked.touch(plan)
+        return plan
+
+    def _settle(self, record: Record, plan: Plan, wants: Wants, taken_at: int) -> None:
+        read, made, is_reported = used_by(record)
+        if is_reported:
+            self._means_of(record.model_name).add(read, made, choices_of(record.fields))
+        if made is None and not wants[3]:
+            # Of a route that generates nothing
+            made = 0
+        total = None if read is None or made is None else read + made
+        settle(plan.metered, wants, (1, total, read, made), taken_at, self._store.now())
+
+    def _means_of(self, model: str) -> Means:
+        found = self._means.get(model)
+        if found is None:
+            if len(self._means) >= _MODELS:
+                self._means.clear()
+            found = self._means[model] = Means()
+        return found
+
+
+def used_by(record: Record) -> tuple[int | None, int | None, bool]:
+    """Tokens of input and output, None: unknown; and whether the engine has reported them."""
+    metered = record.state.get("metered")
+    if metered is not None:
+        return metered[0], metered[2], metered[4] == "reported"
+    if not 200 <= record.status < 300 or record.code is not None:
+        return 0, 0, False
+    read, _, made, _ = record.tokens
+    if read is not None or made is not None:
+        return read, made, True
+    if record.events and record.outcome is not OK:
+        return -(-record.body_size // 4), record.events, False
+    return None, None, False
+
+
+FEATURE = Switch(build, Options)
