@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from inference_api.application import Application
 from inference_api.core import Core, Outside
 from inference_api.feature import ByModel, Feature, Layer, Run, with_taps
-from inference_api.features import engine_load, keys, limits, policy, tracing, trusted_proxies
+from inference_api.features import engine_load, keys, limits, metering, policy, tracing, trusted_proxies, usage
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
 from inference_api.observe.account import Sink
@@ -26,8 +26,12 @@ FEATURES = (
     # Before all that applies it.
     policy.FEATURE,
     keys.FEATURE,
+    # Annotates first: what others make of a request begins with its tokens.
+    metering.FEATURE,
     # Around all that answers a request.
     limits.FEATURE,
+    # Annotates last: the record has what the others noted.
+    usage.FEATURE,
 )
 # The settings of features, and the class of catalogue entries with their keys
 GROUPS = tuple(feature.options for feature in FEATURES if feature.options)

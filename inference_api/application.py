@@ -27,6 +27,7 @@ class Application:
     def drain(self) -> None:
         """Begin to stop: readiness fails, so that new traffic goes elsewhere. Requests are still answered."""
         self.probes.drain()
+        self.core.drain()
 
     def reload(self) -> None:
         """Reload catalogue, credentials and trusted certificates now; requests in flight continue."""

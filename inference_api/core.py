@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from time import monotonic
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -65,9 +66,9 @@ class Outside(NamedTuple):
     """What the router gets from the process beside settings; tests replace it.
 
     `variables`: the environment, for credentials and OpenTelemetry. `catalogue` replaces the file of the settings.
-    `write_line`: takes the fields of an access line. `transport`, `registry_client`, `resolve`: the way to backends, to
-    the registry, and to the addresses of names. `cluster`: the Kubernetes API that lists the pods of Services; DNS then
-    resolves only other names.
+    `write_line`: takes the fields of an access line, `write_usage` a usage record as JSON. `transport`,
+    `registry_client`, `resolve`: the way to backends, to the registry, and to the addresses of names. `cluster`: the
+    Kubernetes API that lists the pods of Services; DNS then resolves only other names.
     """
 
     variables: Mapping[str, str] = MappingProxyType({})
@@ -80,6 +81,7 @@ class Outside(NamedTuple):
     cluster: Cluster | None = None
     rand: random.Random | None = None
     revision: str = ""
+    write_usage: Callable[[bytes], None] | None = None
 
 
 class Core:
@@ -100,6 +102,8 @@ class Core:
         # Of this process: its name among the routers, and one that no other process ever has.
         self.instance, self.boot = _instance(settings.port), secrets.token_hex(8)
         self._provided: dict[type, object] = {}
+        # Loop time at which the process must have ended; None: it runs.
+        self._stop_by: float | None = None
         makers = {name: make for group in (BALANCERS, *balancers) for name, make in group.items()}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
         self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
@@ -157,6 +161,15 @@ class Core:
         run = [self.reloader.run, self.registry.run, *(finder.run for finder in self._finders)]
         return [*run, facts.run, self.health.run, prober.run, self.lag.run, sleep_poller.run]
 
+    def drain(self) -> None:
+        """The process begins to stop; the second time, it has no time left."""
+        delay, timeout = self.settings.drain_delay, self.settings.drain_timeout
+        self._stop_by = monotonic() + (delay + timeout if self._stop_by is None else 0.0)
+
+    def seconds_left(self) -> float:
+        """Until the end of the drain; infinity before it has begun."""
+        return math.inf if self._stop_by is None else self._stop_by - monotonic()
+
     def provide(self, part: object) -> None:
         """Share an object of one feature with those after it in the list, by its class."""
         self._provided[type(part)] = part
@@ -204,6 +217,8 @@ class Core:
             yield
         finally:
             on_stop()
+            if self._stop_by is None:
+                self.drain()
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)

@@ -30,6 +30,7 @@ _ANSWERED = Record(
     state={},
     body_size=0,
     fields={},
+    answered=200,
 )
 
 

@@ -10,7 +10,8 @@ import yaml
 
 from inference_api.app import GROUPS
 from inference_api.errors import RouterError
-from inference_api.features import engine_load, keys, policy
+from inference_api.features import engine_load, keys, policy, usage
+from inference_api.features.delivery.sender import Answer, Delivery
 from inference_api.features.limits import Limiter
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.http.routes import INFERENCE_ROUTES
@@ -45,6 +46,10 @@ def test_the_configuration_page_is_made_from_the_settings() -> None:
     assert made.stdout == (DOCS / "configuration.md").read_text(), "run scripts/configuration.py --write"
 
 
+async def nobody(batch: bytes) -> Answer:
+    raise NotImplementedError
+
+
 def test_every_metric_is_documented_with_its_labels() -> None:
     page = (DOCS / "metrics.md").read_text()
     rows = re.findall(r"^\| `(inference_api_\w+)` \| (\w+) \| ?([\w, ]*?) ?\| \S.* \|$", page, re.MULTILINE)
@@ -53,15 +58,16 @@ def test_every_metric_is_documented_with_its_labels() -> None:
     fleet = Fleet(make_balancer)
     core = Families(Metrics(dict), lambda: RegistryStatus("static", 0, 0.0, {}))()
     policies = Policies("policy.yaml")
+    features = (
+        *engine_load.families(fleet),
+        *policy.families(policies),
+        *keys.Keys(policies).collect(),
+        *Limiter(policies, MemoryStore()).collect(),
+        *usage.families({"logged": 0}, Delivery(nobody)),
+    )
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))
-        for family in (
-            *core,
-            *engine_load.families(fleet),
-            *policy.families(policies),
-            *keys.Keys(policies).collect(),
-            *Limiter(policies, MemoryStore()).collect(),
-        )
+        for family in (*core, *features)
     }
 
     assert documented == exported

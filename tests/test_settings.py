@@ -32,6 +32,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "limits_on_failure": ("closed", "closed"),
     "limits_share": ("3", 3),
     "redis_url": ("rediss://user:s3cret@redis:6380/1", "rediss://user:s3cret@redis:6380/1"),
+    "usage": ("registry", "registry"),
+    "usage_spool": ("/var/spool/usage", Path("/var/spool/usage")),
     "connect_timeout": ("1", 1.0),
     "first_byte_timeout": ("2", 2.0),
     "idle_timeout": ("3", 3.0),

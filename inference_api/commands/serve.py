@@ -9,7 +9,7 @@ from inference_api.commands.configuration import catalogue_of, environment, is_p
 from inference_api.commands.summary import Summary
 from inference_api.core import Outside
 from inference_api.discovery.cluster import Cluster, ClusterError, in_cluster
-from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled
+from inference_api.observe.log import configure_logging, dropped_lines, log_unhandled, usage_log
 from inference_api.server.server import handling, run_server
 from inference_api.settings import PREFIX, Settings, SettingsError
 
@@ -37,6 +37,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         dropped_lines=dropped_lines,
         cluster=_cluster(settings),
         revision=built,
+        write_usage=usage_log(),
     )
     application = build(settings, outside)
     try:

@@ -55,6 +55,8 @@ class Record(NamedTuple):
     # Bytes of the request body, and its small fields: those of the route and of `Feature.fields`
     body_size: int
     fields: Mapping[str, Any]
+    # The status that a backend answered with, 0 if none did; the client may have got another one.
+    answered: int
 
     @property
     def cost(self) -> int | None:
@@ -156,13 +158,15 @@ class Account:
         """Make the Record, at the end of the answer."""
         relay, reply, call, first, events, tokens = self.relay, self.reply, self.call, None, 0, _NO_COUNTS
         took = self.clock() - self.began
-        attempts, backend, body_size, fields = 0, None, 0, _NOTHING
+        attempts, backend, body_size, fields, answered = 0, None, 0, _NOTHING, 0
         if call is not None:
             body_size, fields = len(call.body), call.fields
             if call.tried:
                 attempts, backend = len(call.tried), call.tried[-1].label
         if reply is not None:
-            backend = None if reply.backend is None else reply.backend.label
+            backend, answered = None, reply.status
+            if reply.backend is not None:
+                backend = reply.backend.label
         if relay is not None and relay.started:
             self.status, self.size, events = relay.status, relay.size, relay.streamed_events
             usage = relay.usage()
@@ -175,7 +179,7 @@ class Account:
         facts = (
             self.request_id, self.route, self.model_name, self.asked, backend, self.status, self.outcome, attempts,
             self.stream, self.code, took, first, overhead, tokens, events, self.size, self.caller, self.model,
-            self.client, self.path, self.extra, self.state, body_size, fields,
+            self.client, self.path, self.extra, self.state, body_size, fields, answered,
         )  # fmt: skip
         # Avoids the NamedTuple's constructor, which is a call in Python.
         return tuple.__new__(Record, facts)

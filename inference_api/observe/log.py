@@ -43,6 +43,17 @@ class AccessLog:
         self._writer.later(self._render(self._clock(), level, "request", fields))
 
 
+class UsageLog:
+    """One line per usage record, as JSON and at any level of the log: it is data for other programs."""
+
+    def __init__(self, writer: LogWriter, clock: Callable[[], float] = time.time) -> None:
+        self._writer = writer
+        self._clock = clock
+
+    def __call__(self, record: bytes) -> None:
+        self._writer.later(f'{{"time":"{_timestamp(self._clock())}{_start("info", "usage", True)}{record[1:].decode()}')
+
+
 class LogHandler(logging.Handler):
     """Passes records of the logging module to a writer; `flush` waits for it, with a time limit."""
 
@@ -134,6 +145,12 @@ def configure_logging(
 def _notice(render: Render, lines: int) -> str:
     text = "log lines were dropped here, because they could not be written in time"
     return render(time.time(), "warning", text, {"logger": __name__, "lines": lines})
+
+
+def usage_log() -> UsageLog:
+    """The log of usage records, by the writer that `configure_logging` made."""
+    [writer] = [handler.writer for handler in logging.getLogger().handlers if isinstance(handler, LogHandler)]
+    return UsageLog(writer)
 
 
 def dropped_lines() -> int:

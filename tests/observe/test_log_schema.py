@@ -41,6 +41,8 @@ SCHEMA: dict[str, Any] = orjson.loads((DOCS / "log-schema.json").read_bytes())
 REQUEST: dict[str, Any] = SCHEMA["$defs"]["request"]
 FIELDS: dict[str, Any] = REQUEST["properties"]
 VALIDATOR = Draft202012Validator(SCHEMA)
+USAGE_LINE: dict[str, Any] = orjson.loads((DOCS / "schemas" / "usage-log.json").read_bytes())
+USAGE_RECORD: dict[str, Any] = orjson.loads((DOCS / "schemas" / "usage-record.json").read_bytes())
 
 SCRIPTS = {
     b"reset": sse(event(), then=Line.reset),
@@ -103,6 +105,7 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
         "first_byte_timeout": 0.8,
         "log_level": "debug",
         "registry_url": f"http://127.0.0.1:{free_port()}",
+        "usage": "log",
     }
     async with command(tmp_path, engine, environ=environ, **settings) as router:
         await ready(router.client)
@@ -129,11 +132,26 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
     }  # fmt: skip
     told = {name for line in requests for name in line}
     assert told == FIELDS.keys() - (set() if traced else {"trace_id", "span_id"})
+    records = [line for line in lines if line["event"] == "usage"]
+    assert [line for line in records if not Draft202012Validator(USAGE_LINE).is_valid(line)] == []
+    assert [line["id"] for line in records] == [line["usage_id"] for line in requests if "usage_id" in line]
     assert {line["event"] for line in lines} >= {"serving", "the circuit of a backend is open", "stopped"}
 
 
-def test_the_schema_is_one() -> None:
-    Draft202012Validator.check_schema(SCHEMA)
+def test_the_schemas_are_schemas() -> None:
+    for schema in (SCHEMA, USAGE_LINE, USAGE_RECORD):
+        Draft202012Validator.check_schema(schema)
+
+
+def test_a_usage_line_is_a_usage_record_with_the_beginning_of_a_line() -> None:
+    added = {"time": FIELDS["time"], "level": {"const": "info"}, "event": {"const": "usage"}}
+
+    assert USAGE_LINE["properties"].keys() == added.keys() | USAGE_RECORD["properties"].keys()
+    assert {name: field for name, field in USAGE_LINE["properties"].items() if name not in added} == USAGE_RECORD[
+        "properties"
+    ]
+    assert USAGE_LINE["required"] == [*added, *USAGE_RECORD["required"]]
+    assert USAGE_LINE["additionalProperties"] is USAGE_RECORD["additionalProperties"] is False
 
 
 LINE = {

@@ -1,0 +1,1 @@
+"""Usage records on their way: made of Records, queued, spooled on disk, and sent to the control plane."""

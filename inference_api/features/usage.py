@@ -1,0 +1,117 @@
+"""USAGE: one record of each request on an inference route, to the log or to the control plane.
+
+It is made and encoded at the end of the request, and put into a queue; `delivery` does the rest in the background. A
+request never waits for it, and never fails because of it.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from pydantic import Field
+
+from inference_api.core import Core
+from inference_api.feature import Feature, Switch
+from inference_api.features.delivery.attempts import noting
+from inference_api.features.delivery.records import END_USER, ROUTES, encode, usage_record
+from inference_api.features.delivery.sender import Delivery, posting
+from inference_api.features.delivery.spool import Spool
+from inference_api.observe.account import Record
+from inference_api.observe.exposition import Family
+from inference_api.observe.families import counter, gauge
+from inference_api.settings import PREFIX, Group, Settings, SettingsError
+
+# The field of the access line with the record's id
+USAGE_ID = "usage_id"
+
+
+class Options(Group):
+    usage: Literal["off", "log", "registry"] = Field(
+        default="off", description="where the usage record of each request goes: log, registry (the control plane)"
+    )
+    usage_spool: Path | None = Field(
+        default=None,
+        description="directory for usage records while the control plane is away, 64 MiB; unset: they wait in memory",
+    )
+
+
+def build(core: Core, settings: Settings) -> Feature | None:
+    """Raises SettingsError if there is no control plane, or the spool is no directory."""
+    options = settings.of(Options)
+    if options.usage == "off":
+        return None
+    if options.usage == "log":
+        records = UsageRecords(core.boot, core.instance, core.outside.write_usage or (lambda record: None))
+        return records.feature(collect=lambda: families({"logged": records.made}, None))
+    if core.registry_client is None:
+        raise SettingsError(
+            f"{PREFIX}USAGE='registry': needs the URL of the control plane; set {PREFIX}REGISTRY_URL, or USAGE to log"
+        )
+    spool = None if options.usage_spool is None else _spool(options.usage_spool, core.boot)
+    delivery = Delivery(posting(core.registry_client), spool, seconds_left=core.seconds_left, rand=core.rand.random)
+    records = UsageRecords(core.boot, core.instance, delivery.put)
+    return records.feature(
+        collect=lambda: families(delivery.results, delivery), tasks=(delivery.run,), close=delivery.close
+    )
+
+
+def _spool(directory: Path, boot: str) -> Spool:
+    if directory.exists() and not directory.is_dir():
+        raise SettingsError(f"{PREFIX}USAGE_SPOOL={str(directory)!r}: is not a directory; set it to one, or unset it")
+    return Spool(directory, boot)
+
+
+class UsageRecords:
+    """Makes the records of a router, and gives each to `take`, encoded. `boot`: of the process, for the ids."""
+
+    def __init__(
+        self,
+        boot: str,
+        instance: str,
+        take: Callable[[bytes], None],
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self._next = count(1).__next__
+        self._boot = boot
+        self._instance = instance
+        self._take = take
+        self._now = now
+        self._clock = clock
+        self.made = 0
+
+    def feature(self, **parts: Any) -> Feature:
+        return Feature(
+            "usage", fields=END_USER, attempt=noting(self._clock), annotate=self.annotate, record=self.record, **parts
+        )
+
+    def annotate(self, record: Record, extra: dict[str, Any]) -> None:
+        """Name the record that there will be in the access line."""
+        if record[1] in ROUTES:
+            extra[USAGE_ID] = f"{self._boot}-{self._next()}"
+
+    def record(self, record: Record) -> None:
+        usage_id = record[20].get(USAGE_ID)
+        if usage_id is not None:
+            self.made += 1
+            self._take(encode(usage_record(record, usage_id, self._instance, self._now(), self._clock())))
+
+
+def families(results: "Counter[str] | dict[str, int]", delivery: Delivery | None) -> Iterator[Family]:
+    text = "Usage records by what became of them; a spooled one is delivered later."
+    yield counter("usage_records", text, ("result",), [((result,), float(n)) for result, n in dict(results).items()])
+    if delivery is None:
+        return
+    dropped = [((reason,), float(n)) for reason, n in dict(delivery.dropped).items()]
+    yield counter("usage_dropped", "Usage records that are lost.", ("reason",), dropped)
+    waiting = [((), float(len(delivery.outbox)))]
+    yield gauge("usage_queue_records", "Usage records in memory that the control plane does not have yet.", (), waiting)
+    size = 0 if delivery.spool is None else delivery.spool.size
+    yield gauge("usage_spool_bytes", "Bytes of usage records on disk that wait.", (), [((), float(size))])
+
+
+FEATURE = Switch(build, Options)
