@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_everything_is_pinned_by_hash(lock: str) -> None:
     assert pinned
     assert len(pinned) == len(re.findall(r"^[A-Za-z0-9]", text, re.MULTILINE))
     assert f"--require-hashes --only-binary :all: -r {lock}" in DOCKERFILE
+
+
+def test_the_image_has_what_the_chart_can_turn_on() -> None:
+    """Traces, and limits that routers count together: extras of the package, and no choice of who builds the image."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = {re.split("[<>=]", need)[0] for extra in ("otel", "redis") for need in extras[extra]}
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+
+    assert wanted <= {*pinned}
 
 
 def test_nothing_is_installed_without_a_lock() -> None:
