@@ -122,8 +122,6 @@ NUMBERS: list[Any] = [-1, 0, 0.5, 1, 1.5, 3, 4, 600, "many", ""]
 LISTS: dict[str, list[Any]] = {
     "FORWARD_HEADERS": [["x-vllm-priority"], ["X-Forwarded-For"], ["a b"], *([n.decode()] for n in NEVER_FORWARDED)],
     "RETRY_ON_STATUS": [[503], [429, 504], [500], ["many"]],
-    "USAGE": ["off", "log", "registry", "many", 1, ""],
-    "USAGE_SPOOL": ["/var/spool/usage"],
 }
 _PROXIES = [["10.0.0.0/8"], ["10.1.2.3/8", "fd00::/8", "::1"], ["10.0.0.0/33"], ["proxy"], ["10.0.0"]]
 VALUE_OF: dict[tuple[str, str], list[Any]] = {("trustedProxies", "TRUSTED_PROXIES"): _PROXIES}
