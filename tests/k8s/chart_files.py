@@ -34,8 +34,8 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that show something."""
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    """Those that show something of Prometheus."""
+    return [panel for panel in dashboard["panels"] if panel["type"] not in ("row", "text")]
 
 
 def panel_expressions() -> Iterator[tuple[str, str]]:

@@ -4,13 +4,16 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from inference_api.demo.telemetry import Telemetry
 from tests.k8s import chart_files
 from tests.k8s.chart_files import ROOT, TGI, metrics, panels, sample_names
+from tests.k8s.everything import everything
 
 DASHBOARDS = chart_files.dashboards()
 RULES = chart_files.rules()
@@ -71,6 +74,23 @@ def test_an_expression_obeys_the_variables(where: str, expression: str) -> None:
     assert expression.count("(") == expression.count(")")
 
 
+def test_organisations_keys_and_users_are_no_labels() -> None:
+    """They come from usage; a text says so, with a query of the log that a router with USAGE=log writes."""
+    (text,) = [panel for panel in DASHBOARDS["router"]["panels"] if panel["type"] == "text"]
+    query = re.findall("```\n(.*?)```", text["options"]["content"], re.DOTALL)
+
+    assert "organisation" in query[0]
+    for name in re.findall(r"unwrap (\w+)", query[0]) + re.findall(r"by \((\w+)\)", query[0]):
+        assert name in usage_fields(), name
+    for where, expression in chart_files.panel_expressions():
+        assert not re.search(r"\b(organisation|user|key|key_id)\b", expression), where
+
+
+def usage_fields() -> set[str]:
+    schema = orjson.loads((ROOT / "docs/schemas/usage-record.json").read_bytes())
+    return {*schema["properties"]}
+
+
 def test_a_panel_needs_no_rules() -> None:
     """Dashboards may be on where monitoring.prometheusRule is not."""
     recorded = chart_files.recorded(RULES)
@@ -99,8 +119,8 @@ def test_the_metrics_of_an_expression_are_found() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_asked_for_is_exported(start_router: Start) -> None:
-    served = await start_router(load_signal_interval=60)
+async def test_what_is_asked_for_is_exported(start_router: Start, tmp_path: Path) -> None:
+    served = await start_router(**everything(tmp_path, "http://127.0.0.1:1"))
     page = (await served.client.get("/metrics")).text
     exported = sample_names(page) | sample_names(Telemetry("m", 10).page().decode()) | sample_names(TGI)
     exported |= chart_files.recorded(RULES)
@@ -115,9 +135,10 @@ async def test_what_is_asked_for_is_exported(start_router: Start) -> None:
 
 
 @pytest.mark.anyio
-async def test_every_metric_of_the_router_is_shown_or_watched(start_router: Start) -> None:
+async def test_every_metric_of_the_router_is_shown_or_watched(start_router: Start, tmp_path: Path) -> None:
     """What nobody looks at would cost for nothing."""
-    page = (await (await start_router(load_signal_interval=60)).client.get("/metrics")).text
+    served = await start_router(**everything(tmp_path, "http://127.0.0.1:1"))
+    page = (await served.client.get("/metrics")).text
     exported = {name for name in sample_names(page) if name.startswith("inference_api_")}
     used = set().union(*(metrics(expression) for _, expression in chart_files.panel_expressions()))
     used |= set().union(*(metrics(rule["expr"]) for rule in RULES))

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from inference_api.settings import Settings
 from tests.conftest import serving
 from tests.fakes import Line, Received, ScriptedServer, event, json_response, raw, sse
 from tests.k8s import chart_files
+from tests.k8s.everything import HEADERS, everything
 from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
@@ -38,7 +40,7 @@ def placed(expression: str) -> str:
 
 
 @pytest.fixture
-async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dict[str, list[str]]]:
+async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> AsyncIterator[dict[str, list[str]]]:
     """The addresses to scrape, by job: all that can go wrong with a request does, again and again."""
     async with AsyncExitStack() as stack:
         served: Any = SimpleNamespace(app=create_engine("m", tokens_per_second=500))
@@ -54,19 +56,20 @@ async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dic
             {"name": "breaking", "backends": [{"url": breaking.url}]},
             # One that fails where the other does not is set aside.
             {"name": "uneven", "served_model_name": "m", "backends": [{"url": engines[0]}, {"url": failing.url}]},
+            {"name": "limited", "served_model_name": "m", "backends": [{"url": engines[0]}]},
             {"name": "gone", "backends": [{"url": "http://gone.test", "discovery": "dns"}]},
         ]
         models[0]["balancing"] = models[2]["balancing"] = "round_robin"
-        registry = await stack.enter_async_context(ScriptedServer(every_other({"models": models})))
+        registry = await stack.enter_async_context(ScriptedServer(control_plane({"models": models})))
         router = await start_router(
             models=models,
             resolve=nobody,
-            registry_url=registry.url,
             registry_refresh=0.5,
             discovery_interval=0.5,
             health_interval=0.5,
-            load_signal_interval=0.5,
+            **everything(tmp_path, registry.url),
         )
+        router.client.headers.update(HEADERS)
         async with repeated(lambda: requests_of_every_kind(router)):
             yield {"router": [router.url], "engines": engines, "tgi": [tgi.url]}
 
@@ -74,7 +77,7 @@ async def targets(start_engine: Start, start_router: Start) -> AsyncIterator[dic
 async def requests_of_every_kind(router: Any) -> None:
     await router.chat()
     await router.chat(stream=True, stream_options={"include_usage": True})
-    for model in ("gone", "nobody's"):
+    for model in ("gone", "nobody's", "limited"):
         await router.chat(model=model)
     await router.chat(model="breaking")
     # Whose fault it is shows by some dozen requests.
@@ -108,12 +111,18 @@ def either(stream: Any, whole: Any) -> Any:
     return script
 
 
-def every_other(document: Any) -> Any:
-    """A registry that answers, and then does not."""
+def control_plane(document: Any) -> Any:
+    """A registry that answers, and then does not; it takes usage, and tells of an hour ago what was spent."""
     answers = iter(range(10_000))
 
     async def script(request: Received, line: Line) -> None:
-        await line.send(json_response(document, "503 No" if next(answers) % 2 else "200 OK"))
+        if request.target == "/usage":
+            await line.send(json_response({"accepted": 500, "duplicates": 0, "refused": []}))
+        elif request.target == "/spend":
+            at = datetime.now(UTC) - timedelta(hours=1)
+            await line.send(json_response({"at": f"{at:%Y-%m-%dT%H:%M:%SZ}", "currency": "USD", "budgets": []}))
+        else:
+            await line.send(json_response(document, "503 No" if next(answers) % 2 else "200 OK"))
 
     return script
 
@@ -247,6 +256,7 @@ NOTICED = {
     "InferenceRouterRejecting",
     "InferenceRouterUpstreamErrors",
     "InferenceRouterErrorBudgetBurnFast",
+    "InferenceRouterLimitsDegraded",
 }
 NOT_NOTICED = {
     "InferenceRouterDown",
