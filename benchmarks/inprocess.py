@@ -8,6 +8,7 @@ loop's reading and writing are missing. Without them the cost of a request varie
 """
 
 import asyncio
+import json
 import logging
 import os
 import tempfile
@@ -18,18 +19,19 @@ from typing import Any
 
 import uvicorn
 import uvloop
+import yaml
 from starlette.types import ASGIApp
 
 from benchmarks import wire
 from benchmarks.candidates import Site, write_catalogue
 from benchmarks.engine import NOT_FOUND, PAGES, page_of, response
 from benchmarks.setup import Setup
-from inference_api.app import build
+from inference_api.app import GROUPS, build
 from inference_api.core import Outside
-from inference_api.observe.log import configure_logging
+from inference_api.observe.log import configure_logging, usage_log
 from inference_api.server.connection import ClientConnection, State
 from inference_api.server.server import server_config
-from inference_api.settings import Settings
+from inference_api.settings import make_settings
 
 STREAM_EVENTS = 100
 # How much one read of a socket brings at most, as uvloop does it.
@@ -182,13 +184,19 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
         with tempfile.TemporaryDirectory() as directory, Path(os.devnull).open("w") as nowhere:
             clients = []
             for setup in setups:
-                settings = Settings(
-                    catalogue=write_catalogue(Site(9, setup, Path(directory))),
-                    max_in_flight=setup.streams + 1000,
+                catalogue = write_catalogue(Site(9, setup, Path(directory)))
+                if setup.price:
+                    _add_price(catalogue)
+                values = {
+                    "catalogue": catalogue,
+                    "max_in_flight": setup.streams + 1000,
                     # Under valgrind a second is short, and a connection that came of age would be made again.
-                    upstream_keepalive=_LONG,
-                )
-                router = build(settings, Outside(write_line=configure_logging("info", "json", nowhere)))
+                    "upstream_keepalive": _LONG,
+                    **dict(setup.settings),
+                }
+                settings = make_settings(values, GROUPS)
+                write_line = configure_logging("info", "json", nowhere)
+                router = build(settings, Outside(write_line=write_line, write_usage=usage_log()))
                 config = server_config(router.app, settings, router.rejected)
                 client, stop = loop.run_until_complete(_start(loop, config))
                 clients.append(client)
@@ -204,6 +212,13 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level[0])
         logging.disable(level[1])
+
+
+def _add_price(catalogue: Path) -> None:
+    document = yaml.safe_load(catalogue.read_text())
+    for entry in document["models"]:
+        entry["price"] = {"input": 0.2, "cached_input": 0.02, "output": 0.6}
+    catalogue.write_text(json.dumps(document))
 
 
 async def _start(loop: Loop, config: uvicorn.Config) -> tuple[Client, Callable[[], Awaitable[None]]]:

@@ -18,11 +18,15 @@ class Setup:
     """How many requests are open at once, if that is beyond what routers take by default."""
     asked: int = 1
     """Models that were asked for before the load, so that the metrics have series of each."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Further settings of `ours`, in process."""
+    price: bool = False
+    """Whether the model has a price; of `ours`, in process."""
 
     @property
     def label(self) -> str:
         """For file names."""
-        return f"{self.models}-{self.backends}-{self.streams}-{self.asked}"
+        return f"{self.models}-{self.backends}-{self.streams}-{self.asked}{'-priced' if self.price else ''}"
 
     def origins(self, port: int) -> list[str]:
         return [f"{host}:{port}" for host in loopback(self.backends)]

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
+_KEY = b"sk-benchmark"
 MODEL = "llama-3-8b"
 EMBEDDINGS_PATH = "/v1/embeddings"
 
@@ -122,6 +123,11 @@ def embeddings_request(port: int) -> bytes:
     return _post(port, EMBEDDINGS_PATH, _dump({"model": MODEL, "input": _PROMPT, "encoding_format": "float"}))
 
 
+def with_key(request: bytes, key: str) -> bytes:
+    """The same request with another key."""
+    return request.replace(_KEY, key.encode())
+
+
 def _post(port: int, path: str, content: bytes) -> bytes:
     head = (
         f"POST {path} HTTP/1.1",
@@ -140,7 +146,7 @@ def _post(port: int, path: str, content: bytes) -> bytes:
         "X-Stainless-Async: async:asyncio",
         "X-Stainless-Retry-Count: 0",
         "X-Stainless-Read-Timeout: 600",
-        "Authorization: Bearer sk-benchmark",
+        f"Authorization: Bearer {_KEY.decode()}",
         f"Content-Length: {len(content)}",
     )
     return "\r\n".join(head).encode() + b"\r\n\r\n" + content

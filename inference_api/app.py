@@ -5,7 +5,18 @@ from collections.abc import Sequence
 from inference_api.application import Application
 from inference_api.core import Core, Outside
 from inference_api.feature import ByModel, Feature, Layer, Run, with_taps
-from inference_api.features import engine_load, keys, limits, metering, policy, tracing, trusted_proxies, usage
+from inference_api.features import (
+    budgets,
+    cost,
+    engine_load,
+    keys,
+    limits,
+    metering,
+    policy,
+    tracing,
+    trusted_proxies,
+    usage,
+)
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
 from inference_api.observe.account import Sink
@@ -28,6 +39,9 @@ FEATURES = (
     keys.FEATURE,
     # Annotates first: what others make of a request begins with its tokens.
     metering.FEATURE,
+    cost.FEATURE,
+    # Before the limits: what no budget is left for takes nothing from them.
+    budgets.FEATURE,
     # Around all that answers a request.
     limits.FEATURE,
     # Annotates last: the record has what the others noted.

@@ -165,7 +165,7 @@ def test_the_feature_of_the_page_keeps_the_rules_of_the_sources(tmp_path: Path) 
     )
     imported = "from inference_api.features import "
     assert "    teams.FEATURE,\n)" in with_it
-    module.write_text(with_it.replace(imported, f"{imported}teams, ", 1))
+    module.write_text(with_it.replace(imported, f"{imported}teams\n{imported}", 1))
 
     names = ["tests/test_glossary.py", "tests/test_architecture.py", "tests/features/test_contract.py"]
     off = "not test_contract or off or adds_none"

@@ -10,7 +10,7 @@ import yaml
 
 from inference_api.app import GROUPS
 from inference_api.errors import RouterError
-from inference_api.features import engine_load, keys, policy, usage
+from inference_api.features import budgets, cost, engine_load, keys, policy, usage
 from inference_api.features.delivery.sender import Answer, Delivery
 from inference_api.features.limits import Limiter
 from inference_api.features.stores.memory import MemoryStore
@@ -64,6 +64,8 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *keys.Keys(policies).collect(),
         *Limiter(policies, MemoryStore()).collect(),
         *usage.families({"logged": 0}, Delivery(nobody)),
+        *cost.families({}),
+        *budgets.families({}, None),
     )
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))

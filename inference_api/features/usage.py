@@ -20,6 +20,7 @@ from inference_api.features.delivery.attempts import noting
 from inference_api.features.delivery.records import END_USER, ROUTES, encode, usage_record
 from inference_api.features.delivery.sender import Delivery, posting
 from inference_api.features.delivery.spool import Spool
+from inference_api.features.spending.deliveries import Deliveries
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
@@ -52,7 +53,14 @@ def build(core: Core, settings: Settings) -> Feature | None:
             f"{PREFIX}USAGE='registry': needs the URL of the control plane; set {PREFIX}REGISTRY_URL, or USAGE to log"
         )
     spool = None if options.usage_spool is None else _spool(options.usage_spool, core.boot)
-    delivery = Delivery(posting(core.registry_client), spool, seconds_left=core.seconds_left, rand=core.rand.random)
+    deliveries = core.provided(Deliveries)
+    delivery = Delivery(
+        posting(core.registry_client),
+        spool,
+        seconds_left=core.seconds_left,
+        rand=core.rand.random,
+        on_delivered=(lambda lines: None) if deliveries is None else deliveries.tell,
+    )
     records = UsageRecords(core.boot, core.instance, delivery.put)
     return records.feature(
         collect=lambda: families(delivery.results, delivery), tasks=(delivery.run,), close=delivery.close

@@ -7,7 +7,7 @@ do not lengthen its pauses. A KeyCaller is made of it at its first request.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from inference_api.policy.document import Anonymous, Organisation, ScopedBudget, ScopedLimit, StoredPrompt
+from inference_api.policy.document import Anonymous, Budget, Organisation, ScopedBudget, ScopedLimit, StoredPrompt
 from inference_api.policy.rules import Patterns, Rule, Spending, least, matcher, rule, smallest, spending
 
 # Callers kept; with more active keys, they are made again.
@@ -126,9 +126,9 @@ class Policy:
         return iter(self.digests.values())
 
     def has_budgets(self) -> bool:
-        """Whether any budget is in it; reads all keys."""
+        """Whether any budget is in it."""
         organisations = any(one.budget for one in self.organisations.values())
-        return bool(self.budgets) or organisations or any(row[6] for row in self.rows())
+        return bool(self.budgets) or organisations or any(isinstance(part, Budget) for part in self.parts)
 
     def dismantle(self) -> Iterator[None]:
         """Free its keys in slices: freed at once, 100,000 would stop the event loop for 20 ms."""

@@ -64,13 +64,14 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "engine_load": lambda: On(settings={"load_signal_interval": 0.2}),
     "trusted_proxies": lambda: On(settings={"trusted_proxies": "127.0.0.1"}),
     "limits": lambda: On([Limited(anonymous={"limits": GENEROUS}).limiter.feature()]),
+    "cost": lambda: On(settings={"entry": {"price": {"input": 0.2, "output": 0.6}}}),
     "usage": lambda: On(settings={"usage": "log"}),
     "everything": lambda: On([Everything().feature]),
 }
 
 
 # Features that only a key of the catalogue turns on: always built.
-ALWAYS: set[str] = {"metering"}
+ALWAYS: set[str] = {"metering", "cost"}
 
 
 @pytest.fixture(params=TURN_ON)

@@ -60,7 +60,8 @@ Post = Callable[[bytes], Awaitable[Answer]]
 class Delivery:
     """Takes records, each an encoded JSON object, and brings them to `post`.
 
-    `spool`: None without one. `seconds_left` of the process, once it stops. `clock`: monotonic seconds.
+    `spool`: None without one. `seconds_left` of the process, once it stops. `clock`: monotonic seconds. `on_delivered`
+    gets each batch that the control plane has taken.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Delivery:
         rand: Callable[[], float] = random.random,
         age: float = _AGE,
         adopt_every: float = _ADOPT_EVERY,
+        on_delivered: Callable[[list[bytes]], None] = lambda lines: None,
     ) -> None:
         # Configuration
         self._post = post
@@ -83,6 +85,7 @@ class Delivery:
         self._rand = rand
         self._age = age
         self._adopt_every = adopt_every
+        self._on_delivered = on_delivered
         # What became of records; shown from the start
         self.results: Counter[str] = Counter(delivered=0, spooled=0)
         self.dropped: Counter[str] = Counter(queue_full=0, spool_full=0, spool_error=0, refused=0)
@@ -246,6 +249,7 @@ class Delivery:
             self._log_once(f"refused: {answer.reason}", "the control plane refused usage records: %s", answer.reason)
         self.results["delivered"] += len(lines) - refused
         if what is Verdict.TAKEN:
+            self._on_delivered(lines)
             self._most = min(self._most * 2, BATCH)
         return len(lines)
 

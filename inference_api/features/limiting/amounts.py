@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from inference_api.models import Route
+from inference_api.core import Core
+from inference_api.models import Call, Route
+from inference_api.routing.fleet import Model
 
 # What generates tokens; other routes only read.
 _GENERATES = frozenset(
@@ -21,6 +23,8 @@ _SEARCHED = 1 << 20
 # Running means: their first value, and the weight of each new one
 _FIRST = 1000.0
 _WEIGHT = 1 / 16
+# Models whose means are kept
+_MODELS = 10_000
 
 
 class Means:
@@ -37,6 +41,35 @@ class Means:
             self.input += (input_tokens - self.input) * _WEIGHT
         if output_tokens is not None:
             self.output += (output_tokens / choices - self.output) * _WEIGHT
+
+
+class Estimates:
+    """The means of all models, and estimates by them; shared by the features that reserve tokens."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, Means] = {}
+
+    @classmethod
+    def shared(cls, core: Core) -> "Estimates":
+        """The one of this router."""
+        found = core.provided(cls)
+        if found is None:
+            core.provide(found := cls())
+        return found
+
+    def means_of(self, model: str) -> Means:
+        found = self._means.get(model)
+        if found is None:
+            if len(self._means) >= _MODELS:
+                self._means.clear()
+            found = self._means[model] = Means()
+        return found
+
+    def of(self, call: Call, model: Model) -> tuple[int, int]:
+        """Tokens of input and output that the request may take."""
+        means, route = self.means_of(model.name), call.route
+        read = input_estimate(route, call.body, model.max_model_len, means)
+        return read, output_estimate(route, call.fields, means)
 
 
 def input_estimate(route: Route, body: bytes, most: int | None, means: Means) -> int:

@@ -1,0 +1,282 @@
+"""Budgets of the policy: cost, tokens or requests per day, week or month, of keys, users and organisations.
+
+The usage records are the counter: the registry sums them (GET /spend), and this router adds what that sum may not have
+yet, and what its requests in flight have reserved. A request in flight completes, so a budget may be exceeded by those.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+import httpx
+import orjson
+
+from inference_api.core import Core
+from inference_api.errors import ModelNotPriced, QuotaExceeded
+from inference_api.feature import Feature, Switch
+from inference_api.features import usage
+from inference_api.features.cost import PRICE, Options, cost_of
+from inference_api.features.limiting.amounts import FIELDS, Estimates
+from inference_api.features.spending.deliveries import Deliveries
+from inference_api.features.spending.ledger import Amounts, Entry, Ledger, Spent
+from inference_api.models import Call, Reply, Send
+from inference_api.observe.account import Record
+from inference_api.observe.exposition import Family
+from inference_api.observe.families import gauge
+from inference_api.pace import back_off
+from inference_api.policy.document import NANOS, shown_time, unix_time
+from inference_api.policy.rules import Spending
+from inference_api.policy.snapshot import KeyCaller
+from inference_api.policy.source import Policies
+from inference_api.routing.fleet import Model
+from inference_api.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Under which the state of a request has its entries and what it reserved
+_NAME = "budgets"
+_HEADER = b"x-inference-budget-remaining"
+# Seconds between two reads of /spend, and for one
+_EVERY, _TIMEOUT = 5.0, 10.0
+_LONGEST_BACKOFF = 30.0
+_MAX_BYTES = 64 * 1024 * 1024
+
+
+def build(core: Core, settings: Settings) -> Feature | None:
+    """Off without a policy. The sums of the registry are read only if the records go there."""
+    policies = core.provided(Policies)
+    if policies is None:
+        return None
+    estimates = Estimates.shared(core)
+    budgets = Budgets(policies, settings.of(Options).currency, estimates, core.boot)
+    counts_alone = settings.of(usage.Options).usage != "registry"
+    tasks = []
+    if not counts_alone and core.registry_client is not None:
+        deliveries = core.provided(Deliveries) or Deliveries()
+        deliveries.listeners.append(budgets.delivered)
+        core.provide(deliveries)
+        tasks.append(Spends(core.registry_client, budgets, core.rand.random).run)
+
+    def check() -> Iterator[str]:
+        policy = policies.current
+        if counts_alone and policy is not None and policy.has_budgets():
+            yield (
+                "the policy has budgets, and USAGE is not `registry`: each router counts its own requests since its "
+                "start"
+            )
+
+    return Feature(
+        "budgets",
+        fields=FIELDS,
+        send=budgets.send,
+        record=budgets.record,
+        collect=budgets.collect,
+        tasks=tuple(tasks),
+        check=check,
+    )
+
+
+class Budgets:
+    """Lets requests through while their budgets last. `boot`: of this process. `now`: Unix seconds."""
+
+    def __init__(
+        self,
+        policies: Policies,
+        currency: str,
+        estimates: Estimates,
+        boot: str,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._policies = policies
+        self.currency = currency
+        self._estimates = estimates
+        self._boot = boot
+        self._now = now
+        self._ledger = Ledger()
+        # Unix seconds of the last sums of the registry, 0: none
+        self.at = 0.0
+
+    @property
+    def needed(self) -> bool:
+        policy = self._policies.current
+        return policy is not None and policy.has_budgets()
+
+    def send(self, send: Send) -> Send:
+        """The layer. Raises ModelNotPriced, QuotaExceeded."""
+
+        def budgeted(call: Call, model: Model) -> Awaitable[Reply]:
+            caller = call.caller
+            if isinstance(caller, KeyCaller):
+                budgets = caller.budgets
+            else:
+                policy = self._policies.current
+                budgets = () if policy is None else policy.of_everyone
+            if budgets:
+                self._take(call, model, budgets)
+            return send(call, model)
+
+        return budgeted
+
+    def record(self, record: Record) -> None:
+        """Release what the request has reserved, and count what it took."""
+        held: tuple[list[Entry], Amounts] | None = record.state.get(_NAME)
+        if held is None:
+            return
+        entries, reserved = held
+        metered = record.state.get("metered")
+        tokens = 0 if metered is None else (metered[0] or 0) + (metered[2] or 0)
+        taken = record.cost or 0, tokens, _requests(record.code, record.attempts)
+        at = self._now() - record.took
+        for entry in entries:
+            place = entry.place
+            entry.reserved -= reserved[place]
+            if amount := taken[place]:
+                entry.take(amount, at)
+
+    def delivered(self, records: list[bytes]) -> None:
+        """The registry has these records; those of other processes were never pending here."""
+        now = self._now()
+        for record in records:
+            one = orjson.loads(record)
+            if not one["id"].startswith(self._boot):
+                continue
+            names = ("organisation", one["organisation"]), ("user", one["user"]), ("key", one["key_id"])
+            holders = ["all:", *(f"{scope}:{name}" for scope, name in names if name is not None)]
+            tokens = (one["input_tokens"] or 0) + (one["output_tokens"] or 0)
+            amounts = one["cost_nanos"] or 0, tokens, _requests(one["code"], one["attempts"])
+            self._ledger.deliver(holders, amounts, one["at"] / 1000, now)
+
+    def learn(self, spends: list[Spent], at: float) -> None:
+        """Take the sums of the registry as of `at`."""
+        self.at = at
+        self._ledger.learn(spends, at, self._now())
+
+    def collect(self) -> Iterator[Family]:
+        now = self._now()
+        return families(self._ledger.states(now), now - self.at if self.at else None)
+
+    def _take(self, call: Call, model: Model, budgets: tuple[Spending, ...]) -> None:
+        now, ledger, price = self._now(), self._ledger, PRICE.of(model.entry)
+        entries = []
+        least = 1.0
+        for budget in budgets:
+            if budget.unit == "cost":
+                if price is None:
+                    raise ModelNotPriced(model.name, _quoted(budget.shown))
+                if price.is_free:
+                    continue
+            entry = ledger.of(budget, now)
+            used = entry.used(now)
+            if used >= entry.amount:
+                raise self._refusal(budget, entry)
+            if used >= entry.amount * entry.soft:
+                least = min(least, 1 - used / entry.amount)
+            entries.append(entry)
+        if not entries:
+            return
+        read, made = self._estimates.of(call, model)
+        cost = 0 if price is None else cost_of(price.rates, read, 0, made)
+        reserved = cost, read + made, 1
+        for entry in entries:
+            entry.reserved += reserved[entry.place]
+        # The state is the request's own dictionary; Record.state is the same.
+        call.state[_NAME] = entries, reserved  # type: ignore[index]
+        if least < 1.0:
+            call.answer_headers.append((_HEADER, b"%.2f" % least))
+
+    def _refusal(self, budget: Spending, entry: Entry) -> QuotaExceeded:
+        amount = f"{entry.amount} {budget.unit}"
+        if budget.unit == "cost":
+            whole, rest = divmod(entry.amount, NANOS)
+            digits = f"{rest:09d}".rstrip("0")
+            amount = f"{whole}{'.' if digits else ''}{digits} {self.currency}"
+        resets = shown_time(entry.end)
+        return QuotaExceeded(f"Budget used up for {budget.shown}: {amount} per {budget.per}. It resets at {resets}.")
+
+
+def families(states: Mapping[str, int], age: float | None) -> Iterator[Family]:
+    """`age`: of the sums of the registry, in seconds; None: there are none."""
+    series = [((state,), float(count)) for state, count in states.items()]
+    yield gauge("budgets", "Budgets by state: ok, soft, hard (used up).", ("state",), series)
+    yield gauge("spend_age_seconds", "Age of the sums of the registry, in seconds.", (), [((), age)])
+
+
+class Spends:
+    """Reads GET /spend every few seconds, while the policy has budgets; what is known stays when it fails."""
+
+    def __init__(
+        self, client: httpx.AsyncClient, budgets: Budgets, rand: Callable[[], float], every: float = _EVERY
+    ) -> None:
+        self._client = client
+        self._budgets = budgets
+        self._rand = rand
+        self._every = every
+        self._etag: str | None = None
+        self._failures = 0
+        self._complaint = ""
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        while True:
+            if self._budgets.needed:
+                await self._poll()
+            pause = self._every
+            if self._failures:
+                pause = back_off(self._failures, self._every, _LONGEST_BACKOFF, self._rand())
+            await asyncio.sleep(pause)
+
+    async def _poll(self) -> None:
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                await self._read()
+        except (httpx.HTTPError, TimeoutError) as exc:
+            self._failed(f"it cannot be reached ({type(exc).__name__})")
+        except (ValueError, KeyError, TypeError) as exc:
+            self._failed(f"its answer is not a document of spend: {exc}")
+        except Exception:
+            # The boundary of a background task: it must survive for the next poll.
+            logger.exception("reading the spend failed")
+        else:
+            self._failures, self._complaint = 0, ""
+
+    async def _read(self) -> None:
+        headers = {"accept-encoding": "identity"} | ({"if-none-match": self._etag} if self._etag else {})
+        async with self._client.stream("GET", "/spend", headers=headers, follow_redirects=False) as response:
+            if response.status_code == 304:
+                return
+            if response.status_code != 200:
+                raise ValueError(f"the status is {response.status_code}")
+            content = bytearray()
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > _MAX_BYTES:
+                    raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        document = orjson.loads(content)
+        if document["currency"] != self._budgets.currency:
+            raise ValueError(f"its currency is {document['currency']!r}, and CURRENCY is {self._budgets.currency!r}")
+        spends = [
+            Spent(str(one["id"]), unix_time(one["period_start"]), unix_time(one["resets_at"]), int(one["spent"]))
+            for one in document["budgets"]
+        ]
+        self._budgets.learn(spends, unix_time(document["at"]))
+        self._etag = response.headers.get("etag")
+
+    def _failed(self, complaint: str) -> None:
+        self._failures += 1
+        if complaint != self._complaint:
+            self._complaint = complaint
+            logger.warning("the registry's /spend cannot be used, the last sums stay: %s", complaint)
+
+
+def _requests(code: str | None, attempts: int) -> int:
+    """1 for a request that was not refused before a backend was asked."""
+    return 1 if code is None or attempts else 0
+
+
+def _quoted(shown: str) -> str:
+    """The name of a holder in quotes, without its scope."""
+    return shown[shown.index("'") :] if "'" in shown else shown
+
+
+FEATURE = Switch(build)
