@@ -68,6 +68,10 @@ class Prompt(Protocol):
 Asked = tuple[dict[str, Any], Prompt, tuple[int, int] | None]
 
 
+# A span of a body, and the bytes that stand there instead
+Edit = tuple[tuple[int, int], bytes]
+
+
 class Reader(Protocol):
     """Reads the bodies of a route; both methods raise RouterError."""
 
@@ -135,6 +139,8 @@ class Call(NamedTuple):
     answer_headers: "list[tuple[bytes, bytes]]" = []
     # (host, port) of the client
     client: tuple[str, int] | None = None
+    # Changes of the body, for the backend only. Last: a layer adds them by `tuple.__new__`.
+    edits: "tuple[Edit, ...]" = ()
 
 
 class Caller(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from inference_api.app import GROUPS
+from inference_api.app import ENTRY, GROUPS
 from inference_api.errors import RouterError
 from inference_api.features import budgets, cost, engine_load, keys, policy, usage
 from inference_api.features.delivery.sender import Answer, Delivery
@@ -106,7 +106,7 @@ def test_a_catalogue_in_a_document_is_valid(page: Path, tmp_path: Path) -> None:
 
     for block in blocks:
         path.write_text(block)
-        catalogue = load_catalogue(path)
+        catalogue = load_catalogue(path, ENTRY)
         assert not catalogue.problems
         assert len(catalogue) == len(yaml.safe_load(block)["models"])
     assert blocks

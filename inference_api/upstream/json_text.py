@@ -23,6 +23,7 @@ _BACKSLASH = ord("\\")
 
 # Possessive: a long string (an image in base64) must not store a backtracking state per character.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],]', re.DOTALL)
+_COLON = re.compile(rb"\s*+:\s*+")
 _STRING_VALUE = re.compile(rb'\s*+:\s*+("(?:[^"\\]++|\\.)*+")', re.DOTALL)
 
 
@@ -182,3 +183,30 @@ def find_only_string(document: bytes, name: str) -> tuple[int, int] | None:
         return None
     value = _STRING_VALUE.match(document, document.find(key) + len(key))
     return value and value.span(1)
+
+
+def find_member(text: bytes, name: str) -> tuple[tuple[int, int] | None, int]:
+    """Of an object at the beginning of a valid text: the span of its member `name`, and the offset of its end.
+
+    The last of several counts. The span is None without such a member; the end is 0 if the object continues.
+    """
+    span: tuple[int, int] | None = None
+    depth, at_key, position, begun = 0, False, 0, -1
+    while match := _TOKEN.search(text, position):
+        token, position = match.group(), match.end()
+        if depth == 1 and begun >= 0 and token in (b",", b"}"):
+            span, begun = (begun, begun + len(text[begun : match.start()].rstrip(SPACE))), -1
+        if token in (b"{", b"["):
+            depth += 1
+            at_key = depth == 1
+        elif token in (b"}", b"]"):
+            depth -= 1
+            if not depth:
+                return span, position
+        elif token == b",":
+            at_key = depth == 1
+        elif at_key:
+            at_key = False
+            if judge(token) == name and (colon := _COLON.match(text, position)):
+                begun = position = colon.end()
+    return span, 0

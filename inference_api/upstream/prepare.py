@@ -11,7 +11,7 @@ from inference_api.routing.fleet import Model
 from inference_api.upstream.credentials import with_token
 from inference_api.upstream.deadlines import Timeout
 from inference_api.upstream.limits import Limits
-from inference_api.upstream.rewrite import Content, replaced, rewrite_json, size_of
+from inference_api.upstream.rewrite import Content, edited, rewrite_json, size_of
 
 
 class Prepared(NamedTuple):
@@ -41,7 +41,11 @@ class Prepare:
         entry = model.entry
         # Engines do not know the router's aliases.
         served = entry.served_model_name or model.name
-        body: Content = call.body if served == call.model else _renamed(call, served)
+        body: Content = call.body
+        if served != call.model:
+            body = _renamed(call, served)
+        elif call.edits:
+            body = edited(call.body, call.edits)
         total = self._limits.total
         if call.stream:
             total = self._limits.stream_total
@@ -84,8 +88,8 @@ class Prepare:
 
 def _renamed(call: Call, served: str) -> Content:
     if not call.route.multipart:
-        return rewrite_json(call.body, served, call.model_at)
-    return call.body if call.model_at is None else replaced(call.body, call.model_at, served.encode())
+        return rewrite_json(call.body, served, call.model_at, call.edits)
+    return call.body if call.model_at is None else edited(call.body, [(call.model_at, served.encode())])
 
 
 def _prioritised(headers: RawHeaders, priority: str | int) -> bytes:

@@ -1,7 +1,13 @@
-"""The only rewrite: `model` in the body becomes the backend's `served_model_name`; all other bytes stay."""
+"""The rewrites of a body: `model` becomes the backend's `served_model_name`, and the edits of features; no other byte.
+
+A large body is not copied for them.
+"""
+
+from collections.abc import Sequence
 
 import orjson
 
+from inference_api.models import Edit
 from inference_api.upstream.scanner import find
 
 # The bytes of a request body, or consecutive pieces, so that a rewrite does not copy a large body.
@@ -11,16 +17,23 @@ Content = bytes | tuple[bytes | memoryview, ...]
 _COPIED = 128 * 1024
 
 
-def rewrite_json(body: bytes, name: str, span: tuple[int, int] | None = None) -> Content:
+def rewrite_json(body: bytes, name: str, span: tuple[int, int] | None = None, edits: Sequence[Edit] = ()) -> Content:
     """`body`, a JSON object with a string under `model`, with `name` there instead. `span`: where it is, if known."""
     span = span or find(body, "model")
-    return body if span is None else replaced(body, span, orjson.dumps(name))
+    return edited(body, edits if span is None else [*edits, (span, orjson.dumps(name))])
 
 
-def replaced(body: bytes, span: tuple[int, int], value: bytes) -> Content:
-    view = memoryview(body)
-    pieces = (view[: span[0]], value, view[span[1] :])
-    return pieces if len(body) > _COPIED else b"".join(pieces)
+def edited(body: bytes, edits: Sequence[Edit]) -> Content:
+    """`body` with other bytes in some spans, which do not overlap."""
+    if not edits:
+        return body
+    view, at = memoryview(body), 0
+    pieces: list[bytes | memoryview] = []
+    for (start, end), value in edits if len(edits) == 1 else sorted(edits):
+        pieces += (view[at:start], value)
+        at = end
+    pieces.append(view[at:])
+    return tuple(pieces) if len(body) > _COPIED else b"".join(pieces)
 
 
 def size_of(content: Content) -> int:

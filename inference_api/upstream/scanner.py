@@ -23,6 +23,7 @@ from inference_api.upstream.json_text import (
     NotJSON,
     collapse,
     end_of_string,
+    find_member,
     find_only_string,
     find_string,
     judge,
@@ -82,6 +83,11 @@ class Member:
     def string_span(self) -> tuple[int, int] | None:
         """The span of the value in the body, quotes included, if it is a string."""
         return self._span(find_only_string) or self._span(find)
+
+    def value_at(self) -> int | None:
+        """The offset of the value in the body."""
+        span, _ = find_member(self._piece.document, self._name)
+        return span and self._piece.body_offset(span[0])
 
     def _span(self, finder: Callable[[bytes, str], tuple[int, int] | None]) -> tuple[int, int] | None:
         span = finder(self._piece.document, self._name)

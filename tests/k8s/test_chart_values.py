@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from inference_api.app import ENTRY as AN_ENTRY
 from inference_api.app import GROUPS
 from inference_api.headers import NEVER_FORWARDED
 from inference_api.policy.document import (
@@ -21,7 +22,7 @@ from inference_api.policy.document import (
     ScopedBudget,
     ScopedLimit,
 )
-from inference_api.routing.entries import BackendEntry, CatalogueEntry, Hardware, Timeouts
+from inference_api.routing.entries import BackendEntry, Hardware, Timeouts
 from inference_api.settings import PREFIX, SettingsError, fields_of, load_settings
 from tests.k8s.charts import CHART, CLUSTERS, ROOT
 
@@ -168,7 +169,7 @@ def test_a_policy_in_the_values_has_the_keys_of_a_policy() -> None:
 
 
 def test_a_model_has_the_keys_of_a_catalogue_entry() -> None:
-    assert ENTRY.keys() - {"deploy"} == CatalogueEntry.model_fields.keys() - {"name"}
+    assert ENTRY.keys() - {"deploy"} == AN_ENTRY.model_fields.keys() - {"name"}
     assert ENTRY["backends"]["items"]["properties"].keys() == BackendEntry.model_fields.keys()
     assert ENTRY["hardware"]["properties"].keys() == Hardware.model_fields.keys()
     assert ENTRY["timeouts"]["properties"].keys() == Timeouts.model_fields.keys()
