@@ -4,8 +4,10 @@ from hashlib import sha256
 from typing import Any
 
 from inference_api.feature import Feature
+from inference_api.features.limiting.windows import Store
 from inference_api.features.limits import Limiter
 from inference_api.features.stores.memory import MemoryStore
+from inference_api.features.stores.redis import RedisStore
 from inference_api.http.head import RequestHead
 from inference_api.models import Caller
 from inference_api.policy.reading import read, run
@@ -26,18 +28,21 @@ def policy_of(**document: Any) -> Policy:
 
 
 class Limited:
-    """The parts of a router with limits; `now` is what its clock shows."""
+    """The parts of a router with limits; `now` is what its clock shows, unless it counts in `shared`."""
 
-    def __init__(self, routers: int = 1, **document: Any) -> None:
+    def __init__(
+        self, routers: int = 1, shared: RedisStore | None = None, on_failure: Any = "share", **document: Any
+    ) -> None:
         self.now = NOW
         self.policies = Policies("a test")
         self.policies.replace(policy_of(**document))
-        self.store = MemoryStore(clock=lambda: self.now)
-        self.limiter = Limiter(self.policies, self.store, routers)
-        self.features = [
-            Feature("names", identify=self._identify),
-            self.limiter.feature(),
-        ]
+        self.store: Store = MemoryStore(clock=lambda: self.now) if shared is None else shared
+        self.limiter = Limiter(self.policies, self.store, routers, shared, on_failure)
+        limits = self.limiter.feature()
+        if shared is not None:
+            shared.on_change(self.limiter.forget)
+            limits = limits._replace(tasks=(shared.run,))
+        self.features = [Feature("names", identify=self._identify), limits]
 
     def _identify(self, head: RequestHead) -> Caller | None:
         if head.authorization is None:
@@ -49,4 +54,4 @@ class Limited:
 
     def used(self, name: str, per: int = 60) -> int:
         """What the counter of this name has counted."""
-        return self.store.window(name, per * 1000).used(self.now)
+        return self.store.window(name, per * 1000).used(self.store.now())

@@ -171,10 +171,11 @@ class RedisStore:
 
     async def run(self) -> None:
         """Sync until cancelled; then a last time."""
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
         due = loop.time()
         try:
-            while True:
+            # `asyncio.wait_for`, which redis-py uses, may swallow the cancellation in Python 3.11.
+            while task is None or not task.cancelling():
                 await self._sleep(due - loop.time())
                 is_due = loop.time() >= due
                 if is_due:
@@ -184,7 +185,10 @@ class RedisStore:
             self._touched_to_live()
             with suppress(RedisError, OSError):
                 await self._sync()
-            await self._connection.disconnect()
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._connection.disconnect()
 
     async def sync(self) -> None:
         """Send and read once, for tests. Raises RedisError or OSError."""
@@ -232,8 +236,9 @@ class RedisStore:
         for counter in streams:
             if counter.own:
                 self._live_streams[counter] = _ROUNDS
-            else:
-                _age(self._live_streams, counter)
+            elif not _age(self._live_streams, counter):
+                # It is not read any more: an old count must not refuse anybody.
+                counter.others = 0
 
     def _take(self, windows: Iterable[SharedWindow], streams: Sequence[SharedStreams] = ()) -> _Sent:
         now, taken, adds = self.now(), [], False
@@ -358,6 +363,7 @@ class RedisStore:
                 limit.streams.own -= 1
             else:
                 limit.window.give_back(limit.wanted(wants), self.now())
+                self._live[limit.window] = _ROUNDS  # type: ignore[index]
 
     async def _has_failed(self, exc: BaseException) -> None:
         self.failures[_reason(exc)] += 1
@@ -413,13 +419,14 @@ def _start_of(limit: WindowLimit | StreamLimit, now: int) -> int:
     return limit.window.start
 
 
-def _age(live: dict[Any, int], counter: Any) -> None:
-    """Count a round in which it was not used."""
+def _age(live: dict[Any, int], counter: Any) -> int:
+    """Count a round in which it was not used. Returns those that are left."""
     left = live.get(counter, 1) - 1
     if left:
         live[counter] = left
     else:
         live.pop(counter, None)
+    return left
 
 
 def _give_up(granted: "asyncio.Future[bool | None]") -> None:
