@@ -104,6 +104,7 @@ class Core:
         self._provided: dict[type, object] = {}
         # Loop time at which the process must have ended; None: it runs.
         self._stop_by: float | None = None
+        self._starts: list[Run] = []
         makers = {name: make for group in (BALANCERS, *balancers) for name, make in group.items()}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
         self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
@@ -178,6 +179,10 @@ class Core:
         """The object of this class that a feature has provided, or None."""
         return cast(T | None, self._provided.get(kind))
 
+    def at_start(self, run: Run) -> None:
+        """Await it before the first request, beside the first poll of the registry; it must not take longer."""
+        self._starts.append(run)
+
     def watch(self, watched: Watched) -> None:
         """Reload it when its files change, and at SIGHUP."""
         self.reloader.add(watched)
@@ -210,7 +215,7 @@ class Core:
 
         `on_stop` is called when shutdown begins.
         """
-        await self.registry.start()
+        await asyncio.gather(self.registry.start(), *(start() for start in self._starts))
         await asyncio.gather(*(finder.start() for finder in self._finders))
         running = [asyncio.create_task(_logged(run)) for run in tasks]
         try:

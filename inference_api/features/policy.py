@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from inference_api.feature import Feature, Switch
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
 from inference_api.policy.reading import PolicyError
+from inference_api.policy.remote import PolicyRegistry
 from inference_api.policy.source import Policies, PolicyFile
-from inference_api.settings import Group, Settings, SettingsError
+from inference_api.settings import PREFIX, Group, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +54,37 @@ class Options(Group):
 
 
 def build(core: Core, settings: Settings) -> Feature | None:
-    """Off without a source of the policy. Raises SettingsError if a file is not valid."""
+    """Off without a source of the policy. Raises SettingsError if there is a file that is not valid."""
     options = settings.of(Options)
-    if options.policy is None or options.policy == REGISTRY:
+    cache = options.policy_cache
+    if cache is not None and options.policy != REGISTRY:
+        needs = f"is used with {PREFIX}POLICY=registry only; set that, or unset it"
+        raise SettingsError(f"{PREFIX}POLICY_CACHE={str(cache)!r}: {needs}")
+    if options.policy is None:
         return None
     policies = Policies(options.policy)
     core.provide(policies)
-    file = PolicyFile(Path(options.policy), policies, peppered=bool(options.peppers))
+    collect = partial(families, policies)
+    if options.policy != REGISTRY:
+        _read_file(core, options, policies)
+        return Feature("policy", collect=collect)
+    client = core.registry_client
+    if client is None:
+        needs = f"needs {PREFIX}REGISTRY_URL; set it to the base URL of the registry"
+        raise SettingsError(f"{PREFIX}POLICY='registry': {needs}")
+    peppered, rand = bool(options.peppers), core.rand.random
+    registry = PolicyRegistry(policies, client, settings.registry_refresh, peppered=peppered, cache=cache, rand=rand)
+    core.at_start(registry.start)
+    return Feature("policy", collect=collect, tasks=(registry.run,))
+
+
+def _read_file(core: Core, options: Options, policies: Policies) -> None:
+    file = PolicyFile(Path(options.policy or ""), policies, peppered=bool(options.peppers))
     try:
         file.load()
     except PolicyError as exc:
         raise SettingsError(str(exc)) from None
     core.watch(file)
-    return Feature("policy", collect=lambda: families(policies))
 
 
 def families(policies: Policies) -> Iterator[Family]:

@@ -1,32 +1,40 @@
 """Walks through the text of a large JSON object: its members, and the items of its lists, one by one.
 
-Each item is decoded by the C scanner of the standard library; the whole document is never built.
+Each item is decoded by the C scanner of the standard library. Neither the whole document nor the whole text is ever
+one object: both would take the interpreter, and memory, for too long.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+# Characters that are kept ahead, where there are as many: the longest name of a member
+_AHEAD = 1024
 
 
 class Walk:
     """`items(lists)` yields (name, index, item) for each item of the lists of these names, and (name, -1, value) for
     every other member; a list ends with (name, -1, []).
 
-    Raises ValueError: the text is not a JSON object, or a key is given twice in one object.
+    `pieces`: the text, in order. Raises ValueError: it is not a JSON object, or a key is given twice in one object.
     """
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces = iter(pieces)
+        # A window of the text, the offset in it, and the lines before it; the rest is in `pieces` until `_is_last`.
+        self._text = ""
         self._at = 0
+        self._lines = 0
+        self._is_last = False
         decoder: Any = json.JSONDecoder(object_pairs_hook=_once)
         self._scan = decoder.scan_once
 
     def items(self, lists: Collection[str]) -> Iterator[tuple[str, int, Any]]:
         seen: set[str] = set()
+        self._skip()
         self._expect("{")
         more = not self._takes("}")
         while more:
@@ -51,19 +59,39 @@ class Walk:
             more = self._goes_on("]")
 
     def _value(self) -> Any:
-        try:
-            value, self._at = self._scan(self._text, self._at)
-        except StopIteration:
-            raise self._wrong("a value") from None
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        self._skip()
-        return value
+        wanted = 0
+        while True:
+            try:
+                value, end = self._scan(self._text, self._at)
+            except (StopIteration, json.JSONDecodeError) as exc:
+                if self._is_last:
+                    if isinstance(exc, StopIteration):
+                        raise self._wrong("a value") from None
+                    self._at = exc.pos
+                    raise self._invalid(exc.msg) from None
+            except RecursionError:
+                raise ValueError("it is nested too deeply") from None
+            else:
+                # A number may go on in the next piece.
+                if end < len(self._text) or self._is_last:
+                    self._at = end
+                    self._skip()
+                    return value
+            # The value is not whole yet. Twice as much each time: it is scanned again from its beginning.
+            wanted = max(2 * wanted, 2 * (len(self._text) - self._at), _AHEAD)
+            self._read(wanted)
 
     def _name(self) -> str:
         if self._text[self._at : self._at + 1] != '"':
             raise self._wrong("a name")
-        name, self._at = scanstring(self._text, self._at + 1)
+        name = None
+        while name is None:
+            try:
+                name, self._at = scanstring(self._text, self._at + 1)
+            except json.JSONDecodeError as exc:
+                if self._is_last:
+                    raise self._invalid(exc.msg) from None
+                self._read(2 * (len(self._text) - self._at))
         self._skip()
         self._expect(":")
         return str(name)
@@ -80,8 +108,6 @@ class Walk:
             raise self._wrong(repr(mark))
 
     def _takes(self, mark: str) -> bool:
-        if not self._at:
-            self._skip()
         if self._text[self._at : self._at + 1] != mark:
             return False
         self._at += 1
@@ -89,12 +115,33 @@ class Walk:
         return True
 
     def _skip(self) -> None:
-        found = _SPACE.match(self._text, self._at)
-        self._at = found.end() if found else self._at
+        """Pass white space, up to the next character of the text."""
+        while True:
+            found = _SPACE.match(self._text, self._at)
+            self._at = found.end() if found else self._at
+            if self._at < len(self._text) or self._is_last:
+                return
+            self._read(_AHEAD)
+
+    def _read(self, wanted: int) -> None:
+        """Extend the window to this many characters from here, or to the end of the text."""
+        self._lines += self._text.count("\n", 0, self._at)
+        parts, have = [self._text[self._at :]], len(self._text) - self._at
+        while have < wanted:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._is_last = True
+                break
+            parts.append(piece)
+            have += len(piece)
+        self._text, self._at = "".join(parts), 0
 
     def _wrong(self, expected: str) -> ValueError:
-        line = self._text.count("\n", 0, self._at) + 1
-        return ValueError(f"{expected} is expected in line {line}, at character {self._at}")
+        return self._invalid(f"{expected} is expected")
+
+    def _invalid(self, why: str) -> ValueError:
+        line = self._lines + self._text.count("\n", 0, self._at) + 1
+        return ValueError(f"{why} in line {line}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

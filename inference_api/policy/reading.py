@@ -1,25 +1,29 @@
-"""Reads a policy, item by item: bytes of JSON, or a decoded document, to the compiled Policy.
+"""Reads a policy, item by item: text of JSON or YAML, or a decoded document, to the compiled Policy.
 
-`read` is a generator that yields between slices: the thread that drives it gives way to the event loop there. A parser
+`read` is a generator that yields between items: the thread that drives it gives way to the event loop there. A parser
 that takes the whole text would hold the interpreter for 150 ms with 100,000 keys.
 """
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from inference_api.policy.document import SECTIONS, USED, Anonymous, Key, Organisation, StoredPrompt, Version
 from inference_api.policy.json_items import Walk
-from inference_api.policy.snapshot import KeyRow, Policy
+from inference_api.policy.snapshot import KeyRow, Policy, Rows, packed
 from inference_api.policy.yaml_items import items_of_yaml
 from inference_api.routing import wording
+from inference_api.threads import at_once
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_KEYS = 200_000
 # Items between two yields
-_SLICE = 20
+_SLICE = 4
+# Keys that are only looked at, between two yields
+_LOOKED_AT = 2000
+_SHARDS = 256
 # Rounds of removing unknown keys from an item of a registry
 _MOST_IGNORED = 16
 _TRUSTING = ("system", "developer")
@@ -33,33 +37,36 @@ class PolicyError(ValueError):
 
 
 def read(
-    document: "str | dict[str, Any]", *, peppered: bool, ignored: set[str] | None = None, is_yaml: bool = False
+    document: "str | Iterable[str] | dict[str, Any]",
+    *,
+    peppered: bool,
+    ignored: set[str] | None = None,
+    is_yaml: bool = False,
 ) -> Generator[None, None, Policy]:
-    """Read a document: text of JSON or YAML, or decoded. `peppered`: there is a KEY_PEPPER. `ignored`: collects unknown
-    keys of a registry; without it they are refused. Raises PolicyError.
+    """Read a document: text of JSON or YAML, also in pieces, or decoded. `peppered`: there is a KEY_PEPPER. `ignored`:
+    collects unknown keys of a registry; without it they are refused. Raises PolicyError.
     """
     made = _Made(peppered, ignored)
-    items = _items_of_text(document, is_yaml) if isinstance(document, str) else _items(document)
+    if isinstance(document, dict):
+        items = _items(document)
+    else:
+        items = _items_of_text([document] if isinstance(document, str) else document, is_yaml)
     for number, (section, index, raw) in enumerate(items):
         made.take(section, index, raw)
         if number % _SLICE == 0:
             yield
-    return made.policy()
+    yield from made.checked()
+    policy = made.policy()
+    yield from made.free()
+    return policy
 
 
 def run(reading: Generator[None, None, Policy]) -> Policy:
     """Read at once."""
-    while True:
-        try:
-            next(reading)
-        except StopIteration as done:
-            policy: Policy = done.value
-            return policy
+    return at_once(reading)
 
 
-def _items(document: Any) -> Items:
-    if not isinstance(document, dict):
-        raise PolicyError("a policy is a mapping")
+def _items(document: dict[str, Any]) -> Items:
     for section, value in document.items():
         if section in SECTIONS:
             if not isinstance(value, list):
@@ -68,16 +75,18 @@ def _items(document: Any) -> Items:
         yield str(section), -1, value
 
 
-def _items_of_text(text: str, is_yaml: bool) -> Items:
+def _items_of_text(pieces: Iterable[str], is_yaml: bool) -> Items:
     try:
-        for section, index, value in items_of_yaml(text, SECTIONS) if is_yaml else Walk(text).items(SECTIONS):
+        for section, index, value in items_of_yaml(pieces, SECTIONS) if is_yaml else Walk(pieces).items(SECTIONS):
             if index < 0 and section in SECTIONS and value != []:
                 raise PolicyError(f"{section}: must be a list")
             yield section, index, value
     except PolicyError:
         raise
+    except UnicodeDecodeError:
+        raise PolicyError("it is not UTF-8") from None
     except ValueError as exc:
-        raise PolicyError(str(exc) if is_yaml else f"it is not valid JSON: {exc}") from None
+        raise PolicyError(f"it is not valid {'YAML' if is_yaml else 'JSON'}: {exc}") from None
 
 
 class _Made:
@@ -87,16 +96,18 @@ class _Made:
         self._peppered = peppered
         self._ignored = ignored
         self._items: dict[str, list[Any]] = {section: [] for section in SECTIONS if section != "keys"}
-        self._digests: dict[bytes, KeyRow] = {}
-        self._previous: dict[bytes, KeyRow] = {}
+        self._digests, self._previous = Rows(), Rows()
         self._kinds: set[str] = set()
-        self._ids: set[str] = set()
+        self._keys = 0
+        # In shards, as Rows; of dictionaries, as the garbage collector looks into sets.
+        self._ids: list[dict[str, None]] = [{} for _ in range(_SHARDS)]
+        self._have_budgets = False
         self._anonymous = Anonymous()
-        # Equal values are kept once. Organisation -> path of its first use
-        self._shared: dict[Any, Any] = {}
+        # Equal parts are kept once. Organisation -> path of its first use
         self._parts: list[Any] = [None]
         self._indices: dict[Any, int] = {}
         self._used: dict[str, str] = {}
+        self._organisations: dict[str, Organisation] = {}
 
     def take(self, section: str, index: int, raw: Any) -> None:
         if index >= 0:
@@ -126,26 +137,28 @@ class _Made:
         raise PolicyError(f"{path}: it has too many unknown keys")
 
     def _take_key(self, key: Key, path: str) -> None:
-        if len(self._digests) >= MAX_KEYS:
+        self._keys += 1
+        if self._keys > MAX_KEYS:
             raise PolicyError(f"{path}: there are more than {MAX_KEYS} keys")
-        if key.id in self._ids:
+        ids = self._ids[hash(key.id) % _SHARDS]
+        if key.id in ids:
             raise PolicyError(f"{path}.id: {key.id!r} is given twice")
-        self._ids.add(key.id)
-        share, previous = self._share, key.previous
+        ids[key.id] = None
+        self._have_budgets = self._have_budgets or key.budget is not None
+        previous = key.previous
+        until = None if previous is None else previous.until
         fields = (
-            key.id, key.name, share(key.organisation), share(key.user), share(key.models), self._part(key.limits),
-            self._part(key.budget), key.priority, share(key.weight), key.expires, key.disabled,
-            None if previous is None else previous.until,
+            key.id, key.name, key.organisation, key.user, self._part(key.models), self._part(key.limits or None),
+            self._part(key.budget), key.priority, key.weight, key.expires, key.disabled, until,
         )  # fmt: skip
-        # A plain tuple: the garbage collector stops following it, which it does not for a subclass.
-        row: Any = fields
+        row = packed(KeyRow(*fields))
         self._put(self._digests, key.digest, row, f"{path}.digest")
         if previous is not None:
             self._put(self._previous, previous.digest, row, f"{path}.previous.digest")
         if key.organisation is not None:
             self._used.setdefault(key.organisation, f"{path}.organisation")
 
-    def _put(self, digests: dict[bytes, KeyRow], digest: str, row: KeyRow, path: str) -> None:
+    def _put(self, digests: Rows, digest: str, row: bytes, path: str) -> None:
         kind, _, text = digest.partition(":")
         if kind == "hmac-sha256" and not self._peppered:
             raise PolicyError(f"{path}: 'hmac-sha256' needs INFERENCE_API_KEY_PEPPER")
@@ -153,58 +166,74 @@ class _Made:
         if raw in self._digests or raw in self._previous:
             raise PolicyError(f"{path}: the digest is given twice")
         self._kinds.add(kind)
-        digests[raw] = row
-
-    def _share(self, value: Any) -> Any:
-        return self._shared.setdefault(value, value)
+        digests.put(raw, row)
 
     def _part(self, value: Any) -> int:
-        if not value:
+        if value is None:
             return 0
         index = self._indices.setdefault(value, len(self._parts))
         if index == len(self._parts):
             self._parts.append(value)
         return index
 
-    def policy(self) -> Policy:
-        items = self._items
-        organisations: dict[str, Organisation] = {}
-        for index, one in enumerate(items["organisations"]):
-            if one.name in organisations:
-                raise PolicyError(f"organisations.{index}.name: {one.name!r} is given twice")
-            organisations[one.name] = one
+    def checked(self) -> Iterator[None]:
+        """Check what concerns several items. Raises PolicyError."""
+        organisations = self._organisations = self._named()
         for name, path in self._used.items():
             if name not in organisations:
                 raise PolicyError(f"{path}: {name!r} is not in organisations")
         self._check_names("limits", organisations)
         self._check_names("budgets", organisations)
-        self._check_budgets(organisations)
+        yield from self._check_budgets(organisations)
         self._check_prompts(organisations)
+
+    def policy(self) -> Policy:
+        items = self._items
         return Policy(
             next(_numbers),
             self._digests,
             self._previous,
             frozenset(self._kinds),
             self._parts,
-            organisations,
+            self._organisations,
             items["limits"],
             items["budgets"],
             self._anonymous,
             items["prompts"],
+            self._have_budgets,
         )
+
+    def free(self) -> Iterator[None]:
+        """Free what is not needed any more, in slices."""
+        for ids in self._ids:
+            ids.clear()
+            yield
+
+    def _named(self) -> dict[str, Organisation]:
+        organisations: dict[str, Organisation] = {}
+        for index, one in enumerate(self._items["organisations"]):
+            if one.name in organisations:
+                raise PolicyError(f"organisations.{index}.name: {one.name!r} is given twice")
+            organisations[one.name] = one
+        return organisations
 
     def _check_names(self, section: str, organisations: dict[str, Organisation]) -> None:
         for index, one in enumerate(self._items[section]):
             path = f"{section}.{index}.name"
             if one.scope == "organisation" and one.name is not None and one.name not in organisations:
                 raise PolicyError(f"{path}: {one.name!r} is not in organisations")
-            if one.scope == "key" and one.name is not None and one.name not in self._ids:
+            if one.scope == "key" and one.name is not None and one.name not in self._ids[hash(one.name) % _SHARDS]:
                 raise PolicyError(f"{path}: {one.name!r} is not the id of one of keys")
 
-    def _check_budgets(self, organisations: dict[str, Organisation]) -> None:
+    def _check_budgets(self, organisations: dict[str, Organisation]) -> Iterator[None]:
         own = {("organisation", one.name): one.budget for one in organisations.values() if one.budget}
-        own |= {("key", row[0]): self._parts[row[6]] for row in self._digests.values() if row[6]}
-        seen = {(*holder, budget.unit, budget.per) for holder, budget in own.items()}
+        named = {one.name for one in self._items["budgets"] if one.scope == "key"}
+        for number, row in enumerate(self._digests.values() if named else ()):
+            if row[6] and row[0] in named:
+                own["key", row[0]] = self._parts[row[6]]
+            if number % _LOOKED_AT == 0:
+                yield
+        seen: set[tuple[Any, ...]] = {(*holder, budget.unit, budget.per) for holder, budget in own.items()}
         for index, one in enumerate(self._items["budgets"]):
             same = (one.scope, one.name, one.unit, one.per)
             if same in seen:

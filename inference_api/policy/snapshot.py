@@ -1,13 +1,15 @@
 """The compiled policy: immutable, replaced as a whole.
 
-A key is a tuple of plain values, 0.4 KB, that the garbage collector need not follow: 100,000 keys take about 40 MB and
-do not lengthen its pauses. A KeyCaller is made of it at its first request.
+A key is kept as a few bytes, which the garbage collector never looks at: with 100,000 tuples in its way it would stop
+the event loop for 35 ms. A KeyCaller is made of them at its first request.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from inference_api.policy.document import Anonymous, Budget, Organisation, ScopedBudget, ScopedLimit, StoredPrompt
+import orjson
+
+from inference_api.policy.document import Anonymous, Organisation, ScopedBudget, ScopedLimit, StoredPrompt
 from inference_api.policy.rules import Patterns, Rule, Spending, least, matcher, rule, smallest, spending
 
 # Callers kept; with more active keys, they are made again.
@@ -15,14 +17,14 @@ _CALLERS = 10_000
 
 
 class KeyRow(NamedTuple):
-    """One key as the policy keeps it: times in Unix seconds, its digests elsewhere. A plain tuple at run time."""
+    """One key as the policy keeps it: times in Unix seconds, its digests elsewhere."""
 
     id: str
     name: str
     organisation: str | None
     user: str | None
-    models: Patterns
-    # Places of the limits and of the budget in `Policy.parts`; 0: none
+    # Places of the patterns of models, the limits and the budget in `Policy.parts`; 0: none
+    models: int
     limits: int
     budget: int
     priority: int
@@ -31,6 +33,47 @@ class KeyRow(NamedTuple):
     disabled: bool
     # End of the previous secret
     until: float | None
+
+
+class Rows:
+    """Digest -> KeyRow, packed, in shards: one dictionary of 100,000 would stop the interpreter while it grows."""
+
+    __slots__ = ("_shards",)
+
+    def __init__(self) -> None:
+        self._shards: list[dict[bytes, bytes]] = [{} for _ in range(256)]
+
+    def get(self, digest: bytes) -> KeyRow | None:
+        packed = self._shards[digest[0]].get(digest)
+        return None if packed is None else KeyRow(*orjson.loads(packed))
+
+    def put(self, digest: bytes, row: bytes) -> None:
+        """Add what `packed` has made."""
+        self._shards[digest[0]][digest] = row
+
+    def values(self) -> Iterator[KeyRow]:
+        for shard in self._shards:
+            for packed in shard.values():
+                yield KeyRow(*orjson.loads(packed))
+
+    def clear(self) -> Iterator[None]:
+        """Remove them in slices."""
+        for shard in self._shards:
+            while shard:
+                for _ in range(min(500, len(shard))):
+                    shard.popitem()
+                yield
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._shards[digest[0]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards))
+
+
+def packed(row: KeyRow) -> bytes:
+    # A copy: the buffer of orjson was larger, and is not given back.
+    return memoryview(orjson.dumps(tuple(row))).tobytes()
 
 
 class KeyCaller:
@@ -44,6 +87,7 @@ class KeyCaller:
     def __init__(
         self,
         row: KeyRow,
+        models: Patterns,
         organisation: Organisation | None,
         limits: tuple[Rule, ...] = (),
         budgets: tuple[Spending, ...] = (),
@@ -54,7 +98,7 @@ class KeyCaller:
         # Compared with the clock at every request
         self.expires, self.until = row.expires, row.until
         self.is_disabled = row.disabled or (organisation is not None and organisation.disabled)
-        self.models = tuple(one for one in (row.models, organisation and organisation.models) if one is not None)
+        self.models = tuple(one for one in (models, organisation and organisation.models) if one is not None)
         self.allows_all = not self.models
         # Name -> whether it is allowed
         self._known: dict[str, bool] = {}
@@ -75,9 +119,8 @@ class KeyCaller:
 class Policy:
     """Keys, limits, budgets and prompts of one moment.
 
-    `digests`, `previous`: raw digests of secrets, and of replaced ones, to the KeyRow. `parts`: limits and budgets of
-    keys, equal ones once. `number` differs from that of any
-    other policy of the process.
+    `digests`, `previous`: raw digests of secrets, and of replaced ones, to the KeyRow. `parts`: patterns, limits and
+    budgets of keys, equal ones once. `number` differs from that of any other policy of the process.
 
     Limits and budgets of callers are in their KeyCaller; here are those of no key: `everyone` (scope `all`),
     `anonymous` (everyone's included), `by_address` and `by_model`, whose holder is "" or one name.
@@ -86,8 +129,8 @@ class Policy:
     def __init__(
         self,
         number: int,
-        digests: dict[bytes, KeyRow],
-        previous: dict[bytes, KeyRow],
+        digests: Rows,
+        previous: Rows,
         kinds: frozenset[str],
         parts: Sequence[Any],
         organisations: Mapping[str, Organisation],
@@ -95,6 +138,7 @@ class Policy:
         budgets: Sequence[ScopedBudget],
         anonymous: Anonymous,
         prompts: Sequence[StoredPrompt],
+        keys_have_budgets: bool = False,
     ) -> None:
         self.number = number
         self.digests, self.previous, self.kinds = digests, previous, kinds
@@ -103,6 +147,8 @@ class Policy:
         self.limits, self.budgets = limits, budgets
         self.prompts = prompts
         self.keys = len(digests)
+        organisations_do = any(one.budget for one in organisations.values())
+        self._has_budgets = bool(budgets) or organisations_do or keys_have_budgets
         self.everyone = smallest([rule(one, "all", "", "all callers") for one in limits if one.scope == "all"])
         own = [rule(one, "anonymous", "", "your address") for one in anonymous.limits]
         self.anonymous = smallest([*self.everyone, *own])
@@ -110,41 +156,44 @@ class Policy:
         self.by_address = smallest(by_address)
         self.by_model = smallest([rule(one, "model", one.name or "", "") for one in limits if one.scope == "model"])
         self.of_everyone = least([spending(one, "all", "", "all callers") for one in budgets if one.scope == "all"])
+        # By id; and by digest, with whether it has been replaced
         self._callers: dict[str, KeyCaller] = {}
+        self._found: dict[bytes, tuple[KeyCaller, bool]] = {}
 
     def find(self, digest: bytes) -> tuple[KeyCaller, bool] | None:
         """The caller of a secret, and whether the secret has been replaced. None: unknown."""
+        found = self._found.get(digest)
+        if found is not None:
+            return found
         row, replaced = self.digests.get(digest), False
         if row is None:
             row, replaced = self.previous.get(digest), True
             if row is None:
                 return None
-        caller = self._callers.get(row[0])
-        return (self._caller(row) if caller is None else caller), replaced
+        if len(self._found) >= _CALLERS:
+            self._found.clear()
+            self._callers.clear()
+        found = self._found[digest] = self._caller(row), replaced
+        return found
 
     def rows(self) -> Iterator[KeyRow]:
-        return iter(self.digests.values())
+        return self.digests.values()
 
     def has_budgets(self) -> bool:
         """Whether any budget is in it."""
-        organisations = any(one.budget for one in self.organisations.values())
-        return bool(self.budgets) or organisations or any(isinstance(part, Budget) for part in self.parts)
+        return self._has_budgets
 
-    def dismantle(self) -> Iterator[None]:
+    def dismantle(self) -> Generator[None, None, None]:
         """Free its keys in slices: freed at once, 100,000 would stop the event loop for 20 ms."""
-        for keys in (self.digests, self.previous):
-            while keys:
-                for _ in range(min(500, len(keys))):
-                    keys.popitem()
-                yield
+        yield from self.digests.clear()
+        yield from self.previous.clear()
 
     def _caller(self, row: KeyRow) -> KeyCaller:
-        row = KeyRow(*row)
-        organisation = self.organisations.get(row.organisation) if row.organisation else None
-        caller = KeyCaller(row, organisation, self._limits_of(row, organisation), self._budgets_of(row, organisation))
-        if len(self._callers) >= _CALLERS:
-            self._callers.clear()
-        self._callers[row.id] = caller
+        caller = self._callers.get(row.id)
+        if caller is None:
+            organisation = self.organisations.get(row.organisation) if row.organisation else None
+            limits, budgets = self._limits_of(row, organisation), self._budgets_of(row, organisation)
+            caller = self._callers[row.id] = KeyCaller(row, self.parts[row.models], organisation, limits, budgets)
         return caller
 
     def _limits_of(self, row: KeyRow, organisation: Organisation | None) -> tuple[Rule, ...]:

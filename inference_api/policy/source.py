@@ -11,11 +11,14 @@ from pathlib import Path
 from inference_api.policy.reading import MAX_BYTES, PolicyError, read
 from inference_api.policy.snapshot import Policy
 from inference_api.routing.files import Changes
+from inference_api.threads import at_once, giving_way
 
 logger = logging.getLogger(__name__)
 
-# Seconds that a thread leaves the interpreter to the event loop between two slices of its work
-_PAUSE = 0.0005
+Drive = Callable[[Generator[None, None, Policy]], Policy]
+
+# Characters of a piece of a text
+_PIECE = 64 * 1024
 # Why a policy could not be read
 REASONS = ("connect", "timeout", "status", "garbage")
 
@@ -46,7 +49,7 @@ class Policies:
         if old is not None:
             # Without a thread it is freed at once.
             with suppress(RuntimeError):
-                threading.Thread(target=_drained, args=(old.dismantle(),), name="policy", daemon=True).start()
+                threading.Thread(target=giving_way, args=(old.dismantle(),), name="policy", daemon=True).start()
 
     def confirm(self, at: float | None = None) -> None:
         """Note that the current policy is the newest one, now or at this time."""
@@ -57,49 +60,37 @@ class Policies:
         return max(0.0, self.clock() - self.confirmed)
 
 
-def paced(reading: Generator[None, None, Policy], pause: float = _PAUSE) -> Policy:
-    """Read in a thread that gives way to the event loop after each slice. Raises PolicyError."""
-    while True:
-        try:
-            next(reading)
-        except StopIteration as done:
-            policy: Policy = done.value
-            return policy
-        time.sleep(pause)
-
-
-def _drained(slices: Iterator[None]) -> None:
-    for _ in slices:
-        time.sleep(_PAUSE)
-
-
 class PolicyFile:
-    """The policy of a file, YAML or JSON; a bad one is logged once, and the previous policy stays in use."""
+    """The policy of a file, YAML or JSON; a bad one is logged once, and the previous policy stays in use.
 
-    def __init__(self, path: Path, policies: Policies, *, peppered: bool) -> None:
+    `drive` runs the steps of reading a changed file.
+    """
+
+    def __init__(self, path: Path, policies: Policies, *, peppered: bool, drive: Drive = giving_way) -> None:
         self._path = path
         self._policies = policies
         self._peppered = peppered
+        self._drive = drive
         self._changes = Changes(path)
         self._complaint = ""
 
     def load(self) -> None:
         """Read it at the start. Raises PolicyError with the name of the file."""
-        self._use(self._read(pause=0.0), log=False)
+        self._use(self._read(at_once), log=False)
 
     def poll(self, now: bool) -> Callable[[], None] | None:
         if not self._changes.settled(now):
             return None if self._complaint else self._policies.confirm
         try:
-            policy = self._read(_PAUSE)
+            policy = self._read(self._drive)
         except PolicyError as exc:
             return partial(self._keep, str(exc))
         return partial(self._use, policy)
 
-    def _read(self, pause: float) -> Policy:
+    def _read(self, drive: Drive) -> Policy:
         try:
-            reading = read(_text_of(self._path), peppered=self._peppered, is_yaml=self._path.suffix != ".json")
-            return paced(reading, pause)
+            is_yaml = self._path.suffix != ".json"
+            return drive(read(_text_of(self._path), peppered=self._peppered, is_yaml=is_yaml))
         except PolicyError as exc:
             raise PolicyError(f"policy {str(self._path)!r}: {exc}") from None
 
@@ -117,12 +108,14 @@ class PolicyFile:
             logger.warning("the policy could not be reloaded, the previous one stays: %s", complaint)
 
 
-def _text_of(path: Path) -> str:
-    """The text of the file. Raises PolicyError."""
+def _text_of(path: Path) -> Iterator[str]:
+    """The text of the file, in pieces. Raises PolicyError, or UnicodeDecodeError."""
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise PolicyError(f"it has {size} bytes; the limit is {MAX_BYTES}")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
         raise PolicyError(f"it cannot be read: {reason}; INFERENCE_API_POLICY must name a file that can") from None

@@ -1,25 +1,33 @@
 """Walks through the text of a YAML policy item by item, as `json_items` does: its nodes are never all in memory."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import yaml
 from yaml.composer import Composer
 
-from inference_api.routing.catalogue import CatalogueError, YamlLoader
+from inference_api.routing.catalogue import YamlLoader
 
 
-def items_of_yaml(text: str, lists: Collection[str]) -> Iterator[tuple[str, int, Any]]:
+def items_of_yaml(pieces: Iterable[str], lists: Collection[str]) -> Iterator[tuple[str, int, Any]]:
     """(name, index, item) for each item of the lists of these names, and (name, -1, value) for every other member.
 
-    A list ends with (name, -1, []). Raises ValueError.
+    A list ends with (name, -1, []). `pieces`: the text, in order. Raises ValueError.
     """
     try:
-        yield from _Walk(text).items(lists)
-    except CatalogueError:
-        raise
+        yield from _Walk(_Stream(pieces)).items(lists)
     except (yaml.YAMLError, RecursionError) as exc:
-        raise ValueError(f"it is not YAML: {' '.join(str(exc).split())}") from None
+        raise ValueError(" ".join(str(exc).split())) from None
+
+
+class _Stream:
+    """A file for the scanner."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces = iter(pieces)
+
+    def read(self, size: int) -> str:
+        return next(self._pieces, "")
 
 
 _Loader: Any = YamlLoader
@@ -28,8 +36,8 @@ _Loader: Any = YamlLoader
 class _Walk(Composer, _Loader):  # type: ignore[misc]
     """The C scanner, the composer in Python, which composes one node at a time, and the loader's own constructor."""
 
-    def __init__(self, text: str) -> None:
-        _Loader.__init__(self, text)
+    def __init__(self, stream: _Stream) -> None:
+        _Loader.__init__(self, stream)
         self.anchors = {}
 
     def items(self, lists: Collection[str]) -> Iterator[tuple[str, int, Any]]:

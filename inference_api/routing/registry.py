@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 # Limit of an answer; 10,000 models are about 3 MB. Decoding blocks the event loop.
 MAX_BYTES = 16 * 1024 * 1024
 # Seconds to the next poll after failures in a row: any time up to 1, 2, 4 ... 30.
-_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0
+FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 30.0
 _SHOWN_KEYS = 10
+# Bytes of a chunk of an answer; more in one piece would stop the event loop when it is copied or freed.
+CHUNK = 64 * 1024
 # A longer ETag is not sent back.
 _MAX_ETAG = 256
 
@@ -160,8 +162,8 @@ class Registry:
     def _pause(self) -> float:
         if not self._failed_in_a_row:
             return spread(self._refresh_every, self._rand())
-        first = min(_FIRST_BACKOFF, self._refresh_every)
-        return back_off(self._failed_in_a_row, first, _LONGEST_BACKOFF, self._rand())
+        first = min(FIRST_BACKOFF, self._refresh_every)
+        return back_off(self._failed_in_a_row, first, LONGEST_BACKOFF, self._rand())
 
     async def refresh(self) -> None:
         """Poll once. Concurrent callers wait for the poll under way."""
@@ -209,7 +211,7 @@ class Registry:
         headers = {"accept-encoding": "identity"} | ({} if self._etag is None else {"if-none-match": self._etag})
         try:
             async with self._client.stream("GET", "/models", headers=headers, follow_redirects=False) as response:
-                content = await _read_body(response, self._max_bytes)
+                content = b"".join(await read_body(response, self._max_bytes))
         except httpx.TimeoutException as exc:
             raise RegistryError("timeout", "it did not answer in time") from exc
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
@@ -228,7 +230,7 @@ class Registry:
             logger.warning("the registry lists no models; the previous catalogue stays until a second poll agrees")
             return None
         self._empty_once = False
-        self._etag = _etag(response)
+        self._etag = etag_of(response)
         if (
             catalogue == self._last_good
             and catalogue.problems == self._last_good.problems
@@ -270,21 +272,24 @@ class Registry:
         self._fleet.update(catalogue)
 
 
-def _etag(response: httpx.Response) -> str | None:
+def etag_of(response: httpx.Response) -> str | None:
+    """The ETag, if it can be sent back."""
     etag = response.headers.get("etag")
     # Other values are not valid in a request header, or too long.
     return etag if etag is not None and etag.isascii() and etag.isprintable() and len(etag) <= _MAX_ETAG else None
 
 
-async def _read_body(response: httpx.Response, limit: int) -> bytes:
+async def read_body(response: httpx.Response, limit: int) -> list[bytes]:
+    """The body of an answer, in chunks. Raises RegistryError if it is compressed, or larger than `limit`."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise RegistryError("garbage", "its answer is compressed, although the router does not accept that")
-    body = bytearray()
-    async for data in response.aiter_bytes():
-        body += data
-        if len(body) > limit:
+    size, chunks = 0, []
+    async for data in response.aiter_bytes(CHUNK):
+        size += len(data)
+        if size > limit:
             raise RegistryError("garbage", f"its answer has more than {limit} bytes")
-    return bytes(body)
+        chunks.append(data)
+    return chunks
 
 
 def _read(content: bytes, entry_type: type[CatalogueEntry]) -> Catalogue:

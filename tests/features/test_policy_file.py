@@ -125,4 +125,4 @@ async def test_the_previous_policy_is_freed(tmp_path: Path, start_router: Start)
     served.router.reload()
 
     await until(lambda: policies(served).current is not first)
-    await until(lambda: not first.digests)
+    await until(lambda: not len(first.digests))
