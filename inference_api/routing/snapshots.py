@@ -41,7 +41,7 @@ class Answer(NamedTuple):
     etag: str | None
 
 
-class Document(Protocol):
+class Follower(Protocol):
     """What is made of the answers. All methods run on the event loop."""
 
     async def take(self, content: Sequence[bytes]) -> bool:
@@ -66,7 +66,7 @@ class Snapshot:
         self,
         client: httpx.AsyncClient,
         path: str,
-        document: Document,
+        follower: Follower,
         refresh: float,
         max_bytes: int,
         waits: bool = True,
@@ -76,7 +76,7 @@ class Snapshot:
     ) -> None:
         self._client = client
         self._path = path
-        self._document = document
+        self._follower = follower
         self._refresh = refresh
         self._max_bytes = max_bytes
         self._waits = waits
@@ -111,20 +111,20 @@ class Snapshot:
         try:
             answer = await self._get()
             try:
-                believed = answer.content is None or await self._document.take(answer.content)
+                accepted = answer.content is None or await self._follower.take(answer.content)
             except ValueError as exc:
                 raise RegistryError("garbage", str(exc)) from None
         except RegistryError as exc:
             self._failed_in_a_row += 1
-            self._document.failed(exc)
+            self._follower.failed(exc)
             first = min(FIRST_BACKOFF, self._refresh)
             return back_off(self._failed_in_a_row, first, LONGEST_BACKOFF, self._rand())
         self._failed_in_a_row = 0
-        if not believed:
+        if not accepted:
             return spread(self._refresh, self._rand())
         if answer.content is not None:
             self.etag = answer.etag
-        self._document.confirm()
+        self._follower.confirm()
         if not answer.waits:
             return spread(self._refresh, self._rand())
         return 0.0 if self._clock() - began >= _SHORTEST else spread(_SHORTEST, self._rand())

@@ -49,12 +49,15 @@ async def test_a_file_is_read_at_the_start(tmp_path: Path, start_router: Start) 
 
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "not YAML": ("keys: [", "it is not YAML: while parsing a flow node"),
-    "twice in a mapping": ("keys: [{id: a, id: b}]", "the key 'id' is given twice, in lines 1 and 1"),
-    "twice at the top": ("keys: []\nlimits: []\nkeys: []", "the key 'keys' is given twice"),
-    "two documents": ("keys: []\n---\nkeys: []", "it has more than one document"),
-    "a list": ("- keys", "a policy is a mapping"),
-    "empty": ("", "a policy is a mapping"),
+    "not YAML": ("keys: [", "it is not valid YAML: while parsing a flow node"),
+    "twice in a mapping": (
+        "keys: [{id: a, id: b}]",
+        "it is not valid YAML: the key 'id' is given twice, in lines 1 and 1",
+    ),
+    "twice at the top": ("keys: []\nlimits: []\nkeys: []", "it is not valid YAML: the key 'keys' is given twice"),
+    "two documents": ("keys: []\n---\nkeys: []", "it is not valid YAML: it has more than one document"),
+    "a list": ("- keys", "it is not valid YAML: a policy is a mapping"),
+    "empty": ("", "it is not valid YAML: a policy is a mapping"),
     "no list": ("keys: 1", "keys: must be a list"),
     "unknown section": ("key: []", "key: there is no such key; use organisations, keys, limits, budgets, prompts, "),
     "organisation": (
