@@ -33,7 +33,7 @@ _SHORTEST = 1.0
 _MAX_HEAD = 4096
 
 
-class Answer(NamedTuple):
+class Polled(NamedTuple):
     """`content`: in chunks; None if it has not changed. `waits`: the registry waits for changes."""
 
     content: Sequence[bytes] | None
@@ -129,7 +129,7 @@ class Snapshot:
             return spread(self._refresh, self._rand())
         return 0.0 if self._clock() - began >= _SHORTEST else spread(_SHORTEST, self._rand())
 
-    async def _get(self) -> Answer:
+    async def _get(self) -> Polled:
         # Not compressed: a few KB could expand to more than the memory.
         headers = {"accept-encoding": "identity"}
         late = _LATE
@@ -151,10 +151,10 @@ class Snapshot:
             raise RegistryError("connect", f"it cannot be reached ({cause_of(exc)})") from exc
         waits = "preference-applied" in response.headers
         if response.status_code == 304 and self.etag is not None:
-            return Answer(None, waits, self.etag)
+            return Polled(None, waits, self.etag)
         if response.status_code != 200:
             raise RegistryError("status", f"it answered with the status {response.status_code}")
-        return Answer(content, waits, etag_of(response))
+        return Polled(content, waits, etag_of(response))
 
 
 class SnapshotFile:
