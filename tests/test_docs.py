@@ -12,6 +12,7 @@ from inference_api.app import ENTRY, GROUPS
 from inference_api.errors import RouterError
 from inference_api.features import budgets, cost, engine_load, keys, policy, usage
 from inference_api.features.delivery.sender import Answer, Delivery
+from inference_api.features.limiting.amounts import Estimates
 from inference_api.features.limits import Limiter
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.http.routes import INFERENCE_ROUTES
@@ -62,7 +63,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *engine_load.families(fleet),
         *policy.families(policies),
         *keys.Keys(policies).collect(),
-        *Limiter(policies, MemoryStore()).collect(),
+        *Limiter(policies, MemoryStore(), Estimates()).collect(),
         *usage.families({"logged": 0}, Delivery(nobody)),
         *cost.families({}),
         *budgets.families({}, None),

@@ -14,7 +14,8 @@ from pydantic import Field, field_validator
 from inference_api.core import Core
 from inference_api.errors import LimitsUnavailable, RateLimited
 from inference_api.feature import Feature, Switch
-from inference_api.features.limiting.amounts import FIELDS, Means, choices_of, input_estimate, output_estimate
+from inference_api.features.delivery.records import METERED, NOTHING, UNKNOWN, Metered
+from inference_api.features.limiting.amounts import FIELDS, Estimates, choices_of, input_estimate, output_estimate
 from inference_api.features.limiting.plans import (
     ONE,
     Plan,
@@ -31,7 +32,7 @@ from inference_api.features.limiting.refusals import REQUESTS, TOKENS, Refusal, 
 from inference_api.features.limiting.windows import Store
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.features.stores.shared import Asked, take_share
-from inference_api.models import OK, Call, Caller, Reply, Send
+from inference_api.models import Call, Caller, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
@@ -47,8 +48,6 @@ _NAME = "limits"
 Ticket = tuple[Plan, Wants, int, tuple[StreamLimit, ...]]
 # Plans at most; one is made again in microseconds.
 _PLANS = 20_000
-# Models whose means are kept
-_MODELS = 10_000
 Precise = list[WindowLimit | StreamLimit]
 OnFailure = Literal["share", "open", "closed"]
 
@@ -87,7 +86,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
         return None
     if options.limits == "local":
         store = MemoryStore()
-        limiter = Limiter(policies, store, options.limits_share)
+        limiter = Limiter(policies, store, Estimates.shared(core), options.limits_share)
         store.on_evict(limiter.forget)
         return limiter.feature()
     try:
@@ -102,7 +101,8 @@ def build(core: Core, settings: Settings) -> Feature | None:
     except ValueError as exc:
         shown = without_password(options.redis_url)
         raise SettingsError(f"{PREFIX}REDIS_URL={shown!r}: {exc}") from None
-    limiter = Limiter(policies, shared, options.limits_share, shared, options.limits_on_failure)
+    estimates = Estimates.shared(core)
+    limiter = Limiter(policies, shared, estimates, options.limits_share, shared, options.limits_on_failure)
     shared.on_evict(limiter.forget)
     shared.on_change(limiter.forget)
     return limiter.feature()._replace(tasks=(shared.run,))
@@ -118,12 +118,14 @@ class Limiter:
         self,
         policies: Policies,
         store: Store,
+        estimates: Estimates,
         routers: int = 1,
         asked: Asked | None = None,
         on_failure: OnFailure = "share",
     ) -> None:
         self._policies = policies
         self._store = store
+        self._estimates = estimates
         self._asked = asked
         self._touch = None if asked is None else asked.touch
         self._routers = routers
@@ -131,7 +133,6 @@ class Limiter:
         self._plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
         # Plans of an earlier one are made anew.
         self._era = 0
-        self._means: dict[str, Means] = {}
         # Refused requests by scope and unit
         self._refused: dict[tuple[str, str], int] = {}
         # Whether limits of addresses are for callers with a key, too
@@ -190,6 +191,12 @@ class Limiter:
 
     def record(self, record: Record) -> None:
         """Release and settle what the request has taken."""
+        means = self._estimates.known.get(record.model_name)
+        if means is not None:
+            # Somebody has estimated requests of this model.
+            metered: Metered = record.state.get(METERED, UNKNOWN)
+            if metered[4] == "reported":
+                means.add(metered[0], metered[2], choices_of(record.fields))
         ticket: Ticket | None = record.state.get(_NAME)
         if ticket is None:
             return
@@ -239,7 +246,7 @@ class Limiter:
 
     def _wants(self, call: Call, model: Model, plan: Plan) -> Wants:
         """What a request reserves."""
-        means, route = self._means_of(model.name), call.route
+        means, route = self._estimates.means_of(model.name), call.route
         read = input_estimate(route, call.body, model.max_model_len, means) if plan.reads_input else 0
         made = output_estimate(route, call.fields, means) if plan.reads_output else 0
         return (1, read + made, read, made)
@@ -328,37 +335,11 @@ class Limiter:
         return plan
 
     def _settle(self, record: Record, plan: Plan, wants: Wants, taken_at: int) -> None:
-        read, made, is_reported = used_by(record)
-        if is_reported:
-            self._means_of(record.model_name).add(read, made, choices_of(record.fields))
-        if made is None and not wants[3]:
-            # Of a route that generates nothing
-            made = 0
+        # Without an answer of a backend, whatever it has done: the tokens are given back.
+        metered: Metered = record.state.get(METERED, UNKNOWN) if record.code is None else NOTHING
+        read, made = metered[0], metered[2]
         total = None if read is None or made is None else read + made
         settle(plan.metered, wants, (1, total, read, made), taken_at, self._store.now())
-
-    def _means_of(self, model: str) -> Means:
-        found = self._means.get(model)
-        if found is None:
-            if len(self._means) >= _MODELS:
-                self._means.clear()
-            found = self._means[model] = Means()
-        return found
-
-
-def used_by(record: Record) -> tuple[int | None, int | None, bool]:
-    """Tokens of input and output, None: unknown; and whether the engine has reported them."""
-    metered = record.state.get("metered")
-    if metered is not None:
-        return metered[0], metered[2], metered[4] == "reported"
-    if not 200 <= record.status < 300 or record.code is not None:
-        return 0, 0, False
-    read, _, made, _ = record.tokens
-    if read is not None or made is not None:
-        return read, made, True
-    if record.events and record.outcome is not OK:
-        return -(-record.body_size // 4), record.events, False
-    return None, None, False
 
 
 FEATURE = Switch(build, Options)

@@ -4,6 +4,7 @@ from hashlib import sha256
 from typing import Any
 
 from inference_api.feature import Feature
+from inference_api.features.limiting.amounts import Estimates
 from inference_api.features.limiting.windows import Store
 from inference_api.features.limits import Limiter
 from inference_api.features.stores.memory import MemoryStore
@@ -37,7 +38,7 @@ class Limited:
         self.policies = Policies("a test")
         self.policies.replace(policy_of(**document))
         self.store: Store = MemoryStore(clock=lambda: self.now) if shared is None else shared
-        self.limiter = Limiter(self.policies, self.store, routers, shared, on_failure)
+        self.limiter = Limiter(self.policies, self.store, Estimates(), routers, shared, on_failure)
         limits = self.limiter.feature()
         if shared is not None:
             shared.on_change(self.limiter.forget)

@@ -33,6 +33,17 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 URL = "/v1/chat/completions"
 
 
+@pytest.fixture
+def start_router(start_router: Start) -> Start:
+    """Routers that know the tokens of the model `m`, as they do with POLICY."""
+
+    async def start(*engines: Any, entry: dict[str, Any] | None = None, **more: Any) -> Served:
+        served: Served = await start_router(*engines, entry={"price": {"input": 1, "output": 1}, **(entry or {})}, **more)
+        return served
+
+    return start
+
+
 async def ask(served: Served, name: str | None = None, url: str = URL, **more: Any) -> httpx.Response:
     headers = {"content-type": "application/json"}
     if name is not None:

@@ -47,7 +47,8 @@ class Estimates:
     """The means of all models, and estimates by them; shared by the features that reserve tokens."""
 
     def __init__(self) -> None:
-        self._means: dict[str, Means] = {}
+        # By model; those of models whose requests nobody has estimated are not learned.
+        self.known: dict[str, Means] = {}
 
     @classmethod
     def shared(cls, core: Core) -> "Estimates":
@@ -58,11 +59,11 @@ class Estimates:
         return found
 
     def means_of(self, model: str) -> Means:
-        found = self._means.get(model)
+        found = self.known.get(model)
         if found is None:
-            if len(self._means) >= _MODELS:
-                self._means.clear()
-            found = self._means[model] = Means()
+            if len(self.known) >= _MODELS:
+                self.known.clear()
+            found = self.known[model] = Means()
         return found
 
     def of(self, call: Call, model: Model) -> tuple[int, int]:
