@@ -38,7 +38,8 @@ def start_router(start_router: Start) -> Start:
     """Routers that know the tokens of the model `m`, as they do with POLICY."""
 
     async def start(*engines: Any, entry: dict[str, Any] | None = None, **more: Any) -> Served:
-        served: Served = await start_router(*engines, entry={"price": {"input": 1, "output": 1}, **(entry or {})}, **more)
+        priced = {"price": {"input": 1, "output": 1}, **(entry or {})}
+        served: Served = await start_router(*engines, entry=priced, **more)
         return served
 
     return start
