@@ -119,6 +119,9 @@ def require_helm() -> None:
         pytest.skip("no Helm here: scripts/helm-tools installs it, with Python 3.12", allow_module_level=True)
 
 
+SECRETS = {"KEY_PEPPER": "p" * 32, "REDIS_URL": "rediss://:password@redis:6380/0"}
+
+
 class Installed(NamedTuple):
     """What Helm left in the cluster (or the one line why it did not), its test hooks, and what it told the user."""
 
@@ -163,7 +166,7 @@ def environ(found: Installed) -> dict[str, str]:
     """The router's settings, as its process would find them."""
     listed = [e for e in router_pod(found)["containers"][0]["env"] if e["name"].startswith(PREFIX)]
     # What comes from a Secret is a word of whoever made it.
-    given = {e["name"]: e.get("value", "secret") for e in listed}
+    given = {e["name"]: e.get("value") or SECRETS.get(e["name"].removeprefix(PREFIX), "secret") for e in listed}
     assert given
     return given
 
@@ -182,9 +185,18 @@ def component_of(document: Json) -> str:
     return component
 
 
+class _AsHelm(yaml.SafeLoader):
+    """Helm takes a time for the text that it is written as."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def values_of(name: str) -> Json:
     """The values of an install of INSTALLS."""
-    values: Json = yaml.safe_load((CLUSTERS.get(name) or VALUES[name.partition(" on ")[0]]).read_text())
+    values: Json = yaml.load((CLUSTERS.get(name) or VALUES[name.partition(" on ")[0]]).read_text(), _AsHelm)
     return values
 
 

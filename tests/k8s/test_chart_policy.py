@@ -7,7 +7,7 @@ import yaml
 
 from inference_api.policy.reading import read, run
 from tests.k8s.chart_values import POLICY
-from tests.k8s.charts import MARKED, Json, environ, installed, require_helm, router_pod
+from tests.k8s.charts import MARKED, Json, environ, every_install, installed, require_helm, router_pod
 
 require_helm()
 pytestmark = pytest.mark.timeout(600)
@@ -77,6 +77,12 @@ def test_a_policy_in_the_values_is_a_secret_that_the_router_has_as_a_file() -> N
     # Numbers as people write them, times as text.
     assert "20000000" in text
     assert run(read(yaml.safe_load(text), peppered=False)).keys == 1
+
+
+@every_install
+def test_the_router_accepts_its_policy(name: str) -> None:
+    for secret in installed(name).of("Secret"):
+        assert run(read(yaml.safe_load(policy_of(secret)), peppered=False)).number
 
 
 def policy_of(secret: Json) -> str:
