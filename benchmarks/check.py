@@ -160,7 +160,7 @@ def _run_forks() -> None:
     setups = list(dict.fromkeys(case.setup for case in CASES))
     with running(*setups) as (loop, clients):
         by_setup = dict(zip(setups, clients, strict=True))
-        loop.run_until_complete(_prepare(by_setup))
+        loop.run_until_complete(prepare(by_setup))
         for case in CASES:
             try_case(loop, by_setup[case.setup], case)
         # As the server does before it serves: what is there to stay is not looked at again.
@@ -174,7 +174,7 @@ def _run_forks() -> None:
         os._exit(0)
 
 
-async def _prepare(clients: Mapping[Setup, Client]) -> None:
+async def prepare(clients: Mapping[Setup, Client]) -> None:
     for setup, client in clients.items():
         await client.hold(setup.streams)
         for name in setup.asked_names():

@@ -48,7 +48,7 @@ class Site:
         pages = create_pages(self._pages(), lambda app: self._core.running(tasks, self._probes.drain))
         app: ASGIApp = Dispatch(self._pipelines, pages)
         if identify := [feature.identify for feature in self._enabled if feature.identify]:
-            app = Identify(app, identify)
+            app = Identify(app, identify, self._pipelines)
         for feature in reversed(self._enabled):
             app = feature.layer(app) if feature.layer else app
         read_headers = RequestHeaders(frozenset(name.encode() for name in settings.forward_headers))

@@ -1,7 +1,7 @@
 """Reads the headers of a request, and selects those for the backend. Pure."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from inference_api.headers import PLAIN_CONNECTION, Verdicts, header_lines, is_repeated, without_connection_headers
 from inference_api.models import RawHeaders
@@ -40,6 +40,8 @@ class RequestHead(NamedTuple):
     lines: bytes
     # All headers, names in lower case. In a repeated head, Content-Length may be that of the earlier one.
     headers: RawHeaders
+    # What features have read from the headers, under their own names: not read again in a head that repeats this one.
+    notes: dict[str, Any]
 
 
 class RequestHeaders:
@@ -70,6 +72,7 @@ class RequestHeaders:
             forwarded,
             header_lines(forwarded),
             headers,
+            {},
         )
 
 

@@ -80,8 +80,8 @@ class KeyCaller:
     """Who asks: a key, with its user and organisation, and all that holds for it. Shared by its requests."""
 
     __slots__ = (
-        "_known", "allows_all", "budgets", "expires", "id", "is_disabled", "limits", "models", "name", "organisation",
-        "priority", "until", "user", "weight",
+        "_known", "allows_all", "budgets", "expires", "fields", "id", "is_disabled", "limits", "models", "name",
+        "organisation", "priority", "until", "user", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +102,12 @@ class KeyCaller:
         self.allows_all = not self.models
         # Name -> whether it is allowed
         self._known: dict[str, bool] = {}
+        # Fields of the access line
+        self.fields = {"key_id": self.id}
+        if self.organisation is not None:
+            self.fields["organisation"] = self.organisation
+        if self.user is not None:
+            self.fields["user"] = self.user
 
     def may_use(self, model: str) -> bool:
         """Whether key and organisation allow this name of the catalogue."""

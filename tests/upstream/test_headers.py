@@ -153,7 +153,7 @@ def test_what_the_router_reads_is_there() -> None:
 
     assert inbound[1:5] == (kind, b"application/json", b"2", b"gzip")
     assert inbound.session_id == b"s1"
-    assert read([]) == RequestHead("", b"", b"", None, None, None, None, [], b"", [])
+    assert read([]) == RequestHead("", b"", b"", None, None, None, None, [], b"", [], {})
 
 
 def test_safe_headers_come_down_unchanged_and_in_order() -> None:
