@@ -21,7 +21,7 @@ from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
-from inference_api.routing.entries import entry_type
+from inference_api.routing.entries import CatalogueEntry, entry_type, refusing
 from inference_api.settings import Settings
 from inference_api.site import Site
 from inference_api.upstream.admission import admission
@@ -58,7 +58,7 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     Raises CatalogueError if the static catalogue cannot be read, SettingsError if a feature cannot be built.
     """
     balancers = [switch.balancers(settings) for switch in FEATURES if switch.balancers]
-    core = Core(settings, outside or Outside(), balancers, ENTRY)
+    core = Core(settings, outside or Outside(), balancers, entry_of(settings))
     enabled = [*(made for switch in FEATURES if (made := switch.build(core, settings)) is not None), *features]
     attempt = core.send_attempt([feature.attempt for feature in enabled if feature.attempt])
     parts, resolve = _parts(core, attempt, enabled), _resolve(core, enabled)
@@ -70,6 +70,12 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     site = Site(core, stages, attempt, probes, enabled)
     app = site.app(_sinks(core, enabled), _tasks(core, enabled, probes), parts.annotators)
     return Application(core, app, site.ops(), probes, enabled)
+
+
+def entry_of(settings: Settings) -> type[CatalogueEntry]:
+    """The class of catalogue entries, which refuses those that do not go with the settings."""
+    reasons = [reason for switch in FEATURES if switch.refuse and (reason := switch.refuse(settings)) is not None]
+    return refusing(ENTRY, reasons) if reasons else ENTRY
 
 
 def _resolve(core: Core, enabled: Sequence[Feature]) -> Resolve:

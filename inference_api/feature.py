@@ -88,6 +88,8 @@ class Switch(NamedTuple):
     keys: tuple[EntryKey[Any], ...] = ()
     # Balancing algorithms by name; they replace the core's if the feature is on.
     balancers: Callable[[Settings], Mapping[str, MakeBalancer]] | None = None
+    # With these settings, the reason to refuse an entry of a catalogue, or None
+    refuse: Callable[[Settings], Callable[[CatalogueEntry], str | None] | None] | None = None
 
 
 def with_taps(taps: list[Callable[[Call, Reply], Tap | None]]) -> Callable[[Send], Send]:

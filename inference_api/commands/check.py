@@ -29,7 +29,7 @@ ONLY_THE_FILE = (
 def run(arguments: argparse.Namespace) -> int:
     """0: valid; 1: a backend failed `--connect`. Raises SettingsError or CatalogueError if they are not valid."""
     settings = settings_of(arguments)
-    catalogue = read_catalogue(settings.catalogue)
+    catalogue = read_catalogue(settings)
     # Features validate their settings, too.
     build(settings, Outside(environment())).close()
     for warning in _warnings(settings, catalogue):

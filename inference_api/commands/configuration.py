@@ -3,11 +3,10 @@
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pydantic import ValidationError
 
-from inference_api.app import ENTRY, GROUPS
+from inference_api.app import GROUPS, entry_of
 from inference_api.routing.catalogue import Catalogue, CatalogueError, describe, load_catalogue
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.settings import DEFAULT_CATALOGUE, PREFIX, Settings, SettingsError, load_settings
@@ -71,9 +70,10 @@ def _without_password(option: str) -> str:
     return "***" if "@" in option else option[:80]
 
 
-def read_catalogue(path: Path) -> Catalogue:
-    """The catalogue of a file without invalid entries. Raises CatalogueError with a line per invalid entry."""
-    catalogue = load_catalogue(path, ENTRY)
+def read_catalogue(settings: Settings) -> Catalogue:
+    """The static catalogue, without invalid entries. Raises CatalogueError with a line per invalid entry."""
+    path = settings.catalogue
+    catalogue = load_catalogue(path, entry_of(settings))
     if catalogue.problems:
         raise CatalogueError("\n".join(f"{path}: {problem}" for problem in catalogue.problems))
     return catalogue

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from inference_api.app import ENTRY
+from inference_api.app import entry_of
 from inference_api.commands.configuration import PACKAGED, is_packaged, settings_of, table
 from inference_api.commands.router import NotReachable, ask
 from inference_api.routing.catalogue import load_catalogue
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _listed(settings: Settings) -> Rows:
     rows: Rows = [("MODEL", "VERSION", "OWNER", "ENGINE", "BALANCING", "ALIASES", "BACKENDS")]
-    for entry in load_catalogue(settings.catalogue, ENTRY).values():
+    for entry in load_catalogue(settings.catalogue, entry_of(settings)).values():
         backends = " ".join(backend.url for backend in entry.backends) or "none"
         aliases = ",".join(entry.aliases) or "none"
         rows.append((entry.name, entry.version, entry.owner, entry.engine, entry.balancing, aliases, backends))

@@ -20,6 +20,7 @@ from inference_api.policy.document import shown_time
 from inference_api.policy.keys import hmac_sha256, is_well_formed, sha256
 from inference_api.policy.snapshot import KeyCaller, Policy
 from inference_api.policy.source import Policies
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Model
 from inference_api.settings import PREFIX, Group, Settings, SettingsError
 
@@ -27,8 +28,10 @@ from inference_api.settings import PREFIX, Group, Settings, SettingsError
 _NOT_VALID = "The API key is missing or not valid. Send it as 'Authorization: Bearer <key>'."
 _RESULTS = ("ok", "invalid", "expired", "disabled", "forbidden", "unavailable")
 _CREDENTIALS = (b"authorization", b"x-api-key")
-# Under which a request head has its digests
+# Under which a head has what was found for it: number of the policy, caller, whether the secret has been replaced, and
+# whether nothing of it depends on the time
 _NAME = "keys"
+_Known = tuple[int, KeyCaller, bool, bool]
 
 
 class Options(Group):
@@ -44,6 +47,9 @@ def build(core: Core, settings: Settings) -> Feature | None:
     policies = core.provided(Policies)
     if policies is None:
         raise SettingsError(f"{PREFIX}AUTH='keys': needs {PREFIX}POLICY; set it to a policy file, or to registry")
+    if "x-api-key" in settings.forward_headers:
+        why = f"{PREFIX}AUTH=keys reads keys from x-api-key, and backends must not get them; remove it"
+        raise SettingsError(f"{PREFIX}FORWARD_HEADERS={','.join(sorted(settings.forward_headers))!r}: {why}")
     keys = Keys(policies, [pepper.encode() for pepper in settings.of(PolicyOptions).peppers])
     return Feature(
         "keys",
@@ -67,21 +73,27 @@ class Keys:
 
     def identify(self, head: RequestHead) -> Caller:
         policy = self._policies.current
+        known: _Known | None = head.notes.get(_NAME)
+        # A head that is repeated has the same key; with another policy it is looked up again.
+        if known is None or policy is None or known[0] != policy.number:
+            known = self._look_up(policy, head)
+        _, caller, is_replaced, is_plain = known
+        if not is_plain:
+            self._check(caller, is_replaced)
+        return caller
+
+    def _look_up(self, policy: Policy | None, head: RequestHead) -> "_Known":
         if policy is None:
             self._results["unavailable"] += 1
             raise AuthUnavailable
-        # A head that a connection repeats has its digests already; whose they are is asked of the policy each time.
-        known = head.notes.get(_NAME)
-        if known is None or known[0] != policy.kinds:
-            known = head.notes[_NAME] = policy.kinds, self._digests(policy, head.headers)
-        for digest in known[1]:
-            found = policy.find(digest)
-            if found is not None:
-                caller, is_replaced = found
-                if is_replaced or caller.expires is not None or caller.is_disabled:
-                    self._check(caller, is_replaced)
-                return caller
-        raise self._refused("invalid", _NOT_VALID)
+        digests = self._digests(policy, head.headers)
+        found = next((found for digest in digests if (found := policy.find(digest)) is not None), None)
+        if found is None:
+            raise self._refused("invalid", _NOT_VALID)
+        caller, is_replaced = found
+        is_plain = not (is_replaced or caller.is_disabled) and caller.expires is None
+        known = head.notes[_NAME] = policy.number, caller, is_replaced, is_plain
+        return known
 
     def _digests(self, policy: Policy, headers: RawHeaders) -> tuple[bytes, ...]:
         """Those of the key in the head, of the kinds that the policy has."""
@@ -111,7 +123,7 @@ class Keys:
 
     def resolve(self, resolve: Resolve) -> Resolve:
         def resolved(name: str, caller: Caller | None) -> Model:
-            if caller is None or getattr(caller, "allows_all", False):
+            if not isinstance(caller, KeyCaller) or caller.allows_all:
                 return resolve(name, caller)
             try:
                 model = resolve(name, caller)
@@ -154,4 +166,14 @@ def key_of(headers: RawHeaders) -> bytes | None:
     return values.get(b"x-api-key")
 
 
-FEATURE = Switch(build, Options)
+def refuse(settings: Settings) -> Callable[[CatalogueEntry], str | None] | None:
+    return _passes_keys_on if settings.of(Options).auth == "keys" else None
+
+
+def _passes_keys_on(entry: CatalogueEntry) -> str | None:
+    if entry.credentials != "passthrough":
+        return None
+    return f"credentials: passthrough would send the callers' keys to its backends; {PREFIX}AUTH=keys refuses that"
+
+
+FEATURE = Switch(build, Options, refuse=refuse)

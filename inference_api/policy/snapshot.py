@@ -12,8 +12,9 @@ import orjson
 from inference_api.policy.document import Anonymous, Organisation, ScopedBudget, ScopedLimit, StoredPrompt
 from inference_api.policy.rules import Patterns, Rule, Spending, least, matcher, rule, smallest, spending
 
-# Callers kept; with more active keys, they are made again.
+# Callers kept; with more active keys, they are made again. Names that a caller knows
 _CALLERS = 10_000
+_NAMES = 256
 
 
 class KeyRow(NamedTuple):
@@ -115,6 +116,8 @@ class KeyCaller:
             return True
         known = self._known.get(model)
         if known is None:
+            if len(self._known) >= _NAMES:
+                self._known.clear()
             known = self._known[model] = all(matcher(patterns)(model) for patterns in self.models)
         return known
 

@@ -1,6 +1,6 @@
 """The entries of a catalogue: one model each, in the same shape in the file, in the registry and in its API."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -209,3 +209,18 @@ def entry_type(keys: Iterable[EntryKey[Any]]) -> type[CatalogueEntry]:
     """The class of entries with these additional keys."""
     fields: dict[str, Any] = {key.name: (key.type, key.default) for key in keys}
     return create_model("CatalogueEntry", __base__=CatalogueEntry, **fields) if fields else CatalogueEntry
+
+
+def refusing(
+    entry: type[CatalogueEntry], reasons: Sequence[Callable[[CatalogueEntry], str | None]]
+) -> type[CatalogueEntry]:
+    """The class of entries that refuses those for which one of `reasons` gives a reason."""
+
+    def judged(self: CatalogueEntry) -> CatalogueEntry:
+        for reason in reasons:
+            if (why := reason(self)) is not None:
+                raise ValueError(why)
+        return self
+
+    judge: Any = model_validator(mode="after")(judged)
+    return create_model("CatalogueEntry", __base__=entry, __validators__={"judged": judge})

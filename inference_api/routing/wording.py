@@ -94,6 +94,9 @@ def _sentence(error: Any, keys: Mapping[str, Collection[str]]) -> str:
         hint = f"; did you mean {near!r}?" if near else ""
         return f"{_place(within)}: unknown key {_shown(key)}{hint}" if within else f"unknown key {_shown(key)}{hint}"
     field = next((part for part in reversed(place) if isinstance(part, str) and not _TAG.fullmatch(part)), "")
+    if not place:
+        # Of the entry as a whole
+        return _reason(error)
     where = _place(place)
     if place and place[0] in _SHAPES and len(place) <= 2:
         return f"{_place(place[:1])} {_SHAPES[place[0]]}"
