@@ -8,6 +8,7 @@ from tests.policies import EXAMPLE, bearer, entry, policy_of, write
 from tests.ports import free_port
 
 HEADERS = bearer(EXAMPLE.key)
+PRICE = {"input": 0.2, "output": 0.6}
 
 
 def everything(folder: Path, registry: str, **sections: Any) -> dict[str, Any]:

@@ -125,7 +125,11 @@ LISTS: dict[str, list[Any]] = {
     "RETRY_ON_STATUS": [[503], [429, 504], [500], ["many"]],
 }
 _PROXIES = [["10.0.0.0/8"], ["10.1.2.3/8", "fd00::/8", "::1"], ["10.0.0.0/33"], ["proxy"], ["10.0.0"]]
-VALUE_OF: dict[tuple[str, str], list[Any]] = {("trustedProxies", "TRUSTED_PROXIES"): _PROXIES}
+VALUE_OF: dict[tuple[str, str], list[Any]] = {
+    ("trustedProxies", "TRUSTED_PROXIES"): _PROXIES,
+    ("rateLimits.share", "LIMITS_SHARE"): NUMBERS,
+    ("currency", "CURRENCY"): ["USD", "usd", "EURO", "U5D"],
+}
 ITEMS: dict[str, type[BaseModel]] = {
     **{"organisation": Organisation, "apiKey": Key, "rateLimits": Limit, "budget": Budget},
     **{"anonymous": Anonymous, "limits": ScopedLimit, "budgets": ScopedBudget},

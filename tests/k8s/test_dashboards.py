@@ -11,9 +11,10 @@ import orjson
 import pytest
 
 from inference_api.demo.telemetry import Telemetry
+from tests.fakes import until
 from tests.k8s import chart_files
 from tests.k8s.chart_files import ROOT, TGI, metrics, panels, sample_names
-from tests.k8s.everything import everything
+from tests.k8s.everything import HEADERS, PRICE, everything
 
 DASHBOARDS = chart_files.dashboards()
 RULES = chart_files.rules()
@@ -118,10 +119,21 @@ def test_the_metrics_of_an_expression_are_found() -> None:
     assert chart_files.selectors(expression) == ['x_bucket{l="}or y{", m!="z"}', "b:c{}"]
 
 
+async def page_of_everything(start_engine: Start, start_router: Start, folder: Path) -> str:
+    """What a router exports that has every feature on, and has had a request."""
+    settings = everything(folder, "http://127.0.0.1:1")
+    served = await start_router(await start_engine(), entry={"price": PRICE}, **settings)
+    served.client.headers.update(HEADERS)
+    assert (await served.chat()).status_code == 200
+    # Counted once the answer is sent.
+    await until(lambda: served.lines)
+    page: str = (await served.client.get("/metrics")).text
+    return page
+
+
 @pytest.mark.anyio
-async def test_what_is_asked_for_is_exported(start_router: Start, tmp_path: Path) -> None:
-    served = await start_router(**everything(tmp_path, "http://127.0.0.1:1"))
-    page = (await served.client.get("/metrics")).text
+async def test_what_is_asked_for_is_exported(start_engine: Start, start_router: Start, tmp_path: Path) -> None:
+    page = await page_of_everything(start_engine, start_router, tmp_path)
     exported = sample_names(page) | sample_names(Telemetry("m", 10).page().decode()) | sample_names(TGI)
     exported |= chart_files.recorded(RULES)
     expressions = [*chart_files.panel_expressions(), *((str(rule), rule["expr"]) for rule in RULES)]
@@ -135,10 +147,11 @@ async def test_what_is_asked_for_is_exported(start_router: Start, tmp_path: Path
 
 
 @pytest.mark.anyio
-async def test_every_metric_of_the_router_is_shown_or_watched(start_router: Start, tmp_path: Path) -> None:
+async def test_every_metric_of_the_router_is_shown_or_watched(
+    start_engine: Start, start_router: Start, tmp_path: Path
+) -> None:
     """What nobody looks at would cost for nothing."""
-    served = await start_router(**everything(tmp_path, "http://127.0.0.1:1"))
-    page = (await served.client.get("/metrics")).text
+    page = await page_of_everything(start_engine, start_router, tmp_path)
     exported = {name for name in sample_names(page) if name.startswith("inference_api_")}
     used = set().union(*(metrics(expression) for _, expression in chart_files.panel_expressions()))
     used |= set().union(*(metrics(rule["expr"]) for rule in RULES))

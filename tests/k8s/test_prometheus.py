@@ -21,7 +21,7 @@ from inference_api.settings import Settings
 from tests.conftest import serving
 from tests.fakes import Line, Received, ScriptedServer, event, json_response, raw, sse
 from tests.k8s import chart_files
-from tests.k8s.everything import HEADERS, everything
+from tests.k8s.everything import HEADERS, PRICE, everything
 from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
@@ -52,7 +52,7 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
         # Beside two live backends a dead one, and one that fails requests but no checks: these are repeated elsewhere.
         several = [*engines, f"http://127.0.0.1:{free_port()}", cutting.url]
         models = [
-            {"name": "m", "backends": [{"url": url} for url in several]},
+            {"name": "m", "price": PRICE, "backends": [{"url": url} for url in several]},
             {"name": "breaking", "backends": [{"url": breaking.url}]},
             # One that fails where the other does not is set aside.
             {"name": "uneven", "served_model_name": "m", "backends": [{"url": engines[0]}, {"url": failing.url}]},
