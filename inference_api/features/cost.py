@@ -5,12 +5,13 @@ Money is an integer, 10^-9 of CURRENCY. A price that is not known is never 0, an
 
 from collections.abc import Awaitable, Iterator, Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from inference_api.core import Core
 from inference_api.feature import Feature, Switch
+from inference_api.features.delivery.records import METERED
 from inference_api.models import Call, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
@@ -21,12 +22,10 @@ from inference_api.routing.entries import CatalogueEntry, EntryKey
 from inference_api.routing.fleet import Model
 from inference_api.settings import Group, Settings
 
-# Under which the state of a request has its Rates, and its Metered
-RATES, METERED = "rates", "metered"
+# Under which the state of a request has its price
+_NAME = "price"
 _MILLION = 10**6
 
-# 10^-9 of CURRENCY per million input, cached input and output tokens, and per request
-Rates = tuple[int, int, int, int]
 _Money = Annotated[Decimal, Field(ge=0, le=_MILLION, allow_inf_nan=False)]
 
 
@@ -38,8 +37,17 @@ class Options(Group):
     )
 
 
-class Price(BaseModel):
-    """CURRENCY per million tokens, and per request; at most 9 decimals."""
+class Price(NamedTuple):
+    """In 10^-9 of CURRENCY: per million input, cached input and output tokens, and per request."""
+
+    input: int
+    cached_input: int
+    output: int
+    request: int
+
+
+class PriceEntry(BaseModel):
+    """A price as people write it: CURRENCY per million tokens, and per request; at most 9 decimals."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -47,8 +55,6 @@ class Price(BaseModel):
     cached_input: _Money | None = None
     output: _Money
     request: _Money = Decimal(0)
-
-    _rates: Rates = PrivateAttr(default=(0, 0, 0, 0))
 
     @model_validator(mode="before")
     @classmethod
@@ -61,22 +67,21 @@ class Price(BaseModel):
                 raise ValueError(f"{name} must be a number")
         return {name: Decimal(str(one)) if isinstance(one, float) else one for name, one in value.items()}
 
-    @model_validator(mode="after")
-    def _in_nanos(self) -> Self:
+    @field_validator("input", "cached_input", "output", "request")
+    @classmethod
+    def _exact(cls, amount: Decimal | None) -> Decimal | None:
+        if amount is not None:
+            nanos(amount)
+        return amount
+
+    def price(self) -> Price:
         cached = self.input if self.cached_input is None else self.cached_input
-        self._rates = nanos(self.input), nanos(cached), nanos(self.output), nanos(self.request)
-        return self
-
-    @property
-    def rates(self) -> Rates:
-        return self._rates
-
-    @property
-    def is_free(self) -> bool:
-        return not any(self._rates)
+        return Price(nanos(self.input), nanos(cached), nanos(self.output), nanos(self.request))
 
 
-PRICE: EntryKey[Price | None] = EntryKey("price", Price | None, None)
+# Entries have the plain integers, which requests read.
+_InNanos = Annotated[PriceEntry, AfterValidator(PriceEntry.price)]
+PRICE: EntryKey[Price | None] = EntryKey("price", _InNanos | None, None)
 
 
 def build(core: Core, settings: Settings) -> Feature:
@@ -89,11 +94,12 @@ def has_price(entry: CatalogueEntry) -> bool:
     return PRICE.of(entry) is not None
 
 
-def cost_of(rates: Rates, input_tokens: int, cached: int, output_tokens: int) -> int:
+def cost_of(price: Price, input_tokens: int, cached: int, output_tokens: int) -> int:
     """10^-9 of CURRENCY, rounded down. `cached`: those of the input tokens that a cache had."""
-    cached = min(cached, input_tokens)
-    tokens = (input_tokens - cached) * rates[0] + cached * rates[1] + output_tokens * rates[2]
-    return tokens // _MILLION + rates[3]
+    read, reused, made, request = price
+    if cached > input_tokens:
+        cached = input_tokens
+    return ((input_tokens - cached) * read + cached * reused + output_tokens * made) // _MILLION + request
 
 
 class Costs:
@@ -105,26 +111,27 @@ class Costs:
     def ask(self, send: Send) -> Send:
         def priced(call: Call, model: Model) -> Awaitable[Reply]:
             # Of the model that answers: its price may change before the answer ends.
-            price: Price = model.entry.price  # type: ignore[attr-defined]
-            call.state[RATES] = price._rates  # type: ignore[index]
+            call.state[_NAME] = model.entry.price  # type: ignore[attr-defined, index]
             return send(call, model)
 
         return priced
 
     def annotate(self, record: Record, extra: dict[str, Any]) -> None:
-        metered = record.state.get(METERED)
+        # By its place: reading a field by name costs ten times as much.
+        state = record[21]
+        metered = state.get(METERED)
         if metered is None:
             return
         prompt, cached, completion, _, source = metered
         if source == "cache" or (source == "none" and prompt is not None):
             extra["cost_nanos"] = 0
             return
-        rates: Rates | None = record.state.get(RATES)
-        if rates is None or prompt is None or completion is None:
+        price: Price | None = state.get(_NAME)
+        if price is None or prompt is None or completion is None:
             return
-        extra["cost_nanos"] = cost = cost_of(rates, prompt, cached or 0, completion)
+        extra["cost_nanos"] = cost = cost_of(price, prompt, cached or 0, completion)
         if cost:
-            self._totals[record.model_name].count += cost
+            self._totals[record[2]].count += cost
 
     def collect(self) -> Iterator[Family]:
         if self._totals:

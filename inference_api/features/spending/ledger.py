@@ -54,7 +54,8 @@ class Entry:
         "per",
         "place",
         "reserved",
-        "soft",
+        "soft_at",
+        "spending",
         "spent",
         "start",
     )
@@ -68,7 +69,10 @@ class Entry:
 
     def adopt(self, spending: Spending) -> None:
         """Apply a changed budget; what is spent stays."""
-        self.amount, self.per, self.soft = spending.amount, spending.per, spending.soft
+        self.spending = spending
+        self.amount, self.per = spending.amount, spending.per
+        # From which it is announced
+        self.soft_at = spending.amount * spending.soft
 
     def _empty(self) -> None:
         self.spent = self.pending = self.late = 0
@@ -122,7 +126,7 @@ class Ledger:
         entry = self._entries.get(spending.id)
         if entry is None:
             entry = self._make(spending, now)
-        elif entry.amount != spending.amount or entry.soft != spending.soft:
+        elif entry.spending != spending:
             entry.adopt(spending)
         return entry
 
@@ -155,7 +159,7 @@ class Ledger:
         counts = {"ok": 0, "soft": 0, "hard": 0}
         for entry in list(self._entries.values()):
             used = entry.spent + entry.pending + entry.late + entry.reserved if now < entry.end else 0
-            state = "hard" if used >= entry.amount else "soft" if used >= entry.amount * entry.soft else "ok"
+            state = "hard" if used >= entry.amount else "soft" if used >= entry.soft_at else "ok"
             counts[state] += 1
         return counts
 
