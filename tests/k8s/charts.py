@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from inference_api.app import GROUPS
+from inference_api.app import ENTRY, GROUPS
 from inference_api.routing.catalogue import Catalogue, parse_catalogue
 from inference_api.settings import PREFIX, Settings, load_settings
 from tests.k8s.chart_values import (
@@ -177,7 +177,7 @@ def settings(found: Installed) -> Settings:
 
 def catalogue(found: Installed) -> Catalogue:
     (data,) = [o["data"] for o in found.of("ConfigMap") if o["metadata"]["name"].endswith("-catalogue")]
-    return parse_catalogue(yaml.safe_load(data["catalogue.yaml"]))
+    return parse_catalogue(yaml.safe_load(data["catalogue.yaml"]), ENTRY)
 
 
 def component_of(document: Json) -> str:

@@ -51,7 +51,7 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
         failing = await start_engine(raw(json_response({}, "500 No")))
         # Beside two live backends a dead one, and one that fails requests but no checks: these are repeated elsewhere.
         several = [*engines, f"http://127.0.0.1:{free_port()}", cutting.url]
-        models = [
+        models: list[dict[str, Any]] = [
             {"name": "m", "price": PRICE, "backends": [{"url": url} for url in several]},
             {"name": "breaking", "backends": [{"url": breaking.url}]},
             # One that fails where the other does not is set aside.
