@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def demo(arguments: argparse.Namespace) -> int:
     from inference_api.demo.run import run_demo
 
-    return run_demo(arguments.host, arguments.port, arguments.tokens_per_second)
+    return run_demo(arguments.host, arguments.port, arguments.tokens_per_second, keys=arguments.keys)
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
@@ -120,6 +120,7 @@ def _add_demo(commands: _Commands) -> None:
     command.add_argument("--host", default="127.0.0.1", help="address of the router")
     command.add_argument("--port", type=int, default=8000, help="port of the router")
     command.add_argument("--tokens-per-second", type=float, default=40, help="speed of an engine, per request")
+    command.add_argument("--keys", action="store_true", help="ask for API keys, with limits, prices and usage records")
 
 
 def _configured(commands: _Commands, name: str, text: str) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import yaml
 
 from inference_api.demo.child import Child
 from inference_api.demo.guide import base_url, guide
+from inference_api.demo.policy import PRICES, Keys
 
 _POLL = 0.1
 # Seconds: the router lets open streams finish for _DRAIN, and whatever still runs after _PATIENCE is killed.
@@ -32,13 +33,13 @@ class DemoError(Exception):
     """The demo cannot start or go on; the message says why and what to do."""
 
 
-def run_demo(host: str = "127.0.0.1", port: int = 8000, tokens_per_second: float = 40) -> int:
+def run_demo(host: str = "127.0.0.1", port: int = 8000, tokens_per_second: float = 40, keys: bool = False) -> int:
     """Run the demo until SIGINT or SIGTERM; 0 after that, 1 if it could not start or go on."""
     try:
         with stop_signals() as stopping, tempfile.TemporaryDirectory(prefix="inference-api-demo-") as directory:
             demo = Demo(Path(directory), stopping)
             try:
-                demo.run(host, port, tokens_per_second)
+                demo.run(host, port, tokens_per_second, Keys.new() if keys else None)
             finally:
                 demo.stop()
     except DemoError as exc:
@@ -58,13 +59,13 @@ class Demo:
         self._ready_within = ready_within
         self._environment = _environment()
 
-    def run(self, host: str, port: int, tokens_per_second: float) -> None:
+    def run(self, host: str, port: int, tokens_per_second: float, keys: Keys | None = None) -> None:
         if not tokens_per_second > 0:
             raise DemoError(f"--tokens-per-second must be more than 0, not {tokens_per_second:g}")
         port = _free_port(host, port)
         url = base_url(host, port)
         registry, *engines = _free_ports(1 + len(_ENGINES))
-        catalogue = self._write_catalogue(engines)
+        catalogue = self._write_catalogue(engines, PRICES if keys else {})
         for model, own in zip(_ENGINES, engines, strict=True):
             options = ("--model", model, "--port", str(own), "--tokens-per-second", f"{tokens_per_second:g}")
             self.start(f"{model} on port {own}", "inference_api.demo.engine", *options)
@@ -80,10 +81,12 @@ class Demo:
             "INFERENCE_API_CATALOGUE": str(catalogue),
             "INFERENCE_API_DRAIN_TIMEOUT": str(_DRAIN),
         }
+        if keys:
+            self._environment |= self._with_keys(keys)
         self.start("router", "inference_api", "serve")
         self.wait_for([f"{url}/readyz"])
         if not self._stopping:
-            print(guide(url, tokens_per_second, self._children[0].pid, str(self._directory)), flush=True)
+            print(guide(url, tokens_per_second, self._children[0].pid, str(self._directory), keys), flush=True)
         self.watch()
 
     def stop(self) -> None:
@@ -125,7 +128,14 @@ class Demo:
                 print(f"{child}; the router goes on without it. To start it again:\n\n{child.command}\n", flush=True)
             time.sleep(_POLL)
 
-    def _write_catalogue(self, ports: list[int]) -> Path:
+    def _with_keys(self, keys: Keys) -> dict[str, str]:
+        """Write the policy; the router's settings with it."""
+        path = self._directory / "policy.yaml"
+        path.touch(mode=0o600)
+        path.write_text(keys.policy())
+        return {"INFERENCE_API_AUTH": "keys", "INFERENCE_API_POLICY": str(path), "INFERENCE_API_USAGE": "log"}
+
+    def _write_catalogue(self, ports: list[int], prices: Mapping[str, Mapping[str, float]]) -> Path:
         """One file for both: the registry is filled from it, and the router falls back to it."""
         urls: dict[str, list[str]] = {}
         for model, port in zip(_ENGINES, ports, strict=True):
@@ -136,6 +146,7 @@ class Demo:
                 "owner": "demo",
                 "aliases": _ALIASES.get(name, []),
                 "backends": [{"url": url} for url in found],
+                **({"price": dict(prices[name])} if name in prices else {}),
             }
             for name, found in urls.items()
         ]
