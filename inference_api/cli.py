@@ -1,4 +1,4 @@
-"""The command line: serve, check, status, models, demo."""
+"""The command line: serve, check, status, models, keys, demo."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from typing import NoReturn, TypeAlias
 
 from inference_api import __version__
 from inference_api.app import GROUPS
-from inference_api.commands import check, models, serve, status
+from inference_api.commands import check, keys, models, serve, status
 from inference_api.routing.catalogue import CatalogueError
 from inference_api.routing.wording import suggestion
 from inference_api.settings import PREFIX, SettingsError, fields_of
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_status(commands)
     _add_models(commands)
+    _add_keys(commands)
     _add_demo(commands)
     return parser
 
@@ -111,6 +112,27 @@ def _add_models(commands: _Commands) -> None:
     command = _configured(commands, "models", "list the models of the catalogue, or of a running router")
     command.set_defaults(run=models.run)
     command.add_argument("--url", help="list the models of this router; exit 3 if it does not answer")
+
+
+def _add_keys(commands: _Commands) -> None:
+    text = "make an API key, or say whether one is valid"
+    group = _added(commands, "keys", text, f"{text[0].upper()}{text[1:]}.")
+    ways = group.add_subparsers(required=True, metavar="command")
+    text = "print a new key once, and its entry for a policy; INFERENCE_API_KEY_PEPPER makes an HMAC of its digest"
+    made = _added(ways, "new", text, f"{text[0].upper()}{text[1:]}.")
+    made.set_defaults(run=keys.new)
+    made.add_argument("--name", required=True, help="name of the key, for people")
+    made.add_argument("--organisation", help="the organisation that it is of")
+    made.add_argument("--user", help="the user whose key it is")
+    made.add_argument("--models", metavar="PATTERN", action="append", help="a model that it may use; repeatable")
+    made.add_argument("--expires", metavar="TIME", help="when it ends, such as 2027-01-31T00:00:00Z")
+    made.add_argument("--json", action="store_true", help="print key and entry as JSON")
+    text = "read one key from stdin; exit 0 if it is valid, 1 if it is not"
+    verified = _added(ways, "verify", text, f"{text[0].upper()}{text[1:]}.")
+    verified.set_defaults(run=keys.verify)
+    verified.add_argument("--policy", metavar="FILE", help="the policy (default: INFERENCE_API_POLICY)")
+    # Anything else would be a key that others see; it is refused without being shown.
+    verified.add_argument("source", nargs="?", metavar="-", help="stdin")
 
 
 def _add_demo(commands: _Commands) -> None:

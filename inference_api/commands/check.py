@@ -1,4 +1,4 @@
-"""`inference-api check`: validates settings and catalogue, and warns of probable mistakes."""
+"""`inference-api check`: validates settings, catalogue and policy, and warns of probable mistakes."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from inference_api.app import build
 from inference_api.commands.configuration import (
     PACKAGED,
+    counted,
     environment,
     is_packaged,
     read_catalogue,
@@ -15,6 +16,7 @@ from inference_api.commands.configuration import (
 )
 from inference_api.commands.connect import connect
 from inference_api.core import Outside
+from inference_api.policy.source import Policies
 from inference_api.routing.catalogue import Catalogue, read_document
 from inference_api.routing.entries import RENAMED, CatalogueEntry, Credentials
 from inference_api.settings import Settings
@@ -31,14 +33,21 @@ def run(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     catalogue = read_catalogue(settings)
     # Features validate their settings, too.
-    build(settings, Outside(environment())).close()
-    for warning in _warnings(settings, catalogue):
+    router = build(settings, Outside(environment()))
+    of_features = [warning for one in router.features.values() if one.check for warning in one.check()]
+    router.close()
+    for warning in (*_warnings(settings, catalogue), *of_features):
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.connect and settings.registry_url is not None:
         print(f"warning: {ONLY_THE_FILE.format(settings.catalogue)}", file=sys.stderr)
     if arguments.connect:
         return connect(settings, catalogue, environment())
-    print(f"settings and catalogue are valid: {size_of(catalogue)} in {settings.catalogue}")
+    read = router.core.provided(Policies)
+    if read is None or read.current is None:
+        print(f"settings and catalogue are valid: {size_of(catalogue)} in {settings.catalogue}")
+    else:
+        sizes = f"{size_of(catalogue)} in {settings.catalogue}, {counted(read.current.keys, 'key')} in {read.source}"
+        print(f"settings, catalogue and policy are valid: {sizes}")
     return 0
 
 

@@ -5,6 +5,7 @@ import logging
 
 from inference_api.application import Application
 from inference_api.commands.configuration import PACKAGED
+from inference_api.policy.source import Policies
 from inference_api.settings import Settings, without_password
 
 logger = logging.getLogger(__name__)
@@ -36,19 +37,28 @@ class Summary:
             "backends": backends,
             "catalogue": self._source,
             "registry": settings.registry_url and without_password(settings.registry_url),
+            "policy": self._policy(),
             "features": self._features(),
         }
         if settings.ops_port is None:
             del fields["ops_port"]
+        if fields["policy"] is None:
+            del fields["policy"]
         logger.info("serving", extra={"fields": fields})
         if self._source == "packaged" and settings.registry_url is None:
             logger.warning("serve without a catalogue: %s", PACKAGED)
-        if not is_loopback(settings.host):
+        if "keys" not in self._application.features and not is_loopback(settings.host):
             logger.warning(
-                "every client that can reach %s can use every model: there is no authentication and no TLS; listen on "
-                "127.0.0.1, or put a gateway in front",
+                "every client that can reach %s can use every model: there is no authentication and no TLS; set "
+                "INFERENCE_API_AUTH=keys, listen on 127.0.0.1, or put a gateway in front",
                 address,
             )
+
+    def _policy(self) -> dict[str, object] | None:
+        policies = self._application.core.provided(Policies)
+        if policies is None:
+            return None
+        return {"source": policies.source, "keys": None if policies.current is None else policies.current.keys}
 
     def _features(self) -> list[str]:
         settings = self._settings

@@ -9,7 +9,6 @@ from pydantic import Field
 from inference_api.core import Core
 from inference_api.errors import AuthUnavailable, ModelForbidden, ModelNotFound, RouterError, Unauthorized
 from inference_api.feature import Feature, Switch
-from inference_api.features.policy import Options as PolicyOptions
 from inference_api.http.head import RequestHead
 from inference_api.http.pipeline import Resolve
 from inference_api.models import Caller, RawHeaders
@@ -17,7 +16,8 @@ from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter
 from inference_api.policy.document import shown_time
-from inference_api.policy.keys import hmac_sha256, is_well_formed, sha256
+from inference_api.policy.keys import digests, is_well_formed
+from inference_api.policy.options import Options as PolicyOptions
 from inference_api.policy.snapshot import KeyCaller, Policy
 from inference_api.policy.source import Policies
 from inference_api.routing.entries import CatalogueEntry
@@ -86,8 +86,9 @@ class Keys:
         if policy is None:
             self._results["unavailable"] += 1
             raise AuthUnavailable
-        digests = self._digests(policy, head.headers)
-        found = next((found for digest in digests if (found := policy.find(digest)) is not None), None)
+        found = next(
+            (found for one in self._digests(policy, head.headers) if (found := policy.find(one)) is not None), None
+        )
         if found is None:
             raise self._refused("invalid", _NOT_VALID)
         caller, is_replaced = found
@@ -95,27 +96,22 @@ class Keys:
         known = head.notes[_NAME] = policy.number, caller, is_replaced, is_plain
         return known
 
-    def _digests(self, policy: Policy, headers: RawHeaders) -> tuple[bytes, ...]:
-        """Those of the key in the head, of the kinds that the policy has."""
+    def _digests(self, policy: Policy, headers: RawHeaders) -> Iterator[bytes]:
+        """Those of the key in the head."""
         key = key_of(headers)
-        if key is None or not is_well_formed(key):
-            return ()
-        digests = [sha256(key)] if "sha256" in policy.kinds else []
-        if "hmac-sha256" in policy.kinds:
-            digests += [hmac_sha256(key, pepper) for pepper in self._peppers]
-        return tuple(digests)
+        return iter(()) if key is None or not is_well_formed(key) else digests(key, policy.kinds, self._peppers)
 
     def _check(self, caller: KeyCaller, is_replaced: bool) -> None:
-        now, shown = self._clock(), f"{caller.name!r} ({caller.id})"
-        if caller.expires is not None and now >= caller.expires:
-            message = f"The API key {shown} expired at {shown_time(caller.expires)}."
+        end = caller.end(self._clock(), is_replaced)
+        if end is None:
+            return
+        shown, at = f"{caller.name!r} ({caller.id})", shown_time(end.at)
+        if end.kind == "expired":
+            raise self._refused("expired", f"The API key {shown} expired at {at}.", "api_key_expired")
+        if end.kind == "replaced":
+            message = f"This secret of the API key {shown} was replaced; it was valid until {at}."
             raise self._refused("expired", message, "api_key_expired")
-        if is_replaced and caller.until is not None and now >= caller.until:
-            until = shown_time(caller.until)
-            message = f"This secret of the API key {shown} was replaced; it was valid until {until}."
-            raise self._refused("expired", message, "api_key_expired")
-        if caller.is_disabled:
-            raise self._refused("disabled", f"The API key {shown} is disabled.", "api_key_disabled")
+        raise self._refused("disabled", f"The API key {shown} is disabled.", "api_key_disabled")
 
     def _refused(self, result: str, message: str, code: str = Unauthorized.code) -> RouterError:
         self._results[result] += 1

@@ -6,6 +6,7 @@ settled with the Record of the request. `limiting` has the rules, `stores` the c
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Iterator
+from functools import partial
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -39,6 +40,7 @@ from inference_api.observe.families import counter, gauge
 from inference_api.policy.rules import Rule
 from inference_api.policy.snapshot import Policy
 from inference_api.policy.source import Policies
+from inference_api.policy.warnings import has_precise_limits
 from inference_api.routing.fleet import Model
 from inference_api.settings import PREFIX, Count, Group, Settings, SettingsError, without_password
 
@@ -88,7 +90,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
         store = MemoryStore()
         limiter = Limiter(policies, store, Estimates.shared(core), options.limits_share)
         store.on_evict(limiter.forget)
-        return limiter.feature()
+        return limiter.feature()._replace(check=partial(_warnings, policies))
     try:
         from inference_api.features.stores.redis import RedisStore
     except ModuleNotFoundError as exc:
@@ -106,6 +108,11 @@ def build(core: Core, settings: Settings) -> Feature | None:
     shared.on_evict(limiter.forget)
     shared.on_change(limiter.forget)
     return limiter.feature()._replace(tasks=(shared.run,))
+
+
+def _warnings(policies: Policies) -> Iterator[str]:
+    if policies.current is not None and has_precise_limits(policies.current):
+        yield "the policy has limits that are `precise`, and LIMITS is `local`: each router counts them on its own"
 
 
 class Limiter:

@@ -9,12 +9,13 @@ from typing import Any, Literal, cast
 
 from inference_api.core import Core
 from inference_api.feature import Feature, Switch
-from inference_api.features import policy, usage
+from inference_api.features import usage
 from inference_api.features.delivery.metered import Calibration, metered
 from inference_api.features.delivery.records import METERED, Metered
 from inference_api.http.turns import Turns
 from inference_api.models import OK, Call, Edit, EventFilter, Reply, Send
 from inference_api.observe.account import Record
+from inference_api.policy.options import Options as PolicyOptions
 from inference_api.relay.dialects import Event
 from inference_api.routing.entries import CatalogueEntry, EntryKey
 from inference_api.routing.fleet import Model
@@ -31,7 +32,7 @@ _MARKER = b'_tokens"'
 def build(core: Core, settings: Settings) -> Feature:
     """Always built: a price in the catalogue turns it on for its model."""
     metering = Metering(core)
-    is_wanted = settings.of(usage.Options).usage != "off" or settings.of(policy.Options).policy is not None
+    is_wanted = settings.of(usage.Options).usage != "off" or settings.of(PolicyOptions).policy is not None
     return Feature(
         "metering",
         fields=(NAME,),

@@ -1,56 +1,22 @@
 """POLICY: keys, limits, budgets and prompts, from a file or from the registry, for the features that apply them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from pydantic import Field, SecretStr, field_validator
 
 from inference_api.core import Core
 from inference_api.feature import Feature, Switch
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
+from inference_api.policy.options import REGISTRY, Options
 from inference_api.policy.reading import PolicyError
 from inference_api.policy.remote import PolicyRegistry
 from inference_api.policy.source import Policies, PolicyFile
-from inference_api.settings import PREFIX, Group, Settings, SettingsError
+from inference_api.policy.warnings import warnings
+from inference_api.settings import PREFIX, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
-
-REGISTRY = "registry"
-_SHORTEST_PEPPER = 32
-
-
-class Options(Group):
-    policy: str | None = Field(
-        default=None,
-        min_length=1,
-        description="YAML or JSON file of keys, limits, budgets and prompts, or `registry`; unset: there are none",
-    )
-    policy_cache: Path | None = Field(
-        default=None, description="file with the last policy of the registry, for starts without a registry"
-    )
-    key_pepper: SecretStr | None = Field(
-        default=None,
-        description="HMAC key of `hmac-sha256` digests, at least 32 characters; `new,old` while it is replaced",
-    )
-
-    @field_validator("key_pepper", mode="before")
-    @classmethod
-    def _long(cls, value: Any) -> Any:
-        given = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if isinstance(given, str):
-            peppers = given.split(",")
-            if len(peppers) > 2 or any(len(pepper) < _SHORTEST_PEPPER for pepper in peppers):
-                raise ValueError(f"must be at least {_SHORTEST_PEPPER} characters without commas, or two such: new,old")
-        return value
-
-    @property
-    def peppers(self) -> tuple[str, ...]:
-        """The first one is for new keys."""
-        return () if self.key_pepper is None else tuple(self.key_pepper.get_secret_value().split(","))
 
 
 def build(core: Core, settings: Settings) -> Feature | None:
@@ -67,7 +33,9 @@ def build(core: Core, settings: Settings) -> Feature | None:
     collect = partial(families, policies)
     if options.policy != REGISTRY:
         _read_file(core, options, policies)
-        return Feature("policy", collect=collect)
+        # Of a registry the names are not known.
+        models = None if settings.registry_url else core.fleet.models
+        return Feature("policy", collect=collect, check=partial(_warnings, policies, models))
     client = core.registry_client
     if client is None:
         needs = f"needs {PREFIX}REGISTRY_URL; set it to the base URL of the registry"
@@ -85,6 +53,12 @@ def _read_file(core: Core, options: Options, policies: Policies) -> None:
     except PolicyError as exc:
         raise SettingsError(str(exc)) from None
     core.watch(file)
+
+
+def _warnings(policies: Policies, models: Collection[str] | None) -> Iterator[str]:
+    assert policies.current is not None
+    for warning in warnings(policies.current, models, policies.clock()):
+        yield f"policy {policies.source!r}: {warning}"
 
 
 def families(policies: Policies) -> Iterator[Family]:

@@ -9,6 +9,7 @@ import hmac
 import secrets
 import string
 import zlib
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -51,6 +52,15 @@ def checksum(start: bytes) -> str:
 def digest(key: bytes, pepper: str | None = None) -> str:
     """The digest as a policy has it: `sha256:` or, with a pepper, `hmac-sha256:`, and hex digits."""
     return f"sha256:{sha256(key).hex()}" if pepper is None else f"hmac-sha256:{hmac_sha256(key, pepper.encode()).hex()}"
+
+
+def digests(key: bytes, kinds: Collection[str], peppers: Iterable[bytes]) -> Iterator[bytes]:
+    """The raw digests of a key, of these kinds only, one for each pepper."""
+    if "sha256" in kinds:
+        yield sha256(key)
+    if "hmac-sha256" in kinds:
+        for pepper in peppers:
+            yield hmac_sha256(key, pepper)
 
 
 def sha256(key: bytes) -> bytes:

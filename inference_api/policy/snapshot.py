@@ -5,7 +5,7 @@ the event loop for 35 ms. A KeyCaller is made of them at its first request.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -77,6 +77,13 @@ def packed(row: KeyRow) -> bytes:
     return memoryview(orjson.dumps(tuple(row))).tobytes()
 
 
+class End(NamedTuple):
+    """Why a known key is not valid, and since when, in Unix seconds."""
+
+    kind: Literal["expired", "replaced", "disabled"]
+    at: float
+
+
 class KeyCaller:
     """Who asks: a key, with its user and organisation, and all that holds for it. Shared by its requests."""
 
@@ -120,6 +127,14 @@ class KeyCaller:
                 self._known.clear()
             known = self._known[model] = all(matcher(patterns)(model) for patterns in self.models)
         return known
+
+    def end(self, now: float, is_replaced: bool) -> "End | None":
+        """Why this secret is not valid at this time, in Unix seconds; None: it is. `is_replaced`: see `Policy.find`."""
+        if self.expires is not None and now >= self.expires:
+            return End("expired", self.expires)
+        if is_replaced and self.until is not None and now >= self.until:
+            return End("replaced", self.until)
+        return End("disabled", now) if self.is_disabled else None
 
     def __repr__(self) -> str:
         return f"<Caller {self.id}>"

@@ -88,11 +88,7 @@ class PolicyFile:
         return partial(self._use, policy)
 
     def _read(self, drive: Drive) -> Policy:
-        try:
-            is_yaml = self._path.suffix != ".json"
-            return drive(read(_text_of(self._path), peppered=self._peppered, is_yaml=is_yaml))
-        except PolicyError as exc:
-            raise PolicyError(f"policy {str(self._path)!r}: {exc}") from None
+        return read_file(self._path, peppered=self._peppered, drive=drive)
 
     def _use(self, policy: Policy, log: bool = True) -> None:
         self._complaint = ""
@@ -106,6 +102,14 @@ class PolicyFile:
         if complaint != self._complaint:
             self._complaint = complaint
             logger.warning("the policy could not be reloaded, the previous one stays: %s", complaint)
+
+
+def read_file(path: Path, *, peppered: bool, drive: Drive = at_once) -> Policy:
+    """The policy of a file, JSON by its suffix or else YAML. Raises PolicyError with the name of the file."""
+    try:
+        return drive(read(_text_of(path), peppered=peppered, is_yaml=path.suffix != ".json"))
+    except PolicyError as exc:
+        raise PolicyError(f"policy {str(path)!r}: {exc}") from None
 
 
 def _text_of(path: Path) -> Iterator[str]:
