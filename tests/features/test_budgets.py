@@ -1,7 +1,9 @@
 """Budgets over HTTP: who is refused, what is announced, and what the registry's sums change."""
 
 import asyncio
+import gzip
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ async def test_refusals_are_in_the_order_of_the_contract(start_engine: Start, st
 
 
 class Books(ScriptedServer):
-    """A registry that takes usage records, and tells of the spend in `told`."""
+    """A registry that takes usage records, and tells of the spend in `told`, else of the requests in its records."""
 
     def __init__(self) -> None:
         super().__init__(self._answer)
@@ -196,18 +198,24 @@ class Books(ScriptedServer):
         self.at = "2026-11-28T12:00:00Z"
         self.currency = "USD"
         self.reads = 0
-        self.records = 0
+        self.records: dict[str, dict[str, Any]] = {}
 
     async def _answer(self, request: Received, line: Line) -> None:
         if request.target == "/spend":
             self.reads += 1
-            document = {"at": self.at, "currency": self.currency, "budgets": self.told}
+            document = {"at": self.at, "currency": self.currency, "budgets": self.told or self._sums()}
             await line.send(json_response(document))
         elif request.target == "/usage":
-            self.records += 1
-            await line.send(json_response({"accepted": 1, "duplicates": 0, "refused": []}))
+            records = orjson.loads(gzip.decompress(request.body))["records"]
+            self.records |= {record["id"]: record for record in records}
+            self.at = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+            await line.send(json_response({"accepted": len(records), "duplicates": 0, "refused": []}))
         else:
             await line.send(json_response({"models": []}, "503 Service Unavailable"))
+
+    def _sums(self) -> list[dict[str, Any]]:
+        spent = sum(record["code"] is None for record in self.records.values())
+        return [{"id": "organisation:team-a:requests:month", "spent": spent, **DAY}] if spent else []
 
 
 @pytest.fixture
@@ -234,6 +242,26 @@ async def test_the_registry_sums_what_all_routers_spent(
     # The end of the period is the registry's.
     assert message(refused).endswith("It resets at 2100-01-01T00:00:00Z.")
     assert age > 0
+
+
+async def test_routers_share_a_budget_by_their_records(
+    books: Books, start_engine: Start, start_router: Start, policy: Any
+) -> None:
+    """BIF#3547: a counter of each router would let through the budget times the routers."""
+    path = policy({"requests": 10, "per": "month"})
+    settings = {"auth": "keys", "policy": path, "usage": "registry", "registry_url": books.url}
+    first: Served = await start_router(await start_engine(), **settings)
+    second: Served = await start_router(await start_engine(), **settings)
+
+    statuses = [(await ask(first)).status_code for _ in range(12)]
+    await until(lambda: len(books.records) == 12)
+    # Sums, deliveries and own records at any stage: nothing counts twice, and nothing is forgotten.
+    reads = books.reads
+    await until(lambda: books.reads >= reads + 3, seconds=40)
+
+    assert statuses == [200] * 10 + [429] * 2
+    assert [(await ask(served)).status_code for served in (first, second)] == [429, 429]
+    assert sum(record["code"] is None for record in books.records.values()) == 10
 
 
 async def test_a_spend_in_another_currency_is_not_believed(

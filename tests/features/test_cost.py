@@ -87,6 +87,7 @@ def test_a_cost_is_whole_and_rounded_down(input_tokens: int, cached: int, output
 
 USAGE = {"prompt_tokens": 812, "completion_tokens": 120, "prompt_tokens_details": {"cached_tokens": 512}}
 # OpenAI counts cached tokens inside of the prompt, Anthropic beside it: LIT#14849, #14874, #19772.
+RESPONSE = {"input_tokens": 812, "input_tokens_details": {"cached_tokens": 512}, "output_tokens": 120}
 MESSAGE = {"input_tokens": 300, "cache_read_input_tokens": 512, "output_tokens": 120}
 
 
@@ -105,13 +106,21 @@ async def test_a_cost_is_in_the_log_and_the_metric(start_engine: Start, start_ro
     assert await served.metric("inference_api_cost_nanos_total", model_name="m") == 142_240
 
 
-async def test_cached_tokens_of_the_messages_api_are_not_counted_twice(
-    start_engine: Start, start_router: Start
-) -> None:
-    engine: FakeEngine = await start_engine(raw(json_response({"type": "message", "usage": MESSAGE})))
+ROUTES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "/v1/completions": ({"prompt": "x"}, USAGE),
+    "/v1/responses": ({"input": "x"}, RESPONSE),
+    "/v1/messages": ({"messages": [], "max_tokens": 9}, MESSAGE),
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_every_api_has_a_cost(path: str, start_engine: Start, start_router: Start) -> None:
+    """LIT#30276, #38176: /v1/messages and /v1/responses were never counted."""
+    body, usage = ROUTES[path]
+    engine: FakeEngine = await start_engine(raw(json_response({"id": "x", "usage": usage})))
     served: Served = await start_router(engine, entry={"price": PRICED})
 
-    await served.client.post("/v1/messages", json={"model": "m", "messages": [], "max_tokens": 9})
+    await served.client.post(path, json={"model": "m", **body})
 
     assert await cost_in_the_log(served) == 142_240
 
