@@ -17,6 +17,7 @@ RouterError
 ClientGone                    no answer: the client has disconnected
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import orjson
@@ -24,6 +25,7 @@ import orjson
 from inference_api.models import Outcome, RawHeaders
 
 _SHOWN = 64
+_SECRET = re.compile(r"([smt][kt]-ia-[0-9A-Za-z]{1,12})-[0-9A-Za-z]+")
 # Milliseconds that a client may be told to wait before its own retry
 _PATIENCE = 60_000
 # The OpenAI SDK obeys it; without it, the SDK decides by the status.
@@ -293,9 +295,15 @@ class ShuttingDown(_Unavailable):
 
 
 def printable(text: str) -> str:
-    """A client's text for use in a message: at most 64 characters, none of them a control character."""
+    """A client's text for use in a message: at most 64 characters, no control characters, and no secret of a key."""
+    text = without_secrets(text)
     shown = "".join(c if c.isprintable() else "?" for c in text[: _SHOWN + 1])
     return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+
+
+def without_secrets(text: str) -> str:
+    """The text with the secrets of API keys and tokens replaced: clients send them in the wrong place, too."""
+    return _SECRET.sub(r"\1-***", text)
 
 
 def render(error: RouterError, request_id: str) -> tuple[int, RawHeaders, bytes]:

@@ -48,7 +48,8 @@ def bearer(key: str = EXAMPLE.key) -> dict[str, str]:
 
 
 class FakeRegistry(ScriptedServer):
-    """Gives a policy as the control plane does: ETag, 304, long polls. `models`: its list at /models, None: 503.
+    """Gives a policy as the control plane does: ETag, 304, long polls. `models`: its list at /models,
+    None: 503, as all else.
 
     `waits`: whether it waits for changes; `status`, `body`: an answer to /policy instead; `silent`: never answers it.
     `asked`: the requests for the policy; `answered`: the statuses that they got; `waiting`: how many wait now.
@@ -81,7 +82,8 @@ class FakeRegistry(ScriptedServer):
 
     async def _answer(self, request: Received, line: Line) -> None:
         if request.target != "/policy":
-            status = "200 OK" if self.models is not None else "503 Service Unavailable"
+            is_list = request.target == "/models" and self.models is not None
+            status = "200 OK" if is_list else "503 Service Unavailable"
             await line.send(json_response({"models": self.models}, status))
             return
         self.polls.append(request)

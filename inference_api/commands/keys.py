@@ -48,7 +48,7 @@ def new(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"key": made.key, "entry": entry}))
     else:
-        print(f"{made.key}\n\n- {_flow(entry)}")
+        print(f"{made.key}\n\n- {flow(entry)}")
     return 0
 
 
@@ -90,11 +90,11 @@ def _policy(path: str | None, options: Options) -> Policy | None:
         raise SettingsError(str(exc)) from None
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """YAML on one line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_flow(one)}" for name, one in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {flow(one)}" for name, one in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(map(flow, value)) + "]"
     is_text = _PLAIN.fullmatch(value) and yaml.safe_load(value) == value
     return value if is_text or _TIME.fullmatch(value) else json.dumps(value)

@@ -5,7 +5,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from inference_api.headers import header_lines
-from inference_api.models import Call, RawHeaders
+from inference_api.models import Call
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Model
 from inference_api.upstream.credentials import with_token
@@ -66,7 +66,7 @@ class Prepare:
     def _lines(self, call: Call, entry: CatalogueEntry, size: int) -> bytes:
         lines = call.lines
         if entry.priority != "client":
-            lines = _prioritised(call.headers, entry.priority)
+            lines = _prioritised(call, entry.priority)
         elif lines is None:
             lines = header_lines(call.headers)
         lines = b"accept-encoding: identity\r\ncontent-length: %d\r\n%b" % (size, lines)
@@ -92,8 +92,10 @@ def _renamed(call: Call, served: str) -> Content:
     return call.body if call.model_at is None else edited(call.body, [(call.model_at, served.encode())])
 
 
-def _prioritised(headers: RawHeaders, priority: str | int) -> bytes:
+def _prioritised(call: Call, priority: str | int) -> bytes:
     """The header overrides the body's `priority` in vLLM, so the body stays unchanged."""
-    # Without API keys all callers have the same priority.
-    own = (b"x-vllm-priority", b"%d" % (priority if isinstance(priority, int) else 0))
-    return header_lines([own, *(pair for pair in headers if pair[0] != own[0])])
+    if not isinstance(priority, int):
+        # Callers without a key, and those that are to be ignored, have the same.
+        priority = int(getattr(call.caller, "priority", 0)) if priority == "caller" else 0
+    own = (b"x-vllm-priority", b"%d" % priority)
+    return header_lines([own, *(pair for pair in call.headers if pair[0] != own[0])])

@@ -13,9 +13,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from inference_api.app import build
 from inference_api.feature import Feature
+from inference_api.features.keys import Keys
 from inference_api.features.spans import tracing
 from inference_api.http.dispatch import Dispatch
 from inference_api.observe.account import Record
+from inference_api.policy.reading import read, run
+from inference_api.policy.source import Policies
 from inference_api.settings import Settings
 from tests.conftest import Served, serving
 from tests.fakes import (
@@ -39,6 +42,7 @@ from tests.fakes import (
 from tests.faults.quiescence import quiet
 from tests.features.everything import Everything, knows, parts_of
 from tests.features.limited import Limited
+from tests.policies import EXAMPLE, entry, policy_of
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -50,6 +54,13 @@ class On(NamedTuple):
 
     features: Sequence[Feature] = ()
     settings: dict[str, Any] = {}
+    # What it wants of a request
+    headers: dict[str, str] = {}
+
+    def request(self, request: bytes) -> bytes:
+        """The bytes of a request, with these headers."""
+        lines = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
+        return request.replace(b"\r\nhost:", b"\r\n" + lines.encode() + b"host:", 1)
 
 
 def traced() -> On:
@@ -58,10 +69,19 @@ def traced() -> On:
     return On([tracing(provider)])
 
 
+def keyed() -> On:
+    policies = Policies("test")
+    policies.replace(run(read(policy_of(entry()), peppered=False)))
+    keys = Keys(policies)
+    feature = Feature("keys", identify=keys.identify, resolve=keys.resolve, annotate=keys.annotate)
+    return On([feature], headers={"x-api-key": EXAMPLE.key})
+
+
 GENEROUS = [{"requests": 999, "per": 60}, {"tokens": 99_999, "per": 60}, {"streams": 9}]
 TURN_ON: dict[str, Callable[[], On]] = {
     "tracing": traced,
     "engine_load": lambda: On(settings={"load_signal_interval": 0.2}),
+    "keys": keyed,
     "trusted_proxies": lambda: On(settings={"trusted_proxies": "127.0.0.1"}),
     "limits": lambda: On([Limited(anonymous={"limits": GENEROUS}).limiter.feature()]),
     "cost": lambda: On(settings={"entry": {"price": {"input": 0.2, "output": 0.6}}}),
@@ -83,6 +103,7 @@ def on(request: pytest.FixtureRequest) -> On:
 async def test_the_bytes_of_an_answer_are_the_engines(on: On, start_engine: Start, start_router: Start) -> None:
     engine = await start_engine()
     served = await start_router(engine, features=on.features, **on.settings)
+    served.client.headers.update(on.headers)
     events = [event(f"wörd{number} ") for number in range(20)]
     body = orjson.dumps({**CHAT, "x": "wörd"})
 
@@ -107,7 +128,7 @@ async def test_a_client_that_leaves_leaves_nothing(
 ) -> None:
     engine = await start_engine(hang if moment == "before the first byte" else one_event)
     served = await start_router(engine, features=on.features, **on.settings)
-    request = post(URL, STREAM)
+    request = on.request(post(URL, STREAM))
 
     async with quiet(served):
         async with raw_client(served.port) as client:
@@ -149,7 +170,7 @@ async def test_each_request_has_one_record_and_an_id(on: On, start_engine: Start
     answers = {}
     for case, (status, request) in REQUESTS.items():
         async with raw_client(served.port) as client:
-            await client.send(request)
+            await client.send(on.request(request))
             answers[case] = answer = await read_answer(client.reader)
         assert (case, answer.status) == (case, status)
     await until(lambda: len(served.lines) == len(REQUESTS))

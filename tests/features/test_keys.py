@@ -10,6 +10,7 @@ import openai
 import orjson
 import pytest
 
+from inference_api.errors import printable
 from inference_api.feature import Feature
 from inference_api.features.keys import Keys
 from inference_api.http.head import RequestHeaders
@@ -306,6 +307,32 @@ async def test_a_request_with_a_key_is_the_engines_but_for_the_key(
             **team,
         }
     assert await served.metric("inference_api_auth_total", result="ok") == 2
+
+
+@pytest.mark.parametrize(("given", "sent"), [({"priority": -7}, "-7"), ({}, "0")])
+async def test_an_engine_gets_the_priority_of_the_key(
+    given: Any, sent: str, tmp_path: Path, start_engine: Start, start_router: Start
+) -> None:
+    engine = await start_engine()
+    path = write(tmp_path / "policy.json", policy_of(entry(**given)))
+    served: Served = await start_router(engine, entry={"priority": "caller"}, auth="keys", policy=str(path))
+
+    await served.client.post(URL, json=CHAT, headers={**bearer(), "x-vllm-priority": "-100"})
+
+    assert engine.requests[0].header("x-vllm-priority") == sent
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (EXAMPLE.key, "sk-ia-k3v9Qm2XbT7a-***"),
+        (f"/v1/models/{EXAMPLE.key[:40]}", "/v1/models/sk-ia-k3v9Qm2XbT7a-***"),
+        (f"Bearer mt{EXAMPLE.key[2:]} y", "Bearer mt-ia-k3v9Qm2XbT7a-*** y"),
+    ],
+)
+async def test_a_key_in_a_wrong_place_is_not_shown(text: str, shown: str) -> None:
+    assert printable(text).startswith(shown)
+    assert EXAMPLE.key[19:30] not in printable(text)
 
 
 async def test_fields_that_a_key_does_not_have_are_left_out(serve: Start) -> None:

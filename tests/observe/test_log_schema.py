@@ -31,6 +31,7 @@ from tests.fakes import (
     sse,
     until,
 )
+from tests.policies import EXAMPLE, entry, policy_of, write
 from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
@@ -72,6 +73,10 @@ def problems(line: dict[str, Any]) -> Iterator[str]:
         yield from (f"{inner.json_path}: {inner.message}" for inner in error.context or [error])
 
 
+def keyed(request: bytes) -> bytes:
+    return request.replace(b"\r\nhost:", b"\r\nx-api-key: %b\r\nhost:" % EXAMPLE.key.encode(), 1)
+
+
 SENT: list[bytes] = [
     *(
         post("/v1/chat/completions", document, b"connection: close\r\n")
@@ -106,15 +111,18 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
         "log_level": "debug",
         "registry_url": f"http://127.0.0.1:{free_port()}",
         "usage": "log",
+        "auth": "keys",
+        "policy": write(tmp_path / "policy.json", policy_of(entry(organisation="team-a", user="ana"))),
     }
     async with command(tmp_path, engine, environ=environ, **settings) as router:
+        router.client.headers["x-api-key"] = EXAMPLE.key
         await ready(router.client)
         for request in SENT:
             async with raw_client(router.port) as client:
-                await client.send(request)
+                await client.send(keyed(request))
                 await client.reader.read(-1)
         async with raw_client(router.port) as client:
-            await client.send(post("/v1/chat/completions", CHAT | {"user": "hang"}))
+            await client.send(keyed(post("/v1/chat/completions", CHAT | {"user": "hang"})))
             await until(lambda: engine.busy)
         await engine.stop()
         for _ in range(6):
