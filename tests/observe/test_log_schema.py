@@ -31,7 +31,8 @@ from tests.fakes import (
     sse,
     until,
 )
-from tests.policies import EXAMPLE, entry, policy_of, write
+from tests.policies import EXAMPLE, policy_of, write
+from tests.policies import entry as key
 from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
@@ -112,9 +113,10 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
         "registry_url": f"http://127.0.0.1:{free_port()}",
         "usage": "log",
         "auth": "keys",
-        "policy": write(tmp_path / "policy.json", policy_of(entry(organisation="team-a", user="ana"))),
+        "policy": write(tmp_path / "policy.json", policy_of(key(organisation="team-a", user="ana"))),
     }
-    async with command(tmp_path, engine, environ=environ, **settings) as router:
+    entry = {"price": {"input": 0.2, "output": 0.6}}
+    async with command(tmp_path, engine, entry=entry, environ=environ, **settings) as router:
         router.client.headers["x-api-key"] = EXAMPLE.key
         await ready(router.client)
         for request in SENT:
