@@ -2,8 +2,11 @@
 
 import asyncio
 import importlib.util
+import json
 import os
+import re
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -13,22 +16,28 @@ import httpx
 import pytest
 import yaml
 
+from inference_api.app import ENTRY, GROUPS
 from inference_api.routing.catalogue import load_catalogue
-from inference_api.settings import PREFIX, Settings
-from tests.command import command
-from tests.fakes import FakeEngine
+from inference_api.settings import PREFIX, fields_of
+from tests.command import command, ready
+from tests.fakes import FakeEngine, until
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-CATALOGUES = [*sorted((EXAMPLES / "catalogues").glob("*.yaml")), EXAMPLES / "compose" / "catalogue.yaml"]
+KEYS = EXAMPLES / "keys" / "router"
+CATALOGUES = [
+    *sorted((EXAMPLES / "catalogues").glob("*.yaml")),
+    EXAMPLES / "compose" / "catalogue.yaml",
+    KEYS / "catalogue.yaml",
+]
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 COMPOSE = sorted(EXAMPLES.glob("*/compose.yaml"))
 
 
-@pytest.mark.parametrize("path", CATALOGUES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CATALOGUES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_catalogue_has_no_problem(path: Path) -> None:
-    catalogue = load_catalogue(path)
+    catalogue = load_catalogue(path, ENTRY)
 
     assert not catalogue.problems
     assert all(entry.backends for entry in catalogue.values())
@@ -37,7 +46,7 @@ def test_a_catalogue_has_no_problem(path: Path) -> None:
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.parent.name)
 def test_a_compose_file_names_settings_and_files_that_exist(path: Path) -> None:
     services = yaml.safe_load(path.read_text())["services"]
-    variables = {PREFIX + name.upper() for name in Settings.model_fields}
+    variables = {PREFIX + name.upper() for name in fields_of(GROUPS)}
     for service in services.values():
         given = {name for name in service.get("environment", {}) if name.startswith(PREFIX)}
         assert given <= variables
@@ -136,3 +145,56 @@ async def test_langchain_asks_and_streams(tmp_path: Path) -> None:
 
     assert process.returncode == 0, wrong.decode()
     assert said.decode().splitlines() == ["hi", "word0 word1 word2 word3 word4 "]
+
+
+def keys_environment(folder: Path) -> dict[str, str]:
+    """What the compose file of the keys gives its routers, with their files in `folder`."""
+    given = yaml.safe_load((EXAMPLES / "keys" / "compose.yaml").read_text())["services"]["router"]["environment"]
+    return {name: value.replace("/etc/router", str(folder)) for name, value in given.items()}
+
+
+def inference_api(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    called = [sys.executable, "-m", "inference_api", *arguments]
+    environment = os.environ | (environment or {})
+    return subprocess.run(called, env=environment, check=False, text=True, capture_output=True, timeout=50)
+
+
+def test_the_policy_of_the_keys_has_nothing_wrong() -> None:
+    checked = inference_api("check", environment=keys_environment(KEYS))
+
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.anyio
+async def test_a_key_that_is_put_into_the_policy_may_ask(tmp_path: Path) -> None:
+    """As the README says: by the entry that the command prints, and without a restart."""
+    files = tmp_path / "router"
+    shutil.copytree(KEYS, files)
+    policy = files / "policy.yaml"
+    made = inference_api("keys", "new", "--name", "batch", "--organisation", "team-a", "--json")
+    new = json.loads(made.stdout)
+    body = {"model": "llama-3-8b", "messages": [{"role": "user", "content": "Hello"}]}
+    environment = keys_environment(files) | {"INFERENCE_API_LIMITS": "local"}
+    async with FakeEngine() as engine:
+        catalogue = (files / "catalogue.yaml").read_text()
+        (files / "catalogue.yaml").write_text(catalogue.replace("http://llama:8000", engine.url))
+        async with command(tmp_path, environ=environment) as router:
+            await ready(router.client, f"http://127.0.0.1:{router.port}/readyz")
+            router.client.headers["authorization"] = f"Bearer {new['key']}"
+
+            async def ask(**more: str) -> int:
+                return (await router.client.post("/v1/chat/completions", json=body | more)).status_code
+
+            assert await ask() == 401
+            text = re.sub("id: batch0+", f"id: {new['entry']['id']}", policy.read_text())
+            policy.write_text(re.sub('digest: "sha256:0+1"', f'digest: "{new["entry"]["digest"]}"', text))
+            router.process.send_signal(signal.SIGHUP)
+            async with asyncio.timeout(20):
+                while True:
+                    if await ask() == 200:
+                        break
+                    await asyncio.sleep(0.05)
+            assert await ask(model="mistral-7b") == 403
+            answer = await router.client.post("/v1/chat/completions", json=body)
+            assert answer.headers["x-ratelimit-limit-requests"] == "600"
+            await until(lambda: '"event":"usage"' in router.output)
