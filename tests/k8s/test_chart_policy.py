@@ -1,11 +1,18 @@
 """Keys, limits and usage: what the router is told of them, where it finds them, and who else may know."""
 
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
 from inference_api.policy.reading import read, run
+from tests.fakes import FakeEngine
 from tests.k8s.chart_values import POLICY
 from tests.k8s.charts import MARKED, Json, environ, every_install, installed, require_helm, router_pod
 
@@ -201,3 +208,28 @@ def test_helm_test_wants_a_router_with_keys_to_refuse_it() -> None:
     }
 
     assert wanted == {"default on 1.37": ["200", "200"], "keys": ["200", "401"], "a control plane": ["401"]}
+
+
+@pytest.mark.anyio
+async def test_helm_test_passes_where_keys_are_asked_for_and_fails_where_they_are_not(
+    start_router: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The router has the policy of the install, as a pod would."""
+    (hook,) = [h for h in installed("keys").hooks if h["metadata"]["name"].endswith("test-router")]
+    (container,) = hook["spec"]["containers"]
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(policy_of(installed("keys").one("Secret")))
+    asking = await start_router(FakeEngine(), auth=told("keys")["AUTH"], policy=str(policy))
+    open_to_all = await start_router(FakeEngine())
+
+    async def tested(base: str) -> subprocess.CompletedProcess[str]:
+        _, _, program = container["command"]
+        url, key, probe, wanted = container["args"]
+        places = [base + urlsplit(url).path, key, base + urlsplit(probe).path, wanted]
+        command = [sys.executable, "-c", program, *places]
+        return await asyncio.to_thread(subprocess.run, command, text=True, capture_output=True, timeout=30)
+
+    passed, failed = await tested(asking.url), await tested(open_to_all.url)
+    assert (passed.returncode, passed.stderr) == (0, "")
+    assert f"401 invalid_api_key at {asking.url}/v1/models" in passed.stdout
+    assert failed.returncode == 1
