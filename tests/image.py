@@ -141,6 +141,9 @@ def check_image(image: dict[str, Any], root: Path) -> None:
     check("stop signal", image["StopSignal"] == "SIGTERM", image["StopSignal"])
     packages = {path.name.partition("-")[0] for path in root.glob("opt/venv/lib/python3*/site-packages/*.dist-info")}
     check("no installer in it", not packages & {"pip", "setuptools", "wheel", "hatchling"}, f"{len(packages)} packages")
+    # What the chart can turn on: traces, and limits in Redis.
+    extras = {"opentelemetry_sdk", "redis", "hiredis"}
+    check("the extras otel and redis", extras <= packages, sorted(extras - packages))
     sources = [path for path in root.glob("opt/venv/lib/python3*/site-packages/inference_api/**/*.py")]
     compiled = [path for path in sources if any((path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"))]
     check("compiled", sources and len(compiled) == len(sources), f"{len(compiled)} modules")
