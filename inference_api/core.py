@@ -24,7 +24,7 @@ from inference_api.discovery.resolver import Resolve, Resolver, resolve
 from inference_api.feature import Run
 from inference_api.http.admission import Admission
 from inference_api.http.pages import Probes
-from inference_api.models import Outcome, Send
+from inference_api.models import Call, Outcome, Send
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
@@ -45,10 +45,11 @@ from inference_api.routing.registry import Registry
 from inference_api.settings import Settings
 from inference_api.upstream.attempt import SendAttempt, SendToBackend
 from inference_api.upstream.credentials import Tokens
-from inference_api.upstream.forward import Forward
+from inference_api.upstream.failures import Failure
+from inference_api.upstream.forward import Forward, OnFailure
 from inference_api.upstream.limits import Limits
 from inference_api.upstream.prepare import Prepare
-from inference_api.upstream.retry import RetryPolicy
+from inference_api.upstream.retry import GiveUp, Retry, RetryPolicy
 from inference_api.upstream.transport import Transport
 from inference_api.upstream.trust import Trust
 
@@ -81,7 +82,7 @@ class Outside(NamedTuple):
     cluster: Cluster | None = None
     rand: random.Random | None = None
     revision: str = ""
-    write_usage: Callable[[bytes], None] | None = None
+    write_usage: Callable[[str], None] | None = None
 
 
 class Core:
@@ -133,9 +134,14 @@ class Core:
 
     # Bound methods: cheaper to call than an object with __call__.
 
-    def forward(self, send: SendAttempt) -> Send:
-        """The attempt loop, from a Call to a Reply; `send` makes one attempt."""
-        return Forward(send, self.prepare, self.retry_policy, self.metrics.retry).__call__
+    def forward(self, send: SendAttempt, failed: Sequence[OnFailure] = ()) -> Send:
+        """The attempt loop, from a Call to a Reply; `send` makes one attempt, `failed` get each that fails."""
+
+        def on_failure(call: Call, failure: Failure, decision: Retry | GiveUp) -> None:
+            for note in failed:
+                note(call, failure, decision)
+
+        return Forward(send, self.prepare, self.retry_policy, self.metrics.retry, on_failure).__call__
 
     def send_attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
         """One attempt on a backend, inside of `wrappers`."""

@@ -20,6 +20,7 @@ from inference_api.routing.entries import CatalogueEntry, EntryKey
 from inference_api.routing.fleet import Model
 from inference_api.settings import Group, Settings
 from inference_api.upstream.attempt import SendAttempt
+from inference_api.upstream.forward import OnFailure
 
 if TYPE_CHECKING:
     from inference_api.core import Core
@@ -56,6 +57,8 @@ class Feature(NamedTuple):
     for_model: Callable[[CatalogueEntry], bool] | None = None
     # Wraps one attempt on one backend.
     attempt: Callable[[SendAttempt], SendAttempt] | None = None
+    # Gets each attempt that failed, and what follows it: a repeat, or not. One that does not fail costs nothing.
+    failed: OnFailure | None = None
     # A Tap for the bytes of this answer, or None; without taps the fast path stays open.
     tap: Callable[[Call, Reply], Tap | None] | None = None
     # Adds fields to the Record of a finished request (`Record.extra`), before the sinks.

@@ -31,6 +31,7 @@ _ANSWERED = Record(
     body_size=0,
     fields={},
     answered=200,
+    accepted=0.001,
 )
 
 

@@ -25,6 +25,7 @@ from inference_api.upstream.stream_options import NAME, add, asks, override
 KEY: EntryKey[str] = EntryKey("usage", Literal["ask", "leave"], "ask")
 _ASKED = frozenset({"chat_completions", "completions"})
 _ABSENT = object()
+_REPORTED = ("reported",)
 # In every report of tokens, and in no other event: within a text its quote is escaped.
 _MARKER = b'_tokens"'
 
@@ -82,11 +83,10 @@ class Metering:
         return await (send(call, model) if edit is None else _asked(send, call, model, edit))
 
     def annotate(self, record: Record, extra: dict[str, Any]) -> None:
-        state = cast(dict[str, Any], record[21])
-        answered, (prompt, _, completion, _), events = record[24], record[13], record[14]
-        if not events and prompt is not None and completion is not None and 200 <= answered < 300:
+        state, counts, events = cast(dict[str, Any], record[21]), record[13], record[14]
+        if not events and counts[0] is not None and counts[2] is not None and 200 <= record[24] < 300:
             # Nearly every JSON answer
-            state[METERED] = (*record[13], "reported")
+            state[METERED] = counts + _REPORTED
             return
         model = record[2]
         tokens: Metered = metered(record, self.calibration.of(model))

@@ -4,30 +4,26 @@ It is made and encoded at the end of the request, and put into a queue; `deliver
 request never waits for it, and never fails because of it.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
 from inference_api.core import Core
 from inference_api.feature import Feature, Switch
-from inference_api.features.delivery.attempts import noting
-from inference_api.features.delivery.records import END_USER, ROUTES, encode, usage_record
+from inference_api.features.delivery.records import END_USER, FAILED, STARTED, Try, UsageRecords
 from inference_api.features.delivery.sender import Delivery, posting
 from inference_api.features.delivery.spool import Spool
 from inference_api.features.spending.deliveries import Deliveries
-from inference_api.observe.account import Record
+from inference_api.models import Call
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
 from inference_api.settings import PREFIX, Group, Settings, SettingsError
-
-# The field of the access line with the record's id
-USAGE_ID = "usage_id"
+from inference_api.upstream.failures import Failure
+from inference_api.upstream.retry import GiveUp, Retry
 
 
 class Options(Group):
@@ -47,7 +43,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
         return None
     if options.usage == "log":
         records = UsageRecords(core.boot, core.instance, core.outside.write_usage or (lambda record: None))
-        return records.feature(collect=lambda: families({"logged": records.made}, None))
+        return _feature(records, collect=lambda: families({"logged": records.made}, None))
     if core.registry_client is None:
         raise SettingsError(
             f"{PREFIX}USAGE='registry': needs the URL of the control plane; set {PREFIX}REGISTRY_URL, or USAGE to log"
@@ -62,9 +58,13 @@ def build(core: Core, settings: Settings) -> Feature | None:
         on_delivered=(lambda lines: None) if deliveries is None else deliveries.tell,
     )
     records = UsageRecords(core.boot, core.instance, delivery.put)
-    return records.feature(
-        collect=lambda: families(delivery.results, delivery), tasks=(delivery.run,), close=delivery.close
+    return _feature(
+        records, collect=lambda: families(delivery.results, delivery), tasks=(delivery.run,), close=delivery.close
     )
+
+
+def _feature(records: UsageRecords, **parts: Any) -> Feature:
+    return Feature("usage", fields=END_USER, failed=_failed, annotate=records.annotate, record=records.record, **parts)
 
 
 def _spool(directory: Path, boot: str) -> Spool:
@@ -73,40 +73,16 @@ def _spool(directory: Path, boot: str) -> Spool:
     return Spool(directory, boot)
 
 
-class UsageRecords:
-    """Makes the records of a router, and gives each to `take`, encoded. `boot`: of the process, for the ids."""
+def _failed(call: Call, failure: Failure, decision: Retry | GiveUp) -> None:
+    """Note an attempt that failed, for `attempt_details`, and when the next one begins.
 
-    def __init__(
-        self,
-        boot: str,
-        instance: str,
-        take: Callable[[bytes], None],
-        now: Callable[[], float] = time.time,
-        clock: Callable[[], float] = perf_counter,
-    ) -> None:
-        self._next = count(1).__next__
-        self._boot = boot
-        self._instance = instance
-        self._take = take
-        self._now = now
-        self._clock = clock
-        self.made = 0
-
-    def feature(self, **parts: Any) -> Feature:
-        return Feature(
-            "usage", fields=END_USER, attempt=noting(self._clock), annotate=self.annotate, record=self.record, **parts
-        )
-
-    def annotate(self, record: Record, extra: dict[str, Any]) -> None:
-        """Name the record that there will be in the access line."""
-        if record[1] in ROUTES:
-            extra[USAGE_ID] = f"{self._boot}-{self._next()}"
-
-    def record(self, record: Record) -> None:
-        usage_id = record[20].get(USAGE_ID)
-        if usage_id is not None:
-            self.made += 1
-            self._take(encode(usage_record(record, usage_id, self._instance, self._now(), self._clock())))
+    Only that: a coroutine around each attempt would cost more than all else of a record.
+    """
+    state, now = cast(dict[str, Any], call.state), perf_counter()
+    status = 0 if failure.reply is None else failure.reply.status
+    tried: Try = failure.backend.label, failure.outcome._value_, status, state.get(STARTED), now
+    state.setdefault(FAILED, []).append(tried)
+    state[STARTED] = now + (decision.delay if isinstance(decision, Retry) else 0.0)
 
 
 def families(results: "Counter[str] | dict[str, int]", delivery: Delivery | None) -> Iterator[Family]:

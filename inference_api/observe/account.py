@@ -57,6 +57,8 @@ class Record(NamedTuple):
     fields: Mapping[str, Any]
     # The status that a backend answered with, 0 if none did; the client may have got another one.
     answered: int
+    # From the request head until the request was accepted: the first attempt follows at once, or after a queue.
+    accepted: float | None
 
     @property
     def cost(self) -> int | None:
@@ -180,6 +182,7 @@ class Account:
             self.request_id, self.route, self.model_name, self.asked, backend, self.status, self.outcome, attempts,
             self.stream, self.code, took, first, overhead, tokens, events, self.size, self.caller, self.model,
             self.client, self.path, self.extra, self.state, body_size, fields, answered,
+            None if accepted is None else accepted - self.began,
         )  # fmt: skip
         # Avoids the NamedTuple's constructor, which is a call in Python.
         return tuple.__new__(Record, facts)

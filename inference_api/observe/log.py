@@ -50,8 +50,8 @@ class UsageLog:
         self._writer = writer
         self._clock = clock
 
-    def __call__(self, record: bytes) -> None:
-        self._writer.later(f'{{"time":"{_timestamp(self._clock())}{_start("info", "usage", True)}{record[1:].decode()}')
+    def __call__(self, record: str) -> None:
+        self._writer.later(f'{{"time":"{_timestamp(self._clock())}","level":"info","event":"usage",{record[1:]}')
 
 
 class LogHandler(logging.Handler):

@@ -17,11 +17,14 @@ from inference_api.upstream.prepare import Prepare
 from inference_api.upstream.retry import GiveUp, Retry, RetryPolicy, Why, error_of
 from inference_api.upstream.retry_guards import FREE
 
+OnFailure = Callable[[Call, Failure, Retry | GiveUp], None]
+
 
 class Forward:
     """Takes a Call to a Reply.
 
     `on_retry` gets the model's name, and the Reason of each retry, or the Why if budget or poison guard forbid one.
+    `on_failure` gets each Failure, and what follows it.
     """
 
     def __init__(
@@ -30,11 +33,13 @@ class Forward:
         prepare: Prepare,
         policy: RetryPolicy,
         on_retry: Callable[[str, str], None] = lambda model, reason: None,
+        on_failure: OnFailure = lambda call, failure, decision: None,
     ) -> None:
         self._send = send
         self._prepare = prepare
         self._policy = policy
         self._on_retry = on_retry
+        self._on_failure = on_failure
 
     async def __call__(self, call: Call, model: Model) -> Reply:
         """Raises RouterError if no attempt gave an answer. The caller closes the Reply.
@@ -66,6 +71,7 @@ class Forward:
                     return reply
                 past.append(policy.busy(backend, reply))
             decision = policy.decide(call, model, past, prepared.deadline - monotonic())
+            self._on_failure(call, past[-1], decision)
             if isinstance(decision, GiveUp):
                 return self._answer(model, past, decision)
             again = await self._next(model, key, past, decision)

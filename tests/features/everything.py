@@ -72,6 +72,7 @@ class Everything:
             attempt=self._attempt,
             ask=self._ask,
             for_model=lambda entry: True,
+            failed=lambda call, failure, decision: None,
             tap=self._tap,
             annotate=self._annotate,
             record=self._record,

@@ -68,7 +68,7 @@ async def delivering(
 
 def put(delivery: Delivery, start: int, count: int) -> None:
     for line in lines(start, count):
-        delivery.put(line)
+        delivery.put(line.decode())
 
 
 async def test_a_batch_goes_when_it_is_full_or_old_enough(plane: ControlPlane) -> None:
@@ -84,7 +84,7 @@ async def test_a_batch_goes_when_it_is_full_or_old_enough(plane: ControlPlane) -
 async def test_a_batch_fits_into_a_request(plane: ControlPlane) -> None:
     async with delivering(plane) as delivery:
         for line in lines(0, 100, 25_000):
-            delivery.put(line)
+            delivery.put(line.decode())
         await until(lambda: len(plane.stored) == 100)
 
     assert max(plane.batches) < 42

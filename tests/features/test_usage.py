@@ -16,9 +16,10 @@ from jsonschema import Draft202012Validator
 from inference_api.app import GROUPS, build
 from inference_api.core import Outside
 from inference_api.feature import Feature
-from inference_api.features.delivery.records import NOTHING, Try, details, end_user, owner, usage_record
+from inference_api.features.delivery.records import NOTHING, Try, UsageRecords, details, end_user
 from inference_api.http.head import RequestHead
 from inference_api.models import Caller, Outcome
+from inference_api.observe.account import Record
 from inference_api.settings import SettingsError, make_settings
 from tests.conftest import Served
 from tests.fakes import (
@@ -264,17 +265,21 @@ async def test_the_key_and_its_owner(
     ],
 )
 def test_the_end_user_is_a_digest(fields: dict[str, Any], name: bytes | None) -> None:
-    assert end_user(fields) == (None if name is None else hashlib.sha256(name).hexdigest()[:16])
+    assert end_user(fields) == ("null" if name is None else f'"{hashlib.sha256(name).hexdigest()[:16]}"')
 
 
 def test_a_caller_without_an_owner() -> None:
     class Asker:
         id = "k3v9Qm2XbT7a"
+        # Not hashable
+        __hash__ = None  # type: ignore[assignment]
 
         def may_use(self, model: str) -> bool:
             return True
 
-    assert owner(Asker()) == ("k3v9Qm2XbT7a", None, None)
+    found = made(record_of(caller=Asker()))
+
+    assert (found["key_id"], found["organisation"], found["user"]) == ("k3v9Qm2XbT7a", None, None)
 
 
 async def test_what_other_features_noted_is_in_the_record(start_engine: Start, account: Start) -> None:
@@ -372,9 +377,9 @@ async def test_a_client_that_left_in_mid_stream_got_a_200(start_engine: Start, a
 
 
 def test_only_the_last_attempts_are_listed() -> None:
-    tries: list[Try] = [(f"a:{number}", 1.0 + number, "reset", 0, 1.5 + number) for number in range(20)]
+    tries: list[Try] = [(f"a:{number}", "reset", 0, 1.0 + number, 1.5 + number) for number in range(20)]
 
-    found = details(tries, "ok", 0.5, 99.0)
+    found = details(tries, 0.5)
 
     assert [tried["backend"] for tried in found] == [f"a:{number}" for number in range(4, 20)]
     assert found[0] | {"backend": ""} == {
@@ -382,12 +387,41 @@ def test_only_the_last_attempts_are_listed() -> None:
     }  # fmt: skip
 
 
+def made(record: Record) -> dict[str, Any]:
+    """The usage record of a Record, which is valid."""
+    texts: list[str] = []
+    records = UsageRecords("0123456789abcdef", "router", texts.append, now=lambda: 1e9, clock=lambda: 10.0)
+    extra = dict(record.extra)
+    records.annotate(record, extra)
+    records.record(record._replace(extra=extra))
+    found: dict[str, Any] = orjson.loads(texts[0])
+    VALIDATOR.validate(found)
+    return found
+
+
 def test_a_record_of_every_outcome_is_valid() -> None:
     for outcome in Outcome:
         for status in (0, 200, 404, 503):
             record = record_of(outcome=outcome, status=status, attempts=2)
-            record = record._replace(state={"metered": NOTHING, "usage": [("a:8000", 1.0, "reset", 0, 2.0)]})
-            VALIDATOR.validate(usage_record(record, "0123456789abcdef-1", "router", 1e9, 1.0))
+            found = made(record._replace(state={"metered": NOTHING, "usage_failed": [("a:1", "reset", 0, 1.0, 2.0)]}))
+            assert [tried["outcome"] for tried in found["attempt_details"]] == ["reset", outcome.value]
+
+
+def test_text_is_escaped() -> None:
+    fallback = record_of(backend='a:8000/"\\', extra={"variant": '"', "fallback": 2})
+
+    found = made(fallback)
+
+    assert (found["backend"], found["variant"], found["fallback"]) == ('a:8000/"\\', '"', True)
+
+
+def test_a_large_fleet_does_not_fill_the_memory() -> None:
+    """The parts of the text that requests share have a bound."""
+    records = UsageRecords("0123456789abcdef", "router", lambda text: None)
+    for number in range(10_000):
+        records.record(record_of(backend=f"a:{number}", extra={"usage_id": "x"}))
+
+    assert len(records._ends) <= 4096
 
 
 # USAGE=registry

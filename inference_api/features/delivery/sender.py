@@ -101,10 +101,10 @@ class Delivery:
         # `put` wakes the task at so many waiting records.
         self._wake_at = BATCH
 
-    def put(self, line: bytes) -> None:
+    def put(self, line: str) -> None:
         """Take a record. Never waits; the newest goes if there is no room."""
         outbox = self.outbox
-        if not outbox.put(line):
+        if not outbox.put(line.encode()):
             self.dropped["spool_error" if self._spool_broken else "queue_full"] += 1
         elif outbox.waiting >= self._wake_at:
             self._wake.set()
