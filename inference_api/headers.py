@@ -1,10 +1,10 @@
 """Names and lines of HTTP headers, for both directions. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import httpx
 
-from inference_api.models import RawHeaders
+from inference_api.models import Extra, RawHeaders
 
 # RFC 9110 7.6.1, and the names that older proxies treat the same way.
 HOP_BY_HOP = frozenset(
@@ -52,6 +52,22 @@ def header_lines(headers: RawHeaders) -> bytes:
     if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or lines.count(b"\0"):
         raise httpx.LocalProtocolError("a request header holds a line break")
     return lines
+
+
+def extra_lines(extra: Sequence[Extra]) -> bytes:
+    """Lines of the headers that features add to an answer. Raises as `header_lines`."""
+    return b"".join([one if type(one) is bytes else header_lines([one]) for one in extra])  # type: ignore[list-item]
+
+
+def extra_pairs(extra: Iterable[Extra]) -> RawHeaders:
+    """The same as pairs."""
+    pairs: RawHeaders = []
+    for one in extra:
+        if isinstance(one, bytes):
+            pairs += [(name, value) for name, _, value in (line.partition(b": ") for line in one.split(b"\r\n")[:-1])]
+        else:
+            pairs.append(one)
+    return pairs
 
 
 def is_repeated(headers: RawHeaders, name: bytes) -> bool:

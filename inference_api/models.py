@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RawHeaders = list[tuple[bytes, bytes]]
+# A header that a feature adds to an answer; bytes: one or more, as lines of a head, each with its line break
+Extra = tuple[bytes, bytes] | bytes
 
 
 class Outcome(StrEnum):
@@ -136,7 +138,7 @@ class Call(NamedTuple):
     # The ASGI `state` of the request: data of features, under their own names. The Record has it, too.
     state: "Mapping[str, Any]" = {}
     # Headers for every answer to the request, whoever gives it; shared with the Account.
-    answer_headers: "list[tuple[bytes, bytes]]" = []
+    answer_headers: "list[Extra]" = []
     # (host, port) of the client
     client: tuple[str, int] | None = None
     # Changes of the body, for the backend only. Last: a layer adds them by `tuple.__new__`.
@@ -195,7 +197,7 @@ class Reply:
         self.stream = stream
         self.backend = backend
         self.attempts = attempts
-        self.extra: tuple[tuple[bytes, bytes], ...] = ()
+        self.extra: tuple[Extra, ...] = ()
         self.taps: tuple[Tap, ...] = ()
         self.filter: EventFilter | None = None
         self.ended = False

@@ -7,7 +7,7 @@ settled with the Record of the request. `limiting` has the rules, `stores` the c
 from collections import OrderedDict
 from collections.abc import Awaitable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -16,7 +16,7 @@ from inference_api.core import Core
 from inference_api.errors import LimitsUnavailable, RateLimited
 from inference_api.feature import Feature, Switch
 from inference_api.features.delivery.records import METERED, NOTHING, UNKNOWN, Metered
-from inference_api.features.limiting.amounts import FIELDS, Estimates, choices_of, input_estimate, output_estimate
+from inference_api.features.limiting.amounts import FIELDS, Estimates
 from inference_api.features.limiting.plans import (
     ONE,
     Plan,
@@ -29,7 +29,7 @@ from inference_api.features.limiting.plans import (
     settle,
     take,
 )
-from inference_api.features.limiting.refusals import REQUESTS, TOKENS, Refusal, headers, refusal, standing
+from inference_api.features.limiting.refusals import Refusal, refusal, standing
 from inference_api.features.limiting.windows import Store
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.features.stores.shared import Asked, take_share
@@ -51,6 +51,15 @@ Ticket = tuple[Plan, Wants, int, tuple[StreamLimit, ...]]
 # Plans at most; one is made again in microseconds.
 _PLANS = 20_000
 Precise = list[WindowLimit | StreamLimit]
+# Places of fields of Call and Record, for the hot path: reading one by name costs ten times as much.
+_STREAM: Final = 2
+_CALLER: Final = 13
+_STATE: Final = 14
+_HEADERS: Final = 15
+_RECORD_MODEL: Final = 2
+_RECORD_CODE: Final = 9
+_RECORD_STATE: Final = 21
+_RECORD_FIELDS: Final = 23
 OnFailure = Literal["share", "open", "closed"]
 
 
@@ -132,6 +141,7 @@ class Limiter:
     ) -> None:
         self._policies = policies
         self._store = store
+        self._now = store.now
         self._estimates = estimates
         self._asked = asked
         self._touch = None if asked is None else asked.touch
@@ -166,11 +176,11 @@ class Limiter:
 
     def send(self, send: Send) -> Send:
         """The layer. Raises RateLimited, LimitsUnavailable."""
-        plans, clock = self._plans, self._store.now
+        plans, clock, touch, estimate = self._plans, self._now, self._touch, self._estimates.of
 
         # No coroutine: most requests do not wait here.
         def limited(call: Call, model: Model) -> Awaitable[Reply]:
-            caller = call.caller
+            caller = call[_CALLER]
             if caller is None or self._by_address:
                 client = call.client
                 key: tuple[object, ...] = caller, None if client is None else client[0], model.name
@@ -181,40 +191,54 @@ class Limiter:
                 plan = self._make(key, call, model)
             if plan.is_empty:
                 return send(call, model)
-            wants = self._wants(call, model, plan) if plan.metered else ONE
-            if plan.is_special:
+            wants = ONE
+            if plan.metered:
+                read, made = estimate(call, model)
+                wants = (1, read + made, read, made)
+            if plan.is_special or (plan.streams and call[_STREAM]):
                 return self._special(send, call, model, plan, wants)
             now = clock()
-            requests, tokens, streams = self._take(call, plan, wants, now)
+            lines = take(plan.requests, wants, now)
+            if lines is None:
+                raise self._refusal(call, plan, wants, now)
+            if plan.tokens:
+                more = take(plan.tokens, wants, now)
+                if more is None:
+                    give_back(plan.requests, wants, now)
+                    raise self._refusal(call, plan, wants, now)
+                lines += more
             # The Record has the same dictionary.
-            call.state[_NAME] = (plan, wants, now, streams)  # type: ignore[index]
-            if requests is not None:
-                call.answer_headers.extend(headers(REQUESTS, *requests, now))
-            if tokens is not None:
-                call.answer_headers.extend(headers(TOKENS, *tokens, now))
+            call[_STATE][_NAME] = (plan, wants, now, ())  # type: ignore[index]
+            call[_HEADERS].append(lines)
+            if touch is not None:
+                touch(plan)
             return send(call, model)
 
         return limited
 
     def record(self, record: Record) -> None:
         """Release and settle what the request has taken."""
-        means = self._estimates.known.get(record.model_name)
-        if means is not None:
-            # Somebody has estimated requests of this model.
-            metered: Metered = record.state.get(METERED, UNKNOWN)
+        state = record[_RECORD_STATE]
+        if self._estimates.known:
+            # Without an answer of a backend, whatever it has done, the tokens are given back.
+            metered: Metered = NOTHING if record[_RECORD_CODE] is not None else state.get(METERED, UNKNOWN)
             if metered[4] == "reported":
-                means.add(metered[0], metered[2], choices_of(record.fields))
-        ticket: Ticket | None = record.state.get(_NAME)
+                self._estimates.learn(record[_RECORD_MODEL], metered[0], metered[2], record[_RECORD_FIELDS])
+        else:
+            metered = UNKNOWN
+        ticket: Ticket | None = state.get(_NAME)
         if ticket is None:
             return
         plan, wants, taken_at, streams = ticket
         for limit in streams:
             limit.streams.own -= 1
-        if record.code is not None and (record.status == 503 or not record.attempts):
+        if record[_RECORD_CODE] is not None and (record.status == 503 or not record.attempts):
             # The router itself has refused it.
             give_back(plan.windows, wants, taken_at)
         elif plan.metered:
-            self._settle(record, plan, wants, taken_at)
+            read, made = metered[0], metered[2]
+            total = None if read is None or made is None else read + made
+            settle(plan.metered, wants, (1, total, read, made), taken_at, self._now)
         if self._touch is not None:
             self._touch(plan)
 
@@ -251,39 +275,27 @@ class Limiter:
         yield from policy.by_address
         yield from policy.by_model
 
-    def _wants(self, call: Call, model: Model, plan: Plan) -> Wants:
-        """What a request reserves."""
-        means, route = self._estimates.means_of(model.name), call.route
-        read = input_estimate(route, call.body, model.max_model_len, means) if plan.reads_input else 0
-        made = output_estimate(route, call.fields, means) if plan.reads_output else 0
-        return (1, read + made, read, made)
-
-    def _take(
-        self, call: Call, plan: Plan, wants: Wants, now: int
-    ) -> tuple[tuple[WindowLimit, int] | None, tuple[WindowLimit, int] | None, tuple[StreamLimit, ...]]:
-        """Take from all limits that are not precise. Returns the tightest of requests and of tokens, and the streams.
+    def _take(self, call: Call, plan: Plan, wants: Wants, now: int) -> tuple[bytes, tuple[StreamLimit, ...]]:
+        """Take from all limits that are not precise. Returns the headers as lines, and the limits of streams.
 
         Raises RateLimited.
         """
-        requests = tokens = None
         streams = plan.streams if call.stream else ()
         if self._touch is not None:
             self._touch(plan)
         for stream in streams:
             if stream.streams.used(now) >= stream.amount:
                 raise self._refusal(call, plan, wants, now)
-        if plan.requests:
-            requests = take(plan.requests, wants, now)
-            if requests is None:
-                raise self._refusal(call, plan, wants, now)
-        if plan.tokens:
-            tokens = take(plan.tokens, wants, now)
-            if tokens is None:
-                give_back(plan.requests, wants, now)
-                raise self._refusal(call, plan, wants, now)
+        lines = take(plan.requests, wants, now)
+        if lines is None:
+            raise self._refusal(call, plan, wants, now)
+        more = take(plan.tokens, wants, now)
+        if more is None:
+            give_back(plan.requests, wants, now)
+            raise self._refusal(call, plan, wants, now)
         for stream in streams:
             stream.streams.own += 1
-        return requests, tokens, streams
+        return lines + more, streams
 
     def _refusal(self, call: Call, plan: Plan, wants: Wants, now: int, found: Refusal | None = None) -> RateLimited:
         """The error of a request that is refused; `found`: by this limit."""
@@ -295,27 +307,34 @@ class Limiter:
             found = Refusal(rule, amount, min(wants[1], amount), 1)
         labels = found.rule.scope, found.rule.unit
         self._refused[labels] = self._refused.get(labels, 0) + 1
-        call.answer_headers.extend(standing(plan, now))
+        call.answer_headers.append(standing(plan, now))
         return found.error()
 
     def _special(self, send: Send, call: Call, model: Model, plan: Plan, wants: Wants) -> Awaitable[Reply]:
+        """A request that has a limit of streams, or a precise one, or that nothing is let through for."""
         if plan.is_closed:
             raise LimitsUnavailable
-        return self._ask(send, call, model, plan, wants)
+        if plan.precise:
+            return self._ask(send, call, model, plan, wants)
+        now = self._now()
+        lines, streams = self._take(call, plan, wants, now)
+        call.state[_NAME] = (plan, wants, now, streams)  # type: ignore[index]
+        call.answer_headers.append(lines)
+        return send(call, model)
 
     async def _ask(self, send: Send, call: Call, model: Model, plan: Plan, wants: Wants) -> Reply:
         """Take the limits that are not precise, then the precise ones; if those refuse, give the others back."""
         asked = self._asked
         assert asked is not None
-        now = self._store.now()
-        _, _, streams = self._take(call, plan, wants, now)
+        now = self._now()
+        _, streams = self._take(call, plan, wants, now)
         precise: Precise = [limit for limit in plan.precise if call.stream or isinstance(limit, WindowLimit)]
         try:
             granted = await asked.ask(precise, wants) if precise else True
             if granted is None:
                 plan = self._without_answer(call, plan, precise, wants)
             elif not granted:
-                raise self._refusal(call, plan, wants, self._store.now())
+                raise self._refusal(call, plan, wants, self._now())
         except BaseException:
             give_back([*plan.requests, *plan.tokens], wants, now)
             for stream in streams:
@@ -323,7 +342,7 @@ class Limiter:
             raise
         held = tuple(limit for limit in plan.precise if call.stream and isinstance(limit, StreamLimit))
         call.state[_NAME] = (plan, wants, now, streams + held)  # type: ignore[index]
-        call.answer_headers.extend(standing(plan, self._store.now()))
+        call.answer_headers.append(standing(plan, self._now()))
         return await send(call, model)
 
     def _without_answer(self, call: Call, plan: Plan, precise: Precise, wants: Wants) -> Plan:
@@ -334,19 +353,12 @@ class Limiter:
             raise LimitsUnavailable
         if self._on_failure == "open":
             return plan.without_precise()
-        now = self._store.now()
+        now = self._now()
         refused = take_share(precise, wants, asked.routers or self._routers, now)
         if refused is not None:
             raise self._refusal(call, plan, wants, now, refused)
         asked.touch(plan)
         return plan
-
-    def _settle(self, record: Record, plan: Plan, wants: Wants, taken_at: int) -> None:
-        # Without an answer of a backend, whatever it has done: the tokens are given back.
-        metered: Metered = record.state.get(METERED, UNKNOWN) if record.code is None else NOTHING
-        read, made = metered[0], metered[2]
-        total = None if read is None or made is None else read + made
-        settle(plan.metered, wants, (1, total, read, made), taken_at, self._store.now())
 
 
 FEATURE = Switch(build, Options)

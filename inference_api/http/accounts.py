@@ -11,6 +11,7 @@ from time import perf_counter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_api.errors import ClientGone, InternalError, InvalidRequest, RouterError, ShuttingDown, TooLarge, render
+from inference_api.headers import extra_pairs
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Outcome, RawHeaders
 from inference_api.observe.account import Account, Annotate, Record, Sink
@@ -127,7 +128,7 @@ async def respond(scope: Scope, send: Send, status: int, headers: RawHeaders, bo
     """Send a whole answer of a layer's own, with the request id, and note it in the Account."""
     account: Account = scope[ACCOUNT]
     account.responded(status, len(body))
-    headers = [*headers, (b"x-request-id", account.request_id.encode()), *account.answer_headers]
+    headers = [*headers, (b"x-request-id", account.request_id.encode()), *extra_pairs(account.answer_headers)]
     if status != 204:
         headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -139,7 +140,7 @@ async def reject(error: RouterError, account: Account, send: Send) -> None:
     status, headers, body = render(error, account.request_id)
     if isinstance(error, TooLarge):
         headers.append((b"connection", b"close"))
-    headers += account.answer_headers
+    headers += extra_pairs(account.answer_headers)
     account.rejected(error, status, len(body))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_api import __version__
 from inference_api.errors import MethodNotAllowed, RouterError, UnknownURL
+from inference_api.headers import extra_pairs
 from inference_api.http import wire
 from inference_api.http.accounts import ACCOUNT
 from inference_api.http.negotiation import OPENMETRICS, TEXT, takes_gzip, wants_openmetrics
@@ -185,7 +186,8 @@ class _Pages:
         async def noted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 others = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message["headers"] = [*others, (b"x-request-id", account.request_id.encode()), *account.answer_headers]
+                more = extra_pairs(account.answer_headers)
+                message["headers"] = [*others, (b"x-request-id", account.request_id.encode()), *more]
                 account.status = message["status"]
                 account.outcome = Outcome.OK if account.status < 400 else Outcome.REFUSED
             else:

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inference_api.errors import RouterError
-from inference_api.models import CLIENT_GONE, INTERNAL_ERROR, OK, Call, Caller, Outcome, Reply
+from inference_api.models import CLIENT_GONE, INTERNAL_ERROR, OK, Call, Caller, Extra, Outcome, Reply
 from inference_api.relay.relay import Relay
 from inference_api.relay.usage import Counts, counts
 from inference_api.routing.fleet import Model
@@ -123,7 +123,7 @@ class Account:
         self.outcome = INTERNAL_ERROR
         self.extra: Mapping[str, Any] = _NOTHING
         # Headers that a layer adds to the answer, whoever gives it: a backend, a page, or the router with an error.
-        self.answer_headers: list[tuple[bytes, bytes]] = []
+        self.answer_headers: list[Extra] = []
         # Probes: neither counted nor logged.
         self.silent = False
         self._accepted: float | None = None

@@ -13,7 +13,7 @@ import httpx
 from starlette.types import Send
 
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
-from inference_api.headers import header_lines
+from inference_api.headers import extra_lines, extra_pairs
 from inference_api.models import CLIENT_GONE, Call, Direct, Outcome, RawHeaders, Reply, of_status
 from inference_api.relay.answers import Readable, hold, read_answer
 from inference_api.relay.dialects import Body, body_kind
@@ -191,7 +191,7 @@ class Relay:
             request_id = self._call.request_id.encode()
             lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
             if self._reply.extra:
-                lines += header_lines([*self._reply.extra])
+                lines += extra_lines(self._reply.extra)
             if direct.respond(status, lines, body):
                 self.started = True
                 # No disconnect in between: it was one turn of the event loop.
@@ -261,7 +261,7 @@ class Relay:
 
     async def _start(self, send: Send, headers: RawHeaders, length: bytes | None) -> None:
         self.started = True
-        headers = [*headers, (b"x-request-id", self._call.request_id.encode()), *self._reply.extra]
+        headers = [*headers, (b"x-request-id", self._call.request_id.encode()), *extra_pairs(self._reply.extra)]
         if length is not None:
             headers.append((b"content-length", length))
         for tap in self._reply.taps:

@@ -3,17 +3,20 @@
 A Plan is made once for a caller, an address and a model, and used for all their requests.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from ipaddress import IPv6Address, ip_address
 
 from inference_api.features.limiting.windows import Store, Streams, Window
+from inference_api.features.limiting.wording import FRACTIONS, SECONDS, go_duration, prepare
 from inference_api.policy.rules import Rule, matcher
 
 # Places of the units in what a request wants
 _PLACES = {"requests": 0, "tokens": 1, "input_tokens": 2, "output_tokens": 3}
 Wants = tuple[int, int, int, int]
+# x-ratelimit-limit-requests: 600, and so on; rendered for each request, so in one step
+_LINES = b"x-ratelimit-limit-UNIT: %d\r\nx-ratelimit-remaining-UNIT: %%d\r\nx-ratelimit-reset-UNIT: %%b%%bs\r\n"
 # What a request has used, None: not known
 Used = tuple[int, int | None, int | None, int | None]
 # What a request without token limits wants
@@ -26,7 +29,7 @@ class WindowLimit:
     `amount`: as it is enforced, perhaps a share of the rule's.
     """
 
-    __slots__ = ("amount", "header", "per", "place", "precise", "rule", "window")
+    __slots__ = ("amount", "per", "place", "precise", "rule", "template", "window")
 
     def __init__(self, rule: Rule, amount: int, window: Window, precise: bool) -> None:
         self.rule = rule
@@ -35,7 +38,13 @@ class WindowLimit:
         self.per = window.per
         self.place = _PLACES[rule.unit]
         self.precise = precise
-        self.header = b"%d" % amount
+        # The percent signs are for what is left, and for seconds and fraction of the time until all is.
+        self.template = _LINES.replace(b"UNIT", b"tokens" if self.place else b"requests") % amount
+
+    def lines(self, left: int, now: int) -> bytes:
+        """The headers that say what is left, as lines."""
+        reset = go_duration(self.window.reset(now))
+        return self.template % (left, reset[:-1], b"")
 
     def wanted(self, wants: Wants) -> int:
         """What a request takes of it: at most all, so that a large request passes an empty window."""
@@ -92,32 +101,38 @@ class Plan:
 Shared = tuple[str, Rule, bool]
 
 
-def take(limits: tuple[WindowLimit, ...], wants: Wants, now: int) -> tuple[WindowLimit, int] | None:
+def take(limits: tuple[WindowLimit, ...], wants: Wants, now: int) -> bytes | None:
     """Take from all of `limits`, or from none: then None.
 
-    Returns the limit with the smallest remaining share, and what remains of it.
+    Returns the headers of the one with the smallest share left, as lines.
     """
-    lowest, found, rest = 2.0, None, 0
+    lowest, tightest, rest = 2.0, None, 0
     for limit in limits:
-        window, per, amount, want = limit.window, limit.per, limit.amount, wants[limit.place]
-        elapsed = now - window.start
-        if not 0 <= elapsed < per:
-            elapsed = window.roll(now)
+        window, amount, want = limit.window, limit.amount, wants[limit.place]
+        if now >= window.end:
+            window.roll(now)
         # So a large request passes an empty window.
         if want > amount:
             want = amount
         window.current = used = window.current + want
-        if previous := window.previous:
+        if window.previous:
             # `windows.faded`
-            used -= previous * (elapsed - per) // per
+            used -= window.previous * (now - window.end) // window.per
         left = amount - used
         if left < 0:
             give_back(limits[: limits.index(limit) + 1], wants, now)
             return None
         share = left / amount
         if share < lowest:
-            lowest, found, rest = share, limit, left
-    return (found, rest) if found is not None else None
+            lowest, tightest, rest = share, limit, left
+    if tightest is None:
+        return b""
+    window = tightest.window
+    if not window.current:
+        return tightest.lines(rest, now)
+    # `Window.reset`, where something is used: a second at least
+    reset = window.end + window.per - now
+    return tightest.template % (rest, SECONDS[reset // 1000], FRACTIONS[reset % 1000])
 
 
 def give_back(limits: Iterable[WindowLimit], wants: Wants, taken_at: int) -> None:
@@ -126,18 +141,23 @@ def give_back(limits: Iterable[WindowLimit], wants: Wants, taken_at: int) -> Non
         limit.window.give_back(limit.wanted(wants), taken_at)
 
 
-def settle(limits: Iterable[WindowLimit], wants: Wants, used: Used, taken_at: int, now: int) -> None:
-    """Put what was used in the place of what was taken; more than that counts in the window of `now`."""
+def settle(limits: Iterable[WindowLimit], wants: Wants, used: Used, taken_at: int, clock: Callable[[], int]) -> None:
+    """Put what was used in the place of what was taken; more than that counts in the window of now."""
     for limit in limits:
-        amount = used[limit.place]
+        place, window = limit.place, limit.window
+        amount, taken = used[place], wants[place]
         if amount is None:
             continue
-        more = amount - limit.wanted(wants)
-        if more < 0:
-            limit.window.give_back(-more, taken_at)
-        elif more:
-            limit.window.roll(now)
-            limit.window.current += more
+        if taken > limit.amount:
+            taken = limit.amount
+        if amount > taken:
+            window.roll(clock())
+            window.current += amount - taken
+        elif taken_at >= window.start and window.current >= taken:
+            # `Window.give_back`, for most requests
+            window.current -= taken - amount
+        else:
+            window.give_back(taken - amount, taken_at)
 
 
 class Plans:
@@ -147,6 +167,7 @@ class Plans:
     """
 
     def __init__(self, store: Store, routers: int = 1, asks: bool = False, is_closed: bool = False) -> None:
+        prepare()
         self._store = store
         self.routers = routers
         self._asks = asks

@@ -4,37 +4,22 @@ from collections.abc import Iterable, Sequence
 
 from inference_api.errors import RateLimited
 from inference_api.features.limiting.plans import Plan, StreamLimit, Wants, WindowLimit
-from inference_api.features.limiting.wording import KINDS, go_duration, message
+from inference_api.features.limiting.wording import KINDS, message
 from inference_api.policy.rules import Rule
 
-Headers = list[tuple[bytes, bytes]]
-REQUESTS = b"requests"
-TOKENS = b"tokens"
 # Milliseconds: a stream may end at any time.
 _NEXT_STREAM = 1000
-_NAMES = {
-    unit: tuple(b"x-ratelimit-%b-%b" % (part, unit) for part in (b"limit", b"remaining", b"reset"))
-    for unit in (REQUESTS, TOKENS)
-}
 
 
-def headers(unit: bytes, limit: WindowLimit, left: int, now: int, last: tuple[int, bytes] = (0, b"0s")) -> Headers:
-    """The three headers of a unit. `last`: a duration, and its text."""
-    names = _NAMES[unit]
-    reset = limit.window.reset(now)
-    text = last[1] if reset == last[0] else go_duration(reset)
-    return [(names[0], limit.header), (names[1], b"%d" % left), (names[2], text)]
-
-
-def standing(plan: Plan, now: int) -> Headers:
-    """The headers of a request for which nothing is taken, or everything is."""
-    found: Headers = []
-    for unit, limits in ((REQUESTS, [limit for limit in plan.windows if not limit.place]), (TOKENS, plan.metered)):
+def standing(plan: Plan, now: int) -> bytes:
+    """The headers of a request for which nothing is taken, or everything is, as lines."""
+    lines = b""
+    for limits in ([limit for limit in plan.windows if not limit.place], plan.metered):
         if limits:
             left = [max(limit.amount - limit.window.used(now), 0) for limit in limits]
-            tightest = min(range(len(limits)), key=lambda place: left[place] / limits[place].amount)
-            found += headers(unit, limits[tightest], left[tightest], now)
-    return found
+            place = min(range(len(limits)), key=lambda place: left[place] / limits[place].amount)
+            lines += limits[place].lines(left[place], now)
+    return lines
 
 
 class Refusal:

@@ -9,17 +9,17 @@ from typing import Protocol
 
 
 class Window:
-    """Counts of the current and of the previous window of `per` milliseconds; `start`: of the current one.
+    """Counts of the current and of the previous window of `per` milliseconds; `start`, `end`: of the current one.
 
-    Whoever admits requests (`limiting.plans.take`) reads and writes the counts after `roll`.
+    Whoever admits requests (`limiting.plans.take`) reads and writes the counts itself, and calls `roll` from `end` on.
     """
 
-    __slots__ = ("current", "name", "per", "previous", "start")
+    __slots__ = ("current", "end", "name", "per", "previous", "start")
 
     def __init__(self, name: str, per: int) -> None:
         self.name = name
         self.per = per
-        self.start = self.current = self.previous = 0
+        self.start = self.end = self.current = self.previous = 0
 
     def roll(self, now: int) -> int:
         """Move to the window of `now`. Returns the milliseconds since its start.
@@ -32,7 +32,7 @@ class Window:
             return 0
         if passed:
             self.shift(passed == per)
-            self.start = start
+            self.start, self.end = start, start + per
         return now - start
 
     def shift(self, adjacent: bool) -> None:

@@ -7,7 +7,7 @@ A request that is cancelled drops its future, never the connection.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha1
 from itertools import islice
@@ -177,42 +177,41 @@ class RedisStore:
             # `asyncio.wait_for`, which redis-py uses, may swallow the cancellation in Python 3.11.
             while task is None or not task.cancelling():
                 await self._sleep(due - loop.time())
-                is_due = loop.time() >= due
-                if is_due:
+                if loop.time() >= due:
                     due = loop.time() + (self._timing.retry if self.is_away else self._timing.every)
-                await self._attempt(is_due)
+                    await self._attempt(self.sync)
+                elif self._can_ask():
+                    await self._attempt(self._answer)
         finally:
-            self._touched_to_live()
             with suppress(RedisError, OSError):
-                await self._sync()
+                await self.sync()
             await self.aclose()
 
     async def aclose(self) -> None:
         await self._connection.disconnect()
 
-    async def sync(self) -> None:
-        """Send and read once, for tests. Raises RedisError or OSError."""
-        self._touched_to_live()
-        await self._sync()
-
     async def _sleep(self, seconds: float) -> None:
-        if seconds > 0 and not self._waiting:
+        if seconds > 0 and not self._can_ask():
             self._wake.clear()
             with suppress(asyncio.TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._wake.wait()
 
-    async def _attempt(self, is_due: bool) -> None:
+    def _can_ask(self) -> bool:
+        """Whether requests wait, and an answer may be in time for them."""
+        return bool(self._waiting and self.routers) and not self.is_away
+
+    async def _attempt(self, call: Callable[[], Awaitable[None]]) -> None:
         try:
-            if is_due:
-                self._touched_to_live()
-                await self._sync()
-            elif self._waiting:
-                await self._call(_Sent())
+            await call()
         except (RedisError, OSError) as exc:
             await self._has_failed(exc)
         else:
             self._has_answered()
+
+    async def _answer(self) -> None:
+        """Ask for those that wait, and nothing else."""
+        await self._call(_Sent())
 
     def _touched_to_live(self) -> None:
         live, streams = self._live, self._live_streams
@@ -225,8 +224,12 @@ class RedisStore:
         for excess in list(islice(live, max(len(live) - self._size, 0))):
             del live[excess]
 
-    async def _sync(self) -> None:
-        """Send and read all live counters, in chunks, between which requests and other tasks run."""
+    async def sync(self) -> None:
+        """Send and read all live counters, in chunks, between which requests and other tasks run.
+
+        Raises RedisError or OSError.
+        """
+        self._touched_to_live()
         if self._unanswered is not None:
             await self._call(self._unanswered)
         windows, streams = list(self._live), list(self._live_streams)
@@ -255,14 +258,16 @@ class RedisStore:
 
     async def _call(self, sent: _Sent) -> None:
         """One call of the script, which also carries all requests that wait. Raises RedisError or OSError."""
+        # Whoever has given up, or left, is not asked for.
+        waiting = [one for one in self._waiting if not one.granted.done()]
+        self._waiting.clear()
         asked: _Asked = []
         if self.routers:
-            # The clock of Redis is known. Whoever has given up, or left, is not asked for.
             now = self.now()
-            for one in self._waiting:
-                if not one.granted.done():
-                    asked.append((one, [_start_of(limit, now) for limit in one.limits]))
-            self._waiting.clear()
+            asked = [(one, [_start_of(limit, now) for limit in one.limits]) for one in waiting]
+        else:
+            # The clock of Redis is not known yet.
+            self._waiting += waiting
         keys, args = self._request(sent, asked)
         began = self._clock()
         try:

@@ -48,7 +48,7 @@ class SharedWindow(Window):
         """A window with what this router alone has counted."""
         self.roll(now)
         alone = Window(self.name, self.per)
-        alone.start = self.start
+        alone.start, alone.end = self.start, self.end
         alone.current = self.current - self.known + self.sent
         alone.previous = self.previous - self.known_previous + self.sent_previous
         return alone
