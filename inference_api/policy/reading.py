@@ -51,11 +51,15 @@ def read(
         items = _items(document)
     else:
         items = _items_of_text([document] if isinstance(document, str) else document, is_yaml)
-    for number, (section, index, raw) in enumerate(items):
-        made.take(section, index, raw)
-        if number % _SLICE == 0:
-            yield
-    yield from made.checked()
+    try:
+        for number, (section, index, raw) in enumerate(items):
+            made.take(section, index, raw)
+            if number % _SLICE == 0:
+                yield
+        yield from made.checked()
+    except PolicyError:
+        yield from made.free(everything=True)
+        raise
     policy = made.policy()
     yield from made.free()
     return policy
@@ -203,11 +207,14 @@ class _Made:
             self._have_budgets,
         )
 
-    def free(self) -> Iterator[None]:
-        """Free what is not needed any more, in slices."""
+    def free(self, everything: bool = False) -> Iterator[None]:
+        """Free what is not needed any more, in slices: at once it would stop the event loop."""
         for ids in self._ids:
             ids.clear()
             yield
+        if everything:
+            yield from self._digests.clear()
+            yield from self._previous.clear()
 
     def _named(self) -> dict[str, Organisation]:
         organisations: dict[str, Organisation] = {}

@@ -87,8 +87,8 @@ class PolicyRegistry:
             return False
         self._empty_once = False
         self._use(policy, digest, ignored)
-        self._unsaved = content
-        self._to_save.set()
+        if self._file is not None:
+            self._unsaved = content
         return True
 
     def confirm(self) -> None:

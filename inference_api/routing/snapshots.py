@@ -25,8 +25,8 @@ from inference_api.routing.registry import CHUNK, FIRST_BACKOFF, LONGEST_BACKOFF
 
 logger = logging.getLogger(__name__)
 
-# Seconds that the registry is asked to wait for a change, and more that an answer may take to begin
-_WAIT, _LATE = 25, 10.0
+# Seconds that the registry is asked to wait for a change
+_WAIT = 25
 # Seconds between two polls that changed nothing: a registry that is being stopped answers at once.
 _SHORTEST = 1.0
 # Bytes of the first line of the file
@@ -58,8 +58,8 @@ class Follower(Protocol):
 class Snapshot:
     """Polls one document at `path`. `refresh`: seconds between two polls, +-20 %; less after a failure.
 
-    `waits`: whether to ask for long polls. `timeout`: seconds for an answer, beside the wait. `clock` is monotonic
-    seconds, `rand` gives [0, 1).
+    `waits`: whether to ask for long polls. Seconds, beside the wait: `late` until an answer begins, or goes on;
+    `timeout` for the whole of it. `clock` is monotonic seconds, `rand` gives [0, 1).
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Snapshot:
         refresh: float,
         max_bytes: int,
         waits: bool = True,
-        timeout: float = 30.0,
+        late: float = 10.0,
+        timeout: float = 40.0,
         clock: Callable[[], float] = time.monotonic,
         rand: Callable[[], float] = random.random,
     ) -> None:
@@ -80,7 +81,7 @@ class Snapshot:
         self._refresh = refresh
         self._max_bytes = max_bytes
         self._waits = waits
-        self._timeout = timeout
+        self._late, self._timeout = late, timeout
         self._clock = clock
         self._rand = rand
         self.etag: str | None = None
@@ -132,18 +133,19 @@ class Snapshot:
     async def _get(self) -> Polled:
         # Not compressed: a few KB could expand to more than the memory.
         headers = {"accept-encoding": "identity"}
-        late = _LATE
+        wait = 0
         if self.etag is not None:
             headers["if-none-match"] = self.etag
             if self._waits:
                 headers["prefer"] = f"wait={_WAIT}"
-                late += _WAIT
-        timeout = {"connect": 5.0, "read": late, "first_byte": late, "idle": _LATE, "write": _LATE, "pool": _LATE}
+                wait = _WAIT
+        late, first = self._late, wait + self._late
+        timeout = {"connect": late, "read": first, "first_byte": first, "idle": late, "write": late, "pool": late}
         asked = self._client.stream(
             "GET", self._path, headers=headers, follow_redirects=False, extensions={"timeout": timeout}
         )
         try:
-            async with asyncio.timeout(late + self._timeout), asked as response:
+            async with asyncio.timeout(wait + self._timeout), asked as response:
                 content = await read_body(response, self._max_bytes)
         except (TimeoutError, httpx.TimeoutException) as exc:
             raise RegistryError("timeout", "it did not answer in time") from exc

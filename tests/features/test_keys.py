@@ -15,6 +15,7 @@ from inference_api.feature import Feature
 from inference_api.features.keys import Keys
 from inference_api.http.head import RequestHeaders
 from inference_api.models import RawHeaders
+from inference_api.policy.keys import checksum
 from inference_api.policy.reading import read, run
 from inference_api.policy.snapshot import KeyCaller
 from inference_api.policy.source import Policies
@@ -63,6 +64,8 @@ def known(headers: RawHeaders, *entries: dict[str, Any], peppers: tuple[str, ...
 
 KEY = EXAMPLE.key.encode()
 OTHER = new_key()
+_START = f"sk-ia-{OTHER.id}-{EXAMPLE.key[19:62]}"
+MIXED = _START + checksum(_START.encode())
 CREDENTIALS: dict[str, tuple[list[tuple[bytes, bytes]], str]] = {
     "bearer": ([(b"authorization", b"Bearer " + KEY)], "batch"),
     "any case": ([(b"authorization", b"bEARER " + KEY)], "batch"),
@@ -88,6 +91,8 @@ CREDENTIALS: dict[str, tuple[list[tuple[bytes, bytes]], str]] = {
     "unknown": ([(b"x-api-key", OTHER.key.encode())], "invalid_api_key"),
     "management token": ([(b"x-api-key", new_key(prefix="mt-ia-").key.encode())], "invalid_api_key"),
     "not ASCII": ([(b"x-api-key", b"\xff" * 68)], "invalid_api_key"),
+    # The id and the secret of two keys, with a checksum that fits
+    "mixed": ([(b"x-api-key", MIXED.encode())], "invalid_api_key"),
     "its digest": ([(b"x-api-key", EXAMPLE.digest.encode())], "invalid_api_key"),
     "its id": ([(b"x-api-key", EXAMPLE.id.encode())], "invalid_api_key"),
 }

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import pytest
 
 from inference_api.policy.remote import PolicyRegistry
 from inference_api.policy.source import Policies
+from inference_api.routing.registry import RegistryError
+from inference_api.routing.snapshots import Snapshot
 from inference_api.settings import SettingsError
 from tests.conftest import Served
-from tests.fakes import until
-from tests.policies import EXAMPLE, FakeRegistry, bearer, entry, policy_of
+from tests.fakes import Line, Received, until
+from tests.policies import EXAMPLE, FakeRegistry, bearer, entry, new_key, policy_of
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -255,6 +257,43 @@ async def test_bounds_of_an_answer() -> None:
 
         assert found.current is None
         assert found.failures["garbage"] == 1
+
+
+@pytest.mark.parametrize("silent", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"])
+async def test_an_answer_that_does_not_come_or_does_not_end_is_a_timeout(silent: bytes, start: Start) -> None:
+    async def slow(request: Received, line: Line) -> None:
+        if silent:
+            await line.send(silent)
+        await line.gone()
+
+    class Nothing:
+        reason = ""
+
+        async def take(self, content: Sequence[bytes]) -> bool:
+            return True
+
+        def confirm(self) -> None: ...
+
+        def failed(self, error: RegistryError) -> None:
+            self.reason = error.reason
+
+    registry, nothing = await start(slow), Nothing()
+    async with httpx.AsyncClient(base_url=registry.url) as client:
+        for late, timeout in ((0.1, 10.0), (10.0, 0.1)):
+            nothing.reason = ""
+            await Snapshot(client, "/policy", nothing, 1.0, 1000, late=late, timeout=timeout).start(5.0)
+            assert nothing.reason == "timeout"
+
+
+async def test_a_flood_of_unknown_keys_asks_nobody(registry: FakeRegistry, start_router: Start) -> None:
+    served: Served = await start_router(**on(registry, auth="keys"))
+    await until(lambda: registry.waiting)
+    before = len(registry.polls)
+
+    for _ in range(100):
+        assert (await served.client.get("/v1/models", headers=bearer(new_key().key))).status_code == 401
+
+    assert len(registry.polls) == before
 
 
 # Starts without a registry
