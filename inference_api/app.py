@@ -97,8 +97,7 @@ def _parts(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> ByMo
         *(Layer(feature.ask, feature.for_model) for feature in enabled if feature.ask),
     ]
     annotators = [(feature.annotate, feature.for_model) for feature in enabled if feature.annotate]
-    failed = [feature.failed for feature in enabled if feature.failed]
-    return ByModel(core.forward(attempt, failed), layers, annotators)
+    return ByModel(core.forward(attempt, [feature.failed for feature in enabled if feature.failed]), layers, annotators)
 
 
 def _sinks(core: Core, enabled: Sequence[Feature]) -> list[Sink]:
