@@ -142,7 +142,7 @@ class ByModel:
         self._layers = layers
         self._annotators = annotators
         # Of requests without a model
-        self._of_no_model = tuple(annotate for annotate, for_model in annotators if for_model is None)
+        self.annotators = tuple(annotate for annotate, for_model in annotators if for_model is None)
         # Shared: models with the same layers have one chain.
         self._chains: dict[tuple[bool, ...], Send] = {}
 
@@ -152,14 +152,6 @@ class ByModel:
             parts = self._compose(model)
         sent: Awaitable[Reply] = parts.send(call, model)
         return sent
-
-    def annotators(self, model: Model | None) -> Sequence[Annotate]:
-        if model is None:
-            return self._of_no_model
-        parts: _Parts = model.parts
-        if parts is None or parts.entry is not model.entry:
-            parts = self._compose(model)
-        return parts.annotators
 
     def _compose(self, model: Model) -> _Parts:
         entry = model.entry

@@ -1,6 +1,6 @@
 """Assembles the HTTP side: pipelines and pages, the layers of features around them, Accounts outermost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from starlette.routing import Route as Page
 from starlette.types import ASGIApp
@@ -19,10 +19,7 @@ from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.http.stored import StoredResponses
 from inference_api.models import Route
 from inference_api.observe.account import Annotate, Sink
-from inference_api.routing.fleet import Model
 from inference_api.upstream.attempt import SendAttempt
-
-Annotators = Callable[[Model | None], Sequence[Annotate]]
 
 
 class Site:
@@ -39,10 +36,10 @@ class Site:
         self._routes = _routes(enabled)
         self._pipelines: dict[str, ASGIApp] = {route.path: self._stored.pipeline(route) for route in self._routes}
 
-    def app(self, sinks: Sequence[Sink], tasks: Sequence[Run], annotators: Annotators) -> Accounts:
+    def app(self, sinks: Sequence[Sink], tasks: Sequence[Run], annotators: Sequence[Annotate]) -> Accounts:
         """The app for clients. `tasks` run during its lifespan; `sinks` get the Record of each request.
 
-        `annotators`: those of the request's model, None if it has none.
+        `annotators`: of requests without a model.
         """
         settings = self._core.settings
         pages = create_pages(self._pages(), lambda app: self._core.running(tasks, self._probes.drain))
@@ -53,8 +50,7 @@ class Site:
             app = feature.layer(app) if feature.layer else app
         read_headers = RequestHeaders(frozenset(name.encode() for name in settings.forward_headers))
         status = int(settings.validation_status)
-        annotated = annotators if any(feature.annotate for feature in self._enabled) else None
-        return Accounts(app, sinks, read_headers, self._core.mint_id, validation_status=status, annotators=annotated)
+        return Accounts(app, sinks, read_headers, self._core.mint_id, validation_status=status, annotators=annotators)
 
     def ops(self) -> Accounts:
         """The app for OPS_PORT. Its requests are neither counted nor logged."""

@@ -15,7 +15,6 @@ from inference_api.headers import extra_pairs
 from inference_api.http.head import RequestHead, RequestHeaders
 from inference_api.models import Outcome, RawHeaders
 from inference_api.observe.account import Account, Annotate, Record, Sink
-from inference_api.routing.fleet import Model
 from inference_api.server.cycle import Cycle, cycle_of
 
 logger = logging.getLogger(__name__)
@@ -29,8 +28,8 @@ _NO_SCOPE: Scope = {"path": "", "state": {}}
 class Accounts:
     """Wraps the whole HTTP side. `sinks` get the Record of each request; they are fast.
 
-    `clock` gives seconds. `validation_status`: the status of InvalidRequest. `annotators`: those that add to the Record
-    of a request for this model, before the sinks.
+    `clock` gives seconds. `validation_status`: the status of InvalidRequest. `annotators` add to the Records
+    of requests without a model, before the sinks; those of a model are in its parts.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Accounts:
         mint_id: Callable[[], str],
         clock: Callable[[], float] = perf_counter,
         validation_status: int = InvalidRequest.status,
-        annotators: Callable[[Model | None], Sequence[Annotate]] | None = None,
+        annotators: Sequence[Annotate] = (),
     ) -> None:
         self.app = app
         self._sinks = tuple(sinks)
@@ -100,10 +99,11 @@ class Accounts:
         await reject(error, account, send)
 
     def _deliver(self, account: Account) -> None:
-        if self._annotators is None:
-            record = account.end()
-        else:
-            record = self._annotated(account, self._annotators(account.model))
+        model = account.model
+        # Those of the model were composed when the request was sent.
+        parts = None if model is None else model.parts
+        annotators = self._annotators if parts is None else parts[2]
+        record = self._annotated(account, annotators) if annotators else account.end()
         for sink in self._sinks:
             try:
                 sink(record)
@@ -112,8 +112,6 @@ class Accounts:
                 logger.exception("a sink failed", extra={"fields": {"request_id": record.request_id}})
 
     def _annotated(self, account: Account, annotators: Sequence[Annotate]) -> Record:
-        if not annotators:
-            return account.end()
         account.extra = extra = dict(account.extra)
         record = account.end()
         for annotate in annotators:

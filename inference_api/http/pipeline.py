@@ -30,11 +30,15 @@ class Stages(NamedTuple):
 
 
 class Pipeline:
-    """POST on one inference route. Errors are raised; `http.accounts` answers them."""
+    """POST on one inference route. Errors are raised; `http.accounts` answers them.
 
-    def __init__(self, route: Route, stages: Stages) -> None:
+    `is_wrapped`: `stages.send` is more than the layers of the model, and is always called.
+    """
+
+    def __init__(self, route: Route, stages: Stages, is_wrapped: bool = False) -> None:
         self.route = route
         self.stages = stages
+        self.is_wrapped = is_wrapped
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         account: Account = scope[ACCOUNT]
@@ -57,7 +61,9 @@ class Pipeline:
                 asked = await admission.turns.run(asked)
             call, model = self._accept(asked, body, scope, account)
             with reader or DisconnectWatcher(receive) as watcher:
-                account.reply = reply = await stages.send(call, model)
+                parts = model.parts
+                composed = parts is not None and parts[0] is model.entry and not self.is_wrapped
+                account.reply = reply = await (parts[1] if composed else stages.send)(call, model)
                 if account.answer_headers:
                     reply.extra += tuple(account.answer_headers)
                 account.relay = relay = Relay(reply, call, stages.write_stall, watcher.close, direct, account.clock)

@@ -92,7 +92,7 @@ class StoredResponses:
         """The pipeline of the route; on the route that creates responses, it keeps their places."""
         stages = self._stages
         if route.path == RESPONSES.path:
-            stages = stages._replace(send=self._remembering(stages.send))
+            return Pipeline(route, stages._replace(send=self._remembering(stages.send)), is_wrapped=True)
         return Pipeline(route, stages)
 
     def routes(self) -> list[PageRoute]:

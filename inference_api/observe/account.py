@@ -162,13 +162,13 @@ class Account:
         took = self.clock() - self.began
         attempts, backend, body_size, fields, answered = 0, None, 0, _NOTHING, 0
         if call is not None:
-            body_size, fields = len(call.body), call.fields
-            if call.tried:
-                attempts, backend = len(call.tried), call.tried[-1].label
+            # By their places, which costs less.
+            body_size, fields, tried = len(call[3]), call[8], call[6]
+            if tried:
+                attempts, backend = len(tried), tried[-1].label
         if reply is not None:
-            backend, answered = None, reply.status
-            if reply.backend is not None:
-                backend = reply.backend.label
+            answered = reply.status
+            backend = None if reply.backend is None else reply.backend.label
         if relay is not None and relay.started:
             self.status, self.size, events = relay.status, relay.size, relay.streamed_events
             usage = relay.usage()
