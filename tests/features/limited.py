@@ -1,5 +1,6 @@
 """A router with the limits of a policy, for tests: callers by the name of their key, and a clock that stands."""
 
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -29,15 +30,20 @@ def policy_of(**document: Any) -> Policy:
 
 
 class Limited:
-    """The parts of a router with limits; `now` is what its clock shows, unless it counts in `shared`."""
+    """The parts of a router with limits; `now` is what its clock shows, unless it has another or counts in `shared`."""
 
     def __init__(
-        self, routers: int = 1, shared: RedisStore | None = None, on_failure: Any = "share", **document: Any
+        self,
+        routers: int = 1,
+        shared: RedisStore | None = None,
+        on_failure: Any = "share",
+        clock: Callable[[], int] | None = None,
+        **document: Any,
     ) -> None:
         self.now = NOW
         self.policies = Policies("a test")
         self.policies.replace(policy_of(**document))
-        self.store: Store = MemoryStore(clock=lambda: self.now) if shared is None else shared
+        self.store: Store = MemoryStore(clock=clock or (lambda: self.now)) if shared is None else shared
         self.limiter = Limiter(self.policies, self.store, Estimates(), routers, shared, on_failure)
         limits = self.limiter.feature()
         if shared is not None:
