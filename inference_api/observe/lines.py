@@ -11,7 +11,7 @@ def access_line(record: Record) -> Fields:
     # Unpacked at once: reading a field by name costs ten times as much.
     (
         request_id, route, model_name, asked, backend, status, outcome, attempts, stream, code, took, first, _,
-        (prompt, cached, completion, _), events, size, _, _, client, _, extra, _, _, _, _,
+        (prompt, cached, completion, _), events, size, _, _, client, _, extra, _, _, _, _, _,
     ) = record  # fmt: skip
     line = {
         "request_id": request_id,

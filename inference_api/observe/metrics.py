@@ -115,7 +115,7 @@ class Metrics:
         # Unpacked at once: reading a field by name costs ten times as much.
         (
             _, route, model, _, _, status, outcome, _, stream, code, took, first, overhead,
-            tokens, events, _, _, _, _, _, _, _, _, _, _,
+            tokens, events, _, _, _, _, _, _, _, _, _, _, _,
         ) = record  # fmt: skip
         cell = self.requests[model, route, shown_status(status, outcome), stream]
         cell.count += 1
