@@ -9,6 +9,9 @@ import httpx
 import orjson
 import pytest
 
+from inference_api.features import limits
+from inference_api.models import Call
+from inference_api.observe.account import Record
 from tests.conftest import Served
 from tests.fakes import (
     LAST_CHUNK,
@@ -714,3 +717,13 @@ async def test_many_at_once_do_not_pass_more_than_the_limit(start_engine: Start,
     answers = await asyncio.gather(*(ask(served, "a") for _ in range(60)))
 
     assert sorted(answer.status_code for answer in answers) == [200] * 20 + [429] * 40
+
+
+def test_the_places_of_the_hot_path_are_those_of_the_fields() -> None:
+    places = [getattr(limits, name) for name in ("_STREAM", "_CALLER", "_STATE", "_HEADERS")]
+    of_record = [getattr(limits, f"_RECORD_{name}") for name in ("MODEL", "CODE", "STATE", "FIELDS")]
+
+    assert [Call._fields[place] for place in places] == ["stream", "caller", "state", "answer_headers"]
+    assert [Record._fields[place] for place in of_record] == ["model_name", "code", "state", "fields"]
+    # limiting/amounts.py
+    assert [Call._fields[place] for place in (0, 3, 8)] == ["route", "body", "fields"]
