@@ -63,10 +63,8 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     attempt = core.send_attempt([feature.attempt for feature in enabled if feature.attempt])
     parts, resolve = _parts(core, attempt, enabled), _resolve(core, enabled)
     stages = Stages(resolve, parts.send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
-    probes = core.probes(
-        [feature.collect for feature in enabled if feature.collect],
-        [feature.ready for feature in enabled if feature.ready],
-    )
+    collectors = [feature.collect for feature in enabled if feature.collect]
+    probes = core.probes(collectors, [feature.ready for feature in enabled if feature.ready])
     site = Site(core, stages, attempt, probes, enabled)
     app = site.app(_sinks(core, enabled), _tasks(core, enabled, probes), parts.annotators)
     return Application(core, app, site.ops(), probes, enabled)
