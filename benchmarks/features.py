@@ -12,19 +12,21 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import wire
 from benchmarks.check import Case, fork, is_under_valgrind, prepare, try_case, under_valgrind
-from benchmarks.inprocess import STREAM_EVENTS, Client, Loop, running
+from benchmarks.inprocess import Client, Loop, running
 from benchmarks.setup import Setup
 from inference_api.policy.keys import digest, new_key
 
 _NOTHING = "nothing"
 _ROUNDS, _TIMED = 7, 400
+# Events of a short and of a long stream
+_SHORT, _LONG = 100, 300
 _PLENTY = 10**12
 _KEY_FILE = "BENCHMARKS_POLICY"
 
@@ -36,62 +38,89 @@ class Rung(NamedTuple):
     setup: Setup
 
 
-def rungs(policy: Path, limited: Path) -> list[Rung]:
-    keys = (("auth", "keys"), ("policy", str(policy)))
-    limits = (("auth", "keys"), ("policy", str(limited)))
+def rungs(directory: Path) -> list[Rung]:
+    def policy(name: str) -> tuple[tuple[str, str], ...]:
+        return (("auth", "keys"), ("policy", str(directory / f"{name}.json")))
+
+    def priced(name: str) -> Setup:
+        return Setup(backends=2, settings=(*policy(name), ("usage", "log")), price=True)
+
     return [
         Rung("off", Setup(backends=2)),
-        Rung("keys", Setup(backends=2, settings=keys)),
-        Rung("keys, limits", Setup(backends=2, settings=limits)),
-        Rung("keys, limits, usage, cost", Setup(backends=2, settings=(*limits, ("usage", "log")), price=True)),
+        Rung("keys", Setup(backends=2, settings=policy("keys"))),
+        Rung("keys, limits", Setup(backends=2, settings=policy("limits"))),
+        Rung(
+            "keys, limits, usage, cost", Setup(backends=2, settings=(*policy("limits"), ("usage", "log")), price=True)
+        ),
+        Rung("the same and a budget", everything),
     ]
 
 
-def write_policies(directory: Path, key: str, id: str) -> tuple[Path, Path]:
-    """One with a key only, and one with limits of three levels and a budget."""
+def write_policies(directory: Path, key: str, id: str) -> None:
+    """One with a key only; one with limits of requests, tokens and streams on three levels; one with a budget, too."""
     entry = {"id": id, "name": "bench", "digest": digest(key.encode()), "organisation": "team-a", "user": "ana"}
     limits = [{"requests": _PLENTY, "per": 60}, {"tokens": _PLENTY, "per": 60}, {"streams": 1000}]
-    plain = {"organisations": [{"name": "team-a"}], "keys": [entry]}
+    team: dict[str, object] = {"name": "team-a", "limits": limits}
     limited = {
-        "organisations": [{"name": "team-a", "limits": limits, "budget": {"tokens": _PLENTY, "per": "month"}}],
         "keys": [{**entry, "limits": [{"requests": _PLENTY, "per": 60}]}],
         "limits": [{"scope": "user", "requests": _PLENTY, "per": 60}],
     }
-    paths = directory / "policy.json", directory / "limited.json"
-    for path, document in zip(paths, (plain, limited), strict=True):
-        path.write_text(json.dumps(document))
-    return paths
+    documents = {
+        "keys": {"organisations": [{"name": "team-a"}], "keys": [entry]},
+        "limits": {"organisations": [team], **limited},
+        "budgets": {"organisations": [{**team, "budget": {"cost": 10**9, "per": "month"}}], **limited},
+    }
+    for name, document in documents.items():
+        (directory / f"{name}.json").write_text(json.dumps(document))
 
 
 def cases(key: str, setup: Setup) -> list[Case]:
-    silent = wire.request(0, STREAM_EVENTS).replace(b',"stream_options":{"include_usage":true}', b"")
-    head, _, body = silent.partition(b"\r\n\r\n")
-    fixed = b"\r\n".join(
-        b"Content-Length: %d" % len(body) if line.startswith(b"Content-Length") else line
-        for line in head.split(b"\r\n")
-    )
-
     def whole(answer: bytes) -> wire.Checked:
         return wire.check(answer, 0)
 
-    def stream(answer: bytes) -> wire.Checked:
-        return wire.check(answer, STREAM_EVENTS)
-
-    def counted(answer: bytes) -> wire.Checked:
-        # The tokens, the reason to finish, [DONE], and the usage only without a feature that has asked for it.
-        events = answer.count(b"data: ")
-        return wire.Checked(events, events - 3 - answer.count(b'"usage":{') == STREAM_EVENTS)
-
-    silent_request = fixed + b"\r\n\r\n" + body
-    made = [
-        Case("JSON request", wire.request(0), wire.JSON_END, whole, 300, setup=setup),
-        Case("event", wire.request(0, STREAM_EVENTS), wire.STREAM_END[-5:], stream, 10, STREAM_EVENTS, setup),
-        Case("event, usage removed", silent_request, wire.STREAM_END[-5:], counted, 10, STREAM_EVENTS, setup),
-    ]
+    made = [Case("JSON request", wire.request(0), wire.JSON_END, whole, 300, setup=setup)]
+    for name, request in (("stream", _asking), ("stream, usage removed", _silent)):
+        for events in (_SHORT, _LONG):
+            check = partial(_checked, events)
+            made.append(Case(f"{name}, {events}", request(events), wire.STREAM_END[-5:], check, 10, setup=setup))
     return [
         Case(one.name, wire.with_key(one.request, key), one.end, one.check, one.count, one.units, one.setup)
         for one in made
     ]
+
+
+def _asking(events: int) -> bytes:
+    """The request of a stream that asks for its usage."""
+    return wire.request(0, events)
+
+
+def _silent(events: int) -> bytes:
+    """The same, without that: the router asks, and removes the event with the answer."""
+    head, _, body = _asking(events).replace(b',"stream_options":{"include_usage":true}', b"").partition(b"\r\n\r\n")
+    lines = [b"Content-Length: %d" % len(body) if b"Content-Length" in line else line for line in head.split(b"\r\n")]
+    return b"\r\n".join([*lines, b"", body])
+
+
+def _checked(tokens: int, answer: bytes) -> wire.Checked:
+    # The tokens, the reason to finish, [DONE], and the usage, if it was not removed.
+    events = answer.count(b"data: ")
+    return wire.Checked(events, events - 3 - answer.count(b'"usage":{') == tokens)
+
+
+def _rows(figures: Mapping[str, float]) -> dict[str, float]:
+    """By rung and row: a JSON request; of a stream its beginning and end, and an event, by two lengths of it."""
+    rows = {}
+    for name, long in figures.items():
+        rung, _, case = name.partition(": ")
+        if not case.startswith("stream"):
+            rows[name] = long
+        elif case.endswith(f", {_LONG}"):
+            kind = case.removesuffix(f", {_LONG}")
+            short = figures[f"{rung}: {kind}, {_SHORT}"]
+            event = (long - short) / (_LONG - _SHORT)
+            rows[f"{rung}: {kind}: begin and end"] = short - _SHORT * event
+            rows[f"{rung}: {kind}: event"] = event
+    return rows
 
 
 def main() -> int:
@@ -105,21 +134,21 @@ def main() -> int:
         os.environ[_KEY_FILE] = json.dumps([directory, made.key])
         counted, units = under_valgrind(valgrind, "benchmarks.features")
         nothing = counted.pop(_NOTHING)
-        instructions = {name: (total - nothing) / units[name] for name, total in counted.items()}
-        times = dict(_times())
-    print(f"{'':42}{'instructions':>14}{'more':>10}{'us':>9}{'more':>8}")
+        instructions = _rows({name: (total - nothing) / units[name] for name, total in counted.items()})
+        times = _rows(dict(_times()))
+    print(f"{'':62}{'instructions':>14}{'more':>10}{'us':>9}{'more':>8}")
     for name in dict.fromkeys(name.partition(": ")[2] for name in instructions):
         first = f"off: {name}"
         for rung in dict.fromkeys(each.partition(": ")[0] for each in instructions):
             this = f"{rung}: {name}"
             more, us = instructions[this] - instructions[first], times[this]
-            print(f"{name + ', ' + rung:42}{instructions[this]:14,.0f}{more:10,.0f}{us:9.2f}{us - times[first]:8.2f}")
+            print(f"{name + ', ' + rung:62}{instructions[this]:14,.0f}{more:10,.0f}{us:9.2f}{us - times[first]:8.2f}")
     return 0
 
 
 def _ladder() -> tuple[list[Rung], str]:
     directory, key = json.loads(os.environ[_KEY_FILE])
-    return rungs(Path(directory, "policy.json"), Path(directory, "limited.json")), key
+    return rungs(Path(directory)), key
 
 
 def _times() -> Iterator[tuple[str, float]]:
@@ -139,10 +168,10 @@ def _times() -> Iterator[tuple[str, float]]:
         gc.freeze()
         for _ in range(_ROUNDS):
             for name, client, case in work:
-                count = max(1, _TIMED // case.units)
+                count = _TIMED if case.name == "JSON request" else _TIMED // _SHORT
                 began = time.process_time()
                 loop.run_until_complete(client.run(case.request, count, case.end))
-                took = (time.process_time() - began) * 1e6 / (count * case.units)
+                took = (time.process_time() - began) * 1e6 / count
                 best[name] = min(best.get(name, took), took)
         yield from best.items()
 

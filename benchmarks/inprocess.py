@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ _LONG = 3600.0
 _SLOWER = 10_000
 _JSON = response(b"200 OK", b"application/json", wire.ANSWER)
 _EVENT = wire.stamped_frame(0)
+_MAX_TOKENS = re.compile(rb'"max_tokens":([0-9]+)')
 
 
 class Ends(asyncio.Transport):
@@ -102,7 +104,9 @@ class Engine:
         if request.startswith(b"GET "):
             self._send(PAGES.get(page_of(request), NOT_FOUND))
         elif b'"stream":true' in request[-200:]:
-            self.loop.call_soon(self._stream, 0, b'"seed":0' in request[-200:])
+            found = _MAX_TOKENS.search(request)
+            events = int(found[1]) if found else STREAM_EVENTS
+            self.loop.call_soon(self._stream, 0, b'"seed":0' in request[-200:], events)
         elif wire.EMBEDDINGS_PATH.encode() in request[:64]:
             self._send(response(b"200 OK", b"application/json", wire.EMBEDDINGS))
         else:
@@ -112,17 +116,17 @@ class Engine:
         for at in range(0, len(answer), _READ):
             self.loop.call_soon(self.protocol.data_received, answer[at : at + _READ])
 
-    def _stream(self, sent: int, ends: bool) -> None:
+    def _stream(self, sent: int, ends: bool, events: int) -> None:
         """One event in each turn of the loop; a stream that does not end is silent after the first."""
         if not sent:
             self.protocol.data_received(wire.STREAM_HEAD + wire.frame(wire.FIRST_EVENT))
-        elif sent <= STREAM_EVENTS:
+        elif sent <= events:
             self.protocol.data_received(_EVENT)
         else:
             self.protocol.data_received(wire.STREAM_END)
             return
         if ends:
-            self.loop.call_soon(self._stream, sent + 1, ends)
+            self.loop.call_soon(self._stream, sent + 1, ends, events)
 
 
 class Client:

@@ -112,7 +112,7 @@ class Accounts:
                 logger.exception("a sink failed", extra={"fields": {"request_id": record.request_id}})
 
     def _annotated(self, account: Account, annotators: Sequence[Annotate]) -> Record:
-        account.extra = extra = dict(account.extra)
+        account.extra = extra = {**account.extra} if account.extra else {}
         record = account.end()
         for annotate in annotators:
             try:
