@@ -49,10 +49,8 @@ def rungs(directory: Path) -> list[Rung]:
         Rung("off", Setup(backends=2)),
         Rung("keys", Setup(backends=2, settings=policy("keys"))),
         Rung("keys, limits", Setup(backends=2, settings=policy("limits"))),
-        Rung(
-            "keys, limits, usage, cost", Setup(backends=2, settings=(*policy("limits"), ("usage", "log")), price=True)
-        ),
-        Rung("the same and a budget", everything),
+        Rung("keys, limits, usage, cost", priced("limits")),
+        Rung("the same and a budget", priced("budgets")),
     ]
 
 
