@@ -133,9 +133,7 @@ class Delivery:
                 logger.error("usage records cannot be spooled: %s", exc)
             self.spool.close()
         if lost:
-            logger.error(
-                "%d usage records were lost: the control plane is away", lost, extra={"fields": {"records": lost}}
-            )
+            logger.error("usage records were lost at the end", extra={"fields": {"records": lost}})
 
     # The task
 
