@@ -25,11 +25,12 @@ from inference_api.models import Call, Caller, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import gauge
-from inference_api.pace import back_off
 from inference_api.policy.document import NANOS, shown_time, unix_time
 from inference_api.policy.snapshot import KeyCaller
 from inference_api.policy.source import Policies
 from inference_api.routing.fleet import Model
+from inference_api.routing.registry import RegistryError
+from inference_api.routing.snapshots import Snapshot
 from inference_api.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,8 @@ logger = logging.getLogger(__name__)
 # Under which the state of a request has its entries and what it reserved
 _NAME = "budgets"
 _HEADER = b"x-inference-budget-remaining"
-# Seconds between two reads of /spend, and for one
-_EVERY, _TIMEOUT = 5.0, 10.0
-_LONGEST_BACKOFF = 30.0
+# Seconds between two reads of /spend, +-20 %
+_EVERY = 5.0
 # Callers whose budgets are kept
 _CALLERS = 10_000
 _MAX_BYTES = 64 * 1024 * 1024
@@ -58,7 +58,9 @@ def build(core: Core, settings: Settings) -> Feature | None:
         deliveries = core.provided(Deliveries) or Deliveries()
         deliveries.listeners.append(budgets.delivered)
         core.provide(deliveries)
-        tasks.append(Spends(core.registry_client, budgets, core.rand.random).run)
+        spends = Spends(core.registry_client, budgets, core.rand.random)
+        policies.on_change(lambda policy: spends.look())
+        tasks.append(spends.run)
 
     def check() -> Iterator[str]:
         policy = policies.current
@@ -216,70 +218,49 @@ def families(states: Mapping[str, int], age: float | None) -> Iterator[Family]:
 
 
 class Spends:
-    """Reads GET /spend every few seconds, while the policy has budgets; what is known stays when it fails."""
+    """Takes the documents of GET /spend, polled while the policy has budgets; what is known stays when that fails."""
 
     def __init__(
         self, client: httpx.AsyncClient, budgets: Budgets, rand: Callable[[], float], every: float = _EVERY
     ) -> None:
-        self._client = client
         self._budgets = budgets
-        self._rand = rand
-        self._every = every
-        self._etag: str | None = None
-        self._failures = 0
+        self._needed = asyncio.Event()
+        self._snapshot = Snapshot(client, "/spend", self, every, _MAX_BYTES, waits=False, rand=rand)
         self._complaint = ""
 
     async def run(self) -> None:
-        """Poll until cancelled."""
-        while True:
-            if self._budgets.needed:
-                await self._poll()
-            pause = self._every
-            if self._failures:
-                pause = back_off(self._failures, self._every, _LONGEST_BACKOFF, self._rand())
-            await asyncio.sleep(pause)
+        """Poll until cancelled, from the first policy with budgets on."""
+        self.look()
+        await self._needed.wait()
+        await self._snapshot.run()
 
-    async def _poll(self) -> None:
+    def look(self) -> None:
+        """Look whether the policy has budgets."""
+        if self._budgets.needed:
+            self._needed.set()
+
+    async def take(self, content: Sequence[bytes]) -> bool:
+        document = orjson.loads(b"".join(content))
         try:
-            async with asyncio.timeout(_TIMEOUT):
-                await self._read()
-        except (httpx.HTTPError, TimeoutError) as exc:
-            self._failed(f"it cannot be reached ({type(exc).__name__})")
-        except (ValueError, KeyError, TypeError) as exc:
-            self._failed(f"its answer is not a document of spend: {exc}")
-        except Exception:
-            # The boundary of a background task: it must survive for the next poll.
-            logger.exception("reading the spend failed")
-        else:
-            self._failures, self._complaint = 0, ""
+            currency, at = document["currency"], unix_time(document["at"])
+            spends = [
+                Spent(str(one["id"]), unix_time(one["period_start"]), unix_time(one["resets_at"]), int(one["spent"]))
+                for one in document["budgets"]
+            ]
+        except (KeyError, TypeError) as exc:
+            raise ValueError(f"it is not a document of spend: {exc!r}") from None
+        if currency != self._budgets.currency:
+            raise ValueError(f"its currency is {currency!r}, and CURRENCY is {self._budgets.currency!r}")
+        self._budgets.learn(spends, at)
+        return True
 
-    async def _read(self) -> None:
-        headers = {"accept-encoding": "identity"} | ({"if-none-match": self._etag} if self._etag else {})
-        async with self._client.stream("GET", "/spend", headers=headers, follow_redirects=False) as response:
-            if response.status_code == 304:
-                return
-            if response.status_code != 200:
-                raise ValueError(f"the status is {response.status_code}")
-            content = bytearray()
-            async for part in response.aiter_bytes():
-                content += part
-                if len(content) > _MAX_BYTES:
-                    raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        document = orjson.loads(content)
-        if document["currency"] != self._budgets.currency:
-            raise ValueError(f"its currency is {document['currency']!r}, and CURRENCY is {self._budgets.currency!r}")
-        spends = [
-            Spent(str(one["id"]), unix_time(one["period_start"]), unix_time(one["resets_at"]), int(one["spent"]))
-            for one in document["budgets"]
-        ]
-        self._budgets.learn(spends, unix_time(document["at"]))
-        self._etag = response.headers.get("etag")
+    def confirm(self) -> None:
+        self._complaint = ""
 
-    def _failed(self, complaint: str) -> None:
-        self._failures += 1
-        if complaint != self._complaint:
-            self._complaint = complaint
-            logger.warning("the registry's /spend cannot be used, the last sums stay: %s", complaint)
+    def failed(self, error: RegistryError) -> None:
+        if error.reason != self._complaint:
+            self._complaint = error.reason
+            logger.warning("the registry's /spend cannot be used, the last sums stay: %s", error)
 
 
 def _requests(code: str | None, attempts: int) -> int:
