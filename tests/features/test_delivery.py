@@ -263,6 +263,24 @@ async def test_a_full_disk_costs_no_record_that_fits_into_memory(
     assert caplog.text.count("No space left") == 1
 
 
+async def test_a_full_queue_that_nothing_can_take_does_not_stop_the_loop(plane: ControlPlane, tmp_path: Path) -> None:
+    def write(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plane.mishap = control_plane.resets
+    spool = Spool(tmp_path, "a", write=write)
+    async with delivering(plane, spool, capacity=100, left=0.0, age=1.0, rand=lambda: 1.0) as delivery:
+        put(delivery, 0, 100)
+        await until(lambda: delivery.spool_broken)
+        began, turns = time.monotonic(), 0
+        while time.monotonic() < began + 1.0:
+            await asyncio.sleep(0.001)
+            turns += 1
+
+    # A loop that does not wait would leave it about two.
+    assert turns > 50
+
+
 async def test_what_an_earlier_process_left_is_delivered(plane: ControlPlane, tmp_path: Path) -> None:
     left = Spool(tmp_path, "b")
     left.append(lines(0, 600))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_api.features.delivery.spool import Spool
+from inference_api.features.delivery.spool import Appended, Spool
 
 
 def lines(start: int, count: int, size: int = 40) -> list[bytes]:
@@ -35,8 +35,8 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 
 
 def test_what_was_appended_is_read_in_order_and_then_gone(spool: Spool, tmp_path: Path) -> None:
-    assert spool.append(lines(0, 700)) == 0
-    assert spool.append(lines(700, 5)) == 0
+    assert spool.append(lines(0, 700)) == Appended(700, 0, None)
+    assert spool.append(lines(700, 5)) == Appended(5, 0, None)
     [file] = (tmp_path / "spool").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert file.read_bytes() == b"".join(line + b"\n" for line in lines(0, 705))
@@ -126,7 +126,7 @@ def test_what_is_no_record_is_skipped(tmp_path: Path) -> None:
 def test_the_oldest_file_goes_when_it_is_full(tmp_path: Path) -> None:
     # 16 files of 1000 bytes: each holds ten lines of 100.
     spool = Spool(tmp_path, "a", limit=16_000)
-    lost = [spool.append(lines(number, 1, 90)) for number in range(0, 200)]
+    lost = [spool.append(lines(number, 1, 90)).lost for number in range(0, 200)]
 
     assert spool.size <= 16_000
     assert sum(lost) + spool.records == 200
@@ -143,14 +143,14 @@ def test_a_batch_that_goes_while_it_is_sent_is_not_settled_twice(tmp_path: Path)
     spool.append(lines(5, 9, 90))
     spool.settle()
 
-    assert drain(spool) == lines(5, 9, 90)
+    assert drain(spool) == lines(4, 10, 90)
 
 
-def test_more_than_all_room_is_lost(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, "a", limit=1000)
+def test_of_more_than_all_room_the_last_lines_are_kept(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, "a", limit=16_000)
 
-    assert spool.append(lines(0, 50)) == 50
-    assert drain(spool) == []
+    assert spool.append(lines(0, 1000, 90)) == Appended(1000, 840, None)
+    assert drain(spool) == lines(840, 160, 90)
 
 
 class FullDisk:
@@ -172,28 +172,53 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     spool = Spool(tmp_path, "a", write=disk.write)
     spool.append(lines(0, 1))
 
-    with pytest.raises(OSError, match="No space left"):
-        spool.append(lines(1, 10))
+    for _ in range(5):
+        full = spool.append(lines(1, 10))
+        assert (full.written, full.lost, str(full.error)) == (0, 0, "[Errno 28] No space left on device")
+    # Nothing is left of the tries.
+    assert len(os.listdir(tmp_path)) == 1
     disk.room = 10_000
     spool.append(lines(1, 10))
 
     assert drain(spool) == lines(0, 11)
 
 
+def test_a_disk_that_is_full_halfway_has_what_fits(tmp_path: Path) -> None:
+    disk = FullDisk(5000)
+    spool = Spool(tmp_path, "a", limit=16_000, write=disk.write)
+
+    done = spool.append(lines(0, 100, 90))
+
+    assert (done.written, done.lost) == (50, 0)
+    assert spool.size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert drain(spool) == lines(0, 50, 90)
+
+
+def test_what_had_to_go_counts_also_if_the_disk_is_full_then(tmp_path: Path) -> None:
+    disk = FullDisk(16_000)
+    spool = Spool(tmp_path, "a", limit=16_000, write=disk.write)
+    spool.append(lines(0, 160, 90))
+
+    done = spool.append(lines(160, 10, 90))
+
+    assert done.written == 0
+    assert done.lost + spool.records == 160
+
+
 def test_a_directory_that_cannot_be_made_is_an_error_each_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     spool = Spool(tmp_path / "file" / "spool", "a")
 
-    for call in (spool.adopt, lambda: spool.append(lines(0, 1))):
-        with pytest.raises(OSError, match="Not a directory"):
-            call()
+    with pytest.raises(OSError, match="Not a directory"):
+        spool.adopt()
+    assert str(spool.append(lines(0, 1)).error).startswith("[Errno 20] Not a directory")
     assert spool.read() == []
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from inference_api.features.delivery.spool import Spool
+from inference_api.features.delivery.spool import Appended, Spool
 spool = Spool(Path(sys.argv[1]), "held")
 spool.append([b'{"id":"1"}'])
 print("held", flush=True)

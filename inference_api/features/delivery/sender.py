@@ -20,7 +20,7 @@ import orjson
 
 from inference_api.errors import printable
 from inference_api.features.delivery.outbox import BATCH, BATCH_BYTES, Outbox, Verdict, verdict
-from inference_api.features.delivery.spool import Spool
+from inference_api.features.delivery.spool import Appended, Spool
 from inference_api.pace import back_off
 from inference_api.routing.causes import cause_of
 from inference_api.threads import in_thread
@@ -94,7 +94,7 @@ class Delivery:
         self._failures = 0
         self._try_at = self._spill_at = 0.0
         self._sent_at = self._adopted_at = float("-inf")
-        self._spool_broken = False
+        self.spool_broken = False
         self._logged: set[str] = set()
         self._wake = asyncio.Event()
         self._stopping = False
@@ -105,7 +105,7 @@ class Delivery:
         """Take a record. Never waits; the newest goes if there is no room."""
         outbox = self.outbox
         if not outbox.put(line.encode()):
-            self.dropped["spool_error" if self._spool_broken else "queue_full"] += 1
+            self.dropped["spool_error" if self.spool_broken else "queue_full"] += 1
         elif outbox.waiting >= self._wake_at:
             self._wake.set()
 
@@ -123,17 +123,13 @@ class Delivery:
     def close(self) -> None:
         """At the end of the process: what is still here goes to the spool. Blocks."""
         lines = self.outbox.take(len(self.outbox))
-        lost = len(lines)
+        left = len(lines)
         if self.spool is not None:
-            try:
-                if lines:
-                    lost = self.spool.append(lines)
-                    self.results["spooled"] += len(lines)
-            except OSError as exc:
-                logger.error("usage records cannot be spooled: %s", exc)
+            left -= self._spooled(self.spool.append(lines))
             self.spool.close()
-        if lost:
-            logger.error("usage records were lost at the end", extra={"fields": {"records": lost}})
+        self.outbox.settle(len(lines))
+        if left:
+            logger.error("usage records were lost at the end", extra={"fields": {"records": left}})
 
     # The task
 
@@ -148,6 +144,8 @@ class Delivery:
                 await self._adopt()
                 await self._wait()
                 await self._deliver()
+                # Whatever it found to do, requests have their turn.
+                await asyncio.sleep(0)
             except Exception:
                 logger.exception("the delivery of usage records failed")
                 await asyncio.sleep(self._age)
@@ -157,14 +155,22 @@ class Delivery:
             logger.exception("the delivery of usage records failed")
 
     async def _wait(self) -> None:
-        """Wait for a full batch, a queue that is half full, the next try, or the end; at most `age`."""
-        wait, half = self._try_at - self._clock(), self.outbox.capacity // 2
-        # While no batch may be sent, only the spool needs the task; without one, nothing does.
-        self._wake_at = min(BATCH, half) if wait <= 0 else half if self.spool is not None else _NEVER
+        """Wait for what can be done: a full batch, a queue that is half full, the next try, the end; at most `age`."""
+        now, half, seconds = self._clock(), self.outbox.capacity // 2, self._age
+        self._wake_at = _NEVER
+        if self.spool is not None:
+            if now >= self._spill_at:
+                self._wake_at = half
+            else:
+                seconds = min(seconds, self._spill_at - now)
+        if now >= self._try_at:
+            self._wake_at = min(BATCH, half)
+        else:
+            seconds = min(seconds, self._try_at - now)
         if not self._stopping and self.outbox.waiting < self._wake_at:
             self._wake.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(wait, self._age) if wait > 0 else self._age):
+                async with asyncio.timeout(seconds):
                     await self._wake.wait()
         self._wake_at = _NEVER
 
@@ -179,7 +185,9 @@ class Delivery:
     async def _send_one(self) -> bool:
         """Send a batch: of the queue if one is due, else of the spool. False: there is none, or it failed."""
         waiting = self.outbox.waiting
-        is_due = waiting >= self._most or (waiting > 0 and self._clock() >= self._sent_at + self._age)
+        is_due = waiting >= min(self._most, self.outbox.capacity // 2) or (
+            waiting > 0 and self._clock() >= self._sent_at + self._age
+        )
         if (is_due or self._stopping) and (lines := self.outbox.take(self._most, BATCH_BYTES)):
             return await self._send_queued(lines)
         return await self._send_spooled()
@@ -274,22 +282,23 @@ class Delivery:
         spool = self.spool
         if spool is None or self._clock() < self._spill_at or not (lines := self.outbox.take(self.outbox.capacity)):
             return
-        try:
-            lost = await _on_disk(lambda: spool.append(lines))
-        except OSError as exc:
-            self.outbox.give_back(lines)
-            self._spool_broken, self._spill_at = True, self._clock() + self._age
-            self._complain("usage records cannot be spooled", exc)
-            return
-        if self._spool_broken:
-            self._spool_broken = False
+        count = self._spooled(await _on_disk(lambda: spool.append(lines)))
+        self.outbox.settle(count)
+        self.outbox.give_back(lines[count:])
+
+    def _spooled(self, done: Appended) -> int:
+        self.results["spooled"] += done.written
+        if done.lost:
+            self.dropped["spool_full"] += done.lost
+            self._log_once("full", "the spool of usage records is full: its oldest ones are lost")
+        if done.error is not None:
+            self.spool_broken, self._spill_at = True, self._clock() + self._age
+            self._complain("usage records cannot be spooled", done.error)
+        elif self.spool_broken:
+            self.spool_broken = False
             self._logged.discard("usage records cannot be spooled")
             logger.info("usage records are spooled again")
-        self.outbox.settle(len(lines))
-        self.results["spooled"] += len(lines)
-        if lost:
-            self.dropped["spool_full"] += lost
-            self._log_once("full", "the spool of usage records is full: its oldest ones are lost")
+        return done.written
 
     async def _adopt(self) -> None:
         spool = self.spool
@@ -308,7 +317,7 @@ class Delivery:
             if self._clock() >= self._try_at and await self._send_one():
                 continue
             left = self._seconds_left()
-            if left <= 0 or not self.away or (self.spool is not None and not self._spool_broken):
+            if left <= 0 or not self.away or (self.spool is not None and not self.spool_broken):
                 break
             await asyncio.sleep(min(max(self._try_at - self._clock(), 0.05), left, 0.25))
         self._spill_at = 0.0

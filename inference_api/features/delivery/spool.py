@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 
@@ -26,6 +27,26 @@ _SUFFIX = ".jsonl"
 
 Open = Callable[[Path, int, int], int]
 Write = Callable[[int, memoryview], int]
+
+
+class Appended(NamedTuple):
+    """What became of lines: so many of the first ones are written, and so many older ones had to go for them.
+
+    `error`: why the others are not written.
+    """
+
+    written: int
+    lost: int
+    error: OSError | None
+
+
+class _Full(Exception):
+    """The disk does not take more."""
+
+    def __init__(self, reason: OSError, lost: int) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+        self.lost = lost
 
 
 class _File:
@@ -77,28 +98,43 @@ class Spool:
         self._count()
         return sum(file.lines for file in adopted)
 
-    def append(self, lines: list[bytes]) -> int:
-        """Write them. Returns how many records had to go for them. Raises OSError, and then none is written."""
+    def append(self, lines: list[bytes]) -> "Appended":
+        """Write them, as far as the disk has room."""
+        count = lost = 0
+        try:
+            while count < len(lines):
+                more = fitting(lines[count:], len(lines), self._limit // _FILES)
+                lost += self._write_some(lines[count : count + more])
+                count += more
+        except _Full as exc:
+            return Appended(count, lost + exc.lost, exc.reason)
+        finally:
+            self._count()
+        return Appended(count, lost, None)
+
+    def _write_some(self, lines: list[bytes]) -> int:
+        """Write them into one file. Returns how many others had to go. Raises _Full, and then none is written."""
         data = memoryview(b"\n".join(lines) + b"\n")
-        if len(data) > self._limit:
-            return len(lines)
         lost = self._make_room(len(data))
-        file = self._growing
-        if file is None or file.size + len(data) > self._limit // _FILES:
-            self._growing = None
-            file = self._create()
+        try:
+            file = self._growing
+            if file is None or (file.size and file.size + len(data) > self._limit // _FILES):
+                self._growing = None
+                file = self._create()
+        except OSError as exc:
+            raise _Full(exc, lost) from exc
         try:
             _write_all(self._write, file.fd, data)
-        except OSError:
+        except OSError as exc:
             # The part that was written is no line: the next one must not continue it.
             self._growing = None
             with suppress(OSError):
                 os.ftruncate(file.fd, file.size)
                 self._growing = file
-            raise
+            raise _Full(exc, lost) from exc
         file.size += len(data)
         file.lines += len(lines)
-        self._count()
+        self.size += len(data)
         return lost
 
     def read(self, most: int = BATCH, size: int = BATCH_BYTES) -> list[bytes]:
