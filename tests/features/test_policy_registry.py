@@ -83,7 +83,7 @@ async def test_a_change_arrives_at_once_from_a_registry_that_waits(registry: Fak
 
     for name in ("two", "three"):
         registry.give(policy_of(entry(name=name)))
-        await until(lambda name=name: keys_of(served) == [name], seconds=5)  # type: ignore[misc]
+        await until(lambda name=name: keys_of(served) == [name], seconds=10)  # type: ignore[misc]
         await until(lambda: registry.waiting)
 
     assert registry.answered == [200, 200, 200]
