@@ -88,6 +88,9 @@ class Metering:
             # Nearly every JSON answer
             state[METERED] = counts + _REPORTED
             return
+        if METERED in state:
+            # A feature that answered by itself knows better.
+            return
         model = record[2]
         tokens: Metered = metered(record, self.calibration.of(model))
         state[METERED] = tokens

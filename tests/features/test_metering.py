@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httpx
 import orjson
@@ -16,9 +16,10 @@ from inference_api.features.delivery.metered import Calibration, metered
 from inference_api.features.delivery.records import NOTHING, UNKNOWN, Metered
 from inference_api.features.metering import FILTER, is_not_a_report
 from inference_api.http.routes import INFERENCE_ROUTES
-from inference_api.models import Outcome
+from inference_api.models import Call, Outcome, Reply, Send
 from inference_api.relay.filter import FilteringPump
 from inference_api.relay.typed_events import follow
+from inference_api.routing.fleet import Model
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,
@@ -370,6 +371,27 @@ async def test_an_answer_without_a_report(answer: bytes, tokens: Metered, start_
     await it.served.chat()
 
     assert await it.of() == [tokens]
+
+
+async def test_a_feature_that_answers_by_itself_says_what_it_took(start_engine: Start, start_router: Start) -> None:
+    """As a cache does."""
+
+    def answering(send: Send) -> Send:
+        async def answer(call: Call, model: Model) -> Reply:
+            cast(dict[str, Any], call.state)["metered"] = (0, 0, 0, 0, "cache")
+            return Reply(200, [(b"content-type", b"application/json")], httpx.ByteStream(b"{}"))
+
+        return answer
+
+    found: list[Any] = []
+    seeing = Feature("seeing", record=lambda record: found.append(record.state["metered"]))
+    served: Served = await start_router(
+        await start_engine(), features=[Feature("cache", send=answering), seeing], usage="log"
+    )
+    await served.chat()
+
+    await until(lambda: found)
+    assert found == [(0, 0, 0, 0, "cache")]
 
 
 async def test_tokens_of_an_embedding(start_engine: Start, router: Start) -> None:

@@ -71,8 +71,11 @@ class Outbox:
         taken = list(islice(self._lines, most))
         if size is not None:
             del taken[fitting(taken, most, size) :]
-        for _ in taken:
-            self._lines.popleft()
+        if len(taken) == len(self._lines):
+            self._lines.clear()
+        else:
+            for _ in taken:
+                self._lines.popleft()
         self._out += len(taken)
         return taken
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 LIMIT = 64 * 1024 * 1024
 # The oldest file goes if the spool is full: several, so that not all goes at once.
 _FILES = 16
+# Bytes of one write: joining more of them would hold the interpreter, and with it all requests, too long.
+_PIECE = 256 * 1024
 _SUFFIX = ".jsonl"
 
 Open = Callable[[Path, int, int], int]
@@ -103,7 +105,7 @@ class Spool:
         count = lost = 0
         try:
             while count < len(lines):
-                more = fitting(lines[count:], len(lines), self._limit // _FILES)
+                more = fitting(lines[count:], len(lines), min(self._limit // _FILES, _PIECE))
                 lost += self._write_some(lines[count : count + more])
                 count += more
         except _Full as exc:
