@@ -28,6 +28,7 @@ _ABSENT = object()
 _REPORTED = ("reported",)
 # In every report of tokens, and in no other event: within a text its quote is escaped.
 _MARKER = b'_tokens"'
+_CHOICES, _NO_CHOICES, _USAGE = b'"choices"', b'"choices":[]', b'"usage":{'
 
 
 def build(core: Core, settings: Settings) -> Feature:
@@ -49,6 +50,9 @@ def has_price(entry: CatalogueEntry) -> bool:
 
 def is_not_a_report(event: bytes) -> bool:
     """Whether an event is more than the tokens of the whole stream: the client gets those only if it asked."""
+    if event.find(_NO_CHOICES) >= 0 and event.find(_USAGE) >= 0 and event.count(_CHOICES) == 1:
+        # As nearly all engines write it; a text cannot have it, as its quotes are escaped.
+        return False
     document = Event(event).document
     return document.get("choices") != [] or not isinstance(document.get("usage"), dict)
 

@@ -46,6 +46,11 @@ class FilteringPump(Pump):
     def _sift(self, data: bytes) -> bytes:
         """The events without the removed ones; the last one may be incomplete."""
         marker, keeps = self._filter
-        ends = [*(end.end() for end in BOUNDARY.finditer(data)), len(data)]
-        events = (data[start:end] for start, end in pairwise([0, *ends]))
-        return b"".join(event for event in events if marker not in event or keeps(event))
+        if data.find(b"\r") < 0:
+            # The regular expression costs a hundred times as much.
+            *whole, last = data.split(b"\n\n")
+            events = [*(event + b"\n\n" for event in whole), last]
+        else:
+            ends = [*(end.end() for end in BOUNDARY.finditer(data)), len(data)]
+            events = [data[start:end] for start, end in pairwise([0, *ends])]
+        return b"".join([event for event in events if event.find(marker) < 0 or keeps(event)])
