@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "limits_share": ("3", 3),
     "redis_url": ("rediss://user:s3cret@redis:6380/1", "rediss://user:s3cret@redis:6380/1"),
     "usage": ("registry", "registry"),
+    "currency": ("EUR", "EUR"),
     "usage_spool": ("/var/spool/usage", Path("/var/spool/usage")),
     "connect_timeout": ("1", 1.0),
     "first_byte_timeout": ("2", 2.0),

@@ -42,11 +42,12 @@ def read(
     peppered: bool,
     ignored: set[str] | None = None,
     is_yaml: bool = False,
+    most_keys: int = MAX_KEYS,
 ) -> Generator[None, None, Policy]:
     """Read a document: text of JSON or YAML, also in pieces, or decoded. `peppered`: there is a KEY_PEPPER. `ignored`:
     collects unknown keys of a registry; without it they are refused. Raises PolicyError.
     """
-    made = _Made(peppered, ignored)
+    made = _Made(peppered, ignored, most_keys)
     if isinstance(document, dict):
         items = _items(document)
     else:
@@ -96,8 +97,9 @@ def _items_of_text(pieces: Iterable[str], is_yaml: bool) -> Items:
 class _Made:
     """The parts read so far."""
 
-    def __init__(self, peppered: bool, ignored: set[str] | None) -> None:
+    def __init__(self, peppered: bool, ignored: set[str] | None, most_keys: int) -> None:
         self._peppered = peppered
+        self._most_keys = most_keys
         self._ignored = ignored
         self._items: dict[str, list[Any]] = {section: [] for section in SECTIONS if section != "keys"}
         self._digests, self._previous = Rows(), Rows()
@@ -142,8 +144,8 @@ class _Made:
 
     def _take_key(self, key: Key, path: str) -> None:
         self._keys += 1
-        if self._keys > MAX_KEYS:
-            raise PolicyError(f"{path}: there are more than {MAX_KEYS} keys")
+        if self._keys > self._most_keys:
+            raise PolicyError(f"{path}: there are more than {self._most_keys} keys")
         ids = self._ids[hash(key.id) % _SHARDS]
         if key.id in ids:
             raise PolicyError(f"{path}.id: {key.id!r} is given twice")
