@@ -104,5 +104,7 @@ def test_a_stream_that_its_client_leaves_is_counted(
     [made] = records(router)[known:]
     generated = counted(engine)[1] - before[1]
     assert (made["usage_source"], made["outcome"], made["status"]) == ("counted", "client_gone", 200)
-    # The engine works ahead of what was relayed until it notices that the client has left.
-    assert 30 <= made["output_tokens"] <= generated
+    # The engine works ahead of what was relayed until it notices that the client has left, and does not count its last
+    # step then.
+    assert 30 <= made["output_tokens"] <= generated + 5
+    assert generated < 900
