@@ -99,7 +99,8 @@ async def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
     first = policies(served).current
 
     write(path, policy_of())
-    await until(lambda: seen == [0])
+    await until(lambda: seen)
+    assert set(seen) == {0}
     second = policies(served).current
     assert second is not first
 
@@ -115,7 +116,8 @@ async def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
 
     write(path, policy_of({**entry(), "digest": EXAMPLE.peppered}))
     served.router.reload()
-    await until(lambda: seen == [0, 1])
+    # Twice, if an earlier reload has read it already.
+    await until(lambda: seen[:2] == [0, 1])
 
 
 async def test_the_previous_policy_is_freed(tmp_path: Path, start_router: Start) -> None:

@@ -219,7 +219,7 @@ async def test_an_answer_without_keys_is_believed_at_the_second_look(
     assert any("has no keys" in line for line in told(caplog))
     # Whoever has none may go on having none.
     registry.give(policy_of(limits=[{"scope": "all", "requests": 1, "per": 60}]))
-    await until(lambda: registry.answered == [200] * 4)
+    await until(lambda: registry.answered[:4] == [200] * 4)
 
 
 async def test_a_304_is_no_second_look(start_router: Start) -> None:
