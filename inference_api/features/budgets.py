@@ -134,13 +134,12 @@ class Budgets:
         entries, reserved = held
         metered = state.get(METERED)
         tokens = 0 if metered is None else (metered[0] or 0) + (metered[2] or 0)
-        taken = record[20].get("cost_nanos") or 0, tokens, 1 if code is None or attempts else 0
+        taken = record[20].get("cost_nanos") or 0, tokens, _requests(code, attempts)
         at = self._now() - record[10]
         for entry in entries:
             place = entry.place
             entry.reserved -= reserved[place]
-            if at >= entry.start:
-                entry.pending += taken[place]
+            entry.take(taken[place], at)
 
     def delivered(self, records: list[bytes]) -> None:
         """The registry has these records; those of other processes were never pending here."""

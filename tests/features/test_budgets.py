@@ -290,3 +290,26 @@ async def test_without_budgets_the_spend_is_not_asked_for(
     await until(lambda: books.records)
 
     assert books.reads == 0
+
+
+async def test_records_of_an_earlier_process_are_not_taken_from_what_this_one_counts(
+    books: Books, start_engine: Start, start_router: Start, policy: Any, tmp_path: Path
+) -> None:
+    """Its spool is delivered by this router, and was never a part of its own sum."""
+    books.told = [{"id": "organisation:team-a:requests:month", "spent": 0, **DAY}]
+    path, spool = policy({"requests": 2, "per": "month"}), tmp_path / "spool"
+    settings = {"auth": "keys", "policy": path, "usage": "registry", "registry_url": books.url}
+    first: Served = await start_router(await start_engine(), **settings)
+    await ask(first)
+    await until(lambda: books.records)
+    [record] = books.records.values()
+    spool.mkdir()
+    (spool / "earlier.jsonl").write_bytes(orjson.dumps({**record, "id": "0000000000000000-1"}) + b"\n")
+
+    served: Served = await start_router(await start_engine(), **settings, usage_spool=str(spool))
+    statuses = [(await ask(served)).status_code]
+    await until(lambda: len(books.records) == 3)
+    await until(lambda: not list(spool.glob("earlier*")))
+    statuses += [(await ask(served)).status_code for _ in range(2)]
+
+    assert statuses == [200, 200, 429]

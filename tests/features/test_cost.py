@@ -173,3 +173,16 @@ async def test_the_price_is_that_of_the_beginning(start_engine: Start, start_rou
 
     assert await cost_in_the_log(served) == 142_240
     assert PRICE.of(core.fleet.models["m"].entry) == price(input=999, output=999)
+
+
+async def test_a_price_that_is_added_holds_from_the_next_request_on(start_engine: Start, start_router: Start) -> None:
+    engine: FakeEngine = await start_engine(raw(json_response(COMPLETION | {"usage": USAGE})))
+    served: Served = await start_router(engine)
+    await served.chat()
+    assert await cost_in_the_log(served) == "none"
+
+    priced = {"name": "m", "backends": [{"url": engine.url}], "price": PRICED}
+    served.router.core.registry.replace_static(parse_catalogue({"models": [priced]}, ENTRY))
+    await served.chat()
+
+    assert await cost_in_the_log(served) == 142_240
