@@ -44,6 +44,10 @@ class Outcome(StrEnum):
     # The request never reached a backend: it was invalid, or the router failed.
     REFUSED = "refused"
     INTERNAL_ERROR = "internal_error"
+    # Another answer to the same request was taken: the backend is not to blame.
+    HEDGE_LOST = "hedge_lost"
+    RACE_LOST = "race_lost"
+    VOTE_LOST = "vote_lost"
 
     @classmethod
     def of_status(cls, status: int) -> "Outcome":
@@ -57,6 +61,8 @@ OK = Outcome.OK
 CLIENT_GONE = Outcome.CLIENT_GONE
 INTERNAL_ERROR = Outcome.INTERNAL_ERROR
 of_status = Outcome.of_status
+# By the message that a task is cancelled with: `task.cancel("race_lost")`
+LOST = {one.value: one for one in (Outcome.HEDGE_LOST, Outcome.RACE_LOST, Outcome.VOTE_LOST)}
 
 
 class Prompt(Protocol):
@@ -143,6 +149,20 @@ class Call(NamedTuple):
     client: tuple[str, int] | None = None
     # Changes of the body, for the backend only. Last: a layer adds them by `tuple.__new__`.
     edits: "tuple[Edit, ...]" = ()
+
+
+# Under which the state of a request has what features noted, and the Model that answered, or was tried last, if it is
+# not the one that was asked for
+NOTES, RAN = "notes", "ran"
+
+
+def note(state: "Mapping[str, Any]", name: str, value: Any) -> None:
+    """Add a field to the Record of the request with this state (`Record.extra`), and so to its access line."""
+    notes: dict[str, Any] | None = state.get(NOTES)
+    if notes is None:
+        # The state is the request's own dictionary.
+        notes = state[NOTES] = {}  # type: ignore[index]
+    notes[name] = value
 
 
 class Caller(Protocol):

@@ -7,14 +7,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_api.errors import ClientGone, InternalError, InvalidRequest, RouterError, ShuttingDown, TooLarge, render
 from inference_api.headers import extra_pairs
 from inference_api.http.head import RequestHead, RequestHeaders
-from inference_api.models import Outcome, RawHeaders
+from inference_api.models import NOTES, RAN, Outcome, RawHeaders
 from inference_api.observe.account import Account, Annotate, Record, Sink
+from inference_api.routing.fleet import Model
 from inference_api.server.cycle import Cycle, cycle_of
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 ACCOUNT = "inference_api.account"
 # Stands for input that never became a request
 _NO_SCOPE: Scope = {"path": "", "state": {}}
+_NO_NOTES: dict[str, Any] = {}
 
 
 class Accounts:
@@ -99,11 +102,12 @@ class Accounts:
         await reject(error, account, send)
 
     def _deliver(self, account: Account) -> None:
-        model = account.model
+        state = account.state
+        model: Model | None = state.get(RAN, account.model)
         # Those of the model were composed when the request was sent.
         parts = None if model is None else model.parts
         annotators = self._annotators if parts is None else parts[2]
-        record = self._annotated(account, annotators) if annotators else account.end()
+        record = self._annotated(account, annotators) if annotators or NOTES in state else account.end()
         for sink in self._sinks:
             try:
                 sink(record)
@@ -112,7 +116,7 @@ class Accounts:
                 logger.exception("a sink failed", extra={"fields": {"request_id": record.request_id}})
 
     def _annotated(self, account: Account, annotators: Sequence[Annotate]) -> Record:
-        account.extra = extra = {**account.extra} if account.extra else {}
+        account.extra = extra = {**account.extra, **account.state.get(NOTES, _NO_NOTES)}
         record = account.end()
         for annotate in annotators:
             try:

@@ -19,7 +19,7 @@ from inference_api.http.accounts import ACCOUNT
 from inference_api.http.disconnect import DisconnectWatcher
 from inference_api.http.pipeline import Pipeline, Stages
 from inference_api.http.routes import RESPONSES, STORED
-from inference_api.models import Call, Caller, Outcome, RawHeaders, Reply, Route, Send
+from inference_api.models import RAN, Call, Caller, Outcome, RawHeaders, Reply, Route, Send
 from inference_api.observe.account import Account
 from inference_api.relay.relay import Relay
 from inference_api.routing.backend import Backend
@@ -105,7 +105,7 @@ class StoredResponses:
         async def remembering(call: Call, model: Model) -> Reply:
             reply = await send(call, model)
             if reply.status < 300 and reply.backend is not None and call.fields.get("store") is not False:
-                place = Place(model.name, reply.backend.url, _id_of(call.caller))
+                place = Place(call.state.get(RAN, model).name, reply.backend.url, _id_of(call.caller))
                 reply.taps += (_IdTap(self._memory, place),)
             return reply
 

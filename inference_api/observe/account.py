@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inference_api.errors import RouterError
-from inference_api.models import CLIENT_GONE, INTERNAL_ERROR, OK, Call, Caller, Extra, Outcome, Reply
+from inference_api.models import CLIENT_GONE, INTERNAL_ERROR, OK, RAN, Call, Caller, Extra, Outcome, Reply
 from inference_api.relay.relay import Relay
 from inference_api.relay.usage import Counts, counts
 from inference_api.routing.fleet import Model
@@ -25,7 +25,8 @@ class Record(NamedTuple):
 
     Times are seconds: `took` from the request head to the end of the answer, `first` to the first token of a stream,
     `overhead` from the whole request to its first attempt. `status` is the one that the client got, 0 if none;
-    `tokens`: (input, cached input, output, reasoning) as counted by the engine, None if not reported.
+    `tokens`: (input, cached input, output, reasoning) as counted by the engine, None if not reported. `model` is the
+    one that was asked for, `model_name` the one that answered, or was tried last.
     """
 
     request_id: str
@@ -49,7 +50,7 @@ class Record(NamedTuple):
     # From the server: (host, port) of the client, and the path as requested
     client: tuple[str, int] | None
     path: str
-    # More fields of the access line, also from `Feature.annotate`
+    # More fields of the access line, also from `Feature.annotate`, and `models.note`
     extra: Mapping[str, Any]
     state: Mapping[str, Any]
     # Bytes of the request body, and its small fields: those of the route and of `Feature.fields`
@@ -178,10 +179,13 @@ class Account:
                 first = relay.first_at - self.began
         accepted = self._accepted
         overhead = None if accepted is None else accepted - self._received
+        state, model_name = self.state, self.model_name
+        if RAN in state:
+            model_name = state[RAN].name
         facts = (
-            self.request_id, self.route, self.model_name, self.asked, backend, self.status, self.outcome, attempts,
+            self.request_id, self.route, model_name, self.asked, backend, self.status, self.outcome, attempts,
             self.stream, self.code, took, first, overhead, tokens, events, self.size, self.caller, self.model,
-            self.client, self.path, self.extra, self.state, body_size, fields, answered,
+            self.client, self.path, self.extra, state, body_size, fields, answered,
             None if accepted is None else accepted - self.began,
         )  # fmt: skip
         # Avoids the NamedTuple's constructor, which is a call in Python.

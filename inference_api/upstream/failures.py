@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import httpx
 
-from inference_api.models import Outcome, Reply, Route
+from inference_api.models import CLIENT_GONE, LOST, Outcome, Reply, Route
 from inference_api.routing.backend import Backend
 from inference_api.routing.causes import cause_of
 
@@ -76,8 +76,11 @@ def outcome_of(exc: BaseException) -> Outcome:
     for kind, outcome in _OUTCOMES:
         if isinstance(exc, kind):
             return outcome
-    # A cancelled task means that the client disconnected; any other exception is a defect of the router.
-    return Outcome.INTERNAL_ERROR if isinstance(exc, Exception) else Outcome.CLIENT_GONE
+    if isinstance(exc, Exception):
+        # A defect of the router
+        return Outcome.INTERNAL_ERROR
+    # A cancelled task means that the client disconnected, or that another answer was taken: see `models.LOST`.
+    return LOST.get(exc.args[0], CLIENT_GONE) if exc.args else CLIENT_GONE
 
 
 class Reason(StrEnum):
