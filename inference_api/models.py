@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import httpx
 
 if TYPE_CHECKING:
+    from inference_api.http.head import RequestHead
     from inference_api.routing.backend import Backend
     from inference_api.routing.fleet import Model
 
@@ -147,6 +148,8 @@ class Call(NamedTuple):
     answer_headers: "list[Extra]" = []
     # (host, port) of the client
     client: tuple[str, int] | None = None
+    # What the client sent: all headers, also those that do not go to the backend, and notes of features
+    head: "RequestHead | None" = None
     # Changes of the body, for the backend only. Last: a layer adds them by `tuple.__new__`.
     edits: "tuple[Edit, ...]" = ()
 

@@ -180,6 +180,7 @@ class _Operation:
             state=scope["state"],
             answer_headers=account.answer_headers,
             client=account.client,
+            head=account.head,
         )
 
 
