@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from inference_api.application import Application
+from inference_api.chains import ByModel, compose
 from inference_api.core import Core, Outside
-from inference_api.feature import ByModel, Feature, Layer, Run, with_taps
+from inference_api.feature import Feature, Run
 from inference_api.features import (
     budgets,
     cost,
@@ -24,7 +25,6 @@ from inference_api.observe.lines import access_log
 from inference_api.routing.entries import CatalogueEntry, entry_type, refusing
 from inference_api.settings import Settings
 from inference_api.site import Site
-from inference_api.upstream.admission import admission
 from inference_api.upstream.attempt import SendAttempt
 
 FEATURES = (
@@ -84,18 +84,10 @@ def _resolve(core: Core, enabled: Sequence[Feature]) -> Resolve:
 
 
 def _parts(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> ByModel:
-    taps = [feature.tap for feature in enabled if feature.tap]
-    layers = [
-        # Outermost: taps see the answer that the client gets, also one that a feature made.
-        *([Layer(with_taps(taps))] if taps else ()),
-        *(Layer(feature.send, feature.for_model) for feature in enabled if feature.send),
-        # Counts in the model that runs; the layers above can handle Overloaded.
-        Layer(admission(core.admission)),
-        # Innermost: depends on the model that really answers.
-        *(Layer(feature.ask, feature.for_model) for feature in enabled if feature.ask),
-    ]
-    annotators = [(feature.annotate, feature.for_model) for feature in enabled if feature.annotate]
-    return ByModel(core.forward(attempt, [feature.failed for feature in enabled if feature.failed]), layers, annotators)
+    send = core.forward(attempt, [feature.failed for feature in enabled if feature.failed])
+    core.members.chains = parts = compose(send, core.admission, enabled)
+    core.legs.parts = [feature.leg for feature in enabled if feature.leg]
+    return parts
 
 
 def _sinks(core: Core, enabled: Sequence[Feature]) -> list[Sink]:

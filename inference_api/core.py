@@ -24,10 +24,12 @@ from inference_api.discovery.resolver import Resolve, Resolver, resolve
 from inference_api.feature import Run
 from inference_api.http.admission import Admission
 from inference_api.http.pages import Probes
+from inference_api.members import Members
 from inference_api.models import Call, Outcome, Send
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
+from inference_api.observe.legs import Legs
 from inference_api.observe.log import Fields
 from inference_api.observe.metrics import Metrics
 from inference_api.observe.scrape import Exposition, process_collectors
@@ -128,6 +130,8 @@ class Core:
         self.retry_policy = RetryPolicy(self._limits, rand.random)
         self.prepare = Prepare(self._limits, self._tokens)
         self.admission = Admission(settings.max_in_flight, settings.max_buffered_bytes)
+        # For features that run other models: through their layers, and what is recorded of those runs.
+        self.members, self.legs = Members(), Legs(self.fleet)
 
     def mint_id(self) -> str:
         return f"{self.rand.getrandbits(128):032x}"

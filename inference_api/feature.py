@@ -4,7 +4,7 @@ A module of `features/` exports a Switch, `FEATURE`, and has one line in `app.py
 it has no object, and no request checks for it.
 """
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.routing import Route as PageRoute
@@ -12,12 +12,11 @@ from starlette.types import ASGIApp
 
 from inference_api.http.head import RequestHead
 from inference_api.http.pipeline import Resolve
-from inference_api.models import INTERNAL_ERROR, Call, Caller, Reply, Send, Tap
+from inference_api.models import Call, Caller, Reply, Send, Tap
 from inference_api.observe.account import Annotate, Sink
 from inference_api.observe.exposition import Family
 from inference_api.routing.balancer import MakeBalancer
 from inference_api.routing.entries import CatalogueEntry, EntryKey
-from inference_api.routing.fleet import Model
 from inference_api.settings import Group, Settings
 from inference_api.upstream.attempt import SendAttempt
 from inference_api.upstream.forward import OnFailure
@@ -51,9 +50,13 @@ class Feature(NamedTuple):
     # Wraps (Call, Model) -> Reply: reject, rewrite, answer without a backend, try another model. `reply.extra` adds
     # headers, `reply.on_end` reports the end, `reply.filter` drops single events.
     send: Callable[[Send], Send] | None = None
+    # The same, where the model runs for another one: as its fallback, or as a member of a race or a vote. A variant has
+    # `send`.
+    member: Callable[[Send], Send] | None = None
     # The same, directly around the attempts: inside of admission, so that it runs for the model that answers.
     ask: Callable[[Send], Send] | None = None
-    # Whether `send`, `ask` and `annotate` apply to the models of this entry; None: to all. Asked once per entry.
+    # Whether `send`, `member`, `ask` and `annotate` apply to the models of this entry; None: to all. Asked once per
+    # entry.
     for_model: Callable[[CatalogueEntry], bool] | None = None
     # Wraps one attempt on one backend.
     attempt: Callable[[SendAttempt], SendAttempt] | None = None
@@ -65,6 +68,9 @@ class Feature(NamedTuple):
     annotate: Annotate | None = None
     # Gets the Record of every finished request, rejected ones included; must not raise.
     record: Sink | None = None
+    # Gets the Record of a run beside the request's own, which no client got: the loser of a race, of a vote or of a
+    # hedge, a shadow. It adds to the second argument, `Record.extra`.
+    leg: Annotate | None = None
     # Metric families, made anew for each scrape; with OPS_PORT on another thread.
     collect: Callable[[], Iterator[Family]] | None = None
     # Routes for clients, and for operators (on OPS_PORT if set).
@@ -93,82 +99,3 @@ class Switch(NamedTuple):
     balancers: Callable[[Settings], Mapping[str, MakeBalancer]] | None = None
     # With these settings, the reason to refuse an entry of a catalogue, or None
     refuse: Callable[[Settings], Callable[[CatalogueEntry], str | None] | None] | None = None
-
-
-def with_taps(taps: list[Callable[[Call, Reply], Tap | None]]) -> Callable[[Send], Send]:
-    """A `send` layer that adds taps to the Reply."""
-
-    def wrap(send: Send) -> Send:
-        async def tapped(call: Call, model: Model) -> Reply:
-            reply = await send(call, model)
-            try:
-                reply.taps += tuple(tap for make in taps if (tap := make(call, reply)) is not None)
-            except BaseException:
-                await reply.aclose(INTERNAL_ERROR)
-                raise
-            return reply
-
-        return tapped
-
-    return wrap
-
-
-class Layer(NamedTuple):
-    """One `send` layer, and the entries that it applies to; None: all."""
-
-    wrap: Callable[[Send], Send]
-    for_model: Callable[[CatalogueEntry], bool] | None = None
-
-
-class _Parts(NamedTuple):
-    entry: CatalogueEntry
-    send: Send
-    annotators: Sequence[Annotate]
-
-
-class ByModel:
-    """The layers and annotators that apply to each model, composed at its first request with this entry.
-
-    A feature that a key of the catalogue turns on so costs nothing for models without the key.
-    """
-
-    def __init__(
-        self,
-        send: Send,
-        layers: Sequence[Layer],
-        annotators: Sequence[tuple[Annotate, Callable[[CatalogueEntry], bool] | None]],
-    ) -> None:
-        self._send = send
-        self._layers = layers
-        self._annotators = annotators
-        # Of requests without a model
-        self.annotators = tuple(annotate for annotate, for_model in annotators if for_model is None)
-        # Shared: models with the same layers have one chain.
-        self._chains: dict[tuple[bool, ...], Send] = {}
-
-    def send(self, call: Call, model: Model) -> Awaitable[Reply]:
-        parts = model.parts
-        if parts is None or parts.entry is not model.entry:
-            parts = self._compose(model)
-        sent: Awaitable[Reply] = parts.send(call, model)
-        return sent
-
-    def _compose(self, model: Model) -> _Parts:
-        entry = model.entry
-        on = tuple(layer.for_model is None or layer.for_model(entry) for layer in self._layers)
-        send = self._chains.get(on)
-        if send is None:
-            layers = [layer.wrap for layer, applies in zip(self._layers, on, strict=True) if applies]
-            send = self._chains[on] = chain(self._send, layers)
-        annotators = tuple(
-            annotate for annotate, for_model in self._annotators if for_model is None or for_model(entry)
-        )
-        model.parts = parts = _Parts(entry, send, annotators)
-        return parts
-
-
-def chain(send: Send, layers: Sequence[Callable[[Send], Send]]) -> Send:
-    """Wrap `send` in `layers`, the first one outermost."""
-    for layer in reversed(layers):
-        send = layer(send)
-    return send

@@ -150,6 +150,8 @@ class Call(NamedTuple):
     client: tuple[str, int] | None = None
     # What the client sent: all headers, also those that do not go to the backend, and notes of features
     head: "RequestHead | None" = None
+    # Seconds of the loop's clock by which the answer must have ended; 0: by the timeouts of the model that runs.
+    deadline: float = 0.0
     # Changes of the body, for the backend only. Last: a layer adds them by `tuple.__new__`.
     edits: "tuple[Edit, ...]" = ()
 
@@ -166,6 +168,11 @@ def note(state: "Mapping[str, Any]", name: str, value: Any) -> None:
         # The state is the request's own dictionary.
         notes = state[NOTES] = {}  # type: ignore[index]
     notes[name] = value
+
+
+def header_of(call: Call, name: bytes) -> bytes:
+    """The client's header of this name, in lower case; b"" without it. The first one counts."""
+    return b"" if call.head is None else next((value for key, value in call.head.headers if key == name), b"")
 
 
 class Caller(Protocol):

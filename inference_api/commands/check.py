@@ -19,6 +19,7 @@ from inference_api.core import Outside
 from inference_api.policy.source import Policies
 from inference_api.routing.catalogue import Catalogue, read_document
 from inference_api.routing.entries import RENAMED, CatalogueEntry, Credentials
+from inference_api.routing.references import virtual_key
 from inference_api.settings import Settings
 from inference_api.upstream.credentials import read_token
 
@@ -56,6 +57,7 @@ def _warnings(settings: Settings, catalogue: Catalogue) -> Iterator[str]:
         yield PACKAGED
     if not catalogue:
         yield f"{settings.catalogue}: `models` is an empty list"
+    yield from catalogue.warnings
     for entry in catalogue.values():
         yield from _warnings_of(entry, environment())
     document = read_document(settings.catalogue)
@@ -68,7 +70,7 @@ def _warnings(settings: Settings, catalogue: Catalogue) -> Iterator[str]:
 
 
 def _warnings_of(entry: CatalogueEntry, environ: Mapping[str, str]) -> Iterator[str]:
-    if not entry.backends:
+    if not entry.backends and virtual_key(entry) is None:
         yield f"model {entry.name!r} has no backends: every request for it gets 503"
     credentials = entry.credentials
     if not isinstance(credentials, Credentials):

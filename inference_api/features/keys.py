@@ -21,7 +21,7 @@ from inference_api.policy.options import Options as PolicyOptions
 from inference_api.policy.snapshot import KeyCaller, Policy
 from inference_api.policy.source import Policies
 from inference_api.routing.entries import CatalogueEntry
-from inference_api.routing.fleet import Model
+from inference_api.routing.fleet import Model, may_use
 from inference_api.settings import PREFIX, Group, Settings, SettingsError
 
 # One text for all: it must not tell whether a key exists.
@@ -125,7 +125,7 @@ class Keys:
                 model = resolve(name, caller)
             except ModelNotFound:
                 raise ModelForbidden(name) from None
-            if not caller.may_use(model.name):
+            if not caller.may_use(model.name) or (model.members and not may_use(caller, model)):
                 raise ModelForbidden(name)
             return model
 

@@ -22,7 +22,7 @@ from inference_api.http.suggestions import meant
 from inference_api.models import Outcome
 from inference_api.observe.account import Account
 from inference_api.observe.scrape import Exposition
-from inference_api.routing.fleet import Fleet
+from inference_api.routing.fleet import Fleet, may_use
 from inference_api.routing.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Models:
     async def list_all(self, request: Request) -> Response:
         caller = request.scope[ACCOUNT].caller
         if caller is not None:
-            seen = [model for model in self._fleet.models.values() if caller.may_use(model.name)]
+            seen = [model for model in self._fleet.models.values() if may_use(caller, model)]
             return Response(wire.model_list(seen), media_type="application/json")
         if self._version != self._fleet.version:
             self._version = self._fleet.version

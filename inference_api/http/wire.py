@@ -87,7 +87,7 @@ def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: 
     parts: tuple[object, ...] = (
         route, fields["model"], fields.get("stream") or False, body, head.forwarded, account.request_id, [],
         b"?" + query if query else b"", fields, prefix, head.authorization, head.lines, model_at, account.caller,
-        scope["state"], account.answer_headers, account.client, head, (),
+        scope["state"], account.answer_headers, account.client, head, 0.0, (),
     )  # fmt: skip
     # Avoids the NamedTuple's constructor, which is a call in Python.
     return tuple.__new__(Call, parts)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # The model label of a request whose model is not in the catalogue
 UNKNOWN = "unknown"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_NO_COUNTS: Counts = (None, None, None, None)
+NO_COUNTS: Counts = (None, None, None, None)
 
 
 class Record(NamedTuple):
@@ -159,7 +159,7 @@ class Account:
 
     def end(self) -> Record:
         """Make the Record, at the end of the answer."""
-        relay, reply, call, first, events, tokens = self.relay, self.reply, self.call, None, 0, _NO_COUNTS
+        relay, reply, call, first, events, tokens = self.relay, self.reply, self.call, None, 0, NO_COUNTS
         took = self.clock() - self.began
         attempts, backend, body_size, fields, answered = 0, None, 0, _NOTHING, 0
         if call is not None:

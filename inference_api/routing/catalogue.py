@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from inference_api.routing import wording
+from inference_api.routing import references, wording
 from inference_api.routing.entries import MAX_BACKENDS, BackendEntry, CatalogueEntry, Credentials, Hardware, Timeouts
 
 # Larger documents are an attack or an accident; within these limits a catalogue takes below 100 MB.
@@ -29,15 +29,20 @@ class CatalogueError(ValueError):
 class Catalogue(dict[str, CatalogueEntry]):
     """name -> entry, in the order given; `problems` holds one sentence for each entry that was refused.
 
-    `ignored`: unknown keys that were skipped.
+    `ignored`: unknown keys that were skipped; `warnings`: sentences about names that entries give in vain.
     """
 
     def __init__(
-        self, entries: Iterable[CatalogueEntry] = (), problems: Iterable[str] = (), ignored: Iterable[str] = ()
+        self,
+        entries: Iterable[CatalogueEntry] = (),
+        problems: Iterable[str] = (),
+        ignored: Iterable[str] = (),
+        warnings: Iterable[str] = (),
     ) -> None:
         super().__init__((e.name, e) for e in entries)
         self.problems = list(problems)
         self.ignored = frozenset(ignored)
+        self.warnings = list(warnings)
 
 
 def dated(catalogue: Catalogue, created: Mapping[str, int]) -> Catalogue:
@@ -46,7 +51,7 @@ def dated(catalogue: Catalogue, created: Mapping[str, int]) -> Catalogue:
         entry if entry.created else entry.model_copy(update={"created": created[entry.name]})
         for entry in catalogue.values()
     ]
-    return Catalogue(entries, catalogue.problems)
+    return Catalogue(entries, catalogue.problems, catalogue.ignored, catalogue.warnings)
 
 
 def parse_catalogue(
@@ -65,23 +70,41 @@ def parse_catalogue(
         raise CatalogueError(f"unknown key {sorted(map(str, unknown))[0]!r} beside `models`")
     _check_size(document["models"])
     entries: list[CatalogueEntry] = []
-    problems: list[str] = []
+    problems = _Problems()
     taken: set[str] = set()
     ignored: set[str] | None = set() if lenient else None
-    refused = 0
     for position, raw in enumerate(document["models"]):
         entry = _entry(raw, entry_type, taken, ignored)
         if isinstance(entry, CatalogueEntry):
             taken |= {entry.name, *entry.aliases}
             entries.append(entry)
             continue
-        refused += 1
-        if refused <= _SHOWN_PROBLEMS:
+        if problems.add():
             reason = describe(entry) if isinstance(entry, ValidationError) else entry
-            problems.append(f"{_title(raw, position)}: {reason}")
-    if refused > _SHOWN_PROBLEMS:
-        problems.append(f"and {refused - _SHOWN_PROBLEMS} more")
-    return Catalogue(entries, problems, ignored or ())
+            problems.shown.append(f"{_title(raw, position)}: {reason}")
+    found = references.check({entry.name: entry for entry in entries})
+    for name, reason in found.refused.items():
+        if problems.add():
+            problems.shown.append(f"model {name!r}: {reason}")
+    entries = [entry for entry in entries if entry.name not in found.refused]
+    return Catalogue(entries, problems.all(), ignored or (), found.warnings[:_SHOWN_PROBLEMS])
+
+
+class _Problems:
+    """Why entries are refused: the first ones in words, the others counted."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+        self._count = 0
+
+    def add(self) -> bool:
+        """Count one; whether it is to be shown."""
+        self._count += 1
+        return self._count <= _SHOWN_PROBLEMS
+
+    def all(self) -> list[str]:
+        more = self._count - _SHOWN_PROBLEMS
+        return [*self.shown, f"and {more} more"] if more > 0 else self.shown
 
 
 def _check_size(models: list[Any]) -> None:

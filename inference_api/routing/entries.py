@@ -1,7 +1,7 @@
 """The entries of a catalogue: one model each, in the same shape in the file, in the registry and in its API."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from inference_api.routing.balance import BALANCERS
+from inference_api.routing.references import Refers, excess_key
 from inference_api.routing.urls import check_backend_url, is_address
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
@@ -173,6 +174,9 @@ class CatalogueEntry(_Entry):
     priority: Literal["client", "ignore", "caller"] | Int64 = "client"
     created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
 
+    # The keys of features that name other models, by their names
+    referring: ClassVar[Mapping[str, "EntryKey[Any]"]] = {}
+
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, value: Any) -> Any:
@@ -194,11 +198,15 @@ T = TypeVar("T")
 
 
 class EntryKey(NamedTuple, Generic[T]):
-    """A key that a feature adds to the entries of a catalogue: its name, its type for pydantic, and its default."""
+    """A key that a feature adds to the entries of a catalogue: its name, its type for pydantic, and its default.
+
+    `refers`: how its value names other models, if it does.
+    """
 
     name: str
     type: Any
     default: T
+    refers: Refers | None = None
 
     def of(self, entry: CatalogueEntry) -> T:
         """The entry's value of this key."""
@@ -207,8 +215,14 @@ class EntryKey(NamedTuple, Generic[T]):
 
 def entry_type(keys: Iterable[EntryKey[Any]]) -> type[CatalogueEntry]:
     """The class of entries with these additional keys."""
+    keys = tuple(keys)
     fields: dict[str, Any] = {key.name: (key.type, key.default) for key in keys}
-    return create_model("CatalogueEntry", __base__=CatalogueEntry, **fields) if fields else CatalogueEntry
+    made = create_model("CatalogueEntry", __base__=CatalogueEntry, **fields) if fields else CatalogueEntry
+    referring = {key.name: key for key in keys if key.refers}
+    if not referring:
+        return made
+    made.referring = referring
+    return refusing(made, [excess_key])
 
 
 def refusing(

@@ -4,10 +4,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
+from inference_api.models import Caller
 from inference_api.routing.addresses import addresses_of
 from inference_api.routing.backend import Backend, Origin
 from inference_api.routing.balancer import Balancer
 from inference_api.routing.entries import BalancingName, CatalogueEntry
+from inference_api.routing.references import members_of
 
 # Initial part of its weight for a new or recovered backend.
 FIRST_SHARE = 0.1
@@ -24,7 +26,7 @@ class Model:
 
     __slots__ = (
         "_guard", "available", "awake", "backends", "balancer", "entry", "guard", "in_flight", "leaving",
-        "max_model_len", "name", "open", "panic", "parts",
+        "max_model_len", "members", "name", "open", "panic", "parts",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +50,8 @@ class Model:
         self.guard: Guard | None = None
         # Removed, with attempts in flight: a backend that returns must not look idle.
         self.leaving: tuple[Backend, ...] = ()
+        # All models that it stands for, if it is a virtual one
+        self.members: tuple[str, ...] = ()
         # Live state
         self.in_flight = 0
         self.max_model_len: int | None = None
@@ -100,6 +104,11 @@ class Model:
         return f"<Model {self.name}: {len(self.available)}/{len(self.backends)} backends, {self.in_flight} in flight>"
 
 
+def may_use(caller: Caller | None, model: Model) -> bool:
+    """Whether a caller may see and use a model, and all that it stands for."""
+    return caller is None or (caller.may_use(model.name) and all(caller.may_use(name) for name in model.members))
+
+
 class Fleet:
     """Every Model by all of its names. Models persist across catalogue changes, with their state."""
 
@@ -132,7 +141,17 @@ class Fleet:
         self._forget_vacant()
         self.by_name = {alias: models[entry.name] for entry in catalogue.values() for alias in entry.aliases} | models
         self.models = models
+        for model in models.values():
+            model.members = tuple(self._members(model))
         self.version += 1
+
+    def _members(self, model: Model) -> dict[str, None]:
+        """The names of all models that a virtual one stands for, also by others; {} for any other model."""
+        found = dict.fromkeys(members_of(model.entry))
+        for name in list(found):
+            if (member := self.models.get(name)) is not None:
+                found |= self._members(member)
+        return found
 
     def _model(self, entry: CatalogueEntry) -> Model:
         known = self.models.get(entry.name)

@@ -28,7 +28,7 @@ from inference_api.routing.catalogue import Catalogue, CatalogueError, parse_cat
 from inference_api.routing.causes import cause_of
 from inference_api.routing.changes import changes
 from inference_api.routing.entries import CatalogueEntry
-from inference_api.routing.fleet import Fleet, Model
+from inference_api.routing.fleet import Fleet, Model, may_use
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Registry:
         if model is None:
             if self.awaited:
                 raise RegistryUnavailable(name)
-            known = (known for known in self._fleet.models if caller is None or caller.may_use(known))
+            known = (model.name for model in self._fleet.models.values() if may_use(caller, model))
             raise ModelNotFound(name, list(islice(known, 11)))
         return model
 
@@ -234,6 +234,7 @@ class Registry:
         if (
             catalogue == self._last_good
             and catalogue.problems == self._last_good.problems
+            and catalogue.warnings == self._last_good.warnings
             and not catalogue.ignored - self._ignored
         ):
             return self._last_good
@@ -269,6 +270,8 @@ class Registry:
             self._ignored = catalogue.ignored
         for problem in catalogue.problems:
             logger.warning("an entry of the %s is refused: %s", source, problem)
+        for warning in catalogue.warnings:
+            logger.warning("in the %s: %s", source, warning)
         self._fleet.update(catalogue)
 
 

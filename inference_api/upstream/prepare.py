@@ -46,17 +46,21 @@ class Prepare:
             body = _renamed(call, served)
         elif call.edits:
             body = edited(call.body, call.edits)
-        total = self._limits.total
-        if call.stream:
-            total = self._limits.stream_total
-        elif entry.timeouts.total is not None:
-            total = entry.timeouts.total
-        # The clock of both event loops; asking for the running loop is a system call in Python 3.11.
-        deadline = monotonic() + total
+        deadline = call.deadline or self.deadline(call, model)
         size = len(body) if isinstance(body, bytes) else size_of(body)
         known = self._timeouts.get(model.name)
         timeout = known[1] if known is not None and known[0] is entry else self._timeout(model)
         return tuple.__new__(Prepared, (body, self._lines(call, entry, size), timeout, deadline, call.prefix))
+
+    def deadline(self, call: Call, model: Model) -> float:
+        """Seconds of the loop's clock by which an answer that is asked for now must have ended."""
+        total = self._limits.total
+        if call.stream:
+            total = self._limits.stream_total
+        elif model.entry.timeouts.total is not None:
+            total = model.entry.timeouts.total
+        # The clock of both event loops; asking for the running loop is a system call in Python 3.11.
+        return monotonic() + total
 
     def retain(self, models: Collection[str]) -> None:
         """Forget all models but these, by name."""

@@ -1,0 +1,77 @@
+"""How features run other models for a request: a variant, a fallback, a member of a race or of a vote."""
+
+from collections.abc import Awaitable
+from typing import Any, Protocol
+
+from inference_api.models import NOTES, RAN, Call, Reply, Send
+from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.fleet import Model
+
+# Under which the state of a leg has that of its request
+PARENT = "parent"
+_HEADER = b"x-inference-model"
+
+
+class _Chains(Protocol):
+    def variant(self, call: Call, model: Model) -> Awaitable[Reply]: ...
+    def member(self, call: Call, model: Model) -> Awaitable[Reply]: ...
+
+
+class Members:
+    """Sends a Call through the layers of another model. `chains` is set when all features are built."""
+
+    chains: _Chains
+
+    def variant(self, call: Call, model: Model) -> Awaitable[Reply]:
+        """With all of its layers but those that only what a client asks for has."""
+        return self.chains.variant(call, model)
+
+    def send(self, call: Call, model: Model) -> Awaitable[Reply]:
+        """With its `Feature.member` layers only."""
+        return self.chains.member(call, model)
+
+
+def may_run_others(entry: CatalogueEntry) -> bool:
+    return not entry.model_fields_set.isdisjoint(entry.referring)
+
+
+def answered_by(send: Send) -> Send:
+    """A layer that names the model that answered, if it is not the one that was asked for."""
+
+    async def named(call: Call, model: Model) -> Reply:
+        reply = await send(call, model)
+        ran: Model | None = call.state.get(RAN)
+        if ran is not None and ran is not model:
+            reply.extra += ((_HEADER, ran.name.encode()),)
+        return reply
+
+    return named
+
+
+def leg_of(call: Call) -> Call:
+    """The Call of one of several runs of a request: it has attempts and a state of its own."""
+    return call._replace(tried=[], state={PARENT: call.state}, answer_headers=[])
+
+
+def request_state(state: "dict[str, Any] | Any") -> Any:
+    """The state of the request itself, from that of a leg."""
+    while PARENT in state:
+        state = state[PARENT]
+    return state
+
+
+def take_over(call: Call, leg: Call, model: Model) -> None:
+    """Make what `leg` did on `model` the request's own: its answer is the answer."""
+    call.tried.extend(leg.tried)
+    state: dict[str, Any] = call.state  # type: ignore[assignment]
+    state[RAN] = model
+    for name, value in leg.state.items():
+        if name == PARENT:
+            continue
+        mine = state.get(name)
+        if name == NOTES:
+            state[NOTES] = {**(mine or {}), **value}
+        elif isinstance(value, list) and isinstance(mine, list):
+            mine += value
+        else:
+            state[name] = value
