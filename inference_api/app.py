@@ -8,6 +8,7 @@ from inference_api.core import Core, Outside
 from inference_api.feature import Feature, Run
 from inference_api.features import (
     budgets,
+    cache,
     cost,
     engine_load,
     keys,
@@ -44,6 +45,8 @@ FEATURES = (
     budgets.FEATURE,
     # Around all that answers a request.
     limits.FEATURE,
+    # Inside of the limits: an answer of the cache is a request, and its tokens are given back.
+    cache.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
 )

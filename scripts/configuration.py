@@ -74,11 +74,11 @@ def _values(schema: dict[str, Any]) -> str:
         return f"{_values(schema['items'])}s, comma-separated"
     kind = {"string": "text", "number": "number"}.get(schema["type"], schema["type"])
     if "exclusiveMinimum" in schema:
-        return f"{kind} > {schema['exclusiveMinimum']:g}"
+        return f"{kind} > {schema['exclusiveMinimum']:.9g}"
     if "maximum" in schema:
-        return f"{kind}, {schema['minimum']:g} to {schema['maximum']:g}"
+        return f"{kind}, {schema['minimum']:.9g} to {schema['maximum']:.9g}"
     if "minimum" in schema:
-        return f"{kind} >= {schema['minimum']:g}"
+        return f"{kind} >= {schema['minimum']:.9g}"
     return {"path": "path", "password": "text, never shown"}.get(schema.get("format", ""), kind)
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from inference_api.app import ENTRY, GROUPS
 from inference_api.errors import RouterError
-from inference_api.features import budgets, cost, engine_load, keys, policy, usage
+from inference_api.features import budgets, cache, cost, engine_load, keys, policy, usage
 from inference_api.features.delivery.sender import Answer, Delivery
 from inference_api.features.limiting.amounts import Estimates
 from inference_api.features.limits import Limiter
@@ -67,6 +67,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *usage.families({"logged": 0}, Delivery(nobody)),
         *cost.families({}),
         *budgets.families({}, None),
+        *cache.families(({}, {}, {}), (0, 0), {}),
     )
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))

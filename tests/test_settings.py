@@ -34,6 +34,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "redis_url": ("rediss://user:s3cret@redis:6380/1", "rediss://user:s3cret@redis:6380/1"),
     "usage": ("registry", "registry"),
     "currency": ("EUR", "EUR"),
+    "cache_bytes": ("1048576", 1_048_576),
     "usage_spool": ("/var/spool/usage", Path("/var/spool/usage")),
     "connect_timeout": ("1", 1.0),
     "first_byte_timeout": ("2", 2.0),

@@ -21,6 +21,7 @@ from inference_api.relay.events import EventTracker
 from inference_api.relay.filter import FilteringPump
 from inference_api.relay.head import ReturnedHead
 from inference_api.relay.pump import Pump
+from inference_api.relay.replay import Replay
 from inference_api.relay.typed_events import follow
 from inference_api.upstream.failures import outcome_of
 from inference_api.upstream.response import ResponseStream
@@ -85,6 +86,9 @@ class Relay:
         """
         reply = self._reply
         try:
+            if type(reply.stream) is Replay:
+                self.outcome = await self._again(send, reply.stream)
+                return self.outcome
             head = self._head()
             if 300 <= reply.status < 400 and reply.status != 304:
                 # A redirect points into the cluster, and SDKs would follow.
@@ -186,23 +190,37 @@ class Relay:
         self._first_at = self._clock()
         self._size = len(body)
         length = head.length if status in (204, 304) else b"%d" % len(body)
-        direct = self._direct
-        if direct is not None and length is not None and not self._reply.taps:
-            request_id = self._call.request_id.encode()
-            lines = b"%bcontent-length: %b\r\nx-request-id: %b\r\n" % (head.lines, length, request_id)
-            if self._reply.extra:
-                lines += extra_lines(self._reply.extra)
-            if direct.respond(status, lines, body):
-                self.started = True
-                # No disconnect in between: it was one turn of the event loop.
-                self._before_end()
-                return outcome
+        if length is not None and self._respond(b"%bcontent-length: %b\r\n" % (head.lines, length), body):
+            return outcome
         await self._start(send, head.headers, length)
         for tap in self._reply.taps:
             tap.chunk(body)
         self._before_end()
         await send({"type": "http.response.body", "body": body, "more_body": False})
         return outcome
+
+    async def _again(self, send: Send, replay: Replay) -> Outcome:
+        """Relay an answer that is known to be whole and valid: neither read again, nor counted again."""
+        self._first_at, self._size = self._clock(), replay.size
+        if len(replay.pieces) > 1 or not self._respond(replay.lines, replay.pieces[0]):
+            await self._start(send, replay.headers, b"%d" % replay.size)
+            return await self._pump(send, None).run(replay)
+        return of_status(self._reply.status)
+
+    def _respond(self, lines: bytes, body: bytes) -> bool:
+        """Send a whole answer at once, `lines`: its headers and length. False: not possible now."""
+        direct, reply = self._direct, self._reply
+        if direct is None or reply.taps:
+            return False
+        lines = b"%bx-request-id: %b\r\n" % (lines, self._call.request_id.encode())
+        if reply.extra:
+            lines += extra_lines(reply.extra)
+        if not direct.respond(reply.status, lines, body):
+            return False
+        self.started = True
+        # No disconnect in between: it was one turn of the event loop.
+        self._before_end()
+        return True
 
     async def _unlabelled(self, send: Send, head: ReturnedHead) -> Outcome:
         """Relay the answer to a stream request with another content type, by its first bytes."""

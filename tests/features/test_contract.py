@@ -85,13 +85,14 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "trusted_proxies": lambda: On(settings={"trusted_proxies": "127.0.0.1"}),
     "limits": lambda: On([Limited(anonymous={"limits": GENEROUS}).limiter.feature()]),
     "cost": lambda: On(settings={"entry": {"price": {"input": 0.2, "output": 0.6}}}),
+    "cache": lambda: On(settings={"entry": {"cache": {"ttl": 60, "temperature": 2}}}),
     "usage": lambda: On(settings={"usage": "log"}),
     "everything": lambda: On([Everything().feature]),
 }
 
 
 # Features that only a key of the catalogue turns on: always built.
-ALWAYS: set[str] = {"metering", "cost"}
+ALWAYS: set[str] = {"metering", "cost", "cache"}
 
 
 @pytest.fixture(params=TURN_ON)

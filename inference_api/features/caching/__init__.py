@@ -1,0 +1,1 @@
+"""Parts of the answer cache: keys, stored answers, and requests that wait for one another."""
