@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from inference_api.application import Application
-from inference_api.chains import ByModel, compose
+from inference_api.chains import ByModel, chain, compose
 from inference_api.core import Core, Outside
 from inference_api.feature import Feature, Run
 from inference_api.features import (
@@ -15,6 +15,7 @@ from inference_api.features import (
     limits,
     metering,
     policy,
+    providers,
     tracing,
     trusted_proxies,
     usage,
@@ -38,6 +39,8 @@ FEATURES = (
     # Before all that applies it.
     policy.FEATURE,
     keys.FEATURE,
+    # Before all that counts a request: what a model has no route for is none.
+    providers.FEATURE,
     # Annotates first: what others make of a request begins with its tokens.
     metering.FEATURE,
     cost.FEATURE,
@@ -64,7 +67,9 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     core = Core(settings, outside or Outside(), balancers, entry_of(settings))
     enabled = [*(made for switch in FEATURES if (made := switch.build(core, settings)) is not None), *features]
     attempt = core.send_attempt([feature.attempt for feature in enabled if feature.attempt])
-    parts, resolve = _parts(core, attempt, enabled), _resolve(core, enabled)
+    parts = _parts(core, attempt, enabled)
+    look_up: Resolve = core.registry.resolve
+    resolve = chain(look_up, [feature.resolve for feature in enabled if feature.resolve])
     stages = Stages(resolve, parts.send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
     collectors = [feature.collect for feature in enabled if feature.collect]
     probes = core.probes(collectors, [feature.ready for feature in enabled if feature.ready])
@@ -77,13 +82,6 @@ def entry_of(settings: Settings) -> type[CatalogueEntry]:
     """The class of catalogue entries, which refuses those that do not go with the settings."""
     reasons = [reason for switch in FEATURES if switch.refuse and (reason := switch.refuse(settings)) is not None]
     return refusing(ENTRY, reasons) if reasons else ENTRY
-
-
-def _resolve(core: Core, enabled: Sequence[Feature]) -> Resolve:
-    resolve: Resolve = core.registry.resolve
-    for feature in reversed(enabled):
-        resolve = feature.resolve(resolve) if feature.resolve else resolve
-    return resolve
 
 
 def _parts(core: Core, attempt: SendAttempt, enabled: Sequence[Feature]) -> ByModel:

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from inference_api.feature import Feature
 from inference_api.members import answered_by, may_run_others
@@ -11,6 +11,8 @@ from inference_api.observe.account import Annotate
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Model
 from inference_api.upstream.admission import Process, admission
+
+T = TypeVar("T")
 
 
 def compose(send: Send, process: Process, enabled: Sequence[Feature]) -> "ByModel":
@@ -130,8 +132,8 @@ class ByModel:
         return send
 
 
-def chain(send: Send, layers: Sequence[Callable[[Send], Send]]) -> Send:
-    """Wrap `send` in `layers`, the first one outermost."""
+def chain(inner: T, layers: Sequence[Callable[[T], T]]) -> T:
+    """Wrap `inner` in `layers`, the first one outermost."""
     for layer in reversed(layers):
-        send = layer(send)
-    return send
+        inner = layer(inner)
+    return inner

@@ -38,7 +38,7 @@ from inference_api.routing.balance import BALANCERS
 from inference_api.routing.balancer import MakeBalancer
 from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
-from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.routing.files import Reloader, Watched, static_source
 from inference_api.routing.fleet import Fleet
 from inference_api.routing.health import Health
@@ -108,6 +108,8 @@ class Core:
         # Loop time at which the process must have ended; None: it runs.
         self._stop_by: float | None = None
         self._starts: list[Run] = []
+        # With keys of their own, callers send none that a backend could refuse.
+        self.callers_have_keys = False
         makers = {name: make for group in (BALANCERS, *balancers) for name, make in group.items()}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
         self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
@@ -149,7 +151,8 @@ class Core:
 
     def send_attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
         """One attempt on a backend, inside of `wrappers`."""
-        send: SendAttempt = SendToBackend(self.transport, self._attempt_ended, self.health.answered, self.rand).__call__
+        told = self._attempt_ended, self.health.answered
+        send: SendAttempt = SendToBackend(self.transport, *told, self.rand, self._asks_by_itself).__call__
         for wrap in reversed(wrappers):
             send = wrap(send)
         return send
@@ -285,6 +288,10 @@ class Core:
         breaker = Breaker(settings.breaker_failures, settings.breaker_cooldown, rand)
         connect, first_byte = settings.connect_timeout, settings.first_byte_timeout
         return Health(self.fleet, breaker, self.last_read(), connect, first_byte, rand=rand)
+
+    def _asks_by_itself(self, entry: CatalogueEntry) -> bool:
+        """Whether its backends get the router's own credentials, or none."""
+        return self.callers_have_keys or isinstance(entry.credentials, Credentials)
 
     # Events of one part that others handle
 

@@ -6,10 +6,11 @@ RouterError
 +-- RateLimited 429           +-- QuotaExceeded 429
 +-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
 +-- InvalidRequest 422        +-- RequestTimeout 408      +-- URITooLong 414        +-- InternalError 500
-+-- ResponseNotFound 404
++-- ResponseNotFound 404      +-- RouteNotServed 404
 +-- UpstreamError             an attempt failed and was not, or could not be, repeated
 |   +-- UpstreamReset 502
 |   +-- UpstreamProtocolError 502
+|   +-- UpstreamAuthFailed 502
 |   +-- UpstreamTimeout 504
 +-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- RegistryUnavailable   +-- ShuttingDown
                               +-- AuthUnavailable   +-- LimitsUnavailable
@@ -149,6 +150,16 @@ class UnknownURL(_ClientError):
         self.logged = {"path": printable(path)[:_SHOWN]}
 
 
+class RouteNotServed(_ClientError):
+    """The model has no such route: `routes` of its entry."""
+
+    status, code = 404, "unknown_url"
+
+    def __init__(self, model: str, path: str, routes: Sequence[str]) -> None:
+        message = f"The model {printable(model)!r} is not served on {path}; its routes are: {', '.join(routes)}."
+        super().__init__(message, param="model")
+
+
 class MethodNotAllowed(_ClientError):
     status, code = 405, "method_not_allowed"
 
@@ -211,6 +222,16 @@ class UpstreamReset(UpstreamError):
 
 class UpstreamProtocolError(UpstreamError):
     code = "upstream_protocol_error"
+
+
+class UpstreamAuthFailed(UpstreamError):
+    """A backend refused credentials that are not the client's. Its own words may show a part of them."""
+
+    code = "upstream_auth_failed"
+
+    def __init__(self, model: str) -> None:
+        message = f"The backend of the model {printable(model)!r} refused the router's credentials."
+        super().__init__(message, Outcome.AUTH_FAILED, final=True)
 
 
 class UpstreamTimeout(UpstreamError):

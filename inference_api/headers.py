@@ -1,6 +1,6 @@
 """Names and lines of HTTP headers, for both directions. Pure."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import httpx
 
@@ -52,6 +52,14 @@ def header_lines(headers: RawHeaders) -> bytes:
     if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or lines.count(b"\0"):
         raise httpx.LocalProtocolError("a request header holds a line break")
     return lines
+
+
+def without_lines(lines: bytes, names: Collection[str]) -> bytes:
+    """The lines of a head without those of these headers."""
+    if not any(b"\n%b:" % name.encode("ascii") in lines for name in names):
+        return lines
+    kept = [line for line in lines.split(b"\r\n")[:-1] if line.partition(b":")[0].decode("latin-1") not in names]
+    return b"".join([b"%b\r\n" % line for line in kept])
 
 
 def extra_lines(extra: Sequence[Extra]) -> bytes:

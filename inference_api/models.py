@@ -26,6 +26,8 @@ class Outcome(StrEnum):
     CLIENT_GONE = "client_gone"
     UPSTREAM_4XX = "upstream_4xx"
     UPSTREAM_5XX = "upstream_5xx"
+    # The backend refused the router's credentials.
+    AUTH_FAILED = "auth_failed"
     CONNECT_FAILED = "connect_failed"
     RESET = "reset"
     # The backend had closed a reused connection before the request: not its fault.
@@ -61,6 +63,7 @@ class Outcome(StrEnum):
 OK = Outcome.OK
 CLIENT_GONE = Outcome.CLIENT_GONE
 INTERNAL_ERROR = Outcome.INTERNAL_ERROR
+AUTH_FAILED = Outcome.AUTH_FAILED
 of_status = Outcome.of_status
 # By the message that a task is cancelled with: `task.cancel("race_lost")`
 LOST = {one.value: one for one in (Outcome.HEDGE_LOST, Outcome.RACE_LOST, Outcome.VOTE_LOST)}

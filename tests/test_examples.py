@@ -28,6 +28,7 @@ EXAMPLES = ROOT / "examples"
 KEYS = EXAMPLES / "keys" / "router"
 CATALOGUES = [
     *sorted((EXAMPLES / "catalogues").glob("*.yaml")),
+    *sorted((EXAMPLES / "providers").glob("*.yaml")),
     EXAMPLES / "compose" / "catalogue.yaml",
     KEYS / "catalogue.yaml",
 ]

@@ -60,7 +60,8 @@ async def _ask(
     try:
         async with asyncio.timeout(2 * _TIMEOUT):
             headers = _headers(entry, environ)
-            response = await client.get(f"{backend.url}/v1/models", headers=headers, timeout=timeout)
+            url = f"{backend.url}{entry.base_path or '/v1'}/models"
+            response = await client.get(url, headers=headers, timeout=timeout)
     except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
         return _failed(entry, place, Outcome.CONNECT_FAILED, cause_of(exc))
     except (httpx.TimeoutException, TimeoutError):
@@ -103,7 +104,7 @@ def _failed(entry: CatalogueEntry, place: str, outcome: Outcome, cause: str) -> 
 def _headers(entry: CatalogueEntry, environ: Mapping[str, str]) -> dict[str, str]:
     credentials, token = entry.credentials, None
     if not isinstance(credentials, Credentials):
-        return {}
+        return entry.headers
     if credentials.env is not None:
         token = environ.get(credentials.env)
     elif credentials.file is not None:
@@ -111,4 +112,4 @@ def _headers(entry: CatalogueEntry, environ: Mapping[str, str]) -> dict[str, str
             token = read_token(credentials.file)
         except (OSError, ValueError):
             token = None
-    return {credentials.header: credentials.prefix + token} if token else {}
+    return entry.headers | ({credentials.header: credentials.prefix + token} if token else {})

@@ -126,8 +126,8 @@ class EngineFacts:
 
 
 def _asked(model: Model) -> tuple[Backend, ...]:
-    """A few of many backends, those that answer first."""
-    return (model.available or model.backends)[:3]
+    """A few of many backends, those that answer first; none of a provider."""
+    return () if model.entry.is_provider else (model.available or model.backends)[:3]
 
 
 def _length(document: object, name: str) -> int | None:

@@ -50,6 +50,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
     if "x-api-key" in settings.forward_headers:
         why = f"{PREFIX}AUTH=keys reads keys from x-api-key, and backends must not get them; remove it"
         raise SettingsError(f"{PREFIX}FORWARD_HEADERS={','.join(sorted(settings.forward_headers))!r}: {why}")
+    core.callers_have_keys = True
     keys = Keys(policies, [pepper.encode() for pepper in settings.of(PolicyOptions).peppers])
     return Feature(
         "keys",

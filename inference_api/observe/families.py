@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from inference_api import __version__
+from inference_api.models import AUTH_FAILED
 from inference_api.observe.account import UNKNOWN
 from inference_api.observe.exposition import Family
 from inference_api.observe.exposition import Series as Shown
 from inference_api.observe.metrics import ABORTS, Metrics
 from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend
+from inference_api.routing.entries import Credentials
 from inference_api.routing.registry import RegistryStatus
 
 # Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first event.
@@ -143,6 +145,8 @@ class Families:
         metrics = self._metrics
         text = "Attempts, by outcome."
         yield counter("upstream_attempts", text, (*BY_BACKEND, "outcome"), _counts(metrics.attempts))
+        text = "Attempts whose backend refused the router's credentials."
+        yield counter("upstream_auth_failures", text, BY_BACKEND, self._auth_failures())
         text = "Retries, and retries forbidden by the budget or the poison guard."
         yield counter("retries", text, ("model_name", "reason"), _counts(metrics.retries))
 
@@ -164,6 +168,19 @@ class Families:
         text = "1: more than half of the model's backends are out, so all are used."
         panic = (((name,), model.panic) for name, model in self._metrics.fleet().items())
         yield gauge("panic_mode", text, ("model_name",), panic)
+
+    def _auth_failures(self) -> Iterator[Shown]:
+        counts = {
+            labels[:2]: cell.count
+            for labels, cell in self._metrics.attempts.snapshot().items()
+            if labels[2] == AUTH_FAILED
+        }
+        yield from counts.items()
+        for model in self._metrics.fleet().values():
+            # From 0 on where it is likely, so that an alert sees the first one.
+            for backend in model.backends if isinstance(model.entry.credentials, Credentials) else ():
+                if (labels := (backend.model, backend.label)) not in counts:
+                    yield labels, 0
 
     def _backends(self) -> Iterator[Backend]:
         return (backend for model in self._metrics.fleet().values() for backend in model.backends)

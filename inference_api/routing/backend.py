@@ -1,5 +1,6 @@
 """The state of one address of an engine: an Origin, and one Backend per model served there."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -79,6 +80,18 @@ class Origin(Circuit):
             address = self._addresses[path] = httpx.URL(base + path), target.encode("ascii")
         return address
 
+    def based(self, base_path: str) -> Callable[[str], tuple[httpx.URL, bytes]]:
+        """`address`, with `base_path` for the leading /v1 of a route."""
+        known: dict[str, tuple[httpx.URL, bytes]] = {}
+
+        def address(path: str) -> tuple[httpx.URL, bytes]:
+            found = known.get(path)
+            if found is None:
+                found = known[path] = self.address(base_path + path[3:] if path.startswith("/v1/") else path)
+            return found
+
+        return address
+
     def __repr__(self) -> str:
         return f"<Origin {self.label} of {len(self.backends)} models: {self.in_flight} in flight>"
 
@@ -90,9 +103,9 @@ class Backend:
     """
 
     __slots__ = (
-        "address", "changed", "circuit", "compared", "errors", "extra", "full_weight", "host", "in_flight", "label",
-        "last_error", "late", "model", "origin", "recent", "refuses", "share", "spared_until", "url", "was_usable",
-        "weight",
+        "address", "base_path", "changed", "circuit", "compared", "errors", "extra", "full_weight", "host",
+        "in_flight", "label", "last_error", "late", "model", "origin", "recent", "refuses", "share", "spared_until",
+        "url", "was_usable", "weight",
     )  # fmt: skip
 
     def __init__(self, model: str, url: str, weight: float = 1.0, origin: Origin | None = None) -> None:
@@ -102,7 +115,9 @@ class Backend:
         self.url = url
         self.label = self.origin.label
         self.host = self.origin.host
-        self.address = self.origin.address
+        # URL and request target of a route here, for this model
+        self.base_path: str | None = None
+        self.address: Callable[[str], tuple[httpx.URL, bytes]] = self.origin.address
         # Load: `weight` is its current part of its full weight
         self.in_flight = 0
         self.weight = self.full_weight = weight
@@ -141,6 +156,12 @@ class Backend:
     def due(self) -> float:
         """Time at which a request may try it, if a circuit is not closed."""
         return max(due(circuit) for circuit in (self.circuit, self.origin) if circuit.opened is not None)
+
+    def rebase(self, base_path: str | None) -> None:
+        """Set what stands for the leading /v1 of routes, from the next request on."""
+        if base_path != self.base_path:
+            self.base_path = base_path
+            self.address = self.origin.address if base_path is None else self.origin.based(base_path)
 
     def note(self, now: float) -> None:
         """Record that its availability changed."""

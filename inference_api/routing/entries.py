@@ -29,6 +29,9 @@ Engine = Literal["vllm", "tgi", "sglang", "llamacpp", "openai"]
 DiscoveryName = Literal["static", "dns"]
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+HeaderName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+_HeaderValue = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", max_length=1024)]
+_RouteName = Annotated[str, StringConstraints(pattern=r"^[a-z_]+$", max_length=64)]
 
 # Headers that frame or route a message: a token in one of them could smuggle requests.
 _NO_CREDENTIALS = frozenset(
@@ -51,6 +54,8 @@ _NO_CREDENTIALS = frozenset(
         "x-request-id",
     }
 )
+# Headers that no entry may fix: those, and the usual places of tokens, which are no text of a catalogue.
+_NOT_FIXED = _NO_CREDENTIALS | {"authorization", "x-api-key", "api-key"}
 # Keys of an entry by their names in earlier releases
 RENAMED = {"policy": "balancing"}
 # A model with more is refused; of a name with more addresses, only these are used.
@@ -120,7 +125,7 @@ class Credentials(_Entry):
     file: Annotated[str, StringConstraints(pattern=r"^/(.*/)?BACKEND_[A-Z0-9_]{1,100}$", max_length=1024)] | None = (
         Field(default=None, validate_default=True)
     )
-    header: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")] = "authorization"
+    header: HeaderName = "authorization"
     scheme: Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{0,32}$")] | None = None
 
     @field_validator("file")
@@ -173,6 +178,12 @@ class CatalogueEntry(_Entry):
     # Source of a request's priority: an int64 for vLLM, lower is earlier
     priority: Literal["client", "ignore", "caller"] | Int64 = "client"
     created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
+    # Stands for the leading /v1 of the client's path
+    base_path: Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)+$", max_length=256)] | None = None
+    # Replace the client's headers of these names
+    headers: dict[HeaderName, _HeaderValue] = Field(default={}, max_length=32)
+    # Labels of the inference routes that it is served on; None: all
+    routes: tuple[_RouteName, ...] | None = Field(default=None, min_length=1, max_length=64)
 
     # The keys of features that name other models, by their names
     referring: ClassVar[Mapping[str, "EntryKey[Any]"]] = {}
@@ -192,6 +203,39 @@ class CatalogueEntry(_Entry):
         if len(set(urls)) != len(urls):
             raise ValueError("the same backend url is listed twice")
         return backends
+
+    @field_validator("base_path")
+    @classmethod
+    def _base_path(cls, path: str | None) -> str | None:
+        if path is not None and not {".", ".."}.isdisjoint(path.split("/")):
+            raise ValueError("must not have '.' or '..' in it")
+        return path
+
+    @field_validator("headers")
+    @classmethod
+    def _headers(cls, headers: dict[str, str]) -> dict[str, str]:
+        if wrong := sorted(_NOT_FIXED & headers.keys()):
+            fix = "frames or routes a request" if wrong[0] in _NO_CREDENTIALS else "holds a token: use `credentials`"
+            raise ValueError(f"the header {wrong[0]!r} {fix}")
+        return headers
+
+    @field_validator("routes")
+    @classmethod
+    def _routes(cls, routes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if routes is not None and len(set(routes)) != len(routes):
+            raise ValueError("the same route is listed twice")
+        return routes
+
+    @model_validator(mode="after")
+    def _no_header_twice(self) -> Self:
+        if isinstance(self.credentials, Credentials) and self.credentials.header in self.headers:
+            raise ValueError(f"headers: {self.credentials.header!r} is the header of its credentials")
+        return self
+
+    @property
+    def is_provider(self) -> bool:
+        """Whether its backends are someone else's, asked for a token: only traffic shows their health."""
+        return self.engine == "openai" and isinstance(self.credentials, Credentials)
 
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from math import sqrt
 
-from inference_api.models import OK, Outcome
+from inference_api.models import AUTH_FAILED, OK, Outcome
 from inference_api.routing.backend import Backend
 from inference_api.routing.breaker import Breaker, Owner
 from inference_api.routing.comparison import Comparisons, Fault
@@ -79,6 +79,9 @@ class Faults:
             self._bad(backend, owner, now, refused=False, late=True)
         elif outcome in DOWN:
             self._failed(backend, owner, now)
+        elif outcome is AUTH_FAILED:
+            # Only an operator can mend that, so no circuit opens; where others answer, they get more of the traffic.
+            self._count(backend)
         self.samples.pop(owner, None)
         self._breaker.released(backend.circuit, owner)
 
@@ -105,19 +108,25 @@ class Faults:
     def _bad(self, backend: Backend, owner: Owner, now: float, refused: bool, late: bool) -> None:
         """Record an error. `refused`: a 4xx. `late`: it followed the head of the answer, or replaced it."""
         backend.errors += 1
-        backend.recent += 1
         backend.refuses &= refused
         backend.late |= late
         self._failed(backend, owner, now)
-        model = self._fleet.models.get(backend.model)
+        model = self._count(backend)
         if model is None:
             return
-        self._recent.add(model)
-        if len(model.backends) <= _MANY:
-            _charge(model)
         if backend.errors >= _SUSPICIOUS and now >= backend.spared_until and _is_comparable(model, backend):
             self._comparisons.begin(backend, now)
             self._out(backend)
+
+    def _count(self, backend: Backend) -> Model | None:
+        """Count a recent error, for its load. The model, if it still exists."""
+        backend.recent += 1
+        model = self._fleet.models.get(backend.model)
+        if model is not None:
+            self._recent.add(model)
+            if len(model.backends) <= _MANY:
+                _charge(model)
+        return model
 
     def _good(self, backend: Backend, owner: Owner, now: float, complete: bool) -> None:
         """Record a good answer. Without `complete` only its head, which is enough where errors come with the head."""

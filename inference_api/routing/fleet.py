@@ -187,6 +187,7 @@ class Fleet:
                 backend = Backend(entry.name, url, origin=origin)
                 # Slow start for a new backend beside warm ones.
                 backend.share = 0.0 if joining and known and known.backends else 1.0
+            backend.rebase(entry.base_path)
             backend.full_weight = weight
             backend.weigh(max(backend.share, first_share(entry.balancing)))
             backends.append(backend)

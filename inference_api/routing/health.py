@@ -34,10 +34,12 @@ _SOLE_COOLDOWN = 1.0
 
 _OK = Outcome.OK
 # The address can serve. Outcomes neither here nor in DOWN are neutral: a client disconnect, or the total timeout.
-_SERVED = frozenset({_OK, Outcome.UPSTREAM_4XX})
+_SERVED = frozenset({_OK, Outcome.UPSTREAM_4XX, Outcome.AUTH_FAILED})
 
 # Outcomes shown as a backend's last error
-_ERRORS = DOWN | {Outcome.PROTOCOL_ERROR, Outcome.UPSTREAM_5XX, Outcome.TRUNCATED, Outcome.ERROR_EVENT}
+_ERRORS = DOWN | {
+    Outcome.PROTOCOL_ERROR, Outcome.UPSTREAM_5XX, Outcome.TRUNCATED, Outcome.ERROR_EVENT, Outcome.AUTH_FAILED,
+}  # fmt: skip
 
 
 def _loop_time() -> float:

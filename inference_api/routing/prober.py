@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import httpx
@@ -12,7 +12,7 @@ from inference_api.pace import spread
 from inference_api.routing.backend import Origin
 from inference_api.routing.causes import cause_of
 from inference_api.routing.entries import Engine
-from inference_api.routing.fleet import Fleet
+from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ _HEADERS = {"connection": "close", "user-agent": "inference-api"}
 class Prober:
     """Reports to `on_check` whether an address passes: it answers in time, with a status below 500.
 
-    An address has one check for all of its models. Engines without /health pass, too. A timeout does not count while
+    An address has one check for all of its models; one of providers alone is not asked, and passes. Engines without
+    /health pass, too. A timeout does not count while
     the backend sends bytes of other answers: it is busy.
 
     `last_byte_at(url)`: loop time of the backend's last byte. `every`: seconds between two checks, +-20 %; the first
@@ -80,8 +81,7 @@ class Prober:
         while origin.backends:
             before = origin.cause
             try:
-                async with self._slots:
-                    passed = await self.check(origin)
+                passed = await self._check(origin)
                 if origin.cause != before:
                     _log_change(origin)
                 if passed is not None:
@@ -91,6 +91,18 @@ class Prober:
                 logger.exception("a health check could not be made", extra={"fields": {"backend": origin.label}})
             await asyncio.sleep(spread(self._every, self._rand()))
         self._watched.discard(origin)
+
+    async def _check(self, origin: Origin) -> bool | None:
+        if all(model.entry.is_provider for model in self._models(origin)):
+            # Not asked: one that was stuck gets a request again, one that was checked before comes back.
+            origin.cause = None
+            return True
+        async with self._slots:
+            return await self.check(origin)
+
+    def _models(self, origin: Origin) -> Iterator[Model]:
+        models = (self._fleet.models.get(backend.model) for backend in origin.backends)
+        return (model for model in models if model is not None)
 
     async def check(self, origin: Origin) -> bool | None:
         """Make one health check; None: no result. Sets `origin.cause` to the reason of a failure."""
@@ -113,8 +125,8 @@ class Prober:
         return True
 
     def _timeout_of(self, origin: Origin) -> float:
-        models = (self._fleet.models.get(backend.model) for backend in origin.backends)
-        return max(self._timeout, *(_LEAST_TIMEOUT.get(model.entry.engine, 0.0) for model in models if model), 0.0)
+        least = (_LEAST_TIMEOUT.get(model.entry.engine, 0.0) for model in self._models(origin))
+        return max(self._timeout, *least, 0.0)
 
     def __repr__(self) -> str:
         return f"<Prober of {len(self._watched)} addresses>"

@@ -18,8 +18,10 @@ from typing import NamedTuple, Protocol
 
 import httpx
 
-from inference_api.models import Call, Outcome, Reply
+from inference_api.errors import UpstreamAuthFailed
+from inference_api.models import AUTH_FAILED, Call, Outcome, Reply
 from inference_api.routing.backend import Backend
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Model
 from inference_api.upstream.failures import outcome_of
 from inference_api.upstream.prepare import Prepared
@@ -45,7 +47,7 @@ class Attempt(NamedTuple):
 
 
 class SendAttempt(Protocol):
-    """Takes an Attempt to its Reply. Raises httpx.TransportError."""
+    """Takes an Attempt to its Reply. Raises httpx.TransportError, or RouterError if no other attempt may follow."""
 
     def __call__(self, attempt: Attempt) -> Awaitable[Reply]: ...
 
@@ -54,6 +56,7 @@ class SendToBackend:
     """Sends over the transport. The backend has the call in flight until the Reply ends.
 
     `on_answer` gets the status of each answer at its head, `on_attempt` how each attempt ended at the end of its body.
+    `is_own`: whether a backend of this entry that refuses credentials, 401 or 403, does not mean those of the client.
     """
 
     def __init__(
@@ -62,15 +65,18 @@ class SendToBackend:
         on_attempt: Callable[[Backend, Outcome], None] = lambda backend, outcome: None,
         on_answer: Callable[[Backend, int], None] = lambda backend, status: None,
         rand: random.Random | None = None,
+        is_own: Callable[[CatalogueEntry], bool] = lambda entry: False,
     ) -> None:
         self._transport = transport
         self._own = transport if isinstance(transport, Transport) else None
         self._on_attempt = on_attempt
         self._on_answer = on_answer
+        self._is_own = is_own
         self._random_bits = (rand or random.Random()).getrandbits
 
     async def __call__(self, attempt: Attempt) -> Reply:
-        call, _, backend, tried, prepared, fresh = attempt
+        """Raises httpx.TransportError, or UpstreamAuthFailed."""
+        call, model, backend, tried, prepared, fresh = attempt
         url, target = backend.address(call.route.path)
         if call.suffix:
             target = one_line(target + call.suffix)
@@ -99,8 +105,13 @@ class SendToBackend:
             backend.origin.in_flight -= 1
             self._on_attempt(backend, outcome_of(exc))
             raise
+        reply = Reply(status, headers, stream, backend, self._ended, len(tried) + 1)
+        if 400 < status < 404 and status != 402 and self._is_own(model.entry):
+            # Not for the client, who has no part in it, and no fault of the backend: its circuits do not know of it.
+            await reply.aclose(AUTH_FAILED)
+            raise UpstreamAuthFailed(model.name)
         self._on_answer(backend, status)
-        return Reply(status, headers, stream, backend, self._ended, len(tried) + 1)
+        return reply
 
     def _ended(self, reply: Reply, outcome: Outcome) -> None:
         backend = reply.backend

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 
-from inference_api.headers import header_lines
+from inference_api.headers import header_lines, without_lines
 from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.routing.files import Changes
 
@@ -110,8 +110,6 @@ def with_token(lines: bytes, credentials: Credentials, token: str | None) -> byt
     if not token:
         return lines
     name = credentials.header.encode("ascii")
-    if b"\n%b:" % name in lines:
-        kept = [line for line in lines.split(b"\r\n")[:-1] if not line.startswith(b"%b:" % name)]
-        lines = b"".join(b"%b\r\n" % line for line in kept)
+    lines = without_lines(lines, (credentials.header,))
     value = credentials.prefix.encode("ascii") + token.encode("latin-1", "ignore")
     return lines + header_lines([(name, value)])

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import httpx
 
+from inference_api.errors import RouterError
 from inference_api.models import CLIENT_GONE, LOST, Outcome, Reply, Route
 from inference_api.routing.backend import Backend
 from inference_api.routing.causes import cause_of
@@ -73,6 +74,8 @@ def outcome_of(exc: BaseException) -> Outcome:
     """The Outcome of a request or a body that ended with `exc`."""
     if isinstance(exc, Disconnected) and exc.stale:
         return Outcome.STALE
+    if isinstance(exc, RouterError):
+        return exc.outcome
     for kind, outcome in _OUTCOMES:
         if isinstance(exc, kind):
             return outcome

@@ -68,6 +68,8 @@ class Forward:
                 if permit is not FREE:
                     reply.on_end(permit.ended)
                 if reply.status not in policy.retry_on_status:
+                    if reply.status == 429:
+                        policy.rest(backend, reply)
                     return reply
                 past.append(policy.busy(backend, reply))
             decision = policy.decide(call, model, past, prepared.deadline - monotonic())

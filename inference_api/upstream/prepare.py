@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from time import monotonic
 from typing import NamedTuple
 
-from inference_api.headers import header_lines
+from inference_api.headers import header_lines, without_lines
 from inference_api.models import Call
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Model
@@ -28,6 +28,14 @@ class Prepared(NamedTuple):
     key: str
 
 
+class _Known(NamedTuple):
+    """What follows from an entry; `fixed`: the lines of its `headers`, if it has any."""
+
+    entry: CatalogueEntry
+    timeout: Timeout
+    fixed: bytes | None
+
+
 class Prepare:
     """Makes the Prepared of a Call. `tokens`: maps the name of a variable, or the path of a file, to a token."""
 
@@ -35,7 +43,7 @@ class Prepare:
         self._limits = limits
         self._tokens = tokens
         # Cached per model, until its entry changes
-        self._timeouts: dict[str, tuple[CatalogueEntry, Timeout]] = {}
+        self._known: dict[str, _Known] = {}
 
     def __call__(self, call: Call, model: Model) -> Prepared:
         entry = model.entry
@@ -48,9 +56,13 @@ class Prepare:
             body = edited(call.body, call.edits)
         deadline = call.deadline or self.deadline(call, model)
         size = len(body) if isinstance(body, bytes) else size_of(body)
-        known = self._timeouts.get(model.name)
-        timeout = known[1] if known is not None and known[0] is entry else self._timeout(model)
-        return tuple.__new__(Prepared, (body, self._lines(call, entry, size), timeout, deadline, call.prefix))
+        known = self._known.get(model.name)
+        if known is None or known[0] is not entry:
+            known = self._learn(model)
+        lines = self._lines(call, entry, size)
+        if known[2] is not None:
+            lines = without_lines(lines, entry.headers) + known[2]
+        return tuple.__new__(Prepared, (body, lines, known[1], deadline, call.prefix))
 
     def deadline(self, call: Call, model: Model) -> float:
         """Seconds of the loop's clock by which an answer that is asked for now must have ended."""
@@ -64,8 +76,8 @@ class Prepare:
 
     def retain(self, models: Collection[str]) -> None:
         """Forget all models but these, by name."""
-        for name in self._timeouts.keys() - models:
-            del self._timeouts[name]
+        for name in self._known.keys() - models:
+            del self._known[name]
 
     def _lines(self, call: Call, entry: CatalogueEntry, size: int) -> bytes:
         lines = call.lines
@@ -83,11 +95,12 @@ class Prepare:
                 lines = with_token(lines, credentials, self._tokens.get(credentials.source))
         return lines
 
-    def _timeout(self, model: Model) -> Timeout:
-        limits, own = self._limits, model.entry.timeouts
+    def _learn(self, model: Model) -> _Known:
+        limits, own, headers = self._limits, model.entry.timeouts, model.entry.headers
         timeout = Timeout(own.connect or limits.connect, own.first_byte or limits.first_byte, own.idle or limits.idle)
-        self._timeouts[model.name] = model.entry, timeout
-        return timeout
+        pairs = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+        known = self._known[model.name] = _Known(model.entry, timeout, header_lines(pairs) if pairs else None)
+        return known
 
 
 def _renamed(call: Call, served: str) -> Content:

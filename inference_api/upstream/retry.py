@@ -82,10 +82,15 @@ class RetryPolicy:
 
     def busy(self, backend: Backend, reply: Reply) -> Failure:
         """The Failure for an answer with a retryable status, or None."""
-        seconds = retry_after(reply.headers, self._wall())
-        if seconds and reply.status in (429, 503):
-            self.resting.pause(backend, seconds, self._clock())
+        if reply.status in (429, 503):
+            self.rest(backend, reply)
         return Failure(backend, Outcome.of_status(reply.status), Reason.STATUS, free=False, reply=reply)
+
+    def rest(self, backend: Backend, reply: Reply) -> None:
+        """Let the backend rest for as long as it asks."""
+        seconds = retry_after(reply.headers, self._wall())
+        if seconds:
+            self.resting.pause(backend, seconds, self._clock())
 
     def decide(self, call: Call, model: Model, past: Sequence[Failure], left: float) -> Retry | GiveUp:
         """Decide what follows the last failure; `left`: seconds until the call's deadline.

@@ -114,6 +114,7 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "rejected_requests": ("counter", {"model_name", "reason"}, ()),
     "stream_aborts": ("counter", {"model_name", "reason"}, ()),
     "upstream_attempts": ("counter", {"model_name", "backend", "outcome"}, ()),
+    "upstream_auth_failures": ("counter", {"model_name", "backend"}, ()),
     "retries": ("counter", {"model_name", "reason"}, ()),
     "backend_in_flight": ("gauge", {"model_name", "backend"}, ()),
     "backend_up": ("gauge", {"model_name", "backend"}, ()),
@@ -146,7 +147,15 @@ async def everything(start_engine: Start, start_router: Start) -> AsyncIterator[
     backends = [{"url": engine.url} for engine in (silent, dead)] + [unknown | {"discovery": "dns"}]
     async with ScriptedServer(telling) as engine:
         served = await start_router(
-            models=[{"name": "m", "backends": [{"url": engine.url}, *backends], "balancing": "round_robin"}],
+            models=[
+                {
+                    "name": "m",
+                    "backends": [{"url": engine.url}, *backends],
+                    "balancing": "round_robin",
+                    "credentials": {"env": "BACKEND_KEY"},
+                }
+            ],
+            tokens={"BACKEND_KEY": "x"},
             resolve=nobody,
             registry_url="http://127.0.0.1:9",
             load_signal_interval=1,

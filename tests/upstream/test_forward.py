@@ -717,14 +717,26 @@ async def test_a_backend_that_asks_for_a_rest_has_it(status: int, balancing: str
 
 
 async def test_a_status_that_is_not_tried_again_gives_no_rest() -> None:
-    desk, model = Desk(busy_for(7, 429)), model_of(*BACKENDS[:2])
+    desk, model = Desk(busy_for(7, 502)), model_of(*BACKENDS[:2])
 
     first = await desk.forward(call_to(), model)
     for _ in range(3):
         await finish(await desk.forward(call_to(), model))
 
-    assert first.status == 429
+    assert first.status == 502
     assert desk.hosts[2] == desk.hosts[0] != desk.hosts[1]
+    await first.aclose(Outcome.UPSTREAM_5XX)
+
+
+async def test_too_many_requests_give_a_rest_also_if_they_are_not_tried_again() -> None:
+    desk, model = Desk(busy_for(7, 429)), model_of(*BACKENDS[:2])
+
+    first = await desk.forward(call_to(), model)
+    for _ in range(9):
+        await finish(await desk.forward(call_to(), model))
+
+    assert first.status == 429
+    assert desk.hosts[0] not in desk.hosts[1:]
     await first.aclose(Outcome.UPSTREAM_4XX)
 
 
