@@ -7,6 +7,7 @@ from inference_api.chains import ByModel, chain, compose
 from inference_api.core import Core, Outside
 from inference_api.feature import Feature, Run
 from inference_api.features import (
+    adapters,
     budgets,
     cache,
     cost,
@@ -34,6 +35,8 @@ FEATURES = (
     tracing.FEATURE,
     # Has no layer: polls the engines' load in the background.
     engine_load.FEATURE,
+    # Names that engines list; asks another backend, directly around the attempts.
+    adapters.FEATURE,
     # Before all that reads the address of a client.
     trusted_proxies.FEATURE,
     # Before all that applies it.

@@ -125,7 +125,7 @@ class Core:
         self.registry = self._make_registry()
         self._catalogue.take = self.registry.replace_static
         self.reloader = Reloader((self._catalogue, self._tokens, self._trust))
-        self.metrics = Metrics(lambda: self.fleet.models)
+        self.metrics = Metrics(lambda: self.fleet.served)
         self.lag = LoopLag(self.metrics.loop_lag.observe)
         self.health = self._make_health()
         self._limits = _limits(settings)
@@ -160,7 +160,7 @@ class Core:
     def tasks(self) -> list[Run]:
         """The background tasks: files, registry, discovery, engines' facts, health, loop lag."""
         rand, every = self.rand.random, self.settings.health_interval
-        facts = EngineFacts(self.fleet, self.own_transport, rand=rand)
+        facts = EngineFacts(self.fleet, self.own_transport, rand=rand, headers=self.own_headers)
         timeout, last_read = self.settings.health_timeout, self.last_read()
         prober = Prober(self.fleet, self.own_transport, self._checked, last_read, every, timeout, rand)
         sleep_poller = EngineMetrics(
@@ -246,6 +246,14 @@ class Core:
             if self.registry_client is not None:
                 await self.registry_client.aclose()
 
+    def own_headers(self, entry: CatalogueEntry) -> dict[str, str]:
+        """The headers of the router's own requests to the backends of a model."""
+        credentials = entry.credentials
+        if not isinstance(credentials, Credentials):
+            return entry.headers
+        token = self._tokens.get(credentials.source)
+        return entry.headers | ({credentials.header: credentials.prefix + token} if token else {})
+
     def last_read(self) -> Callable[[str], float]:
         """Time of the last byte from an origin; infinity for a transport without that."""
         return self.transport.last_read if isinstance(self.transport, Transport) else lambda origin: math.inf
@@ -310,7 +318,7 @@ class Core:
 
     def _catalogue_changed(self) -> None:
         self._tokens.retain([model.entry for model in self.fleet.models.values()])
-        self.prepare.retain(self.fleet.models)
+        self.prepare.retain(self.fleet.served)
         self.metrics.forget_models()
         self._forget_backends()
         for finder in self._finders:

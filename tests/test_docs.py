@@ -10,7 +10,7 @@ import yaml
 
 from inference_api.app import ENTRY, GROUPS
 from inference_api.errors import RouterError
-from inference_api.features import budgets, cache, cost, engine_load, keys, policy, usage
+from inference_api.features import adapters, budgets, cache, cost, engine_load, keys, policy, usage
 from inference_api.features.delivery.sender import Answer, Delivery
 from inference_api.features.limiting.amounts import Estimates
 from inference_api.features.limits import Limiter
@@ -66,6 +66,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *Limiter(policies, MemoryStore(), Estimates()).collect(),
         *usage.families({"logged": 0}, Delivery(nobody)),
         *cost.families({}),
+        *adapters.families([]),
         *budgets.families({}, None),
         *cache.families(({}, {}, {}), (0, 0), {}),
     )

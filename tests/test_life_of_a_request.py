@@ -26,7 +26,14 @@ ROOT = Path(inference_api.__file__).parent
 PAGE = (ROOT.parent / "docs" / "architecture.md").read_text()
 URL = "/v1/chat/completions"
 # Background tasks that may have their turn in between, and what they call
-BESIDE = {"observe/lag.py", "routing/prober.py", "upstream/dial.py", "pace.py"}
+BESIDE = {
+    "observe/lag.py",
+    "routing/prober.py",
+    "discovery/list_poller.py",
+    "discovery/lists.py",
+    "upstream/dial.py",
+    "pace.py",
+}
 
 
 def files_in(text: str) -> list[str]:

@@ -23,6 +23,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "registry_required": ("on", "on"),
     "discovery_interval": ("2.5", 2.5),
     "load_signal_interval": ("5", 5.0),
+    "engine_interval": ("2.5", 2.5),
     "trusted_proxies": ("10.0.0.0/8, ::1", frozenset({ip_network("10.0.0.0/8"), ip_network("::1")})),
     "policy": ("/etc/policy.yaml", "/etc/policy.yaml"),
     "policy_cache": ("/var/cache/policy", Path("/var/cache/policy")),

@@ -4,27 +4,28 @@ import asyncio
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import httpx
 import orjson
 
+from inference_api.discovery.listing import fetch
 from inference_api.discovery.naming import IGNORES_NAMES, misnamed, names_in
 from inference_api.pace import spread
 from inference_api.routing.backend import Backend
+from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Fleet, Model
 
 logger = logging.getLogger(__name__)
 
 _EVERY = 60.0
-# Limit of a model list, which is a few KiB.
-_MAX_BYTES = 1 << 20
 
 
 class EngineFacts:
     """Keeps `Model.max_model_len` up to date from the first backend that reports it; a restart may change it.
 
-    A backend that does not answer changes nothing.
+    A backend that does not answer changes nothing. `headers`: of the router's own requests to the backends of an entry.
+    The names of models with `discover` are compared elsewhere.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class EngineFacts:
         rand: Callable[[], float] = random.random,
         timeout: float = 5.0,
         concurrency: int = 16,
+        headers: Callable[[CatalogueEntry], Mapping[str, str]] = lambda entry: {},
     ) -> None:
+        self._headers = headers
         self._timeout = timeout
         self._concurrency = concurrency
         self._fleet = fleet
@@ -77,7 +80,7 @@ class EngineFacts:
         """Update one model. `answers`: answers of engines in this poll, by URL."""
         for backend in _asked(model):
             if backend.url not in answers:
-                answers[backend.url] = await self._ask(backend)
+                answers[backend.url] = await self._ask(backend, self._headers(model.entry))
             self._compare(model, backend, answers[backend.url])
             length = _length(answers[backend.url], model.entry.served_model_name or model.name)
             if length is None:
@@ -90,7 +93,7 @@ class EngineFacts:
     def _compare(self, model: Model, backend: Backend, document: object) -> None:
         """Log once that a backend does not serve the model's name: every request for it would be a 404."""
         names = names_in(document)
-        if names is None or model.entry.engine in IGNORES_NAMES:
+        if names is None or model.entry.engine in IGNORES_NAMES or model.entry.discover:
             return
         wrong, key = misnamed(model.entry, names), (model.name, backend.url)
         if wrong is None:
@@ -100,29 +103,13 @@ class EngineFacts:
             fields = {"model": model.name, "backend": backend.label}
             logger.warning("a backend does not serve the model of its entry: it %s", wrong, extra={"fields": fields})
 
-    async def _ask(self, backend: Backend) -> object:
+    async def _ask(self, backend: Backend, headers: Mapping[str, str]) -> object:
         """The models in its /v1/models, None without an answer."""
         try:
             async with asyncio.timeout(self._timeout):
-                return orjson.loads(await self._fetch(backend))
+                return orjson.loads((await fetch(self._transport, backend, headers, self._timeout))[1])
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
             return None
-
-    async def _fetch(self, backend: Backend) -> bytes:
-        url, _ = backend.address("/v1/models")
-        request = httpx.Request("GET", url, extensions={"timeout": {"connect": self._timeout}, "origin": backend.url})
-        response = await self._transport.handle_async_request(request)
-        body = bytearray()
-        stream = response.stream
-        assert isinstance(stream, httpx.AsyncByteStream)
-        try:
-            async for chunk in stream:
-                body += chunk
-                if len(body) > _MAX_BYTES:
-                    raise ValueError("a list of models that is too long")
-        finally:
-            await stream.aclose()
-        return bytes(body)
 
 
 def _asked(model: Model) -> tuple[Backend, ...]:

@@ -24,12 +24,12 @@ def misnamed(entry: CatalogueEntry, names: list[str]) -> str | None:
         return None
     if not names:
         return "serves no model"
-    shown = [f'"{_printable(name)}"' for name in names[:_SHOWN]]
+    shown = [f'"{printable(name)}"' for name in names[:_SHOWN]]
     if len(names) > _SHOWN:
         shown.append(f"{len(names) - _SHOWN} more")
     fix = f"set served_model_name: {shown[0]}" if len(names) == 1 else "set served_model_name to one of them"
     return f"serves {', '.join(shown)}; {fix}"
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in name[:_LONGEST])

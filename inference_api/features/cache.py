@@ -72,7 +72,7 @@ KEY: EntryKey[CacheEntry | None] = EntryKey("cache", CacheEntry | None, None)
 def build(core: Core, settings: Settings) -> Feature:
     """Always built, and only on the way of models with the key."""
     answers = Answers(settings.of(Options).cache_bytes)
-    cache = Cache(lambda: core.fleet.models, core.admission.turns, answers, settings.total_timeout)
+    cache = Cache(lambda: core.fleet.served, core.admission.turns, answers, settings.total_timeout)
     return Feature(
         "cache",
         fields=("temperature",),

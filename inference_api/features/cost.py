@@ -106,7 +106,7 @@ class Costs:
     """Notes the price at the beginning of a request, and computes its cost at the end."""
 
     def __init__(self, core: Core) -> None:
-        self._totals: Series[str, Count] = Series(lambda model: Count(), lambda model: model in core.fleet.models)
+        self._totals: Series[str, Count] = Series(lambda model: Count(), lambda model: model in core.fleet.served)
 
     def ask(self, send: Send) -> Send:
         def priced(call: Call, model: Model) -> Awaitable[Reply]:

@@ -99,7 +99,7 @@ class Metering:
         tokens: Metered = metered(record, self.calibration.of(model))
         state[METERED] = tokens
         if events and record[6] is OK and tokens[4] == "reported" and tokens[2]:
-            self.calibration.learn(model, tokens[2], events, len(self._fleet.models))
+            self.calibration.learn(model, tokens[2], events, len(self._fleet.served))
 
 
 async def _asked(send: Send, call: Call, model: Model, edit: Edit) -> Reply:

@@ -34,8 +34,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
     if options.policy != REGISTRY:
         _read_file(core, options, policies)
         # Of a registry the names are not known.
-        models = None if settings.registry_url else core.fleet.models
-        return Feature("policy", collect=collect, check=partial(_warnings, policies, models))
+        return Feature("policy", collect=collect, check=partial(_warnings, policies, _names(core)))
     client = core.registry_client
     if client is None:
         needs = f"needs {PREFIX}REGISTRY_URL; set it to the base URL of the registry"
@@ -53,6 +52,14 @@ def _read_file(core: Core, options: Options, policies: Policies) -> None:
     except PolicyError as exc:
         raise SettingsError(str(exc)) from None
     core.watch(file)
+
+
+def _names(core: Core) -> Collection[str] | None:
+    """The names of models, None if they are not known: those of a registry, or of engines."""
+    models = core.fleet.models.values()
+    if core.settings.registry_url or any(model.entry.discover for model in models):
+        return None
+    return core.fleet.served
 
 
 def _warnings(policies: Policies, models: Collection[str] | None) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """The routes that the router answers itself: models, probes, metrics, and errors for unknown paths."""
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
+from time import monotonic
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -22,8 +23,9 @@ from inference_api.http.suggestions import meant
 from inference_api.models import Outcome
 from inference_api.observe.account import Account
 from inference_api.observe.scrape import Exposition
-from inference_api.routing.fleet import Fleet, may_use
+from inference_api.routing.fleet import Fleet, Model, may_use
 from inference_api.routing.registry import Registry
+from inference_api.routing.standing import no_backend
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,21 @@ class Models:
     async def list_all(self, request: Request) -> Response:
         caller = request.scope[ACCOUNT].caller
         if caller is not None:
-            seen = [model for model in self._fleet.models.values() if may_use(caller, model)]
+            seen = [model for model in self._listed() if may_use(caller, model)]
             return Response(wire.model_list(seen), media_type="application/json")
         if self._version != self._fleet.version:
             self._version = self._fleet.version
-            self._rendered = wire.model_list(self._fleet.models.values())
+            self._rendered = wire.model_list(self._listed())
         return Response(self._rendered, media_type="application/json")
+
+    def _listed(self) -> Iterator[Model]:
+        """Those of the catalogue, and the adapters that a backend has."""
+        return (model for model in self._fleet.served.values() if model.parent is None or model.backends)
 
     async def retrieve(self, request: Request) -> Response:
         model = self._resolve(request.path_params["model"], request.scope[ACCOUNT].caller)
+        if model.parent is not None and not model.backends:
+            raise no_backend(model, monotonic())
         return Response(wire.json_bytes(wire.model_card(model)), media_type="application/json")
 
     def routes(self) -> list[Route]:

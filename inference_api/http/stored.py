@@ -117,7 +117,9 @@ class StoredResponses:
         if place is None or place.caller != _id_of(caller):
             raise ResponseNotFound(response)
         model = self._stages.resolve(place.model, caller)
-        for backend in (*model.backends, *model.leaving):
+        # An adapter may have left the backend that still has the response.
+        owner = model.parent or model
+        for backend in (*owner.backends, *owner.leaving):
             if backend.url == place.url:
                 return model, backend
         raise ResponseNotFound(response)

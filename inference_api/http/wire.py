@@ -111,9 +111,11 @@ def model_card(model: Model) -> dict[str, Any]:
         "created": entry.created,
         "owned_by": entry.owner,
         "version": entry.version,
-        "aliases": entry.aliases,
+        "aliases": (*entry.aliases, *model.further),
         "hardware": None if entry.hardware is None else entry.hardware.model_dump(),
     }
+    if model.parent is not None:
+        card["parent"] = model.parent.name
     if model.max_model_len is not None:
         card["max_model_len"] = model.max_model_len
     return card

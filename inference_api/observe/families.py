@@ -14,6 +14,7 @@ from inference_api.observe.metrics import ABORTS, Metrics
 from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend
 from inference_api.routing.entries import Credentials
+from inference_api.routing.fleet import Model
 from inference_api.routing.registry import RegistryStatus
 
 # Shown as 0 from the start: an alert on a counter that begins with 1 would miss the first event.
@@ -84,7 +85,7 @@ class Families:
         yield seconds("request_duration", text, ("model_name", "route", "stream", "code_class"), durations)
         text = "Seconds from the whole request to its first attempt."
         yield seconds("overhead", text, ("route",), metrics.overheads.snapshot().items())
-        in_flight = (((name,), model.in_flight) for name, model in self._metrics.fleet().items())
+        in_flight = (((model.name,), model.in_flight) for model in self._models())
         yield gauge("requests_in_flight", "Requests in flight.", ("model_name",), in_flight)
         text = "Requests turned away, by why."
         yield counter("rejected_requests", text, ("model_name", "reason"), self._rejections())
@@ -163,10 +164,10 @@ class Families:
         yield gauge("backend_set_aside", text, BY_BACKEND, aside)
         text = "1: the backend reports that it sleeps, and gets no requests."
         yield gauge("backend_asleep", text, BY_BACKEND, self._each(lambda backend: backend.origin.asleep))
-        text = "Failed health checks and failed reads of metrics."
+        text = "Failed health checks, failed reads of metrics, and lists without the model."
         yield counter("backend_probe_failures", text, (*BY_BACKEND, "kind"), self._probe_failures())
         text = "1: more than half of the model's backends are out, so all are used."
-        panic = (((name,), model.panic) for name, model in self._metrics.fleet().items())
+        panic = (((model.name,), model.panic) for model in self._models())
         yield gauge("panic_mode", text, ("model_name",), panic)
 
     def _auth_failures(self) -> Iterator[Shown]:
@@ -176,14 +177,18 @@ class Families:
             if labels[2] == AUTH_FAILED
         }
         yield from counts.items()
-        for model in self._metrics.fleet().values():
+        for model in self._models():
             # From 0 on where it is likely, so that an alert sees the first one.
             for backend in model.backends if isinstance(model.entry.credentials, Credentials) else ():
                 if (labels := (backend.model, backend.label)) not in counts:
                     yield labels, 0
 
+    def _models(self) -> Iterator[Model]:
+        """Without adapters, whose requests and backends are those of their parents."""
+        return (model for model in self._metrics.fleet().values() if model.parent is None)
+
     def _backends(self) -> Iterator[Backend]:
-        return (backend for model in self._metrics.fleet().values() for backend in model.backends)
+        return (backend for model in self._models() for backend in model.backends)
 
     def _each(self, value: Callable[[Backend], float | None]) -> Iterator[Shown]:
         return (((backend.model, backend.label), value(backend)) for backend in self._backends())
@@ -191,9 +196,9 @@ class Families:
     def _probe_failures(self) -> Iterator[Shown]:
         seen = self._metrics.probe_failures.snapshot()
         for backend in self._backends():
-            health, scrapes = ((backend.model, backend.label, kind) for kind in ("health", "metrics"))
+            health, *others = ((backend.model, backend.label, kind) for kind in ("health", "metrics", "model"))
             yield health, seen[health].count if health in seen else 0
-            yield scrapes, seen[scrapes].count if scrapes in seen else None
+            yield from ((labels, seen[labels].count if labels in seen else None) for labels in others)
 
     def _of_registry(self) -> Iterator[Family]:
         status = self._registry()

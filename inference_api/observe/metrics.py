@@ -167,7 +167,10 @@ class Metrics:
 
     def probe_failed(self, origin: Origin, kind: str) -> None:
         for backend in origin.backends:
-            self.probe_failures[backend.model, backend.label, kind].count += 1
+            self.backend_failed(backend, kind)
+
+    def backend_failed(self, backend: Backend, kind: str) -> None:
+        self.probe_failures[backend.model, backend.label, kind].count += 1
 
     def forget_models(self) -> None:
         """Drop the series of models that have left the catalogue."""
@@ -180,7 +183,7 @@ class Metrics:
 
     def forget_backends(self) -> None:
         """Drop the series of removed backends; with pod addresses, every rollout would add new ones."""
-        known = {(name, backend.label) for name, model in self.fleet().items() for backend in model.backends}
+        known = {(backend.model, backend.label) for model in self.fleet().values() for backend in model.backends}
         self.attempts.forget(lambda key: key[:2] in known)
         self.probe_failures.forget(lambda key: key[:2] in known)
 

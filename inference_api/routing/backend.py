@@ -104,8 +104,8 @@ class Backend:
 
     __slots__ = (
         "address", "base_path", "changed", "circuit", "compared", "errors", "extra", "full_weight", "host",
-        "in_flight", "label", "last_error", "late", "model", "origin", "recent", "refuses", "share", "spared_until",
-        "url", "was_usable", "weight",
+        "in_flight", "label", "lacks", "last_error", "late", "model", "origin", "recent", "refuses", "share",
+        "spared_until", "url", "was_usable", "weight",
     )  # fmt: skip
 
     def __init__(self, model: str, url: str, weight: float = 1.0, origin: Origin | None = None) -> None:
@@ -133,6 +133,8 @@ class Backend:
         self.compared = False
         self.spared_until = 0.0
         self.circuit = Circuit()
+        # What it serves instead of the model, and the fix; None: it has the model, or is not asked
+        self.lacks: str | None = None
         # For operators: time of its last change of state, and outcome and time of its last failed attempt
         self.was_usable = True
         self.changed: float | None = None
@@ -149,8 +151,13 @@ class Backend:
         return self.origin.opened is not None or (self.circuit.opened is not None and not self.refuses)
 
     @property
+    def serving(self) -> bool:
+        """Whether it is awake and has the model, as its engine reports."""
+        return not self.origin.asleep and self.lacks is None
+
+    @property
     def usable(self) -> bool:
-        return self.circuit.opened is None and self.origin.usable
+        return self.circuit.opened is None and self.lacks is None and self.origin.usable
 
     @property
     def due(self) -> float:

@@ -60,6 +60,8 @@ _NOT_FIXED = _NO_CREDENTIALS | {"authorization", "x-api-key", "api-key"}
 RENAMED = {"policy": "balancing"}
 # A model with more is refused; of a name with more addresses, only these are used.
 MAX_BACKENDS = 4096
+# Of a model that lists more, only these are served.
+MAX_ADAPTERS = 1000
 
 
 class _Entry(BaseModel):
@@ -177,6 +179,9 @@ class CatalogueEntry(_Entry):
     engine_fields: Literal["refuse", "allow"] = "refuse"
     # Source of a request's priority: an int64 for vLLM, lower is earlier
     priority: Literal["client", "ignore", "caller"] | Int64 = "client"
+    # Whether its backends are asked for names and adapters; the adapters that are served, None: all that are listed
+    discover: bool = False
+    adapters: tuple[ModelName, ...] | None = Field(default=None, max_length=MAX_ADAPTERS)
     created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
     # Stands for the leading /v1 of the client's path
     base_path: Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)+$", max_length=256)] | None = None
@@ -203,6 +208,21 @@ class CatalogueEntry(_Entry):
         if len(set(urls)) != len(urls):
             raise ValueError("the same backend url is listed twice")
         return backends
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _few_adapters(cls, names: Any) -> Any:
+        # Before its items are looked at, which could take a minute.
+        if isinstance(names, list | tuple) and len(names) > MAX_ADAPTERS:
+            raise ValueError(f"at most {MAX_ADAPTERS} adapters")
+        return names
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_once(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and len(set(names)) != len(names):
+            raise ValueError("the same adapter is listed twice")
+        return names
 
     @field_validator("base_path")
     @classmethod

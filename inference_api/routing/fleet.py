@@ -1,8 +1,8 @@
-"""The live state of a catalogue: a Model holds its backends, the Fleet all models."""
+"""The live state of a catalogue: a Model holds its backends, the Fleet all models, and the adapters of engines."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from inference_api.models import Caller
 from inference_api.routing.addresses import addresses_of
@@ -25,8 +25,8 @@ class Model:
     """A resolved name: its catalogue entry, its backends, and its requests in flight."""
 
     __slots__ = (
-        "_guard", "available", "awake", "backends", "balancer", "entry", "guard", "in_flight", "leaving",
-        "max_model_len", "members", "name", "open", "panic", "parts",
+        "_guard", "adapters", "available", "awake", "backends", "balancer", "entry", "further", "guard", "in_flight",
+        "leaving", "max_model_len", "members", "name", "open", "panic", "parent", "parts",
     )  # fmt: skip
 
     def __init__(
@@ -35,10 +35,16 @@ class Model:
         backends: tuple[Backend, ...],
         balancer: Balancer[Backend],
         guard: Guard | None = None,
+        parent: "Model | None" = None,
     ) -> None:
         self.name = entry.name
         self.entry = entry
         self.balancer = balancer
+        # Of an adapter: the model that it is a view of
+        self.parent = parent
+        # Found by discovery: its adapters, and names beside those of its entry
+        self.adapters: tuple[Adapter, ...] = ()
+        self.further: tuple[str, ...] = ()
         # Shared: replaced as a whole, never edited, so that balancers may cache by identity.
         self.backends = backends
         self.available = self.awake = backends
@@ -53,8 +59,8 @@ class Model:
         # All models that it stands for, if it is a virtual one
         self.members: tuple[str, ...] = ()
         # Live state
-        self.in_flight = 0
-        self.max_model_len: int | None = None
+        self.in_flight: int = 0 if parent is None else parent.in_flight
+        self.max_model_len: int | None = None if parent is None else parent.max_model_len
         # The parts of features that apply to its entry, composed at its first request: see `feature.ByModel`.
         self.parts: Any = None
         # An address that serves another model may have state already.
@@ -79,16 +85,19 @@ class Model:
             left = {*self.backends, *self.leaving}.difference(backends)
             self.leaving = tuple(backend for backend in left if backend.in_flight)
             self.backends = backends
+            known: dict[frozenset[str], tuple[Backend, ...]] = {}
+            for adapter in self.adapters:
+                adapter.follow(known)
             self.refresh()
 
     def refresh(self, reweighed: bool = False) -> None:
         """Recompute the available backends after a change of state or (`reweighed`) of a share.
 
         All are available if more than half would be out: then detection is wrong, or the rest would be overloaded. An
-        only backend is always available: there is no alternative. Sleeping backends are out in any case: the engine
-        reports that itself, and would not answer.
+        only backend is always available: there is no alternative. Sleeping backends are out in any case, and those that
+        do not have the model: the engine reports that itself, and would not answer.
         """
-        self.awake = backends = tuple(backend for backend in self.backends if not backend.origin.asleep)
+        self.awake = backends = tuple(backend for backend in self.backends if backend.serving)
         usable = [backend for backend in backends if backend.usable]
         self.open = tuple(sorted((backend for backend in backends if not backend.closed), key=attrgetter("due")))
         self.guard = self._guard if self.open or any(backend.compared for backend in backends) else None
@@ -99,6 +108,19 @@ class Model:
             self.available = self.backends
         elif reweighed or usable != list(self.available):
             self.available = tuple(usable)
+        if self.adapters:
+            self._refresh_adapters(reweighed)
+
+    def _refresh_adapters(self, reweighed: bool) -> None:
+        """Once for all adapters that have the same backends: a model may have a thousand."""
+        known: dict[tuple[Backend, ...], Model] = {self.backends: self}
+        for adapter in self.adapters:
+            like = known.get(adapter.backends)
+            if like is None:
+                adapter.refresh(reweighed)
+                known[adapter.backends] = adapter
+            else:
+                adapter.copy(like)
 
     def __repr__(self) -> str:
         return f"<Model {self.name}: {len(self.available)}/{len(self.backends)} backends, {self.in_flight} in flight>"
@@ -109,14 +131,93 @@ def may_use(caller: Caller | None, model: Model) -> bool:
     return caller is None or (caller.may_use(model.name) and all(caller.may_use(name) for name in model.members))
 
 
+class Adapter(Model):
+    """A LoRA adapter that engines serve beside a model, its parent: a view of that, with a name of its own.
+
+    Its backends are the same objects, so that an address has one circuit and one count. Its requests count in the
+    parent. `holders`: URLs of the backends that have it; None: all of the parent's have it.
+    """
+
+    __slots__ = ("holders", "origin_entry")
+    parent: Model
+
+    def __init__(self, name: str, parent: Model, balancer: Balancer[Backend], holders: frozenset[str] | None) -> None:
+        self.holders = holders
+        # The parent's entry that its own is a copy of
+        self.origin_entry = parent.entry
+        own = {"name": name, "aliases": (), "served_model_name": None}
+        super().__init__(parent.entry.model_copy(update=own), (), balancer, parent._guard, parent)
+        self.follow({})
+        self.refresh()
+
+    @property
+    def in_flight(self) -> int:
+        return self.parent.in_flight
+
+    @in_flight.setter
+    def in_flight(self, count: int) -> None:
+        self.parent.in_flight = count
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.parent.max_model_len
+
+    @max_model_len.setter
+    def max_model_len(self, length: int | None) -> None:
+        self.parent.max_model_len = length
+
+    def hold(self, holders: frozenset[str] | None) -> None:
+        """Set the backends that have it."""
+        if holders != self.holders:
+            self.holders = holders
+            self.follow({})
+            self.refresh()
+
+    def follow(self, known: dict[frozenset[str], tuple[Backend, ...]]) -> None:
+        """Take its backends from those of its parent. `known`: those of the same holders, of this parent."""
+        everything, holders = self.parent.backends, self.holders
+        if holders is None:
+            self.backends = everything
+            return
+        if holders not in known:
+            found = tuple(backend for backend in everything if backend.url in holders)
+            known[holders] = everything if len(found) == len(everything) else found
+        self.backends = known[holders]
+
+    def copy(self, like: Model) -> None:
+        """Take the state of a Model with the same backends."""
+        self.awake, self.open, self.guard = like.awake, like.open, like.guard
+        self.panic, self.available = like.panic, like.available
+
+
+class Found(NamedTuple):
+    """The names that discovery adds to those of the catalogue.
+
+    `adapters`: name -> the parent's name, and URLs of the backends that have it (None: all). `aliases`: name -> model.
+    """
+
+    adapters: Mapping[str, tuple[str, frozenset[str] | None]]
+    aliases: Mapping[str, str]
+
+
+# Gets the models of the catalogue, and all of its names, which are not to be found.
+Find = Callable[[Mapping[str, Model], Collection[str]], Found]
+
+
 class Fleet:
     """Every Model by all of its names. Models persist across catalogue changes, with their state."""
 
     def __init__(self, make_balancer: Callable[[BalancingName], Balancer[Backend]]) -> None:
         self._make_balancer = make_balancer
+        # The models of the catalogue; and these with their adapters. Replaced as a whole.
         self.models: dict[str, Model] = {}
+        self.served: dict[str, Model] = self.models
         # Name or alias -> Model; the only look-up of a request.
         self.by_name: dict[str, Model] = {}
+        # The part of it that the catalogue gives
+        self._named: dict[str, Model] = {}
+        self._find: Find | None = None
+        self._extended: set[Model] = set()
         # Results of `discovery: dns`: host name -> addresses, see `discovery`; URL -> URLs of backends, see
         # `endpointslices`. A host name is no URL.
         self.addresses: dict[str, Sequence[str]] = {}
@@ -130,8 +231,13 @@ class Fleet:
     def protect(self, guard: Guard) -> None:
         """Give every model this guard, which chooses while it is needed."""
         self._guard = guard
-        for model in self.models.values():
+        for model in self.served.values():
             model.protect(guard)
+
+    def discover(self, find: Find) -> None:
+        """Have `find` name what is served beside the catalogue: now, with every catalogue, and at each `link`."""
+        self._find = find
+        self.link()
 
     def update(self, catalogue: Mapping[str, CatalogueEntry]) -> None:
         """Apply a catalogue. Removed backends finish their attempts in flight."""
@@ -139,11 +245,47 @@ class Fleet:
         for gone in self.models.keys() - models.keys():
             self._move(self.models[gone].backends, ())
         self._forget_vacant()
-        self.by_name = {alias: models[entry.name] for entry in catalogue.values() for alias in entry.aliases} | models
+        self._named = {alias: models[entry.name] for entry in catalogue.values() for alias in entry.aliases} | models
         self.models = models
         for model in models.values():
             model.members = tuple(self._members(model))
+        self.link()
+
+    def link(self) -> None:
+        """Make the names: those of the catalogue, and what discovery has found."""
         self.version += 1
+        found = self._find(self.models, self._named) if self._find is not None else None
+        before = {name: model for name, model in self.served.items() if isinstance(model, Adapter)}
+        if not before and (found is None or not (found.adapters or found.aliases)):
+            self._forget_further()
+            self.by_name, self.served = self._named, self.models
+            return
+        assert found is not None
+        adapters = {name: self._adapter(name, *one, before.get(name)) for name, one in found.adapters.items()}
+        of_model: dict[str, list[Adapter]] = {adapter.parent.name: [] for adapter in before.values()}
+        for adapter in adapters.values():
+            of_model.setdefault(adapter.parent.name, []).append(adapter)
+        for name, those in of_model.items():
+            if (model := self.models.get(name)) is not None:
+                model.adapters = tuple(those)
+        further = {alias: self.models[name] for alias, name in found.aliases.items()}
+        self._forget_further()
+        self._extended = {*further.values()}
+        for alias, model in further.items():
+            model.further += (alias,)
+        self.by_name, self.served = {**further, **adapters, **self._named}, {**self.models, **adapters}
+
+    def _adapter(self, name: str, parent: str, holders: frozenset[str] | None, known: Adapter | None) -> Adapter:
+        model = self.models[parent]
+        if known is None or known.parent is not model or known.origin_entry is not model.entry:
+            return Adapter(name, model, self._make_balancer(model.entry.balancing), holders)
+        known.hold(holders)
+        return known
+
+    def _forget_further(self) -> None:
+        for model in self._extended:
+            model.further = ()
+        self._extended = set()
 
     def _members(self, model: Model) -> dict[str, None]:
         """The names of all models that a virtual one stands for, also by others; {} for any other model."""

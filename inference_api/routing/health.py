@@ -215,6 +215,19 @@ class Health:
             self._come_back(origin)
             _log(logging.INFO, "a backend is awake again", origin, told=asleep is not None)
 
+    def compared_name(self, backend: Backend, lacks: str | None) -> None:
+        """Record what a backend serves instead of its model; None: it has the model, or is not asked any more."""
+        was, backend.lacks = backend.lacks, lacks
+        if lacks == was:
+            return
+        fields = {"model": backend.model, "backend": backend.label}
+        if lacks is None:
+            self._bring_back(backend)
+            logger.info("a backend serves the model of its entry again", extra={"fields": fields})
+        else:
+            self._refresh_one(backend)
+            logger.warning("a backend does not serve the model of its entry: it %s", lacks, extra={"fields": fields})
+
     # Once a second
 
     async def run(self) -> None:

@@ -116,7 +116,7 @@ class Registry:
         if model is None:
             if self.awaited:
                 raise RegistryUnavailable(name)
-            known = (model.name for model in self._fleet.models.values() if may_use(caller, model))
+            known = (model.name for model in self._fleet.served.values() if may_use(caller, model))
             raise ModelNotFound(name, list(islice(known, 11)))
         return model
 

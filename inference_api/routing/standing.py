@@ -44,6 +44,8 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
         return Standing("asleep", circuit, "it reports that it sleeps", since)
     if resting is not None and resting > now:
         return Standing("resting", circuit, "it sent Retry-After", since, resting)
+    if backend.lacks is not None:
+        return Standing("unhealthy", circuit, f"it {backend.lacks}", since)
     if backend.share < 1.0:
         return Standing("recovering", circuit, "slow start", since)
     # Not out yet: that requires a few failures in a row.
@@ -56,7 +58,7 @@ def no_backend(model: Model, now: float) -> NoBackend:
     return NoBackend(
         model.name,
         SOON if refused else 5,
-        asleep=bool(model.backends) and not model.awake,
+        asleep=bool(model.backends) and all(backend.origin.asleep for backend in model.backends),
         none=not model.entry.backends,
         why=why_not(model, now),
     )
@@ -68,6 +70,8 @@ def why_not(model: Model, now: float, causes: Mapping[Backend, str] | None = Non
     `causes`: of the connections that have just failed.
     """
     causes = causes or {}
+    if not model.backends and model.parent is not None and model.parent.backends:
+        return f"no backend of its parent, the model {model.parent.name!r}, has this adapter"
     if not model.backends:
         return "its backends have no known address" if model.entry.backends else "it has no backends"
     reasons = [f"{backend.label}: {causes.get(backend) or _cause(backend, now)}" for backend in model.backends[:_SHOWN]]

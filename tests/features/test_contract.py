@@ -88,12 +88,13 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "cost": lambda: On(settings={"entry": {"price": {"input": 0.2, "output": 0.6}}}),
     "cache": lambda: On(settings={"entry": {"cache": {"ttl": 60, "temperature": 2}}}),
     "usage": lambda: On(settings={"usage": "log"}),
+    "adapters": lambda: On(settings={"entry": {"discover": True}, "engine_interval": 0.2}),
     "everything": lambda: On([Everything().feature]),
 }
 
 
 # Features that only a key of the catalogue turns on: always built.
-ALWAYS: set[str] = {"metering", "cost", "cache", "providers"}
+ALWAYS: set[str] = {"metering", "cost", "cache", "providers", "adapters"}
 
 
 @pytest.fixture(params=TURN_ON)

@@ -92,6 +92,7 @@ SENT: list[bytes] = [
             STREAM | {"user": "abort"},
             CHAT | {"user": "hang"},
             CHAT | {"model": "nope"},
+            CHAT | {"model": "lora"},
             CHAT | {"messages": None},
             b"{",
         )
@@ -115,7 +116,7 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
         "auth": "keys",
         "policy": write(tmp_path / "policy.json", policy_of(key(organisation="team-a", user="ana"))),
     }
-    entry = {"price": {"input": 0.2, "output": 0.6}}
+    entry = {"price": {"input": 0.2, "output": 0.6}, "adapters": ["lora"], "cache": {"ttl": 60}}
     async with command(tmp_path, engine, entry=entry, environ=environ, **settings) as router:
         router.client.headers["x-api-key"] = EXAMPLE.key
         await ready(router.client)

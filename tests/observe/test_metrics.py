@@ -107,6 +107,7 @@ FAMILIES: dict[str, tuple[str, set[str], tuple[float, ...]]] = {
     "request_duration_seconds": ("histogram", {"model_name", "route", "stream", "code_class"}, DURATION_BUCKETS),
     "overhead_seconds": ("histogram", {"route"}, OVERHEAD_BUCKETS),
     "requests_in_flight": ("gauge", {"model_name"}, ()),
+    "model_backends": ("gauge", {"model_name"}, ()),
     "time_to_first_token_seconds": ("histogram", {"model_name", "route"}, TTFT_BUCKETS),
     "time_per_output_token_seconds": ("histogram", {"model_name", "route"}, TPOT_BUCKETS),
     "tokens": ("counter", {"model_name", "type"}, ()),
@@ -152,6 +153,7 @@ async def everything(start_engine: Start, start_router: Start) -> AsyncIterator[
                     "name": "m",
                     "backends": [{"url": engine.url}, *backends],
                     "balancing": "round_robin",
+                    "adapters": ["lora"],
                     "credentials": {"env": "BACKEND_KEY"},
                 }
             ],
