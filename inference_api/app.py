@@ -17,6 +17,7 @@ from inference_api.features import (
     metering,
     policy,
     providers,
+    race,
     tracing,
     trusted_proxies,
     usage,
@@ -53,6 +54,8 @@ FEATURES = (
     limits.FEATURE,
     # Inside of the limits: an answer of the cache is a request, and its tokens are given back.
     cache.FEATURE,
+    # Inside of all that is done once for a request.
+    race.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
 )

@@ -7,7 +7,7 @@ import httpx
 import orjson
 
 from inference_api.errors import RouterError, UpstreamProtocolError
-from inference_api.models import Outcome
+from inference_api.models import Outcome, Reply
 from inference_api.relay.dialects import ends_in_abort, is_aborted, is_json
 from inference_api.relay.usage import find_usage
 from inference_api.upstream.response import ResponseStream
@@ -29,6 +29,16 @@ async def hold(stream: httpx.AsyncByteStream, limit: int) -> tuple[bytes, AsyncI
         if size > limit:
             return b"".join(chunks), rest
     return b"".join(chunks), None
+
+
+async def first_bytes(reply: Reply, wanted: int = 0) -> bytes:
+    """More than `wanted` bytes of the body, or all of it, without consuming them.
+
+    Raises httpx.TransportError if the body breaks off.
+    """
+    if not isinstance(reply.stream, ResponseStream | Readable):
+        reply.stream = Readable(reply.stream)
+    return await reply.stream.peek(wanted)
 
 
 class Readable(httpx.AsyncByteStream):

@@ -15,7 +15,7 @@ from starlette.types import Send
 from inference_api.errors import RouterError, UpstreamProtocolError, UpstreamReset, UpstreamTimeout, error_event
 from inference_api.headers import extra_lines, extra_pairs
 from inference_api.models import CLIENT_GONE, Call, Direct, Outcome, RawHeaders, Reply, of_status
-from inference_api.relay.answers import Readable, hold, read_answer
+from inference_api.relay.answers import first_bytes, hold, read_answer
 from inference_api.relay.dialects import Body, body_kind
 from inference_api.relay.events import EventTracker
 from inference_api.relay.filter import FilteringPump
@@ -101,7 +101,7 @@ class Relay:
                 self.outcome = await self._whole(send, head)
         except httpx.TransportError as exc:
             self.outcome = outcome_of(exc)
-            raise _unusable(self.outcome) from exc
+            raise unusable(self.outcome) from exc
         except RouterError:
             self.outcome = Outcome.PROTOCOL_ERROR
             raise
@@ -234,11 +234,9 @@ class Relay:
         return await self._pump(send, None).run(self._reply.stream, b"")
 
     async def _body_kind(self) -> Body:
-        if not isinstance(self._reply.stream, ResponseStream):
-            self._reply.stream = Readable(self._reply.stream)
-        stream, wanted = self._reply.stream, 0
+        wanted = 0
         while True:
-            first = await stream.peek(wanted)
+            first = await first_bytes(self._reply, wanted)
             kind = body_kind(first)
             if kind is not None or len(first) <= wanted:
                 return kind or Body.OTHER
@@ -287,7 +285,8 @@ class Relay:
         await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
 
 
-def _unusable(outcome: Outcome) -> RouterError:
+def unusable(outcome: Outcome) -> RouterError:
+    """The error for an answer that broke off before a byte of it was sent."""
     if outcome in (Outcome.IDLE_TIMEOUT, Outcome.TOTAL_TIMEOUT, Outcome.FIRST_BYTE_TIMEOUT):
         return UpstreamTimeout("The model did not finish its answer in time.", outcome, final=True)
     if outcome is Outcome.PROTOCOL_ERROR:

@@ -94,7 +94,7 @@ TURN_ON: dict[str, Callable[[], On]] = {
 
 
 # Features that only a key of the catalogue turns on: always built.
-ALWAYS: set[str] = {"metering", "cost", "cache", "providers", "adapters"}
+ALWAYS: set[str] = {"metering", "cost", "cache", "providers", "adapters", "race"}
 
 
 @pytest.fixture(params=TURN_ON)

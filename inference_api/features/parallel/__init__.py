@@ -1,0 +1,1 @@
+"""What features share that let several models work for one request at once."""
