@@ -24,7 +24,7 @@ from inference_api.features.cost import PRICE, cost_of
 from inference_api.features.delivery.records import METERED, Metered
 from inference_api.http.head import RequestHead
 from inference_api.http.turns import Turns
-from inference_api.models import NOTES, OK, Call, Extra, Outcome, Reply, Send, note
+from inference_api.models import NOTES, OK, RAN, Call, Extra, Outcome, Reply, Send, note
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
@@ -33,6 +33,7 @@ from inference_api.relay.replay import Replay
 from inference_api.relay.usage import Counts
 from inference_api.routing.entries import CatalogueEntry, EntryKey
 from inference_api.routing.fleet import Model
+from inference_api.routing.references import members_of
 from inference_api.settings import Group, Settings
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ KEY: EntryKey[CacheEntry | None] = EntryKey("cache", CacheEntry | None, None)
 def build(core: Core, settings: Settings) -> Feature:
     """Always built, and only on the way of models with the key."""
     answers = Answers(settings.of(Options).cache_bytes)
-    cache = Cache(lambda: core.fleet.served, core.admission.turns, answers, settings.total_timeout)
+    cache = Cache(lambda: core.fleet.served, core.admission.turns, answers, core.prepare.deadline)
     return Feature(
         "cache",
         fields=("temperature",),
@@ -126,6 +127,8 @@ class _Common(NamedTuple):
     entry: CatalogueEntry
     key: CacheEntry
     hashed: "Hash"
+    # Of a virtual model, the entries that it stands for, by name
+    others: tuple[tuple[str, CatalogueEntry | None], ...]
 
 
 class _Asking(NamedTuple):
@@ -138,19 +141,19 @@ class _Asking(NamedTuple):
 
 
 class Cache:
-    """`models`: by name; `turns` for large bodies; `total`: TOTAL_TIMEOUT; `clock`: that of the answers, in seconds."""
+    """`models`: by name; `turns` for large bodies; `deadline`: of a Call without one; `clock`: that of the answers."""
 
     def __init__(
         self,
         models: Callable[[], Mapping[str, Model]],
         turns: Turns,
         answers: Answers,
-        total: float,
+        deadline: Callable[[Call, Model], float],
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._models = models
         self._turns = turns
-        self._total = total
+        self._deadline = deadline
         self._clock = clock
         self.answers = answers
         self.flights = Flights()
@@ -209,14 +212,25 @@ class Cache:
 
     def _common_of(self, model: Model) -> _Common:
         found = self._common.get(model.name)
-        if found is None or found.entry is not model.entry:
-            key = KEY.of(model.entry)
+        if (
+            found is None
+            or found.entry is not model.entry
+            or (found.others and self._others(model.entry) != found.others)
+        ):
+            key, others = KEY.of(model.entry), self._others(model.entry)
             assert key is not None
-            content = repr(model.entry).encode("utf-8", "surrogatepass")
-            found = self._common[model.name] = _Common(model.entry, key, keys.beginning(content))
+            content = repr((model.entry, others)).encode("utf-8", "surrogatepass")
+            found = self._common[model.name] = _Common(model.entry, key, keys.beginning(content), others)
             for gone in self._common.keys() - self._models().keys():
                 del self._common[gone]
         return found
+
+    def _others(self, entry: CatalogueEntry) -> tuple[tuple[str, CatalogueEntry | None], ...]:
+        models, names = self._models(), [*members_of(entry)]
+        # They nest, without a cycle.
+        for name in names:
+            names += members_of(models[name].entry) if name in models else ()
+        return tuple((name, models[name].entry if name in models else None) for name in names)
 
     async def _ask_large(self, send: Send, asking: _Asking) -> Reply:
         call, _, common, _ = asking
@@ -238,11 +252,14 @@ class Cache:
         return await self._follow(send, asking, key)
 
     async def _follow(self, send: Send, asking: _Asking, key: Digest) -> Reply:
-        call, model, common, _ = asking
+        call, model, common, wish = asking
         # For the Record of one that leaves while it waits
         note(call.state, "cache", "miss")
+        until = call.deadline or self._deadline(call, model)
+        # What comes after the wait has the time that is left.
+        asking = _Asking(call._replace(deadline=until), model, common, wish)
         try:
-            verdict = await self.flights.wait(key, common.entry.timeouts.total or self._total)
+            verdict = await self.flights.wait(key, until - monotonic())
         except TimeoutError:
             self._note(call, model, "miss", _MISS)
             raise UpstreamTimeout("The model did not finish its answer in time.", Outcome.TOTAL_TIMEOUT) from None
@@ -283,6 +300,7 @@ class Cache:
     ) -> None:
         now, entry = self._clock(), asking.common.entry
         answer = CachedAnswer(replay, extra, now, now + asking.common.key.ttl)
+        answer.ran = asking.call.state.get(RAN)
         price = PRICE.of(entry)
         answer.tokens = prompt, cached, completion, _ = tokens
         if price is not None and prompt is not None and completion is not None:
@@ -298,6 +316,8 @@ class Cache:
         self._note(call, model, "hit", b"x-inference-cache: hit\r\nage: %d\r\n" % age)
         state: dict[str, Any] = call.state  # type: ignore[assignment]
         state[METERED], state[_NAME] = _FROM_CACHE, answer
+        if answer.ran is not None:
+            state[RAN] = answer.ran
         reply = Reply(200, answer.replay.headers, answer.replay, attempts=0)
         reply.extra = answer.extra
         return reply

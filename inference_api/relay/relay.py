@@ -201,11 +201,11 @@ class Relay:
 
     async def _again(self, send: Send, replay: Replay) -> Outcome:
         """Relay an answer that is known to be whole and valid: neither read again, nor counted again."""
-        self._first_at, self._size = self._clock(), replay.size
-        if len(replay.pieces) > 1 or not self._respond(replay.lines, replay.pieces[0]):
-            await self._start(send, replay.headers, b"%d" % replay.size)
-            return await self._pump(send, None).run(replay)
-        return of_status(self._reply.status)
+        self._first_at, self._size = self._clock(), len(replay.body)
+        if self._respond(replay.lines, replay.body):
+            return of_status(self._reply.status)
+        await self._start(send, replay.headers, b"%d" % len(replay.body))
+        return await self._pump(send, None).run(replay)
 
     def _respond(self, lines: bytes, body: bytes) -> bool:
         """Send a whole answer at once, `lines`: its headers and length. False: not possible now."""

@@ -1,4 +1,4 @@
-"""An answer that is sent again: the same bytes, one piece after the other as the client reads them."""
+"""An answer that is sent again: the same bytes, in one write, or in pieces as the client takes them."""
 
 import asyncio
 from collections.abc import Callable
@@ -61,16 +61,19 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_small_one_is_one_write() -> None:
-    replay, client = Replay(HEADERS, event("a")), Client()
+@pytest.mark.parametrize("body", [b"", event("a"), LARGE])
+async def test_it_is_one_write(body: bytes) -> None:
+    replay, client = Replay(HEADERS, body), Client()
     relay = relay_of(replay, client)
 
     outcome = await relay(client)
 
-    lines = b"content-type: text/event-stream\r\ncontent-length: %d\r\n" % len(event("a"))
+    lines = b"content-type: text/event-stream\r\ncontent-length: %d\r\n" % len(body)
     lines += b"x-request-id: rid\r\nage: 1\r\nx-inference-cache: hit\r\n"
-    assert client.whole == [(200, lines, event("a"))]
-    assert (outcome, relay.status, relay.size, client.messages) == (OK, 200, len(event("a")), [])
+    assert client.whole == [(200, lines, body)]
+    # No copy: that would be one for each client that does not read.
+    assert client.whole[0][2] is body
+    assert (outcome, relay.status, relay.size, client.messages) == (OK, 200, len(body), [])
     # Its tokens were counted when an engine made them.
     assert (relay.usage(), relay.streamed_events, relay.first_at > 0) == (None, 0, True)
 
@@ -89,9 +92,9 @@ async def test_without_a_short_cut_it_goes_by_messages(body: bytes) -> None:
     assert (outcome, relay.size) == (OK, len(body))
 
 
-async def test_a_large_one_waits_for_its_client() -> None:
+async def test_in_pieces_it_waits_for_its_client() -> None:
     """One piece at most is on its way to a client that does not read."""
-    client = Client(reads=2)
+    client = Client(reads=2, room=False)
     sending = asyncio.create_task(relay_of(Replay(HEADERS, LARGE), client)(client))
     await until(lambda: len(client.messages) == 2)
     await turns()
@@ -108,7 +111,7 @@ async def test_a_large_one_waits_for_its_client() -> None:
 
 
 async def test_a_client_that_never_reads_is_given_up() -> None:
-    client = Client(reads=2)
+    client = Client(reads=2, room=False)
 
     outcome = await relay_of(Replay(HEADERS, LARGE), client, write_stall=0.01)(client)
 

@@ -10,6 +10,7 @@ from inference_api.features.caching.keys import Digest
 from inference_api.models import Extra
 from inference_api.relay.replay import Replay
 from inference_api.relay.usage import Counts
+from inference_api.routing.fleet import Model
 
 # Bytes of a key, and of all the objects around an answer
 OVERHEAD = 1024
@@ -20,10 +21,11 @@ class CachedAnswer:
     """A complete answer. `extra`: headers of layers, beside those of its backend.
 
     `made`: when it was stored, in seconds of the clock of its Answers; `until`: its end. `tokens` and `cost` (10^-9 of
-    CURRENCY) are those of the request that it answered first; None: not known.
+    CURRENCY) are those of the request that it answered first, `ran` is the model that did, if it is another than the
+    client asked for; None: not known.
     """
 
-    __slots__ = ("cost", "extra", "made", "replay", "tokens", "until")
+    __slots__ = ("cost", "extra", "made", "ran", "replay", "tokens", "until")
 
     def __init__(self, replay: Replay, extra: tuple[Extra, ...], made: float, until: float) -> None:
         self.replay = replay
@@ -32,6 +34,7 @@ class CachedAnswer:
         self.until = until
         self.tokens = _UNKNOWN
         self.cost: int | None = None
+        self.ran: Model | None = None
 
 
 class Answers(TLRUCache[Digest, CachedAnswer]):
@@ -72,4 +75,4 @@ class Answers(TLRUCache[Digest, CachedAnswer]):
 
 def _size_of(answer: CachedAnswer) -> int:
     replay = answer.replay
-    return replay.size + len(replay.lines) + OVERHEAD
+    return len(replay.body) + len(replay.lines) + OVERHEAD
