@@ -10,6 +10,7 @@ from inference_api.features import (
     adapters,
     budgets,
     cache,
+    cors,
     cost,
     engine_load,
     keys,
@@ -32,7 +33,9 @@ from inference_api.site import Site
 from inference_api.upstream.attempt import SendAttempt
 
 FEATURES = (
-    # Outermost, so that a span covers the whole request.
+    # Around all others: it answers before anyone is asked for a key, and is on their errors.
+    cors.FEATURE,
+    # Around all that a request passes, so that a span covers it.
     tracing.FEATURE,
     # Has no layer: polls the engines' load in the background.
     engine_load.FEATURE,

@@ -21,7 +21,7 @@ _TITLES = {
     "breaker_failures": "Health",
     "drain_delay": "Shutdown",
     "log_level": "Log",
-    "load_signal_interval": "Optional features",
+    "cors_origins": "Optional features",
 }
 _HEAD = f"""\
 <!-- Made by `.venv/bin/python scripts/configuration.py --write` from inference_api/settings.py; edit that file. -->

@@ -122,6 +122,11 @@ def test_every_setting_of_the_app_can_be_set() -> None:
 NUMBERS: list[Any] = [-1, 0, 0.5, 1, 1.5, 3, 4, 600, "many", ""]
 LISTS: dict[str, list[Any]] = {
     "FORWARD_HEADERS": [["x-vllm-priority"], ["X-Forwarded-For"], ["a b"], *([n.decode()] for n in NEVER_FORWARDED)],
+    "CORS_ORIGINS": [
+        *(["*"], ["https://app.example"], ["http://localhost:3000", "tauri://localhost"], ["http://[::1]:80000"]),
+        *(["*", "https://app.example"], ["https://app.example/"], ["app.example"], ["https://App.example"]),
+        *(["https://app.example:443"], ["http://app.example:80"], ["https://*.example"], ["null"]),
+    ],
     "RETRY_ON_STATUS": [[503], [429, 504], [500], ["many"]],
 }
 _PROXIES = [["10.0.0.0/8"], ["10.1.2.3/8", "fd00::/8", "::1"], ["10.0.0.0/33"], ["proxy"], ["10.0.0"]]
