@@ -13,11 +13,13 @@ from inference_api.features import (
     cors,
     cost,
     engine_load,
+    hold,
     keys,
     limits,
     metering,
     policy,
     providers,
+    queue,
     race,
     tracing,
     trusted_proxies,
@@ -59,6 +61,9 @@ FEATURES = (
     cache.FEATURE,
     # Inside of all that is done once for a request.
     race.FEATURE,
+    # Directly around admission, whose places the queue gives away; what has no backend takes none.
+    hold.FEATURE,
+    queue.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
 )

@@ -8,7 +8,7 @@ import random
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -110,6 +110,7 @@ class Core:
         self._starts: list[Run] = []
         # With keys of their own, callers send none that a backend could refuse.
         self.callers_have_keys = False
+        self._on_drain: list[Callable[[], None]] = []
         makers = {name: make for group in (BALANCERS, *balancers) for name, make in group.items()}
         self._resolver, self._trust, self._tokens = Resolver(outside.resolve), Trust(), Tokens(outside.variables)
         self.transport = outside.transport or self._make_transport(settings.upstream_keepalive)
@@ -179,6 +180,15 @@ class Core:
         """The process begins to stop; the second time, it has no time left."""
         delay, timeout = self.settings.drain_delay, self.settings.drain_timeout
         self._stop_by = monotonic() + (delay + timeout if self._stop_by is None else 0.0)
+        # In a turn of the loop: a signal may interrupt anything, also before or after the loop.
+        with suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+            for act in self._on_drain:
+                loop.call_soon_threadsafe(act)
+
+    def on_drain(self, act: Callable[[], None]) -> None:
+        """Call `act` when the process begins to stop, and maybe again."""
+        self._on_drain.append(act)
 
     def seconds_left(self) -> float:
         """Until the end of the drain; infinity before it has begun."""

@@ -13,7 +13,7 @@ RouterError
 |   +-- UpstreamAuthFailed 502
 |   +-- UpstreamTimeout 504
 +-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- RegistryUnavailable   +-- ShuttingDown
-                              +-- AuthUnavailable   +-- LimitsUnavailable
+                              +-- AuthUnavailable   +-- LimitsUnavailable   +-- ModelLoading
 
 ClientGone                    no answer: the client has disconnected
 """
@@ -47,6 +47,8 @@ class RouterError(Exception):
     type = "server_error"
     code = "internal_error"
     outcome = Outcome.REFUSED
+    # For the metric of rejected requests; "": the code decides
+    reason = ""
     # Fields for the log only; the client gets the message
     logged: Mapping[str, str] = {}
 
@@ -306,6 +308,20 @@ class LimitsUnavailable(_Unavailable):
 
 class Overloaded(_Unavailable):
     code, outcome = "overloaded", Outcome.SHED
+
+    def __init__(self, message: str, retry_after: int = 5, reason: str = "") -> None:
+        super().__init__(message, retry_after)
+        self.reason = reason
+
+
+class ModelLoading(_Unavailable):
+    """No backend was there in time, and none may be for a while."""
+
+    code, outcome = "model_loading", Outcome.NO_BACKEND
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, retry_after=10)
+        self.reason = reason
 
 
 class ShuttingDown(_Unavailable):

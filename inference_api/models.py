@@ -262,8 +262,11 @@ class Reply:
             except Exception:
                 # Contained: the counts fall and the answer ends all the same.
                 logger.exception("a callback for the end of an answer failed")
-        if self.model is not None:
-            self.model.in_flight -= 1
+        model = self.model
+        if model is not None:
+            model.in_flight -= 1
+            if model.waiting:
+                model.wake()
         if self._on_end is not None:
             self._on_end(self, outcome)
         return True

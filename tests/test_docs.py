@@ -14,6 +14,7 @@ from inference_api.features import adapters, budgets, cache, cost, engine_load, 
 from inference_api.features.delivery.sender import Answer, Delivery
 from inference_api.features.limiting.amounts import Estimates
 from inference_api.features.limits import Limiter
+from inference_api.features.queueing import activation, waits
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.observe.families import Families
@@ -67,6 +68,8 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *usage.families({"logged": 0}, Delivery(nobody)),
         *cost.families({}),
         *adapters.families([]),
+        *waits.families({}, {}),
+        *activation.families({}),
         *budgets.families({}, None),
         *cache.families(({}, {}, {}), (0, 0), {}),
         *race.families({}),

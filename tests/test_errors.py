@@ -15,6 +15,7 @@ from inference_api.errors import (
     InvalidRequest,
     LimitsUnavailable,
     MethodNotAllowed,
+    ModelLoading,
     ModelNotFound,
     ModelNotPriced,
     NoBackend,
@@ -65,6 +66,7 @@ TABLE = {
     "UpstreamAuthFailed": (502, "upstream_auth_failed"),
     "UpstreamTimeout": (504, "upstream_timeout"),
     "NoBackend": (503, "no_backend_available"),
+    "ModelLoading": (503, "model_loading"),
     "Overloaded": (503, "overloaded"),
     "RegistryUnavailable": (503, "registry_unavailable"),
     "ShuttingDown": (503, "shutting_down"),
@@ -95,6 +97,7 @@ def example(kind: type[RouterError]) -> RouterError:
         URITooLong: lambda: URITooLong(10),
         InternalError: InternalError,
         NoBackend: lambda: NoBackend("m"),
+        ModelLoading: lambda: ModelLoading("It starts.", "hold_timeout"),
         ShuttingDown: ShuttingDown,
     }
     if kind in made:

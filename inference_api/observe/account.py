@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The model label of a request whose model is not in the catalogue
 UNKNOWN = "unknown"
+# Under which the state of a rejected request has the reason, if the code of the error does not say it
+REJECTED = "rejected"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 NO_COUNTS: Counts = (None, None, None, None)
 
@@ -154,6 +156,8 @@ class Account:
         self.outcome, self.status, self.size = error.outcome, status, size
         self.relay = None
         self.code = error.code
+        if error.reason:
+            self.state[REJECTED] = error.reason  # type: ignore[index]
         if error.logged:
             self.extra = {**self.extra, **error.logged}
 

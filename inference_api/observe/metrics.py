@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from inference_api.models import OK, Outcome
-from inference_api.observe.account import UNKNOWN, Record, shown_status
+from inference_api.observe.account import REJECTED, UNKNOWN, Record, shown_status
 from inference_api.observe.series import Count, Histogram, Series
 from inference_api.routing.backend import Backend, Origin
 from inference_api.routing.fleet import Model
@@ -42,6 +42,7 @@ ABORTS = {
 _REJECTIONS = {
     "overloaded": "overload",
     "no_backend_available": "no_backend",
+    "model_loading": "no_backend",
     "model_not_found": "unknown_model",
     "registry_unavailable": "registry_unavailable",
     "request_too_large": "too_large",
@@ -115,7 +116,7 @@ class Metrics:
         # Unpacked at once: reading a field by name costs ten times as much.
         (
             _, route, model, _, _, status, outcome, _, stream, code, took, first, overhead,
-            tokens, events, _, _, _, _, _, _, _, _, _, _, _,
+            tokens, events, _, _, _, _, _, _, state, _, _, _, _,
         ) = record  # fmt: skip
         cell = self.requests[model, route, shown_status(status, outcome), stream]
         cell.count += 1
@@ -125,7 +126,8 @@ class Metrics:
                 cell.overhead = self.overheads[route,]
             cell.overhead.observe(overhead)
         if code is not None and (reason := _REJECTIONS.get(code)) is not None:
-            self.rejections[model, "forbidden" if status == 403 else reason].count += 1
+            reason = "forbidden" if status == 403 else state.get(REJECTED, reason)
+            self.rejections[model, reason].count += 1
         # The head was a success, also that of a JSON answer that was too large to be held.
         if outcome is not OK and 0 < status < 300:
             self._abort(model, outcome)

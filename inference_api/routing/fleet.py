@@ -26,7 +26,7 @@ class Model:
 
     __slots__ = (
         "_guard", "adapters", "available", "awake", "backends", "balancer", "entry", "further", "guard", "in_flight",
-        "leaving", "max_model_len", "members", "name", "open", "panic", "parent", "parts",
+        "leaving", "max_model_len", "members", "name", "open", "panic", "parent", "parts", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +60,8 @@ class Model:
         self.members: tuple[str, ...] = ()
         # Live state
         self.in_flight: int = 0 if parent is None else parent.in_flight
+        # Called when there may be a place, or a backend, for a request that waits; empty while none does.
+        self.waiting: tuple[Callable[[], None], ...] = () if parent is None else parent.waiting
         self.max_model_len: int | None = None if parent is None else parent.max_model_len
         # The parts of features that apply to its entry, composed at its first request: see `feature.ByModel`.
         self.parts: Any = None
@@ -89,6 +91,18 @@ class Model:
             for adapter in self.adapters:
                 adapter.follow(known)
             self.refresh()
+        self.wake()
+
+    def subscribe(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when a request ends, a backend comes or goes, or the entry changes; it must not raise."""
+        self.waiting = (*self.waiting, wake)
+
+    def unsubscribe(self, wake: Callable[[], None]) -> None:
+        self.waiting = tuple(one for one in self.waiting if one != wake)
+
+    def wake(self) -> None:
+        for wake in self.waiting:
+            wake()
 
     def refresh(self, reweighed: bool = False) -> None:
         """Recompute the available backends after a change of state or (`reweighed`) of a share.
@@ -110,6 +124,8 @@ class Model:
             self.available = tuple(usable)
         if self.adapters:
             self._refresh_adapters(reweighed)
+        if self.waiting:
+            self.wake()
 
     def _refresh_adapters(self, reweighed: bool) -> None:
         """Once for all adapters that have the same backends: a model may have a thousand."""
@@ -157,6 +173,14 @@ class Adapter(Model):
     @in_flight.setter
     def in_flight(self, count: int) -> None:
         self.parent.in_flight = count
+
+    @property
+    def waiting(self) -> tuple[Callable[[], None], ...]:
+        return self.parent.waiting
+
+    @waiting.setter
+    def waiting(self, waiting: tuple[Callable[[], None], ...]) -> None:
+        self.parent.waiting = waiting
 
     @property
     def max_model_len(self) -> int | None:
@@ -242,14 +266,17 @@ class Fleet:
     def update(self, catalogue: Mapping[str, CatalogueEntry]) -> None:
         """Apply a catalogue. Removed backends finish their attempts in flight."""
         models = {entry.name: self._model(entry) for entry in catalogue.values()}
-        for gone in self.models.keys() - models.keys():
-            self._move(self.models[gone].backends, ())
+        gone = [model for name, model in self.models.items() if name not in models]
+        for model in gone:
+            self._move(model.backends, ())
         self._forget_vacant()
         self._named = {alias: models[entry.name] for entry in catalogue.values() for alias in entry.aliases} | models
         self.models = models
         for model in models.values():
             model.members = tuple(self._members(model))
         self.link()
+        for model in gone:
+            model.wake()
 
     def link(self) -> None:
         """Make the names: those of the catalogue, and what discovery has found."""
@@ -274,6 +301,8 @@ class Fleet:
         for alias, model in further.items():
             model.further += (alias,)
         self.by_name, self.served = {**further, **adapters, **self._named}, {**self.models, **adapters}
+        for adapter in before.values():
+            adapter.wake()
 
     def _adapter(self, name: str, parent: str, holders: frozenset[str] | None, known: Adapter | None) -> Adapter:
         model = self.models[parent]

@@ -37,6 +37,8 @@ def admission(process: Process) -> Callable[[Send], Send]:
                 reply = await send(call, model)
             except BaseException:
                 model.in_flight -= 1
+                if model.waiting:
+                    model.wake()
                 raise
             reply.model = model
             return reply

@@ -88,6 +88,8 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "providers": lambda: On(settings={"entry": {"routes": ["chat_completions"], "headers": {"x-title": "a"}}}),
     "cost": lambda: On(settings={"entry": {"price": {"input": 0.2, "output": 0.6}}}),
     "cache": lambda: On(settings={"entry": {"cache": {"ttl": 60, "temperature": 2}}}),
+    "queue": lambda: On(settings={"entry": {"max_in_flight": 99, "queue": {"timeout": 9, "size": 9}}}),
+    "hold": lambda: On(settings={"entry": {"hold": 9}}),
     "usage": lambda: On(settings={"usage": "log"}),
     "adapters": lambda: On(settings={"entry": {"discover": True}, "engine_interval": 0.2}),
     "everything": lambda: On([Everything().feature]),
@@ -95,7 +97,7 @@ TURN_ON: dict[str, Callable[[], On]] = {
 
 
 # Features that only a key of the catalogue turns on: always built.
-ALWAYS: set[str] = {"metering", "cost", "cache", "providers", "adapters", "race"}
+ALWAYS: set[str] = {"metering", "cost", "cache", "providers", "adapters", "race", "queue", "hold"}
 
 
 @pytest.fixture(params=TURN_ON)
