@@ -13,6 +13,7 @@ from inference_api.features import (
     cors,
     cost,
     engine_load,
+    fallback,
     hold,
     keys,
     limits,
@@ -21,6 +22,7 @@ from inference_api.features import (
     providers,
     queue,
     race,
+    split,
     tracing,
     trusted_proxies,
     usage,
@@ -53,6 +55,8 @@ FEATURES = (
     # Annotates first: what others make of a request begins with its tokens.
     metering.FEATURE,
     cost.FEATURE,
+    # Before limits and budgets: those of a variant hold.
+    split.FEATURE,
     # Before the limits: what no budget is left for takes nothing from them.
     budgets.FEATURE,
     # Around all that answers a request.
@@ -64,6 +68,8 @@ FEATURES = (
     # Directly around admission, whose places the queue gives away; what has no backend takes none.
     hold.FEATURE,
     queue.FEATURE,
+    # Around the queue of a model: another one may have a place at once.
+    fallback.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
 )

@@ -9,6 +9,7 @@ import httpx
 
 if TYPE_CHECKING:
     from inference_api.http.head import RequestHead
+    from inference_api.observe.account import Record
     from inference_api.routing.backend import Backend
     from inference_api.routing.fleet import Model
 
@@ -159,9 +160,10 @@ class Call(NamedTuple):
     edits: "tuple[Edit, ...]" = ()
 
 
-# Under which the state of a request has what features noted, and the Model that answered, or was tried last, if it is
-# not the one that was asked for
-NOTES, RAN = "notes", "ran"
+# Under which the state of a request has what features noted, whom they want told of its end, and, if models run for
+# another one: the Model that was asked for, the one that answered, or was tried last, and the name of the one that a
+# fallback answered for
+NOTES, ENDED, ASKED, RAN, FELL = "notes", "ended", "asked", "ran", "fell"
 
 
 def note(state: "Mapping[str, Any]", name: str, value: Any) -> None:
@@ -171,6 +173,11 @@ def note(state: "Mapping[str, Any]", name: str, value: Any) -> None:
         # The state is the request's own dictionary.
         notes = state[NOTES] = {}  # type: ignore[index]
     notes[name] = value
+
+
+def at_end(state: "Mapping[str, Any]", ended: "Callable[[Record], None]") -> None:
+    """Call `ended` with the Record of the request with this state, after the annotators."""
+    state.setdefault(ENDED, []).append(ended)  # type: ignore[attr-defined]
 
 
 def header_of(call: Call, name: bytes) -> bytes:

@@ -10,11 +10,12 @@ import yaml
 
 from inference_api.app import ENTRY, GROUPS
 from inference_api.errors import RouterError
-from inference_api.features import adapters, budgets, cache, cost, engine_load, keys, policy, race, usage
+from inference_api.features import adapters, budgets, cache, cost, engine_load, fallback, keys, policy, race, usage
 from inference_api.features.delivery.sender import Answer, Delivery
 from inference_api.features.limiting.amounts import Estimates
 from inference_api.features.limits import Limiter
 from inference_api.features.queueing import activation, waits
+from inference_api.features.splitting import metrics as splitting
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.observe.families import Families
@@ -73,6 +74,8 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *budgets.families({}, None),
         *cache.families(({}, {}, {}), (0, 0), {}),
         *race.families({}),
+        *splitting.families({}, {}, {}, {}),
+        *fallback.families({}),
     )
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import httpx
 import orjson
@@ -16,15 +17,17 @@ from inference_api.core import Core
 from inference_api.errors import ModelNotPriced, QuotaExceeded
 from inference_api.feature import Feature, Switch
 from inference_api.features import usage
-from inference_api.features.cost import PRICE, Options, cost_of
+from inference_api.features.cost import PRICE, Options, Price, cost_of
 from inference_api.features.delivery.records import METERED
 from inference_api.features.limiting.amounts import FIELDS, Estimates
 from inference_api.features.spending.deliveries import Deliveries
 from inference_api.features.spending.ledger import Amounts, Entry, Ledger, Spent
-from inference_api.models import Call, Caller, Reply, Send
+from inference_api.members import request_state
+from inference_api.models import RAN, Call, Caller, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import gauge
+from inference_api.observe.legs import BILLED, KIND
 from inference_api.policy.document import NANOS, shown_time, unix_time
 from inference_api.policy.snapshot import KeyCaller
 from inference_api.policy.source import Policies
@@ -38,6 +41,9 @@ logger = logging.getLogger(__name__)
 # Under which the state of a request has its entries and what it reserved
 _NAME = "budgets"
 _HEADER = b"x-inference-budget-remaining"
+# Under which the state of a request, or of a leg, has what its members have reserved
+_MORE = "budgets_of_members"
+Held = tuple[Sequence[Entry], Amounts]
 # Seconds between two reads of /spend, +-20 %
 _EVERY = 5.0
 # Callers whose budgets are kept
@@ -74,7 +80,9 @@ def build(core: Core, settings: Settings) -> Feature | None:
         "budgets",
         fields=FIELDS,
         send=budgets.send,
+        member=budgets.member,
         record=budgets.record,
+        leg=budgets.leg,
         collect=budgets.collect,
         tasks=tuple(tasks),
         check=check,
@@ -124,11 +132,29 @@ class Budgets:
 
         return budgeted
 
+    def member(self, send: Send) -> Send:
+        """The layer of a model that runs for another one; the request itself was let through. Raises ModelNotPriced."""
+
+        def budgeted(call: Call, model: Model) -> Awaitable[Reply]:
+            held: Held | None = request_state(call.state).get(_NAME)
+            if held is None:
+                return send(call, model)
+            price = PRICE.of(model.entry)
+            if price is None and (cost := next((one for one in held[0] if not one.place), None)) and not model.members:
+                raise ModelNotPriced(model.name, _quoted(cost.spending.shown))
+            reserved = self._reserved(call, model, price, requests=0)
+            for entry in held[0]:
+                entry.reserved += reserved[entry.place]
+            call.state.setdefault(_MORE, []).append((held[0], reserved))  # type: ignore[attr-defined]
+            return send(call, model)
+
+        return budgeted
+
     def record(self, record: Record) -> None:
         """Release what the request has reserved, and count what it took."""
         # By their places: reading a field by name costs ten times as much.
         code, attempts, state = record[9], record[7], record[21]
-        held: tuple[Sequence[Entry], Amounts] | None = state.get(_NAME)
+        held: Held | None = state.get(_NAME)
         if held is None:
             return
         entries, reserved = held
@@ -140,18 +166,35 @@ class Budgets:
             place = entry.place
             entry.reserved -= reserved[place]
             entry.take(taken[place], at)
+        if RAN in state:
+            _release(state)
+
+    def leg(self, record: Record, extra: dict[str, Any]) -> None:
+        """Count what a member of a race or of a vote took: the caller pays for it, and the request is one."""
+        state = record.state
+        _release(state)
+        held: Held | None = request_state(state).get(_NAME)
+        if held is None or extra[KIND] not in BILLED:
+            return
+        metered = state.get(METERED)
+        tokens = 0 if metered is None else (metered[0] or 0) + (metered[2] or 0)
+        taken, at = (extra.get("cost_nanos") or 0, tokens, 0), self._now() - record.took
+        for entry in held[0]:
+            entry.take(taken[entry.place], at)
 
     def delivered(self, records: list[bytes]) -> None:
         """The registry has these records; those of other processes were never pending here."""
         now = self._now()
         for record in records:
             one = orjson.loads(record)
-            if not one["id"].startswith(self._boot):
+            kind = one["kind"]
+            if not one["id"].startswith(self._boot) or (kind != "request" and kind not in BILLED):
                 continue
             names = ("organisation", one["organisation"]), ("user", one["user"]), ("key", one["key_id"])
             holders = ["all:", *(f"{scope}:{name}" for scope, name in names if name is not None)]
             tokens = (one["input_tokens"] or 0) + (one["output_tokens"] or 0)
-            amounts = one["cost_nanos"] or 0, tokens, _requests(one["code"], one["attempts"])
+            requests = _requests(one["code"], one["attempts"]) if kind == "request" else 0
+            amounts = one["cost_nanos"] or 0, tokens, requests
             self._ledger.deliver(holders, amounts, one["at"] / 1000, now)
 
     def learn(self, spends: list[Spent], at: float) -> None:
@@ -178,7 +221,8 @@ class Budgets:
     def _take(self, call: Call, model: Model, entries: Sequence[Entry]) -> None:
         now, price, least = self._now(), PRICE.of(model.entry), 1.0
         for entry in entries:
-            if not entry.place:
+            # A virtual model has no price: its members have.
+            if not entry.place and not model.members:
                 if price is None:
                     raise ModelNotPriced(model.name, _quoted(entry.spending.shown))
                 if not any(price):
@@ -189,14 +233,17 @@ class Budgets:
                 raise self._refusal(entry)
             if used >= entry.soft_at:
                 least = min(least, 1 - used / entry.amount)
-        read, made = self._estimates.of(call, model)
-        reserved = 0 if price is None else cost_of(price, read, 0, made), read + made, 1
+        reserved = self._reserved(call, model, price, requests=1)
         for entry in entries:
             entry.reserved += reserved[entry.place]
         # The state is the request's own dictionary; Record.state is the same.
         call.state[_NAME] = entries, reserved  # type: ignore[index]
         if least < 1.0:
             call.answer_headers.append((_HEADER, b"%.2f" % least))
+
+    def _reserved(self, call: Call, model: Model, price: Price | None, requests: int) -> Amounts:
+        read, made = self._estimates.of(call, model)
+        return 0 if price is None else cost_of(price, read, 0, made), read + made, requests
 
     def _refusal(self, entry: Entry) -> QuotaExceeded:
         budget = entry.spending
@@ -260,6 +307,13 @@ class Spends:
         if error.reason != self._complaint:
             self._complaint = error.reason
             logger.warning("the registry's /spend cannot be used, the last sums stay: %s", error)
+
+
+def _release(state: Mapping[str, Any]) -> None:
+    """Release what members have reserved."""
+    for entries, reserved in state.get(_MORE, ()):
+        for entry in entries:
+            entry.reserved -= reserved[entry.place]
 
 
 def _requests(code: str | None, attempts: int) -> int:

@@ -16,6 +16,7 @@ from inference_api.models import Call, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter
+from inference_api.observe.legs import BILLED, KIND
 from inference_api.observe.series import Count, Series
 from inference_api.policy.document import nanos
 from inference_api.routing.entries import CatalogueEntry, EntryKey
@@ -87,7 +88,9 @@ PRICE: EntryKey[Price | None] = EntryKey("price", _InNanos | None, None)
 def build(core: Core, settings: Settings) -> Feature:
     """Always built, and only on the way of models with a price."""
     costs = Costs(core)
-    return Feature("cost", ask=costs.ask, for_model=has_price, annotate=costs.annotate, collect=costs.collect)
+    return Feature(
+        "cost", ask=costs.ask, for_model=has_price, annotate=costs.annotate, leg=costs.leg, collect=costs.collect
+    )
 
 
 def has_price(entry: CatalogueEntry) -> bool:
@@ -132,6 +135,12 @@ class Costs:
         extra["cost_nanos"] = cost = cost_of(price, prompt, cached or 0, completion)
         if cost:
             self._totals[record[2]].count += cost
+
+    def leg(self, record: Record, extra: dict[str, Any]) -> None:
+        if extra[KIND] in BILLED:
+            self.annotate(record, extra)
+        else:
+            extra["cost_nanos"] = 0
 
     def collect(self) -> Iterator[Family]:
         if self._totals:

@@ -5,9 +5,9 @@ settled with the Record of the request. `limiting` has the rules, `stores` the c
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -17,6 +17,7 @@ from inference_api.errors import LimitsUnavailable, RateLimited
 from inference_api.feature import Feature, Switch
 from inference_api.features.delivery.records import METERED, NOTHING, UNKNOWN, Metered
 from inference_api.features.limiting.amounts import FIELDS, Estimates
+from inference_api.features.limiting.members import MemberLimits
 from inference_api.features.limiting.plans import (
     ONE,
     Plan,
@@ -33,10 +34,12 @@ from inference_api.features.limiting.refusals import Refusal, refusal, standing
 from inference_api.features.limiting.windows import Store
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.features.stores.shared import Asked, take_share
-from inference_api.models import Call, Caller, Reply, Send
+from inference_api.members import request_state
+from inference_api.models import ASKED, FELL, RAN, Call, Caller, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
+from inference_api.observe.legs import BILLED, KIND
 from inference_api.policy.rules import Rule
 from inference_api.policy.snapshot import Policy
 from inference_api.policy.source import Policies
@@ -48,10 +51,13 @@ from inference_api.settings import PREFIX, Count, Group, Settings, SettingsError
 _NAME = "limits"
 # The Plan of a request, what it wanted, when, and its limits of streams
 Ticket = tuple[Plan, Wants, int, tuple[StreamLimit, ...]]
+# In the key of the Plan of a member
+_MEMBER = object()
 # Plans at most; one is made again in microseconds.
 _PLANS = 20_000
 Precise = list[WindowLimit | StreamLimit]
 # Places of fields of Call and Record, for the hot path: reading one by name costs ten times as much.
+_ASKED: Final = 1
 _STREAM: Final = 2
 _CALLER: Final = 13
 _STATE: Final = 14
@@ -145,6 +151,7 @@ class Limiter:
         self._estimates = estimates
         self._asked = asked
         self._touch = None if asked is None else asked.touch
+        self._members = MemberLimits(estimates, store.now, self._touch)
         self._routers = routers
         self._on_failure = on_failure
         self._plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
@@ -159,7 +166,15 @@ class Limiter:
         self.forget()
 
     def feature(self) -> Feature:
-        return Feature("limits", fields=FIELDS, send=self.send, record=self.record, collect=self.collect)
+        return Feature(
+            "limits",
+            fields=FIELDS,
+            send=self.send,
+            member=self.member,
+            record=self.record,
+            leg=self.leg,
+            collect=self.collect,
+        )
 
     def forget(self) -> None:
         """Begin an era: the policy has changed, counters have gone, or Redis has. The counts stay."""
@@ -183,12 +198,13 @@ class Limiter:
             caller = call[_CALLER]
             if caller is None or self._by_address:
                 client = call.client
-                key: tuple[object, ...] = caller, None if client is None else client[0], model.name
+                key: tuple[object, ...] = caller, None if client is None else client[0], call[_ASKED], model.name
             else:
-                key = caller, model.name
+                key = caller, call[_ASKED], model.name
             plan = plans.get(key)
             if plan is None or plan.era != self._era:
-                plan = self._make(key, call, model)
+                asked: Model = call.state.get(ASKED, model)
+                plan = self._make(key, call, tuple(dict.fromkeys((asked.name, model.name))), self._rules(call.caller))
             if plan.is_empty:
                 return send(call, model)
             wants = ONE
@@ -216,6 +232,25 @@ class Limiter:
 
         return limited
 
+    def member(self, send: Send) -> Send:
+        """The layer of a model that runs for another one. Raises as `send`."""
+        plans, members = self._plans, self._members
+
+        def limited(call: Call, model: Model) -> Awaitable[Reply]:
+            client = call.client
+            key = call.caller, None if client is None else client[0], _MEMBER, model.name
+            plan = plans.get(key)
+            if plan is None or plan.era != self._era:
+                rules = (rule for rule in self._rules(call.caller) if rule.scope == "model" or rule.models is not None)
+                plan = self._make(key, call, (model.name,), rules)
+            if plan.is_empty:
+                return send(call, model)
+            ticket: Ticket | None = request_state(call.state).get(_NAME)
+            plan = plan.beside(None if ticket is None else ticket[0])
+            return send(call, model) if plan.is_empty else members.send(send, call, model, plan)
+
+        return limited
+
     def record(self, record: Record) -> None:
         """Release and settle what the request has taken."""
         state = record[_RECORD_STATE]
@@ -232,15 +267,37 @@ class Limiter:
         plan, wants, taken_at, streams = ticket
         for limit in streams:
             limit.streams.own -= 1
+        if RAN in state:
+            self._members.settle(state, record.model_name, metered)
         if record[_RECORD_CODE] is not None and (record.status == 503 or not record.attempts):
             # The router itself has refused it.
             give_back(plan.windows, wants, taken_at)
         elif plan.metered:
             read, made = metered[0], metered[2]
             total = None if read is None or made is None else read + made
-            settle(plan.metered, wants, (1, total, read, made), taken_at, self._now)
+            limits, used = plan.metered, (1, total, read, made)
+            if FELL in state:
+                limits = self._give_back_of(state[FELL], plan, wants, taken_at)
+            settle(limits, wants, used, taken_at, self._now)
         if self._touch is not None:
             self._touch(plan)
+
+    def leg(self, record: Record, extra: dict[str, Any]) -> None:
+        """Settle what a member of a race or of a vote has taken: its tokens are the caller's."""
+        if extra[KIND] not in BILLED:
+            return
+        state = record.state
+        metered: Metered = state.get(METERED, UNKNOWN)
+        self._members.settle(state, record.model_name, metered)
+        ticket: Ticket | None = request_state(state).get(_NAME)
+        if ticket is not None:
+            self._members.add(ticket[0], metered, ticket[2])
+
+    def _give_back_of(self, model: str, plan: Plan, wants: Wants, taken_at: int) -> tuple[WindowLimit, ...]:
+        """Give back the tokens of a model for which another one answered. Returns the other limits of tokens."""
+        its = [one for one in plan.metered if one.rule.scope == "model" and one.rule.holder == model]
+        settle(its, wants, (1, 0, 0, 0), taken_at, self._now)
+        return tuple(one for one in plan.metered if one not in its)
 
     def collect(self) -> Iterator[Family]:
         asked = self._asked
@@ -258,10 +315,9 @@ class Limiter:
     def _applied(self, policy: Policy) -> None:
         self.forget()
 
-    def _make(self, key: tuple[object, ...], call: Call, model: Model) -> Plan:
+    def _make(self, key: tuple[object, ...], call: Call, models: Sequence[str], rules: Iterator[Rule]) -> Plan:
         host = "" if call.client is None else call.client[0]
-        era, rules = self._era, self._rules(call.caller)
-        plan = self._maker.make(rules, model.name, address_of(host), era)
+        plan = self._maker.make(rules, models, address_of(host), self._era)
         self._plans[key] = plan
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)

@@ -40,6 +40,7 @@ def build(core: Core, settings: Settings) -> Feature:
         fields=(NAME,),
         ask=metering.ask,
         annotate=metering.annotate,
+        leg=metering.leg,
         for_model=None if is_wanted else has_price,
     )
 
@@ -100,6 +101,11 @@ class Metering:
         state[METERED] = tokens
         if events and record[6] is OK and tokens[4] == "reported" and tokens[2]:
             self.calibration.learn(model, tokens[2], events, len(self._fleet.served))
+
+    def leg(self, record: Record, extra: dict[str, Any]) -> None:
+        state = cast(dict[str, Any], record.state)
+        if METERED not in state:
+            state[METERED] = metered(record, self.calibration.of(record.model_name))
 
 
 async def _asked(send: Send, call: Call, model: Model, edit: Edit) -> Reply:

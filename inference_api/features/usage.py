@@ -64,7 +64,15 @@ def build(core: Core, settings: Settings) -> Feature | None:
 
 
 def _feature(records: UsageRecords, **parts: Any) -> Feature:
-    return Feature("usage", fields=END_USER, failed=_failed, annotate=records.annotate, record=records.record, **parts)
+    return Feature(
+        "usage",
+        fields=END_USER,
+        failed=_failed,
+        annotate=records.annotate,
+        record=records.record,
+        leg=records.leg,
+        **parts,
+    )
 
 
 def _spool(directory: Path, boot: str) -> Spool:

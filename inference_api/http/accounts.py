@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from inference_api.errors import ClientGone, InternalError, InvalidRequest, RouterError, ShuttingDown, TooLarge, render
 from inference_api.headers import extra_pairs
 from inference_api.http.head import RequestHead, RequestHeaders
-from inference_api.models import NOTES, RAN, Outcome, RawHeaders
+from inference_api.models import ENDED, NOTES, RAN, Outcome, RawHeaders
 from inference_api.observe.account import Account, Annotate, Record, Sink
 from inference_api.routing.fleet import Model
 from inference_api.server.cycle import Cycle, cycle_of
@@ -108,7 +108,7 @@ class Accounts:
         parts = None if model is None else model.parts
         annotators = self._annotators if parts is None else parts[2]
         record = self._annotated(account, annotators) if annotators or NOTES in state else account.end()
-        for sink in self._sinks:
+        for sink in (*state[ENDED], *self._sinks) if ENDED in state else self._sinks:
             try:
                 sink(record)
             except Exception:

@@ -78,7 +78,7 @@ def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: 
         if name is not None and entry.engine_fields == "refuse":
             raise _not_the_clients(name)
     prefix = ""
-    if entry.balancing == "prefix_affinity":
+    if entry.balancing == "prefix_affinity" or model.members:
         session_id = head.session_id
         prefix = affinity_key(model.name, prompt, None if session_id is None else session_id.decode("latin-1"))
     for name in route.reader.bulky:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from inference_api.errors import RouterError
-from inference_api.models import NOTES, RAN, Call, Outcome, Reply
+from inference_api.models import ENDED, NOTES, RAN, Call, Outcome, Reply
 from inference_api.observe.account import NO_COUNTS, Annotate, Record
 from inference_api.relay.usage import Counts
 from inference_api.routing.fleet import Fleet, Model
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # Field of `Record.extra`: race, vote, hedge or shadow
 KIND = "kind"
+# Kinds of legs that the caller pays for
+BILLED = frozenset({"race", "vote"})
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -60,7 +62,8 @@ class Legs:
             answered=0 if reply is None else reply.status,
             **_facts(call),
         )
-        for part in self.parts:
+        ended = [lambda record, extra, end=end: end(record) for end in call.state.get(ENDED, ())]
+        for part in (*self.parts, *ended):
             try:
                 part(record, extra)
             except Exception:

@@ -90,6 +90,7 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "cache": lambda: On(settings={"entry": {"cache": {"ttl": 60, "temperature": 2}}}),
     "queue": lambda: On(settings={"entry": {"max_in_flight": 99, "queue": {"timeout": 9, "size": 9}}}),
     "hold": lambda: On(settings={"entry": {"hold": 9}}),
+    "fallback": lambda: On(settings={"entry": {"fallbacks": ["x"], "context_fallbacks": ["x"]}}),
     "usage": lambda: On(settings={"usage": "log"}),
     "adapters": lambda: On(settings={"entry": {"discover": True}, "engine_interval": 0.2}),
     "everything": lambda: On([Everything().feature]),
@@ -97,7 +98,7 @@ TURN_ON: dict[str, Callable[[], On]] = {
 
 
 # Features that only a key of the catalogue turns on: always built.
-ALWAYS: set[str] = {"metering", "cost", "cache", "providers", "adapters", "race", "queue", "hold"}
+ALWAYS: set[str] = {"adapters", "cache", "cost", "fallback", "hold", "metering", "providers", "queue", "race", "split"}
 
 
 @pytest.fixture(params=TURN_ON)

@@ -89,6 +89,8 @@ SENT: list[bytes] = [
             CHAT | {"user": "fail"},
             CHAT | {"user": "close"},
             CHAT | {"user": "cached"},
+            CHAT | {"model": "chat"},
+            CHAT | {"model": "down"},
             STREAM | {"user": "abort"},
             CHAT | {"user": "hang"},
             CHAT | {"model": "nope"},
@@ -116,8 +118,15 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
         "auth": "keys",
         "policy": write(tmp_path / "policy.json", policy_of(key(organisation="team-a", user="ana"))),
     }
-    entry = {"price": {"input": 0.2, "output": 0.6}, "adapters": ["lora"], "cache": {"ttl": 60}}
-    async with command(tmp_path, engine, entry=entry, environ=environ, **settings) as router:
+    price = {"input": 0.2, "output": 0.6}
+    models = [
+        {"name": "m", "backends": [engine.url], "price": price, "adapters": ["lora"], "cache": {"ttl": 60}},
+        {"name": "down", "fallbacks": ["m"]},
+        {"name": "chat", "split": {"variants": {"m": 1, "down": 0}}},
+    ]
+    settings["catalogue"] = tmp_path / "models.json"
+    settings["catalogue"].write_bytes(orjson.dumps({"models": models}))
+    async with command(tmp_path, engine, environ=environ, **settings) as router:
         router.client.headers["x-api-key"] = EXAMPLE.key
         await ready(router.client)
         for request in SENT:

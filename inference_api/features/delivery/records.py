@@ -15,6 +15,7 @@ from orjson import dumps
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import CLIENT_GONE, OK, Caller
 from inference_api.observe.account import Record
+from inference_api.observe.legs import KIND
 from inference_api.policy.snapshot import KeyCaller
 
 # Only requests on these have a usage record: the others never reached an engine, or have no caller yet (401).
@@ -88,7 +89,7 @@ class UsageRecords:
         usage_id = extra.get(USAGE_ID)
         if usage_id is None:
             return
-        owner = _NOBODY
+        owner, kind = _NOBODY, extra.get(KIND, "request")
         if caller is not None:
             owner = self._owners[caller] if type(caller) is KeyCaller else _owner(caller)
         # `value` goes through a descriptor, and the hash of an Outcome is computed in Python.
@@ -99,7 +100,7 @@ class UsageRecords:
         user = end_user(fields) if "user" in fields or "safety_identifier" in fields else "null"
         tries = "" if outcome is OK and attempts < 2 else self._tries(record)
         self._take(
-            f'{{"id":"{usage_id}","kind":"request","at":{int((self._now() - took) * 1000)},"router":{self._router},'
+            f'{{"id":"{usage_id}","kind":"{kind}","at":{int((self._now() - took) * 1000)},"router":{self._router},'
             f'"request_id":"{request_id}",{owner},"end_user":{user},{end},{tries}{_noted(extra)},'
             f'"input_tokens":{"null" if prompt is None else prompt},'
             f'"cached_input_tokens":{"null" if cached is None else cached},'
@@ -108,6 +109,11 @@ class UsageRecords:
             f'"latency_ms":{took * 1e3:.2f},"ttft_ms":{"null" if first is None else f"{first * 1e3:.2f}"},'
             f'"bytes":{size},"cost_nanos":{"null" if cost is None else cost}}}'
         )
+
+    def leg(self, record: Record, extra: dict[str, Any]) -> None:
+        """The record of a run that no client got an answer of."""
+        self.annotate(record, extra)
+        self.record(record)
 
     def _tries(self, record: Record) -> str:
         state, clock = record.state, self._clock()

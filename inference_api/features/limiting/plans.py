@@ -41,6 +41,9 @@ class WindowLimit:
         # The percent signs are for what is left, and for seconds and fraction of the time until all is.
         self.template = _LINES.replace(b"UNIT", b"tokens" if self.place else b"requests") % amount
 
+    def imprecise(self) -> "WindowLimit":
+        return WindowLimit(self.rule, self.amount, self.window, precise=False)
+
     def lines(self, left: int, now: int) -> bytes:
         """The headers that say what is left, as lines."""
         reset = go_duration(self.window.reset(now))
@@ -61,6 +64,9 @@ class StreamLimit:
         self.amount = amount
         self.streams = streams
         self.precise = precise
+
+    def imprecise(self) -> "StreamLimit":
+        return StreamLimit(self.rule, self.amount, self.streams, precise=False)
 
 
 class Plan:
@@ -92,6 +98,14 @@ class Plan:
         self.is_special = self.is_closed or bool(self.precise)
         self.reads_input = any(limit.rule.unit != "output_tokens" for limit in self.metered)
         self.reads_output = any(limit.rule.unit != "input_tokens" for limit in self.metered)
+
+    def beside(self, taken: "Plan | None") -> "Plan":
+        """What a member has more than the request itself has `taken`. It is counted here, also what is precise."""
+        counters = [] if taken is None else [one.window for one in taken.windows]
+        windows = [one.imprecise() for one in self.windows if one.window not in counters]
+        held = [] if taken is None else [one.streams for one in taken.all_streams]
+        streams = [one.imprecise() for one in self.all_streams if one.streams not in held]
+        return Plan(windows, streams, self.era, self.is_closed)
 
     def without_precise(self) -> "Plan":
         return Plan([*self.requests, *self.tokens], self.streams, self.era)
@@ -173,11 +187,11 @@ class Plans:
         self._asks = asks
         self._is_closed = is_closed
 
-    def make(self, rules: Iterable[Rule], model: str, address: str, era: int) -> Plan:
-        """The Plan of requests by one caller, from one address, for one model."""
+    def make(self, rules: Iterable[Rule], models: Sequence[str], address: str, era: int) -> Plan:
+        """The Plan of requests by one caller, from one address, for one model; or for a virtual one and its variant."""
         windows: list[WindowLimit] = []
         streams: list[StreamLimit] = []
-        for name, rule, precise in named(rules, model, address):
+        for name, rule, precise in named(rules, models, address):
             amount, precise = max(rule.amount // self.routers, 1), precise and self._asks
             if rule.unit == "streams":
                 streams.append(StreamLimit(rule, amount, self._store.streams(name), precise))
@@ -186,21 +200,20 @@ class Plans:
         return Plan(windows, streams, era, self._is_closed)
 
 
-def named(rules: Iterable[Rule], model: str, address: str) -> Iterator[Shared]:
+def named(rules: Iterable[Rule], models: Sequence[str], address: str) -> Iterator[Shared]:
     """The rules that apply, one for each counter: limits with the same name share it, and the smallest holds."""
     found: dict[str, Shared] = {}
     for rule in rules:
-        holder = _holder(rule, model, address)
-        if holder is None or (rule.models is not None and not matcher(rule.models)(model)):
+        if rule.models is not None and not any(map(matcher(rule.models), models)):
             continue
-        name = _name(rule, holder)
-        before = found.get(name)
-        if rule.scope == "model":
-            rule = rule._replace(shown=f"model {model!r}")
-        precise = rule.precise or (before is not None and before[2])
-        if before is not None and before[1].amount <= rule.amount:
-            rule = before[1]
-        found[name] = name, rule, precise
+        for holder in _holders(rule, models, address):
+            name = _name(rule, holder)
+            before = found.get(name)
+            if rule.scope == "model":
+                rule = rule._replace(holder=holder, shown=f"model {holder!r}")
+            precise = rule.precise or (before is not None and before[2])
+            smallest = before[1] if before is not None and before[1].amount <= rule.amount else rule
+            found[name] = name, smallest, precise
     yield from found.values()
 
 
@@ -219,13 +232,13 @@ def address_of(host: str) -> str:
     return str(address)
 
 
-def _holder(rule: Rule, model: str, address: str) -> str | None:
-    """Whose counter it is; None: the rule is not for this request."""
+def _holders(rule: Rule, models: Sequence[str], address: str) -> Sequence[str]:
+    """Whose counters it is about; none: the rule is not for this request."""
     if rule.scope in ("address", "anonymous"):
-        return address
+        return (address,)
     if rule.scope == "model":
-        return model if rule.holder in ("", model) else None
-    return rule.holder
+        return models if not rule.holder else [model for model in models if model == rule.holder]
+    return (rule.holder,)
 
 
 def _name(rule: Rule, holder: str) -> str:
