@@ -65,11 +65,11 @@ FEATURES = (
     cache.FEATURE,
     # Inside of all that is done once for a request.
     race.FEATURE,
+    # Around the queue of a model: another one may have a place at once.
+    fallback.FEATURE,
     # Directly around admission, whose places the queue gives away; what has no backend takes none.
     hold.FEATURE,
     queue.FEATURE,
-    # Around the queue of a model: another one may have a place at once.
-    fallback.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
 )

@@ -14,11 +14,8 @@ from pydantic import AfterValidator, Field
 
 from inference_api.core import Core
 from inference_api.errors import (
-    ModelNotPriced,
     NoBackend,
     Overloaded,
-    QuotaExceeded,
-    RateLimited,
     RouterError,
     UpstreamReset,
 )
@@ -86,7 +83,7 @@ class Fallbacks:
         self._members = members
         self._prepare = prepare
         self._counts: Series[tuple[str, str, str], Count] = Series(
-            lambda key: Count(), lambda key: key[0] in fleet.models and key[1] in fleet.models
+            lambda key: Count(), lambda key: key[0] in fleet.by_name and key[1] in fleet.by_name
         )
 
     def send(self, send: Send) -> Send:
@@ -127,8 +124,8 @@ class Fallbacks:
             try:
                 reply = await self._members.send(call, member)
             except RouterError as error:
-                if _reason(call, error) is None and not isinstance(error, _SKIPPED):
-                    # It may have been executed.
+                if call.tried and _reason(call, error) is None:
+                    # It may have been executed. What no backend got is skipped: a limit, a budget, a route.
                     break
                 continue
             if reply.status in _STATUSES:
@@ -147,7 +144,7 @@ class Fallbacks:
         is_context = reason == "context"
         names = (CONTEXT_FALLBACKS if is_context else FALLBACKS).of(model.entry) or ()
         for place, name in enumerate(names, 1):
-            member = self._fleet.models.get(name)
+            member = self._fleet.by_name.get(name)
             if member is None or not may_use(call.caller, member):
                 continue
             if is_context and not _is_larger(member, model):
@@ -164,10 +161,6 @@ def families(counts: Mapping[tuple[str, str, str], int]) -> Iterator[Family]:
     text = "Answers of another model than the one that was asked for, which could not give one."
     series = [(labels, float(count)) for labels, count in counts.items()]
     yield counter("fallbacks", text, ("model_name", "to", "reason"), series)
-
-
-# A fallback that the caller has no limit or budget left for is skipped.
-_SKIPPED = (RateLimited, QuotaExceeded, ModelNotPriced)
 
 
 def _reason(call: Call, error: RouterError) -> str | None:

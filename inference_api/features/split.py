@@ -81,7 +81,7 @@ class Splits:
 
     async def _send(self, call: Call, model: Model, run: Send) -> Reply:
         name = self._choose(call, model)
-        variant, state = self._fleet.models[name], call.state
+        variant, state = self._fleet.by_name[name], call.state
         at_end(state, lambda record: self.metrics.count(model.name, name, record))
         state.setdefault(ASKED, model)  # type: ignore[attr-defined]
         state[RAN] = variant  # type: ignore[index]
@@ -122,7 +122,7 @@ def _is_out(fleet: Fleet, name: str, now: float) -> bool:
 
     A virtual one is out if all of its members are.
     """
-    model = fleet.models.get(name)
+    model = fleet.by_name.get(name)
     if model is None:
         return True
     if model.members:

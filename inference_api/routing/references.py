@@ -56,14 +56,16 @@ def members_of(entry: "CatalogueEntry") -> Iterator[str]:
             yield name
 
 
-def check(entries: Mapping[str, "CatalogueEntry"], others: Iterable[str] = ()) -> Findings:
-    """Look at what all entries name. `others`: names that exist beside them."""
+def check(entries: Mapping[str, "CatalogueEntry"]) -> Findings:
+    """Look at what all entries name."""
+    # Adapters that engines list are not known yet.
+    others = frozenset(name for entry in entries.values() for name in entry.adapters or ())
     refused: dict[str, str] = {}
     # Refusing an entry may take a member from another one.
-    while found := _refused({name: one for name, one in entries.items() if name not in refused}, frozenset(others)):
+    while found := _refused({name: one for name, one in entries.items() if name not in refused}, others):
         refused |= found
     left = {name: one for name, one in entries.items() if name not in refused}
-    known = left.keys() | set(others)
+    known = left.keys() | others
     warnings = [
         f"model {entry.name!r}: {refers.path}: there is no model {name!r}; it is left out"
         for entry in left.values()

@@ -204,6 +204,27 @@ async def test_the_list_is_in_order_and_a_fallbacks_own_are_not_followed(
     assert (answer.headers["x-inference-model"], answer.headers["x-inference-fallback"]) == ("c", "3")
 
 
+async def test_a_fallback_without_the_route_is_skipped(start_engine: Start, start_router: Start) -> None:
+    busy, engine = await start_engine(BUSY), await start_engine(OK)
+    models = [
+        real("a", busy, fallbacks=["b", "c"]),
+        real("b", engine, routes=["embeddings"]),
+        real("c", engine, adapters=["lora"]),
+    ]
+    served: Served = await start_router(models=models, max_attempts=1)
+
+    assert (await served.chat(model="a")).headers["x-inference-model"] == "c"
+
+
+async def test_an_adapter_is_a_fallback(start_engine: Start, start_router: Start) -> None:
+    busy, engine = await start_engine(BUSY), await start_engine(OK)
+    models = [real("a", busy, fallbacks=["lora"]), real("c", engine, adapters=["lora"])]
+    served: Served = await start_router(models=models, max_attempts=1)
+
+    assert (await served.chat(model="a")).headers["x-inference-model"] == "lora"
+    assert await served.metric("inference_api_fallbacks_total", model_name="a", to="lora") == 1
+
+
 # A context that is too long
 
 

@@ -32,6 +32,10 @@ def test_a_member_that_does_not_exist_refuses_the_virtual_model_alone() -> None:
     assert found.problems == ["model 'chat': split.variants: there is no model 'x'"]
 
 
+def test_an_adapter_that_is_listed_is_a_member() -> None:
+    assert catalogue(split("chat", "a", "lora"), A | {"adapters": ["lora"]}).problems == []
+
+
 def test_a_member_that_is_refused_itself_does_not_exist() -> None:
     found = catalogue(split("outer", "chat", "a"), split("chat", "a", "x"), A)
 
