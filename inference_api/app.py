@@ -6,27 +6,11 @@ from inference_api.application import Application
 from inference_api.chains import ByModel, chain, compose
 from inference_api.core import Core, Outside
 from inference_api.feature import Feature, Run
-from inference_api.features import (
-    adapters,
-    budgets,
-    cache,
-    cors,
-    cost,
-    engine_load,
-    fallback,
-    hold,
-    keys,
-    limits,
-    metering,
-    policy,
-    providers,
-    queue,
-    race,
-    split,
-    tracing,
-    trusted_proxies,
-    usage,
-)
+
+from inference_api.features import (  # isort: skip
+    adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hold, keys, limits, metering, policy,
+    providers, queue, race, split, tracing, trusted_proxies, usage,
+)  # fmt: skip
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
 from inference_api.observe.account import Sink
@@ -64,6 +48,7 @@ FEATURES = (
     # Inside of the limits: an answer of the cache is a request, and its tokens are given back.
     cache.FEATURE,
     # Inside of all that is done once for a request.
+    consensus.FEATURE,
     race.FEATURE,
     # Around the queue of a model: another one may have a place at once.
     fallback.FEATURE,

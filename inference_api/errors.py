@@ -11,6 +11,7 @@ RouterError
 |   +-- UpstreamReset 502
 |   +-- UpstreamProtocolError 502
 |   +-- UpstreamAuthFailed 502
+|   +-- NoConsensus 502
 |   +-- UpstreamTimeout 504
 +-- Unavailable 503           +-- NoBackend   +-- Overloaded   +-- RegistryUnavailable   +-- ShuttingDown
                               +-- AuthUnavailable   +-- LimitsUnavailable   +-- ModelLoading
@@ -238,6 +239,16 @@ class UpstreamAuthFailed(UpstreamError):
 
 class UpstreamTimeout(UpstreamError):
     status, code = 504, "upstream_timeout"
+
+
+class NoConsensus(UpstreamError):
+    """The members of a vote have answered, and too few of them alike."""
+
+    code = "no_consensus"
+
+    def __init__(self, model: str) -> None:
+        message = f"The members of the model {printable(model)!r} did not agree on an answer."
+        super().__init__(message, Outcome.VOTE_LOST, final=True)
 
 
 class _Unavailable(RouterError):

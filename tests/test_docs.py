@@ -10,7 +10,19 @@ import yaml
 
 from inference_api.app import ENTRY, GROUPS
 from inference_api.errors import RouterError
-from inference_api.features import adapters, budgets, cache, cost, engine_load, fallback, keys, policy, race, usage
+from inference_api.features import (
+    adapters,
+    budgets,
+    cache,
+    consensus,
+    cost,
+    engine_load,
+    fallback,
+    keys,
+    policy,
+    race,
+    usage,
+)
 from inference_api.features.delivery.sender import Answer, Delivery
 from inference_api.features.limiting.amounts import Estimates
 from inference_api.features.limits import Limiter
@@ -76,6 +88,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *race.families({}),
         *splitting.families({}, {}, {}, {}),
         *fallback.families({}),
+        *consensus.families({}),
     )
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))

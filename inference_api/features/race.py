@@ -103,9 +103,11 @@ def families(wins: Mapping[tuple[str, str], int]) -> Iterator[Family]:
     yield counter("race_wins", text, ("model_name", "member"), series)
 
 
-async def _until_first_byte(run: Run, reply: Reply) -> None:
-    if 200 <= reply.status < 300:
-        await first_bytes(reply)
+async def _until_first_byte(run: Run, reply: Reply) -> bool:
+    if not 200 <= reply.status < 300:
+        return False
+    await first_bytes(reply)
+    return True
 
 
 def _stores(model: Model) -> InvalidRequest:

@@ -98,7 +98,19 @@ TURN_ON: dict[str, Callable[[], On]] = {
 
 
 # Features that only a key of the catalogue turns on: always built.
-ALWAYS: set[str] = {"adapters", "cache", "cost", "fallback", "hold", "metering", "providers", "queue", "race", "split"}
+ALWAYS: set[str] = {
+    "adapters",
+    "cache",
+    "consensus",
+    "cost",
+    "fallback",
+    "hold",
+    "metering",
+    "providers",
+    "queue",
+    "race",
+    "split",
+}
 
 
 @pytest.fixture(params=TURN_ON)

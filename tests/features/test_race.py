@@ -8,10 +8,7 @@ import orjson
 import pytest
 
 from inference_api.app import ENTRY
-from inference_api.feature import Feature
-from inference_api.observe.account import Record
 from inference_api.routing.catalogue import parse_catalogue
-from tests.conftest import Served
 from tests.fakes import (
     CHAT,
     COMPLETION,
@@ -33,6 +30,7 @@ from tests.fakes import (
     until,
 )
 from tests.faults.quiescence import quiet
+from tests.features.several import Several, start_several
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -40,40 +38,12 @@ URL = "/v1/chat/completions"
 FAST = json_response({**COMPLETION, "model": "the fast one"})
 
 
-class Field:
-    """A router with a race of the models a, b and c, each with one engine. `legs`: the Records of those that lost."""
-
-    def __init__(self, served: Served, engines: list[FakeEngine], legs: list[Record], records: list[Record]) -> None:
-        self.served = served
-        self.engines = engines
-        self.legs = legs
-        self.records = records
-
-    async def ask(self, model: str = "fastest", stream: bool = False, **more: Any) -> Any:
-        return await self.served.chat(stream, model, **more)
-
-    async def outcomes(self, model: str) -> dict[str, float]:
-        found = {}
-        for line in (await self.served.client.get("/metrics")).text.splitlines():
-            if line.startswith("inference_api_upstream_attempts_total{") and f'model_name="{model}"' in line:
-                found[line.split('outcome="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
-        return found
-
-
 @pytest.fixture
 def start_race(start_engine: Start, start_router: Start) -> Start:
-    """`await start_race(script, ...)` -> a Field of as many members; `more` are other entries of the catalogue."""
+    """`await start_race(script, ...)` -> Several: a race, `fastest`, of as many members."""
 
-    async def start(*scripts: Any, stagger: float = 0.0, more: Any = (), members: Any = (), **settings: Any) -> Field:
-        engines = [await start_engine(script) for script in scripts]
-        names = "abc"[: len(scripts)]
-        models = [{"name": n, "backends": [e.url], **dict(members)} for n, e in zip(names, engines, strict=True)]
-        virtual = {"name": "fastest", "race": {"members": list(names), "stagger": stagger}}
-        legs: list[Record] = []
-        records: list[Record] = []
-        listens = Feature("listens", leg=lambda record, extra: legs.append(record), record=records.append)
-        served = await start_router(models=[*models, virtual, *more], features=[listens], **settings)
-        return Field(served, engines, legs, records)
+    async def start(*scripts: Any, stagger: float = 0.0, **more: Any) -> Several:
+        return await start_several(start_engine, start_router, "fastest", {"stagger": stagger}, "race", scripts, **more)
 
     return start
 
@@ -109,7 +79,7 @@ def test_a_race_has_no_backends_of_its_own() -> None:
 async def test_the_first_byte_wins(stream: bool, start_race: Start) -> None:
     body = [event("from b"), DONE]
     fast = raw(SSE_HEAD, *map(chunk, body), LAST_CHUNK) if stream else raw(FAST)
-    race: Field = await start_race(hang, fast, hang)
+    race: Several = await start_race(hang, fast, hang)
 
     async with quiet(race.served):
         answer = await race.ask(stream=stream)
@@ -130,7 +100,7 @@ async def test_a_head_wins_nothing(start_race: Start) -> None:
         await line.send(SSE_HEAD)
         await line.gone()
 
-    race: Field = await start_race(head_only, sse(event("b"), DONE, then=lambda line: line.send(LAST_CHUNK)))
+    race: Several = await start_race(head_only, sse(event("b"), DONE, then=lambda line: line.send(LAST_CHUNK)))
 
     async with quiet(race.served):
         answer = await race.ask(stream=True)
@@ -140,7 +110,7 @@ async def test_a_head_wins_nothing(start_race: Start) -> None:
 
 
 async def test_each_member_that_lost_has_a_record(start_race: Start) -> None:
-    race: Field = await start_race(hang, raw(FAST))
+    race: Several = await start_race(hang, raw(FAST))
 
     await race.ask()
 
@@ -154,7 +124,7 @@ async def test_each_member_that_lost_has_a_record(start_race: Start) -> None:
 
 
 async def test_the_loser_is_not_to_blame(start_race: Start) -> None:
-    race: Field = await start_race(hang, raw(FAST), breaker_failures=1)
+    race: Several = await start_race(hang, raw(FAST), breaker_failures=1)
 
     for _ in range(3):
         await race.ask()
@@ -164,7 +134,7 @@ async def test_the_loser_is_not_to_blame(start_race: Start) -> None:
 
 
 async def test_a_member_that_fails_loses(start_race: Start) -> None:
-    race: Field = await start_race(raw(json_response({"error": {}}, "500 Internal Server Error")), raw(FAST))
+    race: Several = await start_race(raw(json_response({"error": {}}, "500 Internal Server Error")), raw(FAST))
 
     async with quiet(race.served):
         answer = await race.ask()
@@ -187,7 +157,7 @@ async def test_a_body_that_breaks_off_before_its_first_byte_loses(start_race: St
         await broken.wait()
         await line.send(SSE_HEAD, chunk(event("b")), chunk(DONE) + LAST_CHUNK)
 
-    race: Field = await start_race(breaks, answers)
+    race: Several = await start_race(breaks, answers)
 
     async with quiet(race.served):
         answer = await race.ask(stream=True)
@@ -209,7 +179,7 @@ async def test_if_all_fail_the_answer_is_the_first_members(start_race: Start) ->
         await line.send(json_response({"error": {}}, "404 Not Found"))
         release.set()
 
-    race: Field = await start_race(slow, quick)
+    race: Several = await start_race(slow, quick)
     async with quiet(race.served):
         answer = await race.ask()
 
@@ -219,7 +189,7 @@ async def test_if_all_fail_the_answer_is_the_first_members(start_race: Start) ->
 
 
 async def test_if_all_fail_the_error_is_the_first_members(start_race: Start) -> None:
-    race: Field = await start_race(hang, raw(json_response({"error": {}}, "400 Bad Request")))
+    race: Several = await start_race(hang, raw(json_response({"error": {}}, "400 Bad Request")))
     await race.engines[0].stop()
 
     answer = await race.ask()
@@ -229,7 +199,7 @@ async def test_if_all_fail_the_error_is_the_first_members(start_race: Start) -> 
 
 
 async def test_stagger_spares_the_later_ones(start_race: Start) -> None:
-    race: Field = await start_race(raw(FAST), raw(FAST), stagger=60)
+    race: Several = await start_race(raw(FAST), raw(FAST), stagger=60)
 
     answer = await race.ask()
 
@@ -238,7 +208,7 @@ async def test_stagger_spares_the_later_ones(start_race: Start) -> None:
 
 
 async def test_stagger_starts_the_next_one(start_race: Start) -> None:
-    race: Field = await start_race(hang, raw(FAST), stagger=0.05)
+    race: Several = await start_race(hang, raw(FAST), stagger=0.05)
 
     answer = await race.ask()
 
@@ -247,7 +217,7 @@ async def test_stagger_starts_the_next_one(start_race: Start) -> None:
 
 async def test_one_that_fails_starts_the_next_at_once(start_race: Start) -> None:
     broken = raw(json_response({"error": {}}, "400 Bad Request"))
-    race: Field = await start_race(broken, raw(FAST), raw(FAST), stagger=60)
+    race: Several = await start_race(broken, raw(FAST), raw(FAST), stagger=60)
 
     answer = await race.ask()
 
@@ -261,7 +231,7 @@ async def test_a_client_that_leaves_cancels_all(moment: str, start_race: Start) 
         await line.send(SSE_HEAD, chunk(event()))
         await line.gone()
 
-    race: Field = await start_race(hang, hang if moment == "before the first byte" else one_event)
+    race: Several = await start_race(hang, hang if moment == "before the first byte" else one_event)
     async with quiet(race.served), raw_client(race.served.port) as client:
         await client.send(post(URL, {**STREAM, "model": "fastest"}))
         if moment == "in mid-stream":
@@ -281,7 +251,7 @@ async def test_a_client_that_leaves_cancels_all(moment: str, start_race: Start) 
 
 
 async def test_a_drain_ends_all(start_race: Start) -> None:
-    race: Field = await start_race(hang, hang)
+    race: Several = await start_race(hang, hang)
     async with quiet(race.served):
         asking = asyncio.create_task(race.ask())
         await until(lambda: all(engine.busy for engine in race.engines))
@@ -294,7 +264,7 @@ async def test_a_drain_ends_all(start_race: Start) -> None:
 
 
 async def test_a_backend_that_dies_after_the_first_byte_breaks_the_stream(start_race: Start) -> None:
-    race: Field = await start_race(hang, sse(event("b"), then=Line.reset))
+    race: Several = await start_race(hang, sse(event("b"), then=Line.reset))
 
     async with quiet(race.served), raw_client(race.served.port) as client:
         await client.send(post(URL, {**STREAM, "model": "fastest"}))
@@ -305,7 +275,7 @@ async def test_a_backend_that_dies_after_the_first_byte_breaks_the_stream(start_
 
 
 async def test_a_member_at_its_limit_loses(start_race: Start) -> None:
-    race: Field = await start_race(hang, raw(FAST), members={"max_in_flight": 1})
+    race: Several = await start_race(hang, raw(FAST), members={"max_in_flight": 1})
     async with quiet(race.served), raw_client(race.served.port) as busy:
         await busy.send(post(URL, {**CHAT, "model": "a"}))
         await until(lambda: race.engines[0].busy)
@@ -317,7 +287,7 @@ async def test_a_member_at_its_limit_loses(start_race: Start) -> None:
 
 
 async def test_what_may_be_stored_does_not_race(start_race: Start) -> None:
-    race: Field = await start_race(raw(json_response({"id": "r"})), raw(json_response({"id": "r"})))
+    race: Several = await start_race(raw(json_response({"id": "r"})), raw(json_response({"id": "r"})))
     body = {"model": "fastest", "input": "x"}
 
     stored = await race.served.client.post("/v1/responses", json=body)
@@ -331,7 +301,7 @@ async def test_what_may_be_stored_does_not_race(start_race: Start) -> None:
 async def test_races_may_be_nested(start_race: Start) -> None:
     outer = {"name": "outer", "race": {"members": ["fastest", "d"]}}
     last = {"name": "d"}
-    race: Field = await start_race(hang, raw(FAST), more=[last, outer])
+    race: Several = await start_race(hang, raw(FAST), more=[last, outer])
 
     async with quiet(race.served):
         answer = await race.ask("outer")
@@ -353,7 +323,7 @@ async def test_a_race_within_a_race_that_loses_is_cancelled_to_the_last_member(
     quickest: FakeEngine = await start_engine(raw(FAST))
     inner = {"name": "inner", "race": {"members": ["a", "b"]}}
     outer = {"name": "outer", "race": {"members": ["inner", "d"]}}
-    race: Field = await start_race(hang, hang, more=[inner, {"name": "d", "backends": [quickest.url]}, outer])
+    race: Several = await start_race(hang, hang, more=[inner, {"name": "d", "backends": [quickest.url]}, outer])
 
     async with quiet(race.served):
         answer = await race.ask("outer")
@@ -364,7 +334,7 @@ async def test_a_race_within_a_race_that_loses_is_cancelled_to_the_last_member(
 
 
 async def test_the_members_are_asked_by_their_own_names(start_race: Start) -> None:
-    race: Field = await start_race(raw(FAST), raw(FAST))
+    race: Several = await start_race(raw(FAST), raw(FAST))
 
     await race.ask()
 
@@ -373,6 +343,6 @@ async def test_the_members_are_asked_by_their_own_names(start_race: Start) -> No
 
 
 async def test_a_race_is_listed(start_race: Start) -> None:
-    race: Field = await start_race(hang, hang)
+    race: Several = await start_race(hang, hang)
 
     assert "fastest" in {card["id"] for card in (await race.served.client.get("/v1/models")).json()["data"]}

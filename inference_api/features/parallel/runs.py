@@ -29,7 +29,10 @@ _RECORDED = "recorded"
 
 
 class Run:
-    """One member at work. `place`: in the list of members; `tokens`: as its engine reports them, if they are known."""
+    """One member at work. `place`: in the list of members; `answered`: it has a good answer.
+
+    `outcome`, once it is known; `tokens`: as its engine reports them.
+    """
 
     __slots__ = (
         "answered",
@@ -55,7 +58,6 @@ class Run:
         self.error: BaseException | None = None
         self.outcome: Outcome | None = None
         self.tokens: Counts = NO_COUNTS
-        # Whether the work came to its end, and its answer is a 2xx
         self.answered = False
         self.recorded = False
 
@@ -64,7 +66,8 @@ class Run:
         return self.task is not None and not self.task.done()
 
 
-Work = Callable[[Run, Reply], Awaitable[None]]
+# Returns whether the answer is a good one
+Work = Callable[[Run, Reply], Awaitable[bool]]
 
 
 class Runs:
@@ -78,7 +81,8 @@ class Runs:
         self._core = core
         self._kind = kind
         self._lost = lost
-        self._call = call
+        self.call = call
+        self.model = model
         self._work = work
         # Of the request: the members share it.
         self._deadline = call.deadline or core.prepare.deadline(call, model)
@@ -87,7 +91,7 @@ class Runs:
         self._kept: Run | None = None
 
     def start(self, model: Model) -> None:
-        leg = leg_of(self._call)
+        leg = leg_of(self.call)
         leg = leg._replace(deadline=min(self._deadline, self._core.prepare.deadline(leg._replace(deadline=0.0), model)))
         run = Run(len(self._all), leg, model, self._core.legs.clock())
         self._all.append(run)
@@ -111,7 +115,7 @@ class Runs:
     async def keep(self, run: Run) -> Reply:
         """Make the answer of `run` that of the request, and cancel the others. Raises its error, if it has one."""
         self._kept = run
-        take_over(self._call, run.leg, run.model)
+        take_over(self.call, run.leg, run.model)
         await self._end(self._lost.value)
         if run.error is not None:
             raise run.error
@@ -138,8 +142,7 @@ class Runs:
         """The task of a run: never raises but CancelledError, and then there is no open Reply."""
         try:
             run.reply = reply = await self._core.members.send(run.leg, run.model)
-            await self._work(run, reply)
-            run.answered = 200 <= reply.status < 300
+            run.answered = await self._work(run, reply)
         except BaseException as exc:
             run.error, run.outcome = exc, exc.outcome if isinstance(exc, RouterError) else outcome_of(exc)
             if run.reply is not None:
@@ -167,7 +170,7 @@ class Runs:
             reply = run.reply
             if run.error is None and reply is not None:
                 if run.outcome is None:
-                    run.outcome = LOST.get(message, CLIENT_GONE) if reply.status < 300 else of_status(reply.status)
+                    run.outcome = LOST.get(message, CLIENT_GONE) if run.answered else of_status(reply.status)
                 await reply.aclose(run.outcome)
             self._record(run)
         if working:
@@ -188,8 +191,8 @@ class Runs:
         """No answer is returned: all legs have Records, and the request shows that a backend was asked."""
         first = next((run for run in self._all if run.leg.tried), None)
         if first is not None:
-            state: dict[str, Any] = self._call.state  # type: ignore[assignment]
-            self._call.tried.extend(first.leg.tried)
+            state: dict[str, Any] = self.call.state  # type: ignore[assignment]
+            self.call.tried.extend(first.leg.tried)
             state[RAN] = first.leg.state.get(RAN, first.model)
             state[_RECORDED] = True
 
