@@ -37,6 +37,23 @@ def _policy(document: Json) -> Json:
 
 
 # What is refused: the values, and what the one line must say.
+# An engine that sleeps at zero, and wakes by what waits for it
+ENGINES_KEDA: Json = {
+    "enabled": True,
+    "keda": {"serverAddress": "http://prometheus"},
+    "cache": {"accessModes": ["ReadWriteMany"]},
+}
+SLEEPER: Json = {
+    "models": {
+        "gpt2": {
+            "hold": 300,
+            "max_in_flight": 64,
+            "queue": {"timeout": 30, "size": 100, "per_caller": 20},
+            "deploy": {"replicas": None, "keda": {"maxReplicas": 3}},
+        },
+        "mistral-7b": {"deploy": {"replicas": None, "keda": {"minReplicas": 1, "maxReplicas": 2, "requestsPerPod": 7}}},
+    }
+}
 REFUSED: dict[str, tuple[Json, str]] = {
     "a wrong type": ({"router": {"replicaCount": "two"}}, "at '/router/replicaCount': got string"),
     "an unknown key": ({"router": {"replicas": 2}}, "at '/router': additional properties 'replicas' not allowed"),
@@ -218,6 +235,33 @@ REFUSED: dict[str, tuple[Json, str]] = {
         "router.autoscaling needs router.resources.requests.cpu",
     ),
     "KEDA without Prometheus": ({"router": {"keda": {"enabled": True}}}, "router.keda needs router.keda.serverAddress"),
+    "an engine with KEDA without Prometheus": (
+        {"engines": {"enabled": True}, **SLEEPER},
+        "models.gpt2.deploy.keda needs engines.keda.serverAddress, the URL of Prometheus",
+    ),
+    "an engine whose number two decide on": (
+        {"engines": ENGINES_KEDA, "models": {"gpt2": {"hold": 60, "deploy": {"keda": {"maxReplicas": 2}}}}},
+        "models.gpt2.deploy.keda and models.gpt2.deploy.replicas exclude each other: set replicas to null",
+    ),
+    "an engine at zero whose requests are refused": (
+        {"engines": ENGINES_KEDA, "models": {"gpt2": {"deploy": {"replicas": None, "keda": {"maxReplicas": 2}}}}},
+        "models.gpt2.deploy.keda scales it to zero, where requests would be refused: set models.gpt2.hold",
+    ),
+    "an engine with more pods at least than at most": (
+        {
+            "engines": ENGINES_KEDA,
+            "models": {"gpt2": {"deploy": {"replicas": None, "keda": {"minReplicas": 3, "maxReplicas": 2}}}},
+        },
+        "models.gpt2.deploy.keda.minReplicas (3) is more than its maxReplicas (2)",
+    ),
+    "an engine that scales beyond a volume of one node": (
+        {"engines": {**ENGINES_KEDA, "cache": {"accessModes": ["ReadWriteOnce"]}}, **SLEEPER},
+        "models.gpt2.deploy.keda.maxReplicas is 3, and a cache that is ReadWriteOnce is on one node",
+    ),
+    "a queue without a limit": (
+        {"models": {"gpt2": {"queue": {"timeout": 30, "size": 10}}}},
+        "models.gpt2.queue needs models.gpt2.max_in_flight: at that many requests others wait",
+    ),
     "two registries": (
         {"router": {"registry": {"url": "http://registry"}}},
         "router.registry.url is set, so nobody would use the chart's own registry",

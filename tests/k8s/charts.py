@@ -25,6 +25,7 @@ from tests.k8s.chart_values import (
     CHANGES,
     CONTROL_PLANE,
     DASHBOARD,
+    ENGINES_KEDA,
     EVERYTHING,
     KEYS,
     LABELS,
@@ -37,6 +38,7 @@ from tests.k8s.chart_values import (
     REFUSED,
     RULES,
     SCALED_BY_OTHERS,
+    SLEEPER,
     VARIABLES,
 )
 
@@ -286,6 +288,7 @@ def _jobs(with_files: Path) -> dict[str, Json]:
         "keys, an HPA": {**default, "values": _changed(KEYS, {"router.autoscaling": three})},
         "a control plane": {**default, "values": CONTROL_PLANE},
         "a changed policy": {**default, "values": KEYS, "upgrade": _changed(KEYS, {"router.policy": POLICY_LATER})},
+        "engines with KEDA": {**default, "values": {"engines": ENGINES_KEDA, **SLEEPER, "monitoring": scraped}},
         "KEDA with its own series": {**default, "values": {"router": {"keda": keda}, "monitoring": scraped}},
         "near on 1.33": {**default, "values": near, "kubernetes": "1.33"},
         "near on 1.34": {**default, "values": near, "kubernetes": "1.34"},

@@ -4,6 +4,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from inference_api.app import build
+from inference_api.core import Outside
+from inference_api.observe.families import Families
+from inference_api.settings import Settings
 from tests.k8s.chart_values import NAMESPACE
 from tests.k8s.charts import Installed, Json, catalogue, every_install, installed, require_helm
 
@@ -101,3 +105,49 @@ def test_caches_are_claimed_once_and_kept(name: str) -> None:
         assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
     for deployment in found.of("Deployment", "engine"):
         assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}
+
+
+# Scaling
+
+
+def test_an_engine_wakes_by_what_waits_for_it_and_sleeps_when_nothing_is_in_flight() -> None:
+    found = installed("engines with KEDA")
+    scaled = {o["metadata"]["name"]: o["spec"] for o in found.of("ScaledObject", "engine")}
+    deployments = {o["metadata"]["name"]: o["spec"] for o in found.of("Deployment", "engine")}
+    (scraped,) = [
+        o["metadata"]["name"] for o in found.of("Service") if "inference-api/scrape" in o["metadata"]["labels"]
+    ]
+
+    assert scaled.keys() == {"gpt2", "mistral-7b"}
+    for name, spec in scaled.items():
+        assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+        # Two must not decide on it.
+        assert "replicas" not in deployments[name]
+    assert (scaled["gpt2"]["minReplicaCount"], scaled["gpt2"]["maxReplicaCount"]) == (0, 3)
+    assert (scaled["mistral-7b"]["minReplicaCount"], scaled["mistral-7b"]["maxReplicaCount"]) == (1, 2)
+    # Prometheus away: one pod, for what nobody can count.
+    assert scaled["gpt2"]["fallback"]["replicas"] == 1
+    (trigger,) = scaled["gpt2"]["triggers"]
+    metrics = "inference_api_(queue_depth|requests_in_flight)"
+    labels = f'model_name="gpt2", namespace="{NAMESPACE}", service="{scraped}"'
+    assert trigger["metadata"]["query"] == f'sum({{__name__=~"{metrics}", {labels}}})'
+    assert trigger["metadata"]["activationThreshold"] == "0"
+    thresholds = {name: one["triggers"][0]["metadata"]["threshold"] for name, one in scaled.items()}
+    assert thresholds == {"gpt2": "32", "mistral-7b": "7"}
+
+
+def test_its_metrics_are_those_of_a_router_with_this_catalogue() -> None:
+    """Also while nothing waits: no series would be no answer."""
+    found = installed("engines with KEDA")
+    router = build(Settings(), Outside(catalogue=catalogue(found)))
+    collectors = [feature.collect for feature in router.features.values() if feature.collect]
+    families = Families(router.core.metrics, router.core.registry.status, collectors=collectors)
+    exposed = [(family.name, labels) for family in families() for labels, _ in family.series]
+
+    assert ("inference_api_queue_depth", ("gpt2", "hold")) in exposed
+    assert ("inference_api_queue_depth", ("gpt2", "queue")) in exposed
+    assert ("inference_api_requests_in_flight", ("gpt2",)) in exposed
+
+
+def test_without_it_no_engine_is_scaled() -> None:
+    assert installed("engines on 1.37").of("ScaledObject") == []

@@ -141,14 +141,14 @@ def test_rollouts_never_take_a_router_away_first(name: str) -> None:
 def test_only_one_decides_on_the_number_of_routers(name: str) -> None:
     found = installed(name)
     deployment = found.one("Deployment", "router")
-    scalers = [*found.of("HorizontalPodAutoscaler"), *found.of("ScaledObject")]
+    scalers = [*found.of("HorizontalPodAutoscaler"), *found.of("ScaledObject", "router")]
 
     assert ("replicas" in deployment["spec"]) == (not scalers)
     assert len(scalers) <= 1
     for scaler in scalers:
         target = scaler["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
-    for scaler in found.of("ScaledObject"):
+    for scaler in found.of("ScaledObject", "router"):
         fallback = scaler["spec"]["fallback"]
         assert (fallback["replicas"], fallback["behavior"]) == (2, "currentReplicasIfHigher")
 
@@ -171,7 +171,7 @@ def test_they_scale_by_a_metric_that_the_router_has() -> None:
 
 def test_keda_counts_the_requests_of_its_own_cluster() -> None:
     """One Prometheus may have those of several."""
-    trigger, *_ = installed("marks with KEDA").one("ScaledObject")["spec"]["triggers"]
+    trigger, *_ = installed("marks with KEDA").one("ScaledObject", "router")["spec"]["triggers"]
 
     assert f'cluster="{MARKED["clusterName"]}"' in trigger["metadata"]["query"]
     assert trigger["authenticationRef"] == MARKED["router"]["keda"]["authenticationRef"]

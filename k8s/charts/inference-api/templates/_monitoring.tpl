@@ -31,3 +31,12 @@ annotations are Prometheus' templates. A link to the runbook is one only where t
 {{- end -}}
 {{- dict "groups" $groups | toJson -}}
 {{- end -}}
+
+{{/* Labels of the series of this release's routers, for an autoscaler. `service` tells two releases in one namespace apart, and
+`cluster` two clusters in one Prometheus: the chart's ServiceMonitor sets both. */}}
+{{- define "inference-api.ownSeries" -}}
+namespace={{ .Release.Namespace | quote }}
+{{- if .Values.monitoring.serviceMonitor.enabled }}, service="{{ include "inference-api.fullname" . }}-ops"
+{{- with .Values.clusterName }}, cluster={{ . | quote }}{{ end }}
+{{- end }}
+{{- end -}}

@@ -16,8 +16,25 @@
 {{- if not (regexMatch "^[a-z]" $slug) }}
 {{ printf "models.%s.deploy: its Service would be named %q, and such names begin with a letter; rename the model, and make this name an alias" $name $slug }}
 {{- end -}}
-{{- if and $cache.enabled (gt (int $model.deploy.replicas) 1) (not (has "ReadWriteMany" $cache.accessModes)) (not $model.deploy.existingClaim) }}
-{{ printf "models.%s.deploy.replicas is %d, and a cache that is %s is on one node: set engines.cache.accessModes to [ReadWriteMany], for a claim that is there already name another one in models.%s.deploy.existingClaim, or set engines.cache.enabled to false" $name (int $model.deploy.replicas) (first $cache.accessModes) $name }}
+{{- $place := "replicas" -}}
+{{- $pods := int $model.deploy.replicas -}}
+{{- with $model.deploy.keda }}{{ $place = "keda.maxReplicas" }}{{ $pods = int .maxReplicas }}{{ end -}}
+{{- if and $cache.enabled (gt $pods 1) (not (has "ReadWriteMany" $cache.accessModes)) (not $model.deploy.existingClaim) }}
+{{ printf "models.%s.deploy.%s is %d, and a cache that is %s is on one node: set engines.cache.accessModes to [ReadWriteMany], for a claim that is there already name another one in models.%s.deploy.existingClaim, or set engines.cache.enabled to false" $name $place $pods (first $cache.accessModes) $name }}
+{{- end -}}
+{{- with $model.deploy.keda -}}
+{{- if not $.Values.engines.keda.serverAddress }}
+{{ printf "models.%s.deploy.keda needs engines.keda.serverAddress, the URL of Prometheus" $name }}
+{{- end -}}
+{{- if not (kindIs "invalid" $model.deploy.replicas) }}
+{{ printf "models.%s.deploy.keda and models.%s.deploy.replicas exclude each other: set replicas to null" $name $name }}
+{{- end -}}
+{{- if and (not .minReplicas) (not $model.hold) }}
+{{ printf "models.%s.deploy.keda scales it to zero, where requests would be refused: set models.%s.hold to the seconds that they may wait for its start, or minReplicas to 1" $name $name }}
+{{- end -}}
+{{- if gt (int .minReplicas) (int .maxReplicas) }}
+{{ printf "models.%s.deploy.keda.minReplicas (%d) is more than its maxReplicas (%d)" $name (int .minReplicas) (int .maxReplicas) }}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $fullname := include "inference-api.fullname" . -}}
@@ -43,6 +60,9 @@
 {{- if hasKey $owners . }}
 {{ printf "models.%s and models.%s share the name %s, which can be that of one model only: change the name, or the aliases" (get $owners .) $name . }}
 {{- else }}{{ $_ := set $owners . $name }}{{ end -}}
+{{- end -}}
+{{- if and $model.queue (not $model.max_in_flight) }}
+{{ printf "models.%s.queue needs models.%s.max_in_flight: at that many requests others wait" $name $name }}
 {{- end -}}
 {{- $urls := list -}}
 {{- range $model.backends -}}
