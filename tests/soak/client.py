@@ -18,6 +18,13 @@ _HEAD = (
 )
 
 
+# The models of the catalogue that stand for others, or have features. Of some a request may be executed many times.
+ONCE = ("m", "split", "queued")
+OFTEN = ("fallback", "race", "consensus", "hedged", "shadowed", "cached")
+# The beginning of the nonces of those
+MANY_TIMES = "often-"
+
+
 class Violation(Exception):
     """The router broke its word."""
 
@@ -27,9 +34,13 @@ class Broken(Exception):
 
 
 class Users:
-    """So many at once, so many requests a second together. `ended` counts how requests ended, `violations` say why."""
+    """So many at once, so many requests a second together. `ended` counts how requests ended, `violations` say why.
 
-    def __init__(self, port: int, users: int, rate: float, leaving: float) -> None:
+    `many`: the share of requests for other models than `m`.
+    """
+
+    def __init__(self, port: int, users: int, rate: float, leaving: float, many: float) -> None:
+        self._many = many
         self._port = port
         self._users = users
         self._pause = users / rate
@@ -60,10 +71,15 @@ class Users:
             connection.close()
 
     async def _ask(self, connection: "Connection") -> str:
-        nonce = uuid.uuid4().hex
-        stream = random.random() < 0.6
-        filler = "z" * random.choice([0, 10, 300, 20_000])
-        body = orjson.dumps({"model": "m", "messages": [filler], "user": nonce, "stream": stream})
+        model = random.choice(ONCE + OFTEN) if random.random() < self._many else "m"
+        stream = random.random() < 0.6 and model != "consensus"
+        nonce = MANY_TIMES * (model in OFTEN) + uuid.uuid4().hex
+        if model == "cached":
+            # Few, so that there are hits.
+            nonce = f"{MANY_TIMES}{random.randrange(30)}"
+        filler = "z" * (0 if model == "cached" else random.choice([0, 10, 300, 20_000]))
+        asked = {"model": model, "messages": [filler], "user": nonce, "stream": stream, "temperature": 0}
+        body = orjson.dumps(asked)
         try:
             connection.writer.write(_HEAD % len(body) + body)
             if random.random() < self._leaving:
@@ -72,7 +88,7 @@ class Users:
             async with asyncio.timeout(_TIMEOUT):
                 return await connection.answer(nonce)
         except Violation as violation:
-            self.violations.append(f"{violation} (nonce {nonce}, {'stream' if stream else 'json'})")
+            self.violations.append(f"{violation} ({model}, nonce {nonce}, {'stream' if stream else 'json'})")
             return "violation"
         except TimeoutError:
             self.violations.append(f"no end within {_TIMEOUT:.0f} s (nonce {nonce})")
@@ -115,6 +131,9 @@ class Connection:
         if length is None:
             raise Violation(f"an answer without framing: {head!r}")
         body = await self.reader.readexactly(length)
+        if status == 200 and any(line.startswith(b"content-type: text/event-stream") for line in lines):
+            # From the cache, which knows the length.
+            return _complete(body, nonce)
         return _whole(status, body, nonce)
 
     async def _events(self, nonce: str, status: int) -> str:
@@ -130,13 +149,18 @@ class Connection:
             if b"[DONE]" in text:
                 raise Violation("a stream that was cut after its [DONE]") from None
             raise Broken from None
-        _check_events(text, nonce)
-        if not text.endswith(b"data: [DONE]\n\n"):
-            # The one clean end without [DONE] there may be: an engine's error event was the last.
-            if b'"error"' in text:
-                return "error_event_passed"
-            raise Violation("a stream that ended cleanly without [DONE]")
-        return "error_event_passed" if b'"error"' in text else "ok"
+        return _complete(text, nonce)
+
+
+def _complete(text: bytes, nonce: str) -> str:
+    """How a stream that ended cleanly ended."""
+    _check_events(text, nonce)
+    if not text.endswith(b"data: [DONE]\n\n"):
+        # The one clean end without [DONE] there may be: an engine's error event was the last.
+        if b'"error"' in text:
+            return "error_event_passed"
+        raise Violation("a stream that ended cleanly without [DONE]")
+    return "error_event_passed" if b'"error"' in text else "ok"
 
 
 def _check_events(text: bytes, nonce: str) -> None:
@@ -156,7 +180,10 @@ def _check_events(text: bytes, nonce: str) -> None:
 
 
 def _whole(status: int, body: bytes, nonce: str) -> str:
-    document = orjson.loads(body)
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise Violation(f"a body that is not JSON, with the status {status}: {body[:80]!r}") from None
     if status == 200:
         if document["nonce"] != nonce:
             raise Violation(f"cross-talk: the answer of {document['nonce']}")

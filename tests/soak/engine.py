@@ -69,7 +69,9 @@ class Engine(FakeEngine):
 
     async def _whole(self, line: Line, nonce: str, fault: str) -> None:
         filler = "x" * random.randrange(3000)
-        answer = json_response({"nonce": nonce, "filler": filler, "usage": {"prompt_tokens": 1}})
+        choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": nonce}}]
+        document = {"nonce": nonce, "filler": filler, "choices": choices, "usage": {"prompt_tokens": 1}}
+        answer = json_response(document)
         if fault in ("reset_in_stream", "cut_in_event"):
             await line.send(answer[:-1])
             line.close()
