@@ -151,7 +151,8 @@ class Lists:
         self._further = self._since(self._further, further, self._lost_further)
         for one, parent in self._remembered(self._lost, models, known):
             held[one] = parent, frozenset()
-        further |= dict(self._remembered(self._lost_further, models, {*known, *held}))
+        # Not in place: `_further` is the same dictionary.
+        further = further | dict(self._remembered(self._lost_further, models, {*known, *held}))
         self._tell_differing(models, neighbours)
         return Found(held, further)
 
