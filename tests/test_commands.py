@@ -218,6 +218,41 @@ async def test_check_connects_to_every_backend(tmp_path: Path, start_engine: Sta
     ]
 
 
+async def test_check_looks_for_adapters_that_are_assumed(tmp_path: Path, start_engine: Start) -> None:
+    engine = await start_engine()
+    serving_models(engine, "m", "x")
+    catalogue = written(
+        tmp_path,
+        {"name": "m", "backends": [engine.url], "adapters": ["x"]},
+        {"name": "n", "served_model_name": "m", "backends": [engine.url], "adapters": ["y", "z"]},
+        {"name": "o", "served_model_name": "m", "backends": [engine.url], "adapters": ["y"], "discover": True},
+    )
+
+    code, out, _ = await run("check", "--connect", "--catalogue", catalogue)
+
+    place = engine.url.removeprefix("http://")
+    assert code == 1
+    assert [line.split(maxsplit=3) for line in out[1:]] == [
+        ["m", place, "ok"],
+        ["n", place, "name", 'lacks the adapters "y", "z"; load them, or set discover: true'],
+        ["o", place, "ok"],
+    ]
+
+
+def test_check_warns_of_adapters_that_are_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backends = ["http://10.0.0.1"]
+    one = {"name": "a", "backends": backends, "adapters": ["x", "b", "short"]}
+    two = {"name": "b", "aliases": ["short"], "backends": backends, "adapters": ["x", "y"]}
+    main(["check", "--catalogue", written(tmp_path, one, two, {"name": "c", "discover": True})])
+
+    assert [line for line in capsys.readouterr().err.splitlines() if "discover" in line or "adapters" in line] == [
+        "warning: model 'a': adapters: 'b' is the name of a model, which is served instead",
+        "warning: model 'a': adapters: 'short' is the name of a model, which is served instead",
+        "warning: model 'b': adapters: 'x' is one of the model 'a', too; none is served",
+        "warning: model 'c': discover: there are no backends to ask",
+    ]
+
+
 async def test_check_connects_to_no_backend_of_a_registry_and_says_so(tmp_path: Path, start_engine: Start) -> None:
     engine = await start_engine()
     serving_models(engine, "m")

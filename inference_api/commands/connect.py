@@ -18,6 +18,7 @@ from inference_api.upstream.credentials import read_token
 
 _AT_ONCE = 16
 _TIMEOUT = 10.0
+_SHOWN = 3
 
 
 class Result(NamedTuple):
@@ -87,6 +88,10 @@ def _compare(entry: CatalogueEntry, place: str, response: httpx.Response) -> Res
     wrong = misnamed(entry, names)
     if wrong is not None and entry.engine not in IGNORES_NAMES:
         return Result(entry.name, place, "name", wrong)
+    lacking = [] if entry.discover else [name for name in entry.adapters or () if name not in names]
+    if lacking:
+        shown = ", ".join(f'"{name}"' for name in lacking[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
+        return Result(entry.name, place, "name", f"lacks the adapters {shown}; load them, or set discover: true")
     return Result(entry.name, place, "ok")
 
 

@@ -301,4 +301,5 @@ def refusing(
         return self
 
     judge: Any = model_validator(mode="after")(judged)
-    return create_model("CatalogueEntry", __base__=entry, __validators__={"judged": judge})
+    # A name of its own: the same one would replace that of the base.
+    return create_model("CatalogueEntry", __base__=entry, __validators__={f"judged_{len(entry.__mro__)}": judge})

@@ -301,6 +301,9 @@ class Fleet:
         for alias, model in further.items():
             model.further += (alias,)
         self.by_name, self.served = {**further, **adapters, **self._named}, {**self.models, **adapters}
+        for name in before.keys() - adapters.keys():
+            # Requests that wait for it wait in vain.
+            before[name].wake()
         for adapter in before.values():
             adapter.wake()
 

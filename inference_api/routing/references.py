@@ -39,6 +39,15 @@ def virtual_key(entry: "CatalogueEntry") -> str | None:
     return next((key.name for key, refers in _given(entry) if refers.is_virtual), None)
 
 
+def beside(referring: "Mapping[str, EntryKey[Any]]") -> dict[str, frozenset[str]]:
+    """The keys that make an entry a virtual model, and all that it may then have."""
+    found = {}
+    for name, key in referring.items():
+        if key.refers is not None and key.refers.is_virtual:
+            found[name] = _OF_VIRTUAL | key.refers.beside | {name}
+    return found
+
+
 def excess_key(entry: "CatalogueEntry") -> str | None:
     """Why the keys of an entry do not go together: a virtual model has few."""
     for key, refers in _given(entry):
