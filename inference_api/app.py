@@ -9,7 +9,7 @@ from inference_api.feature import Feature, Run
 
 from inference_api.features import (  # isort: skip
     adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hold, keys, limits, metering, policy,
-    providers, queue, race, split, tracing, trusted_proxies, usage,
+    prompts, providers, queue, race, split, tracing, trusted_proxies, usage,
 )  # fmt: skip
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
@@ -34,6 +34,8 @@ FEATURES = (
     # Before all that applies it.
     policy.FEATURE,
     keys.FEATURE,
+    # Outermost of those that answer: all others see the request with its prompt.
+    prompts.FEATURE,
     # Before all that counts a request: what a model has no route for is none.
     providers.FEATURE,
     # Annotates first: what others make of a request begins with its tokens.

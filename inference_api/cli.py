@@ -1,4 +1,4 @@
-"""The command line: serve, check, status, models, keys, demo."""
+"""The command line: serve, check, status, models, keys, prompts, demo."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from typing import NoReturn, TypeAlias
 
 from inference_api import __version__
 from inference_api.app import GROUPS
-from inference_api.commands import check, keys, models, serve, status
+from inference_api.commands import check, keys, models, prompts, serve, status
 from inference_api.routing.catalogue import CatalogueError
 from inference_api.routing.wording import suggestion
 from inference_api.settings import PREFIX, SettingsError, fields_of
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_models(commands)
     _add_keys(commands)
+    _add_prompts(commands)
     _add_demo(commands)
     return parser
 
@@ -133,6 +134,24 @@ def _add_keys(commands: _Commands) -> None:
     verified.add_argument("--policy", metavar="FILE", help="the policy (default: INFERENCE_API_POLICY)")
     # Anything else would be a key that others see; it is refused without being shown.
     verified.add_argument("source", nargs="?", metavar="-", help="stdin")
+
+
+def _add_prompts(commands: _Commands) -> None:
+    text = "show what a stored prompt puts into a request"
+    group = _added(commands, "prompts", text, f"{text[0].upper()}{text[1:]}.")
+    ways = group.add_subparsers(required=True, metavar="command")
+    text = "print the members of a body that a prompt of INFERENCE_API_POLICY makes; exit 1 if it cannot be rendered"
+    command = _added(ways, "render", text, f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=prompts.render)
+    command.add_argument("name", metavar="NAME", help="name of the prompt")
+    command.add_argument("--version", metavar="V", help="number or label (default: production)")
+    command.add_argument("--var", metavar="K=V", action="append", help="a variable and its value; repeatable")
+    command.add_argument(
+        "--route",
+        metavar="R",
+        choices=("chat_completions", "responses", "completions"),
+        help="chat_completions, responses or completions (default: by the version)",
+    )
 
 
 def _add_demo(commands: _Commands) -> None:

@@ -6,7 +6,8 @@ RouterError
 +-- RateLimited 429           +-- QuotaExceeded 429
 +-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
 +-- InvalidRequest 422        +-- RequestTimeout 408      +-- URITooLong 414        +-- InternalError 500
-+-- ResponseNotFound 404      +-- RouteNotServed 404
++-- ResponseNotFound 404      +-- RouteNotServed 404      +-- PromptNotFound 404
++-- PromptVariableMissing 400   +-- PromptVariableUnknown 400   +-- PromptVariableInvalid 400
 +-- UpstreamError             an attempt failed and was not, or could not be, repeated
 |   +-- UpstreamReset 502
 |   +-- UpstreamProtocolError 502
@@ -130,6 +131,52 @@ class QuotaExceeded(RouterError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers=[NOT_AGAIN])
+
+
+class PromptNotFound(_ClientError):
+    """No stored prompt of this name, or no such version of it; one of another organisation is not found, too."""
+
+    status, code = 404, "prompt_not_found"
+
+    def __init__(self, prompt: str, version: str | None = None, why: str | None = None) -> None:
+        param, text = "prompt.version", f"The prompt {printable(prompt)!r} does not exist."
+        if version is None:
+            param = "prompt.id"
+        elif why is None:
+            text = f"The prompt {printable(prompt)!r} has no version or label {printable(version)!r}."
+        else:
+            text = f"The version {printable(version)} of the prompt {printable(prompt)!r} {why}."
+        super().__init__(text, param=param)
+
+
+class _PromptVariable(_ClientError):
+    status = 400
+
+    def __init__(self, message: str, variable: str) -> None:
+        super().__init__(message, param=f"prompt.variables.{printable(variable)}")
+
+
+class PromptVariableMissing(_PromptVariable):
+    code = "prompt_variable_missing"
+
+    def __init__(self, prompt: str, variable: str) -> None:
+        super().__init__(f"The prompt {prompt!r} needs the variable {variable!r}.", variable)
+
+
+class PromptVariableUnknown(_PromptVariable):
+    code = "prompt_variable_unknown"
+
+    def __init__(self, prompt: str, variable: str) -> None:
+        super().__init__(f"The prompt {prompt!r} has no variable {printable(variable)!r}.", variable)
+
+
+class PromptVariableInvalid(_PromptVariable):
+    """`problem`: what the value must be; the value itself is not shown."""
+
+    code = "prompt_variable_invalid"
+
+    def __init__(self, prompt: str, variable: str, problem: str) -> None:
+        super().__init__(f"The variable {variable!r} of the prompt {prompt!r} {problem}.", variable)
 
 
 class ResponseNotFound(_ClientError):

@@ -20,6 +20,7 @@ from inference_api.features import (
     fallback,
     keys,
     policy,
+    prompts,
     race,
     usage,
 )
@@ -84,6 +85,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *waits.families({}, {}),
         *activation.families({}),
         *budgets.families({}, None),
+        *prompts.families({}),
         *cache.families(({}, {}, {}), (0, 0), {}),
         *race.families({}),
         *splitting.families({}, {}, {}, {}),

@@ -6,7 +6,7 @@ fields that the scan has found are checked by the same call.
 
 import json
 from collections.abc import Collection, Generator, Mapping
-from typing import Annotated, Any, Required
+from typing import Annotated, Any, Required, get_args
 
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -30,6 +30,10 @@ TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 # Where vLLM also reads them from
 _EXTRA = "vllm_xargs"
 ENGINE_FIELDS = frozenset({*TRANSFERS, _EXTRA})
+
+# A field with the object that names a stored prompt, for a feature that reads it; and its name in `Call.fields`, where
+# the field itself holds a prompt otherwise.
+_PROMPT, STORED_PROMPT = "prompt", "stored prompt"
 
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _Text = str | list[Any]
@@ -99,16 +103,26 @@ class JSONReader:
     """Reads the fields of `shape`; of `one_of` at least one must be there, and not null.
 
     `Call.fields` gets the fields of every body, and those in `kept`: small top-level fields for features. Of other
-    fields only the type is checked, and the beginning read for prefix affinity.
+    fields only the type is checked, and the beginning read for prefix affinity. `stored`: the fields that a stored
+    prompt stands for; `instead`: reads the bodies that have one.
 
     Raises InvalidJSON, or InvalidRequest naming the field.
     """
 
-    def __init__(self, shape: type, one_of: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        shape: type,
+        one_of: tuple[str, ...] = (),
+        kept: tuple[str, ...] = (),
+        stored: tuple[str, ...] = (),
+        instead: "JSONReader | None" = None,
+    ) -> None:
         self.bulky = frozenset(shape.__annotations__.keys() - Named.__annotations__.keys() - set(kept))
         self._names = frozenset(shape.__annotations__)
         self._one_of = one_of
         self._kept = kept
+        self._stored = stored
+        self._instead = instead
         self._shape = shape
         self._validate = TypeAdapter(shape).validator.validate_json
 
@@ -121,7 +135,10 @@ class JSONReader:
             if exc.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "json_invalid":
                 # Engines accept JSON that pydantic rejects: a byte order mark, deep nesting, a lone surrogate.
                 return None
-            raise _refusal(exc) from None
+            stored = self._instead and self._instead.with_stored(body)
+            if not stored:
+                raise _refusal(exc) from None
+            return stored, stored, None
         if self._one_of:
             self._check_one_of(fields)
         return fields, fields, None
@@ -132,10 +149,14 @@ class JSONReader:
             yield from scan.slices()
         except NotJSON as exc:
             raise InvalidJSON(f"The body is not valid JSON ({exc}).") from None
+        outline = self._outline(scan)
         try:
-            fields: dict[str, Any] = self._validate(self._outline(scan))
+            fields: dict[str, Any] = self._validate(outline)
         except ValidationError as exc:
-            raise _refusal(exc) from None
+            stored = self._instead and self._instead.with_stored(outline)
+            if not stored:
+                raise _refusal(exc) from None
+            return stored, _Members(scan.members), scan.members["model"].string_span()
         if self._one_of:
             self._check_one_of(fields)
         return fields, _Members(scan.members), scan.members["model"].string_span()
@@ -151,9 +172,33 @@ class JSONReader:
 
     def keeping(self, names: Collection[str]) -> "JSONReader":
         """A reader that also keeps these fields, of any type. In a large body a large value may be cut."""
-        fields: dict[str, Any] = dict.fromkeys(names, Any) | self._shape.__annotations__
-        shape: Any = TypedDict(self._shape.__name__, fields, total=False)  # type: ignore[misc]
-        return JSONReader(shape, self._one_of, (*self._kept, *names))
+        reads_stored = self._stored and _PROMPT in names
+        names = [name for name in names if name not in self._names]
+        shape = self._shape_with(dict.fromkeys(names, Any))
+        instead = None
+        if reads_stored:
+            optional = {name: Any if name == _PROMPT else self._optional(name) for name in self._stored}
+            given = {**dict.fromkeys(names, Any), **optional, _PROMPT: Required[dict[str, Any]]}
+            instead = JSONReader(self._shape_with(given, replace=True))
+        return JSONReader(shape, self._one_of, (*self._kept, *names), self._stored, instead)
+
+    def with_stored(self, body: bytes) -> dict[str, Any] | None:
+        """The fields of a body with a stored prompt, in place of those that it stands for. None: it is not one."""
+        try:
+            fields: dict[str, Any] = self._validate(body)
+        except ValidationError:
+            return None
+        fields[STORED_PROMPT] = True
+        return fields
+
+    def _shape_with(self, fields: Mapping[str, Any], replace: bool = False) -> Any:
+        own = self._shape.__annotations__
+        every = {**own, **fields} if replace else {**fields, **own}
+        return TypedDict(self._shape.__name__, every, total=False)  # type: ignore[operator]
+
+    def _optional(self, name: str) -> Any:
+        """The type of a required field, or None."""
+        return get_args(self._shape.__annotations__[name])[0] | None
 
     def _outline(self, scan: Scan) -> bytes:
         """A small document for which pydantic reports the same errors as for the whole."""

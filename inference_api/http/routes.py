@@ -4,9 +4,11 @@ from inference_api.http import bodies
 from inference_api.models import Route
 
 _CHAT = bodies.JSONReader(bodies.Chat)
-_COMPLETION = bodies.JSONReader(bodies.Completion, one_of=("prompt", "prompt_embeds"))
+# Where a stored prompt may stand instead
+_CHAT_COMPLETION = bodies.JSONReader(bodies.Chat, stored=("messages",))
+_COMPLETION = bodies.JSONReader(bodies.Completion, one_of=("prompt", "prompt_embeds"), stored=("prompt",))
 _EMBEDDING = bodies.JSONReader(bodies.Embedding, one_of=("input", "messages"))
-_RESPONSES = bodies.JSONReader(bodies.Responses, kept=("store",))
+_RESPONSES = bodies.JSONReader(bodies.Responses, kept=("store",), stored=("input",))
 _RERANK = bodies.JSONReader(bodies.Rerank)
 _ANY = bodies.JSONReader(bodies.Named)
 _SCORE = _ANY
@@ -20,7 +22,7 @@ RESPONSES = Route("/v1/responses", "responses", _RESPONSES, False, False, _RESPO
 STORED = RESPONSES._replace(label="response")
 
 INFERENCE_ROUTES = (
-    Route("/v1/chat/completions", "chat_completions", _CHAT, end_marks=(b"[DONE]",)),
+    Route("/v1/chat/completions", "chat_completions", _CHAT_COMPLETION, end_marks=(b"[DONE]",)),
     Route("/v1/chat/completions/batch", "chat_completions_batch", _CHAT),
     Route("/v1/completions", "completions", _COMPLETION, end_marks=(b"[DONE]",)),
     Route("/v1/embeddings", "embeddings", _EMBEDDING),

@@ -57,6 +57,10 @@ _REJECTIONS = {
     "rate_limit_exceeded": "rate_limit",
     "insufficient_quota": "budget",
     "limits_unavailable": "limits",
+    "prompt_not_found": "prompt",
+    "prompt_variable_missing": "prompt",
+    "prompt_variable_unknown": "prompt",
+    "prompt_variable_invalid": "prompt",
 }
 
 

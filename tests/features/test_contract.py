@@ -14,8 +14,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from inference_api.app import build
 from inference_api.feature import Feature
 from inference_api.features.keys import Keys
+from inference_api.features.prompts import StoredPrompts
 from inference_api.features.spans import tracing
 from inference_api.http.dispatch import Dispatch
+from inference_api.http.turns import Turns
 from inference_api.observe.account import Record
 from inference_api.policy.reading import read, run
 from inference_api.policy.source import Policies
@@ -77,6 +79,14 @@ def keyed() -> On:
     return On([feature], headers={"x-api-key": EXAMPLE.key})
 
 
+def prompted() -> On:
+    policies = Policies("test")
+    version = {"version": 1, "messages": [{"role": "system", "content": "Be brief."}]}
+    policies.replace(run(read({"prompts": [{"name": "p", "versions": [version]}]}, peppered=False)))
+    prompts = StoredPrompts(policies, Turns(), {})
+    return On([Feature("prompts", fields=("prompt",), send=prompts.send, collect=prompts.collect)])
+
+
 GENEROUS = [{"requests": 999, "per": 60}, {"tokens": 99_999, "per": 60}, {"streams": 9}]
 TURN_ON: dict[str, Callable[[], On]] = {
     "tracing": traced,
@@ -87,6 +97,7 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "cors": lambda: On(settings={"cors_origins": "https://app.example"}, headers={"origin": "https://app.example"}),
     "providers": lambda: On(settings={"entry": {"routes": ["chat_completions"], "headers": {"x-title": "a"}}}),
     "cost": lambda: On(settings={"entry": {"price": {"input": 0.2, "output": 0.6}}}),
+    "prompts": prompted,
     "cache": lambda: On(settings={"entry": {"cache": {"ttl": 60, "temperature": 2}}}),
     "queue": lambda: On(settings={"entry": {"max_in_flight": 99, "queue": {"timeout": 9, "size": 9}}}),
     "hold": lambda: On(settings={"entry": {"hold": 9}}),
