@@ -417,3 +417,42 @@ async def test_lists_without_cards_are_of_engines_that_load(engine: Start, start
     assert [backend.url for backend in base.available] == [ready.url]
     loading.lists(card("m"))
     await until(lambda: len(base.available) == 2)
+
+
+async def test_a_place_that_an_adapter_frees_is_for_who_waits_for_its_model(engine: Start, start_router: Start) -> None:
+    only = await engine("lora")
+    release = asyncio.Event()
+    inner = only.script
+
+    async def late(request: Any, line: Any) -> None:
+        await release.wait()
+        await inner(request, line)
+
+    only.script = late
+    entry = {"max_in_flight": 1, "queue": {"timeout": 30, "size": 20}}
+    served = await started(start_router, only, entry=entry)
+    await until(lambda: "lora" in names(served))
+    first = asyncio.create_task(served.chat(model="lora"))
+    await until(lambda: only.busy)
+    waiting = [asyncio.create_task(served.chat(model=name)) for name in ("m", "lora")]
+    base = served.router.core.fleet.by_name["m"]
+    await until(lambda: base.waiting)
+    release.set()
+
+    assert [(await task).status_code for task in (first, *waiting)] == [200] * 3
+    assert (base.in_flight, base.waiting) == (0, ())
+
+
+async def test_a_request_may_wait_for_an_adapter_to_be_loaded(engine: Start, start_router: Start) -> None:
+    only = await engine("lora")
+    served = await started(start_router, only, entry={"hold": 30})
+    await until(lambda: "lora" in names(served))
+    only.says()
+    view = served.router.core.fleet.by_name["lora"]
+    await until(lambda: not view.backends)
+    waiting = asyncio.create_task(served.chat(model="lora"))
+    await until(lambda: view.waiting)
+    only.says("lora")
+
+    assert (await waiting).status_code == 200
+    assert served.lines[-1]["parent"] == "m"
