@@ -8,8 +8,8 @@ from inference_api.core import Core, Outside
 from inference_api.feature import Feature, Run
 
 from inference_api.features import (  # isort: skip
-    adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hold, keys, limits, metering, policy,
-    prompts, providers, queue, race, split, tracing, trusted_proxies, usage,
+    adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hedge, hold, keys, limits, metering,
+    policy, prompts, providers, queue, race, split, tracing, trusted_proxies, usage,
 )  # fmt: skip
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Resolve, Stages
@@ -57,6 +57,8 @@ FEATURES = (
     # Directly around admission, whose places the queue gives away; what has no backend takes none.
     hold.FEATURE,
     queue.FEATURE,
+    # The last one with an `ask`: in place of the attempt loop.
+    hedge.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
 )

@@ -148,7 +148,15 @@ class Core:
             for note in failed:
                 note(call, failure, decision)
 
-        return Forward(send, self.prepare, self.retry_policy, self.metrics.retry, on_failure).__call__
+        def loop(send: SendAttempt) -> Send:
+            return Forward(send, self.prepare, self.retry_policy, self.metrics.retry, on_failure).__call__
+
+        self._loop, self._attempt = loop, send
+        return loop(send)
+
+    def forward_through(self, wrap: Callable[[SendAttempt], SendAttempt]) -> Send:
+        """The same attempt loop, with each attempt inside of `wrap`: for models whose attempts are not like others."""
+        return self._loop(wrap(self._attempt))
 
     def send_attempt(self, wrappers: Sequence[Callable[[SendAttempt], SendAttempt]]) -> SendAttempt:
         """One attempt on a backend, inside of `wrappers`."""

@@ -18,6 +18,7 @@ from inference_api.features import (
     cost,
     engine_load,
     fallback,
+    hedge,
     keys,
     policy,
     prompts,
@@ -91,6 +92,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *splitting.families({}, {}, {}, {}),
         *fallback.families({}),
         *consensus.families({}),
+        *hedge.families({}),
     )
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from inference_api.core import Core
 from inference_api.errors import InvalidRequest, NoConsensus, UpstreamProtocolError
 from inference_api.feature import Feature, Switch
-from inference_api.features.parallel.runs import Run, Runs, present
+from inference_api.features.parallel.members import MemberRuns, present
+from inference_api.features.parallel.runs import Run
 from inference_api.features.voting.ballots import Compare, read_vote
 from inference_api.features.voting.poll import Poll
 from inference_api.models import OK, Call, Outcome, Reply, Send, note, of_status
@@ -95,9 +96,9 @@ class Consensus:
         voting = CONSENSUS.of(model.entry)
         assert voting is not None
         poll, ballots = Poll(len(voting.members), voting.needed), _Reader(self._core, voting.compare, self._largest)
-        async with Runs(self._core, "vote", Outcome.VOTE_LOST, call, model, ballots) as runs:
+        async with MemberRuns(self._core, "vote", Outcome.VOTE_LOST, call, model, ballots) as runs:
             for member in present(self._core, voting.members, model):
-                runs.start(member)
+                runs.start_member(member)
             while runs.are_open:
                 for run in await runs.next():
                     if run.answered and (place := poll.cast(run.place, ballots.read[run])) is not None:
@@ -110,7 +111,7 @@ class Consensus:
                 raise NoConsensus(model.name)
             return await self._returned(runs, poll, poll.first, "primary")
 
-    async def _returned(self, runs: Runs, poll: Poll, place: int, result: str) -> Reply:
+    async def _returned(self, runs: MemberRuns, poll: Poll, place: int, result: str) -> Reply:
         """The answer of the member at this place."""
         self._count(runs.model, result)
         reply = await runs.keep(runs.all[place])

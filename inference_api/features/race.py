@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from inference_api.core import Core
 from inference_api.errors import InvalidRequest
 from inference_api.feature import Feature, Switch
-from inference_api.features.parallel.runs import Run, Runs, present
+from inference_api.features.parallel.members import MemberRuns, present
+from inference_api.features.parallel.runs import Run, until_first_byte
 from inference_api.models import Call, Outcome, Reply, Send
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter
 from inference_api.observe.series import Count, Series
-from inference_api.relay.answers import first_bytes
 from inference_api.routing.entries import CatalogueEntry, EntryKey, ModelName
 from inference_api.routing.fleet import Model
 from inference_api.routing.references import Refers
@@ -77,12 +77,12 @@ class Races:
         race = RACE.of(model.entry)
         assert race is not None
         waiting, due = deque(present(self._core, race.members, model)), 0.0
-        async with Runs(self._core, "race", Outcome.RACE_LOST, call, model, _until_first_byte) as runs:
+        async with MemberRuns(self._core, "race", Outcome.RACE_LOST, call, model, until_first_byte) as runs:
             failed: list[Run] = []
             while True:
                 # One that failed starts the next one at once.
                 while waiting and (failed or monotonic() >= due):
-                    runs.start(waiting.popleft())
+                    runs.start_member(waiting.popleft())
                     failed, due = failed[1:], monotonic() + race.stagger
                 if not runs.are_open:
                     return await runs.keep(runs.all[0])
@@ -101,13 +101,6 @@ def families(wins: Mapping[tuple[str, str], int]) -> Iterator[Family]:
     text = "Races by the member whose answer came first."
     series = [(labels, float(count)) for labels, count in wins.items()]
     yield counter("race_wins", text, ("model_name", "member"), series)
-
-
-async def _until_first_byte(run: Run, reply: Reply) -> bool:
-    if not 200 <= reply.status < 300:
-        return False
-    await first_bytes(reply)
-    return True
 
 
 def _stores(model: Model) -> InvalidRequest:

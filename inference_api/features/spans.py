@@ -32,6 +32,7 @@ from inference_api import __version__
 from inference_api.feature import Feature
 from inference_api.http.accounts import ACCOUNT
 from inference_api.http.routes import INFERENCE_ROUTES, normal_path
+from inference_api.members import request_state
 from inference_api.models import Outcome, RawHeaders, Reply, Route
 from inference_api.observe.account import Record
 from inference_api.upstream.attempt import Attempt, SendAttempt
@@ -103,7 +104,7 @@ def _attempt(send: SendAttempt) -> SendAttempt:
     """Give each attempt a span, and send its context to the backend in place of the client's."""
 
     async def traced(attempt: Attempt) -> Reply:
-        trace: Trace | None = attempt.call.state.get(_TRACE)
+        trace: Trace | None = request_state(attempt.call.state).get(_TRACE)
         if trace is None:
             # Operations on stored responses are not inference, and have no spans.
             return await send(attempt)
@@ -113,10 +114,10 @@ def _attempt(send: SendAttempt) -> SendAttempt:
         try:
             reply = await send(attempt._replace(prepared=prepared._replace(lines=lines)))
         except BaseException as exc:
-            span.ended(outcome_of(exc))
+            trace.attempt_ended(span, outcome_of(exc))
             raise
         span.status = reply.status
-        reply.on_end(lambda reply, outcome: span.ended(outcome))
+        reply.on_end(lambda reply, outcome: trace.attempt_ended(span, outcome))
         return reply
 
     return traced
@@ -137,6 +138,7 @@ class Trace:
         self._operation = _OPERATIONS.get(route.label, route.label)
         self._began = scope[ACCOUNT].began
         self._attempts: list[AttemptSpan] = []
+        self._has_ended = False
         attributes: dict[str, Any] = {
             "http.request.method": "POST",
             "http.route": route.path,
@@ -158,7 +160,7 @@ class Trace:
         return {"trace_id": format_trace_id(context.trace_id), "span_id": format_span_id(context.span_id)}
 
     def begin(self, attempt: Attempt) -> "AttemptSpan":
-        """Begin the span of an attempt; those before it have ended."""
+        """Begin the span of an attempt; those before it have ended, or run beside it."""
 
         call, model, backend = attempt.call, attempt.model, attempt.backend
         served = model.entry.served_model_name or model.name
@@ -182,13 +184,22 @@ class Trace:
         span = self._tracer.start_span(f"{self._operation} {served}", inside, SpanKind.CLIENT, attributes)
         for before in self._attempts:
             before.close()
-        self._attempts.append(AttemptSpan(span, perf_counter() - self._began))
+        self._attempts.append(AttemptSpan(span, perf_counter() - self._began, backend.label))
         return self._attempts[-1]
+
+    def attempt_ended(self, attempt: "AttemptSpan", outcome: Outcome) -> None:
+        """Note that the exchange with the backend has ended; that of a shadow may end after the request."""
+        attempt.ended(outcome)
+        if self._has_ended:
+            attempt.close()
 
     def end(self, record: Record) -> None:
         """End all spans, with attributes from the Record."""
+        self._has_ended = True
+        # Of several that ran at once, the one whose answer the client got
+        of_answer = [attempt for attempt in self._attempts if attempt.backend == record.backend] or self._attempts
         for attempt in self._attempts:
-            attempt.close(record if attempt is self._attempts[-1] else None)
+            attempt.close(record if attempt is of_answer[-1] else None)
         span = self._span
         if span.is_recording():
             attributes: dict[str, Any] = {
@@ -214,9 +225,10 @@ class Trace:
 class AttemptSpan:
     """The CLIENT span of one attempt. That of the answer stays open until the Record."""
 
-    def __init__(self, span: Span, began: float) -> None:
+    def __init__(self, span: Span, began: float, backend: str) -> None:
         self._span = span
         self._began = began
+        self.backend = backend
         self._ended_at: int | None = None
         self._outcome: Outcome | None = None
         self._closed = False

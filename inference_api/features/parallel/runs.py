@@ -1,4 +1,4 @@
-"""Members of a virtual model at work for one request: each runs in a task of its own, and has a leg of its own.
+"""Several runs for one request: each is in a task of its own, and has a leg of its own.
 
 One answer, or one error, is returned, and its leg becomes the request's own. Every other one that reached a backend
 gets a Record. Whatever happens, no task, Reply or count is left.
@@ -6,18 +6,18 @@ gets a Record. Whatever happens, no task, Reply or count is left.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
 from inference_api.core import Core
-from inference_api.errors import NoBackend, RouterError
-from inference_api.members import leg_of, take_over
+from inference_api.errors import RouterError
+from inference_api.members import take_over
 from inference_api.models import CLIENT_GONE, LOST, RAN, Call, Outcome, Reply, of_status
 from inference_api.observe.account import NO_COUNTS
-from inference_api.relay.relay import unusable
+from inference_api.relay.answers import first_bytes
 from inference_api.relay.usage import Counts
 from inference_api.routing.fleet import Model
 from inference_api.upstream.failures import outcome_of
@@ -29,24 +29,14 @@ _RECORDED = "recorded"
 
 
 class Run:
-    """One member at work. `place`: in the list of members; `answered`: it has a good answer.
+    """One of them. `place`: from 0, in the order of their start; `answered`: it has a good answer.
 
     `outcome`, once it is known; `tokens`: as its engine reports them.
     """
 
     __slots__ = (
-        "answered",
-        "began",
-        "error",
-        "leg",
-        "model",
-        "outcome",
-        "place",
-        "recorded",
-        "reply",
-        "task",
-        "tokens",
-    )
+        "answered", "began", "error", "leg", "model", "outcome", "place", "recorded", "reply", "task", "tokens",
+    )  # fmt: skip
 
     def __init__(self, place: int, leg: Call, model: Model, began: float) -> None:
         self.place = place
@@ -61,42 +51,39 @@ class Run:
         self.answered = False
         self.recorded = False
 
-    @property
-    def is_open(self) -> bool:
-        return self.task is not None and not self.task.done()
 
-
+Sending = Callable[[Call], Awaitable[Reply]]
 # Returns whether the answer is a good one
 Work = Callable[[Run, Reply], Awaitable[bool]]
 
 
 class Runs:
-    """The runs of one request to the virtual model `model`. Use `async with`: at its end all of them have ended.
+    """The runs of one request. Use `async with`: at its end all of them have ended, but the answer that is kept.
 
     `kind`: of the Records of those whose answer is not returned; `lost`: how their attempts end. `work`: what is done
-    with each Reply, in the task of its run; it may replace `run.reply`.
+    with each Reply, in the task of its run; it may replace `run.reply`. `first_is_own`: without an answer the first
+    run is the request's own all the same.
     """
 
-    def __init__(self, core: Core, kind: str, lost: Outcome, call: Call, model: Model, work: Work) -> None:
-        self._core = core
+    def __init__(
+        self, core: Core, kind: str, lost: Outcome, call: Call, work: Work, *, first_is_own: bool = False
+    ) -> None:
+        self.core = core
         self._kind = kind
         self._lost = lost
         self.call = call
-        self.model = model
         self._work = work
-        # Of the request: the members share it.
-        self._deadline = call.deadline or core.prepare.deadline(call, model)
+        self._first_is_own = first_is_own
         self._all: list[Run] = []
         self._open: dict[asyncio.Task[None], Run] = {}
         self._kept: Run | None = None
 
-    def start(self, model: Model) -> None:
-        leg = leg_of(self.call)
-        leg = leg._replace(deadline=min(self._deadline, self._core.prepare.deadline(leg._replace(deadline=0.0), model)))
-        run = Run(len(self._all), leg, model, self._core.legs.clock())
+    def start(self, model: Model, leg: Call, sending: Sending) -> Run:
+        run = Run(len(self._all), leg, model, self.core.legs.clock())
         self._all.append(run)
-        run.task = task = asyncio.create_task(self._run(run))
+        run.task = task = asyncio.create_task(self._run(run, sending))
         self._open[task] = run
+        return run
 
     @property
     def are_open(self) -> bool:
@@ -104,7 +91,7 @@ class Runs:
 
     @property
     def all(self) -> Sequence[Run]:
-        """In the order of their start, which is that of the members."""
+        """In the order of their start."""
         return self._all
 
     async def next(self, patience: float | None = None) -> list[Run]:
@@ -133,42 +120,39 @@ class Runs:
         message = exc.args[0] if isinstance(exc, asyncio.CancelledError) and exc.args else ""
         kept = self._kept
         if kept is None:
-            self._note_tried()
-        elif kept.reply is not None:
+            kept = self._without_answer()
+        if kept is not None and kept.reply is not None:
             await kept.reply.aclose(LOST.get(message, CLIENT_GONE))
         await self._end(message)
 
-    async def _run(self, run: Run) -> None:
-        """The task of a run: never raises but CancelledError, and then there is no open Reply."""
+    async def _run(self, run: Run, sending: Sending) -> None:
+        """The task of a run: raises only what cancels it, and then there is no open Reply."""
         try:
-            run.reply = reply = await self._core.members.send(run.leg, run.model)
+            run.reply = reply = await sending(run.leg)
             run.answered = await self._work(run, reply)
         except BaseException as exc:
             run.error, run.outcome = exc, exc.outcome if isinstance(exc, RouterError) else outcome_of(exc)
             if run.reply is not None:
                 await run.reply.aclose(run.outcome)
-            if isinstance(exc, httpx.TransportError):
-                run.error = unusable(run.outcome)
-            elif not isinstance(exc, Exception):
+            if not isinstance(exc, Exception):
                 raise
-            elif not isinstance(exc, RouterError):
+            if not isinstance(exc, RouterError | httpx.TransportError):
                 fields = {"request_id": run.leg.request_id}
-                logger.exception("a member of a virtual model failed", extra={"fields": fields})
+                logger.exception("one of several runs of a request failed", extra={"fields": fields})
 
     async def _end(self, message: str) -> None:
         """End all runs but the one that is kept; `message`: of their cancellation."""
-        others = [run for run in self._all if run is not self._kept and not run.recorded]
         working: list[asyncio.Task[None]] = []
-        for run in others:
+        for run in self._all:
             assert run.task is not None
-            if run.is_open:
+            if not run.task.done():
                 run.task.cancel(message)
                 # Not after the wait, which may be cancelled.
                 run.task.add_done_callback(lambda task, run=run: self._record(run))  # type: ignore[misc]
                 working.append(run.task)
                 continue
             reply = run.reply
-            if run.error is None and reply is not None:
+            if run is not self._kept and run.error is None and reply is not None:
                 if run.outcome is None:
                     run.outcome = LOST.get(message, CLIENT_GONE) if run.answered else of_status(reply.status)
                 await reply.aclose(run.outcome)
@@ -177,7 +161,7 @@ class Runs:
             await asyncio.wait(working)
 
     def _record(self, run: Run) -> None:
-        if run.recorded:
+        if run.recorded or run is self._kept:
             return
         run.recorded = True
         if not run.leg.tried or _RECORDED in run.leg.state:
@@ -185,21 +169,29 @@ class Runs:
             return
         error = run.error if isinstance(run.error, RouterError) else None
         outcome = run.outcome or CLIENT_GONE
-        self._core.legs.end(self._kind, run.leg, run.model, run.began, outcome, run.reply, error, tokens=run.tokens)
+        self.core.legs.end(self._kind, run.leg, run.model, run.began, outcome, run.reply, error, tokens=run.tokens)
 
-    def _note_tried(self) -> None:
-        """No answer is returned: all legs have Records, and the request shows that a backend was asked."""
+    def _without_answer(self) -> Run | None:
+        """No answer is returned. Either one leg is the request's own, or all have Records, and the request shows that
+        a backend was asked.
+        """
         first = next((run for run in self._all if run.leg.tried), None)
-        if first is not None:
-            state: dict[str, Any] = self.call.state  # type: ignore[assignment]
-            self.call.tried.extend(first.leg.tried)
-            state[RAN] = first.leg.state.get(RAN, first.model)
-            state[_RECORDED] = True
+        if first is None:
+            return None
+        if self._first_is_own:
+            self._kept = first
+            take_over(self.call, first.leg, first.model)
+            return first
+        state: dict[str, Any] = self.call.state  # type: ignore[assignment]
+        self.call.tried.extend(first.leg.tried)
+        state[RAN] = first.leg.state.get(RAN, first.model)
+        state[_RECORDED] = True
+        return None
 
 
-def present(core: Core, names: Iterable[str], model: Model) -> list[Model]:
-    """The members of these names. Raises NoBackend if there is none: the catalogue may have changed."""
-    found = [member for name in names if (member := core.fleet.by_name.get(name)) is not None]
-    if not found:
-        raise NoBackend(model.name, none=True)
-    return found
+async def until_first_byte(run: Run, reply: Reply) -> bool:
+    """A Work: wait for the first byte of a good answer, or for its end."""
+    if not 200 <= reply.status < 300:
+        return False
+    await first_bytes(reply)
+    return True

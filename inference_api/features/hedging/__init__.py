@@ -1,0 +1,1 @@
+"""When a second attempt pays, and how many there may be. Pure."""
