@@ -1,4 +1,5 @@
-"""What keys, limits, usage and cost take of a request and of an event, beside a router without them.
+"""What features take of a request and of an event, beside a router without them: keys, limits, usage, cost, and those
+that make many models one, which do not apply to the request.
 
     .venv/bin/python -m benchmarks.features    # two minutes; needs valgrind
 
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import wire
 from benchmarks.check import Case, fork, is_under_valgrind, prepare, try_case, under_valgrind
@@ -31,6 +32,30 @@ _PLENTY = 10**12
 _KEY_FILE = "BENCHMARKS_POLICY"
 
 
+_PRICE = {"price": {"input": 0.2, "cached_input": 0.02, "output": 0.6}}
+_CORS = ("cors_origins", "https://app.example")
+# Features that a model can have, none of which has anything to do for an ordinary request
+_MANY = {
+    "fallbacks": ["other"],
+    "context_fallbacks": ["other"],
+    "hedge": {"after": 60_000},
+    "shadow": {"to": "other", "sample": 1e-9},
+    "cache": {"ttl": 60},
+    "max_in_flight": 100_000,
+    "queue": {"timeout": 9, "size": 9},
+    "hold": 9,
+}
+_VIRTUAL = [
+    {"name": "other", "backends": ["http://127.0.0.1:9"]},
+    {"name": "another", "backends": ["http://127.0.0.1:9"]},
+    {"name": "split", "split": {"variants": {"other": 1, "another": 1}}},
+    {"name": "race", "race": {"members": ["other", "another"]}},
+    {"name": "consensus", "consensus": {"members": ["other", "another"]}},
+]
+_VERSION = {"version": 1, "messages": [{"role": "system", "content": "Help."}]}
+_PROMPTS = [{"name": "support", "labels": {"production": 1}, "versions": [_VERSION]}]
+
+
 class Rung(NamedTuple):
     """A router with more features than the one before it."""
 
@@ -42,8 +67,10 @@ def rungs(directory: Path) -> list[Rung]:
     def policy(name: str) -> tuple[tuple[str, str], ...]:
         return (("auth", "keys"), ("policy", str(directory / f"{name}.json")))
 
-    def priced(name: str) -> Setup:
-        return Setup(backends=2, settings=(*policy(name), ("usage", "log")), price=True)
+    def priced(name: str, *settings: tuple[str, str], **more: Any) -> Setup:
+        keys = json.dumps(_PRICE | more)
+        further = json.dumps(_VIRTUAL) if settings else ""
+        return Setup(backends=2, settings=(*policy(name), ("usage", "log"), *settings), keys=keys, further=further)
 
     return [
         Rung("off", Setup(backends=2)),
@@ -51,6 +78,9 @@ def rungs(directory: Path) -> list[Rung]:
         Rung("keys, limits", Setup(backends=2, settings=policy("limits"))),
         Rung("keys, limits, usage, cost", priced("limits")),
         Rung("the same and a budget", priced("budgets")),
+        # Without the budget: beside "keys, limits, usage, cost"
+        Rung("many as one, elsewhere", priced("prompts", _CORS)),
+        Rung("many as one, at this model", priced("prompts", _CORS, **_MANY)),
     ]
 
 
@@ -66,6 +96,7 @@ def write_policies(directory: Path, key: str, id: str) -> None:
     documents = {
         "keys": {"organisations": [{"name": "team-a"}], "keys": [entry]},
         "limits": {"organisations": [team], **limited},
+        "prompts": {"organisations": [team], **limited, "prompts": _PROMPTS},
         "budgets": {"organisations": [{**team, "budget": {"cost": 10**9, "per": "month"}}], **limited},
     }
     for name, document in documents.items():

@@ -189,8 +189,7 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
             clients = []
             for setup in setups:
                 catalogue = write_catalogue(Site(9, setup, Path(directory)))
-                if setup.price:
-                    _add_price(catalogue)
+                _add(catalogue, setup)
                 values = {
                     "catalogue": catalogue,
                     "max_in_flight": setup.streams + 1000,
@@ -218,10 +217,12 @@ def running(*setups: Setup) -> Iterator[tuple[Loop, list[Client]]]:
         logging.disable(level[1])
 
 
-def _add_price(catalogue: Path) -> None:
+def _add(catalogue: Path, setup: Setup) -> None:
+    """Add what only `ours` has to a catalogue."""
     document = yaml.safe_load(catalogue.read_text())
     for entry in document["models"]:
-        entry["price"] = {"input": 0.2, "cached_input": 0.02, "output": 0.6}
+        entry.update(json.loads(setup.keys or "{}"))
+    document["models"] += json.loads(setup.further or "[]")
     catalogue.write_text(json.dumps(document))
 
 

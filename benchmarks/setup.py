@@ -20,13 +20,17 @@ class Setup:
     """Models that were asked for before the load, so that the metrics have series of each."""
     settings: tuple[tuple[str, str], ...] = ()
     """Further settings of `ours`, in process."""
-    price: bool = False
-    """Whether the model has a price; of `ours`, in process."""
+    keys: str = ""
+    """JSON: keys for the entries of its models; of `ours`, in process."""
+    further: str = ""
+    """JSON: entries beside them; of `ours`, in process."""
 
     @property
     def label(self) -> str:
         """For file names."""
-        return f"{self.models}-{self.backends}-{self.streams}-{self.asked}{'-priced' if self.price else ''}"
+        return (
+            f"{self.models}-{self.backends}-{self.streams}-{self.asked}{'-more' if self.keys or self.further else ''}"
+        )
 
     def origins(self, port: int) -> list[str]:
         return [f"{host}:{port}" for host in loopback(self.backends)]
