@@ -5,7 +5,6 @@ from enum import IntEnum
 from typing import NamedTuple, TypeVar
 
 from inference_api.feature import Feature
-from inference_api.members import answered_by, may_run_others
 from inference_api.models import INTERNAL_ERROR, Call, Reply, Send, Tap
 from inference_api.observe.account import Annotate
 from inference_api.routing.entries import CatalogueEntry
@@ -22,8 +21,6 @@ def compose(send: Send, process: Process, enabled: Sequence[Feature]) -> "ByMode
     layers = [
         # Outermost: taps see the answer that the client gets, also one that a feature made.
         *([Layer(with_taps(taps), None, asked)] if taps else ()),
-        # Names the model that answered, where it can be another one than was asked for.
-        Layer(answered_by, may_run_others, asked),
         *(
             Layer(wrap, feature.for_model, roles)
             for feature in enabled

@@ -3,13 +3,11 @@
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
-from inference_api.models import NOTES, RAN, Call, Reply, Send
-from inference_api.routing.entries import CatalogueEntry
+from inference_api.models import NOTES, RAN, Call, Reply
 from inference_api.routing.fleet import Model
 
 # Under which the state of a leg has that of its request
 PARENT = "parent"
-_HEADER = b"x-inference-model"
 
 
 class _Chains(Protocol):
@@ -29,23 +27,6 @@ class Members:
     def send(self, call: Call, model: Model) -> Awaitable[Reply]:
         """With its `Feature.member` layers only."""
         return self.chains.member(call, model)
-
-
-def may_run_others(entry: CatalogueEntry) -> bool:
-    return not entry.model_fields_set.isdisjoint(entry.referring)
-
-
-def answered_by(send: Send) -> Send:
-    """A layer that names the model that answered, if it is not the one that was asked for."""
-
-    async def named(call: Call, model: Model) -> Reply:
-        reply = await send(call, model)
-        ran: Model | None = call.state.get(RAN)
-        if ran is not None and ran is not model:
-            reply.extra += ((_HEADER, ran.name.encode()),)
-        return reply
-
-    return named
 
 
 def leg_of(call: Call) -> Call:

@@ -166,6 +166,11 @@ class Call(NamedTuple):
 NOTES, ENDED, ASKED, RAN, FELL = "notes", "ended", "asked", "ran", "fell"
 
 
+def answered_by(ran: "Model", asked: "Model") -> "tuple[Extra, ...]":
+    """The header with the name of the model that answered, if it is not the one that was asked for."""
+    return () if ran is asked else ((b"x-inference-model", ran.name.encode()),)
+
+
 def note(state: "Mapping[str, Any]", name: str, value: Any) -> None:
     """Add a field to the Record of the request with this state (`Record.extra`), and so to its access line."""
     notes: dict[str, Any] | None = state.get(NOTES)

@@ -7,6 +7,7 @@ gone out, no other model continues it.
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from time import monotonic
 from typing import Annotated
 
 import httpx
@@ -88,23 +89,21 @@ class Fallbacks:
 
     def send(self, send: Send) -> Send:
         async def with_fallbacks(call: Call, model: Model) -> Reply:
-            if header_of(call, _OFF).lower() == b"off":
-                return await send(call, model)
-            # All models share one deadline.
-            call = call._replace(deadline=call.deadline or self._prepare.deadline(call, model))
+            began = monotonic()
             try:
                 reply = await send(call, model)
             except RouterError as error:
                 reason = _reason(call, error)
-                found = None if reason is None else await self._others(call, model, reason)
+                found = None if reason is None else await self._others(call, model, reason, began)
                 if found is None:
                     raise
                 return found
+            # Nearly every answer
+            if reply.status < 400:
+                return reply
             try:
                 reason = await _reason_of(reply, model)
-                if reason is None:
-                    return reply
-                found = await self._others(call, model, reason)
+                found = None if reason is None else await self._others(call, model, reason, began)
             except BaseException:
                 await reply.aclose(Outcome.CLIENT_GONE)
                 raise
@@ -115,8 +114,11 @@ class Fallbacks:
 
         return with_fallbacks
 
-    async def _others(self, call: Call, model: Model, reason: str) -> Reply | None:
-        """The answer of the first fallback that gives one, or None."""
+    async def _others(self, call: Call, model: Model, reason: str, began: float) -> Reply | None:
+        """The answer of the first fallback that gives one, or None. `began`: loop time, for the one deadline of all."""
+        if header_of(call, _OFF).lower() == b"off":
+            return None
+        call = call._replace(deadline=call.deadline or self._prepare.deadline(call, model, began))
         tried, state = list(call.tried), call.state
         for place, member in self._listed(call, model, reason):
             # The Record has the attempts of the model that answers.

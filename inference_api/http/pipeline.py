@@ -10,7 +10,7 @@ from inference_api.http import wire
 from inference_api.http.accounts import ACCOUNT
 from inference_api.http.admission import Admission
 from inference_api.http.disconnect import DisconnectWatcher
-from inference_api.models import Asked, Call, Caller, Route, Send
+from inference_api.models import RAN, Asked, Call, Caller, Route, Send, answered_by
 from inference_api.observe.account import Account
 from inference_api.relay.relay import Relay
 from inference_api.routing.fleet import Model
@@ -64,6 +64,8 @@ class Pipeline:
                 parts = model.parts
                 composed = parts is not None and parts[0] is model.entry and not self.is_wrapped
                 account.reply = reply = await (parts[1] if composed else stages.send)(call, model)
+                if RAN in account.state:
+                    reply.extra += answered_by(account.state[RAN], model)
                 if account.answer_headers:
                     reply.extra += tuple(account.answer_headers)
                 account.relay = relay = Relay(reply, call, stages.write_stall, watcher.close, direct, account.clock)

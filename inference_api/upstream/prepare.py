@@ -64,15 +64,15 @@ class Prepare:
             lines = without_lines(lines, entry.headers) + known[2]
         return tuple.__new__(Prepared, (body, lines, known[1], deadline, call.prefix))
 
-    def deadline(self, call: Call, model: Model) -> float:
-        """Seconds of the loop's clock by which an answer that is asked for now must have ended."""
+    def deadline(self, call: Call, model: Model, began: float | None = None) -> float:
+        """Seconds of the loop's clock by which an answer that is asked for now, or at `began`, must have ended."""
         total = self._limits.total
         if call.stream:
             total = self._limits.stream_total
         elif model.entry.timeouts.total is not None:
             total = model.entry.timeouts.total
         # The clock of both event loops; asking for the running loop is a system call in Python 3.11.
-        return monotonic() + total
+        return (monotonic() if began is None else began) + total
 
     def retain(self, models: Collection[str]) -> None:
         """Forget all models but these, by name."""
