@@ -88,8 +88,8 @@ def depth(served: Served, kind: Kind = "queue", model: str = "m") -> int:
     return waits.depth(model, kind)
 
 
-async def waiting(served: Served, requests: int, kind: Kind = "queue") -> None:
-    await until(lambda: depth(served, kind) == requests)
+async def waiting(served: Served, requests: int, kind: Kind = "queue", model: str = "m") -> None:
+    await until(lambda: depth(served, kind, model) == requests)
 
 
 def error(answer: httpx.Response) -> tuple[int, str, str, str | None]:
