@@ -27,6 +27,7 @@ from tests.fakes import (
     json_response,
     post,
     raw_client,
+    read_answer,
     until,
 )
 from tests.faults.quiescence import quiet
@@ -282,6 +283,20 @@ async def test_a_hundred_are_held(start_router: Start) -> None:
 
     assert error(refused)[1:] == ("model_loading", "The model 'm' is starting, and no more requests can wait.", "10")
     assert await served.metric("inference_api_rejected_requests_total", model_name="m", reason="hold_full") == 1
+
+
+async def test_beyond_the_limit_of_the_process_nothing_is_held(start_router: Start) -> None:
+    served: Served = await start_router(entry=HELD, max_in_flight=1)
+
+    async with quiet(served):
+        async with raw_client(served.port) as first, raw_client(served.port) as second:
+            await first.send(post(URL, {"model": "m", "messages": []}))
+            await waiting(served, 1, "hold")
+            await second.send(post(URL, {"model": "m", "messages": []}))
+            refused = await asyncio.wait_for(read_answer(second.reader), 10)
+        await waiting(served, 0, "hold")
+
+    assert orjson.loads(refused.body)["error"]["code"] == "overloaded"
 
 
 async def test_their_bodies_are_within_the_bytes_of_the_process(

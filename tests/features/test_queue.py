@@ -292,13 +292,17 @@ async def test_the_limit_of_the_process_is_not_waited_for(start_engine: Start, s
         await paced.arrived(1)
         second = asking(served)
         await waiting(served, 1)
-        refused = await served.chat()
+        # In one piece: it is counted before anybody looks at the limit.
+        async with raw_client(served.port) as client:
+            await client.send(post(URL, {"model": "m", "messages": []}))
+            refused = await asyncio.wait_for(read_answer(client.reader), 10)
         await paced.answer_all(2)
         answers = await asyncio.gather(first, second)
 
     assert [answer.status_code for answer in answers] == [200, 200]
-    assert error(refused)[2].startswith("The router is at its limit of 2 concurrent requests")
-    assert await served.metric("inference_api_rejected_requests_total", reason="overload") == 1
+    message = orjson.loads(refused.body)["error"]["message"]
+    assert message.startswith("The router is at its limit of 2 concurrent requests")
+    assert await served.metric("inference_api_rejected_requests_total", model_name="m", reason="overload") == 1
 
 
 # Ends
