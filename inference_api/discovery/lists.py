@@ -96,7 +96,8 @@ class Lists:
         self._denied[adapter.name, backend.url] = self._clock() + self._every
         held = adapter.holders
         urls = frozenset(one.url for one in adapter.backends) if held is None else held
-        adapter.hold(urls - {backend.url})
+        if adapter.hold(urls - {backend.url}, {}):
+            adapter.refresh()
         self.changed = True
 
     def expire(self, places: Collection[Place]) -> list[Place]:

@@ -157,14 +157,12 @@ class Adapter(Model):
     __slots__ = ("holders", "origin_entry")
     parent: Model
 
-    def __init__(self, name: str, parent: Model, balancer: Balancer[Backend], holders: frozenset[str] | None) -> None:
-        self.holders = holders
+    def __init__(self, name: str, parent: Model, balancer: Balancer[Backend]) -> None:
+        self.holders: frozenset[str] | None = frozenset()
         # The parent's entry that its own is a copy of
         self.origin_entry = parent.entry
         own = {"name": name, "aliases": (), "served_model_name": None}
         super().__init__(parent.entry.model_copy(update=own), (), balancer, parent._guard, parent)
-        self.follow({})
-        self.refresh()
 
     @property
     def in_flight(self) -> int:
@@ -190,12 +188,13 @@ class Adapter(Model):
     def max_model_len(self, length: int | None) -> None:
         self.parent.max_model_len = length
 
-    def hold(self, holders: frozenset[str] | None) -> None:
-        """Set the backends that have it."""
-        if holders != self.holders:
-            self.holders = holders
-            self.follow({})
-            self.refresh()
+    def hold(self, holders: frozenset[str] | None, known: dict[frozenset[str], tuple[Backend, ...]]) -> bool:
+        """Set the backends that have it. Returns whether it must be refreshed. `known`: as in `follow`."""
+        if holders == self.holders:
+            return False
+        self.holders = holders
+        self.follow(known)
+        return True
 
     def follow(self, known: dict[frozenset[str], tuple[Backend, ...]]) -> None:
         """Take its backends from those of its parent. `known`: those of the same holders, of this parent."""
@@ -288,30 +287,31 @@ class Fleet:
             self.by_name, self.served = self._named, self.models
             return
         assert found is not None
-        adapters = {name: self._adapter(name, *one, before.get(name)) for name, one in found.adapters.items()}
-        of_model: dict[str, list[Adapter]] = {adapter.parent.name: [] for adapter in before.values()}
+        adapters = {name: self._adapter(name, parent, before) for name, (parent, _) in found.adapters.items()}
+        of_model: dict[Model, list[Adapter]] = {adapter.parent: [] for adapter in before.values()}
         for adapter in adapters.values():
-            of_model.setdefault(adapter.parent.name, []).append(adapter)
-        for name, those in of_model.items():
-            if (model := self.models.get(name)) is not None:
-                model.adapters = tuple(those)
+            of_model.setdefault(adapter.parent, []).append(adapter)
+        for model, those in of_model.items():
+            model.adapters = tuple(those)
+            known: dict[frozenset[str], tuple[Backend, ...]] = {}
+            if any([adapter.hold(found.adapters[adapter.name][1], known) for adapter in those]):
+                model._refresh_adapters(False)
         further = {alias: self.models[name] for alias, name in found.aliases.items()}
         self._forget_further()
         self._extended = {*further.values()}
         for alias, model in further.items():
             model.further += (alias,)
         self.by_name, self.served = {**further, **adapters, **self._named}, {**self.models, **adapters}
-        for name in before.keys() - adapters.keys():
-            # Requests that wait for it wait in vain.
-            before[name].wake()
+        # Requests may wait for those that have changed, or are gone.
+        for model in of_model:
+            model.wake()
         for adapter in before.values():
             adapter.wake()
 
-    def _adapter(self, name: str, parent: str, holders: frozenset[str] | None, known: Adapter | None) -> Adapter:
-        model = self.models[parent]
+    def _adapter(self, name: str, parent: str, before: Mapping[str, Adapter]) -> Adapter:
+        model, known = self.models[parent], before.get(name)
         if known is None or known.parent is not model or known.origin_entry is not model.entry:
-            return Adapter(name, model, self._make_balancer(model.entry.balancing), holders)
-        known.hold(holders)
+            return Adapter(name, model, self._make_balancer(model.entry.balancing))
         return known
 
     def _forget_further(self) -> None:

@@ -474,3 +474,31 @@ def test_whatever_engines_say_names_are_consistent(steps: Sequence[tuple[str, li
 
 def fleet_lists(world: World, backend: Backend) -> Listing:
     return world.lists._answers[place_of_list(backend)][0]
+
+
+def test_adapters_with_the_same_backends_share_what_is_computed() -> None:
+    world = World(entry("m", A, B, C))
+    names = [f"x{number}" for number in range(50)]
+    for url in (A, B):
+        world.says(url, card("m"), *loras(*names))
+    world.backend(A).weigh(0.5)
+    world.fleet.models["m"].refresh(reweighed=True)
+    views = [world.fleet.by_name[name] for name in names]
+
+    assert len({id(view.backends) for view in views}) == len({id(view.available) for view in views}) == 1
+    assert views[0].available is not views[0].backends
+
+
+def test_requests_that_wait_are_woken_when_names_change() -> None:
+    world = World(entry("m", A))
+    woken: list[str] = []
+    world.fleet.models["m"].subscribe(lambda: woken.append("m"))
+    world.says(A, card("m"), *loras("x"))
+    assert woken
+    world.says(A, card("m"))
+    world.later(KNOWN - 1)
+    woken.clear()
+    world.later(2)
+
+    assert world.holders("x") is None
+    assert woken

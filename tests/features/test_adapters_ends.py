@@ -174,7 +174,7 @@ async def test_an_adapter_whose_only_holder_is_out_is_still_asked_there(
     engines[0].says()
     view = served.router.core.fleet.by_name["lora"]
     assert isinstance(view, Adapter)
-    view.hold(frozenset({engines[1].url}))
+    view.hold(frozenset({engines[1].url}), {})
     view.backends[0].origin.healthy = False
     served.router.core.fleet.models["m"].refresh()
 
