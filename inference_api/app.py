@@ -9,10 +9,10 @@ from inference_api.feature import Feature, Run
 
 from inference_api.features import (  # isort: skip
     adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hedge, hold, keys, limits, metering,
-    policy, prompts, providers, queue, race, split, tracing, trusted_proxies, usage,
+    policy, prompts, providers, queue, race, realtime, split, tracing, trusted_proxies, usage,
 )  # fmt: skip
 from inference_api.http.pages import Probes
-from inference_api.http.pipeline import Resolve, Stages
+from inference_api.http.pipeline import Stages
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
 from inference_api.routing.entries import CatalogueEntry, entry_type, refusing
@@ -59,6 +59,8 @@ FEATURES = (
     queue.FEATURE,
     # The last one with an `ask`: in place of the attempt loop.
     hedge.FEATURE,
+    # A page, whose sessions pass what any request passes.
+    realtime.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
 )
@@ -77,9 +79,8 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     enabled = [*(made for switch in FEATURES if (made := switch.build(core, settings)) is not None), *features]
     attempt = core.send_attempt([feature.attempt for feature in enabled if feature.attempt])
     parts = _parts(core, attempt, enabled)
-    look_up: Resolve = core.registry.resolve
-    resolve = chain(look_up, [feature.resolve for feature in enabled if feature.resolve])
-    stages = Stages(resolve, parts.send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
+    core.look_up = chain(core.look_up, [feature.resolve for feature in enabled if feature.resolve])
+    stages = Stages(core.look_up, parts.send, core.admission, settings.max_body_bytes, settings.write_stall_timeout)
     collectors = [feature.collect for feature in enabled if feature.collect]
     probes = core.probes(collectors, [feature.ready for feature in enabled if feature.ready])
     site = Site(core, stages, attempt, probes, enabled)

@@ -25,7 +25,7 @@ from inference_api.feature import Run
 from inference_api.http.admission import Admission
 from inference_api.http.pages import Probes
 from inference_api.members import Members
-from inference_api.models import Call, Outcome, Send
+from inference_api.models import Call, Caller, Outcome, Send
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import Families
 from inference_api.observe.lag import LoopLag
@@ -40,7 +40,7 @@ from inference_api.routing.breaker import Breaker
 from inference_api.routing.catalogue import Catalogue
 from inference_api.routing.entries import CatalogueEntry, Credentials
 from inference_api.routing.files import Reloader, Watched, static_source
-from inference_api.routing.fleet import Fleet
+from inference_api.routing.fleet import Fleet, Model
 from inference_api.routing.health import Health
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
@@ -125,6 +125,8 @@ class Core:
         self._catalogue = static_source(settings.catalogue, outside.catalogue, self._read_credentials, entry)
         self.registry = self._make_registry()
         self._catalogue.take = self.registry.replace_static
+        # A name to its Model, for a caller: `app` wraps it in what features refuse.
+        self.look_up: Callable[[str, Caller | None], Model] = self.registry.resolve
         self.reloader = Reloader((self._catalogue, self._tokens, self._trust))
         self.metrics = Metrics(lambda: self.fleet.served)
         self.lag = LoopLag(self.metrics.loop_lag.observe)

@@ -5,6 +5,7 @@ RouterError
 +-- Unauthorized 401          +-- ModelForbidden 403      +-- ModelNotPriced 403
 +-- RateLimited 429           +-- QuotaExceeded 429
 +-- InvalidJSON 400           +-- MethodNotAllowed 405    +-- TooLarge 413          +-- UnsupportedMediaType 415
++-- UpgradeRequired 426
 +-- InvalidRequest 422        +-- RequestTimeout 408      +-- URITooLong 414        +-- InternalError 500
 +-- ResponseNotFound 404      +-- RouteNotServed 404      +-- PromptNotFound 404
 +-- PromptVariableMissing 400   +-- PromptVariableUnknown 400   +-- PromptVariableInvalid 400
@@ -238,6 +239,13 @@ class UnsupportedMediaType(_ClientError):
 
 class RequestTimeout(_ClientError):
     status, code = 408, "request_timeout"
+
+
+class UpgradeRequired(_ClientError):
+    status, code = 426, "upgrade_required"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers=[(b"upgrade", b"websocket"), (b"sec-websocket-version", b"13")])
 
 
 class HeadersTooLarge(_ClientError):

@@ -23,6 +23,7 @@ from inference_api.features import (
     policy,
     prompts,
     race,
+    realtime,
     usage,
 )
 from inference_api.features.delivery.sender import Answer, Delivery
@@ -78,6 +79,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
     features = (
         *engine_load.families(fleet),
         *policy.families(policies),
+        *realtime.families({}, {}),
         *keys.Keys(policies).collect(),
         *Limiter(policies, MemoryStore(), Estimates()).collect(),
         *usage.families({"logged": 0}, Delivery(nobody)),

@@ -67,6 +67,7 @@ TABLE = {
     "TooLarge": (413, "request_too_large"),
     "URITooLong": (414, "uri_too_long"),
     "UnsupportedMediaType": (415, "unsupported_media_type"),
+    "UpgradeRequired": (426, "upgrade_required"),
     "HeadersTooLarge": (431, "headers_too_large"),
     "InvalidRequest": (422, "validation_error"),
     "InternalError": (500, "internal_error"),

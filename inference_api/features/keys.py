@@ -28,6 +28,8 @@ from inference_api.settings import PREFIX, Group, Settings, SettingsError
 _NOT_VALID = "The API key is missing or not valid. Send it as 'Authorization: Bearer <key>'."
 _RESULTS = ("ok", "invalid", "expired", "disabled", "forbidden", "unavailable")
 _CREDENTIALS = (b"authorization", b"x-api-key")
+# Begins the subprotocol of a WebSocket that holds a key
+_PROTOCOL = b"openai-insecure-api-key."
 # Under which a head has what was found for it: number of the policy, caller, whether the secret has been replaced, and
 # whether nothing of it depends on the time
 _NAME = "keys"
@@ -152,7 +154,10 @@ class Keys:
 
 
 def key_of(headers: RawHeaders) -> bytes | None:
-    """The key of a request: that of `Authorization: Bearer`, else of x-api-key. None: none, or a header given twice."""
+    """The key of a request: that of `Authorization: Bearer`, else of x-api-key, else of a WebSocket's subprotocol.
+
+    None: none, or a header given twice.
+    """
     given = [pair for pair in headers if pair[0] in _CREDENTIALS]
     values = dict(given)
     if len(values) < len(given):
@@ -160,7 +165,14 @@ def key_of(headers: RawHeaders) -> bytes | None:
     scheme, _, key = values.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
         return key.strip()
-    return values.get(b"x-api-key")
+    return values.get(b"x-api-key") or _of_protocols(headers)
+
+
+def _of_protocols(headers: RawHeaders) -> bytes | None:
+    """The key of a WebSocket's client that cannot set headers, as a browser's."""
+    offered = b",".join(value for name, value in headers if name == b"sec-websocket-protocol").split(b",")
+    keys = [one.strip().removeprefix(_PROTOCOL) for one in offered if one.strip().startswith(_PROTOCOL)]
+    return keys[0] if len(keys) == 1 else None
 
 
 def refuse(settings: Settings) -> Callable[[CatalogueEntry], str | None] | None:

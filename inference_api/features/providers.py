@@ -5,15 +5,13 @@ from collections.abc import Awaitable, Iterator
 from inference_api.core import Core
 from inference_api.errors import RouteNotServed
 from inference_api.feature import Feature, Switch
-from inference_api.http.routes import INFERENCE_ROUTES
+from inference_api.http.routes import INFERENCE_ROUTES, REALTIME
 from inference_api.models import Call, Reply, Send
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.fleet import Model
 from inference_api.settings import Settings
 
-# Of a WebSocket, which is no route of a Call
-_REALTIME = "realtime"
-_LABELS = {route.label for route in INFERENCE_ROUTES} | {_REALTIME}
+_LABELS = {route.label for route in (*INFERENCE_ROUTES, REALTIME)}
 
 
 def build(core: Core, settings: Settings) -> Feature:

@@ -21,6 +21,9 @@ RESPONSES = Route("/v1/responses", "responses", _RESPONSES, False, False, _RESPO
 # A stored response, by its id: see `stored`.
 STORED = RESPONSES._replace(label="response")
 
+# A session over a WebSocket, whose model is in the query: see `features.realtime`.
+REALTIME = Route("/v1/realtime", "realtime", _ANY, repeatable=False, method="GET")
+
 INFERENCE_ROUTES = (
     Route("/v1/chat/completions", "chat_completions", _CHAT_COMPLETION, end_marks=(b"[DONE]",)),
     Route("/v1/chat/completions/batch", "chat_completions_batch", _CHAT),

@@ -29,7 +29,7 @@ class Origin(Circuit):
 
     __slots__ = (
         "_addresses", "asleep", "backends", "base_path", "cause", "crowded_since", "healthy", "host", "in_flight",
-        "label", "passed", "reading", "refused", "reported", "scraped_at", "streak", "stuck_since", "url",
+        "label", "passed", "reading", "refused", "reported", "scraped_at", "sessions", "streak", "stuck_since", "url",
     )  # fmt: skip
 
     def __init__(self, url: str) -> None:
@@ -46,6 +46,8 @@ class Origin(Circuit):
         self.backends: dict[Backend, None] = {}
         # Attempts of all models, until their answers end
         self.in_flight = 0
+        # Those of them that may be silent for as long as their clients are
+        self.sessions = 0
         # The circuit opened because no connection could be made
         self.refused = False
         # Reason for which the last health check failed, or None

@@ -255,7 +255,7 @@ class Health:
                 model.refresh(reweighed=True)
 
     def _watch(self, origin: Origin, now: float) -> None:
-        if origin.in_flight < _CROWD or origin.asleep:
+        if origin.in_flight - origin.sessions < _CROWD or origin.asleep:
             origin.crowded_since = None
         elif origin.crowded_since is None:
             origin.crowded_since = now

@@ -24,7 +24,7 @@ from inference_api.server.foreign import not_http
 from inference_api.server.framing import Framing
 from inference_api.server.repeated_head import RepeatedHead, RepeatedHeads
 from inference_api.server.request_head import scope_of
-from inference_api.server.upgrade import DeclinedUpgrade
+from inference_api.server.upgrade import DeclinedUpgrade, Upgraded
 
 # Limits of pipelined requests that wait, and of bytes of their bodies. Reading continues while they wait, to notice a
 # disconnect; requests beyond the limits are not answered.
@@ -65,7 +65,7 @@ class ClientConnection(Flow):
     __slots__ = (
         "_age_timer", "_app", "_blind", "_client", "_expired", "_framing", "_head_open", "_headers", "_heads",
         "_idle_since", "_max_connections", "_on_rejection", "_parser", "_reading", "_running", "_server", "_state",
-        "_upgrading", "_url", "_waiting",
+        "_upgraded", "_upgrading", "_url", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +102,8 @@ class ClientConnection(Flow):
         # The parsed bytes may hold more than one end of a message: ignore everything after the first.
         self._blind = False
         self._upgrading = False
+        # Who gets the bytes of a connection that has left HTTP
+        self._upgraded: Upgraded | None = None
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._heads = RepeatedHeads()
@@ -129,6 +131,8 @@ class ClientConnection(Flow):
     def data_received(self, data: bytes) -> None:
         if self._ignoring:
             self._received = True
+            if self._upgraded is not None:
+                self._upgraded.received(data)
             return
         # The parser has no state of another request.
         between = self._reading is None and not self._framing.head
@@ -179,6 +183,9 @@ class ClientConnection(Flow):
         Answers without further work are still sent, for clients that half-close after their request.
         """
         self.left = True
+        if self._upgraded is not None:
+            self._upgraded.lost()
+            return False
         self._drop_unfinished()
         self._reading = None
         for cycle in (self._running, *self._waiting):
@@ -196,10 +203,19 @@ class ClientConnection(Flow):
         super().pause_writing()
         if self._running is not None:
             self._running.frames = None
+        if self._upgraded is not None:
+            self._upgraded.client_writable(False)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._upgraded is not None:
+            self._upgraded.client_writable(True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state.connections.discard(cast(Any, self))
         super().connection_lost(exc)
+        if self._upgraded is not None:
+            self._upgraded.lost()
         if self._age_timer is not None:
             self._age_timer.cancel()
         for cycle in (self._running, self._reading, *self._waiting):
@@ -346,6 +362,27 @@ class ClientConnection(Flow):
                 self._idle_timer = self.loop.call_later(self._deadlines.keepalive, self._idle)
         self.resume_reading()
 
+    def upgrade(self, head: bytes, upgraded: Upgraded) -> bool:
+        """Write the head of a 101, and leave HTTP. False: the client has sent more than the offer, or has gone."""
+        if self._ignoring or self._waiting or self._reading is not None or self._head_open or self.left:
+            return False
+        self._ignoring = True
+        self._upgraded = upgraded
+        self.write(head)
+        self.resume_reading()
+        return True
+
+    def leave(self, cycle: Cycle, cleanly: bool) -> None:
+        """End a connection that has left HTTP; `cleanly`: the last bytes reach the client."""
+        self._upgraded = None
+        self._running = None
+        if self.transport.is_closing():
+            return
+        if cleanly:
+            self._close(unread=True)
+        else:
+            self.cut()
+
     def forget(self, task: "asyncio.Task[None]") -> None:
         self._state.tasks.discard(task)
 
@@ -353,7 +390,9 @@ class ClientConnection(Flow):
 
     def shutdown(self) -> None:
         """Close when idle, else after the current response."""
-        if self._running is not None:
+        if self._upgraded is not None:
+            self._upgraded.stop()
+        elif self._running is not None:
             self._running.keep_alive = False
         elif self._ignoring:
             self._linger_until = self.loop.time()

@@ -15,6 +15,7 @@ from starlette.types import Message, Scope
 from inference_api.errors import ClientGone, RouterError
 from inference_api.models import RawHeaders
 from inference_api.server.repeated_head import HeadCache
+from inference_api.server.upgrade import Upgraded
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,9 @@ class Connection(Protocol):
     def default_lines(self) -> bytes: ...
     def cycle_ended(self, cycle: "Cycle") -> None: ...
     def forget(self, task: "asyncio.Task[None]") -> None: ...
+    def pause_reading(self) -> None: ...
+    def upgrade(self, head: bytes, upgraded: Upgraded) -> bool: ...
+    def leave(self, cycle: "Cycle", cleanly: bool) -> None: ...
 
 
 def client_gone(exc: BaseException | None) -> NoReturn:
@@ -216,6 +220,19 @@ class Cycle:
         if not self.disconnected:
             self._send_body(body, more_body)
         return True
+
+    def upgrade(self, lines: bytes, upgraded: Upgraded) -> "Connection | None":
+        """Answer 101, after which all that the client sends is `upgraded`'s, and the connection ends by `leave`.
+
+        None: the client has not waited for the answer, or has gone. `lines`: the headers as lines of a head.
+        """
+        protocol = self._protocol
+        head = STATUS_LINES[101] + protocol.default_lines() + lines + b"\r\n"
+        if self.more_body or self.disconnected or not protocol.upgrade(head, upgraded):
+            return None
+        self.response_started = self.response_complete = True
+        self.keep_alive = False
+        return protocol
 
     def __enter__(self) -> "Cycle":
         """As DisconnectWatcher: while entered, a disconnect cancels the task. Raises if the client has disconnected."""

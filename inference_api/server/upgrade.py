@@ -1,4 +1,4 @@
-"""Continues parsing after an offer to upgrade, at which httptools stops: servers may ignore offers (RFC 9110 7.8)."""
+"""Offers to upgrade. Servers may ignore them (RFC 9110 7.8): parsing then continues, though httptools stops there."""
 
 from typing import Any, Protocol
 
@@ -17,6 +17,23 @@ class Callbacks(Protocol):
     def on_body(self, body: bytes) -> None: ...
     def on_chunk_header(self) -> None: ...
     def on_message_complete(self) -> None: ...
+
+
+class Upgraded(Protocol):
+    """What talks to a client whose connection has left HTTP. Called from the event loop; must not raise."""
+
+    def received(self, data: bytes) -> None: ...
+    def client_writable(self, is_writable: bool) -> None:
+        """False: the write buffer is full."""
+        ...
+
+    def lost(self) -> None:
+        """The client has gone, also with half of the connection."""
+        ...
+
+    def stop(self) -> None:
+        """The server stops."""
+        ...
 
 
 class DeclinedUpgrade:

@@ -1,7 +1,8 @@
 """One connection to a backend, on httptools: writes a request, parses the head, and pushes or buffers the body."""
 
 import asyncio
-from typing import Protocol, cast
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import httptools
 import httpx
@@ -12,6 +13,9 @@ from inference_api.upstream.failures import Disconnected, Malformed
 from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
 from inference_api.upstream.response import ResponseStream
 from inference_api.upstream.rewrite import Content
+
+# The body of a request that offers to leave HTTP
+OFFER: Content = ()
 
 # An engine's head is below 1 KiB, but vLLM adds 0.1 KiB for each of up to 2,048 embeddings in the format `bytes`. curl
 # has the same limit.
@@ -46,8 +50,8 @@ class BackendConnection(asyncio.Protocol):
 
     __slots__ = (
         "_between_chunks", "_deadlines", "_direct", "_due", "_head_done", "_headers", "_keep_alive", "_last_read",
-        "_paused", "_poisoned", "_received", "_reused", "_timer", "closed", "idle_since", "loop", "parser", "pool",
-        "stream", "transport", "used",
+        "_offered", "_paused", "_poisoned", "_received", "_reused", "_timer", "closed", "idle_since", "loop",
+        "on_writable", "parser", "pool", "stream", "transport", "used",
     )  # fmt: skip
 
     def __init__(self, pool: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
@@ -55,7 +59,9 @@ class BackendConnection(asyncio.Protocol):
         self.pool = pool
         self.loop = loop
         self.transport: asyncio.Transport | None = None
-        self.parser = httptools.HttpResponseParser(self)
+        self.parser: Any = httptools.HttpResponseParser(self)
+        # Of a connection that has left HTTP: told whether its write buffer has room
+        self.on_writable: Callable[[bool], None] | None = None
         self.used = False
         self.closed = False
         self.idle_since = 0.0
@@ -71,6 +77,8 @@ class BackendConnection(asyncio.Protocol):
         # The same, certainly, and there is a sink: a read that is one whole chunk may skip the parser.
         self._direct = False
         self._keep_alive = False
+        # The request offers to leave HTTP.
+        self._offered = False
         self._poisoned = False
         self._paused = False
         # One timer, kept across exchanges and evaluated only when it fires
@@ -82,12 +90,15 @@ class BackendConnection(asyncio.Protocol):
     # Exchange
 
     def exchange(self, head: bytes, body: Content, timeout: Timeout, deadline: float | None) -> ResponseStream:
-        """Write a request; the response begins at the returned stream. `deadline`: loop time of its end."""
+        """Write a request; the response begins at the returned stream. `deadline`: loop time of its end.
+
+        Only with OFFER for a body may the backend leave HTTP: after a 101 the body is all that it sends.
+        """
         transport = self.transport
         assert transport is not None
         self._reused, self.used = self.used, True
         self._received = 0
-        self._head_done = self._keep_alive = self._between_chunks = self._direct = False
+        self._head_done = self._keep_alive = self._between_chunks = self._direct = self._offered = False
         stream = self.stream = ResponseStream(self)
         self._headers = stream.headers
         now = self._last_read = self.loop.time()
@@ -96,6 +107,7 @@ class BackendConnection(asyncio.Protocol):
         if soonest is not None and (self._timer is None or soonest < self._due):
             self._set_timer(soonest)
         if isinstance(body, tuple):
+            self._offered = body == OFFER
             transport.writelines([head, *body])
         elif len(body) < _JOIN:
             transport.write(head + body)
@@ -138,7 +150,20 @@ class BackendConnection(asyncio.Protocol):
         if stream is not None:
             stream.fail(error)
 
+    def write(self, data: bytes) -> None:
+        """Write to a backend that has left HTTP."""
+        if self.transport is not None and not self.closed:
+            self.transport.write(data)
+
     # asyncio.Protocol
+
+    def pause_writing(self) -> None:
+        if self.on_writable is not None:
+            self.on_writable(False)
+
+    def resume_writing(self) -> None:
+        if self.on_writable is not None:
+            self.on_writable(True)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -168,6 +193,8 @@ class BackendConnection(asyncio.Protocol):
         """Parse a read; True: it held heartbeats only."""
         try:
             self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._leave_http(stream, data[exc.args[0] :])
         except httptools.HttpParserError as exc:
             if not stream.complete:
                 self.fail(Malformed(f"the backend sent {_reason(exc)}"))
@@ -229,6 +256,11 @@ class BackendConnection(asyncio.Protocol):
         if self._poisoned or stream is None:
             return
         status = self.parser.get_status_code()
+        if status == 101 and self._offered:
+            self._take_head(stream, status)
+            # No message of HTTP follows, whatever the parser makes of it.
+            self._poisoned = True
+            return
         if status == 101 or status < 100 or status > 599:
             raise ValueError(f"an answer with the status {status}")
         headers = stream.headers
@@ -239,17 +271,27 @@ class BackendConnection(asyncio.Protocol):
         if status < 200:
             headers.clear()
             return
-        stream.status = status
         names = dict(headers)
         coding = names.get(b"transfer-encoding")
         # `identity` (RFC 2616) means no transfer coding.
         coded = coding is not None and coding.lower() != b"identity"
         stream.framed = coded or b"content-length" in names or status in (204, 304)
         self._between_chunks = coding == b"chunked"
+        self._take_head(stream, status)
+
+    def _take_head(self, stream: ResponseStream, status: int) -> None:
+        stream.status = status
         self._headers = None
         self._head_done = True
         if not stream.head.done():
             stream.head.set_result(None)
+
+    def _leave_http(self, stream: ResponseStream, data: bytes) -> None:
+        """From now on all bytes are the body, without an end or a time limit; `data`: those after the head."""
+        self._deadlines = Deadlines()
+        self._disarm()
+        self.parser = _Opaque(stream)
+        self.parser.feed_data(data)
 
     def on_body(self, body: bytes) -> None:
         if not self._poisoned and self.stream is not None:
@@ -309,6 +351,18 @@ class BackendConnection(asyncio.Protocol):
 
     def __repr__(self) -> str:
         return f"<BackendConnection {'closed' if self.closed else 'idle' if self.stream is None else 'active'}>"
+
+
+class _Opaque:
+    """In place of the parser: what is no HTTP is passed on as it is."""
+
+    def __init__(self, stream: ResponseStream) -> None:
+        self._stream = stream
+
+    def feed_data(self, data: bytes) -> None:
+        if data:
+            self._stream.pieces.append(data)
+            self._stream.size += len(data)
 
 
 def _reason(exc: httptools.HttpParserError) -> str:

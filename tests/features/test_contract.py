@@ -95,6 +95,7 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "trusted_proxies": lambda: On(settings={"trusted_proxies": "127.0.0.1"}),
     "limits": lambda: On([Limited(anonymous={"limits": GENEROUS}).limiter.feature()]),
     "cors": lambda: On(settings={"cors_origins": "https://app.example"}, headers={"origin": "https://app.example"}),
+    "realtime": lambda: On(settings={"realtime": "on"}),
     "providers": lambda: On(settings={"entry": {"routes": ["chat_completions"], "headers": {"x-title": "a"}}}),
     "cost": lambda: On(settings={"entry": {"price": {"input": 0.2, "output": 0.6}}}),
     "prompts": prompted,

@@ -12,14 +12,14 @@ from typing import Any, Generic, TypeVar
 
 from orjson import dumps
 
-from inference_api.http.routes import INFERENCE_ROUTES
+from inference_api.http.routes import INFERENCE_ROUTES, REALTIME
 from inference_api.models import CLIENT_GONE, OK, Caller
 from inference_api.observe.account import Record
 from inference_api.observe.legs import KIND
 from inference_api.policy.snapshot import KeyCaller
 
 # Only requests on these have a usage record: the others never reached an engine, or have no caller yet (401).
-ROUTES = frozenset(route.label for route in INFERENCE_ROUTES)
+ROUTES = frozenset(route.label for route in (*INFERENCE_ROUTES, REALTIME))
 # Fields of a body that name the client's own user, for `Feature.fields`; the first of them counts.
 END_USER = ("user", "safety_identifier")
 # The field of the access line with the record's id
