@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,7 +25,6 @@ from inference_api.features.delivery.records import METERED, Metered
 from inference_api.http.head import RequestHead
 from inference_api.http.turns import Turns
 from inference_api.models import NOTES, OK, RAN, Call, Extra, Outcome, Reply, Send, note
-from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
 from inference_api.observe.series import Count, Series
@@ -39,10 +38,8 @@ from inference_api.settings import Group, Settings
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
-# Under which the state of a request has the answer that it stored, or got
+# Of notes at heads
 _NAME = "cache"
-# By its place: reading a field by name costs ten times as much.
-_RECORD_STATE: Final = 21
 _GENERATING = frozenset({"chat_completions", "completions", "responses"})
 _ROUTES = _GENERATING | {"embeddings", "rerank", "score", "tokenize"}
 _MISS, _BYPASS = b"x-inference-cache: miss\r\n", b"x-inference-cache: bypass\r\n"
@@ -79,7 +76,6 @@ def build(core: Core, settings: Settings) -> Feature:
         fields=("temperature",),
         send=cache.send,
         for_model=has_cache,
-        record=cache.record,
         collect=cache.collect,
     )
 
@@ -179,26 +175,6 @@ class Cache:
 
         return cached
 
-    def record(self, record: Record) -> None:
-        """Add up what an answer of the cache has saved; learn what a stored one took."""
-        answer: CachedAnswer | None = record[_RECORD_STATE].get(_NAME)
-        if answer is None:
-            return
-        state, model = record.state, record.model_name
-        metered: Metered | None = state.get(METERED)
-        if metered is None or metered[4] != "cache":
-            counts = record.tokens if metered is None else metered[:4]
-            if answer.tokens[0] is None and answer.tokens[2] is None:
-                answer.tokens = counts
-            if answer.cost is None:
-                answer.cost = record.cost
-            return
-        for kind, count in (("input", answer.tokens[0]), ("output", answer.tokens[2])):
-            if count:
-                self._tokens[model, kind].count += count
-        if answer.cost:
-            self._costs[model,].count += answer.cost
-
     def collect(self) -> Iterator[Family]:
         if not self._requests:
             return
@@ -286,7 +262,10 @@ class Cache:
         reply = await send(call, model)
         if reply.status == 200 and not call.state.get(NOTES, _NO_NOTES).get("fallback"):
             taken = partial(self._store, asking, key, leading, reply.extra)
-            reply.taps += (Fill(call.route.label, taken, _nothing if leading is None else leading.part),)
+            fill = Fill(call.route.label, taken, _nothing if leading is None else leading.part)
+            reply.taps += (fill,)
+            if reply.filter is not None:
+                reply.filter = fill.watched(reply.filter)
         return reply
 
     def _store(
@@ -298,16 +277,14 @@ class Cache:
         replay: Replay,
         tokens: Counts,
     ) -> None:
-        now, entry = self._clock(), asking.common.entry
-        answer = CachedAnswer(replay, extra, now, now + asking.common.key.ttl)
-        answer.ran = asking.call.state.get(RAN)
-        price = PRICE.of(entry)
-        answer.tokens = prompt, cached, completion, _ = tokens
+        now, ran = self._clock(), asking.call.state.get(RAN)
+        answer = CachedAnswer(replay, extra, now, now + asking.common.key.ttl, ran, tokens)
+        # Part of the key, so that it is still the same at a hit.
+        price = PRICE.of(asking.common.entry if ran is None else ran.entry)
+        prompt, cached, completion, _ = tokens
         if price is not None and prompt is not None and completion is not None:
             answer.cost = cost_of(price, prompt, cached or 0, completion)
         self.answers.put(key, answer)
-        # What a stream took is known at its end.
-        asking.call.state[_NAME] = answer  # type: ignore[index]
         if leading is not None:
             leading.land(answer)
 
@@ -315,12 +292,22 @@ class Cache:
         age = max(self._clock() - answer.made, 0.0)
         self._note(call, model, "hit", b"x-inference-cache: hit\r\nage: %d\r\n" % age)
         state: dict[str, Any] = call.state  # type: ignore[assignment]
-        state[METERED], state[_NAME] = _FROM_CACHE, answer
+        state[METERED] = _FROM_CACHE
         if answer.ran is not None:
             state[RAN] = answer.ran
+        self._count_saved(model, answer)
         reply = Reply(200, answer.replay.headers, answer.replay, attempts=0)
         reply.extra = answer.extra
         return reply
+
+    def _count_saved(self, model: Model, answer: CachedAnswer) -> None:
+        prompt, _, completion, _ = answer.tokens
+        if prompt:
+            self._tokens[model.name, "input"].count += prompt
+        if completion:
+            self._tokens[model.name, "output"].count += completion
+        if answer.cost:
+            self._costs[model.name,].count += answer.cost
 
     def _note(self, call: Call, model: Model, result: str, header: bytes) -> None:
         self._requests[model.name, result].count += 1

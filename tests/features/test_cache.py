@@ -684,3 +684,80 @@ async def test_hits_need_no_backend(engine: FakeEngine, start_router: Start) -> 
     assert result(await ask(served)) == "hit"
     other = await ask(served, seed=1)
     assert (other.status_code, result(other)) == (503, "miss")
+
+
+# With models that stand for others
+
+
+def together(*engines: FakeEngine, **virtual: Any) -> list[dict[str, Any]]:
+    """The models a, b, ... on one engine each, and a virtual one."""
+    models = [{"name": name, "backends": [engine.url]} for name, engine in zip("abc", engines, strict=False)]
+    return [*models, {"name": "m", **virtual}]
+
+
+@pytest.mark.parametrize(
+    ("virtual", "header", "asked"),
+    [
+        ({"race": {"members": ["a", "b"], "stagger": 60}}, ("x-inference-model", "a"), 1),
+        ({"consensus": {"members": ["a", "b", "c"], "quorum": 3}}, ("x-inference-votes", "3/3"), 3),
+    ],
+)
+async def test_a_virtual_model_may_have_a_cache(
+    virtual: dict[str, Any], header: tuple[str, str], asked: int, start_engine: Start, start_router: Start
+) -> None:
+    engines = [await start_engine() for _ in range(3)]
+    served: Served = await start_router(models=together(*engines, **virtual, **CACHED))
+
+    first, second = [await ask(served) for _ in range(2)]
+
+    assert [result(one) for one in (first, second)] == ["miss", "hit"]
+    assert first.content == second.content
+    assert sum(len(engine.requests) for engine in engines) == asked
+    name, value = header
+    assert (first.headers[name], second.headers[name]) == (value, value)
+    assert {line["model"] for line in served.lines} == {"a"}
+    assert (served.lines[1]["attempts"], served.lines[1]["backend"]) == (0, None)
+    assert await served.metric("inference_api_saved_tokens_total", model_name="m", type="output") == 5
+
+
+async def test_another_entry_of_a_member_has_other_answers(start_engine: Start, start_router: Start) -> None:
+    engines = [await start_engine() for _ in range(2)]
+    virtual = {"race": {"members": ["a", "b"], "stagger": 60}, **CACHED}
+    served: Served = await start_router(models=together(*engines, **virtual))
+    await ask(served)
+    changed = together(*engines, **virtual)
+    changed[1]["version"] = "2"
+    served.router.core.registry.replace_static(parse_catalogue({"models": changed}, ENTRY))
+
+    assert [result(await ask(served)) for _ in range(2)] == ["miss", "hit"]
+
+
+async def test_the_answer_of_a_fallback_is_not_stored(start_engine: Start, start_router: Start) -> None:
+    """It would outlive the failure for which it was given."""
+    down, up = await start_engine(raw(json_response({}, "503 Service Unavailable"))), await start_engine()
+    models = [
+        {"name": "m", "backends": [down.url], "fallbacks": ["b"], **CACHED},
+        {"name": "b", "backends": [up.url], **CACHED},
+    ]
+    served: Served = await start_router(models=models, max_attempts=1)
+
+    found = [await ask(served) for _ in range(2)]
+    down.script = answer
+    again = [await ask(served) for _ in range(2)]
+
+    assert [(result(one), one.headers.get("x-inference-fallback")) for one in found] == [("miss", "1")] * 2
+    assert [(result(one), one.headers.get("x-inference-fallback")) for one in again] == [("miss", None), ("hit", None)]
+
+
+async def test_each_variant_has_its_own_answers(start_engine: Start, start_router: Start) -> None:
+    engines = [await start_engine() for _ in range(2)]
+    models = [{"name": name, "backends": [engine.url], **CACHED} for name, engine in zip("ab", engines, strict=True)]
+    models.append({"name": "m", "split": {"variants": {"a": 50, "b": 50}, "sticky": "user"}})
+    served: Served = await start_router(models=models)
+
+    found = [await ask(served, user=f"user {number}") for number in range(8) for _ in range(2)]
+
+    variants = [one.headers["x-inference-variant"] for one in found]
+    assert set(variants) == {"a", "b"}
+    assert [result(one) for one in found] == ["miss", "hit"] * 8
+    assert [len(engine.requests) for engine in engines] == [variants.count(name) / 2 for name in "ab"]

@@ -8,13 +8,13 @@ from cachetools import TLRUCache
 
 from inference_api.features.caching.keys import Digest
 from inference_api.models import Extra
+from inference_api.observe.account import NO_COUNTS
 from inference_api.relay.replay import Replay
 from inference_api.relay.usage import Counts
 from inference_api.routing.fleet import Model
 
 # Bytes of a key, and of all the objects around an answer
 OVERHEAD = 1024
-_UNKNOWN: Counts = (None, None, None, None)
 
 
 class CachedAnswer:
@@ -27,14 +27,22 @@ class CachedAnswer:
 
     __slots__ = ("cost", "extra", "made", "ran", "replay", "tokens", "until")
 
-    def __init__(self, replay: Replay, extra: tuple[Extra, ...], made: float, until: float) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        extra: tuple[Extra, ...],
+        made: float,
+        until: float,
+        ran: Model | None = None,
+        tokens: Counts = NO_COUNTS,
+    ) -> None:
         self.replay = replay
         self.extra = extra
         self.made = made
         self.until = until
-        self.tokens = _UNKNOWN
+        self.ran = ran
+        self.tokens = tokens
         self.cost: int | None = None
-        self.ran: Model | None = None
 
 
 class Answers(TLRUCache[Digest, CachedAnswer]):

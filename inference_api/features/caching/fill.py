@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import orjson
 
-from inference_api.models import OK, Outcome, RawHeaders
+from inference_api.models import OK, EventFilter, Outcome, RawHeaders
+from inference_api.observe.account import NO_COUNTS
 from inference_api.relay.replay import Replay
 from inference_api.relay.usage import Counts, counts, find_usage
 
@@ -18,7 +19,6 @@ _CUT = ("length", "abort")
 # In a text of a model the quotes are escaped.
 _CUT_IN_STREAM = re.compile(rb'"finish_reason"\s*:\s*"(?:length|abort)"')
 _COMPLETED = re.compile(rb'"type"\s*:\s*"response\.completed"')
-_NOT_REPORTED: Counts = (None, None, None, None)
 
 
 class Fill:
@@ -27,7 +27,7 @@ class Fill:
     One of the two is called, at most once; neither for a stream that breaks off.
     """
 
-    __slots__ = ("_dropped", "_headers", "_label", "_length", "_pieces", "_size", "_taken")
+    __slots__ = ("_dropped", "_headers", "_label", "_length", "_pieces", "_removed", "_size", "_taken")
 
     def __init__(self, label: str, taken: Callable[[Replay, Counts], None], dropped: Callable[[], None]) -> None:
         self._label = label
@@ -39,6 +39,20 @@ class Fill:
         # None: nothing more is taken.
         self._pieces: list[bytes] | None = None
         self._size = 0
+        # The last event that its client did not get
+        self._removed = b""
+
+    def watched(self, event_filter: EventFilter) -> EventFilter:
+        """The same filter; the tokens that it keeps from the client are those of the answer."""
+        keeps = event_filter.keeps
+
+        def keeping(event: bytes) -> bool:
+            is_kept = keeps(event)
+            if not is_kept:
+                self._removed = event
+            return is_kept
+
+        return EventFilter(event_filter.marker, keeping)
 
     def start(self, status: int, headers: RawHeaders) -> None:
         seen = dict(headers)
@@ -75,7 +89,9 @@ class Fill:
     def _take(self) -> None:
         assert self._pieces is not None
         body, self._pieces = b"".join(self._pieces), None
-        tokens = of_whole(self._label, body) if self._length is not None else of_stream(self._label, body)
+        tokens = (
+            of_whole(self._label, body) if self._length is not None else of_stream(self._label, body, self._removed)
+        )
         if tokens is None:
             self._dropped()
         else:
@@ -89,19 +105,19 @@ def of_whole(label: str, body: bytes) -> Counts | None:
     except orjson.JSONDecodeError:
         return None
     if not isinstance(document, dict):
-        return _NOT_REPORTED
+        return NO_COUNTS
     choices = document.get("choices")
     if isinstance(choices, list) and any(one.get("finish_reason") in _CUT for one in choices if isinstance(one, dict)):
         return None
     if document.get("error") or (label == "responses" and document.get("status") != "completed"):
         return None
     usage = document.get("usage")
-    return counts(usage) if isinstance(usage, dict) else _NOT_REPORTED
+    return counts(usage) if isinstance(usage, dict) else NO_COUNTS
 
 
-def of_stream(label: str, body: bytes) -> Counts | None:
-    """The same of a whole stream of events."""
+def of_stream(label: str, body: bytes, removed: bytes = b"") -> Counts | None:
+    """The same of a whole stream of events; `removed`: one that only the router got."""
     if _CUT_IN_STREAM.search(body) or (label == "responses" and not _COMPLETED.search(body)):
         return None
-    usage = find_usage(body)
-    return _NOT_REPORTED if usage is None else counts(usage)
+    usage = find_usage(removed) or find_usage(body)
+    return NO_COUNTS if usage is None else counts(usage)
