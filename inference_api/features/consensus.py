@@ -124,7 +124,8 @@ class Consensus:
         self._results[model.name, result].count += 1
 
     def collect(self) -> Iterator[Family]:
-        yield from families({labels: cell.count for labels, cell in self._results.snapshot().items()})
+        if self._results:
+            yield from families({labels: cell.count for labels, cell in self._results.snapshot().items()})
 
 
 def families(results: Mapping[tuple[str, str], int]) -> Iterator[Family]:

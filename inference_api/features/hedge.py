@@ -144,7 +144,8 @@ class Hedges:
         self._results[model, result].count += 1
 
     def collect(self) -> Iterator[Family]:
-        yield from families({labels: cell.count for labels, cell in self._results.snapshot().items()})
+        if self._results:
+            yield from families({labels: cell.count for labels, cell in self._results.snapshot().items()})
 
 
 def families(results: Mapping[tuple[str, str], int]) -> Iterator[Family]:

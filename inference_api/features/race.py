@@ -93,7 +93,8 @@ class Races:
                     return await runs.keep(winner)
 
     def collect(self) -> Iterator[Family]:
-        yield from families({labels: cell.count for labels, cell in self._wins.snapshot().items()})
+        if self._wins:
+            yield from families({labels: cell.count for labels, cell in self._wins.snapshot().items()})
 
 
 def families(wins: Mapping[tuple[str, str], int]) -> Iterator[Family]:

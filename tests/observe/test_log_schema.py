@@ -78,6 +78,12 @@ def keyed(request: bytes) -> bytes:
     return request.replace(b"\r\nhost:", b"\r\nx-api-key: %b\r\nhost:" % EXAMPLE.key.encode(), 1)
 
 
+PROMPT = {
+    "name": "p",
+    "labels": {"production": 1},
+    "versions": [{"version": 1, "messages": [{"role": "user", "content": "hello"}]}],
+}
+
 SENT: list[bytes] = [
     *(
         post("/v1/chat/completions", document, b"connection: close\r\n")
@@ -91,6 +97,9 @@ SENT: list[bytes] = [
             CHAT | {"user": "cached"},
             CHAT | {"model": "chat"},
             CHAT | {"model": "down"},
+            CHAT | {"model": "sure"},
+            CHAT | {"model": "held"},
+            {"model": "m", "prompt": {"id": "p"}},
             STREAM | {"user": "abort"},
             CHAT | {"user": "hang"},
             CHAT | {"model": "nope"},
@@ -116,13 +125,16 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
         "registry_url": f"http://127.0.0.1:{free_port()}",
         "usage": "log",
         "auth": "keys",
-        "policy": write(tmp_path / "policy.json", policy_of(key(organisation="team-a", user="ana"))),
+        "policy": write(tmp_path / "policy.json", policy_of(key(organisation="team-a", user="ana"), prompts=[PROMPT])),
     }
     price = {"input": 0.2, "output": 0.6}
     models = [
         {"name": "m", "backends": [engine.url], "price": price, "adapters": ["lora"], "cache": {"ttl": 60}},
         {"name": "down", "fallbacks": ["m"]},
         {"name": "chat", "split": {"variants": {"m": 1, "down": 0}}},
+        {"name": "sure", "consensus": {"members": ["m", "twin"]}},
+        {"name": "twin", "backends": [engine.url]},
+        {"name": "held", "hold": 0.1},
     ]
     settings["catalogue"] = tmp_path / "models.json"
     settings["catalogue"].write_bytes(orjson.dumps({"models": models}))
@@ -154,7 +166,11 @@ async def test_every_line_follows_the_schema(tmp_path: Path, start_engine: Start
     assert told == FIELDS.keys() - (set() if traced else {"trace_id", "span_id"})
     records = [line for line in lines if line["event"] == "usage"]
     assert [line for line in records if not Draft202012Validator(USAGE_LINE).is_valid(line)] == []
-    assert [line["id"] for line in records] == [line["usage_id"] for line in requests if "usage_id" in line]
+    # A vote is billed, and has no access line of its own.
+    assert {line["kind"] for line in records} == {"request", "vote"}
+    assert [line["id"] for line in records if line["kind"] == "request"] == [
+        line["usage_id"] for line in requests if "usage_id" in line
+    ]
     assert {line["event"] for line in lines} >= {"serving", "the circuit of a backend is open", "stopped"}
 
 
@@ -191,7 +207,7 @@ LINE = {
         ({"bytes": -1}, "$.bytes"),
         ({"backend": 5}, "$.backend"),
         ({"trace_id": "0" * 32}, "'span_id' is a dependency of 'trace_id'"),
-        ({"prompt": "s3cret"}, "Additional properties are not allowed"),
+        ({"messages": "s3cret"}, "Additional properties are not allowed"),
     ],
 )
 def test_the_schema_sees_what_is_wrong(change: dict[str, Any], problem: str) -> None:
