@@ -8,6 +8,7 @@ backend go on, and the next one when one of them has an answer.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import monotonic
 from typing import Annotated, Literal
 
@@ -43,7 +44,21 @@ def build(core: Core, settings: Settings) -> Feature:
     activations = None if client is None else Activations(client, core.fleet, core.instance)
     holds = Holds(core.fleet, core.admission, Waits.shared(core), core.prepare, activations)
     core.on_drain(holds.drain)
-    return Feature("hold", send=holds.send, member=holds.send, for_model=has_hold, collect=holds.collect)
+    return Feature(
+        "hold",
+        send=holds.send,
+        member=holds.send,
+        for_model=has_hold,
+        collect=holds.collect,
+        check=partial(_warnings, core, settings),
+    )
+
+
+def _warnings(core: Core, settings: Settings) -> Iterator[str]:
+    for model in core.fleet.models.values():
+        hold, total = KEY.of(model.entry), model.entry.timeouts.total or settings.total_timeout
+        if hold is not None and hold > total:
+            yield f"model {model.name!r}: its hold of {hold:g} s is longer than {total:g} s, after which a request ends"
 
 
 def has_hold(entry: CatalogueEntry) -> bool:

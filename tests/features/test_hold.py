@@ -411,6 +411,18 @@ def test_an_entry_with_another_time_is_refused(hold: Any) -> None:
     assert problem.startswith("model 'm': hold")
 
 
+@pytest.mark.parametrize(("entry", "warned"), [({"hold": 90}, True), ({"hold": 30}, False), ({}, False)])
+async def test_a_hold_that_no_request_can_wait_for_is_warned_of(
+    entry: dict[str, Any], warned: bool, start_router: Start
+) -> None:
+    served: Served = await start_router(entry={**entry, "timeouts": {"total": 60}})
+    check = served.router.features["hold"].check
+    assert check is not None
+
+    text = "model 'm': its hold of 90 s is longer than 60 s, after which a request ends"
+    assert list(check()) == ([text] if warned else [])
+
+
 # The control plane
 
 
