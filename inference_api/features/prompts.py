@@ -1,6 +1,6 @@
 """Stored prompts of the policy: `prompt: {id, version, variables}` in a body becomes messages, or a text."""
 
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from inference_api.core import Core
@@ -41,9 +41,9 @@ class PromptRequest(NamedTuple):
 
 
 class StoredPrompts:
-    """`models` are those that virtual ones stand for, by name."""
+    """`models` gives those of the catalogue in use, by name: virtual ones stand for others."""
 
-    def __init__(self, policies: Policies, turns: Turns, models: Mapping[str, Model]) -> None:
+    def __init__(self, policies: Policies, turns: Turns, models: Callable[[], Mapping[str, Model]]) -> None:
         self._policies = policies
         self._turns = turns
         self._models = models
@@ -96,7 +96,8 @@ class StoredPrompts:
         """Whether an unknown prompt is one of the provider's own."""
         if call.route.label != "responses":
             return False
-        members = [self._models[name].entry for name in members_of(model.entry) if name in self._models]
+        models = self._models()
+        members = [models[name].entry for name in members_of(model.entry) if name in models]
         return all(entry.engine == "openai" for entry in members or [model.entry])
 
     def collect(self) -> Iterator[Family]:
@@ -108,7 +109,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
     policies = core.provided(Policies)
     if policies is None:
         return None
-    prompts = StoredPrompts(policies, core.admission.turns, core.fleet.models)
+    prompts = StoredPrompts(policies, core.admission.turns, lambda: core.fleet.models)
     return Feature("prompts", fields=(_NAME,), send=prompts.send, collect=prompts.collect)
 
 

@@ -83,7 +83,7 @@ def prompted() -> On:
     policies = Policies("test")
     version = {"version": 1, "messages": [{"role": "system", "content": "Be brief."}]}
     policies.replace(run(read({"prompts": [{"name": "p", "versions": [version]}]}, peppered=False)))
-    prompts = StoredPrompts(policies, Turns(), {})
+    prompts = StoredPrompts(policies, Turns(), dict)
     return On([Feature("prompts", fields=("prompt",), send=prompts.send, collect=prompts.collect)])
 
 

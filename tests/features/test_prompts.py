@@ -10,7 +10,9 @@ import openai
 import orjson
 import pytest
 
+from inference_api.app import ENTRY
 from inference_api.policy.source import Policies
+from inference_api.routing.catalogue import parse_catalogue
 from tests.conftest import Served
 from tests.fakes import (
     COMPLETION,
@@ -388,6 +390,16 @@ async def test_a_prompt_of_the_provider_passes_unchanged(engine: FakeEngine, ser
     assert "x-inference-prompt" not in passed.headers
     assert (with_input.status_code, chat.status_code, own.status_code) == (200, 404, 200)
     assert sent(engine) == {"model": "m", "input": [FILLED]}
+
+
+async def test_members_of_a_catalogue_that_was_read_again_decide(engine: FakeEngine, serve: Serve) -> None:
+    served: Served = await serve()
+    entry = {"backends": [engine.url], "engine": "openai"}
+    variants = {"split": {"variants": {"one": 1, "two": 0}}}
+    models = [{"name": "m", **variants}, {"name": "one", **entry}, {"name": "two", **entry}]
+    served.router.core.fleet.update(parse_catalogue({"models": models}, ENTRY))
+
+    assert (await ask(served, RESPONSES, prompt={"id": "pmpt_1"})).status_code == 200
 
 
 async def test_the_sdk_of_openai(engine: FakeEngine, serve: Serve) -> None:
