@@ -9,7 +9,7 @@ from inference_api.feature import Feature, Run
 
 from inference_api.features import (  # isort: skip
     adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hedge, hold, keys, limits, metering,
-    policy, prompts, providers, queue, race, realtime, split, tracing, trusted_proxies, usage,
+    policy, prompts, providers, queue, race, realtime, shadow, split, tracing, trusted_proxies, usage,
 )  # fmt: skip
 from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Stages
@@ -38,7 +38,8 @@ FEATURES = (
     prompts.FEATURE,
     # Before all that counts a request: what a model has no route for is none.
     providers.FEATURE,
-    # Annotates first: what others make of a request begins with its tokens.
+    # A copy is asked for its tokens by itself. Annotates first: what others make of a request begins with its tokens.
+    shadow.FEATURE,
     metering.FEATURE,
     cost.FEATURE,
     # Before limits and budgets: those of a variant hold.

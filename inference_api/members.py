@@ -8,6 +8,8 @@ from inference_api.routing.fleet import Model
 
 # Under which the state of a leg has that of its request
 PARENT = "parent"
+# Under which the state of a shadow has that it is one: it has no request, and takes no limits and no budget.
+SHADOW = "shadow"
 
 
 class _Chains(Protocol):
@@ -40,6 +42,11 @@ def request_state(state: "dict[str, Any] | Any") -> Any:
     while PARENT in state:
         state = state[PARENT]
     return state
+
+
+def is_shadow(state: "dict[str, Any] | Any") -> bool:
+    """Whether a Call with this state is, or runs for, a copy that no client has asked for."""
+    return SHADOW in request_state(state)
 
 
 def take_over(call: Call, leg: Call, model: Model) -> None:

@@ -24,6 +24,7 @@ from inference_api.features import (
     prompts,
     race,
     realtime,
+    shadow,
     usage,
 )
 from inference_api.features.delivery.sender import Answer, Delivery
@@ -95,6 +96,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         *fallback.families({}),
         *consensus.families({}),
         *hedge.families({}),
+        *shadow.families({}),
     )
     exported = {
         family.name + ("_total" if family.kind == "counter" else ""): (family.kind, list(family.labels))

@@ -34,7 +34,7 @@ from inference_api.features.limiting.refusals import Refusal, refusal, standing
 from inference_api.features.limiting.windows import Store
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.features.stores.shared import Asked, take_share
-from inference_api.members import request_state
+from inference_api.members import is_shadow, request_state
 from inference_api.models import ASKED, FELL, RAN, Call, Caller, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
@@ -237,6 +237,8 @@ class Limiter:
         plans, members = self._plans, self._members
 
         def limited(call: Call, model: Model) -> Awaitable[Reply]:
+            if is_shadow(call.state):
+                return send(call, model)
             client = call.client
             key = call.caller, None if client is None else client[0], _MEMBER, model.name
             plan = plans.get(key)

@@ -53,6 +53,12 @@ async def start_several(
     models = [{"name": n, "backends": [e.url], **(members or {})} for n, e in zip(names, engines, strict=True)]
     virtual = {"name": name, key: {"members": list(names), **value}}
     several = Several(name, None, engines)  # type: ignore[arg-type]
-    listens = Feature("listens", leg=lambda record, extra: several.legs.append(record), record=several.records.append)
+
+    def leg(record: Record, extra: dict[str, Any]) -> None:
+        # As usage records: those that never reached a backend have none.
+        if record.attempts:
+            several.legs.append(record)
+
+    listens = Feature("listens", leg=leg, record=several.records.append)
     several.served = await start_router(models=[*models, virtual, *more], features=[*features, listens], **settings)
     return several

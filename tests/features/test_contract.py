@@ -104,6 +104,7 @@ TURN_ON: dict[str, Callable[[], On]] = {
     "hold": lambda: On(settings={"entry": {"hold": 9}}),
     "fallback": lambda: On(settings={"entry": {"fallbacks": ["x"], "context_fallbacks": ["x"]}}),
     "hedge": lambda: On(settings={"entry": {"hedge": {"after": 60_000}}}),
+    "shadow": lambda: On(settings={"entry": {"shadow": {"to": "m2", "sample": 1}}}),
     "usage": lambda: On(settings={"usage": "log"}),
     "adapters": lambda: On(settings={"entry": {"discover": True}, "engine_interval": 0.2}),
     "everything": lambda: On([Everything().feature]),
@@ -123,6 +124,7 @@ ALWAYS: set[str] = {
     "providers",
     "queue",
     "race",
+    "shadow",
     "split",
 }
 

@@ -1,14 +1,18 @@
 """A race: the first byte of a good answer wins, the others are cancelled and cost no backend its standing."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
 import pytest
 
 from inference_api.app import ENTRY
+from inference_api.feature import Feature
+from inference_api.models import Call, Reply, Send
+from inference_api.observe.account import Record
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.routing.fleet import Model
 from tests.fakes import (
     CHAT,
     COMPLETION,
@@ -346,3 +350,27 @@ async def test_a_race_is_listed(start_race: Start) -> None:
     race: Several = await start_race(hang, hang)
 
     assert "fastest" in {card["id"] for card in (await race.served.client.get("/v1/models")).json()["data"]}
+
+
+async def test_every_leg_ends_once_also_one_that_reached_no_backend(start_race: Start) -> None:
+    """What features have reserved for a member is released with its leg, or with the request."""
+    reserved: list[str] = []
+
+    def member(send: Send) -> Send:
+        def reserving(call: Call, model: Model) -> Awaitable[Reply]:
+            reserved.append(model.name)
+            return send(call, model)
+
+        return reserving
+
+    def leg(record: Record, extra: dict[str, Any]) -> None:
+        reserved.remove(record.model_name)
+
+    counts = Feature("counts", member=member, leg=leg)
+    race: Several = await start_race(hang, hang, raw(FAST), members={"max_in_flight": 1}, features=[counts])
+    async with quiet(race.served), raw_client(race.served.port) as busy:
+        await busy.send(post(URL, {**CHAT, "model": "a"}))
+        await until(lambda: race.engines[0].busy)
+        await race.ask()
+
+    assert reserved == ["c"]

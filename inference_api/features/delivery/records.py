@@ -111,7 +111,9 @@ class UsageRecords:
         )
 
     def leg(self, record: Record, extra: dict[str, Any]) -> None:
-        """The record of a run that no client got an answer of."""
+        """The record of a run that no client got an answer of, if it reached a backend."""
+        if not record.attempts:
+            return
         self.annotate(record, extra)
         self.record(record)
 

@@ -14,7 +14,7 @@ import httpx
 
 from inference_api.core import Core
 from inference_api.errors import RouterError
-from inference_api.members import take_over
+from inference_api.members import is_shadow, take_over
 from inference_api.models import CLIENT_GONE, LOST, RAN, Call, Outcome, Reply, of_status
 from inference_api.observe.account import NO_COUNTS
 from inference_api.relay.answers import first_bytes
@@ -69,7 +69,8 @@ class Runs:
         self, core: Core, kind: str, lost: Outcome, call: Call, work: Work, *, first_is_own: bool = False
     ) -> None:
         self.core = core
-        self._kind = kind
+        # What a shadow runs is a part of it: nobody pays for that.
+        self._kind = "shadow" if is_shadow(call.state) else kind
         self._lost = lost
         self.call = call
         self._work = work
@@ -164,12 +165,13 @@ class Runs:
         if run.recorded or run is self._kept:
             return
         run.recorded = True
-        if not run.leg.tried or _RECORDED in run.leg.state:
-            # It never reached a backend, or was itself a virtual model.
-            return
+        leg = run.leg
+        if _RECORDED in leg.state:
+            # Its own legs have the attempts.
+            leg = leg._replace(tried=[])
         error = run.error if isinstance(run.error, RouterError) else None
         outcome = run.outcome or CLIENT_GONE
-        self.core.legs.end(self._kind, run.leg, run.model, run.began, outcome, run.reply, error, tokens=run.tokens)
+        self.core.legs.end(self._kind, leg, run.model, run.began, outcome, run.reply, error, tokens=run.tokens)
 
     def _without_answer(self) -> Run | None:
         """No answer is returned. Either one leg is the request's own, or all have Records, and the request shows that
