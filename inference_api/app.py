@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from inference_api.application import Application
 from inference_api.chains import ByModel, chain, compose
 from inference_api.core import Core, Outside
-from inference_api.feature import Feature, Run
+from inference_api.feature import Feature
 
 from inference_api.features import (  # isort: skip
     adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hedge, hold, keys, limits, metering,
     policy, prompts, providers, queue, race, realtime, shadow, split, tracing, trusted_proxies, usage,
 )  # fmt: skip
-from inference_api.http.pages import Probes
 from inference_api.http.pipeline import Stages
 from inference_api.observe.account import Sink
 from inference_api.observe.lines import access_log
@@ -85,7 +84,7 @@ def build(settings: Settings, outside: Outside | None = None, features: Sequence
     collectors = [feature.collect for feature in enabled if feature.collect]
     probes = core.probes(collectors, [feature.ready for feature in enabled if feature.ready])
     site = Site(core, stages, attempt, probes, enabled)
-    app = site.app(_sinks(core, enabled), _tasks(core, enabled, probes), parts.annotators)
+    app = site.app(_sinks(core, enabled), parts.annotators)
     return Application(core, app, site.ops(), probes, enabled)
 
 
@@ -108,13 +107,4 @@ def _sinks(core: Core, enabled: Sequence[Feature]) -> list[Sink]:
         *(feature.record for feature in enabled if feature.record),
         # Last: writing the line does not delay the others.
         *([access_log(core.outside.write_line, core.settings.log_level)] if core.outside.write_line else ()),
-    ]
-
-
-def _tasks(core: Core, enabled: Sequence[Feature], probes: Probes) -> list[Run]:
-    return [
-        *core.tasks(),
-        *(task for feature in enabled for task in feature.tasks),
-        # Sets readiness once backends are known; earlier requests are answered, too.
-        lambda: probes.open(core.slices),
     ]

@@ -36,12 +36,12 @@ class Site:
         self._routes = _routes(enabled)
         self._pipelines: dict[str, ASGIApp] = {route.path: self._stored.pipeline(route) for route in self._routes}
 
-    def app(self, sinks: Sequence[Sink], tasks: Sequence[Run], annotators: Sequence[Annotate]) -> Accounts:
-        """The app for clients. `tasks` run during its lifespan; `sinks` get the Record of each request.
+    def app(self, sinks: Sequence[Sink], annotators: Sequence[Annotate]) -> Accounts:
+        """The app for clients; during its lifespan the background tasks run. `sinks` get the Record of each request.
 
         `annotators`: of requests without a model.
         """
-        settings = self._core.settings
+        settings, tasks = self._core.settings, self._tasks()
         pages = create_pages(self._pages(), lambda app: self._core.running(tasks, self._probes.drain))
         app: ASGIApp = Dispatch(self._pipelines, pages)
         if identify := [feature.identify for feature in self._enabled if feature.identify]:
@@ -51,6 +51,14 @@ class Site:
         read_headers = RequestHeaders(frozenset(name.encode() for name in settings.forward_headers))
         status = int(settings.validation_status)
         return Accounts(app, sinks, read_headers, self._core.mint_id, validation_status=status, annotators=annotators)
+
+    def _tasks(self) -> list[Run]:
+        return [
+            *self._core.tasks(),
+            *(task for feature in self._enabled for task in feature.tasks),
+            # Sets readiness once backends are known; earlier requests are answered, too.
+            lambda: self._probes.open(self._core.slices),
+        ]
 
     def ops(self) -> Accounts:
         """The app for OPS_PORT. Its requests are neither counted nor logged."""
