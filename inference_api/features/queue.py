@@ -119,9 +119,10 @@ class Queues:
             # The wait is a part of the time of the request.
             call = call._replace(deadline=self._prepare.deadline(call, model))
         began = monotonic()
+        end = min(began + bounds.timeout, call.deadline)
         self._waits.began(owner.name, _KIND)
         try:
-            await line.place(wanted, min(bounds.timeout, call.deadline - began))
+            await line.place(wanted, end)
         finally:
             self._waits.ended(owner.name, _KIND, call, monotonic() - began)
             if not line.queue:
@@ -162,8 +163,20 @@ class Line:
         if full is not None:
             raise self._overloaded(_FULL[full], "queue_full")
 
-    async def place(self, wanted: Wanted, seconds: float) -> None:
-        """Wait for a place, which then is counted in the model. Raises Overloaded."""
+    async def place(self, wanted: Wanted, end: float) -> None:
+        """Wait for a place until `end`, in loop time; it is then counted in the model. Raises Overloaded."""
+        began, model = monotonic(), self._model
+        while await self._turn(wanted, end - monotonic()):
+            limit = model.entry.max_in_flight
+            if limit is None or model.in_flight <= limit:
+                return
+            # The limit was lowered since the place was given.
+            model.in_flight -= 1
+        text = f"No place of {{}} became free within {round(end - began, 3):g} s."
+        raise self._overloaded(text, "queue_timeout")
+
+    async def _turn(self, wanted: Wanted, seconds: float) -> bool:
+        """Whether it has got a place."""
         loop = asyncio.get_running_loop()
         if not self.queue:
             self._rate.begin(monotonic())
@@ -171,7 +184,7 @@ class Line:
         turn = self.queue.add(*wanted, loop.create_future())
         timer = loop.call_later(seconds, self._expire, turn)
         try:
-            has_place = await turn.item
+            return await turn.item
         except BaseException:
             # The client has left, or the time of the drain is over; perhaps just after it got its place.
             if not self.queue.remove(turn) and turn.item.done() and not turn.item.cancelled() and turn.item.result():
@@ -181,8 +194,6 @@ class Line:
         finally:
             timer.cancel()
             self._end()
-        if not has_place:
-            raise self._overloaded(f"No place of {{}} became free within {round(seconds, 3):g} s.", "queue_timeout")
 
     def fill(self) -> None:
         """Give the places that are free to those whose turn it is."""

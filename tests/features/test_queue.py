@@ -562,7 +562,9 @@ def line() -> Iterator[Line]:
 async def test_a_place_that_came_too_late_goes_to_the_next(line: Line) -> None:
     """A client leaves after its place was given, and before its task has run."""
     model = vars(line)["_model"]
-    leaves, stays = (asyncio.create_task(line.place(Wanted(who, 0, 1.0, 1), 20.0)) for who in ("a", "b"))
+    leaves, stays = (
+        asyncio.create_task(line.place(Wanted(who, 0, 1.0, 1), time.monotonic() + 20)) for who in ("a", "b")
+    )
     await asyncio.sleep(0)
     model.in_flight = 0
     line.fill()
@@ -579,7 +581,9 @@ async def test_a_place_that_came_too_late_goes_to_the_next(line: Line) -> None:
 async def test_one_that_has_left_gets_no_place(line: Line) -> None:
     """A client leaves, and a place becomes free before its task has run."""
     model = vars(line)["_model"]
-    leaves, stays = (asyncio.create_task(line.place(Wanted(who, 0, 1.0, 1), 20.0)) for who in ("a", "b"))
+    leaves, stays = (
+        asyncio.create_task(line.place(Wanted(who, 0, 1.0, 1), time.monotonic() + 20)) for who in ("a", "b")
+    )
     await asyncio.sleep(0)
     leaves.cancel()
     model.in_flight = 0
@@ -587,4 +591,22 @@ async def test_one_that_has_left_gets_no_place(line: Line) -> None:
     await asyncio.gather(leaves, return_exceptions=True)
     await stays
 
+    assert model.in_flight == 1
+
+
+async def test_a_limit_that_is_lowered_meanwhile_holds(line: Line) -> None:
+    """A place is given, and before its task has run a catalogue takes it away again."""
+    model = vars(line)["_model"]
+    entry, model.entry = model.entry, model.entry.model_copy(update={"max_in_flight": 2})
+    waits = asyncio.create_task(line.place(Wanted("a", 0, 1.0, 1), time.monotonic() + 20))
+    await asyncio.sleep(0)
+    line.fill()
+    assert model.in_flight == 2
+    model.entry = entry
+    await asyncio.sleep(0)
+    assert (model.in_flight, len(line.queue)) == (1, 1)
+
+    model.in_flight = 0
+    line.fill()
+    await waits
     assert model.in_flight == 1
