@@ -150,8 +150,11 @@ class Lists:
         known = {*held, *further, *twice, *taken}
         self._held = self._since(self._held, {one: parent for one, (parent, _) in held.items()}, self._lost)
         self._further = self._since(self._further, further, self._lost_further)
+        count = Counter(self._held.values())
         for one, parent in self._remembered(self._lost, models, known):
-            held[one] = parent, frozenset()
+            if count[parent] < self._most:
+                count[parent] += 1
+                held[one] = parent, frozenset()
         # Not in place: `_further` is the same dictionary.
         further = further | dict(self._remembered(self._lost_further, models, {*known, *held}))
         self._tell_differing(models, neighbours)
@@ -216,14 +219,19 @@ class Lists:
             lost[name] = before[name], now
         for name in lost.keys() & after.keys():
             del lost[name]
-        for name in [name for name, (_, at) in lost.items() if now - at > self._known_for]:
-            del lost[name]
+        # The oldest first. Names of a backend that lists others each time must not add up.
+        count = Counter(parent for parent, _ in lost.values())
+        for name, (parent, at) in list(lost.items()):
+            if now - at > self._known_for or count[parent] > self._most:
+                del lost[name]
+                count[parent] -= 1
         return after
 
     def _remembered(
-        self, lost: Mapping[str, tuple[str, float]], models: Mapping[str, Model], known: Collection[str]
+        self, lost: dict[str, tuple[str, float]], models: Mapping[str, Model], known: Collection[str]
     ) -> Iterator[tuple[str, str]]:
-        for name, (parent, _) in lost.items():
+        # The newest first
+        for name, (parent, _) in reversed(lost.items()):
             model = models.get(parent)
             if name in known or model is None or not model.entry.discover:
                 continue

@@ -502,3 +502,16 @@ def test_requests_that_wait_are_woken_when_names_change() -> None:
 
     assert world.holders("x") is None
     assert woken
+
+
+def test_names_of_a_backend_that_lists_others_each_time_do_not_add_up() -> None:
+    world = World(entry("m", A), most=10)
+    for round in range(30):
+        world.says(A, card("m"), *loras(*(f"x{round}-{number}" for number in range(4))))
+        world.later(1)
+
+    assert len(world.names) == 11
+    assert len(world.lists._lost) == 10
+    assert {f"x{round}-0" for round in (28, 29)} <= world.names
+    world.says(A, card("m"), *loras(*(f"y{number}" for number in range(10))))
+    assert world.names == {"m", *(f"y{number}" for number in range(10))}
