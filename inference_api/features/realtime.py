@@ -34,7 +34,7 @@ from inference_api.headers import extra_pairs, header_lines, without_lines
 from inference_api.http.accounts import ACCOUNT
 from inference_api.http.routes import REALTIME
 from inference_api.members import request_state
-from inference_api.models import INTERNAL_ERROR, OK, Call, Outcome, RawHeaders, Reply
+from inference_api.models import INTERNAL_ERROR, OK, RAN, Call, Outcome, RawHeaders, Reply, answered_by
 from inference_api.observe.account import Account
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
@@ -282,6 +282,8 @@ class Realtime:
             account.accepted(call, model)
             with cycle as watcher:
                 account.reply = reply = await self._core.members.chains.send(call, model)
+                if RAN in account.state:
+                    reply.extra += answered_by(account.state[RAN], model)
                 if reply.status != 101:
                     await self._refused(account, call, reply, watcher, send)
                     return

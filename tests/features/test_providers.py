@@ -1,16 +1,19 @@
 """Providers: base path, headers, credentials and routes of an entry, and what becomes of their refusals."""
 
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 import yaml
 
-from inference_api.app import ENTRY
+from inference_api.app import ENTRY, build
 from inference_api.models import Outcome
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.fleet import Model
+from inference_api.settings import Settings
 from tests.conftest import Served
 from tests.fakes import COMPLETION, FakeEngine, Line, Received, json_response, raw, until
 from tests.policies import bearer, entry, policy_of, write
@@ -128,6 +131,33 @@ async def test_another_route_is_unknown(provider: Provider, fake: FakeProvider, 
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (404, "unknown_url", "model")
     assert fake.requests == []
+
+
+async def test_the_example_is_as_the_page_says(start_router: Start) -> None:
+    page = (FOLDER.parents[1] / "docs" / "providers.md").read_text()
+    text = page.partition("```yaml\n")[2].partition("```")[0]
+    fakes = [FakeProvider(one) for name in ("gemini", "anthropic") for one in PROVIDERS if one.file == name]
+    async with fakes[0], fakes[1]:
+        text = text.replace("https://generativelanguage.googleapis.com", fakes[0].url)
+        models = yaml.safe_load(text.replace("https://api.anthropic.com", fakes[1].url))["models"]
+        served: Served = await start_router(models=models, tokens=tokens_of(models))
+
+        answers = [await ask(served, fake.provider) for fake in fakes]
+
+    assert [answer.json() for answer in answers] == [fake.provider.answer for fake in fakes]
+
+
+def test_a_route_that_does_not_exist_is_warned_of(tmp_path: Path) -> None:
+    models = [{"name": "m", "backends": ["http://h"], "routes": ["chat", "realtime", "embeddings"]}]
+    path = tmp_path / "catalogue.json"
+    path.write_bytes(orjson.dumps({"models": models}))
+    router = build(Settings(catalogue=path))
+
+    check = router.features["providers"].check
+    assert check is not None
+    [warning] = check()
+
+    assert warning.startswith("model 'm': routes: there is no route 'chat'; one of ")
 
 
 # Entries

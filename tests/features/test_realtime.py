@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -68,17 +69,18 @@ class RealtimeEngine:
         self.closes: list[int | None] = []
         self._server: Server | None = None
 
-    async def start(self) -> "RealtimeEngine":
+    async def start(self, tls: ssl.SSLContext | None = None) -> "RealtimeEngine":
         self._server = await serve(
             self._serve, "127.0.0.1", 0, process_request=self._process, select_subprotocol=_realtime,
-            ping_interval=None, max_size=None,
+            ping_interval=None, max_size=None, ssl=tls,
         )  # fmt: skip
+        self._scheme = "http" if tls is None else "https"
         return self
 
     @property
     def url(self) -> str:
         assert self._server is not None
-        return f"http://127.0.0.1:{next(iter(self._server.sockets)).getsockname()[1]}"
+        return f"{self._scheme}://127.0.0.1:{next(iter(self._server.sockets)).getsockname()[1]}"
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -439,6 +441,88 @@ async def test_the_example_is_as_the_page_says(
     assert capsys.readouterr().out.split() == ["session.created", "response.output_text.delta", "response.done"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "status", "param"),
+    [
+        ({"race": {"members": ["a", "b"]}}, 422, "model"),
+        ({"consensus": {"members": ["a", "b"]}}, 422, None),
+    ],
+)
+async def test_several_models_cannot_hold_one_session(
+    asked: dict[str, Any], status: int, param: str | None, start_realtime: Start, start_router: Start
+) -> None:
+    engine = await start_realtime()
+    members = [{"name": name, "backends": [engine.url]} for name in "ab"]
+    served = await routed(start_router, models=[*members, {"name": "m", **asked}])
+
+    with pytest.raises(InvalidStatus) as raised:
+        await connect(address(served))
+
+    assert raised.value.response.status_code == status
+    if param is not None:
+        assert orjson.loads(raised.value.response.body)["error"]["param"] == param
+    assert engine.offers == []
+    assert quiet(served)
+
+
+async def test_variants_and_fallbacks_hold_a_session(start_realtime: Start, start_router: Start) -> None:
+    engine = await start_realtime()
+    busy = await start_realtime()
+    busy.refuses = 503, {}
+    models = [
+        {"name": "away", "backends": ["http://127.0.0.1:9"], "fallbacks": ["busy", "b"]},
+        {"name": "busy", "backends": [busy.url]},
+        {"name": "b", "backends": [engine.url], "served_model_name": "served b"},
+        {"name": "m", "split": {"variants": {"away": 1, "b": 0}, "sticky": "none"}},
+    ]
+    served = await routed(start_router, models=models)
+
+    async with connect(address(served)) as connection:
+        assert connection.response is not None
+        assert connection.response.headers["x-inference-model"] == "b"
+        assert connection.response.headers["x-inference-fallback"] == "2"
+        assert "session.created" in str(await connection.recv())
+        await connection.send('{"type":"response.create"}')
+        while "response.done" not in str(await connection.recv()):
+            pass
+
+    assert [offer.path for offer in engine.offers] == ["/v1/realtime?model=served%20b"]
+    line = await record_of(served)
+    assert (line["model"], line["asked_model"], line["completion_tokens"]) == ("b", "m", 10)
+    await until(lambda: quiet(served))
+
+
+async def test_what_other_features_do_with_answers_leaves_a_session_alone(
+    start_realtime: Start, start_router: Start
+) -> None:
+    engine = await start_realtime()
+    keys: dict[str, Any] = {
+        "cache": {"ttl": 60, "temperature": 2},
+        "hedge": {"after": 50},
+        "queue": {"timeout": 5, "size": 5},
+        "max_in_flight": 1,
+        "hold": 5,
+        "price": {"input": 1, "output": 2},
+        "routes": ["realtime"],
+    }
+    served = await routed(start_router, engine, entry=keys)
+
+    async with connect(address(served)) as connection:
+        assert "session.created" in str(await connection.recv())
+        await connection.send('{"type":"response.create"}')
+        # Waits for the place of the first one.
+        second = asyncio.create_task(connect(address(served)).__aenter__())
+        await until(lambda: served.router.core.admission.in_flight == 2)
+        while "response.done" not in str(await connection.recv()):
+            pass
+    other = await second
+    await other.close()
+    await until(lambda: len(served.lines) == 2 and quiet(served))
+
+    assert len(engine.offers) == 2
+    assert [line.get("cost_nanos") for line in served.lines] == [40_000, 0]
+
+
 # Frames
 
 
@@ -454,6 +538,24 @@ async def test_messages_pass_as_they_are(size: int, start_realtime: Start, start
         assert await connection.recv() == "fragmen" + "ted" * size
         # Pings go to the engine, whose pong comes back.
         await asyncio.wait_for(await connection.ping(b"x"), 10)
+
+
+async def test_a_backend_behind_tls(certificate: Path, start_router: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    engine = await RealtimeEngine().start(tls)
+    try:
+        served = await routed(start_router, engine)
+        async with connect(address(served), max_size=None) as connection:
+            assert "session.created" in str(await connection.recv())
+            for size in (1, 70_000, 1_000_000):
+                await connection.send(b"x" * size)
+                assert len(await connection.recv()) == size
+        await until(lambda: engine.closes and quiet(served))
+    finally:
+        await engine.stop()
+    assert engine.closes == [1000]
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 3000, 4999])
