@@ -65,7 +65,7 @@ class ListPoller:
         self._version = -1
         # Their backends by place; those with a running task; those that were asked
         self._places: dict[Place, list[Backend]] = {}
-        self._watched: set[Place] = set()
+        self._watched: dict[Place, asyncio.Task[None]] = {}
         self._asked: set[Place] = set()
         # Whether the first lists are there, or were waited for
         self._began: float | None = None
@@ -92,12 +92,14 @@ class ListPoller:
         return None
 
     def _enrol(self, group: asyncio.TaskGroup) -> None:
-        """Begin to ask new backends."""
+        """Begin to ask new backends, and end with those that are gone."""
         if self._version != self._fleet.version or any(model.backends is not seen for model, seen in self._seen):
             self._look()
-        for place in self._places.keys() - self._watched:
-            self._watched.add(place)
-            group.create_task(self._watch(place))
+        for place in self._watched.keys() - self._places.keys():
+            # One that comes back is asked at once again.
+            self._watched.pop(place).cancel()
+        for place in self._places.keys() - self._watched.keys():
+            self._watched[place] = group.create_task(self._watch(place))
 
     def _look(self) -> None:
         self._version = self._fleet.version
@@ -126,7 +128,7 @@ class ListPoller:
         self.is_open = self.is_open or late or self._asked >= self._places.keys()
 
     async def _watch(self, place: Place) -> None:
-        while place in self._places:
+        while True:
             try:
                 async with self._slots:
                     await self._ask(place)
@@ -134,7 +136,6 @@ class ListPoller:
                 logger.exception("a list of models could not be read", extra={"fields": {"backend": place[0]}})
             self._asked.add(place)
             await asyncio.sleep(spread(self._every, self._rand()))
-        self._watched.discard(place)
 
     async def _ask(self, place: Place) -> None:
         backend = next(iter(self._places.get(place, ())), None)

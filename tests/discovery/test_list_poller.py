@@ -140,6 +140,10 @@ async def test_a_new_backend_is_asked_at_once(start: Start, transport: Transport
         fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [two.url], "discover": True}]}))
         await until(lambda: len(polled.poller._places) == 1)
         assert (len(one.requests), len(two.requests)) == (1, 1)
+        # One that comes back, too.
+        fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [one.url, two.url], "discover": True}]}))
+        await until(lambda: len(one.requests) == 2)
+        assert len(two.requests) == 1
 
 
 async def test_one_that_came_by_discovery_is_asked_at_once(start: Start, transport: Transport) -> None:
