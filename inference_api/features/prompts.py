@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 from inference_api.core import Core
 from inference_api.errors import InvalidRequest, PromptNotFound, RouterError
 from inference_api.feature import Feature, Switch
+from inference_api.features.delivery.records import SENT_SIZE
 from inference_api.features.prompting.edits import edits, moved
 from inference_api.http.bodies import STORED_PROMPT
 from inference_api.http.turns import Turns
@@ -146,6 +147,8 @@ def _filled(call: Call, model: Model, changes: list[Edit]) -> Call:
         prefix = affinity_key(model.name, {"prompt": b"".join(value for _, value in changes).decode("latin-1")}, None)
     for name in (_NAME, STORED_PROMPT):
         call.fields.pop(name, None)  # type: ignore[attr-defined]
+    # For whoever counts tokens by bytes, as the Record has the client's body.
+    call.state[SENT_SIZE] = len(body)  # type: ignore[index]
     return call._replace(body=body, model_at=model_at, prefix=prefix)
 
 

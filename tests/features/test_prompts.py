@@ -11,6 +11,9 @@ import orjson
 import pytest
 
 from inference_api.app import ENTRY
+from inference_api.feature import Feature
+from inference_api.features.delivery.records import METERED
+from inference_api.observe.account import Record
 from inference_api.policy.source import Policies
 from inference_api.routing.catalogue import parse_catalogue
 from tests.conftest import Served
@@ -414,6 +417,45 @@ async def test_the_sdk_of_openai(engine: FakeEngine, serve: Serve) -> None:
 
     assert sent(engine)["input"] == [FILLED]
     assert (caught.value.code, caught.value.param) == ("prompt_not_found", "prompt.id")
+
+
+# With other features
+
+
+async def test_models_that_stand_for_others(start_engine: Start, start_router: Start, tmp_path: Path) -> None:
+    engines = [await start_engine(raw(json_response(COMPLETION))) for _ in range(2)]
+    models = [
+        *({"name": name, "backends": [engine.url]} for name, engine in zip("ab", engines, strict=True)),
+        {"name": "split", "split": {"variants": {"a": 1, "b": 1}}},
+        {"name": "consensus", "consensus": {"members": ["a", "b"]}},
+        {"name": "aliased", "backends": [engines[0].url], "served_model_name": "x", "fallbacks": ["b"]},
+    ]
+    policy = write(tmp_path / "policy.json", {"prompts": [SUPPORT]})
+    served: Served = await start_router(models=models, policy=str(policy))
+
+    for model in ("split", "consensus", "aliased"):
+        answer = await served.client.post(CHAT, json={"model": model, "prompt": ASKED, "messages": [HELLO]})
+        assert (answer.status_code, answer.headers["x-inference-prompt"]) == (200, "support@2")
+
+    sent_all = [orjson.loads(request.body) for engine in engines for request in engine.requests]
+    assert len(sent_all) == 4
+    assert [one["messages"] for one in sent_all] == [[FILLED, HELLO]] * 4
+    assert await served.metric("inference_api_prompt_requests_total", result="ok") == 3
+
+
+async def test_an_aborted_stream_is_counted_with_its_prompt(engine: FakeEngine, serve: Serve) -> None:
+    engine.script = one_event
+    records: list[Record] = []
+    long = {"name": "p", "labels": {"production": 1}, "versions": [{"version": 1, "text": "word " * 800}]}
+    served: Served = await serve(long, features=[Feature("records", record=records.append)])
+
+    async with raw_client(served.port) as client:
+        await client.send(post(COMPLETIONS, {"model": "m", "prompt": {"id": "p"}, "stream": True}))
+        await client.reader.readuntil(b"data: ")
+    await until(lambda: records)
+
+    tokens = records[0].state[METERED]
+    assert (tokens[0], tokens[4]) == (pytest.approx(1000, abs=20), "counted")
 
 
 # What happens when

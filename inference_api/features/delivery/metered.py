@@ -1,6 +1,6 @@
 """How many tokens a request took: as its engine reports, else counted by the events of its stream. Pure."""
 
-from inference_api.features.delivery.records import NOTHING, UNKNOWN, Metered
+from inference_api.features.delivery.records import NOTHING, SENT_SIZE, UNKNOWN, Metered
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.models import OK
 from inference_api.observe.account import Record
@@ -61,4 +61,5 @@ def metered(record: Record, ratio: float) -> Metered:
 
 
 def _estimate(record: Record) -> int:
-    return -(-record.body_size // _BYTES)
+    size: int = record.state.get(SENT_SIZE, record.body_size)
+    return -(-size // _BYTES)

@@ -24,6 +24,8 @@ ROUTES = frozenset(route.label for route in (*INFERENCE_ROUTES, REALTIME))
 END_USER = ("user", "safety_identifier")
 # The field of the access line with the record's id
 USAGE_ID = "usage_id"
+# In the state of a request: bytes of the body that went to the backend, if a feature has made another one of it
+SENT_SIZE = "sent_size"
 # Keys in the state of a request: the tokens that were metered; when the second and later attempts began; what failed.
 METERED, STARTED, FAILED = "metered", "usage_started", "usage_failed"
 
