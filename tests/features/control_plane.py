@@ -48,6 +48,9 @@ class ControlPlane(ScriptedServer):
         if request.method == "GET":
             await line.send(json_response({"models": self.models}))
             return
+        if request.target.startswith("/activations/"):
+            await line.send(json_response({}, "404 Not Found"))
+            return
         assert request.target == "/usage"
         assert request.header("content-encoding") == "gzip"
         text = gzip.decompress(request.body)

@@ -45,6 +45,7 @@ from tests.fakes import (
 )
 from tests.features.control_plane import ControlPlane
 from tests.features.everything import Unauthorized
+from tests.features.waiting import Paced, asking, waiting
 from tests.ports import free_port
 from tests.records import record_of
 
@@ -102,6 +103,38 @@ async def shows(served: Served, value: float, name: str, **labels: str) -> None:
 
 
 # The fields
+
+
+async def test_a_wait_and_a_refusal_by_the_queue_are_in_the_record(start_engine: Start, account: Start) -> None:
+    paced = Paced()
+    it = await account(await start_engine(paced), entry={"max_in_flight": 1, "queue": {"timeout": 9, "size": 1}})
+
+    tasks = [asking(it.served)]
+    await paced.arrived(1)
+    tasks.append(asking(it.served))
+    await waiting(it.served, 1)
+    refused = await it.served.chat()
+    await paced.answer_all(2)
+    await asyncio.gather(*tasks)
+    records = await it.records(3)
+
+    [first] = [record for record in records if record["status"] == 200 and not record["queued_ms"]]
+    [second] = [record for record in records if record["queued_ms"]]
+    [third] = [record for record in records if record["status"] == 503]
+    assert first["attempts"] == second["attempts"] == 1
+    assert second["queued_ms"] <= second["latency_ms"]
+    assert (third["code"], third["attempts"], third["backend"]) == (refused.json()["error"]["code"], 0, None)
+    assert (third["input_tokens"], third["output_tokens"], third["cost_nanos"]) == (0, 0, 0)
+
+
+async def test_a_request_that_was_held_in_vain_has_a_record(account: Start) -> None:
+    it = await account(entry={"hold": 0.2})
+
+    await it.served.chat()
+    [record] = await it.records()
+
+    assert (record["status"], record["code"], record["attempts"]) == (503, "model_loading", 0)
+    assert 190 <= record["queued_ms"] <= record["latency_ms"]
 
 
 @pytest.mark.skipif(not of_shared().exists(), reason="the contract is not here")
