@@ -1,7 +1,9 @@
 """Providers: base path, headers, credentials and routes of an entry, and what becomes of their refusals."""
 
 from collections.abc import AsyncIterator, Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from inference_api.app import ENTRY, build
+from inference_api.commands.connect import connect
 from inference_api.models import Outcome
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.fleet import Model
@@ -145,6 +148,37 @@ async def test_the_example_is_as_the_page_says(start_router: Start) -> None:
         answers = [await ask(served, fake.provider) for fake in fakes]
 
     assert [answer.json() for answer in answers] == [fake.provider.answer for fake in fakes]
+
+
+def test_check_asks_a_provider_at_its_path_with_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    class Listing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["x-api-key"], self.headers["anthropic-version"]))
+            body = orjson.dumps({"data": [{"id": "claude"}]})
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Listing) as server:
+        Thread(target=server.handle_request).start()
+        claude = {
+            "name": "claude",
+            "engine": "openai",
+            "backends": [f"http://127.0.0.1:{server.server_port}"],
+            "base_path": "/claude/v1",
+            "headers": {"anthropic-version": "1"},
+            "credentials": {"env": "BACKEND_KEY", "header": "x-api-key"},
+        }
+        catalogue = parse_catalogue({"models": [claude]}, ENTRY)
+        assert connect(Settings(), catalogue, {"BACKEND_KEY": "secret"}) == 0
+
+    assert asked == [("/claude/v1/models", "secret", "1")]
+    assert " ok" in capsys.readouterr().out
 
 
 def test_a_route_that_does_not_exist_is_warned_of(tmp_path: Path) -> None:

@@ -687,6 +687,18 @@ async def test_a_client_that_leaves_during_the_handshake_leaves_nothing(start_ro
     assert (await record_of(served))["outcome"] == "client_gone"
 
 
+async def test_a_client_that_does_not_wait_for_the_answer_gets_none(start_realtime: Start, start_router: Start) -> None:
+    engine = await start_realtime()
+    served = await routed(start_router, engine)
+
+    async with raw_client(served.port) as client:
+        early = b"\x81\x85\x00\x00\x00\x00early"
+        await client.send(f"GET {URL} HTTP/1.1\r\nhost: x\r\n{UPGRADE}\r\n".encode() + early)
+        assert await client.reader.read() == b""
+    await until(lambda: quiet(served) and not engine.open)
+    assert (await record_of(served))["outcome"] == "client_gone"
+
+
 async def test_a_backend_that_is_lost_is_1011(start_realtime: Start, start_router: Start) -> None:
     async def dies(connection: ServerConnection) -> None:
         await connection.send("one")
