@@ -627,7 +627,7 @@ async def test_a_client_that_does_not_read_stops_the_backend(start_realtime: Sta
 
 
 async def test_a_backend_that_does_not_read_stops_the_client(start_realtime: Start, start_router: Start) -> None:
-    waiting = asyncio.Event()
+    waiting, whole = asyncio.Event(), 40_000_000
 
     async def deaf(connection: ServerConnection) -> None:
         connection.transport.pause_reading()
@@ -636,21 +636,46 @@ async def test_a_backend_that_does_not_read_stops_the_client(start_realtime: Sta
         total = 0
         async for message in connection:
             total += len(message)
-            if total >= 3_000_000:
+            if total == whole:
                 await connection.send(str(total))
 
     served = await routed(start_router, await start_realtime(deaf))
     async with connect(address(served), max_size=None) as connection:
-        sending = asyncio.create_task(_send_all(connection, 50, b"x" * 60_000))
+        progress: list[int] = []
+        sending = asyncio.create_task(_send_all(connection, whole // 50_000, b"x" * 50_000, progress))
+        before = -1
+        while len(progress) != before:
+            before = len(progress)
+            await asyncio.sleep(0.3)
+        # Buffers of the kernel, on both ways, and the router's
+        assert 0 < len(progress) * 50_000 < whole / 2
         waiting.set()
-        assert await connection.recv() == "3000000"
+        assert await connection.recv() == str(whole)
         await sending
     await until(lambda: quiet(served))
 
 
-async def _send_all(connection: Any, times: int, data: bytes) -> None:
-    for _ in range(times):
+async def _send_all(connection: Any, times: int, data: bytes, progress: list[int]) -> None:
+    for number in range(times):
         await connection.send(data)
+        progress.append(number)
+
+
+async def test_a_session_may_be_silent_beyond_the_timeouts_of_answers(
+    start_realtime: Start, start_router: Start
+) -> None:
+    async def slow(connection: ServerConnection) -> None:
+        await connection.send("one")
+        await asyncio.sleep(1.0)
+        await connection.send("two")
+        await connection.wait_closed()
+
+    timeouts = {"idle_timeout": 0.2, "first_byte_timeout": 0.6, "total_timeout": 0.6, "stream_timeout": 0.6}
+    served = await routed(start_router, await start_realtime(slow), **timeouts)
+
+    async with connect(address(served)) as connection:
+        assert [await connection.recv(), await connection.recv()] == ["one", "two"]
+    await until(lambda: quiet(served))
 
 
 # Ends
