@@ -521,6 +521,20 @@ CANARY: Json = {
         },
     },
 }
+# Models that stand for others, and those that others answer for
+VIRTUAL: Json = {
+    "models": {
+        "chat": {"split": {"variants": {"gpt2": 90, "mistral-7b": 10}, "sticky": "user"}},
+        "fastest": {"race": {"members": ["gpt2", "mistral-7b"], "stagger": 0.5}},
+        "sure": {"consensus": {"members": ["gpt2", "mistral-7b", "llama-3-8b"], "quorum": 2}, "cache": {"ttl": 60}},
+        "gpt2": {
+            "fallbacks": ["mistral-7b"],
+            "context_fallbacks": ["mistral-7b"],
+            "hedge": {"after": "p95", "budget": 0.05},
+            "shadow": {"to": "llama-3-8b", "sample": 0.05},
+        },
+    }
+}
 MESH: Json = {
     "networkPolicy": {"extraPorts": [15008]},
     "engines": {"enabled": True, "networkPolicy": {"egress": {"enabled": True}}},

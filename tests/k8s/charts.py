@@ -40,6 +40,7 @@ from tests.k8s.chart_values import (
     SCALED_BY_OTHERS,
     SLEEPER,
     VARIABLES,
+    VIRTUAL,
 )
 
 Json = dict[str, Any]
@@ -277,6 +278,7 @@ def _jobs(with_files: Path) -> dict[str, Json]:
         "variables of our own": {**default, "ssa": True, "values": VARIABLES},
         "scaled by others": {**default, "ssa": True, "values": SCALED_BY_OTHERS},
         "a canary": {**default, "values": CANARY},
+        "virtual models": {**default, "values": VIRTUAL},
         "a parent's": {**default, "chart": str(parent), "values": {"inference-api": {"enabled": True}}},
         "a parent that does without": {
             **default,

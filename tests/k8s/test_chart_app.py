@@ -154,6 +154,15 @@ def test_the_catalogue_is_accepted_as_a_whole(name: str) -> None:
     assert all(entry.backends for entry in read.values())
 
 
+def test_virtual_models_have_no_backends() -> None:
+    found = installed("virtual models")
+    read = catalogue(found)
+
+    assert read.problems == read.warnings == []
+    assert {name for name, entry in read.items() if not entry.backends} == {"chat", "fastest", "sure"}
+    assert read["chat"].model_dump()["split"]["variants"] == {"gpt2": 90, "mistral-7b": 10}
+
+
 @every_install
 def test_tokens_that_the_catalogue_names_are_in_the_environment(name: str) -> None:
     found = installed(name)

@@ -181,7 +181,7 @@ elsewhere the last one counts.
 {{- $root := . -}}
 {{- range $name, $model := .Values.models -}}
 {{- $entry := merge (dict "name" $name) (omit $model "deploy") -}}
-{{- if not $entry.backends -}}
+{{- if not (or $entry.backends $entry.split $entry.race $entry.consensus) -}}
 {{- $host := printf "%s.%s.svc" (include "inference-api.slug" $name) $root.Release.Namespace -}}
 {{- $url := printf "http://%s:%d" $host (int $root.Values.engines.port) -}}
 {{- $_ := set $entry "backends" (list (dict "url" $url "discovery" "dns")) -}}
