@@ -44,6 +44,15 @@ def request_state(state: "dict[str, Any] | Any") -> Any:
     return state
 
 
+def is_noted(state: "dict[str, Any] | Any", name: str) -> bool:
+    """Whether the request has a note of this name: in the state of a leg, or in that of what it runs for."""
+    while name not in state.get(NOTES, ()):
+        if PARENT not in state:
+            return False
+        state = state[PARENT]
+    return True
+
+
 def is_shadow(state: "dict[str, Any] | Any") -> bool:
     """Whether a Call with this state is, or runs for, a copy that no client has asked for."""
     return SHADOW in request_state(state)
@@ -52,6 +61,7 @@ def is_shadow(state: "dict[str, Any] | Any") -> bool:
 def take_over(call: Call, leg: Call, model: Model) -> None:
     """Make what `leg` did on `model` the request's own: its answer is the answer."""
     call.tried.extend(leg.tried)
+    call.answer_headers.extend(leg.answer_headers)
     state: dict[str, Any] = call.state  # type: ignore[assignment]
     state[RAN] = model
     for name, value in leg.state.items():

@@ -23,7 +23,7 @@ from inference_api.features.limiting.amounts import FIELDS, Estimates
 from inference_api.features.spending.deliveries import Deliveries
 from inference_api.features.spending.ledger import Amounts, Entry, Ledger, Spent
 from inference_api.members import request_state
-from inference_api.models import RAN, Call, Caller, Reply, Send
+from inference_api.models import Call, Caller, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import gauge
@@ -166,7 +166,7 @@ class Budgets:
             place = entry.place
             entry.reserved -= reserved[place]
             entry.take(taken[place], at)
-        if RAN in state:
+        if _MORE in state:
             _release(state)
 
     def leg(self, record: Record, extra: dict[str, Any]) -> None:

@@ -169,7 +169,8 @@ class _Reader:
 def _again(reply: Reply, body: bytes) -> Reply:
     """The same answer, from memory."""
     again = Reply(reply.status, reply.headers, httpx.ByteStream(body), reply.backend, None, reply.attempts)
-    again.extra = reply.extra
+    # A member that is a vote, too, has votes of its own.
+    again.extra = tuple(extra for extra in reply.extra if extra[0] != _HEADER)
     return again
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from time import monotonic
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 from pydantic import AfterValidator, Field
@@ -21,12 +21,14 @@ from inference_api.errors import (
     UpstreamReset,
 )
 from inference_api.feature import Feature, Switch
+from inference_api.features.delivery.records import FAILED
 from inference_api.members import Members
 from inference_api.models import FELL, RAN, Call, Outcome, Reply, Send, header_of, note, of_status
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter
 from inference_api.observe.series import Count, Series
 from inference_api.relay.answers import Readable
+from inference_api.routing.backend import Backend
 from inference_api.routing.entries import CatalogueEntry, EntryKey, ModelName
 from inference_api.routing.fleet import Fleet, Model, may_use
 from inference_api.routing.references import Refers
@@ -34,6 +36,8 @@ from inference_api.settings import Settings
 from inference_api.upstream.prepare import Prepare
 from inference_api.upstream.response import ResponseStream
 
+# In the state of a request: which model runs, and its attempts that failed
+_OF_ATTEMPTS = (RAN, FAILED)
 _OFF = b"x-inference-fallback"
 _HEADER = b"x-inference-fallback"
 # Statuses of a backend that say: not here, not now.
@@ -119,10 +123,12 @@ class Fallbacks:
         if header_of(call, _OFF).lower() == b"off":
             return None
         call = call._replace(deadline=call.deadline or self._prepare.deadline(call, model, began))
-        tried, state = list(call.tried), call.state
+        state: dict[str, Any] = call.state  # type: ignore[assignment]
+        before = list(call.tried), {name: state[name] for name in _OF_ATTEMPTS if name in state}
         for place, member in self._listed(call, model, reason):
             # The Record has the attempts of the model that answers.
-            call.tried.clear()
+            _forget(call.tried, state)
+            state[RAN] = member
             try:
                 reply = await self._members.send(call, member)
             except RouterError as error:
@@ -133,12 +139,14 @@ class Fallbacks:
             if reply.status in _STATUSES:
                 await reply.aclose(of_status(reply.status))
                 continue
-            state[RAN], state[FELL] = member, model.name  # type: ignore[index]
+            state[FELL] = model.name
             reply.extra += ((_HEADER, b"%d" % place),)
             note(state, "fallback", place)
             self._counts[model.name, member.name, reason].count += 1
             return reply
-        call.tried[:] = tried
+        _forget(call.tried, state)
+        call.tried.extend(before[0])
+        state.update(before[1])
         return None
 
     def _listed(self, call: Call, model: Model, reason: str) -> Iterator[tuple[int, Model]]:
@@ -197,6 +205,13 @@ async def _reason_of(reply: Reply, model: Model) -> str | None:
         if _TOO_LONG.search(body):
             return "context"
     return None
+
+
+def _forget(tried: list[Backend], state: dict[str, Any]) -> None:
+    """Forget the attempts of a model: another one answers."""
+    tried.clear()
+    for name in _OF_ATTEMPTS:
+        state.pop(name, None)
 
 
 def _is_larger(member: Model, model: Model) -> bool:

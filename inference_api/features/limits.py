@@ -17,7 +17,7 @@ from inference_api.errors import LimitsUnavailable, RateLimited
 from inference_api.feature import Feature, Switch
 from inference_api.features.delivery.records import METERED, NOTHING, UNKNOWN, Metered
 from inference_api.features.limiting.amounts import FIELDS, Estimates
-from inference_api.features.limiting.members import MemberLimits
+from inference_api.features.limiting.members import MEMBERS, MemberLimits
 from inference_api.features.limiting.plans import (
     ONE,
     Plan,
@@ -35,7 +35,7 @@ from inference_api.features.limiting.windows import Store
 from inference_api.features.stores.memory import MemoryStore
 from inference_api.features.stores.shared import Asked, take_share
 from inference_api.members import is_shadow, request_state
-from inference_api.models import ASKED, FELL, RAN, Call, Caller, Reply, Send
+from inference_api.models import ASKED, FELL, Call, Caller, Reply, Send
 from inference_api.observe.account import Record
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter, gauge
@@ -263,14 +263,14 @@ class Limiter:
                 self._estimates.learn(record[_RECORD_MODEL], metered[0], metered[2], record[_RECORD_FIELDS])
         else:
             metered = UNKNOWN
+        if MEMBERS in state:
+            self._members.settle(state, record.model_name, metered)
         ticket: Ticket | None = state.get(_NAME)
         if ticket is None:
             return
         plan, wants, taken_at, streams = ticket
         for limit in streams:
             limit.streams.own -= 1
-        if RAN in state:
-            self._members.settle(state, record.model_name, metered)
         if record[_RECORD_CODE] is not None and (record.status == 503 or not record.attempts):
             # The router itself has refused it.
             give_back(plan.windows, wants, taken_at)

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from inference_api.core import Core
+from inference_api.errors import NoBackend
 from inference_api.feature import Feature, Switch
 from inference_api.features.splitting.metrics import VariantMetrics
 from inference_api.features.splitting.slots import SLOTS, slot_of, variant_of
-from inference_api.members import Members
+from inference_api.members import Members, is_noted
 from inference_api.models import ASKED, RAN, Call, Reply, Send, at_end, header_of, note
 from inference_api.routing.backend import Backend
 from inference_api.routing.entries import CatalogueEntry, EntryKey, ModelName
@@ -80,13 +81,15 @@ class Splits:
         return lambda call, model: self._send(call, model, self._members.send)
 
     async def _send(self, call: Call, model: Model, run: Send) -> Reply:
-        name = self._choose(call, model)
-        variant, state = self._fleet.by_name[name], call.state
+        name, state = self._choose(call, model), call.state
+        variant = self._fleet.by_name.get(name)
+        if variant is None:
+            # An adapter that no engine has listed yet
+            raise NoBackend(name, none=True)
         at_end(state, lambda record: self.metrics.count(model.name, name, record))
         state.setdefault(ASKED, model)  # type: ignore[attr-defined]
         state[RAN] = variant  # type: ignore[index]
-        is_outermost = _VARIANT not in state.get("notes", ())
-        if is_outermost:
+        if not is_noted(state, _VARIANT):
             note(state, _VARIANT, name)
             call.answer_headers.append((_HEADER, name.encode()))
         return await run(call, variant)

@@ -16,8 +16,8 @@ from inference_api.models import Call, Reply, Send
 from inference_api.routing.fleet import Model
 
 # Under which the state of a request, or of a leg, has what its members have taken: Taken
-_NAME = "limits_of_members"
-Taken = tuple[Plan, Wants, int, tuple[StreamLimit, ...], str]
+MEMBERS = "limits_of_members"
+Taken = tuple[Plan, Wants, int, tuple[StreamLimit, ...], Model]
 
 
 class MemberLimits:
@@ -47,8 +47,8 @@ class MemberLimits:
         for limit in streams:
             limit.streams.own += 1
         self._changed(plan)
-        taken: Taken = plan, wants, now, streams, model.name
-        all_taken = call.state.setdefault(_NAME, [])  # type: ignore[attr-defined]
+        taken: Taken = plan, wants, now, streams, model
+        all_taken = call.state.setdefault(MEMBERS, [])  # type: ignore[attr-defined]
         all_taken.append(taken)
         try:
             return await send(call, model)
@@ -62,8 +62,8 @@ class MemberLimits:
 
     def settle(self, state: Any, answered: str, metered: Metered) -> None:
         """Release what the members of a request, or a leg, have taken. `answered`: the name of the one with tokens."""
-        for plan, wants, taken_at, streams, name in state.get(_NAME, ()):
-            used = used_of(metered) if name == answered else (1, 0, 0, 0)
+        for plan, wants, taken_at, streams, model in state.get(MEMBERS, ()):
+            used = used_of(metered) if model.name == answered or answered in model.members else (1, 0, 0, 0)
             settle(plan.metered, wants, used, taken_at, self._now)
             self._release(plan, streams)
 

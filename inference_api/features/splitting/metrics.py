@@ -36,6 +36,9 @@ class VariantMetrics:
             for series in self._all:
                 series.forget()
         status = shown_status(record.status, record.outcome)
+        if not status:
+            # It lost a race before it had a status: that says nothing of the variant.
+            return
         self._requests[virtual, variant, f"{status // 100}xx"].count += 1
         self._durations[virtual, variant].observe(record.took)
         if record.first is not None and status < 300:
