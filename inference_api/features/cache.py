@@ -43,8 +43,11 @@ _NAME = "cache"
 # Places of fields of Call and RequestHead, for the hot path: reading one by name costs ten times as much.
 _ROUTE: Final = 0
 _FIELDS: Final = 8
+_STATE: Final = 14
+_HEADERS: Final = 15
 _HEAD: Final = 17
 _NOTES: Final = 10
+_LABEL: Final = 1
 _GENERATING = frozenset({"chat_completions", "completions", "responses"})
 _ROUTES = _GENERATING | {"embeddings", "rerank", "score", "tokenize"}
 _MISS, _BYPASS = b"x-inference-cache: miss\r\n", b"x-inference-cache: bypass\r\n"
@@ -128,6 +131,9 @@ class _Common(NamedTuple):
     hashed: "Hash"
     # Of a virtual model, the entries that it stands for, by name
     others: tuple[tuple[str, CatalogueEntry | None], ...]
+    temperature: float
+    # Of requests that pass by
+    bypassed: Count
 
 
 class _Asking(NamedTuple):
@@ -172,8 +178,14 @@ class Cache:
             common = known.get(model.name)
             if common is None or common[0] is not model.entry or common[3]:
                 common = self._common_of(model)
-            if wish[0] or not _is_answered_alike(call, common[1]):
-                self._note(call, model, "bypass", _BYPASS)
+            if wish[0] or not _is_answered_alike(call, common[4]):
+                common[5].count += 1
+                state = call[_STATE]
+                if NOTES in state:
+                    note(state, "cache", "bypass")
+                else:
+                    state[NOTES] = {"cache": "bypass"}  # type: ignore[index]
+                call[_HEADERS].append(_BYPASS)
                 return send(call, model)
             asking: _Asking = tuple.__new__(_Asking, (call, model, common, wish))
             if len(call.body) > SMALL:
@@ -203,7 +215,11 @@ class Cache:
             key, others = KEY.of(model.entry), self._others(model.entry)
             assert key is not None
             content = repr((model.entry, others)).encode("utf-8", "surrogatepass")
-            found = self._common[model.name] = _Common(model.entry, key, keys.beginning(content), others)
+            found = self._common[model.name] = _Common(
+                *(model.entry, key, keys.beginning(content), others),
+                key.temperature,
+                self._requests[model.name, "bypass"],
+            )
             for gone in self._common.keys() - self._models().keys():
                 del self._common[gone]
         return found
@@ -322,17 +338,17 @@ class Cache:
         call.answer_headers.append(header)
 
 
-def _is_answered_alike(call: Call, key: CacheEntry) -> bool:
-    """Whether a second answer to this request may be the first one."""
-    label, fields = call[_ROUTE].label, call[_FIELDS]
-    if label not in _ROUTES or (label == "responses" and fields.get("store") is not False):
-        return False
+def _is_answered_alike(call: Call, highest: float) -> bool:
+    """Whether a second answer to this request may be the first one; `highest`: the temperature up to which."""
+    label, fields = call[_ROUTE][_LABEL], call[_FIELDS]
     if label not in _GENERATING:
-        return True
+        return label in _ROUTES
     temperature = fields.get("temperature")
     if temperature is None:
         temperature = 1.0
-    return (type(temperature) is float or type(temperature) is int) and 0 <= temperature <= key.temperature
+    elif type(temperature) is not float and type(temperature) is not int:
+        return False
+    return 0 <= temperature <= highest and (label != "responses" or fields.get("store") is False)
 
 
 def _shared_by(call: Call, common: _Common) -> bytes:
