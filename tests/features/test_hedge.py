@@ -9,8 +9,11 @@ import pytest
 
 from inference_api.app import ENTRY
 from inference_api.feature import Feature
+from inference_api.models import Reply
 from inference_api.observe.account import Record
 from inference_api.routing.catalogue import parse_catalogue
+from inference_api.upstream.attempt import Attempt, SendAttempt
+from inference_api.upstream.response import ResponseStream
 from tests.conftest import Served
 from tests.fakes import (
     CHAT,
@@ -80,13 +83,15 @@ class Pair:
 def start_pair(start_engine: Start, start_router: Start) -> Start:
     """`await start_pair(script, ...)` -> a Pair whose first requests are answered so, and all others at once."""
 
-    async def start(*scripts: Script, hedge: Any = None, entry: Any = (), backends: int = 2, **settings: Any) -> Pair:
+    async def start(
+        *scripts: Script, hedge: Any = None, entry: Any = (), backends: int = 2, features: Any = (), **settings: Any
+    ) -> Pair:
         pair = Pair()
         pair.scripts = list(scripts)
         pair.engines = [await start_engine(pair.of(number)) for number in range(backends)]
         listens = Feature("listens", leg=lambda record, extra: pair.legs.append(record), record=pair.records.append)
         more = {"hedge": SOON if hedge is None else hedge, **dict(entry)}
-        pair.served = await start_router(*pair.engines, entry=more, features=[listens], **settings)
+        pair.served = await start_router(*pair.engines, entry=more, features=[*features, listens], **settings)
         return pair
 
     return start
@@ -433,3 +438,31 @@ async def test_a_hedge_in_a_race_loses_with_it(start_pair: Start, start_engine: 
     assert answer.headers["x-inference-model"] == "b"
     kinds = sorted((leg.extra["kind"], leg.model_name, str(leg.outcome)) for leg in legs)
     assert kinds == [("hedge", "a", "race_lost"), ("race", "a", "race_lost")]
+
+
+async def test_a_client_that_leaves_as_the_second_wins_leaves_nothing(start_pair: Start) -> None:
+    """The task of the request is cancelled twice: by its client, and by the attempt that won."""
+    leaves: list[asyncio.Task[Any]] = []
+
+    def attempts(send: SendAttempt) -> SendAttempt:
+        async def attempting(attempt: Attempt) -> Reply:
+            if not attempt.tried:
+                task = asyncio.current_task()
+                assert task is not None
+                leaves.append(task)
+                return await send(attempt)
+            reply = await send(attempt)
+            assert isinstance(reply.stream, ResponseStream)
+            await reply.stream.peek()
+            leaves[0].cancel()
+            return reply
+
+        return attempting
+
+    pair: Pair = await start_pair(hang, FAST, features=[Feature("leaves", attempt=attempts)])
+
+    async with quiet(pair.served):
+        answer = await pair.served.chat()
+
+    assert answer.json()["error"]["code"] == "shutting_down"
+    assert [leg.extra["kind"] for leg in pair.legs] == ["hedge"]

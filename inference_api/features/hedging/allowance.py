@@ -16,7 +16,8 @@ class Allowance:
 
     def earn(self, share: float) -> None:
         """One more request."""
-        self._credit = min(self._most, self._credit + share)
+        credit = self._credit + share
+        self._credit = credit if credit < self._most else self._most
 
     def spend(self) -> bool:
         """Take one, if there is one."""

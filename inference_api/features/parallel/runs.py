@@ -61,20 +61,16 @@ class Runs:
     """The runs of one request. Use `async with`: at its end all of them have ended, but the answer that is kept.
 
     `kind`: of the Records of those whose answer is not returned; `lost`: how their attempts end. `work`: what is done
-    with each Reply, in the task of its run; it may replace `run.reply`. `first_is_own`: without an answer the first
-    run is the request's own all the same.
+    with each Reply, in the task of its run; it may replace `run.reply`.
     """
 
-    def __init__(
-        self, core: Core, kind: str, lost: Outcome, call: Call, work: Work, *, first_is_own: bool = False
-    ) -> None:
+    def __init__(self, core: Core, kind: str, lost: Outcome, call: Call, work: Work) -> None:
         self.core = core
         # What a shadow runs is a part of it: nobody pays for that.
         self._kind = "shadow" if is_shadow(call.state) else kind
         self._lost = lost
         self.call = call
         self._work = work
-        self._first_is_own = first_is_own
         self._all: list[Run] = []
         self._open: dict[asyncio.Task[None], Run] = {}
         self._kept: Run | None = None
@@ -104,7 +100,7 @@ class Runs:
         """Make the answer of `run` that of the request, and cancel the others. Raises its error, if it has one."""
         self._kept = run
         take_over(self.call, run.leg, run.model)
-        await self._end(self._lost.value)
+        await self.end(self._lost.value)
         if run.error is not None:
             raise run.error
         assert run.reply is not None
@@ -118,13 +114,13 @@ class Runs:
     ) -> None:
         if exc is None:
             return
-        message = exc.args[0] if isinstance(exc, asyncio.CancelledError) and exc.args else ""
+        message = message_of(exc)
         kept = self._kept
         if kept is None:
-            kept = self._without_answer()
-        if kept is not None and kept.reply is not None:
+            self._without_answer()
+        elif kept.reply is not None:
             await kept.reply.aclose(LOST.get(message, CLIENT_GONE))
-        await self._end(message)
+        await self.end(message)
 
     async def _run(self, run: Run, sending: Sending) -> None:
         """The task of a run: raises only what cancels it, and then there is no open Reply."""
@@ -141,7 +137,7 @@ class Runs:
                 fields = {"request_id": run.leg.request_id}
                 logger.exception("one of several runs of a request failed", extra={"fields": fields})
 
-    async def _end(self, message: str) -> None:
+    async def end(self, message: str) -> None:
         """End all runs but the one that is kept; `message`: of their cancellation."""
         working: list[asyncio.Task[None]] = []
         for run in self._all:
@@ -173,22 +169,19 @@ class Runs:
         outcome = run.outcome or CLIENT_GONE
         self.core.legs.end(self._kind, leg, run.model, run.began, outcome, run.reply, error, tokens=run.tokens)
 
-    def _without_answer(self) -> Run | None:
-        """No answer is returned. Either one leg is the request's own, or all have Records, and the request shows that
-        a backend was asked.
-        """
+    def _without_answer(self) -> None:
+        """No answer is returned: all legs have Records, and the request shows that a backend was asked."""
         first = next((run for run in self._all if run.leg.tried), None)
-        if first is None:
-            return None
-        if self._first_is_own:
-            self._kept = first
-            take_over(self.call, first.leg, first.model)
-            return first
-        state: dict[str, Any] = self.call.state  # type: ignore[assignment]
-        self.call.tried.extend(first.leg.tried)
-        state[RAN] = first.leg.state.get(RAN, first.model)
-        state[_RECORDED] = True
-        return None
+        if first is not None:
+            state: dict[str, Any] = self.call.state  # type: ignore[assignment]
+            self.call.tried.extend(first.leg.tried)
+            state[RAN] = first.leg.state.get(RAN, first.model)
+            state[_RECORDED] = True
+
+
+def message_of(exc: BaseException) -> str:
+    """What a task was cancelled with; "" without it."""
+    return str(exc.args[0]) if isinstance(exc, asyncio.CancelledError) and exc.args else ""
 
 
 async def until_first_byte(run: Run, reply: Reply) -> bool:

@@ -42,6 +42,11 @@ def test_it_is_that_of_the_latest_sorted(seconds: list[float], size: int) -> Non
     assert min(max(exact, 0.001), 3600.0) * 0.95 <= found <= max(exact, 0.001) * 1.06
 
 
+def test_when_there_are_enough_some_may_be_left_out() -> None:
+    assert of([0.1] * 99, skips=7).skipped == 0
+    assert of([0.1] * 100, skips=7).skipped == 7
+
+
 def test_times_that_no_clock_gives_do_no_harm() -> None:
     assert of([-1.0, 0.0, 1e300] * 50).p95 is not None
 
