@@ -106,7 +106,8 @@ class Shadows:
             task.cancel()
 
     def collect(self) -> Iterator[Family]:
-        yield from families({labels: cell.count for labels, cell in self._results.snapshot().items()})
+        if self._results:
+            yield from families({labels: cell.count for labels, cell in self._results.snapshot().items()})
 
     def _start(self, call: Call, model: Model, copies: Copies) -> None:
         """Start a copy, unless it would be in the way."""

@@ -49,6 +49,7 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
         breaking = await start_engine(either(sse(event(), then=Line.reset), raw(json_response({}, "500 No"))))
         cutting = await start_engine(cut)
         failing = await start_engine(raw(json_response({}, "500 No")))
+        refusing = await start_engine(raw(json_response({}, "401 Unauthorized")))
         # Beside two live backends a dead one, and one that fails requests but no checks: these are repeated elsewhere.
         several = [*engines, f"http://127.0.0.1:{free_port()}", cutting.url]
         models: list[dict[str, Any]] = [
@@ -57,6 +58,8 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
             # One that fails where the other does not is set aside.
             {"name": "uneven", "served_model_name": "m", "backends": [{"url": engines[0]}, {"url": failing.url}]},
             {"name": "limited", "served_model_name": "m", "backends": [{"url": engines[0]}]},
+            # AUTH=keys: what a backend refuses are the router's own credentials.
+            {"name": "refusing", "backends": [{"url": refusing.url}]},
             {"name": "gone", "backends": [{"url": "http://gone.test", "discovery": "dns"}]},
         ]
         models[0]["balancing"] = models[2]["balancing"] = "round_robin"
@@ -77,7 +80,7 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
 async def requests_of_every_kind(router: Any) -> None:
     await router.chat()
     await router.chat(stream=True, stream_options={"include_usage": True})
-    for model in ("gone", "nobody's", "limited"):
+    for model in ("gone", "nobody's", "limited", "refusing"):
         await router.chat(model=model)
     await router.chat(model="breaking")
     # Whose fault it is shows by some dozen requests.

@@ -223,7 +223,10 @@ def test_a_line_without_a_field_is_refused(name: str) -> None:
 
 def test_the_schema_knows_all_routes_and_outcomes() -> None:
     assert FIELDS["outcome"]["enum"] == [outcome.value for outcome in Outcome]
-    assert set(FIELDS["route"]["enum"]) == {route.label for route in INFERENCE_ROUTES} | {"response", "models", "other"}
+    assert set(FIELDS["route"]["enum"]) == {
+        *(route.label for route in INFERENCE_ROUTES),
+        *("response", "realtime", "models", "other"),
+    }
 
 
 def test_the_page_tells_the_same_fields_and_outcomes() -> None:
