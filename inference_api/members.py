@@ -3,7 +3,7 @@
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
-from inference_api.models import NOTES, RAN, Call, Reply
+from inference_api.models import NOTES, RAN, RESERVED, Call, Reply
 from inference_api.routing.fleet import Model
 
 # Under which the state of a leg has that of its request
@@ -42,6 +42,11 @@ def request_state(state: "dict[str, Any] | Any") -> Any:
     while PARENT in state:
         state = state[PARENT]
     return state
+
+
+def may_get(call: Call, model: Model) -> bool:
+    """Whether the model may get all fields of the body: the one that the client asked for may."""
+    return RESERVED not in request_state(call.state) or model.entry.engine_fields == "allow"
 
 
 def is_noted(state: "dict[str, Any] | Any", name: str) -> bool:

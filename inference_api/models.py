@@ -165,6 +165,9 @@ class Call(NamedTuple):
 # fallback answered for
 NOTES, ENDED, ASKED, RAN, FELL = "notes", "ended", "asked", "ran", "fell"
 
+# Under which the state of a request has the name of a field of its body that only some models may get
+RESERVED = "reserved"
+
 
 def answered_by(ran: "Model", asked: "Model") -> "tuple[Extra, ...]":
     """The header with the name of the model that answered, if it is not the one that was asked for."""

@@ -43,7 +43,8 @@ _NAME = "budgets"
 _HEADER = b"x-inference-budget-remaining"
 # Under which the state of a request, or of a leg, has what its members have reserved
 _MORE = "budgets_of_members"
-Held = tuple[Sequence[Entry], Amounts]
+# ... and those that it was let past because its model is free
+Held = tuple[Sequence[Entry], Amounts, Sequence[Entry]]
 # Seconds between two reads of /spend, +-20 %
 _EVERY = 5.0
 # Callers whose budgets are kept
@@ -133,7 +134,10 @@ class Budgets:
         return budgeted
 
     def member(self, send: Send) -> Send:
-        """The layer of a model that runs for another one; the request itself was let through. Raises ModelNotPriced."""
+        """The layer of a model that runs for another one; the request itself was let through.
+
+        Raises ModelNotPriced, QuotaExceeded.
+        """
 
         def budgeted(call: Call, model: Model) -> Awaitable[Reply]:
             held: Held | None = request_state(call.state).get(_NAME)
@@ -142,6 +146,10 @@ class Budgets:
             price = PRICE.of(model.entry)
             if price is None and (cost := next((one for one in held[0] if not one.place), None)) and not model.members:
                 raise ModelNotPriced(model.name, _quoted(cost.spending.shown))
+            if price is not None and any(price):
+                for entry in held[2]:
+                    if entry.used(self._now()) >= entry.amount:
+                        raise self._refusal(entry)
             reserved = self._reserved(call, model, price, requests=0)
             for entry in held[0]:
                 entry.reserved += reserved[entry.place]
@@ -157,7 +165,7 @@ class Budgets:
         held: Held | None = state.get(_NAME)
         if held is None:
             return
-        entries, reserved = held
+        entries, reserved, _ = held
         metered = state.get(METERED)
         tokens = 0 if metered is None else (metered[0] or 0) + (metered[2] or 0)
         taken = record[20].get("cost_nanos") or 0, tokens, _requests(code, attempts)
@@ -220,12 +228,14 @@ class Budgets:
 
     def _take(self, call: Call, model: Model, entries: Sequence[Entry]) -> None:
         now, price, least = self._now(), PRICE.of(model.entry), 1.0
+        passed: tuple[Entry, ...] = ()
         for entry in entries:
             # A virtual model has no price: its members have.
             if not entry.place and not model.members:
                 if price is None:
                     raise ModelNotPriced(model.name, _quoted(entry.spending.shown))
                 if not any(price):
+                    passed = (*passed, entry)
                     continue
             # `Entry.used`, without a call
             used = entry.spent + entry.pending + entry.late + entry.reserved if now < entry.end else entry.used(now)
@@ -237,7 +247,7 @@ class Budgets:
         for entry in entries:
             entry.reserved += reserved[entry.place]
         # The state is the request's own dictionary; Record.state is the same.
-        call.state[_NAME] = entries, reserved  # type: ignore[index]
+        call.state[_NAME] = entries, reserved, passed  # type: ignore[index]
         if least < 1.0:
             call.answer_headers.append((_HEADER, b"%.2f" % least))
 

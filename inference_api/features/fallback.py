@@ -22,7 +22,7 @@ from inference_api.errors import (
 )
 from inference_api.feature import Feature, Switch
 from inference_api.features.delivery.records import FAILED
-from inference_api.members import Members
+from inference_api.members import Members, may_get
 from inference_api.models import FELL, RAN, Call, Outcome, Reply, Send, header_of, note, of_status
 from inference_api.observe.exposition import Family
 from inference_api.observe.families import counter
@@ -155,7 +155,7 @@ class Fallbacks:
         names = (CONTEXT_FALLBACKS if is_context else FALLBACKS).of(model.entry) or ()
         for place, name in enumerate(names, 1):
             member = self._fleet.by_name.get(name)
-            if member is None or not may_use(call.caller, member):
+            if member is None or not may_use(call.caller, member) or not may_get(call, member):
                 continue
             if is_context and not _is_larger(member, model):
                 continue

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from inference_api.core import Core
 from inference_api.errors import RouterError
 from inference_api.feature import Feature, Switch
-from inference_api.members import SHADOW, is_shadow
+from inference_api.members import SHADOW, is_shadow, may_get
 from inference_api.models import Call, Outcome, Reply, Send
 from inference_api.observe.account import NO_COUNTS
 from inference_api.observe.exposition import Family
@@ -112,7 +112,8 @@ class Shadows:
     def _start(self, call: Call, model: Model, copies: Copies) -> None:
         """Start a copy, unless it would be in the way."""
         target, running = self._core.fleet.by_name.get(copies.to), self._running.get(model.name, 0)
-        if target is None or running >= copies.max_in_flight or _is_busy(target) or self._is_draining:
+        may = target is not None and may_get(call, target) and not _is_busy(target)
+        if target is None or not may or running >= copies.max_in_flight or self._is_draining:
             self._count(model.name, copies.to, "skipped")
             return
         # A request of its own, with a state of its own: it outlives the one that it is a copy of.

@@ -11,7 +11,7 @@ from inference_api.errors import ClientGone, InvalidRequest, TooLarge, Unsupport
 from inference_api.http.admission import Admission
 from inference_api.http.bodies import ENGINE_FIELDS, TRANSFERS, take_engine_fields
 from inference_api.http.head import RequestHead
-from inference_api.models import Asked, Call, Route
+from inference_api.models import RESERVED, Asked, Call, Route
 from inference_api.observe.account import Account
 from inference_api.routing.affinity import affinity_key
 from inference_api.routing.fleet import Model
@@ -75,8 +75,10 @@ def make_call(route: Route, account: Account, body: bytes, scope: Scope, asked: 
     head, entry, (fields, prompt, model_at) = account.head, model.entry, asked
     if not ENGINE_FIELDS.isdisjoint(fields):
         name = take_engine_fields(fields)
-        if name is not None and entry.engine_fields == "refuse":
-            raise _not_the_clients(name)
+        if name is not None:
+            if entry.engine_fields == "refuse":
+                raise _not_the_clients(name)
+            scope["state"][RESERVED] = name
     prefix = ""
     if entry.balancing == "prefix_affinity" or model.members:
         session_id = head.session_id

@@ -134,6 +134,22 @@ async def test_a_member_that_fails_keeps_no_part_of_a_budget(
     assert (await served.chat(model="a", max_tokens=500)).status_code == 200
 
 
+async def test_an_empty_purse_has_no_fallback_that_costs(
+    start_engine: Start, start_router: Start, tmp_path: Path
+) -> None:
+    """A free model passes a budget that is used up; the model that would answer for it does not."""
+    policy = write(tmp_path / "policy.json", {"budgets": [{"scope": "all", "cost": 0.000001, "per": "day"}]})
+    free = {"price": {"input": 0, "output": 0}}
+    dead, engine, other = await start_engine(BUSY), await start_engine(OK), await start_engine(OK)
+    models = [real("a", dead, fallbacks=["b", "c"], **free), real("b", engine, **PRICE), real("c", other, **free)]
+    served: Served = await start_router(models=models, policy=str(policy), max_attempts=1)
+
+    first, second = await served.chat(model="a"), await served.chat(model="a")
+
+    assert [answer.headers["x-inference-model"] for answer in (first, second)] == ["b", "c"]
+    assert (await served.chat(model="b")).status_code == 429
+
+
 async def test_a_fallback_that_is_virtual_is_named_by_the_member_that_answered(
     start_engine: Start,
     account: Start,  # noqa: F811
@@ -229,3 +245,21 @@ async def test_votes_within_a_vote_are_named_once(start_engine: Start, start_rou
 
     assert answer.headers.get_list("x-inference-votes") == ["2/2"]
     assert served.lines[-1]["votes"] == "2/2"
+
+
+async def test_what_is_reserved_for_operators_goes_to_no_fallback_or_shadow_that_refuses_it(
+    start_engine: Start, start_router: Start
+) -> None:
+    dead, refusing, allowing = await start_engine(BUSY), await start_engine(OK), await start_engine(OK)
+    models = [
+        real("a", dead, fallbacks=["b", "c"], engine_fields="allow", shadow={"to": "b", "sample": 1}),
+        real("b", refusing),
+        real("c", allowing, engine_fields="allow"),
+    ]
+    served: Served = await start_router(models=models, max_attempts=1)
+
+    async with quiet(served):
+        answer = await served.chat(model="a", kv_transfer_params={"do_remote_decode": True})
+
+    assert answer.headers["x-inference-model"] == "c"
+    assert not refusing.requests
