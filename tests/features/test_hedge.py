@@ -454,7 +454,8 @@ async def test_a_client_that_leaves_as_the_second_wins_leaves_nothing(start_pair
             reply = await send(attempt)
             assert isinstance(reply.stream, ResponseStream)
             await reply.stream.peek()
-            leaves[0].cancel()
+            # In the turn in which the second one has won, and before the first one has its own
+            asyncio.get_running_loop().call_soon(leaves[0].cancel)
             return reply
 
         return attempting
