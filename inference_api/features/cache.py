@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from inference_api.core import Core
-from inference_api.errors import UpstreamTimeout
+from inference_api.errors import RouterError, UpstreamTimeout
 from inference_api.feature import Feature, Switch
 from inference_api.features.caching import keys
 from inference_api.features.caching.answers import Answers, CachedAnswer
@@ -272,8 +272,12 @@ class Cache:
         leading = Leading(self.flights, key)
         try:
             reply = await self._miss(send, asking, key, leading)
-        except BaseException:
-            leading.pass_on()
+        except BaseException as exc:
+            if isinstance(exc, RouterError) and exc.status == 503:
+                # One after the other, each would wait for a place or a backend as long as this one has.
+                leading.part()
+            else:
+                leading.pass_on()
             raise
         reply.on_end(partial(_ended, leading))
         return reply
@@ -302,6 +306,7 @@ class Cache:
     ) -> None:
         now, ran = self._clock(), asking.call.state.get(RAN)
         answer = CachedAnswer(replay, extra, now, now + asking.common.key.ttl, ran, tokens)
+        answer.votes = asking.call.state.get(NOTES, _NO_NOTES).get("votes")
         # Part of the key, so that it is still the same at a hit.
         price = PRICE.of(asking.common.entry if ran is None else ran.entry)
         prompt, cached, completion, _ = tokens
@@ -318,6 +323,8 @@ class Cache:
         state[METERED] = _FROM_CACHE
         if answer.ran is not None:
             state[RAN] = answer.ran
+        if answer.votes is not None:
+            note(state, "votes", answer.votes)
         self._count_saved(model, answer)
         reply = Reply(200, answer.replay.headers, answer.replay, attempts=0)
         reply.extra = answer.extra

@@ -558,6 +558,25 @@ async def test_a_leader_that_fails_hands_over(engine: FakeEngine, start_router: 
     assert len(engine.requests) == 2
 
 
+@pytest.mark.parametrize("entry", [{"hold": 0.5}, {"max_in_flight": 1, "queue": {"timeout": 0.5, "size": 8}}])
+async def test_a_leader_that_is_refused_makes_all_ask(
+    entry: dict[str, Any], engine: FakeEngine, start_router: Start
+) -> None:
+    """One after the other each would wait for a place, or a backend, as long as it may."""
+    engine.script = Held(json_response(COMPLETION))
+    served: Served = await start_router(*([] if "hold" in entry else [engine]), entry={**CACHED, **entry})
+    other = asyncio.create_task(ask(served, temperature=1))
+    if "hold" not in entry:
+        await until(lambda: engine.busy)
+    found = await asyncio.gather(*[ask(served) for _ in range(8)])
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
+
+    assert [(one.status_code, result(one)) for one in found] == [(503, "miss")] * 8
+    # In turn it would be 4 s.
+    assert max(one.elapsed.total_seconds() for one in found) < 2.5
+
+
 @pytest.mark.parametrize("given", [json_response(LENGTH), json_response({"error": {}}, "400 Bad Request")])
 async def test_an_answer_that_is_not_for_others_makes_all_ask(
     given: bytes, engine: FakeEngine, start_router: Start
@@ -716,6 +735,7 @@ async def test_a_virtual_model_may_have_a_cache(
     name, value = header
     assert (first.headers[name], second.headers[name]) == (value, value)
     assert {line["model"] for line in served.lines} == {"a"}
+    assert [line.get("votes") for line in served.lines] == [value if name == "x-inference-votes" else None] * 2
     assert (served.lines[1]["attempts"], served.lines[1]["backend"]) == (0, None)
     assert await served.metric("inference_api_saved_tokens_total", model_name="m", type="output") == 5
 

@@ -22,10 +22,10 @@ class CachedAnswer:
 
     `made`: when it was stored, in seconds of the clock of its Answers; `until`: its end. `tokens` and `cost` (10^-9 of
     CURRENCY) are those of the request that it answered first, `ran` is the model that did, if it is another than the
-    client asked for; None: not known.
+    client asked for; None: not known. `votes`: as noted for the Record of that request, if there was a vote.
     """
 
-    __slots__ = ("cost", "extra", "made", "ran", "replay", "tokens", "until")
+    __slots__ = ("cost", "extra", "made", "ran", "replay", "tokens", "until", "votes")
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class CachedAnswer:
         self.ran = ran
         self.tokens = tokens
         self.cost: int | None = None
+        self.votes: str | None = None
 
 
 class Answers(TLRUCache[Digest, CachedAnswer]):
