@@ -36,8 +36,8 @@ from inference_api.settings import Settings
 from inference_api.upstream.prepare import Prepare
 from inference_api.upstream.response import ResponseStream
 
-# In the state of a request: which model runs, and its attempts that failed
-_OF_ATTEMPTS = (RAN, FAILED)
+# In the state of a request: which model runs, for which other one, and its attempts that failed
+_OF_ATTEMPTS = (RAN, FELL, FAILED)
 _OFF = b"x-inference-fallback"
 _HEADER = b"x-inference-fallback"
 # Statuses of a backend that say: not here, not now.
@@ -128,7 +128,7 @@ class Fallbacks:
         for place, member in self._listed(call, model, reason):
             # The Record has the attempts of the model that answers.
             _forget(call.tried, state)
-            state[RAN] = member
+            state[RAN], state[FELL] = member, model.name
             try:
                 reply = await self._members.send(call, member)
             except RouterError as error:
@@ -139,7 +139,6 @@ class Fallbacks:
             if reply.status in _STATUSES:
                 await reply.aclose(of_status(reply.status))
                 continue
-            state[FELL] = model.name
             reply.extra += ((_HEADER, b"%d" % place),)
             note(state, "fallback", place)
             self._counts[model.name, member.name, reason].count += 1

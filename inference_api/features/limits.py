@@ -291,9 +291,10 @@ class Limiter:
         state = record.state
         metered: Metered = state.get(METERED, UNKNOWN)
         self._members.settle(state, record.model_name, metered)
-        ticket: Ticket | None = request_state(state).get(_NAME)
+        of_request = request_state(state)
+        ticket: Ticket | None = of_request.get(_NAME)
         if ticket is not None:
-            self._members.add(ticket[0], metered, ticket[2])
+            self._members.add(ticket[0], metered, ticket[2], of_request.get(FELL))
 
     def _give_back_of(self, model: str, plan: Plan, wants: Wants, taken_at: int) -> tuple[WindowLimit, ...]:
         """Give back the tokens of a model for which another one answered. Returns the other limits of tokens."""

@@ -97,6 +97,24 @@ async def test_a_member_gives_back_what_it_took_from_its_models_limits(
     assert limited.used("model:b:tokens:60") < 100
 
 
+async def test_tokens_of_a_vote_that_is_a_fallback_are_not_of_the_model_that_failed(
+    start_engine: Start, start_router: Start
+) -> None:
+    names = ("a", "b", "c")
+    limits = [{"scope": "model", "name": name, "tokens": 900, "per": 60} for name in names]
+    limited = Limited(limits=[*limits, {"scope": "all", "tokens": 900, "per": 60}])
+    dead, engine = await start_engine(BUSY), await start_engine(OK)
+    vote = {"name": "sure", "consensus": {"members": ["b", "c"]}}
+    models = [real("a", dead, fallbacks=["sure"]), real("b", engine), real("c", engine), vote]
+    served: Served = await start_router(models=models, features=limited.features, max_attempts=1, usage="log")
+
+    assert (await served.chat(model="a", max_tokens=50)).headers["x-inference-votes"] == "2/2"
+    await until(lambda: served.lines)
+
+    used = [limited.used(f"{holder}:tokens:60") for holder in ("model:a", "model:b", "model:c", "all:")]
+    assert used == [0, 8, 8, 16]
+
+
 async def test_a_client_that_leaves_while_a_fallback_runs(start_engine: Start, start_router: Start) -> None:
     limited = Limited(limits=[{"scope": "model", "name": "b", "streams": 1}])
     dead, engine = await start_engine(reset), await start_engine(hang)

@@ -67,9 +67,10 @@ class MemberLimits:
             settle(plan.metered, wants, used, taken_at, self._now)
             self._release(plan, streams)
 
-    def add(self, plan: Plan, metered: Metered, taken_at: int) -> None:
-        """Add tokens of a leg to what the request itself has taken."""
-        settle(plan.metered, (0, 0, 0, 0), used_of(metered), taken_at, self._now)
+    def add(self, plan: Plan, metered: Metered, taken_at: int, fell: str | None) -> None:
+        """Add tokens of a leg to what the request itself has taken; `fell`: the model that has no part in them."""
+        limits = [one for one in plan.metered if one.rule.scope != "model" or one.rule.holder != fell]
+        settle(limits, (0, 0, 0, 0), used_of(metered), taken_at, self._now)
         self._changed(plan)
 
     def _release(self, plan: Plan, streams: tuple[StreamLimit, ...]) -> None:
