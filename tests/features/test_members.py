@@ -115,6 +115,31 @@ async def test_tokens_of_a_vote_that_is_a_fallback_are_not_of_the_model_that_fai
     assert used == [0, 8, 8, 16]
 
 
+async def test_a_model_that_answers_after_a_race_with_it_failed_counts_once(
+    start_engine: Start, start_router: Start
+) -> None:
+    replies = iter([BUSY, OK])
+
+    async def second_time(request: Received, line: Line) -> None:
+        await next(replies)(request, line)
+
+    limits = [{"scope": "model", "name": name, "tokens": 900, "per": 60} for name in ("b", "fastest")]
+    limited = Limited(limits=limits)
+    dead, engine = await start_engine(BUSY), await start_engine(second_time)
+    models = [
+        real("a", dead, fallbacks=["fastest", "b"]),
+        real("b", engine),
+        real("c", dead),
+        race("fastest", "b", "c"),
+    ]
+    served: Served = await start_router(models=models, features=limited.features, max_attempts=1, usage="log")
+
+    assert (await served.chat(model="a", max_tokens=50)).headers["x-inference-fallback"] == "2"
+    await until(lambda: served.lines)
+
+    assert [limited.used(f"model:{name}:tokens:60") for name in ("b", "fastest")] == [8, 0]
+
+
 async def test_a_client_that_leaves_while_a_fallback_runs(start_engine: Start, start_router: Start) -> None:
     limited = Limited(limits=[{"scope": "model", "name": "b", "streams": 1}])
     dead, engine = await start_engine(reset), await start_engine(hang)

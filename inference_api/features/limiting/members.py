@@ -17,6 +17,8 @@ from inference_api.routing.fleet import Model
 
 # Under which the state of a request, or of a leg, has what its members have taken: Taken
 MEMBERS = "limits_of_members"
+# What one that failed has used: a request
+_FAILED: Used = (1, 0, 0, 0)
 Taken = tuple[Plan, Wants, int, tuple[StreamLimit, ...], Model]
 
 
@@ -51,27 +53,38 @@ class MemberLimits:
         all_taken = call.state.setdefault(MEMBERS, [])  # type: ignore[attr-defined]
         all_taken.append(taken)
         try:
-            return await send(call, model)
+            reply = await send(call, model)
         except RouterError as error:
+            all_taken.remove(taken)
             if error.status == LimitsUnavailable.status:
                 # The router itself has refused it.
-                all_taken.remove(taken)
                 give_back(plan.windows, wants, now)
                 self._release(plan, streams)
+            else:
+                self._end(taken, _FAILED)
             raise
+        if reply.status >= 400:
+            # At once: another model may answer, and this one run again within it.
+            all_taken.remove(taken)
+            self._end(taken, _FAILED)
+        return reply
 
     def settle(self, state: Any, answered: str, metered: Metered) -> None:
         """Release what the members of a request, or a leg, have taken. `answered`: the name of the one with tokens."""
-        for plan, wants, taken_at, streams, model in state.get(MEMBERS, ()):
-            used = used_of(metered) if model.name == answered or answered in model.members else (1, 0, 0, 0)
-            settle(plan.metered, wants, used, taken_at, self._now)
-            self._release(plan, streams)
+        for taken in state.get(MEMBERS, ()):
+            model = taken[4]
+            self._end(taken, used_of(metered) if model.name == answered or answered in model.members else _FAILED)
 
     def add(self, plan: Plan, metered: Metered, taken_at: int, fell: str | None) -> None:
         """Add tokens of a leg to what the request itself has taken; `fell`: the model that has no part in them."""
         limits = [one for one in plan.metered if one.rule.scope != "model" or one.rule.holder != fell]
         settle(limits, (0, 0, 0, 0), used_of(metered), taken_at, self._now)
         self._changed(plan)
+
+    def _end(self, taken: Taken, used: Used) -> None:
+        plan, wants, taken_at, streams, _ = taken
+        settle(plan.metered, wants, used, taken_at, self._now)
+        self._release(plan, streams)
 
     def _release(self, plan: Plan, streams: tuple[StreamLimit, ...]) -> None:
         for limit in streams:
