@@ -9,7 +9,7 @@ from inference_api.feature import Feature
 
 from inference_api.features import (  # isort: skip
     adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hedge, hold, keys, limits, metering,
-    policy, prompts, providers, queue, race, realtime, shadow, split, tracing, trusted_proxies, usage,
+    policy, prompts, providers, queue, race, realtime, shadow, split, tracing, trusted_proxies, usage, virtual,
 )  # fmt: skip
 from inference_api.http.pipeline import Stages
 from inference_api.observe.account import Sink
@@ -33,6 +33,8 @@ FEATURES = (
     # Before all that applies it.
     policy.FEATURE,
     keys.FEATURE,
+    # Before all that reads or counts a request: one that is not valid is none.
+    virtual.FEATURE,
     # Outermost of those that answer: all others see the request with its prompt.
     prompts.FEATURE,
     # Before all that counts a request: what a model has no route for is none.

@@ -87,7 +87,7 @@ class Consensus:
         """In place of `send`: a vote has no backends of its own. Raises InvalidRequest, NoConsensus."""
 
         def voting(call: Call, model: Model) -> Awaitable[Reply]:
-            _check(call, model)
+            check(call, model)
             return self._vote(call, model)
 
         return voting
@@ -174,7 +174,8 @@ def _again(reply: Reply, body: bytes) -> Reply:
     return again
 
 
-def _check(call: Call, model: Model) -> None:
+def check(call: Call, model: Model) -> None:
+    """Raises InvalidRequest for what members cannot vote on."""
     if call.route.label not in _ROUTES:
         text = f"The model {model.name!r} is a vote of its members, on /v1/chat/completions and /v1/completions only."
         raise InvalidRequest(text, param="model")

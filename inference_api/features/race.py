@@ -67,8 +67,7 @@ class Races:
         """In place of `send`: a race has no backends of its own. Raises InvalidRequest."""
 
         def racing(call: Call, model: Model) -> Awaitable[Reply]:
-            if not call.route.repeatable and call.fields.get("store") is not False:
-                raise _stores(model)
+            check(call, model)
             return self._race(call, model)
 
         return racing
@@ -104,12 +103,15 @@ def families(wins: Mapping[tuple[str, str], int]) -> Iterator[Family]:
     yield counter("race_wins", text, ("model_name", "member"), series)
 
 
-def _stores(model: Model) -> InvalidRequest:
+def check(call: Call, model: Model) -> None:
+    """Raises InvalidRequest for what members must not do more than once."""
+    if call.route.repeatable or call.fields.get("store") is False:
+        return
     text = (
         f"The model {model.name!r} is a race: its members would each store a response. "
         "Send `store: false`, or name one model."
     )
-    return InvalidRequest(text, param="model")
+    raise InvalidRequest(text, param="model")
 
 
 FEATURE = Switch(build, keys=(RACE,))

@@ -126,6 +126,7 @@ ALWAYS: set[str] = {
     "race",
     "shadow",
     "split",
+    "virtual",
 }
 
 
