@@ -102,7 +102,8 @@ class StoredPrompts:
         return all(entry.engine == "openai" for entry in members or [model.entry])
 
     def collect(self) -> Iterator[Family]:
-        return families(self.results)
+        if any(self.results.values()):
+            yield from families(self.results)
 
 
 def build(core: Core, settings: Settings) -> Feature | None:

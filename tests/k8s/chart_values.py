@@ -236,7 +236,10 @@ REFUSED: dict[str, tuple[Json, str]] = {
     ),
     "KEDA without Prometheus": ({"router": {"keda": {"enabled": True}}}, "router.keda needs router.keda.serverAddress"),
     "an engine with KEDA without Prometheus": (
-        {"engines": {"enabled": True}, **SLEEPER},
+        {
+            "engines": {"enabled": True, "cache": ENGINES_KEDA["cache"]},
+            "models": {"gpt2": SLEEPER["models"]["gpt2"]},
+        },
         "models.gpt2.deploy.keda needs engines.keda.serverAddress, the URL of Prometheus",
     ),
     "an engine whose number two decide on": (
@@ -255,7 +258,10 @@ REFUSED: dict[str, tuple[Json, str]] = {
         "models.gpt2.deploy.keda.minReplicas (3) is more than its maxReplicas (2)",
     ),
     "an engine that scales beyond a volume of one node": (
-        {"engines": {**ENGINES_KEDA, "cache": {"accessModes": ["ReadWriteOnce"]}}, **SLEEPER},
+        {
+            "engines": {**ENGINES_KEDA, "cache": {"accessModes": ["ReadWriteOnce"]}},
+            "models": {"gpt2": SLEEPER["models"]["gpt2"]},
+        },
         "models.gpt2.deploy.keda.maxReplicas is 3, and a cache that is ReadWriteOnce is on one node",
     ),
     "a queue without a limit": (
