@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,13 +13,10 @@ from tests.fakes import (
     CHAT,
     COMPLETION,
     DONE,
-    LAST_CHUNK,
     SSE_HEAD,
     STREAM,
     USAGE,
     FakeEngine,
-    Line,
-    Received,
     Script,
     chunk,
     event,
@@ -31,31 +29,22 @@ from tests.fakes import (
 )
 from tests.faults.quiescence import quiet
 from tests.features.limited import Limited, key
+from tests.features.members import BUSY, OK, STREAMED, real, reset
 from tests.features.test_usage import Accounted, account, plane  # noqa: F401
+from tests.policies import write
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
 URL = "/v1/chat/completions"
-OK = raw(json_response(COMPLETION))
 # Tokens of that answer
 USED = USAGE["prompt_tokens"] + USAGE["completion_tokens"]
-STREAMED = raw(SSE_HEAD, chunk(event("x")), chunk(DONE) + LAST_CHUNK)
-
-
-def real(name: str, *engines: FakeEngine | str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "backends": [getattr(engine, "url", engine) for engine in engines], **more}
 
 
 def status(line: str, headers: bytes = b"", **error: Any) -> Script:
     return raw(json_response({"error": {"message": "no", **error}}, line, headers))
 
 
-BUSY = status("503 Service Unavailable")
 TOO_LONG = status("400 Bad Request", code="context_length_exceeded")
-
-
-async def reset(request: Received, line: Line) -> None:
-    line.reset()
 
 
 class Pair:
@@ -202,6 +191,17 @@ async def test_the_list_is_in_order_and_a_fallbacks_own_are_not_followed(
     answer = await served.chat(model="a")
 
     assert (answer.headers["x-inference-model"], answer.headers["x-inference-fallback"]) == ("c", "3")
+
+
+async def test_what_a_fallback_may_have_executed_ends_the_list(start_engine: Start, start_router: Start) -> None:
+    busy, dying, engine = await start_engine(BUSY), await start_engine(reset), await start_engine(OK)
+    models = [real("a", busy, fallbacks=["b", "c"]), real("b", dying), real("c", engine)]
+    served: Served = await start_router(models=models, max_attempts=1)
+
+    async with quiet(served):
+        answer = await served.client.post("/v1/responses", json={"model": "a", "input": "x"})
+
+    assert (answer.status_code, len(dying.requests), len(engine.requests)) == (503, 1, 0)
 
 
 async def test_a_fallback_without_the_route_is_skipped(start_engine: Start, start_router: Start) -> None:
@@ -352,6 +352,29 @@ async def test_the_limits_of_the_second_model_hold_and_the_callers_are_taken_onc
     assert limited.used("model:b:requests:60") == 1
     used = USED
     assert [limited.used(f"{holder}:tokens:60") for holder in ("all:", "model:a", "model:b")] == [used, 0, used]
+
+
+async def test_a_fallback_that_refuses_takes_nothing(start_engine: Start, start_router: Start) -> None:
+    limited = Limited(limits=[{"scope": "model", "requests": 9, "per": 60}])
+    busy, engine = await start_engine(BUSY), await start_engine(OK)
+    models = [real("a", busy, fallbacks=["b", "c"]), real("b"), real("c", engine)]
+    served: Served = await start_router(models=models, features=limited.features, max_attempts=1)
+
+    assert (await served.chat(model="a")).headers["x-inference-model"] == "c"
+    assert [limited.used(f"model:{name}:requests:60") for name in "bc"] == [0, 1]
+
+
+async def test_a_fallback_without_a_price_is_not_for_a_cost_budget(
+    start_engine: Start, start_router: Start, tmp_path: Path
+) -> None:
+    budgets = [{"scope": "all", "cost": 100, "per": "day"}]
+    policy = str(write(tmp_path / "policy.json", {"budgets": budgets}))
+    busy, engine = await start_engine(BUSY), await start_engine(OK)
+    price = {"price": {"input": 1, "output": 1}}
+    models = [real("a", busy, fallbacks=["b", "c"], **price), real("b", engine), real("c", engine, **price)]
+    served: Served = await start_router(models=models, policy=policy, max_attempts=1)
+
+    assert (await served.chat(model="a")).headers["x-inference-model"] == "c"
 
 
 async def test_one_record_with_the_price_of_the_model_that_answered(

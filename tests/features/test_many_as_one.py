@@ -35,12 +35,12 @@ from tests.fakes import (
     until,
 )
 from tests.faults.quiescence import quiet
+from tests.features.members import EVENTS, cut, reset
 from tests.policies import write
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
 URL = "/v1/chat/completions"
-EVENTS = event("x") + DONE
 
 
 class Row(NamedTuple):
@@ -109,15 +109,6 @@ async def answering(request: Received, line: Line) -> None:
         await line.send(SSE_HEAD, chunk(event("x")), chunk(DONE) + LAST_CHUNK)
     else:
         await line.send(json_response(COMPLETION))
-
-
-async def reset(request: Received, line: Line) -> None:
-    line.reset()
-
-
-async def cut(request: Received, line: Line) -> None:
-    await line.send(SSE_HEAD, chunk(event("x")))
-    line.close()
 
 
 @pytest.fixture(params=ROWS)

@@ -9,17 +9,10 @@ import pytest
 
 from tests.conftest import Served
 from tests.fakes import (
-    COMPLETION,
-    DONE,
-    LAST_CHUNK,
-    SSE_HEAD,
     STREAM,
-    FakeEngine,
     Line,
     Received,
     Script,
-    chunk,
-    event,
     hang,
     json_response,
     post,
@@ -29,33 +22,18 @@ from tests.fakes import (
 )
 from tests.faults.quiescence import quiet
 from tests.features.limited import Limited
+from tests.features.members import BUSY, OK, STREAMED, cut, real, reset
 from tests.features.test_usage import Accounted, account, plane  # noqa: F401
 from tests.policies import write
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
 URL = "/v1/chat/completions"
-OK = raw(json_response(COMPLETION))
 PRICE = {"price": {"input": 1, "output": 1}}
 
 
-async def reset(request: Received, line: Line) -> None:
-    line.reset()
-
-
-async def cut(request: Received, line: Line) -> None:
-    await line.send(SSE_HEAD, chunk(event("x")))
-    line.close()
-
-
-BUSY = raw(json_response({"error": {"message": "no"}}, "503 Service Unavailable"))
-STREAMED = raw(SSE_HEAD, chunk(event("x")), chunk(DONE) + LAST_CHUNK)
 # What becomes of a member of any kind
 FATES = [reset, BUSY, STREAMED, cut]
-
-
-def real(name: str, engine: FakeEngine, **more: Any) -> dict[str, Any]:
-    return {"name": name, "backends": [engine.url], **more}
 
 
 def race(name: str, *members: str) -> dict[str, Any]:
@@ -306,3 +284,13 @@ async def test_what_is_reserved_for_operators_goes_to_no_fallback_or_shadow_that
 
     assert answer.headers["x-inference-model"] == "c"
     assert not refusing.requests
+
+
+async def test_a_member_of_a_race_takes_no_request(start_engine: Start, start_router: Start) -> None:
+    limited = Limited(limits=[{"scope": "model", "name": "a", "requests": 1, "per": 60}])
+    engine = await start_engine(STREAMED)
+    models = [race("fastest", "a", "b"), real("a", engine), real("b", engine)]
+    served: Served = await start_router(models=models, features=limited.features)
+
+    assert [await ask(served, "fastest") for _ in range(2)] == [200, 200]
+    assert limited.used("model:a:requests:60") == 0

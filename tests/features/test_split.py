@@ -9,22 +9,18 @@ from hypothesis import strategies as st
 
 from inference_api.features.splitting.slots import SLOTS, slot_of, variant_of
 from tests.conftest import Served
-from tests.fakes import COMPLETION, DONE, LAST_CHUNK, SSE_HEAD, FakeEngine, chunk, event, json_response, raw
+from tests.fakes import DONE, event, json_response, raw
 from tests.faults.quiescence import quiet
 from tests.features.limited import Limited, key
+from tests.features.members import OK, STREAMED, real
 from tests.features.test_usage import Accounted, account, plane  # noqa: F401
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
-OK = raw(json_response(COMPLETION))
 
 
 def chat(*weights: int, **more: Any) -> dict[str, Any]:
     return {"name": "chat", "split": {"variants": dict(zip("ab", weights, strict=True)), **more}}
-
-
-def real(name: str, *engines: FakeEngine | str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "backends": [getattr(engine, "url", engine) for engine in engines], **more}
 
 
 # Slots
@@ -139,7 +135,7 @@ async def test_an_error_names_the_variant(start_router: Start) -> None:
 
 
 async def test_a_stream_of_a_variant(start_engine: Start, start_router: Start) -> None:
-    engine = await start_engine(raw(SSE_HEAD, chunk(event("x")), chunk(DONE) + LAST_CHUNK))
+    engine = await start_engine(STREAMED)
     served: Served = await start_router(models=[chat(50, 50), real("a", engine), real("b", engine)])
 
     async with quiet(served):
@@ -147,6 +143,32 @@ async def test_a_stream_of_a_variant(start_engine: Start, start_router: Start) -
 
     assert answer.content == event("x") + DONE
     assert answer.headers["x-inference-variant"] == "b"
+    first = "inference_api_variant_time_to_first_token_seconds_count"
+    assert await served.metric(first, model_name="chat", variant="b") == 1
+
+
+async def test_a_stored_response_is_found_at_the_variant(start_engine: Start, start_router: Start) -> None:
+    engine = await start_engine(raw(json_response({"id": "resp_1"})))
+    engine.page = raw(json_response({"id": "resp_1", "status": "completed"}))
+    served: Served = await start_router(models=[chat(1, 0), real("a", engine), real("b")])
+
+    made = await served.client.post("/v1/responses", json={"model": "chat", "input": "x"})
+    found = await served.client.get("/v1/responses/resp_1")
+
+    assert [made.status_code, found.status_code] == [200, 200]
+    assert found.json()["status"] == "completed"
+
+
+async def test_the_prefix_affinity_of_a_variant_holds(start_engine: Start, start_router: Start) -> None:
+    engines = [await start_engine(OK) for _ in range(3)]
+    variant = real("a", *engines, balancing="prefix_affinity")
+    served: Served = await start_router(models=[chat(1, 0), variant, real("b")])
+
+    for number in range(9):
+        turns = [{"role": "user", "content": text} for text in ("hello", f"turn {number}")]
+        assert (await served.chat(model="chat", messages=turns)).status_code == 200
+
+    assert sorted(len(engine.requests) for engine in engines) == [0, 0, 9]
 
 
 async def test_splits_nest_and_the_outermost_is_named(start_engine: Start, start_router: Start) -> None:
