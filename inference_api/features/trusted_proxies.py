@@ -70,6 +70,10 @@ class TrustedProxies:
 
         return located
 
+    def locate(self, peer: str, forwarded: bytes) -> str:
+        """The address of the client behind `peer`; `forwarded` counts only from a trusted one."""
+        return self._of(peer, forwarded) if forwarded and self._trusts(peer) else peer
+
     def client(self, peer: str, forwarded: bytes) -> str:
         """The rightmost address that is no trusted proxy.
 

@@ -1,0 +1,116 @@
+"""The composition root: the resources, the documents that routers poll, and what runs beside the requests."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from control_plane.data.database import Database
+from control_plane.documents import Documents
+from control_plane.http import snapshots
+from control_plane.http.api import models as models_api
+from control_plane.http.metrics import Counted, Metrics
+from control_plane.http.requests import Bounded, Failures, Identified
+from control_plane.plane import Plane, Task
+from control_plane.services import models, tokens
+from control_plane.settings import Settings
+from inference_api import __version__
+
+log = logging.getLogger(__name__)
+
+# Documents by name: what makes each. All but `tokens` are served; each name has a row in the table `revisions`.
+BUILDERS = {models.DOCUMENT: models.build, tokens.DOCUMENT: tokens.build}
+# Documents that routers poll, beside the models
+POLLED: tuple[str, ...] = ()
+# Resources under /api/v1, in the order of the documentation
+RESOURCES = (models_api.router,)
+# Routes of the machine side, beside the documents
+MACHINE: tuple[Route, ...] = ()
+# What runs beside the requests: functions of the Plane
+TASKS: tuple[Callable[[Plane], Task], ...] = ()
+MAX_BODY_BYTES = 1024 * 1024
+
+
+class Application:
+    """ASGI app of the whole service. `ports`: local port of API_PORT, once it is bound; None: all on one.
+
+    `clock`: Unix milliseconds.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+        self.database = Database(settings.url)
+        documents = Documents(self.database.main, BUILDERS, clock)
+        self.plane = Plane(settings, self.database, documents, Metrics(), clock)
+        self.api_port: int | None = None
+        failures = Failures(self.plane.metrics)
+        api = _api(self.plane, failures)
+        machine = [
+            *snapshots.routes(*POLLED),
+            *MACHINE,
+            Route("/healthz", snapshots.healthz),
+            Route("/readyz", snapshots.readyz),
+            Route("/metrics", self.plane.metrics.page),
+        ]
+        self._whole = self._served([*machine, Mount("/api/v1", api)], failures)
+        self._machine, self._people = self._served(machine, failures), self._served([Mount("/api/v1", api)], failures)
+        self.plane.metrics.gauge("models", "Models in the catalogue.", self._models)
+        self.plane.metrics.gauge(
+            "database_up", "Whether the database answered when last asked.", lambda: float(documents.reachable)
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self.api_port is None:
+            app = self._whole
+        else:
+            # By the local port of the connection, which clients cannot forge.
+            app = self._people if scope["server"][1] == self.api_port else self._machine
+        await app(scope, receive, send)
+
+    def _served(self, routes: Sequence[BaseRoute], failures: Failures) -> ASGIApp:
+        app = Starlette(routes=routes, exception_handlers=failures.handlers(), lifespan=self._lifespan)
+        app.router.redirect_slashes = False
+        app.state.plane = self.plane
+        settings = self.plane.settings
+        return Identified(Counted(Bounded(app, MAX_BODY_BYTES), self.plane.metrics), settings.trusted_proxies)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        try:
+            await self.plane.documents.follow()
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(run()) for run in (self.plane.documents.run, *self._tasks())]
+                yield
+                for task in running:
+                    task.cancel()
+        finally:
+            await self.database.close()
+
+    def _tasks(self) -> list[Task]:
+        return [make(self.plane) for make in TASKS]
+
+    def _models(self) -> float:
+        documents = self.plane.documents
+        return float(len(models.catalogue(self.plane).stored)) if documents.filled else 0.0
+
+
+def _api(plane: Plane, failures: Failures) -> FastAPI:
+    app = FastAPI(
+        title="Control plane",
+        version=__version__,
+        description="The registry of the inference routers: models, keys, organisations, limits, usage.",
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers=dict(failures.handlers()),
+        redirect_slashes=False,
+    )
+    app.state.plane = plane
+    for router in RESOURCES:
+        app.include_router(router)
+    return app

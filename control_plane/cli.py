@@ -1,0 +1,79 @@
+"""The command line: serve, migrate."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Mapping
+
+from control_plane import serving
+from control_plane.data import schema
+from control_plane.data.database import DatabaseError
+from control_plane.settings import PREFIX, Settings, SettingsError, load_settings
+from inference_api import __version__
+
+_ABOUT = """\
+The control plane of the inference routers: the registry for teams, with keys, organisations, limits, budgets, usage,
+an API and a console. Every setting is an environment variable; `serve` has an option for each.
+"""
+_EXAMPLES = """\
+examples:
+  control-plane serve
+      on http://127.0.0.1:8081, in SQLite files in this folder; the log has a one-time URL for the first admin
+
+  CONTROL_PLANE_DATABASE_URL=postgresql://control@db/control control-plane migrate
+      makes or upgrades the schema; then any number of `control-plane serve` run on it
+
+The routers find it by INFERENCE_API_REGISTRY_URL=http://HOST:PORT and INFERENCE_API_REGISTRY_TOKEN.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns its exit code: 0 on success, 2 for an invalid configuration, others per command."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (SettingsError, DatabaseError) as exc:
+        for line in str(exc).splitlines():
+            print(f"control-plane: {line}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("control-plane", description=_ABOUT, epilog=_EXAMPLES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"control-plane {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    serve = commands.add_parser("serve", help="serve routers, /api/v1 and the console until SIGTERM")
+    for name, field in Settings.model_fields.items():
+        serve.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            metavar="VALUE",
+            help=f"{field.description} ({PREFIX}{name.upper()})",
+        )
+    serve.set_defaults(run=_serve)
+    migrate = commands.add_parser("migrate", help="upgrade the schema under a lock")
+    migrate.add_argument(
+        "--check", action="store_true", help="only say whether it is that of this release: exit 1 if not"
+    )
+    migrate.set_defaults(run=_migrate)
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    return serving.serve(load_settings(options=_options(arguments)))
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    url = load_settings().url
+    found = asyncio.run(schema.standings(url) if arguments.check else schema.migrate(url))
+    for standing in found:
+        state = "is up to date" if standing.fits else f"{standing.found or 'empty'} -> {standing.wanted}"
+        print(f"{standing.part}: {state}")
+    return 0 if not arguments.check or all(standing.fits for standing in found) else 1
+
+
+def _options(arguments: argparse.Namespace) -> Mapping[str, str]:
+    given = {name: getattr(arguments, name) for name in Settings.model_fields}
+    return {name: value for name, value in given.items() if value is not None}

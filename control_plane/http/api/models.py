@@ -1,0 +1,69 @@
+"""/api/v1/models: the catalogue, by the same service as the machine side's /models."""
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from control_plane.errors import NotFound, Refused
+from control_plane.http.api.access import Acting, ThePlane
+from control_plane.http.api.paging import Page, Paging, page
+from control_plane.http.api.preconditions import require
+from control_plane.plane import Act, Plane
+from control_plane.services import models
+from registry_stub.errors import Refused as RegistryRefused
+from registry_stub.store import Stored
+from registry_stub.wire import read_entry
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/models")
+async def list_models(act: Acting, plane: ThePlane, place: Paging) -> Page[dict[str, Any]]:
+    found = [stored for stored in models.catalogue(plane).stored.values() if await visible(plane, act, stored)]
+    found.sort(key=lambda stored: stored.entry.name)
+    if place.after is not None:
+        found = [stored for stored in found if stored.entry.name > str(place.after[0])]
+    return page(found[: place.limit + 1], place, lambda stored: [stored.entry.name], lambda stored: shown(act, stored))
+
+
+@router.get("/models/{name:path}")
+async def read_model(name: str, act: Acting, plane: ThePlane, response: Response) -> dict[str, Any]:
+    stored = models.catalogue(plane).stored.get(name)
+    if stored is None or not await visible(plane, act, stored):
+        raise NotFound("model", name)
+    response.headers["ETag"] = stored.etag
+    return shown(act, stored)
+
+
+@router.put("/models/{name:path}", responses={201: {"description": "Created"}})
+async def put_model(name: str, act: Acting, plane: ThePlane, request: Request) -> Response:
+    try:
+        entry = await read_entry(request, name)
+    except RegistryRefused as exc:
+        raise Refused(exc.status, exc.code, exc.message, param=exc.param, headers=exc.headers) from None
+    stored, created = await models.put(
+        plane, act, entry, lambda stored: require(request, stored.etag if stored else None, creates=True)
+    )
+    headers = {"ETag": stored.etag, **({"Location": f"/api/v1/models/{name}"} if created else {})}
+    return Response(stored.body, 201 if created else 200, headers, media_type="application/json")
+
+
+@router.delete("/models/{name:path}", status_code=204)
+async def delete_model(name: str, act: Acting, plane: ThePlane, request: Request) -> None:
+    def check(stored: Stored | None) -> None:
+        if stored is None:
+            raise NotFound("model", name)
+        require(request, stored.etag)
+
+    await models.delete(plane, act, name, check)
+
+
+async def visible(plane: Plane, act: Act, stored: Stored) -> bool:
+    """Whether the caller may see this model: in an organisation those that it may use."""
+    return act.principal.scope("models.see").everything
+
+
+def shown(act: Act, stored: Stored) -> dict[str, Any]:
+    found: dict[str, Any] = orjson.loads(stored.body)
+    return found

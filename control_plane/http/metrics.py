@@ -1,0 +1,91 @@
+"""The metrics of the control plane. With few requests a second, prometheus-client's counters suffice."""
+
+import platform
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inference_api import __version__
+from inference_api.http.negotiation import OPENMETRICS, TEXT, wants_openmetrics
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
+# Of a request's scope: the name of its route, for metrics
+ROUTE = "control_plane.route"
+
+
+class Metrics:
+    """`clock`: monotonic seconds. Services add families of their own to `registry`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "control_plane_http_requests", "Requests answered.", ["method", "route", "code"], registry=self.registry
+        )
+        self.durations = Histogram(
+            "control_plane_http_request_duration_seconds",
+            "Seconds from the request to the end of the answer.",
+            ["method", "route"],
+            registry=self.registry,
+        )
+        self.database_errors = Counter(
+            "control_plane_database_errors", "Requests that the database failed.", registry=self.registry
+        )
+        build = Gauge(
+            "control_plane_build_info",
+            "Always 1; the labels say what runs.",
+            ["version", "python_version"],
+            registry=self.registry,
+        )
+        build.labels(__version__, platform.python_version()).set(1)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A gauge `control_plane_<name>` that is read at each scrape."""
+        Gauge(f"control_plane_{name}", text, registry=self.registry).set_function(read)
+
+    async def page(self, request: Request) -> Response:
+        openmetrics = wants_openmetrics(",".join(request.headers.getlist("accept")))
+        write: Callable[[CollectorRegistry], bytes] = generate_openmetrics if openmetrics else generate_latest
+        return Response(write(self.registry), headers={"content-type": OPENMETRICS if openmetrics else TEXT})
+
+
+class Counted:
+    """ASGI layer: counts and times every request, with a bounded set of labels."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        metrics, began = self._metrics, self._metrics.clock()
+        # For requests without an answer, an outer layer makes one.
+        status = 500
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted_send)
+        finally:
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            route = _route(scope)
+            metrics.requests.labels(method, route, str(status)).inc()
+            metrics.durations.labels(method, route).observe(metrics.clock() - began)
+
+
+def _route(scope: Scope) -> str:
+    """The pattern of the route, `/models/{name:path}`; Starlette leaves it in the scope of what it mounted."""
+    name: str | None = scope.get(ROUTE)
+    return name or "other"

@@ -1,0 +1,55 @@
+"""What every handler and service has: settings, database, the documents that routers poll, and who acts."""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control_plane.data.database import Database
+from control_plane.documents import Documents, bump
+from control_plane.http.metrics import Metrics
+from control_plane.pure.roles import Principal
+from control_plane.settings import Settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Act(NamedTuple):
+    """One request of somebody: who, when (Unix milliseconds), from where. Audit rows have it."""
+
+    principal: Principal
+    at: int
+    address: str | None = None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Plane:
+    """`clock`: Unix milliseconds."""
+
+    settings: Settings
+    database: Database
+    documents: Documents
+    metrics: Metrics
+    clock: Callable[[], int]
+
+    @asynccontextmanager
+    async def change(self, *documents: str) -> AsyncIterator[AsyncConnection]:
+        """A transaction of the main database after which these documents are made anew, here and in other replicas.
+
+        It begins with their revisions, so that those who change the same document wait for each other.
+        """
+        async with self.database.main.write() as connection:
+            for document in sorted(documents):
+                await bump(connection, document)
+            yield connection
+        for document in documents:
+            await self.documents.refresh(document)
+
+
+# What runs beside the requests, until it is cancelled
+Task = Callable[[], Coroutine[None, None, None]]

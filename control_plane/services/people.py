@@ -1,0 +1,60 @@
+"""Who people are: the rights of a user, and of a management token that acts for one."""
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control_plane.data.tables import memberships, tokens, users
+from control_plane.plane import Plane
+from control_plane.pure.roles import ORGANISATION_ROLES, Principal
+from control_plane.services.tokens import is_management
+from inference_api.policy.keys import sha256
+
+
+async def by_token(plane: Plane, given: str) -> Principal | None:
+    """Whose management token it is; None: of nobody, or it no longer holds."""
+    if not is_management(given):
+        return None
+    digest, now = f"sha256:{sha256(given.encode()).hex()}", plane.clock()
+    async with plane.database.main.read() as connection:
+        query = select(tokens).where(
+            (tokens.c.digest == digest) | ((tokens.c.previous_digest == digest) & (tokens.c.previous_until > now)),
+            tokens.c.kind == "management",
+            tokens.c.ended_at.is_(None),
+            tokens.c.disabled.is_(False),
+        )
+        row = (await connection.execute(query)).one_or_none()
+        if row is None or (row.expires_at is not None and row.expires_at <= now):
+            return None
+        maker = await by_name(connection, row.user)
+    if maker is None:
+        return None
+    return limited(maker, row.organisation, row.role)._replace(kind="token", token=row.id)
+
+
+async def by_name(connection: AsyncConnection, name: str) -> Principal | None:
+    """A user with the present rights; None if there is none, disabled or ended ones included."""
+    query = select(users.c.name, users.c.platform_role).where(
+        users.c.name == name, users.c.ended_at.is_(None), users.c.disabled.is_(False)
+    )
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        return None
+    found = await connection.execute(
+        select(memberships.c.organisation, memberships.c.role).where(memberships.c.user == name)
+    )
+    return Principal("user", name, row.platform_role, {row.organisation: row.role for row in found})
+
+
+def limited(maker: Principal, organisation: str | None, role: str | None) -> Principal:
+    """The rights of a token: at most those of its maker, in `organisation` only if it names one."""
+    if organisation is None:
+        return maker if role is None else maker._replace(platform_role=role if maker.platform_role else None)
+    own = "owner" if maker.platform_role == "admin" else maker.roles.get(organisation)
+    if own is None:
+        return maker._replace(platform_role=None, roles={})
+    least = max(own, role or own, key=_rank)
+    return maker._replace(platform_role=None, roles={organisation: least})
+
+
+def _rank(role: str) -> int:
+    return [str(one) for one in ORGANISATION_ROLES].index(role)

@@ -1,0 +1,98 @@
+"""`serve`: checks or upgrades the schema, binds the ports, and serves until SIGTERM."""
+
+import asyncio
+import logging
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from control_plane.app import Application
+from control_plane.data import schema
+from control_plane.data.database import DatabaseError
+from control_plane.settings import PREFIX, Settings, SettingsError
+from inference_api.observe.log import configure_logging, log_unhandled
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Raises SettingsError, DatabaseError."""
+    configure_logging(settings.log_level, settings.log_format)
+    log_unhandled()
+    with ExitStack() as stack:
+        if settings.url.get_backend_name() == "sqlite":
+            stack.enter_context(schema.file_lock(Path(settings.url.database or "")))
+        try:
+            asyncio.run(_prepare(settings))
+        except DatabaseError as exc:
+            raise DatabaseError(f"{PREFIX}DATABASE_URL: {exc}") from None
+        listeners = [stack.enter_context(_listen("PORT", settings.host, settings.port))]
+        application = Application(settings)
+        if settings.api_port is not None:
+            listeners.append(stack.enter_context(_listen("API_PORT", settings.host, settings.api_port)))
+            application.api_port = listeners[1].getsockname()[1]
+        server = Server(application)
+        # uvicorn raises the signal again at its end, and the default action is not exit code 0.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)
+        urls = ", ".join(map(_url, listeners))
+        log.info("listening", extra={"fields": {"url": urls, "database": settings.url.get_backend_name()}})
+        server.run(sockets=listeners)
+    return 0
+
+
+class Server(uvicorn.Server):
+    """Answers long polls when it is told to stop: they would hold it until their end."""
+
+    def __init__(self, application: Application) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                ws="none",
+                # Longer than the routers' refresh interval, so that they keep their connection.
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=10,
+            )
+        )
+        self._documents = application.plane.documents
+        self._stopping: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._documents.stop()
+        await super().shutdown(sockets)
+
+
+async def _prepare(settings: Settings) -> None:
+    if settings.upgrades:
+        await schema.migrate(settings.url)
+    else:
+        schema.check(await schema.standings(settings.url))
+
+
+def _listen(setting: str, host: str, port: int) -> socket.socket:
+    try:
+        # Resolved first, for the address family, and because bind() leaks a socket with a malformed name.
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as exc:
+        # Without the "(while attempting to bind on address ...)" that Python adds.
+        reason = (getattr(exc, "strerror", None) or "that is no host name").partition(" (")[0]
+        raise SettingsError(
+            f"{PREFIX}{setting}='{port}': cannot listen on {host!r} port {port}: {reason}; choose another host or port"
+        ) from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,1 @@
+"""`inference-control`: the command line over /api/v1 of the control plane."""
