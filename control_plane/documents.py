@@ -50,8 +50,8 @@ class Document:
         return gzip.compress(self.body, compresslevel=6)
 
 
-# Makes a document from a transaction that reads; gets the one before it.
-Builder = Callable[[AsyncConnection, Document | None], Awaitable[Built]]
+# Makes a document from a transaction that reads; gets the one before it, and the time in Unix milliseconds.
+Builder = Callable[[AsyncConnection, Document | None, int], Awaitable[Built]]
 
 
 async def bump(connection: AsyncConnection, document: str) -> int:
@@ -111,7 +111,7 @@ class Documents:
                 revision: int = (await connection.execute(query)).scalar_one()
                 if known is not None and known.revision == revision and not self._due(known):
                     return known
-                built = await self._builders[name](connection, known)
+                built = await self._builders[name](connection, known, self._clock())
             same = known is not None and known.body == built.body
             etag = known.etag if known is not None and same else await asyncio.to_thread(etag_of, built.body)
             document = Document(built.body, etag, revision, built.parts, built.until)

@@ -46,7 +46,7 @@ class _Unchanged(Exception):
         self.stored = stored
 
 
-async def build(connection: AsyncConnection, known: Document | None) -> Built:
+async def build(connection: AsyncConnection, known: Document | None, now: int) -> Built:
     """GET /models. Entries that have not changed are not read again."""
     before: Mapping[str, Stored] = {} if known is None else known.parts.stored
     stored: dict[str, Stored] = {}
@@ -75,7 +75,7 @@ async def put(plane: Plane, act: Act, entry: CatalogueEntry, check: Check = lamb
     name = entry.name
     try:
         async with plane.change(DOCUMENT) as connection:
-            current = (await build(connection, plane.documents.get(DOCUMENT))).parts
+            current = (await build(connection, plane.documents.get(DOCUMENT), act.at)).parts
             old: Stored | None = current.stored.get(name)
             check(old)
             _refuse_clash(entry, current.owners)
@@ -100,7 +100,7 @@ async def put(plane: Plane, act: Act, entry: CatalogueEntry, check: Check = lamb
 async def delete(plane: Plane, act: Act, name: str, check: Check = lambda stored: None) -> None:
     """Remove a model; `check` raises if it does not exist. Raises Refused, too, if a virtual model names it."""
     async with plane.change(DOCUMENT) as connection:
-        current: Catalogue = (await build(connection, plane.documents.get(DOCUMENT))).parts
+        current: Catalogue = (await build(connection, plane.documents.get(DOCUMENT), act.at)).parts
         old = current.stored.get(name)
         check(old)
         user = next((one.entry.name for one in current.stored.values() if name in members_of(one.entry)), None)

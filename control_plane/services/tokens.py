@@ -28,7 +28,7 @@ class ServiceToken(NamedTuple):
     expires_at: int | None
 
 
-async def build(connection: AsyncConnection, known: Document | None) -> Built:
+async def build(connection: AsyncConnection, known: Document | None, now: int) -> Built:
     """The service tokens that hold, kept in memory so that routers are served without the database."""
     query = select(tokens).where(tokens.c.kind == "service", tokens.c.ended_at.is_(None), tokens.c.disabled.is_(False))
     rows = (await connection.execute(query.order_by(tokens.c.id))).all()
