@@ -96,11 +96,15 @@ memberships = Table(
     Column("created_at", BigInteger, nullable=False),
 )
 
-# `digest`: SHA-256 of the cookie's secret.
+# `digest`: SHA-256 of the cookie's secret; the one before holds for requests that were under way. `rights`: digest of
+# those that the user had when the secret was made.
 sessions = Table(
     "sessions",
     metadata,
     Column("digest", String(64), primary_key=True),
+    Column("previous_digest", String(64), unique=True),
+    Column("previous_until", BigInteger),
+    Column("rights", String(64), nullable=False),
     Column("id", Id, nullable=False, unique=True),
     Column("user", Name, ForeignKey("users.name"), nullable=False, index=True),
     Column("created_at", BigInteger, nullable=False),
@@ -121,10 +125,12 @@ setups = Table(
     Column("used_at", BigInteger),
 )
 
+# Logins that are at an OpenID provider. `state`, `browser`, `nonce`: SHA-256 of what the browser and the provider have.
 login_states = Table(
     "login_states",
     metadata,
     Column("state", String(64), primary_key=True),
+    Column("browser", String(64), nullable=False),
     Column("nonce", String(64), nullable=False),
     Column("verifier", String(128), nullable=False),
     Column("next", Text),
@@ -315,7 +321,7 @@ config_kv = Table(
     Column("updated_by", Name),
 )
 
-# Answers to POSTs with an Idempotency-Key, without secrets.
+# Answers to POSTs with an Idempotency-Key, without secrets; status 0 while the request runs.
 idempotency = Table(
     "idempotency",
     metadata,

@@ -126,6 +126,7 @@ def upgrade() -> None:
     op.create_table(
         "login_states",
         sa.Column("state", sa.String(length=64), nullable=False),
+        sa.Column("browser", sa.String(length=64), nullable=False),
         sa.Column("nonce", sa.String(length=64), nullable=False),
         sa.Column("verifier", sa.String(length=128), nullable=False),
         sa.Column("next", sa.Text(), nullable=True),
@@ -354,6 +355,9 @@ def upgrade() -> None:
     op.create_table(
         "sessions",
         sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("previous_digest", sa.String(length=64), nullable=True),
+        sa.Column("previous_until", sa.BigInteger(), nullable=True),
+        sa.Column("rights", sa.String(length=64), nullable=False),
         sa.Column("id", sa.String(length=40), nullable=False),
         sa.Column("user", sa.String(length=128), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
@@ -364,6 +368,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["user"], ["users.name"], name=op.f("fk_sessions_user")),
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_sessions")),
         sa.UniqueConstraint("id", name=op.f("uq_sessions_id")),
+        sa.UniqueConstraint("previous_digest", name=op.f("uq_sessions_previous_digest")),
     )
     with op.batch_alter_table("sessions", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_sessions_expires_at"), ["expires_at"], unique=False)
