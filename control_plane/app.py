@@ -13,28 +13,31 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from control_plane.data.database import Database
 from control_plane.documents import Documents
-from control_plane.http import snapshots
+from control_plane.http import routers, snapshots
+from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import models as models_api
 from control_plane.http.metrics import Counted, Metrics
 from control_plane.http.requests import Bounded, Failures, Identified
 from control_plane.plane import Plane, Task
-from control_plane.services import models, tokens
+from control_plane.services import models, overrides, reports, tokens
 from control_plane.settings import Settings
 from inference_api import __version__
 
 log = logging.getLogger(__name__)
 
 # Documents by name: what makes each. All but `tokens` are served; each name has a row in the table `revisions`.
-BUILDERS = {models.DOCUMENT: models.build, tokens.DOCUMENT: tokens.build}
+BUILDERS = {models.DOCUMENT: models.build, overrides.DOCUMENT: overrides.build, tokens.DOCUMENT: tokens.build}
 # Documents that routers poll, beside the models
-POLLED: tuple[str, ...] = ()
+POLLED: tuple[str, ...] = (overrides.DOCUMENT,)
 # Resources under /api/v1, in the order of the documentation
-RESOURCES = (models_api.router,)
+RESOURCES = (models_api.router, fleet_api.router)
 # Routes of the machine side, beside the documents
-MACHINE: tuple[Route, ...] = ()
+MACHINE: tuple[Route, ...] = routers.ROUTES
 # What runs beside the requests: functions of the Plane
-TASKS: tuple[Callable[[Plane], Task], ...] = ()
+TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping,)
 MAX_BODY_BYTES = 1024 * 1024
+# Of paths that begin so; a report has every backend of every model.
+LARGER = {"/routers/": 16 * MAX_BODY_BYTES}
 
 
 class Application:
@@ -77,7 +80,7 @@ class Application:
         app.router.redirect_slashes = False
         app.state.plane = self.plane
         settings = self.plane.settings
-        return Identified(Counted(Bounded(app, MAX_BODY_BYTES), self.plane.metrics), settings.trusted_proxies)
+        return Identified(Counted(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane.metrics), settings.trusted_proxies)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -53,30 +53,36 @@ class Identified:
 
 
 class Bounded:
-    """ASGI layer: refuses bodies larger than `most` bytes, before or while they are read."""
+    """ASGI layer: refuses bodies larger than `most` bytes, before or while they are read.
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    `others`: bounds by the beginning of the path.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, others: Mapping[str, int]) -> None:
         self._app = app
         self._most = most
+        self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         size = 0
+        path: str = scope["path"]
+        most = next((bound for start, bound in self._others.items() if path.startswith(start)), self._most)
 
         async def bounded_receive() -> Message:
             nonlocal size
             message = await receive()
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
-                if size > self._most:
-                    raise TooLarge(self._most)
+                if size > most:
+                    raise TooLarge(most)
             return message
 
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if declared.isdigit() and int(declared) > self._most:
-            await render(TooLarge(self._most), scope)(scope, receive, send)
+        if declared.isdigit() and int(declared) > most:
+            await render(TooLarge(most), scope)(scope, receive, send)
             return
         await self._app(scope, bounded_receive, send)
 

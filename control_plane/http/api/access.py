@@ -23,6 +23,13 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("GET", "/models/{name:path}"): "models.see",
     ("PUT", "/models/{name:path}"): "catalogue.write",
     ("DELETE", "/models/{name:path}"): "catalogue.write",
+    # In an organisation: the state of the models that it may use.
+    ("GET", "/backends"): "models.see",
+    ("GET", "/routers"): "models.see",
+    ("GET", "/overrides"): "backends.see",
+    ("GET", "/overrides/{id}"): "backends.see",
+    ("POST", "/overrides"): "backends.operate",
+    ("DELETE", "/overrides/{id}"): "backends.operate",
 }
 
 

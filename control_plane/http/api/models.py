@@ -9,18 +9,24 @@ from control_plane.errors import NotFound, Refused
 from control_plane.http.api.access import Acting, ThePlane
 from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.preconditions import require
-from control_plane.plane import Act, Plane
+from control_plane.plane import Act
 from control_plane.services import models
+from control_plane.services.visibility import visible_models
 from registry_stub.errors import Refused as RegistryRefused
 from registry_stub.store import Stored
 from registry_stub.wire import read_entry
 
 router = APIRouter(tags=["models"])
+# Keys of an entry that an organisation sees
+_FOR_ALL = frozenset(
+    {"name", "aliases", "version", "owner", "created", "max_model_len", "price", "split", "race", "consensus"}
+)
 
 
 @router.get("/models")
 async def list_models(act: Acting, plane: ThePlane, place: Paging) -> Page[dict[str, Any]]:
-    found = [stored for stored in models.catalogue(plane).stored.values() if await visible(plane, act, stored)]
+    visible = await visible_models(plane, act)
+    found = [stored for name, stored in models.catalogue(plane).stored.items() if visible(name)]
     found.sort(key=lambda stored: stored.entry.name)
     if place.after is not None:
         found = [stored for stored in found if stored.entry.name > str(place.after[0])]
@@ -30,7 +36,7 @@ async def list_models(act: Acting, plane: ThePlane, place: Paging) -> Page[dict[
 @router.get("/models/{name:path}")
 async def read_model(name: str, act: Acting, plane: ThePlane, response: Response) -> dict[str, Any]:
     stored = models.catalogue(plane).stored.get(name)
-    if stored is None or not await visible(plane, act, stored):
+    if stored is None or not (await visible_models(plane, act))(name):
         raise NotFound("model", name)
     response.headers["ETag"] = stored.etag
     return shown(act, stored)
@@ -59,11 +65,9 @@ async def delete_model(name: str, act: Acting, plane: ThePlane, request: Request
     await models.delete(plane, act, name, check)
 
 
-async def visible(plane: Plane, act: Act, stored: Stored) -> bool:
-    """Whether the caller may see this model: in an organisation those that it may use."""
-    return act.principal.scope("models.see").everything
-
-
 def shown(act: Act, stored: Stored) -> dict[str, Any]:
+    """The entry; for an organisation without what belongs to operators, such as the addresses of backends."""
     found: dict[str, Any] = orjson.loads(stored.body)
-    return found
+    if act.principal.scope("models.see").everything:
+        return found
+    return {name: value for name, value in found.items() if name in _FOR_ALL}
