@@ -30,6 +30,63 @@ CONTROL_PLANE: Json = {
         "networkPolicy": {"egress": {"enabled": True}},
     },
 }
+# The chart's own, on PostgreSQL.
+CONTROL: Json = {
+    "registry": {"kind": "control-plane"},
+    "router": {"auth": {"mode": "keys", "pepper": {"existingSecret": "pepper"}}, "currency": "EUR"},
+    "control": {
+        "replicaCount": 2,
+        "serviceToken": {"existingSecret": "service-token"},
+        "database": {"kind": "postgresql", "existingSecret": "database"},
+    },
+}
+NEXT_IMAGE: Json = {"image": {"tag": "0.2.0"}}
+NO_MODELS: Json = {"gpt2": None, "llama-3-8b": None, "mistral-7b": None}
+# Each of what the control plane gives is from elsewhere.
+CONTROL_OF_OTHERS: Json = {
+    "registry": {"kind": "control-plane"},
+    "control": {"serviceToken": {"existingSecret": "service-token"}},
+    "router": {
+        "policy": {"existingSecret": "policy"},
+        "usage": {"mode": "log"},
+        "registry": {"existingSecret": "narrow-token"},
+    },
+}
+FORGETFUL: Json = {
+    "registry": {"kind": "control-plane"},
+    "control": {
+        "serviceToken": {"existingSecret": "service-token"},
+        "database": {"persistence": {"enabled": False}},
+    },
+}
+PRIVATE_CA: Json = {
+    "registry": {"enabled": False},
+    "router": {
+        "policy": {"fromRegistry": True},
+        "usage": {"mode": "registry"},
+        "registry": {
+            "url": "https://control.example.internal",
+            "existingSecret": "service-token",
+            "caSecret": "ca",
+            "caSecretKey": "bundle",
+        },
+    },
+}
+
+
+def _control(**control: Any) -> Json:
+    """A control plane of the chart, with SQLite."""
+    token = {"existingSecret": "service-token"}
+    return {"registry": {"kind": "control-plane"}, "control": {"serviceToken": token, **control}}
+
+
+def _console(**console: Any) -> Json:
+    """One whose console is behind an Ingress."""
+    given = {"publicUrl": "https://admin.example.com", "ingress": CONSOLE_INGRESS, **console}
+    return _control(console=given, networkPolicy={"consoleFrom": [{"podSelector": {}}]})
+
+
+CONSOLE_INGRESS: Json = {"enabled": True, "hosts": [{"host": "admin.example.com"}]}
 
 
 def _policy(document: Json) -> Json:
@@ -180,6 +237,109 @@ REFUSED: dict[str, tuple[Json, str]] = {
     "a proxy that is no address": (
         {"router": {"trustedProxies": ["proxy.example.com"]}},
         "at '/router/trustedProxies/0'",
+    ),
+    "a control plane without a token": (
+        {"registry": {"kind": "control-plane"}},
+        "registry.kind is control-plane: name a Secret with the token of the routers in "
+        "control.serviceToken.existingSecret; "
+        "to make one: kubectl --namespace inference create secret generic inference-api-control-token "
+        "--from-literal=token=$(openssl rand -hex 32)",
+    ),
+    "two pods with one file": (
+        _control(replicaCount=2),
+        "control.replicaCount is 2, and a file of SQLite has one owner: set it to 1, or control.database.kind to",
+    ),
+    "PostgreSQL without its URL": (
+        _control(database={"kind": "postgresql"}),
+        "control.database.kind is postgresql: name the Secret with its URL in control.database.existingSecret",
+    ),
+    "an unknown database": (_control(database={"kind": "mysql"}), "at '/control/database/kind': value must be one of"),
+    "an unknown registry": ({"registry": {"kind": "control"}}, "at '/registry/kind': value must be one of"),
+    "the API on the port of routers": (
+        _control(ports={"api": 8081}),
+        "control.ports.http and control.ports.api are both 8081: API and console need a port of their own",
+    ),
+    "OpenID Connect without a way back": (
+        _control(oidc={"issuer": "https://id.example.com", "clientId": "ia"}),
+        "control.oidc.issuer is given: set control.console.publicUrl, where it sends people back to",
+    ),
+    "OpenID Connect for nobody": (
+        _control(oidc={"issuer": "https://id.example.com"}, console={"publicUrl": "https://admin.example.com"}),
+        "control.oidc.issuer is given: set control.oidc.clientId",
+    ),
+    "a group that would be two": (
+        _control(oidc={"roles": {"admin": ["a,b=viewer"]}}),
+        "at '/control/oidc/roles/admin/0'",
+    ),
+    "no way to log in": (
+        _control(passwordLogin=False),
+        "control.passwordLogin is false, and nobody could log in: set control.oidc.issuer",
+    ),
+    "a first admin without a password": (
+        _control(bootstrap={"email": "ana@example.com"}),
+        "control.bootstrap needs both email and existingSecret, or neither",
+    ),
+    "a first admin without passwords": (
+        _control(
+            bootstrap={"email": "ana@example.com", "existingSecret": "admin"},
+            passwordLogin=False,
+            oidc={"issuer": "https://id.example.com", "clientId": "ia"},
+            console={"publicUrl": "https://admin.example.com"},
+        ),
+        "control.bootstrap gives the first admin a password, and control.passwordLogin is false",
+    ),
+    "a database past the chart": (
+        _control(extraEnv=[{"name": "CONTROL_PLANE_DATABASE_URL", "value": "postgresql://db/x"}]),
+        "control.extraEnv sets CONTROL_PLANE_DATABASE_URL, which control.database is for",
+    ),
+    "a console on the router's host": (
+        {**_console(), "router": {"ingress": {"enabled": True, "hosts": [{"host": "Admin.example.com"}]}}},
+        "control.console.ingress: admin.example.com is the router's host, too, and the console must have one of its",
+    ),
+    "a console on the host of the router's route": (
+        {
+            **_console(),
+            "router": {
+                "httpRoute": {"enabled": True, "parentRefs": [{"name": "a"}], "hostnames": ["admin.example.com"]}
+            },
+        },
+        "control.console.ingress: admin.example.com is the router's host, too",
+    ),
+    "a console without its URL": (
+        _console(publicUrl=""),
+        "control.console.ingress: set control.console.publicUrl, the URL that browsers use",
+    ),
+    "a console at another URL": (
+        _console(publicUrl="https://console.example.com"),
+        "control.console.publicUrl (https://console.example.com) is on none of the hosts of control.console.ingress",
+    ),
+    "a URL of a console that is no origin": (
+        _console(publicUrl="https://admin.example.com/console"),
+        "at '/control/console/publicUrl'",
+    ),
+    "a console without hosts": (
+        _console(ingress={"enabled": True}),
+        "control.console.ingress needs control.console.ingress.hosts",
+    ),
+    "a console behind no Gateway": (
+        _console(ingress={}, httpRoute={"enabled": True, "parentRefs": [{"name": "a"}]}),
+        "control.console.httpRoute needs parentRefs, the Gateways that it attaches to, and hostnames",
+    ),
+    "a console that no Service has": (
+        _console(enabled=False),
+        "control.console.ingress: control.console.enabled is false, so that no Service has its port",
+    ),
+    "a console that nobody may reach": (
+        {**_console(), "control": {**_console()["control"], "networkPolicy": {}}},
+        "control.console.ingress: nobody could connect; name the namespace of what connects",
+    ),
+    "a control plane of others beside our own": (
+        {**_control(), "router": {"registry": {"url": "http://control"}}},
+        "router.registry.url is set, so nobody would use the chart's own registry",
+    ),
+    "a model with the name of the control plane": (
+        {**_control(), "fullnameOverride": "models", "models": {"models-control": {"engine": "tgi"}}},
+        "models.models-control: its Service would be named models-control, as one of the release itself",
     ),
     "a currency that is none": ({"router": {"currency": "euro"}}, "at '/router/currency'"),
     "a key in the clear": (
@@ -449,6 +609,11 @@ LIVE: dict[str, tuple[Json, Json, str]] = {
         {"registry": {**_SECRET, "persistence": {"accessModes": ["ReadWriteOncePod"]}}},
         "registry.persistence.accessModes (ReadWriteOncePod) are not those of the volume (ReadWriteOnce): the claim",
     ),
+    "a smaller control plane": (
+        _control(),
+        _control(database={"persistence": {"size": "1Gi"}}),
+        "control.database.persistence.size (1Gi) is less than the volume has (5Gi): the claim inference-api-control is",
+    ),
     "shared caches from now on": (
         {"engines": {"enabled": True}, "models": {"llama-3-8b": None, "mistral-7b": None}},
         {
@@ -481,6 +646,13 @@ CHANGES: dict[str, tuple[Json, Json]] = {
     "a Secret from now on": ({}, {"registry": _SECRET}),
     "another claim": ({"registry": _SECRET}, {"registry": {**_SECRET, "persistence": {"existingClaim": "mine"}}}),
     "models": ({}, {"models": {"gpt2": None}}),
+    "a control plane from now on": ({}, _control()),
+    "the stub again": (_control(), {}),
+    "PostgreSQL from now on": (_control(), CONTROL),
+    "more of a control plane, and another Job": (
+        CONTROL,
+        {**CONTROL, "control": {**CONTROL["control"], "replicaCount": 3, "migrations": {"backoffLimit": 1}}},
+    ),
 }
 
 # Whatever is in files/ at this time, the templates must cope with what may be there.

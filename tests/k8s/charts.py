@@ -23,18 +23,24 @@ from tests.k8s.chart_values import (
     BAD_MODELS,
     CANARY,
     CHANGES,
+    CONTROL,
+    CONTROL_OF_OTHERS,
     CONTROL_PLANE,
     DASHBOARD,
     ENGINES_KEDA,
     EVERYTHING,
+    FORGETFUL,
     KEYS,
     LABELS,
     LIVE,
     MESH,
+    NEXT_IMAGE,
+    NO_MODELS,
     OF_OTHERS,
     OLD_CLAIM,
     PARENT,
     POLICY_LATER,
+    PRIVATE_CA,
     REFUSED,
     RULES,
     SCALED_BY_OTHERS,
@@ -72,6 +78,14 @@ _CONTROL_PLANE: Json = {
     "router.policy.document": {},
     "router.policy.existingSecret": "",
 }
+# The chart's own, not one of others.
+_CONTROL: Json = {
+    **_ONE,
+    "registry.kind": "control-plane",
+    "router.registry.url": "",
+    "router.policy.document": {},
+    "router.policy.existingSecret": "",
+}
 MARKED_INSTALLS: dict[str, Json] = {
     "marks": {**_OWN_REGISTRY, **_ONE},
     "marks with a claim": {**_OWN_REGISTRY, **_ONE, "registry.persistence.existingClaim": "20128"},
@@ -97,6 +111,13 @@ MARKED_INSTALLS: dict[str, Json] = {
         **_CONTROL_PLANE,
         "router.usage.spool.persistence.enabled": False,
         "router.usage.spool.persistence.existingClaim": "",
+    },
+    "marks of a control plane": {**_CONTROL, "control.database.kind": "postgresql"},
+    "marks of a control plane with SQLite": {**_CONTROL, "control.replicaCount": 1},
+    "marks of a control plane with a claim": {
+        **_CONTROL,
+        "control.replicaCount": 1,
+        "control.database.persistence.existingClaim": "",
     },
 }
 _RUNNER = (
@@ -134,6 +155,7 @@ class Installed(NamedTuple):
     notes: str
     upgraded: list[Json]
     left: list[Json]
+    upgrade_hooks: list[Json]
 
     def of(self, kind: str, component: str | None = None) -> list[Json]:
         return [o for o in self.objects if o["kind"] == kind and component in (None, component_of(o))]
@@ -145,7 +167,7 @@ class Installed(NamedTuple):
     def pods(self) -> Iterator[tuple[str, Json, Json]]:
         """Name, metadata and spec of every pod there would be, the helm tests included."""
         for document in [*self.objects, *self.hooks]:
-            if document["kind"] in WORKLOADS:
+            if document["kind"] in (*WORKLOADS, "Job"):
                 template = document["spec"]["template"]
                 yield document["metadata"]["name"], template["metadata"], template["spec"]
             if document["kind"] == "Pod":
@@ -157,7 +179,7 @@ def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
 
 
 def templates(found: Installed) -> list[Json]:
-    return [o["spec"]["template"] for o in found.objects if o["kind"] in WORKLOADS]
+    return [o["spec"]["template"] for o in found.objects if o["kind"] in (*WORKLOADS, "Job")]
 
 
 def router_pod(found: Installed) -> Json:
@@ -212,7 +234,15 @@ def installed(name: str) -> Installed:
 
 def outcome(name: str) -> Installed:
     result = results()[name]
-    absent: Json = {"error": "", "objects": [], "hooks": [], "notes": "", "upgraded": [], "left": []}
+    absent: Json = {
+        "error": "",
+        "objects": [],
+        "hooks": [],
+        "notes": "",
+        "upgraded": [],
+        "left": [],
+        "upgrade_hooks": [],
+    }
     return Installed(**absent | result)
 
 
@@ -286,6 +316,30 @@ def _jobs(with_files: Path) -> dict[str, Json]:
             "values": {"inference-api": {"enabled": False}},
         },
         "in a mesh": {**default, "values": MESH},
+        "in a mesh, a control plane": {
+            **default,
+            "values": _changed(CONTROL, {"networkPolicy": MESH["networkPolicy"]}),
+        },
+        "a control plane from the stub": {**default, "ssa": True, "values": {}, "upgrade": CONTROL},
+        "a control plane, upgraded": {**default, "values": CONTROL, "upgrade": _changed(CONTROL, NEXT_IMAGE)},
+        "a control plane, the same": {**default, "values": CONTROL},
+        "a control plane, another image": {**default, "values": _changed(CONTROL, NEXT_IMAGE)},
+        "a control plane by Argo CD": {
+            **default,
+            "values": _changed(CONTROL, {"control.migrations": {"argocd": True}}),
+        },
+        "a control plane without its Job": {
+            **default,
+            "values": _changed(CONTROL, {"control.migrations": {"enabled": False}}),
+        },
+        "a control plane for the policy of others": {**default, "values": CONTROL_OF_OTHERS},
+        "a control plane without a console": {
+            **default,
+            "values": _changed(CONTROL, {"control.console": {"enabled": False}}),
+        },
+        "a control plane that keeps nothing": {**default, "values": FORGETFUL},
+        "a control plane, no models": {**default, "values": _changed(CONTROL, {"models": NO_MODELS})},
+        "a control plane, a private CA": {**default, "values": PRIVATE_CA},
         "keys": {**default, "values": KEYS},
         "keys, an HPA": {**default, "values": _changed(KEYS, {"router.autoscaling": three})},
         "a control plane": {**default, "values": CONTROL_PLANE},
@@ -337,7 +391,7 @@ def _changed(values: Json, changes: Json) -> Json:
         *outer, last = path.split(".")
         inner = values
         for key in outer:
-            inner = inner[key]
+            inner = inner.setdefault(key, {})
         inner[last] = value
     return values
 

@@ -29,6 +29,7 @@ KINDS = {
         "ServiceAccount": "serviceaccounts",
         "PersistentVolumeClaim": "persistentvolumeclaims",
     },
+    "batch/v1": {"Job": "jobs"},
     "apps/v1": {"Deployment": "deployments", "StatefulSet": "statefulsets"},
     "autoscaling/v2": {"HorizontalPodAutoscaler": "horizontalpodautoscalers"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
@@ -107,7 +108,12 @@ class FakeApi:
             return 200, self._shown(path)
         if (found := _OBJECT.match(path)) and not found[5]:
             items = [self._shown(place) for place in self.objects if place.rpartition("/")[0] == path]
-            return 200, {"kind": "List", "apiVersion": found[1] or found[2], "metadata": {}, "items": items}
+            return 200, {
+                "kind": "List",
+                "apiVersion": found[1] or found[2],
+                "metadata": {"resourceVersion": "1"},
+                "items": items,
+            }
         return _status(404, "NotFound", f"{path} not found")
 
     def post(self, path: str, body: Json, manager: str) -> tuple[int, Json]:
@@ -180,6 +186,9 @@ def _defaulted(body: Json) -> Json:
     """As an API server fills in what is not said, where that is told apart from what is."""
     if body["kind"] == "Deployment":
         return {**body, "spec": {"replicas": 1, **body["spec"]}}
+    if body["kind"] == "Job":
+        # Done as soon as it is made, for a hook that is waited for.
+        return {**body, "status": {"succeeded": 1, "conditions": [{"type": "Complete", "status": "True"}]}}
     if body["kind"] == "PersistentVolumeClaim":
         return {**body, "spec": {"storageClassName": DEFAULT_CLASS, **body["spec"]}}
     return body
@@ -231,24 +240,48 @@ def _merged_list(old: list[Json], patch: list[Json], order: list[Json]) -> list[
     return [elements[element[by]] for element in order]
 
 
+class _Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self, status: int, body: Json) -> None:
+        self._send(status, "application/json", json.dumps(body).encode())
+
+    def _send(self, status: int, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _watched(self, listed: bool) -> None:
+        """Nothing happens after a list: whoever watches goes when the list is what it waits for."""
+        if listed:
+            return self._answer(*_status(400, "Invalid", "no initial events: list first"))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.close_connection = True
+        self.connection.recv(1)
+
+    def _body(self) -> Any:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return json.loads(content) if content.startswith(b"{") else None
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: what went wrong is in Helm's error."""
+
+
 def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _answer(self, status: int, body: Json) -> None:
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def _body(self) -> Any:
-            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            return json.loads(content) if content.startswith(b"{") else None
-
+    class Handler(_Answers):
         def do_GET(self) -> None:
-            self._answer(*api.get(urlsplit(self.path).path))
+            url = urlsplit(self.path)
+            if url.path == "/openapi/v2":
+                # No schemas: Helm then validates nothing itself.
+                return self._send(200, "application/com.github.proto-openapi.spec.v2.v1.0+protobuf", b"")
+            if "watch=true" in url.query:
+                return self._watched("sendInitialEvents=true" in url.query)
+            self._answer(*api.get(url.path))
 
         def do_POST(self) -> None:
             url = urlsplit(self.path)
@@ -266,8 +299,5 @@ def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:
         def do_DELETE(self) -> None:
             self._body()
             self._answer(*api.delete(urlsplit(self.path).path))
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Nothing: what went wrong is in Helm's error."""
 
     return Handler

@@ -42,7 +42,8 @@ async def run(job: Json) -> Json:
                 return {"error": problem}
             found = {"objects": [*api.sent.values()], "hooks": hooks, "notes": result["info"].get("notes", "")}
             if "upgrade" in job:
-                await _step(api, config, job, "upgrade", job["upgrade"])
+                upgraded = await _step(api, config, job, "upgrade", job["upgrade"])
+                found["upgrade_hooks"] = [yaml.safe_load(hook["manifest"]) for hook in upgraded.get("hooks") or ()]
                 found["upgraded"] = _objects(api)
                 await _step(api, config, job, "uninstall", None)
             for what, value in job.get("steps", ()):

@@ -121,14 +121,14 @@ def rules_of(found: Installed, component: str, direction: str) -> list[Json]:
     return rules
 
 
-@pytest.mark.parametrize("component", ["router", "registry", "engine", "test"])
+@pytest.mark.parametrize("component", ["router", "registry", "control", "migration", "engine", "test"])
 def test_a_mesh_may_take_all_connections_on_its_port(component: str) -> None:
     """In ambient mode they come in on 15008, whoever they are from, and go out to it."""
     through = {"ports": [{"port": 15008, "protocol": "TCP"}]}
-    found = installed("in a mesh")
+    found = installed("in a mesh, a control plane" if component in ("control", "migration") else "in a mesh")
 
     assert through in rules_of(found, component, "egress")
-    assert through in rules_of(found, component, "ingress") or component == "test"
+    assert through in rules_of(found, component, "ingress") or component in ("migration", "test")
     for policy in installed("default on 1.37").of("NetworkPolicy"):
         assert "15008" not in str(policy)
 
@@ -146,7 +146,7 @@ def test_helm_tests_may_ask_where_nothing_else_is_allowed(name: str) -> None:
     }
     tested = {hook["metadata"]["name"].rpartition("-")[2] for hook in found.hooks if hook["kind"] == "Pod"}
 
-    assert asked == {component: {"http", "ops"} for component in tested}
+    assert asked == {name: {"http"} if name == "control" else {"http", "ops"} for name in tested}
     assert any(port["port"] == 53 for rule in rules for port in rule["ports"])
     assert rules_of(found, "test", "ingress") == []
 
@@ -220,7 +220,7 @@ def test_metrics_and_the_registry_are_not_for_everybody(name: str) -> None:
     found = installed(name)
 
     for policy in found.of("NetworkPolicy"):
-        for rule in policy["spec"]["ingress"]:
+        for rule in policy["spec"].get("ingress", ()):
             if component_of(policy) != "router" or rule["ports"][0]["port"] == "ops":
                 assert rule["from"], policy["metadata"]["name"]
     for service in found.of("Service", "router"):
@@ -229,23 +229,31 @@ def test_metrics_and_the_registry_are_not_for_everybody(name: str) -> None:
 
 
 @every_install
-def test_what_stands_in_front_leads_to_the_client_port(name: str) -> None:
+def test_what_stands_in_front_leads_to_the_port_that_it_is_for(name: str) -> None:
+    """Of clients, or of people: never both by one host."""
     found = installed(name)
+    wanted = {"router": "http", "control": "api"}
+    hosts: dict[str, set[str]] = {component: set() for component in wanted}
     ports = {o["metadata"]["name"]: {p["name"]: p["port"] for p in o["spec"]["ports"]} for o in found.of("Service")}
 
     for ingress in found.of("Ingress"):
+        hosts[component_of(ingress)] |= {rule["host"] for rule in ingress["spec"]["rules"]}
         for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
             target = path["backend"]["service"]
-            assert target["port"] == {"name": "http"}
-            assert "http" in ports[target["name"]]
+            assert target["port"] == {"name": wanted[component_of(ingress)]}
+            assert target["port"]["name"] in ports[target["name"]]
     for route in found.of("HTTPRoute"):
+        hosts[component_of(route)] |= set(route["spec"].get("hostnames", ()))
         (rule,) = route["spec"]["rules"]
         (target,) = rule["backendRefs"]
-        assert ports[target["name"]]["http"] == target["port"]
+        assert ports[target["name"]][wanted[component_of(route)]] == target["port"]
+        if component_of(route) == "control":
+            continue
         longest = max(settings(found).stream_timeout, settings(found).total_timeout)
         # GKE's Gateway refuses a route with timeouts.
         assert ("timeouts" in rule) == (name != "gke-europe")
         assert int(rule.get("timeouts", {"request": "999999s"})["request"].removesuffix("s")) > longest
+    assert not hosts["router"] & hosts["control"]
 
 
 @every_install

@@ -22,7 +22,7 @@ def test_pods_keep_to_the_restricted_standard(name: str) -> None:
         assert spec["securityContext"]["runAsNonRoot"] is True, pod
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, pod
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), pod
-        for container in spec["containers"]:
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
             context = container["securityContext"]
             assert context["allowPrivilegeEscalation"] is False, pod
             assert context["readOnlyRootFilesystem"] is True, pod
@@ -59,7 +59,7 @@ def test_pods_do_not_take_services_for_settings(name: str) -> None:
 def test_containers_say_what_they_need(name: str) -> None:
     """Memory is bounded; CPU is not, since being throttled delays every stream."""
     for pod, _, spec in installed(name).pods():
-        for container in spec["containers"]:
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
             resources = container["resources"]
             assert {"cpu", "memory"} <= resources["requests"].keys(), pod
             assert "memory" in resources["limits"], pod
@@ -85,7 +85,7 @@ def mebibytes(quantity: str) -> float:
 @every_install
 def test_images_are_pinned(name: str) -> None:
     for pod, _, spec in installed(name).pods():
-        for container in spec["containers"]:
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
             place, _, digest = container["image"].partition("@")
             tag = place.rpartition("/")[2].partition(":")[2]
             assert digest or tag, pod
@@ -115,7 +115,8 @@ def test_whatever_a_pod_mounts_is_there(name: str) -> None:
         mounts = {mount["name"] for container in spec["containers"] for mount in container.get("volumeMounts", ())}
         assert mounts == volumes.keys(), pod
         assert spec.get("serviceAccountName", "default") in made["ServiceAccount"], pod
-        assert ("serviceAccountName" in spec) == (meta["labels"]["app.kubernetes.io/component"] != "test"), pod
+        alone = meta["labels"]["app.kubernetes.io/component"] in ("test", "migration")
+        assert ("serviceAccountName" in spec) != alone, pod
         for volume in volumes.values():
             assert volume.get("configMap", {"name": "ca"})["name"] in made["ConfigMap"], pod
             claim = volume.get("persistentVolumeClaim", {"claimName": "weights"})["claimName"]

@@ -6,7 +6,7 @@ upgrade. That needs the claim as it is, which `lookup` finds in a cluster; `helm
 {{/* Not empty: the registry has a volume. What nobody can change need not be kept. */}}
 {{- define "inference-api.registryKeeps" -}}
 {{- with .Values.registry -}}
-{{- if and .enabled .persistence.enabled (or .auth.existingSecret .persistence.existingClaim) }}true{{ end -}}
+{{- if and (include "inference-api.stub" $) .persistence.enabled (or .auth.existingSecret .persistence.existingClaim) }}true{{ end -}}
 {{- end -}}
 {{- end -}}
 

@@ -149,7 +149,9 @@ elsewhere the last one counts.
 
 {{/* Where the router finds the registry; empty: nowhere. */}}
 {{- define "inference-api.registryUrl" -}}
-{{- if .Values.registry.enabled -}}
+{{- if include "inference-api.control" . -}}
+{{- printf "http://%s:%d" (include "inference-api.control.fullname" .) (int .Values.control.ports.http) -}}
+{{- else if .Values.registry.enabled -}}
 {{- printf "http://%s:%d" (include "inference-api.registry.fullname" .) (int .Values.registry.service.port) -}}
 {{- else -}}
 {{- .Values.router.registry.url -}}

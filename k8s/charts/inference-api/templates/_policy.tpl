@@ -1,9 +1,23 @@
 {{/* Keys, limits and usage: what the router is told of them, where it finds them, and what does not go together. */}}
 
+{{/* Not empty: the policy is from a control plane; the chart's own gives it where no other is named. */}}
+{{- define "inference-api.policyFromRegistry" -}}
+{{- with .Values.router.policy -}}
+{{- $wanted := .fromRegistry -}}
+{{- if not (kindIs "bool" $wanted) }}{{ $wanted = and (include "inference-api.control" $) (not .document) (not .existingSecret) }}{{ end -}}
+{{- if $wanted }}true{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Where usage records go. */}}
+{{- define "inference-api.usageMode" -}}
+{{- .Values.router.usage.mode | default (include "inference-api.control" . | empty | ternary "none" "registry") -}}
+{{- end -}}
+
 {{/* Where the policy is from, as the router has it: a path, `registry`, or nothing. */}}
 {{- define "inference-api.policySource" -}}
 {{- with .Values.router.policy -}}
-{{- if .fromRegistry }}registry{{ else if or .document .existingSecret }}/etc/inference-api-policy/policy.yaml{{ end -}}
+{{- if include "inference-api.policyFromRegistry" $ }}registry{{ else if or .document .existingSecret }}/etc/inference-api-policy/policy.yaml{{ end -}}
 {{- end -}}
 {{- end -}}
 
@@ -16,7 +30,7 @@
 
 {{/* Not empty: records that wait have a place on disk. */}}
 {{- define "inference-api.spools" -}}
-{{- with .Values.router.usage }}{{ if and (eq .mode "registry") .spool.enabled }}true{{ end }}{{ end -}}
+{{- if and (eq (include "inference-api.usageMode" .) "registry") .Values.router.usage.spool.enabled }}true{{ end -}}
 {{- end -}}
 
 {{/* The claim of the spool; empty: it is an emptyDir. */}}
@@ -50,7 +64,7 @@
 {{- $_ := set $settings "LIMITS_SHARE" (int $share) -}}
 {{- end -}}
 {{- with $router.trustedProxies }}{{ $_ := set $settings "TRUSTED_PROXIES" . }}{{ end -}}
-{{- if ne $router.usage.mode "none" }}{{ $_ := set $settings "USAGE" $router.usage.mode }}{{ end -}}
+{{- with include "inference-api.usageMode" . }}{{ if ne . "none" }}{{ $_ := set $settings "USAGE" . }}{{ end }}{{ end -}}
 {{- if include "inference-api.spools" . }}{{ $_ := set $settings "USAGE_SPOOL" "/var/lib/inference-api-usage" }}{{ end -}}
 {{- with $router.currency }}{{ $_ := set $settings "CURRENCY" . }}{{ end -}}
 {{- toJson $settings -}}
@@ -62,7 +76,7 @@
 # A folder, not a file of it: only so does a change of the Secret arrive, and the router reads it again.
 - {name: policy, mountPath: /etc/inference-api-policy, readOnly: true}
 {{- end }}
-{{- if .Values.router.policy.fromRegistry }}
+{{- if include "inference-api.policyFromRegistry" . }}
 - {name: policy-cache, mountPath: /var/lib/inference-api-policy}
 {{- end }}
 {{- if include "inference-api.spools" . }}
@@ -79,7 +93,7 @@
     sources:
       - secret: {name: {{ . | quote }}, items: [{key: {{ empty $router.policy.existingSecret | ternary "policy.yaml" $router.policy.existingSecretKey | quote }}, path: policy.yaml}]}
 {{- end }}
-{{- if $router.policy.fromRegistry }}
+{{- if include "inference-api.policyFromRegistry" . }}
 - name: policy-cache
   emptyDir: {sizeLimit: {{ $router.policy.cacheSizeLimit }}}
 {{- end }}
@@ -97,7 +111,7 @@
 {{- define "inference-api.routerDisk" -}}
 {{- $router := .Values.router -}}
 {{- $sizes := list $router.tmpSizeLimit -}}
-{{- if $router.policy.fromRegistry }}{{ $sizes = append $sizes $router.policy.cacheSizeLimit }}{{ end -}}
+{{- if include "inference-api.policyFromRegistry" . }}{{ $sizes = append $sizes $router.policy.cacheSizeLimit }}{{ end -}}
 {{- if and (include "inference-api.spools" .) (not (include "inference-api.spoolClaim" .)) }}{{ $sizes = append $sizes $router.usage.spool.sizeLimit }}{{ end -}}
 {{- if eq (len $sizes) 1 -}}
 {{- first $sizes -}}
@@ -122,13 +136,13 @@
 {{ print "router.auth.mode is keys, and there is no policy with keys: give router.policy.document, existingSecret or fromRegistry" }}
 {{- end -}}
 {{- $asks := list -}}
-{{- if $policy.fromRegistry }}{{ $asks = append $asks "router.policy.fromRegistry" }}{{ end -}}
-{{- if eq $router.usage.mode "registry" }}{{ $asks = append $asks "router.usage.mode registry" }}{{ end -}}
+{{- if include "inference-api.policyFromRegistry" . }}{{ $asks = append $asks "router.policy.fromRegistry" }}{{ end -}}
+{{- if eq (include "inference-api.usageMode" .) "registry" }}{{ $asks = append $asks "router.usage.mode registry" }}{{ end -}}
 {{- with $asks -}}
 {{- if not (include "inference-api.registryUrl" $) }}
-{{ printf "%s: there is no control plane: set router.registry.url" (join " and " .) }}
-{{- else if $.Values.registry.enabled }}
-{{ printf "%s: the chart's own registry has models only, no policy, and takes no usage: set router.registry.url to a control plane, and registry.enabled to false" (join " and " .) }}
+{{ printf "%s: there is no control plane: set router.registry.url, or registry.kind to control-plane" (join " and " .) }}
+{{- else if include "inference-api.stub" $ }}
+{{ printf "%s: the chart's own registry has models only, no policy, and takes no usage: set registry.kind to control-plane, or router.registry.url to one, and registry.enabled to false" (join " and " .) }}
 {{- end -}}
 {{- end -}}
 {{- $limits := $router.rateLimits -}}

@@ -80,13 +80,19 @@ labels to select them by: a NetworkPolicy knows no host names.
 - name: INFERENCE_API_{{ $name }}
   value: {{ include "inference-api.scalar" $value | quote }}
 {{- end }}
-{{- $secrets := dict "REGISTRY_TOKEN" $router.registry "KEY_PEPPER" $router.auth.pepper -}}
+{{- $token := $router.registry -}}
+{{- if and (include "inference-api.control" .) (not $token.existingSecret) }}{{ $token = .Values.control.serviceToken }}{{ end -}}
+{{- $secrets := dict "REGISTRY_TOKEN" $token "KEY_PEPPER" $router.auth.pepper -}}
 {{- if eq $router.rateLimits.store "redis" }}{{ $_ := set $secrets "REDIS_URL" $router.rateLimits.redis }}{{ end -}}
 {{- range $name, $source := $secrets }}
 {{- if $source.existingSecret }}
 - name: INFERENCE_API_{{ $name }}
   valueFrom: {secretKeyRef: {name: {{ $source.existingSecret | quote }}, key: {{ $source.existingSecretKey | quote }}}}
 {{- end }}
+{{- end }}
+{{- if $router.registry.caSecret }}
+- name: SSL_CERT_FILE
+  value: /etc/inference-api-ca/ca.crt
 {{- end }}
 {{- range $name, $source := $router.backendTokens }}
 - name: {{ $name }}

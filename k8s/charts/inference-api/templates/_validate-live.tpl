@@ -11,6 +11,10 @@ What does not go together with what is in the cluster, a line each: told before 
 {{- if and (include "inference-api.spoolClaim" .) (not $spool.existingClaim) }}
 {{ include "inference-api.claimProblems" (dict "root" . "name" (include "inference-api.spoolClaim" .) "claim" $spool "size" $spool.size "place" "router.usage.spool.persistence" "sizePlace" "router.usage.spool.persistence.size" "instead" "router.usage.spool.persistence.existingClaim") }}
 {{- end -}}
+{{- $data := .Values.control.database.persistence -}}
+{{- if and (include "inference-api.control.claim" .) (not $data.existingClaim) }}
+{{ include "inference-api.claimProblems" (dict "root" . "name" (include "inference-api.control.claim" .) "claim" $data "size" $data.size "place" "control.database.persistence" "sizePlace" "control.database.persistence.size" "instead" "control.database.persistence.existingClaim") }}
+{{- end -}}
 {{- $cache := .Values.engines.cache -}}
 {{- range $name, $model := include "inference-api.deployed" . | fromJson -}}
 {{- $slug := include "inference-api.slug" $name -}}

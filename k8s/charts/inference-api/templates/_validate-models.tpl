@@ -39,6 +39,7 @@
 {{- end -}}
 {{- $fullname := include "inference-api.fullname" . -}}
 {{- $own := list $fullname (printf "%s-ops" $fullname) (include "inference-api.registry.fullname" .) -}}
+{{- if include "inference-api.control" . }}{{ $own = append $own (include "inference-api.control.fullname" .) }}{{ end -}}
 {{- range $name, $model := .Values.models -}}
 {{- if and (not $model.backends) (has (include "inference-api.slug" $name) $own) }}
 {{ printf "models.%s: its Service would be named %s, as one of the release itself; rename the model, or set fullnameOverride" $name (include "inference-api.slug" $name) }}

@@ -77,7 +77,7 @@
 {{- if and $router.registry.required (not (include "inference-api.registryUrl" .)) -}}
 {{- $wrong = append $wrong "router.registry.required is set, and there is no registry to wait for: set registry.enabled, or router.registry.url" -}}
 {{- end -}}
-{{- if and .Values.registry.enabled (eq (int .Values.registry.service.port) (int .Values.registry.opsPort)) -}}
+{{- if and (include "inference-api.stub" .) (eq (int .Values.registry.service.port) (int .Values.registry.opsPort)) -}}
 {{- $wrong = append $wrong (printf "registry.service.port and registry.opsPort are both %d: who reads metrics must not reach the port that takes changes" (int .Values.registry.opsPort)) -}}
 {{- end -}}
 {{- $service := $router.service -}}
@@ -96,7 +96,7 @@
 {{- if and .Values.monitoring.otel.enabled (not .Values.monitoring.otel.endpoint) -}}
 {{- $wrong = append $wrong "monitoring.otel needs monitoring.otel.endpoint, the URL of a collector" -}}
 {{- end -}}
-{{- $more := list (include "inference-api.modelProblems" .) (include "inference-api.catalogueProblems" .) (include "inference-api.policyProblems" .) (include "inference-api.liveProblems" .) -}}
+{{- $more := list (include "inference-api.modelProblems" .) (include "inference-api.catalogueProblems" .) (include "inference-api.policyProblems" .) (include "inference-api.controlProblems" .) (include "inference-api.liveProblems" .) -}}
 {{- range $more }}{{ range splitList "\n" . }}{{ with trim . }}{{ $wrong = append $wrong . }}{{ end }}{{ end }}{{ end -}}
 {{- $alerts := list -}}
 {{- range $path, $_ := .Files.Glob "files/rules/*.yaml" }}{{ range ($.Files.Get $path | fromYaml).groups }}{{ range .rules }}{{ $alerts = append $alerts (.alert | default "") }}{{ end }}{{ end }}{{ end -}}
