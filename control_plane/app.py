@@ -13,11 +13,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from control_plane.data.database import Database
 from control_plane.documents import Documents
-from control_plane.http import routers, snapshots
+from control_plane.http import pages, routers, snapshots
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import models as models_api
+from control_plane.http.api import session as session_api
+from control_plane.http.guard import Guarded
+from control_plane.http.idempotency import Idempotent
 from control_plane.http.metrics import Counted, Metrics
 from control_plane.http.requests import Bounded, Failures, Identified
+from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
 from control_plane.services import models, overrides, reports, tokens
 from control_plane.settings import Settings
@@ -30,7 +34,7 @@ BUILDERS = {models.DOCUMENT: models.build, overrides.DOCUMENT: overrides.build, 
 # Documents that routers poll, beside the models
 POLLED: tuple[str, ...] = (overrides.DOCUMENT,)
 # Resources under /api/v1, in the order of the documentation
-RESOURCES = (models_api.router, fleet_api.router)
+RESOURCES = (session_api.router, models_api.router, fleet_api.router)
 # Routes of the machine side, beside the documents
 MACHINE: tuple[Route, ...] = routers.ROUTES
 # What runs beside the requests: functions of the Plane
@@ -49,7 +53,9 @@ class Application:
     def __init__(self, settings: Settings, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
         self.database = Database(settings.url)
         documents = Documents(self.database.main, BUILDERS, clock)
-        self.plane = Plane(settings, self.database, documents, Metrics(), clock)
+        metrics = Metrics()
+        passwords = Passwords(metrics.password_hashes.inc)
+        self.plane = Plane(settings, self.database, documents, metrics, clock, passwords)
         self.api_port: int | None = None
         failures = Failures(self.plane.metrics)
         api = _api(self.plane, failures)
@@ -60,8 +66,9 @@ class Application:
             Route("/readyz", snapshots.readyz),
             Route("/metrics", self.plane.metrics.page),
         ]
-        self._whole = self._served([*machine, Mount("/api/v1", api)], failures)
-        self._machine, self._people = self._served(machine, failures), self._served([Mount("/api/v1", api)], failures)
+        people = [Mount("/api/v1", Idempotent(api)), *pages.ROUTES]
+        self._whole = self._served([*machine, *people], failures)
+        self._machine, self._people = self._served(machine, failures), self._served(people, failures)
         self.plane.metrics.gauge("models", "Models in the catalogue.", self._models)
         self.plane.metrics.gauge(
             "database_up", "Whether the database answered when last asked.", lambda: float(documents.reachable)
@@ -80,7 +87,8 @@ class Application:
         app.router.redirect_slashes = False
         app.state.plane = self.plane
         settings = self.plane.settings
-        return Identified(Counted(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane.metrics), settings.trusted_proxies)
+        guarded = Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane)
+        return Identified(Counted(guarded, self.plane.metrics), settings.trusted_proxies)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -92,6 +100,7 @@ class Application:
                 for task in running:
                     task.cancel()
         finally:
+            self.plane.passwords.close()
             await self.database.close()
 
     def _tasks(self) -> list[Task]:

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control_plane.data.database import Database
 from control_plane.documents import Documents, bump
 from control_plane.http.metrics import Metrics
+from control_plane.passwords import Passwords
 from control_plane.pure.roles import Principal
 from control_plane.settings import Settings
 
@@ -36,6 +37,7 @@ class Plane:
     documents: Documents
     metrics: Metrics
     clock: Callable[[], int]
+    passwords: Passwords
 
     @asynccontextmanager
     async def change(self, *documents: str) -> AsyncIterator[AsyncConnection]:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,17 @@ _POOL_TIMEOUT = 5.0
 _BUSY_TIMEOUT = 5.0
 
 
+# Of a connection: what is called once its transaction is in the database
+_LATER = "after commit"
+
+
 class DatabaseError(Exception):
     """The database cannot be used as configured; the message is one sentence with the fix."""
+
+
+def after_commit(connection: AsyncConnection, call: Callable[[], None]) -> None:
+    """Call this at the end of the transaction of a store, if it is committed."""
+    connection.sync_connection.info[_LATER].append(call)  # type: ignore[union-attr]  # it has begun
 
 
 class Store:
@@ -56,13 +65,13 @@ class Store:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """A transaction, committed at the end of the block. Raises StorageUnavailable."""
+        later: list[Callable[[], None]] = []
         with _explained():
-            if self._writing is None:
-                async with self._writer.begin() as connection:
-                    yield connection
-            else:
-                async with self._writing, self._writer.begin() as connection:
-                    yield connection
+            async with self._writing or nullcontext(), self._writer.begin() as connection:
+                connection.sync_connection.info[_LATER] = later  # type: ignore[union-attr]  # it has begun
+                yield connection
+        for call in later:
+            call()
 
     async def close(self) -> None:
         await self._reader.dispose()

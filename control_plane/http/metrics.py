@@ -37,6 +37,9 @@ class Metrics:
         self.database_errors = Counter(
             "control_plane_database_errors", "Requests that the database failed.", registry=self.registry
         )
+        self.password_hashes = Counter(
+            "control_plane_password_hashes", "Hashes of passwords made or checked.", registry=self.registry
+        )
         build = Gauge(
             "control_plane_build_info",
             "Always 1; the labels say what runs.",

@@ -126,6 +126,9 @@ def translate(request: Request, error: Exception) -> Refused:
             return error
         case RequestValidationError():
             return _invalid(error)
+        case HTTPException(__cause__=Refused() as cause):
+            # Of the body, which FastAPI reads.
+            return cause
         case HTTPException(status_code=405, headers=headers):
             allow = ", ".join(sorted((headers or {}).get("Allow", "").split(", ")))
             message = f"{request.method[:32]} is not allowed on {path!r}; use {allow}."

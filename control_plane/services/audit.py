@@ -1,13 +1,17 @@
 """The audit log: a row in the transaction of every change, without secrets. Nothing changes or deletes a row."""
 
+import logging
 from typing import Any, NamedTuple
 
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from control_plane.data.database import after_commit
 from control_plane.data.tables import audit
-from control_plane.plane import Act
+from control_plane.plane import Act, Plane
 from control_plane.pure.ids import new_id
+
+log = logging.getLogger(__name__)
 
 
 class Object(NamedTuple):
@@ -29,9 +33,10 @@ async def record(
 ) -> None:
     """Write one row. `action`: `key.create`. `before` and `after`: JSON, from which the caller has left out secrets."""
     principal = act.principal
+    id = new_id("aud", act.at)
     await connection.execute(
         insert(audit).values(
-            id=new_id("aud", act.at),
+            id=id,
             at=act.at,
             actor_kind=principal.kind,
             actor=principal.user,
@@ -46,3 +51,23 @@ async def record(
             request_id=act.request_id,
         )
     )
+    fields = {
+        "id": id,
+        "action": action,
+        "actor_kind": principal.kind,
+        "actor": principal.user,
+        "object": object.id,
+        "organisation": object.organisation,
+        "address": act.address,
+        "request_id": act.request_id,
+    }
+    shown = {name: value for name, value in fields.items() if value is not None}
+    after_commit(connection, lambda: log.info("audit", extra={"fields": shown}))
+
+
+async def note_denied(plane: Plane, act: Act, resource: str, id: str | None, method: str) -> None:
+    """Write that somebody was refused. `resource`: as in the URL, `keys`."""
+    kind = resource.removesuffix("s")[:32] or "unknown"
+    async with plane.database.main.write() as connection:
+        what = Object(kind, id and id[:256])
+        await record(connection, act, f"{kind}.denied", what, after={"method": method})

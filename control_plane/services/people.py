@@ -1,11 +1,13 @@
 """Who people are: the rights of a user, and of a management token that acts for one."""
 
+from collections.abc import Sequence
+
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control_plane.data.tables import memberships, tokens, users
+from control_plane.data.tables import memberships, organisations, tokens, users
 from control_plane.plane import Plane
-from control_plane.pure.roles import ORGANISATION_ROLES, Principal
+from control_plane.pure.roles import ORGANISATION_ROLES, PLATFORM_ROLES, Principal
 from control_plane.services.tokens import is_management
 from inference_api.policy.keys import sha256
 
@@ -39,22 +41,30 @@ async def by_name(connection: AsyncConnection, name: str) -> Principal | None:
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         return None
-    found = await connection.execute(
-        select(memberships.c.organisation, memberships.c.role).where(memberships.c.user == name)
+    query = (
+        select(memberships.c.organisation, memberships.c.role)
+        .join(organisations, organisations.c.name == memberships.c.organisation)
+        .where(memberships.c.user == name, organisations.c.ended_at.is_(None))
     )
+    found = await connection.execute(query)
     return Principal("user", name, row.platform_role, {row.organisation: row.role for row in found})
 
 
 def limited(maker: Principal, organisation: str | None, role: str | None) -> Principal:
-    """The rights of a token: at most those of its maker, in `organisation` only if it names one."""
+    """The rights of a token, at most those of its maker now.
+
+    With an organisation: a role there alone. With a role only: that one on the platform alone. With neither: all.
+    """
     if organisation is None:
-        return maker if role is None else maker._replace(platform_role=role if maker.platform_role else None)
+        if role is None:
+            return maker
+        own = maker.platform_role
+        return maker._replace(platform_role=own and _lower(PLATFORM_ROLES, own, role), roles={})
     own = "owner" if maker.platform_role == "admin" else maker.roles.get(organisation)
-    if own is None:
-        return maker._replace(platform_role=None, roles={})
-    least = max(own, role or own, key=_rank)
-    return maker._replace(platform_role=None, roles={organisation: least})
+    roles = {} if own is None else {organisation: _lower(ORGANISATION_ROLES, own, role or own)}
+    return maker._replace(platform_role=None, roles=roles)
 
 
-def _rank(role: str) -> int:
-    return [str(one) for one in ORGANISATION_ROLES].index(role)
+def _lower(ranking: Sequence[str], *roles: str) -> str:
+    """The one of them that may do least."""
+    return max(roles, key=ranking.index)

@@ -118,6 +118,13 @@ async def sqlite_plane(sqlite_url: str) -> AsyncIterator[Running]:
         yield await start()
 
 
+@pytest.fixture
+async def start_sqlite(sqlite_url: str) -> AsyncIterator[Callable[..., Any]]:
+    """As `start_plane`, for what does not depend on the database."""
+    async with starting(sqlite_url) as start:
+        yield start
+
+
 class starting:
     """`async with starting(url) as start`: starts control planes over one database, and stops them at the end."""
 

@@ -7,18 +7,25 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 
-from control_plane.errors import Forbidden, NotAuthenticated
-from control_plane.http.identity import act_of, bearer, plane_of
+from control_plane.errors import Forbidden
+from control_plane.http.identity import anonymous, authenticated, plane_of
 from control_plane.http.requests import route_of
 from control_plane.plane import Act, Plane
 from control_plane.pure.roles import Permission
-from control_plane.services import people
 
 # open: without a login; self: whoever is logged in
 Access = Permission | Literal["open", "self"]
 PREFIX = "/api/v1"
 
 ROUTES: dict[tuple[str, str], Access] = {
+    ("POST", "/session"): "open",
+    ("DELETE", "/session"): "self",
+    ("GET", "/me"): "self",
+    ("PATCH", "/me"): "self",
+    ("GET", "/me/sessions"): "self",
+    ("DELETE", "/me/sessions"): "self",
+    ("GET", "/me/sessions/{id}"): "self",
+    ("DELETE", "/me/sessions/{id}"): "self",
     ("GET", "/models"): "models.see",
     ("GET", "/models/{name:path}"): "models.see",
     ("PUT", "/models/{name:path}"): "catalogue.write",
@@ -39,19 +46,12 @@ async def acting(request: Request) -> Act:
     needed = ROUTES.get((request.method, request.scope["route"].path))
     if needed is None:
         raise Forbidden(f"{request.method} of this URL is not open to anyone.")
+    if needed == "open":
+        return anonymous(request)
     act = await authenticated(request)
-    if needed != "open" and needed != "self" and act.principal.scope(needed).empty:
+    if needed != "self" and act.principal.scope(needed).empty:
         raise Forbidden(f"This needs the permission {needed}, which no role of yours has.")
     return act
-
-
-async def authenticated(request: Request) -> Act:
-    """Who asks. Raises NotAuthenticated."""
-    given = bearer(request)
-    principal = None if given is None else await people.by_token(plane_of(request), given)
-    if principal is None:
-        raise NotAuthenticated
-    return act_of(request, principal)
 
 
 Acting = Annotated[Act, Depends(acting)]
