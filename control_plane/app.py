@@ -16,6 +16,7 @@ from control_plane.documents import Documents
 from control_plane.http import pages, routers, snapshots
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import models as models_api
+from control_plane.http.api import prices as prices_api
 from control_plane.http.api import session as session_api
 from control_plane.http.guard import Guarded
 from control_plane.http.idempotency import Idempotent
@@ -23,18 +24,28 @@ from control_plane.http.metrics import Counted, Metrics
 from control_plane.http.requests import Bounded, Failures, Identified
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
-from control_plane.services import models, overrides, reports, tokens
+from control_plane.services import models, overrides, prices, reports, tokens
 from control_plane.settings import Settings
 from inference_api import __version__
 
 log = logging.getLogger(__name__)
 
-# Documents by name: what makes each. All but `tokens` are served; each name has a row in the table `revisions`.
-BUILDERS = {models.DOCUMENT: models.build, overrides.DOCUMENT: overrides.build, tokens.DOCUMENT: tokens.build}
+# Documents by name: what makes each. Each has a row in the table `revisions`; `prices` and `tokens` are not served.
+BUILDERS = {
+    models.DOCUMENT: models.build,
+    overrides.DOCUMENT: overrides.build,
+    prices.DOCUMENT: prices.build,
+    tokens.DOCUMENT: tokens.build,
+}
 # Documents that routers poll, beside the models
 POLLED: tuple[str, ...] = (overrides.DOCUMENT,)
 # Resources under /api/v1, in the order of the documentation
-RESOURCES = (session_api.router, models_api.router, fleet_api.router)
+RESOURCES = (
+    session_api.router,
+    models_api.router,
+    fleet_api.router,
+    prices_api.router,
+)
 # Routes of the machine side, beside the documents
 MACHINE: tuple[Route, ...] = routers.ROUTES
 # What runs beside the requests: functions of the Plane

@@ -13,8 +13,10 @@ from control_plane.data.tables import models
 from control_plane.documents import Built, Document
 from control_plane.errors import Refused
 from control_plane.plane import Act, Plane
-from control_plane.services import audit
+from control_plane.pure.prices import PriceRow
+from control_plane.services import audit, prices
 from inference_api.app import ENTRY
+from inference_api.features.cost import PRICE, EntryPrice
 from inference_api.routing.catalogue import describe
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.references import members_of
@@ -27,10 +29,14 @@ Check = Callable[[Stored | None], None]
 
 
 class Catalogue(NamedTuple):
-    """`stored`: valid entries by name, in the order they were added. `problems`: why others are not served."""
+    """`stored`: valid entries by name, in the order they were added. `problems`: why others are not served.
+
+    `sources`: what each stored one was made of: its row, and its price.
+    """
 
     stored: Mapping[str, Stored]
     problems: Mapping[str, str]
+    sources: Mapping[str, tuple[str, PriceRow | None]]
 
     @property
     def owners(self) -> dict[str, str]:
@@ -47,21 +53,24 @@ class _Unchanged(Exception):
 
 
 async def build(connection: AsyncConnection, known: Document | None, now: int) -> Built:
-    """GET /models. Entries that have not changed are not read again."""
-    before: Mapping[str, Stored] = {} if known is None else known.parts.stored
+    """GET /models, each with the price that holds now. Entries that have not changed are not read again."""
+    before: Catalogue = Catalogue({}, {}, {}) if known is None else known.parts
     stored: dict[str, Stored] = {}
     problems: dict[str, str] = {}
+    sources: dict[str, tuple[str, PriceRow | None]] = {}
+    listed = await prices.read(connection)
     for name, text in (
         await connection.execute(select(models.c.name, models.c.entry).order_by(models.c.position))
     ).all():
-        body = text.encode()
-        old = before.get(name)
+        source = sources[name] = text, listed.at(name, now)
         try:
-            stored[name] = old if old is not None and old.body == body else _stored(body)
+            stored[name] = before.stored[name] if before.sources.get(name) == source else _stored(*source)
         except ValidationError as exc:
             # Stays in the table: another release may read it, and a PUT of the name replaces it.
             problems[name] = describe(exc)
-    return Built(Snapshot(stored).listing.body, Catalogue(stored, problems))
+            del sources[name]
+    body = Snapshot(stored).listing.body
+    return Built(body, Catalogue(stored, problems, sources), listed.next_after(now))
 
 
 def catalogue(plane: Plane) -> Catalogue:
@@ -71,30 +80,43 @@ def catalogue(plane: Plane) -> Catalogue:
 
 
 async def put(plane: Plane, act: Act, entry: CatalogueEntry, check: Check = lambda stored: None) -> tuple[Stored, bool]:
-    """Create or replace a model; returns it and whether it is new. Stored when this returns. Raises Refused."""
-    name = entry.name
+    """Create or replace a model; returns it and whether it is new. Stored when this returns. Raises Refused.
+
+    Another price than the one that holds is added to the prices, from now; without a price that one stays.
+    """
     try:
         async with plane.change(DOCUMENT) as connection:
-            current = (await build(connection, plane.documents.get(DOCUMENT), act.at)).parts
-            old: Stored | None = current.stored.get(name)
+            current: Catalogue = (await build(connection, plane.documents.get(DOCUMENT), act.at)).parts
+            old = current.stored.get(entry.name)
             check(old)
             _refuse_clash(entry, current.owners)
-            new = _render(entry, created=(old and old.entry.created) or act.at // 1000)
+            held = (await prices.read(connection)).at(entry.name, act.at)
+            given = PRICE.of(entry)
+            adds = given is not None and (held is None or held.price != given)
+            if adds and isinstance(given, EntryPrice):
+                await prices.add_from_entry(connection, act, entry.name, given, "cached_input" in given.written)
+            new = _render(_priced(entry, None if adds else held), created=(old and old.entry.created) or act.at // 1000)
             if old is not None and old == new:
                 raise _Unchanged(old)
-            values = {"entry": new.body.decode(), "updated_at": act.at, "updated_by": act.principal.user}
-            known = old is not None or name in current.problems
-            if known:
-                await connection.execute(update(models).where(models.c.name == name).values(**values))
-            else:
-                await connection.execute(insert(models).values(name=name, **values))
-            verb = "update" if known else "create"
-            before = None if old is None else json.loads(old.body)
-            what = audit.Object("model", name)
-            await audit.record(connection, act, f"model.{verb}", what, before, json.loads(new.body))
+            await _write(connection, act, current, new)
     except _Unchanged as exc:
         return exc.stored, False
+    if adds:
+        await prices.refresh(plane)
     return new, old is None
+
+
+async def _write(connection: AsyncConnection, act: Act, current: Catalogue, new: Stored) -> None:
+    name, old = new.entry.name, current.stored.get(new.entry.name)
+    values = {"entry": new.body.decode(), "updated_at": act.at, "updated_by": act.principal.user}
+    known = old is not None or name in current.problems
+    if known:
+        await connection.execute(update(models).where(models.c.name == name).values(**values))
+    else:
+        await connection.execute(insert(models).values(name=name, **values))
+    verb = "update" if known else "create"
+    before = None if old is None else json.loads(old.body)
+    await audit.record(connection, act, f"model.{verb}", audit.Object("model", name), before, json.loads(new.body))
 
 
 async def delete(plane: Plane, act: Act, name: str, check: Check = lambda stored: None) -> None:
@@ -112,8 +134,18 @@ async def delete(plane: Plane, act: Act, name: str, check: Check = lambda stored
         await audit.record(connection, act, "model.delete", audit.Object("model", name), before)
 
 
-def _stored(body: bytes) -> Stored:
-    return Stored(body, etag_of(body), ENTRY.model_validate_json(body))
+def _stored(text: str, price: PriceRow | None) -> Stored:
+    body = text.encode()
+    entry = ENTRY.model_validate_json(body)
+    shown = _priced(entry, price)
+    return Stored(body, etag_of(body), entry) if shown is entry else _render(shown, created=0)
+
+
+def _priced(entry: CatalogueEntry, price: PriceRow | None) -> CatalogueEntry:
+    """The entry with this price; itself if it has that, or there is none."""
+    if price is None or PRICE.of(entry) == price.price:
+        return entry
+    return entry.model_copy(update={"price": price.entry_price()})
 
 
 def _render(entry: CatalogueEntry, created: int) -> Stored:

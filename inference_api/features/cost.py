@@ -7,7 +7,15 @@ from collections.abc import Awaitable, Iterator, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
 
 from inference_api.core import Core
 from inference_api.feature import Feature, Switch
@@ -47,6 +55,12 @@ class Price(NamedTuple):
     request: int
 
 
+class EntryPrice(Price):
+    """The price of an entry, which a registry can write again: `written` has what people wrote."""
+
+    written: Mapping[str, int | float]
+
+
 class PriceEntry(BaseModel):
     """A price as people write it: CURRENCY per million tokens, and per request; at most 9 decimals."""
 
@@ -75,13 +89,21 @@ class PriceEntry(BaseModel):
             nanos(amount)
         return amount
 
-    def price(self) -> Price:
+    def price(self) -> EntryPrice:
         cached = self.input if self.cached_input is None else self.cached_input
-        return Price(nanos(self.input), nanos(cached), nanos(self.output), nanos(self.request))
+        price = EntryPrice(nanos(self.input), nanos(cached), nanos(self.output), nanos(self.request))
+        price.written = {name: _number(one) for name, one in self if one is not None and name in self.model_fields_set}
+        return price
+
+
+def _number(amount: Decimal) -> int | float:
+    return int(amount) if amount == amount.to_integral_value() else float(amount)
 
 
 # Entries have the plain integers, which requests read.
-_InNanos = Annotated[PriceEntry, AfterValidator(PriceEntry.price)]
+_InNanos = Annotated[
+    PriceEntry, AfterValidator(PriceEntry.price), PlainSerializer(lambda price: dict(price.written), return_type=dict)
+]
 PRICE: EntryKey[Price | None] = EntryKey("price", _InNanos | None, None)
 
 

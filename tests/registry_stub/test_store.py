@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inference_api.app import ENTRY
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.routing.entries import CatalogueEntry
 from registry_stub.database import StoreError
@@ -52,6 +53,18 @@ def test_what_is_listed_parses_to_what_was_put(store: Store, raw: dict[str, Any]
 def test_a_document_has_only_the_keys_that_were_set(store: Store) -> None:
     stored, _ = store.put(entry("a", balancing="two_choices"), now=7)
     assert json.loads(stored.body) == {"name": "a", "balancing": "two_choices", "created": 7}
+
+
+@pytest.mark.parametrize(
+    "price", [{"input": 0.2, "cached_input": 0.02, "output": 3, "request": 0}, {"input": 0.1, "output": 1e-9}]
+)
+def test_a_price_is_listed_as_it_was_put(store: Store, price: dict[str, float]) -> None:
+    made = ENTRY.model_validate({"name": "a", "price": price})
+
+    stored, _ = store.put(made, now=7)
+
+    assert json.loads(stored.body)["price"] == price
+    assert getattr(ENTRY.model_validate_json(stored.body), "price") == getattr(made, "price")  # noqa: B009
 
 
 def test_models_keep_their_order_when_replaced_and_when_reopened(database: Path) -> None:

@@ -37,6 +37,8 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("GET", "/overrides/{id}"): "backends.see",
     ("POST", "/overrides"): "backends.operate",
     ("DELETE", "/overrides/{id}"): "backends.operate",
+    ("GET", "/prices"): "prices.write",
+    ("POST", "/prices"): "prices.write",
 }
 
 

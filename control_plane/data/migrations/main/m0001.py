@@ -418,7 +418,7 @@ def upgrade() -> None:
         # Written every few seconds, and sent again after a crash.
         op.execute("ALTER TABLE routers SET UNLOGGED")
     # Of the documents that routers poll, and of the tokens.
-    rows = [{"document": name, "revision": 1} for name in ("models", "policy", "overrides", "tokens")]
+    rows = [{"document": name, "revision": 1} for name in ("models", "policy", "overrides", "prices", "tokens")]
     op.bulk_insert(sa.table("revisions", sa.column("document", sa.String), sa.column("revision", sa.BigInteger)), rows)
 
 
