@@ -5,7 +5,6 @@ import asyncio
 import sys
 from collections.abc import Mapping
 
-from control_plane import serving
 from control_plane.data import schema
 from control_plane.data.database import DatabaseError
 from control_plane.settings import PREFIX, Settings, SettingsError, load_settings
@@ -62,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    # Here: the other commands need no web server.
+    from control_plane import serving
+
     return serving.serve(load_settings(options=_options(arguments)))
 
 

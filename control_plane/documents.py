@@ -80,6 +80,8 @@ class Documents:
         self._changed = asyncio.Condition()
         self._building = {name: asyncio.Lock() for name in builders}
         self._failed = False
+        # Requests that wait for a change
+        self.waiting = 0
         self.stopping = False
 
     @property
@@ -123,11 +125,14 @@ class Documents:
 
     async def wait(self, name: str, etag_in: Callable[[], str | None], known: str, seconds: float) -> None:
         """Wait until the ETag differs from `known`, the time is over, or the control plane stops."""
+        self.waiting += 1
         try:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self.stopping or etag_in() != known)
         except TimeoutError:
             return
+        finally:
+            self.waiting -= 1
 
     async def stop(self) -> None:
         """Answer all who wait, and let nobody wait any more."""

@@ -23,6 +23,8 @@ def serve(settings: Settings) -> int:
     """Raises SettingsError, DatabaseError."""
     configure_logging(settings.log_level, settings.log_format)
     log_unhandled()
+    # Says at info what each connection begins with.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     with ExitStack() as stack:
         if settings.url.get_backend_name() == "sqlite":
             stack.enter_context(schema.file_lock(Path(settings.url.database or "")))

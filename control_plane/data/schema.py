@@ -8,10 +8,9 @@ nothing to do.
 import asyncio
 import fcntl
 import logging
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -20,6 +19,7 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, MetaData, create_engine, inspect, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -139,6 +139,8 @@ async def _run(url: URL, part: Part, call: Callable[[Connection], T]) -> T:
     try:
         async with engine.begin() as connection:
             return await connection.run_sync(call)
+    except DBAPIError as exc:
+        raise DatabaseError(f"the database cannot be used: {exc.orig}") from None
     except OSError as exc:
         raise DatabaseError(f"the database cannot be reached: {exc.strerror or exc}") from None
     finally:
@@ -156,8 +158,8 @@ def _run_sqlite(path: Path, call: Callable[[Connection], T]) -> T:
             connection.commit()
             with connection.begin():
                 return call(connection)
-    except sqlite3.Error as exc:
-        raise DatabaseError(f"the database {str(path)!r} cannot be used: {exc}") from None
+    except DBAPIError as exc:
+        raise DatabaseError(f"the database {str(path)!r} cannot be used: {exc.orig}") from None
     finally:
         engine.dispose()
 
@@ -170,7 +172,7 @@ def _file(url: URL, part: Part) -> Path:
 @asynccontextmanager
 async def _locked(url: URL, patience: float) -> AsyncIterator[None]:
     if url.get_backend_name() == "sqlite":
-        with file_lock(Path(url.database or ""), patience, ".migrating"):
+        async with _file_locked(Path(url.database or ""), patience):
             yield
         return
     engine = create_async_engine(url.set(drivername="postgresql+asyncpg"), poolclass=NullPool)
@@ -189,8 +191,23 @@ async def _locked(url: URL, patience: float) -> AsyncIterator[None]:
         await engine.dispose()
 
 
+@asynccontextmanager
+async def _file_locked(path: Path, patience: float) -> AsyncIterator[None]:
+    deadline = time.monotonic() + patience
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(file_lock(path, ".migrating"))
+                break
+            except DatabaseError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+        yield
+
+
 @contextmanager
-def file_lock(path: Path, timeout: float = 0.0, suffix: str = "") -> Iterator[None]:
+def file_lock(path: Path, suffix: str = "") -> Iterator[None]:
     """Hold a lock beside a SQLite file: one process per file. Raises DatabaseError if another one has it."""
     name = path.with_name(f"{path.name}{suffix}.lock")
     try:
@@ -201,16 +218,10 @@ def file_lock(path: Path, timeout: float = 0.0, suffix: str = "") -> Iterator[No
             "choose a file in an existing directory that this user can write to"
         ) from None
     with closing(lock):
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise DatabaseError(
-                        f"the database {str(path)!r} is in use by another control plane; "
-                        "stop that one, or choose another"
-                    ) from None
-                time.sleep(0.05)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatabaseError(
+                f"the database {str(path)!r} is in use by another control plane; stop that one, or choose another"
+            ) from None
         yield

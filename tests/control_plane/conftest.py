@@ -90,12 +90,19 @@ class Running:
     """A control plane. `client`: without credentials; `admin`: with a management token of the platform admin `ana`;
     `router`: with a service token that has every scope."""
 
-    def __init__(self, application: Application, url: str, clock: Clock, clients: list[httpx.AsyncClient]) -> None:
+    def __init__(
+        self, application: Application, server: Server, url: str, clock: Clock, clients: list[httpx.AsyncClient]
+    ) -> None:
         self.application = application
+        self._server = server
         self.plane = application.plane
         self.url = url
         self.clock = clock
         self.client, self.admin, self.router = clients
+
+    def stop(self) -> None:
+        """As SIGTERM does."""
+        self._server.should_exit = True
 
 
 @pytest.fixture
@@ -128,8 +135,10 @@ async def start_sqlite(sqlite_url: str) -> AsyncIterator[Callable[..., Any]]:
 class starting:
     """`async with starting(url) as start`: starts control planes over one database, and stops them at the end."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seeded: bool = True) -> None:
         self._url = url
+        # Whether there is a user with a token
+        self._seeded = seeded
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Callable[..., Any]:
@@ -150,14 +159,14 @@ class starting:
         self._stack.callback(listener.close)
         self._stack.callback(setattr, server, "should_exit", True)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        token = await management_token(application.plane.database, "ana", "admin")
+        token = await management_token(application.plane.database, "ana", "admin") if self._seeded else "none"
         clients = [
             await self._stack.enter_async_context(
                 httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, headers=headers)
             )
             for headers in ({}, {"authorization": f"Bearer {token}"}, {"authorization": f"Bearer {SERVICE_TOKEN}"})
         ]
-        return Running(application, url, clock, clients)
+        return Running(application, server, url, clock, clients)
 
 
 async def management_token(database: Database, name: str, role: str | None) -> str:
