@@ -18,10 +18,11 @@ from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import prices as prices_api
 from control_plane.http.api import session as session_api
+from control_plane.http.counting import Counted
 from control_plane.http.guard import Guarded
 from control_plane.http.idempotency import Idempotent
-from control_plane.http.metrics import Counted, Metrics
 from control_plane.http.requests import Bounded, Failures, Identified
+from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
 from control_plane.services import models, overrides, prices, reports, tokens

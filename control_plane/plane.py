@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.database import Database
 from control_plane.documents import Documents, bump
-from control_plane.http.metrics import Metrics
+from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.pure.roles import Principal
 from control_plane.settings import Settings

@@ -14,7 +14,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from control_plane.errors import Problem, Refused, StorageUnavailable, envelope
-from control_plane.http.metrics import ROUTE, Metrics
+from control_plane.http.counting import ROUTE
+from control_plane.metrics import Metrics
 from inference_api.features.trusted_proxies import Network, TrustedProxies
 
 log = logging.getLogger(__name__)

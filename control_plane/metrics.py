@@ -8,14 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_api import __version__
 from inference_api.http.negotiation import OPENMETRICS, TEXT, wants_openmetrics
-
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
-# Of a request's scope: the name of its route, for metrics
-ROUTE = "control_plane.route"
 
 
 class Metrics:
@@ -56,39 +51,3 @@ class Metrics:
         openmetrics = wants_openmetrics(",".join(request.headers.getlist("accept")))
         write: Callable[[CollectorRegistry], bytes] = generate_openmetrics if openmetrics else generate_latest
         return Response(write(self.registry), headers={"content-type": OPENMETRICS if openmetrics else TEXT})
-
-
-class Counted:
-    """ASGI layer: counts and times every request, with a bounded set of labels."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        metrics, began = self._metrics, self._metrics.clock()
-        # For requests without an answer, an outer layer makes one.
-        status = 500
-
-        async def counted_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, counted_send)
-        finally:
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            route = _route(scope)
-            metrics.requests.labels(method, route, str(status)).inc()
-            metrics.durations.labels(method, route).observe(metrics.clock() - began)
-
-
-def _route(scope: Scope) -> str:
-    """The pattern of the route, `/models/{name:path}`; Starlette leaves it in the scope of what it mounted."""
-    name: str | None = scope.get(ROUTE)
-    return name or "other"
