@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from control_plane.data.database import Database
 from control_plane.documents import Documents
-from control_plane.http import pages, routers, snapshots
+from control_plane.http import ingest, pages, routers, snapshots
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import prices as prices_api
@@ -48,7 +48,7 @@ RESOURCES = (
     prices_api.router,
 )
 # Routes of the machine side, beside the documents
-MACHINE: tuple[Route, ...] = routers.ROUTES
+MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES)
 # What runs beside the requests: functions of the Plane
 TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping,)
 MAX_BODY_BYTES = 1024 * 1024

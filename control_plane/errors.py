@@ -37,9 +37,11 @@ class Refused(Exception):
 
 
 class StorageUnavailable(Refused):
-    def __init__(self) -> None:
+    """`seconds`: after which to try again."""
+
+    def __init__(self, seconds: int = 5) -> None:
         message = "The control plane cannot use its database at the moment. Try again later; routers go on as they are."
-        super().__init__(503, "storage_unavailable", message, headers={"Retry-After": "5"})
+        super().__init__(503, "storage_unavailable", message, headers={"Retry-After": str(seconds)})
 
 
 class NotFound(Refused):

@@ -35,6 +35,11 @@ class Metrics:
         self.password_hashes = Counter(
             "control_plane_password_hashes", "Hashes of passwords made or checked.", registry=self.registry
         )
+        self.usage_records = Counter(
+            "control_plane_usage_records", "Usage records of routers.", ["result"], registry=self.registry
+        )
+        for result in ("accepted", "duplicate", "refused"):
+            self.usage_records.labels(result)
         build = Gauge(
             "control_plane_build_info",
             "Always 1; the labels say what runs.",

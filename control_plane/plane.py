@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,6 +14,7 @@ from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.pure.roles import Principal
 from control_plane.settings import Settings
+from control_plane.usage_state import UsageState
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Plane:
     metrics: Metrics
     clock: Callable[[], int]
     passwords: Passwords
+    usage: UsageState = field(default_factory=UsageState)
 
     @asynccontextmanager
     async def change(self, *documents: str) -> AsyncIterator[AsyncConnection]:

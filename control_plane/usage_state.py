@@ -1,0 +1,17 @@
+"""What a process remembers of usage, beside the database: nothing that could not be read again."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class UsageState:
+    """`working`: batches that are being stored. `days`: those whose partitions exist.
+
+    `answers`: sums by question, (Unix milliseconds until which they are shown, answer). `spend`: the last GET /spend.
+    """
+
+    working: int = 0
+    days: set[int] = field(default_factory=set)
+    answers: dict[Any, tuple[int, Any]] = field(default_factory=dict)
+    spend: Any = None
