@@ -15,9 +15,11 @@ from control_plane.data.database import Database
 from control_plane.documents import Documents
 from control_plane.http import ingest, pages, routers, snapshots
 from control_plane.http.api import fleet as fleet_api
+from control_plane.http.api import keys as keys_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import prices as prices_api
 from control_plane.http.api import session as session_api
+from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.counting import Counted
 from control_plane.http.guard import Guarded
 from control_plane.http.idempotency import Idempotent
@@ -25,7 +27,7 @@ from control_plane.http.requests import Bounded, Failures, Identified
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
-from control_plane.services import models, overrides, prices, reports, tokens
+from control_plane.services import models, overrides, policy, prices, reports, tokens
 from control_plane.settings import Settings
 from inference_api import __version__
 
@@ -35,15 +37,17 @@ log = logging.getLogger(__name__)
 BUILDERS = {
     models.DOCUMENT: models.build,
     overrides.DOCUMENT: overrides.build,
+    policy.DOCUMENT: policy.build,
     prices.DOCUMENT: prices.build,
     tokens.DOCUMENT: tokens.build,
 }
 # Documents that routers poll, beside the models
-POLLED: tuple[str, ...] = (overrides.DOCUMENT,)
+POLLED: tuple[str, ...] = (overrides.DOCUMENT, policy.DOCUMENT)
 # Resources under /api/v1, in the order of the documentation
 RESOURCES = (
     session_api.router,
     models_api.router,
+    keys_api.router,
     fleet_api.router,
     prices_api.router,
 )
@@ -70,7 +74,7 @@ class Application:
         self.plane = Plane(settings, self.database, documents, metrics, clock, passwords)
         self.api_port: int | None = None
         failures = Failures(self.plane.metrics)
-        api = _api(self.plane, failures)
+        api = JsonBodies(_api(self.plane, failures))
         machine = [
             *snapshots.routes(*POLLED),
             *MACHINE,

@@ -8,8 +8,7 @@ import asyncio
 import gzip
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import select, update
@@ -28,26 +27,27 @@ POLL = 0.5
 
 @dataclass(frozen=True)
 class Built:
-    """`parts`: what was made of it on the way. `until`: Unix milliseconds at which it changes by itself."""
+    """`parts`: what was made of it on the way. `until`: Unix milliseconds at which it changes by itself.
+
+    `compressed`: its gzip, if the builder has it.
+    """
 
     body: bytes
     parts: Any = None
     until: int | None = None
+    compressed: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Document:
-    """JSON as it goes out, its strong ETag, and what belongs to it."""
+    """JSON as it goes out, the same by gzip, its strong ETag, and what belongs to it."""
 
     body: bytes
+    compressed: bytes
     etag: str
     revision: int
     parts: Any = None
     until: int | None = None
-
-    @cached_property
-    def compressed(self) -> bytes:
-        return gzip.compress(self.body, compresslevel=6)
 
 
 # Makes a document from a transaction that reads; gets the one before it, and the time in Unix milliseconds.
@@ -64,6 +64,13 @@ async def bump(connection: AsyncConnection, document: str) -> int:
     )
     found: int = (await connection.execute(statement)).scalar_one()
     return found
+
+
+def _document(built: Built, revision: int, known: Document | None) -> Document:
+    if known is not None and known.body == built.body:
+        return replace(known, revision=revision, parts=built.parts, until=built.until)
+    compressed = gzip.compress(built.body, compresslevel=6) if built.compressed is None else built.compressed
+    return Document(built.body, compressed, etag_of(built.body), revision, built.parts, built.until)
 
 
 class Documents:
@@ -108,15 +115,15 @@ class Documents:
         """Make a document anew if the database has another revision, or its time has come."""
         async with self._building[name]:
             known = self._current.get(name)
-            async with self._store.read() as connection:
+            async with self._store.read(at_once=True) as connection:
                 query = select(revisions.c.revision).where(revisions.c.document == name)
                 revision: int = (await connection.execute(query)).scalar_one()
                 if known is not None and known.revision == revision and not self._due(known):
                     return known
                 built = await self._builders[name](connection, known, self._clock())
-            same = known is not None and known.body == built.body
-            etag = known.etag if known is not None and same else await asyncio.to_thread(etag_of, built.body)
-            document = Document(built.body, etag, revision, built.parts, built.until)
+            # A large one would stop the event loop.
+            document = await asyncio.to_thread(_document, built, revision, known)
+            same = known is not None and known.etag == document.etag
             self._current[name] = document
             if not same:
                 async with self._changed:

@@ -6,6 +6,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 
 class Problem(NamedTuple):
     """One invalid value of a body."""
@@ -70,6 +72,18 @@ class Invalid(Refused):
     def __init__(self, *problems: Problem) -> None:
         first = problems[0]
         super().__init__(422, "validation_error", f"{first.param}: {first.message}", param=first.param, errors=problems)
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """What is wrong with a value, in the words of the API."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:50]
+    return [Problem(".".join(map(str, one["loc"])), reason_of(one["msg"])) for one in found]
+
+
+def reason_of(message: str) -> str:
+    """The message of pydantic as part of a sentence."""
+    text = message.removeprefix("Value error, ")
+    return f"{text[0].lower()}{text[1:]}" if text else text
 
 
 def envelope(error: Refused, request_id: str) -> dict[str, Any]:

@@ -94,9 +94,9 @@ class FakeRegistry(ScriptedServer):
         elif request.header("if-none-match") == self.etag:
             if self.waits and request.header("prefer") == "wait=25":
                 await self._wait(line)
-            await self._say_policy(line, request.header("if-none-match") == self.etag)
+            await self._say_policy(request, line, request.header("if-none-match") == self.etag)
         else:
-            await self._say_policy(line, False)
+            await self._say_policy(request, line, False)
 
     async def _wait(self, line: Line) -> None:
         self.waiting += 1
@@ -109,8 +109,8 @@ class FakeRegistry(ScriptedServer):
             changed.cancel()
             left.cancel()
 
-    async def _say_policy(self, line: Line, is_known: bool) -> None:
-        applied = b"preference-applied: wait=25\r\n" if self.waits else b""
+    async def _say_policy(self, request: Received, line: Line, is_known: bool) -> None:
+        applied = b"preference-applied: wait=25\r\n" if self.waits and request.header("prefer") else b""
         head = b"etag: " + self.etag.encode() + b"\r\ncache-control: no-cache\r\n" + applied
         await self._say(line, "304 Not Modified" if is_known else "200 OK", b"" if is_known else self._document, head)
 

@@ -54,11 +54,13 @@ class Store:
         self._writing = asyncio.Lock() if dialect == "sqlite" else None
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that only reads. Raises StorageUnavailable."""
+    async def read(self, at_once: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction that only reads. `at_once`: all its statements see one moment. Raises StorageUnavailable."""
         with _explained():
             async with self._reader.connect() as connection:
                 if self.dialect == "postgresql":
+                    if at_once:
+                        await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
                     await connection.execute(text(f"SET LOCAL statement_timeout = {_STATEMENT_TIMEOUT}"))
                 yield connection
 

@@ -149,6 +149,7 @@ login_failures = Table(
     Index("ix_login_failures_address_at", "address", "at"),
 )
 
+# `revision`: of the policy, when the row was last changed: the policy is made anew from what is newer than it.
 keys = Table(
     "keys",
     metadata,
@@ -170,6 +171,8 @@ keys = Table(
     Column("created_by", Name),
     Column("ended_at", BigInteger),
     Column("last_used_at", BigInteger),
+    Column("revision", BigInteger, nullable=False, default=0, index=True),
+    Index("ix_keys_created_at_id", "created_at", "id"),
 )
 
 # `kind`: management or service. `user`: whose rights a management token has, lowered to `role` in `organisation`.
@@ -234,6 +237,7 @@ prices = Table(
     Index("ix_prices_model_valid_from", "model", "valid_from"),
 )
 
+# `revision`: as that of keys; of its versions and labels, too.
 prompts = Table(
     "prompts",
     metadata,
@@ -242,6 +246,7 @@ prompts = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("created_by", Name),
     Column("ended_at", BigInteger),
+    Column("revision", BigInteger, nullable=False, default=0, index=True),
 )
 # `body`: {"messages": [...]} or {"text": "..."}, and "variables".
 prompt_versions = Table(

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from control_plane.errors import Problem, Refused, StorageUnavailable, envelope
+from control_plane.errors import Problem, Refused, StorageUnavailable, envelope, reason_of
 from control_plane.http.counting import ROUTE
 from control_plane.metrics import Metrics
 from inference_api.features.trusted_proxies import Network, TrustedProxies
@@ -152,7 +152,7 @@ def _invalid(error: RequestValidationError) -> Refused:
     if any(one["type"] == "json_invalid" for one in errors):
         reason = errors[0].get("ctx", {}).get("error", "")
         return Refused(400, "invalid_json", f"The body is not JSON: {reason or 'it cannot be parsed'}.")
-    problems = [Problem(_place(one["loc"]), _reason(one["msg"])) for one in errors[:50]]
+    problems = [Problem(_place(one["loc"]), reason_of(one["msg"])) for one in errors[:50]]
     first = problems[0]
     return Refused(
         422, "validation_error", f"{first.param}: {first.message}", param=first.param or None, errors=problems
@@ -162,11 +162,6 @@ def _invalid(error: RequestValidationError) -> Refused:
 def _place(loc: tuple[Any, ...]) -> str:
     """`limits.0.per`; the part of the request that it is in is known from the name."""
     return ".".join(map(str, loc[1:])) or str(loc[0])
-
-
-def _reason(message: str) -> str:
-    text = message.removeprefix("Value error, ")
-    return f"{text[0].lower()}{text[1:]}" if text else text
 
 
 def route_of(scope: Scope, prefix: str = "") -> None:

@@ -23,11 +23,11 @@ LONGEST_WAIT = 30
 
 
 class Content(NamedTuple):
-    """`compressed`: the same, by gzip, made when it is asked for."""
+    """`compressed`: the same, by gzip."""
 
     body: bytes
     etag: str
-    compressed: Callable[[], bytes] | None = None
+    compressed: bytes | None = None
 
 
 def routes(*documents: str) -> list[Route]:
@@ -68,7 +68,7 @@ async def _model(request: Request) -> Response:
 
 def _whole(plane: Plane, name: str) -> Content:
     found = plane.documents.get(name)
-    return Content(found.body, found.etag, lambda: found.compressed)
+    return Content(found.body, found.etag, found.compressed)
 
 
 def _one(plane: Plane, name: str) -> Content:
@@ -100,7 +100,7 @@ async def answer(request: Request, document: str, read: Callable[[Plane], Conten
         return Response(status_code=304, headers=headers)
     if content.compressed is not None and takes_gzip(",".join(request.headers.getlist("accept-encoding"))):
         headers["Content-Encoding"] = "gzip"
-        return json(content.compressed(), headers=headers)
+        return json(content.compressed, headers=headers)
     return json(content.body, headers=headers)
 
 

@@ -32,9 +32,9 @@ class NewKey(NamedTuple):
     digest: str
 
 
-def new_key(pepper: str | None = None, prefix: str = KEY) -> NewKey:
-    """Make a random key."""
-    id = _random(ID_LENGTH)
+def new_key(pepper: str | None = None, prefix: str = KEY, id: str | None = None) -> NewKey:
+    """Make a random key. `id`: of a key that gets another secret."""
+    id = id or _random(ID_LENGTH)
     start = f"{prefix}{id}-{_random(SECRET_LENGTH)}"
     key = start + checksum(start.encode())
     return NewKey(key, id, digest(key.encode(), pepper))

@@ -109,6 +109,7 @@ class Snapshot:
     async def _poll(self) -> float:
         """Poll once. Returns the seconds until the next poll."""
         began = self._clock()
+        is_first = self.etag is None
         try:
             answer = await self._get()
             try:
@@ -127,7 +128,9 @@ class Snapshot:
             self.etag = answer.etag
         self._follower.confirm()
         if not answer.waits:
-            return spread(self._refresh, self._rand())
+            # The first time it was not asked to wait: the answer does not say whether it would.
+            pause = min(_SHORTEST, self._refresh) if is_first and self._waits and self.etag else self._refresh
+            return spread(pause, self._rand())
         return 0.0 if self._clock() - began >= _SHORTEST else spread(_SHORTEST, self._rand())
 
     async def _get(self) -> Polled:

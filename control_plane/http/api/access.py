@@ -39,6 +39,12 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("DELETE", "/overrides/{id}"): "backends.operate",
     ("GET", "/prices"): "prices.write",
     ("POST", "/prices"): "prices.write",
+    ("GET", "/keys"): "keys.see",
+    ("POST", "/keys"): "keys.write",
+    ("GET", "/keys/{id}"): "keys.see",
+    ("PATCH", "/keys/{id}"): "keys.write",
+    ("DELETE", "/keys/{id}"): "keys.write",
+    ("POST", "/keys/{id}/rotate"): "keys.write",
 }
 
 

@@ -3,7 +3,7 @@
 import base64
 import binascii
 from collections.abc import Callable, Sequence
-from typing import Annotated, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import orjson
 from fastapi import Depends, Query
@@ -27,6 +27,12 @@ class Place(NamedTuple):
 
     limit: int
     after: list[str | int] | None
+
+    def key(self, *kinds: type[str | int]) -> Any:
+        """The sort key `after`, of these types; None: the first page. Raises Invalid."""
+        if self.after is not None and [type(one) for one in self.after] != list(kinds):
+            raise _wrong()
+        return self.after
 
 
 def _place(
@@ -56,5 +62,12 @@ def _decoded(text: str) -> list[str | int]:
     except (ValueError, binascii.Error):
         found = None
     if not isinstance(found, list) or not all(isinstance(one, str | int) for one in found):
-        raise Invalid(Problem("after", "must be the `next` of the page before"))
+        raise _wrong()
+    if any("\0" in one if isinstance(one, str) else not -(2**63) <= one < 2**63 for one in found):
+        # No database stores these.
+        raise _wrong()
     return found
+
+
+def _wrong() -> Invalid:
+    return Invalid(Problem("after", "must be the `next` of the page before"))

@@ -317,13 +317,16 @@ def upgrade() -> None:
         sa.Column("created_by", sa.String(length=128), nullable=True),
         sa.Column("ended_at", sa.BigInteger(), nullable=True),
         sa.Column("last_used_at", sa.BigInteger(), nullable=True),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["organisation"], ["organisations.name"], name=op.f("fk_keys_organisation")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_keys")),
         sa.UniqueConstraint("digest", name=op.f("uq_keys_digest")),
         sa.UniqueConstraint("previous_digest", name=op.f("uq_keys_previous_digest")),
     )
     with op.batch_alter_table("keys", schema=None) as batch_op:
+        batch_op.create_index("ix_keys_created_at_id", ["created_at", "id"], unique=False)
         batch_op.create_index(batch_op.f("ix_keys_organisation"), ["organisation"], unique=False)
+        batch_op.create_index(batch_op.f("ix_keys_revision"), ["revision"], unique=False)
         batch_op.create_index(batch_op.f("ix_keys_user"), ["user"], unique=False)
 
     op.create_table(
@@ -346,11 +349,13 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("created_by", sa.String(length=128), nullable=True),
         sa.Column("ended_at", sa.BigInteger(), nullable=True),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["organisation"], ["organisations.name"], name=op.f("fk_prompts_organisation")),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_prompts")),
     )
     with op.batch_alter_table("prompts", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_prompts_organisation"), ["organisation"], unique=False)
+        batch_op.create_index(batch_op.f("ix_prompts_revision"), ["revision"], unique=False)
 
     op.create_table(
         "sessions",
@@ -414,9 +419,6 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["prompt"], ["prompts.name"], name=op.f("fk_prompt_versions_prompt")),
         sa.PrimaryKeyConstraint("prompt", "version", name=op.f("pk_prompt_versions")),
     )
-    if op.get_bind().dialect.name == "postgresql":
-        # Written every few seconds, and sent again after a crash.
-        op.execute("ALTER TABLE routers SET UNLOGGED")
     # Of the documents that routers poll, and of the tokens.
     rows = [{"document": name, "revision": 1} for name in ("models", "policy", "overrides", "prices", "tokens")]
     op.bulk_insert(sa.table("revisions", sa.column("document", sa.String), sa.column("revision", sa.BigInteger)), rows)
@@ -435,6 +437,7 @@ def downgrade() -> None:
 
     op.drop_table("sessions")
     with op.batch_alter_table("prompts", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_prompts_revision"))
         batch_op.drop_index(batch_op.f("ix_prompts_organisation"))
 
     op.drop_table("prompts")
@@ -444,7 +447,9 @@ def downgrade() -> None:
     op.drop_table("memberships")
     with op.batch_alter_table("keys", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_keys_user"))
+        batch_op.drop_index(batch_op.f("ix_keys_revision"))
         batch_op.drop_index(batch_op.f("ix_keys_organisation"))
+        batch_op.drop_index("ix_keys_created_at_id")
 
     op.drop_table("keys")
     op.drop_table("users")
