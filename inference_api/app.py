@@ -9,7 +9,8 @@ from inference_api.feature import Feature
 
 from inference_api.features import (  # isort: skip
     adapters, budgets, cache, consensus, cors, cost, engine_load, fallback, hedge, hold, keys, limits, metering,
-    policy, prompts, providers, queue, race, realtime, shadow, split, tracing, trusted_proxies, usage, virtual,
+    overrides, policy, prompts, providers, queue, race, realtime, reports, shadow, split, tracing, trusted_proxies,
+    usage, virtual,
 )  # fmt: skip
 from inference_api.http.pipeline import Stages
 from inference_api.observe.account import Sink
@@ -65,6 +66,9 @@ FEATURES = (
     realtime.FEATURE,
     # Annotates last: the record has what the others noted.
     usage.FEATURE,
+    # Have no layer: what operators order for backends, and reports to the control plane, which are of all others.
+    overrides.FEATURE,
+    reports.FEATURE,
 )
 # The settings of features, and the class of catalogue entries with their keys
 GROUPS = tuple(feature.options for feature in FEATURES if feature.options)

@@ -44,6 +44,7 @@ from inference_api.routing.fleet import Fleet, Model
 from inference_api.routing.health import Health
 from inference_api.routing.prober import Prober
 from inference_api.routing.registry import Registry
+from inference_api.routing.snapshots import Snapshot
 from inference_api.settings import Settings
 from inference_api.upstream.attempt import SendAttempt, SendToBackend
 from inference_api.upstream.credentials import Tokens
@@ -125,6 +126,8 @@ class Core:
         self._catalogue = static_source(settings.catalogue, outside.catalogue, self._read_credentials, entry)
         self.registry = self._make_registry()
         self._catalogue.take = self.registry.replace_static
+        # Documents of the registry beside its catalogue that features follow, by their names
+        self.snapshots: dict[str, Snapshot] = {}
         # A name to its Model, for a caller: `app` wraps it in what features refuse.
         self.look_up: Callable[[str, Caller | None], Model] = self.registry.resolve
         self.reloader = Reloader((self._catalogue, self._tokens, self._trust))
@@ -199,6 +202,11 @@ class Core:
     def on_drain(self, act: Callable[[], None]) -> None:
         """Call `act` when the process begins to stop, and maybe again."""
         self._on_drain.append(act)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the process has begun to stop."""
+        return self._stop_by is not None
 
     def seconds_left(self) -> float:
         """Until the end of the drain; infinity before it has begun."""

@@ -317,6 +317,8 @@ class _Unavailable(RouterError):
 
 class NoBackend(_Unavailable):
     code, outcome = "no_backend_available", Outcome.NO_BACKEND
+    # It had been sent to backends that an operator has then taken out.
+    withdrawn = False
 
     def __init__(
         self,

@@ -20,10 +20,12 @@ from inference_api.features import (
     fallback,
     hedge,
     keys,
+    overrides,
     policy,
     prompts,
     race,
     realtime,
+    reports,
     shadow,
     usage,
 )
@@ -79,6 +81,8 @@ def test_every_metric_is_documented_with_its_labels() -> None:
     policies = Policies("policy.yaml")
     features = (
         *engine_load.families(fleet),
+        *overrides.families({}),
+        *reports.families({}),
         *policy.families(policies),
         *realtime.families({}, {}),
         *keys.Keys(policies).collect(),

@@ -41,6 +41,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "realtime": ("on", "on"),
     "currency": ("EUR", "EUR"),
     "cache_bytes": ("1048576", 1_048_576),
+    "report_interval": ("2.5", 2.5),
     "usage_spool": ("/var/spool/usage", Path("/var/spool/usage")),
     "connect_timeout": ("1", 1.0),
     "first_byte_timeout": ("2", 2.0),

@@ -66,6 +66,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
         deliveries.listeners.append(budgets.delivered)
         core.provide(deliveries)
         spends = Spends(core.registry_client, budgets, core.rand.random)
+        core.snapshots["spend"] = spends.snapshot
         policies.on_change(lambda policy: spends.look())
         tasks.append(spends.run)
 
@@ -281,14 +282,14 @@ class Spends:
     ) -> None:
         self._budgets = budgets
         self._needed = asyncio.Event()
-        self._snapshot = Snapshot(client, "/spend", self, every, _MAX_BYTES, waits=False, rand=rand)
+        self.snapshot = Snapshot(client, "/spend", self, every, _MAX_BYTES, waits=False, rand=rand)
         self._complaint = ""
 
     async def run(self) -> None:
         """Poll until cancelled, from the first policy with budgets on."""
         self.look()
         await self._needed.wait()
-        await self._snapshot.run()
+        await self.snapshot.run()
 
     def look(self) -> None:
         """Look whether the policy has budgets."""

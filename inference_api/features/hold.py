@@ -96,9 +96,9 @@ class Holds:
                 tried = len(call.tried)
                 try:
                     return await send(call, model)
-                except NoBackend:
+                except NoBackend as exc:
                     # They went while it waited for a place.
-                    if not self._may_hold(call, model, tried):
+                    if not self._may_hold(call, model, tried, exc):
                         raise
             return await self._hold(send, call, model)
 
@@ -128,17 +128,19 @@ class Holds:
             tried = len(call.tried)
             try:
                 return await send(call, model)
-            except NoBackend:
-                if not self._may_hold(call, model, tried):
+            except NoBackend as exc:
+                if not self._may_hold(call, model, tried, exc):
                     raise
             finally:
                 if room is not None:
                     room.answered()
                     self._tidy(room)
 
-    def _may_hold(self, call: Call, model: Model, tried: int) -> bool:
-        """Whether it failed for want of any backend to try, before anything was sent."""
-        return not model.available and len(call.tried) == tried and has_hold(model.entry) and not self._is_gone(model)
+    def _may_hold(self, call: Call, model: Model, tried: int, error: NoBackend) -> bool:
+        """Whether it failed for want of any backend to try, before anything was sent, or by order of an operator."""
+        if model.available or not has_hold(model.entry) or self._is_gone(model):
+            return False
+        return error.withdrawn or len(call.tried) == tried
 
     def _is_gone(self, model: Model) -> bool:
         return self._fleet.served.get(model.name) is not model

@@ -41,6 +41,9 @@ def build(core: Core, settings: Settings) -> Feature | None:
         raise SettingsError(f"{PREFIX}POLICY='registry': {needs}")
     peppered, rand = bool(options.peppers), core.rand.random
     registry = PolicyRegistry(policies, client, settings.registry_refresh, peppered=peppered, cache=cache, rand=rand)
+    core.snapshots["policy"] = registry.snapshot
+    if registry.file is not None:
+        core.provide(registry.file)
     core.at_start(registry.start)
     return Feature("policy", collect=collect, tasks=(registry.run,))
 

@@ -17,6 +17,7 @@ from inference_api.feature import Feature, Switch
 from inference_api.features.delivery.records import END_USER, FAILED, STARTED, Try, UsageRecords
 from inference_api.features.delivery.sender import Delivery, posting
 from inference_api.features.delivery.spool import Spool
+from inference_api.features.delivery.tally import Tally
 from inference_api.features.spending.deliveries import Deliveries
 from inference_api.models import Call
 from inference_api.observe.exposition import Family
@@ -43,6 +44,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
         return None
     if options.usage == "log":
         records = UsageRecords(core.boot, core.instance, core.outside.write_usage or (lambda record: None))
+        core.provide(Tally(records))
         return _feature(records, collect=lambda: families({"logged": records.made}, None))
     if core.registry_client is None:
         raise SettingsError(
@@ -58,6 +60,7 @@ def build(core: Core, settings: Settings) -> Feature | None:
         on_delivered=(lambda lines: None) if deliveries is None else deliveries.tell,
     )
     records = UsageRecords(core.boot, core.instance, delivery.put)
+    core.provide(Tally(records, delivery))
     return _feature(
         records, collect=lambda: families(delivery.results, delivery), tasks=(delivery.run,), close=delivery.close
     )

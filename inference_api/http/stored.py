@@ -6,6 +6,7 @@ without it.
 
 import re
 from collections import OrderedDict
+from time import monotonic
 from typing import NamedTuple
 
 import httpx
@@ -24,6 +25,7 @@ from inference_api.observe.account import Account
 from inference_api.relay.relay import Relay
 from inference_api.routing.backend import Backend
 from inference_api.routing.fleet import Model
+from inference_api.routing.standing import no_backend
 from inference_api.server.cycle import cycle_of
 from inference_api.upstream.attempt import Attempt, SendAttempt
 from inference_api.upstream.failures import classify
@@ -112,7 +114,10 @@ class StoredResponses:
         return remembering
 
     def find(self, response: str, caller: Caller | None) -> tuple[Model, Backend]:
-        """The place of a response. Raises ResponseNotFound, also for the response of another caller."""
+        """The place of a response. Raises ResponseNotFound, also for the response of another caller, or NoBackend.
+
+        A backend that an operator drains still has it; one that is out is asked for nothing.
+        """
         place = self._memory.get(response)
         if place is None or place.caller != _id_of(caller):
             raise ResponseNotFound(response)
@@ -121,6 +126,8 @@ class StoredResponses:
         owner = model.parent or model
         for backend in (*owner.backends, *owner.leaving):
             if backend.url == place.url:
+                if backend.is_out:
+                    raise no_backend(owner, monotonic())
                 return model, backend
         raise ResponseNotFound(response)
 

@@ -21,6 +21,12 @@ class LoopLag:
         self._clock = clock
         # Time of the last run of the timer; None before the start and after the end.
         self._ticked: float | None = None
+        self._largest = 0.0
+
+    def take_largest(self) -> float:
+        """The largest delay since the last call, in seconds."""
+        largest, self._largest = self._largest, 0.0
+        return largest
 
     def silence(self) -> float | None:
         """Seconds since the loop last ran the timer; None before the start and after the end. From any thread."""
@@ -35,6 +41,8 @@ class LoopLag:
                 due = self._ticked + self._every
                 await asyncio.sleep(self._every)
                 # uvloop counts in whole milliseconds, and may be early by a part of one.
-                self._observe(max(0.0, self._clock() - due))
+                lag = max(0.0, self._clock() - due)
+                self._largest = max(self._largest, lag)
+                self._observe(lag)
         finally:
             self._ticked = None

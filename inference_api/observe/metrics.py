@@ -38,6 +38,9 @@ ABORTS = {
     Outcome.INTERNAL_ERROR: "internal_error",
 }
 
+# Of those, a broken answer: the client did not ask for its end.
+BROKEN = frozenset(ABORTS.values()) - {"client_disconnect"}
+
 # Codes of rejections that are not the fault of the request
 _REJECTIONS = {
     "overloaded": "overload",

@@ -19,7 +19,8 @@ class Options(Group):
         description="YAML or JSON file of keys, limits, budgets and prompts, or `registry`; unset: there are none",
     )
     policy_cache: Path | None = Field(
-        default=None, description="file with the last policy of the registry, for starts without a registry"
+        default=None,
+        description="file with the last policy and overrides of the registry, for starts without a registry",
     )
     key_pepper: SecretStr | None = Field(
         default=None,

@@ -15,7 +15,7 @@ from inference_api.policy.reading import MAX_BYTES, PolicyError, read
 from inference_api.policy.snapshot import Policy
 from inference_api.policy.source import Policies
 from inference_api.routing.registry import RegistryError
-from inference_api.routing.snapshots import Snapshot, SnapshotFile
+from inference_api.routing.snapshots import Keeper, Snapshot, SnapshotFile
 from inference_api.threads import giving_way, in_thread
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,9 @@ class PolicyRegistry:
         self._policies = policies
         self._peppered = peppered
         self._patience = patience
-        self._snapshot = Snapshot(client, "/policy", self, refresh, max_bytes, rand=rand)
-        self._file = None if cache is None else SnapshotFile(cache)
+        self.snapshot = Snapshot(client, "/policy", self, refresh, max_bytes, rand=rand)
+        self.file = None if cache is None else SnapshotFile(cache)
+        self._keeper = None if self.file is None else Keeper(self.file, _NAME)
         self._began: float | None = None
         # Of the content in use
         self._digest = b""
@@ -55,22 +56,19 @@ class PolicyRegistry:
         # Unknown keys, and the reason of the failure, that were logged
         self._ignored: set[str] = set()
         self._logged: str | None = None
-        # For the disk: content, () for what is there already, None for nothing
-        self._unsaved: Sequence[bytes] | None = None
-        self._to_save = asyncio.Event()
 
     async def start(self) -> None:
         """The first poll, before the first request."""
         self._began = asyncio.get_running_loop().time()
-        await self._snapshot.start(self._patience)
+        await self.snapshot.start(self._patience)
 
     async def run(self) -> None:
         """Poll until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._snapshot.run())
-            if self._file is not None:
-                group.create_task(self._read_file(self._file))
-                group.create_task(self._save(self._file))
+            group.create_task(self.snapshot.run())
+            if self._keeper is not None:
+                group.create_task(self._read_file(self._keeper))
+                group.create_task(self._keeper.run())
 
     # The answers
 
@@ -87,8 +85,8 @@ class PolicyRegistry:
             return False
         self._empty_once = False
         self._use(policy, digest, ignored)
-        if self._file is not None:
-            self._unsaved = content
+        if self._keeper is not None:
+            self._keeper.keep(content)
         return True
 
     def confirm(self) -> None:
@@ -97,9 +95,8 @@ class PolicyRegistry:
         if self._logged is not None:
             logger.info("the registry gives the policy again")
         self._logged = None
-        if self._unsaved is None:
-            self._unsaved = ()
-        self._to_save.set()
+        if self._keeper is not None:
+            self._keeper.confirm()
 
     def failed(self, error: RegistryError) -> None:
         self._empty_once = False
@@ -135,13 +132,13 @@ class PolicyRegistry:
 
     # The file
 
-    async def _read_file(self, file: SnapshotFile) -> None:
+    async def _read_file(self, keeper: Keeper) -> None:
         began = asyncio.get_running_loop().time() if self._began is None else self._began
         await asyncio.sleep(began + self._patience - asyncio.get_running_loop().time())
         if self._policies.current is not None:
             return
         try:
-            content, written = await in_thread(partial(file.load, _NAME), "policy")
+            content, written = await keeper.load()
             digest, policy, ignored = await in_thread(partial(self._read, content, b""), "policy")
         except (OSError, ValueError) as exc:
             reason = (exc.strerror if isinstance(exc, OSError) else None) or exc
@@ -152,21 +149,3 @@ class PolicyRegistry:
             self._use(policy, digest, ignored)
             self._policies.confirm(written)
             logger.warning("the registry has given no policy: that of INFERENCE_API_POLICY_CACHE is used")
-
-    async def _save(self, file: SnapshotFile) -> None:
-        """Write the newest content, and note its confirmations. A disk that hangs delays nothing else."""
-        failed = False
-        while True:
-            await self._to_save.wait()
-            self._to_save.clear()
-            content, self._unsaved = self._unsaved, None
-            call = partial(file.save, _NAME, content) if content else file.touch
-            try:
-                await in_thread(call, "policy")
-                failed = False
-            except OSError as exc:
-                if not failed:
-                    logger.warning("INFERENCE_API_POLICY_CACHE cannot be written: %s", exc.strerror or exc)
-                failed = True
-                # Tried again at the next confirmation.
-                self._unsaved = self._unsaved or content

@@ -1,7 +1,7 @@
 """The state of one address of an engine: an Origin, and one Backend per model served there."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,6 +17,18 @@ class Reading(NamedTuple):
     running: float
     waiting: float
     kv_cache: float | None
+
+
+class Override(NamedTuple):
+    """What an operator has ordered for a backend: no new requests, and with `out` an end to those in flight.
+
+    `since`: seconds of the loop's clock.
+    """
+
+    id: str
+    action: Literal["drain", "out"]
+    reason: str
+    since: float
 
 
 class Origin(Circuit):
@@ -106,8 +118,8 @@ class Backend:
 
     __slots__ = (
         "address", "base_path", "changed", "circuit", "compared", "errors", "extra", "full_weight", "host",
-        "in_flight", "label", "lacks", "last_error", "late", "model", "origin", "recent", "refuses", "share",
-        "spared_until", "url", "was_usable", "weight",
+        "in_flight", "label", "lacks", "last_error", "late", "model", "origin", "override", "recent", "refuses",
+        "share", "spared_until", "url", "was_usable", "weight",
     )  # fmt: skip
 
     def __init__(self, model: str, url: str, weight: float = 1.0, origin: Origin | None = None) -> None:
@@ -137,6 +149,8 @@ class Backend:
         self.circuit = Circuit()
         # What it serves instead of the model, and the fix; None: it has the model, or is not asked
         self.lacks: str | None = None
+        # Beside circuits and health; None: it may have requests
+        self.override: Override | None = None
         # For operators: time of its last change of state, and outcome and time of its last failed attempt
         self.was_usable = True
         self.changed: float | None = None
@@ -154,12 +168,18 @@ class Backend:
 
     @property
     def serving(self) -> bool:
-        """Whether it is awake and has the model, as its engine reports."""
-        return not self.origin.asleep and self.lacks is None
+        """Whether it is awake and has the model, as its engine reports, and no operator has ordered otherwise."""
+        return not self.origin.asleep and self.lacks is None and self.override is None
 
     @property
     def usable(self) -> bool:
-        return self.circuit.opened is None and self.lacks is None and self.origin.usable
+        return self.circuit.opened is None and self.lacks is None and self.override is None and self.origin.usable
+
+    @property
+    def is_out(self) -> bool:
+        """Whether an operator has ordered that not even the requests in flight go on."""
+        override = self.override
+        return override is not None and override.action == "out"
 
     @property
     def due(self) -> float:

@@ -86,6 +86,10 @@ class Breaker:
         circuit.probe, circuit.probed = owner, now
         return True
 
+    def reset(self, circuit: Circuit) -> None:
+        """Close the circuit, as if there had been no failure."""
+        circuit.failures, circuit.opened, circuit.probe = 0, None, None
+
     def suspect(self, circuit: Circuit, now: float) -> None:
         """Make the circuit half-open, since its backend may have recovered."""
         circuit.failures = max(circuit.failures, 1)

@@ -93,6 +93,13 @@ class Faults:
 
         return self._comparisons.assign(backend, other, owner)
 
+    def forget(self, backend: Backend) -> None:
+        """Forget all errors of a backend."""
+        if backend.compared:
+            self._comparisons.end(backend)
+        _forget(backend)
+        backend.recent, backend.extra, backend.spared_until = 0.0, 0, 0.0
+
     def poll(self, now: float) -> None:
         """Once a second: decay recent errors, and end comparisons without a result."""
         for model in list(self._recent):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from inference_api.models import Caller
 from inference_api.routing.addresses import addresses_of
-from inference_api.routing.backend import Backend, Origin
+from inference_api.routing.backend import Backend, Origin, Override
 from inference_api.routing.balancer import Balancer
 from inference_api.routing.entries import BalancingName, CatalogueEntry
 from inference_api.routing.references import members_of
@@ -248,6 +248,8 @@ class Fleet:
         self.origins: dict[str, Origin] = {}
         self._vacant: set[Origin] = set()
         self._guard: Guard | None = None
+        # What is ordered for a backend that comes; None: nothing ever is.
+        self.override_of: Callable[[Backend], Override | None] | None = None
         # Grows with every change of the list of models.
         self.version = 0
 
@@ -361,6 +363,8 @@ class Fleet:
                 backend = Backend(entry.name, url, origin=origin)
                 # Slow start for a new backend beside warm ones.
                 backend.share = 0.0 if joining and known and known.backends else 1.0
+            if self.override_of is not None and backend not in origin.backends:
+                backend.override = self.override_of(backend)
             backend.rebase(entry.base_path)
             backend.full_weight = weight
             backend.weigh(max(backend.share, first_share(entry.balancing)))

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Collection
 
 from inference_api.models import Outcome
-from inference_api.routing.backend import Backend, Origin
+from inference_api.routing.backend import Backend, Origin, Override
 from inference_api.routing.breaker import Breaker, Owner
 from inference_api.routing.faults import DOWN, DOWN_STATUS, Faults
 from inference_api.routing.fleet import Fleet, Model, first_share
@@ -115,9 +115,12 @@ class Health:
         self._faults.answered(backend, owner, self._clock(), status)
 
     def _ended(self, backend: Backend, outcome: Outcome) -> None:
+        origin, owner = backend.origin, self._owner()
+        if outcome is Outcome.RESET and backend.is_out:
+            # The router has ended it.
+            outcome = Outcome.CLIENT_GONE
         if outcome in _ERRORS:
             backend.last_error = outcome, self._clock()
-        origin, owner = backend.origin, self._owner()
         if outcome in DOWN:
             self._failed(origin, owner, refused=outcome is Outcome.CONNECT_FAILED)
         elif outcome is Outcome.PROTOCOL_ERROR and origin.opened is not None:
@@ -227,6 +230,32 @@ class Health:
         else:
             self._refresh_one(backend)
             logger.warning("a backend does not serve the model of its entry: it %s", lacks, extra={"fields": fields})
+
+    # Orders of operators
+
+    def administer(self, backend: Backend, override: Override | None) -> None:
+        """Set what is ordered for a backend; None: nothing any more, and it returns with a slow start."""
+        was, backend.override = backend.override, override
+        if override is None:
+            self._bring_back(backend)
+        elif was is None:
+            self._refresh_one(backend)
+
+    def reset(self, backend: Backend) -> None:
+        """Close the circuits of a backend, and forget its failures."""
+        origin, circuit = backend.origin, backend.circuit
+        was_open, was_aside = origin.opened is not None, circuit.opened is not None
+        self._breaker.reset(origin)
+        self._breaker.reset(circuit)
+        origin.refused = False
+        self._faults.forget(backend)
+        backend.last_error = None
+        if was_open:
+            self._come_back(origin)
+        elif was_aside:
+            self._bring_back(backend)
+        else:
+            self._refresh_one(backend)
 
     # Once a second
 

@@ -14,6 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -50,6 +51,26 @@ class RegistryStatus(NamedTuple):
     models: int
     last_success: float
     failures: Mapping[str, int]
+
+
+class Pause:
+    """A wait between two polls, which can be cut short."""
+
+    def __init__(self) -> None:
+        self._over = asyncio.Event()
+
+    def end(self) -> None:
+        """End the wait, or the next one if there is none."""
+        self._over.set()
+
+    async def wait(self, seconds: float) -> bool:
+        """Returns whether it was cut short."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        cut = self._over.is_set()
+        self._over.clear()
+        return cut
 
 
 class RegistryError(Exception):
@@ -97,7 +118,8 @@ class Registry:
         # Shared: the cache holds the catalogue while it counts as live
         self._live: TTLCache[str, Catalogue] = TTLCache(maxsize=1, ttl=2.5 * refresh, timer=clock)
         self._last_good: Catalogue | None = None
-        self._etag: str | None = None
+        # Of the catalogue in use
+        self.etag: str | None = None
         self._empty_once = False
         self._last_success = 0.0
         self._failures: Counter[str] = Counter()
@@ -107,6 +129,7 @@ class Registry:
         # Source and reason of the failure that was logged, or None
         self._logged: tuple[str, str] | None = None
         self._polling: asyncio.Task[None] | None = None
+        self._between = Pause()
         self._static = static
         self._take(static, "static catalogue")
 
@@ -156,8 +179,12 @@ class Registry:
     async def run(self) -> None:
         """Poll until cancelled."""
         while self._client is not None:
-            await asyncio.sleep(self._pause())
+            await self._between.wait(self._pause())
             await self.refresh()
+
+    def poll_now(self) -> None:
+        """Poll without further wait: the registry has another catalogue."""
+        self._between.end()
 
     def _pause(self) -> float:
         if not self._failed_in_a_row:
@@ -208,7 +235,7 @@ class Registry:
         """The registry's catalogue, or the previous one if unchanged; None: keep the current one."""
         assert self._client is not None
         # Not compressed: a few KB could expand to more than the memory.
-        headers = {"accept-encoding": "identity"} | ({} if self._etag is None else {"if-none-match": self._etag})
+        headers = {"accept-encoding": "identity"} | ({} if self.etag is None else {"if-none-match": self.etag})
         try:
             async with self._client.stream("GET", "/models", headers=headers, follow_redirects=False) as response:
                 content = b"".join(await read_body(response, self._max_bytes))
@@ -230,7 +257,7 @@ class Registry:
             logger.warning("the registry lists no models; the previous catalogue stays until a second poll agrees")
             return None
         self._empty_once = False
-        self._etag = etag_of(response)
+        self.etag = etag_of(response)
         if (
             catalogue == self._last_good
             and catalogue.problems == self._last_good.problems

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -21,7 +22,16 @@ import httpx
 
 from inference_api.pace import back_off, spread
 from inference_api.routing.causes import cause_of
-from inference_api.routing.registry import CHUNK, FIRST_BACKOFF, LONGEST_BACKOFF, RegistryError, etag_of, read_body
+from inference_api.routing.registry import (
+    CHUNK,
+    FIRST_BACKOFF,
+    LONGEST_BACKOFF,
+    Pause,
+    RegistryError,
+    etag_of,
+    read_body,
+)
+from inference_api.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +97,18 @@ class Snapshot:
         self.etag: str | None = None
         self._failed_in_a_row = 0
         self._first: asyncio.Task[float] | None = None
+        self._between = Pause()
+        # The question under way; whether it is a long poll without an answer yet; whether the registry waits, which is
+        # assumed until it was asked to.
+        self._asking: asyncio.Task[Polled] | None = None
+        self._is_waiting = False
+        self._waited = waits
+
+    def poll_now(self) -> None:
+        """Poll without further wait: the registry has another document. Ends a long poll that has no answer yet."""
+        self._between.end()
+        if self._is_waiting and self._asking is not None:
+            self._asking.cancel()
 
     async def start(self, patience: float) -> None:
         """Poll once, and wait for the answer at most `patience` seconds."""
@@ -100,18 +122,25 @@ class Snapshot:
         try:
             pause = 0.0 if self._first is None else await self._first
             while True:
-                await asyncio.sleep(pause)
-                pause = await self._poll()
+                pause = await self._poll(at_once=await self._between.wait(pause))
         finally:
             if self._first is not None:
                 self._first.cancel()
 
-    async def _poll(self) -> float:
-        """Poll once. Returns the seconds until the next poll."""
+    async def _poll(self, at_once: bool = False) -> float:
+        """Poll once. Returns the seconds until the next poll. `at_once`: not a long poll."""
         began = self._clock()
-        is_first = self.etag is None
+        was_asked = self.etag is not None and self._waits and not at_once
+        self._asking = asking = asyncio.create_task(self._get(_WAIT if was_asked else 0))
         try:
-            answer = await self._get()
+            try:
+                answer = await asking
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not asking.cancelled() or task is None or task.cancelling():
+                    raise
+                # By `poll_now`
+                return 0.0
             try:
                 accepted = answer.content is None or await self._follower.take(answer.content)
             except ValueError as exc:
@@ -128,38 +157,48 @@ class Snapshot:
             self.etag = answer.etag
         self._follower.confirm()
         if not answer.waits:
-            # The first time it was not asked to wait: the answer does not say whether it would.
-            pause = min(_SHORTEST, self._refresh) if is_first and self._waits and self.etag else self._refresh
-            return spread(pause, self._rand())
+            return spread(self._refresh, self._rand())
+        if not was_asked:
+            return spread(min(_SHORTEST, self._refresh), self._rand())
         return 0.0 if self._clock() - began >= _SHORTEST else spread(_SHORTEST, self._rand())
 
-    async def _get(self) -> Polled:
+    async def _get(self, wait: int) -> Polled:
         # Not compressed: a few KB could expand to more than the memory.
         headers = {"accept-encoding": "identity"}
-        wait = 0
         if self.etag is not None:
             headers["if-none-match"] = self.etag
-            if self._waits:
-                headers["prefer"] = f"wait={_WAIT}"
-                wait = _WAIT
+        if wait:
+            headers["prefer"] = f"wait={wait}"
         late, first = self._late, wait + self._late
         timeout = {"connect": late, "read": first, "first_byte": first, "idle": late, "write": late, "pool": late}
         asked = self._client.stream(
             "GET", self._path, headers=headers, follow_redirects=False, extensions={"timeout": timeout}
         )
+        self._is_waiting = wait > 0
         try:
             async with asyncio.timeout(wait + self._timeout), asked as response:
+                self._is_waiting = False
                 content = await read_body(response, self._max_bytes)
         except (TimeoutError, httpx.TimeoutException) as exc:
             raise RegistryError("timeout", "it did not answer in time") from exc
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise RegistryError("connect", f"it cannot be reached ({cause_of(exc)})") from exc
+        finally:
+            self._is_waiting = False
         waits = "preference-applied" in response.headers
         if response.status_code == 304 and self.etag is not None:
-            return Polled(None, waits, self.etag)
+            return Polled(None, self._may_be_asked(waits, wait, self.etag), self.etag)
         if response.status_code != 200:
             raise RegistryError("status", f"it answered with the status {response.status_code}")
-        return Polled(content, waits, etag_of(response))
+        etag = etag_of(response)
+        return Polled(content, self._may_be_asked(waits, wait, etag), etag)
+
+    def _may_be_asked(self, waits: bool, wait: int, etag: str | None) -> bool:
+        """Whether the next question may be a long poll. `waits`: the answer says so; `wait`: it was asked to."""
+        if waits or wait:
+            self._waited = waits
+        # One that was not asked to need not say it.
+        return self._waited and (waits or etag is not None)
 
 
 class SnapshotFile:
@@ -179,13 +218,15 @@ class SnapshotFile:
             raise ValueError(f"it has no {name}")
         return found, self._path.stat().st_mtime
 
-    def save(self, name: str, content: Sequence[bytes]) -> None:
-        """Replace the content of one document. Raises OSError."""
+    def save(self, name: str, content: Sequence[bytes], is_dated: bool = True) -> None:
+        """Replace the content of one document; without `is_dated` the file keeps its time. Raises OSError."""
         with self._lock:
             parts: Mapping[str, Sequence[bytes]] = {}
+            written = None
             with suppress(OSError, ValueError):
                 parts = self._read()
-            self._write({**parts, name: content})
+                written = None if is_dated else self._path.stat()
+            self._write({**parts, name: content}, written)
 
     def touch(self) -> None:
         """Note that the contents are still the newest. Raises OSError."""
@@ -201,7 +242,7 @@ class SnapshotFile:
                 raise ValueError("its parts do not have the sizes of its first line")
         return parts
 
-    def _write(self, parts: Mapping[str, Sequence[bytes]]) -> None:
+    def _write(self, parts: Mapping[str, Sequence[bytes]], written: os.stat_result | None) -> None:
         # mkstemp makes it readable by the owner only.
         number, temporary = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
         try:
@@ -211,11 +252,63 @@ class SnapshotFile:
                     file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if written is not None:
+                os.utime(temporary, ns=(written.st_atime_ns, written.st_mtime_ns))
             os.replace(temporary, self._path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+class Keeper:
+    """Writes the newest content of one document into a SnapshotFile. A disk that hangs delays nothing else.
+
+    `is_dated`: the time of the file is that of the last confirmation of this document.
+    """
+
+    def __init__(self, file: SnapshotFile, name: str, is_dated: bool = True) -> None:
+        self.file = file
+        self._name = name
+        self._is_dated = is_dated
+        # Content; () for what is there already, None for nothing
+        self._unsaved: Sequence[bytes] | None = None
+        self._to_save = asyncio.Event()
+
+    def keep(self, content: Sequence[bytes]) -> None:
+        """Write this at the next confirmation."""
+        self._unsaved = content
+
+    def confirm(self) -> None:
+        """The newest content is still the registry's."""
+        if self._unsaved is None and self._is_dated:
+            self._unsaved = ()
+        if self._unsaved is not None:
+            self._to_save.set()
+
+    async def load(self) -> tuple[Sequence[bytes], float]:
+        """As SnapshotFile.load, in a thread."""
+        return await in_thread(partial(self.file.load, self._name), self._name)
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        failed = False
+        while True:
+            await self._to_save.wait()
+            self._to_save.clear()
+            content, self._unsaved = self._unsaved, None
+            if content is None:
+                continue
+            call = partial(self.file.save, self._name, content, self._is_dated) if content else self.file.touch
+            try:
+                await in_thread(call, self._name)
+                failed = False
+            except OSError as exc:
+                if not failed:
+                    logger.warning("INFERENCE_API_POLICY_CACHE cannot be written: %s", exc.strerror or exc)
+                failed = True
+                # Tried again at the next confirmation.
+                self._unsaved = self._unsaved or content
 
 
 def _size(content: Sequence[bytes]) -> int:

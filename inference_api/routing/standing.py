@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from inference_api.errors import NoBackend
 from inference_api.routing.backend import Backend
 from inference_api.routing.breaker import due
 from inference_api.routing.fleet import Model
 
-State = Literal["open", "half_open", "unhealthy", "stuck", "asleep", "resting", "recovering", "ready"]
+State = Literal[
+    "out", "draining", "open", "half_open", "unhealthy", "stuck", "asleep", "resting", "recovering", "ready"
+]
 CircuitState = Literal["closed", "open", "half_open"]
 
 # Retry-After if connections are refused: either a short restart, or longer than any client waits.
@@ -31,6 +33,8 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
     """`resting`: end of its Retry-After pause."""
     origin, since = backend.origin, backend.changed
     circuit, half_open_at = _circuit(backend, now)
+    if (override := backend.override) is not None:
+        return Standing("out" if override.action == "out" else "draining", circuit, override.reason, override.since)
     if circuit == "half_open":
         return Standing(circuit, circuit, f"{_reason(backend)}; the next request tries it", since)
     if circuit == "open":
@@ -50,6 +54,44 @@ def standing(backend: Backend, now: float, resting: float | None = None) -> Stan
         return Standing("recovering", circuit, "slow start", since)
     # Not out yet: that requires a few failures in a row.
     return Standing("ready", circuit, _trouble(backend), since)
+
+
+def row_of(backend: Backend, now: float, wall: float, began: float, resting: float | None = None) -> dict[str, Any]:
+    """One backend, as GET /backends and router reports have it; times are Unix milliseconds.
+
+    `wall`: Unix seconds at `now`; `began`: since when the router knows of backends; `resting`: as for `standing`.
+    """
+
+    def at(moment: float) -> int:
+        return int((wall - now + moment) * 1000)
+
+    found, override = standing(backend, now, resting), backend.override
+    row: dict[str, Any] = {
+        "model": backend.model,
+        "backend": backend.label,
+        "state": found.state,
+        "in_flight": backend.in_flight,
+        "circuit": found.circuit,
+    }
+    if found.reason is not None:
+        row["reason"] = found.reason[:500]
+    since = found.since
+    if since is None and found.state != "ready":
+        since = began
+    if since is not None:
+        row["since"] = at(since)
+    if found.retry_at is not None:
+        row["retry_at"] = at(found.retry_at)
+    if (reading := backend.origin.reading) is not None:
+        row["waiting"] = int(reading.waiting)
+        if reading.kv_cache is not None:
+            row["kv_usage"] = min(max(reading.kv_cache, 0.0), 1.0)
+    if backend.last_error is not None:
+        outcome, moment = backend.last_error
+        row["last_error"] = {"outcome": outcome.value, "request_id": None, "at": at(moment)}
+    if override is not None:
+        row["override"] = override.id
+    return row
 
 
 def no_backend(model: Model, now: float) -> NoBackend:
@@ -81,6 +123,8 @@ def why_not(model: Model, now: float, causes: Mapping[Backend, str] | None = Non
 
 
 def _cause(backend: Backend, now: float) -> str:
+    if (override := backend.override) is not None:
+        return f"{override.action} by an override ({override.reason})"
     if backend.origin.cause is not None:
         return backend.origin.cause
     if backend.last_error is not None:

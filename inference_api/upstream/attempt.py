@@ -92,7 +92,7 @@ class SendToBackend:
                 # No check for line breaks: without a suffix, the target comes from the catalogue and the routes.
                 head = b"%b %b HTTP/1.1\r\n%b\r\n" % (call.route.method.encode(), target, lines)
                 body, _, timeout, deadline, _ = prepared
-                stream = await self._own.send(backend.url, url, head, body, timeout, deadline, fresh)
+                stream = await self._own.send(backend.url, url, head, body, timeout, deadline, fresh, backend)
                 status, headers = stream.status, stream.headers
             else:
                 response = await self._transport.handle_async_request(

@@ -8,6 +8,7 @@ import httptools
 import httpx
 
 from inference_api.models import RawHeaders
+from inference_api.routing.backend import Backend
 from inference_api.upstream.deadlines import Deadlines, Timeout
 from inference_api.upstream.failures import Disconnected, Malformed
 from inference_api.upstream.repeated_head import RepeatedHead, RepeatedHeads
@@ -89,7 +90,9 @@ class BackendConnection(asyncio.Protocol):
 
     # Exchange
 
-    def exchange(self, head: bytes, body: Content, timeout: Timeout, deadline: float | None) -> ResponseStream:
+    def exchange(
+        self, head: bytes, body: Content, timeout: Timeout, deadline: float | None, backend: Backend | None = None
+    ) -> ResponseStream:
         """Write a request; the response begins at the returned stream. `deadline`: loop time of its end.
 
         Only with OFFER for a body may the backend leave HTTP: after a 101 the body is all that it sends.
@@ -99,7 +102,7 @@ class BackendConnection(asyncio.Protocol):
         self._reused, self.used = self.used, True
         self._received = 0
         self._head_done = self._keep_alive = self._between_chunks = self._direct = self._offered = False
-        stream = self.stream = ResponseStream(self)
+        stream = self.stream = ResponseStream(self, backend)
         self._headers = stream.headers
         now = self._last_read = self.loop.time()
         soonest = self._deadlines.start(now, timeout, deadline)
@@ -132,6 +135,12 @@ class BackendConnection(asyncio.Protocol):
             # Silence during the reader's pause does not count against the backend.
             self._last_read = self.loop.time()
             self.transport.resume_reading()
+
+    @property
+    def is_out(self) -> bool:
+        """Whether an operator has taken the backend out whose answer it carries."""
+        stream = self.stream
+        return stream is not None and stream.backend is not None and stream.backend.is_out
 
     def close(self) -> None:
         if self.closed:

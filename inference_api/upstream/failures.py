@@ -41,6 +41,10 @@ class Closed(httpx.ReadError):
     """The router itself closed the connection, before the response ended."""
 
 
+class Withdrawn(httpx.ReadError):
+    """An operator has taken the backend out: the router itself ended what was in flight there."""
+
+
 class Malformed(httpx.RemoteProtocolError):
     """The backend did not speak HTTP/1.1."""
 
@@ -111,6 +115,8 @@ class Failure(NamedTuple):
     reply: Reply | None = None
     # Why there was no connection, in the system's words
     cause: str | None = None
+    # An operator has taken the backend out: the attempt counts as none.
+    withdrawn: bool = False
 
 
 def classify(exc: httpx.TransportError, backend: Backend, route: Route, free: bool) -> Failure:
@@ -119,8 +125,12 @@ def classify(exc: httpx.TransportError, backend: Backend, route: Route, free: bo
     Not connected: yes, the request was never sent. A reused connection that ends at once without a byte: yes, the
     backend had closed it before (of 257 such failures measured, none was executed). Any other end without a byte: only
     on routes where a second execution does no harm, since the backend may have executed it. Otherwise: no.
+
+    If an operator took the backend out, always: that order says that another one is to have the request.
     """
     outcome = outcome_of(exc)
+    if isinstance(exc, Withdrawn):
+        return Failure(backend, outcome, Reason.RESET, free=True, withdrawn=True)
     silent = isinstance(exc, Disconnected) and exc.silent and not exc.stale
     if outcome is Outcome.CONNECT_FAILED:
         return Failure(backend, outcome, Reason.CONNECT, free=True, cause=cause_of(exc))

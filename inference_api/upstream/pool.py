@@ -91,6 +91,10 @@ class Pool:
         self._open.discard(connection)
         self._idle.pop(connection, None)
 
+    def out(self) -> list[BackendConnection]:
+        """Those with an answer under way of a backend that an operator has taken out."""
+        return [one for one in self._open if one.is_out]
+
     def close_idle(self) -> None:
         for connection in list(self._idle):
             connection.close()

@@ -7,6 +7,7 @@ from typing import Protocol
 import httpx
 
 from inference_api.models import RawHeaders
+from inference_api.routing.backend import Backend
 from inference_api.upstream.repeated_head import RepeatedHead
 
 # Bytes buffered for a reader that pulls.
@@ -43,12 +44,14 @@ class ResponseStream(httpx.AsyncByteStream):
     """One response as it arrives: first `head`, then a body that is pushed to a sink, or pulled."""
 
     __slots__ = (
-        "_waiter", "_wanted", "complete", "connection", "error", "framed", "head", "headers", "known", "pieces", "sink",
-        "size", "status",
+        "_waiter", "_wanted", "backend", "complete", "connection", "error", "framed", "head", "headers", "known",
+        "pieces", "sink", "size", "status",
     )  # fmt: skip
 
-    def __init__(self, connection: Source) -> None:
+    def __init__(self, connection: Source, backend: Backend | None = None) -> None:
         self.connection = connection
+        # Whose answer it is, if an operator may take that out
+        self.backend = backend
         # Head
         self.status = 0
         self.headers: RawHeaders = []

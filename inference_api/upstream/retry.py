@@ -18,7 +18,7 @@ from inference_api.models import Call, Outcome, Reply
 from inference_api.pace import back_off
 from inference_api.routing.backend import Backend
 from inference_api.routing.fleet import Model
-from inference_api.routing.standing import SOON, why_not
+from inference_api.routing.standing import SOON, no_backend, why_not
 from inference_api.upstream.failures import Failure, Reason
 from inference_api.upstream.limits import Limits
 from inference_api.upstream.retry_guards import FREE, Permit, PoisonGuard, RetryAfter, RetryBudget, retry_after
@@ -104,7 +104,7 @@ class RetryPolicy:
         permit = FREE if failure.free else self.budget.draw(model.name, model.in_flight)
         if permit is None:
             return self.give_up(model, past, Why.BUDGET_EXHAUSTED)
-        return Retry(delay, permit, failure.reason in (Reason.STALE, Reason.RESET))
+        return Retry(delay, permit, failure.reason in (Reason.STALE, Reason.RESET) and not failure.withdrawn)
 
     def give_up(self, model: Model, past: Sequence[Failure], why: Why) -> GiveUp:
         # A single busy backend may answer the next attempt.
@@ -145,7 +145,7 @@ class RetryPolicy:
         failure = past[-1]
         if self._is_poison(call, past):
             return Why.POISON
-        if failure.reason is None or len(past) >= self._attempts:
+        if failure.reason is None or sum(not one.withdrawn for one in past) >= self._attempts:
             return Why.NEVER
         if failure.reason is Reason.STATUS and model.panic:
             return Why.NEVER  # the remaining backends are loaded enough
@@ -172,6 +172,10 @@ def _others(model: Model, past: Sequence[Failure], resting: Collection[Backend] 
 
 def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterError:
     """The error for the client if no attempt gave an answer."""
+    if past[-1].withdrawn and give_up.why is not Why.LATE:
+        gone = no_backend(model, monotonic())
+        gone.withdrawn = True
+        return gone
     error = _error(past[-1].outcome, model.name, give_up)
     if past[-1].outcome is Outcome.CONNECT_FAILED:
         causes = {failure.backend: failure.cause for failure in past if failure.cause is not None}

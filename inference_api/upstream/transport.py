@@ -17,23 +17,29 @@ Errors are httpx's ConnectError, ConnectTimeout and PoolTimeout (no file descrip
 the number of response bytes and whether the connection was reused.
 """
 
+import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 
 import httpx
 
 from inference_api.discovery.resolver import Resolver
 from inference_api.headers import header_lines
+from inference_api.routing.backend import Backend
 from inference_api.routing.urls import is_usable_address
 from inference_api.upstream.connection import BackendConnection
 from inference_api.upstream.deadlines import Timeout
 from inference_api.upstream.dial import Dialer
-from inference_api.upstream.failures import TotalTimeout
+from inference_api.upstream.failures import TotalTimeout, Withdrawn
 from inference_api.upstream.pool import Pool
 from inference_api.upstream.response import ResponseStream
 from inference_api.upstream.rewrite import Content
 from inference_api.upstream.trust import Trust
+
+_TAKEN_OUT = "an operator has taken the backend out"
+# Requests that are ended before others have their turn
+_AT_ONCE = 50
 
 
 class Transport(httpx.AsyncBaseTransport):
@@ -89,10 +95,12 @@ class Transport(httpx.AsyncBaseTransport):
         timeouts: Timeout,
         deadline: float | None,
         fresh: bool,
+        backend: Backend | None = None,
     ) -> ResponseStream:
         """As `handle_async_request`, without the 12 us for an httpx.Request and an httpx.Response.
 
-        `head`: request line and headers, as bytes. Returns at the end of the response head.
+        `head`: request line and headers, as bytes. `backend`: raises Withdrawn if an operator takes that out.
+        Returns at the end of the response head.
         """
         pool = self._pools.get(origin) if origin is not None else None
         if pool is None:
@@ -100,7 +108,10 @@ class Transport(httpx.AsyncBaseTransport):
         connection = None if fresh else pool.take()
         if connection is None:
             connection = await _connect(pool, timeouts.connect, deadline)
-        stream = connection.exchange(head, body, timeouts, deadline)
+            if backend is not None and backend.is_out:
+                connection.close()
+                raise Withdrawn(_TAKEN_OUT)
+        stream = connection.exchange(head, body, timeouts, deadline, backend)
         try:
             await stream.head
         except BaseException:
@@ -109,6 +120,16 @@ class Transport(httpx.AsyncBaseTransport):
             del stream
             raise
         return stream
+
+    async def withdraw(self, origins: Iterable[str]) -> None:
+        """End what is in flight at these origins on backends that an operator has taken out."""
+        for origin in origins:
+            pool = self._pools.get(origin)
+            for number, connection in enumerate(() if pool is None else pool.out(), start=1):
+                if connection.is_out:
+                    connection.fail(Withdrawn(_TAKEN_OUT))
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
     async def aclose(self) -> None:
         for pool in self._pools.values():

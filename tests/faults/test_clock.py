@@ -44,7 +44,7 @@ def wall_clock_uses(name: str) -> set[str]:
 
 def test_t61_only_what_is_shown_is_told_by_the_wall_clock() -> None:
     """Log lines, moments of the last success that metrics show, and what ends at a moment that people name: the expiry
-    of a key, the period of a budget. Whoever adds a use says here that it is one.
+    of a key or an override, the period of a budget. Whoever adds a use says here that it is one.
     """
     uses = {name: found for name in CORE if (found := wall_clock_uses(name))}
 
@@ -59,6 +59,8 @@ def test_t61_only_what_is_shown_is_told_by_the_wall_clock() -> None:
         "inference_api.commands.keys": {"time.time"},
         "inference_api.policy.source": {"time.time"},
         "inference_api.features.budgets": {"time.time"},
+        "inference_api.features.overrides": {"time.time"},
+        "inference_api.features.reports": {"time.time"},
         "inference_api.features.delivery.records": {"time.time"},
     }
 

@@ -1,9 +1,14 @@
-"""A control plane that takes usage records, as contract section 5 says, and that misbehaves on order."""
+"""A control plane that takes usage records and reports, and gives overrides, as the contract says (5 to 7); and that
+misbehaves on order.
+"""
 
 import asyncio
 import gzip
+import hashlib
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -29,7 +34,76 @@ class ControlPlane(ScriptedServer):
         self.batches: list[int] = []
         self.mishap: Mishap | None = None
         self.refuses: Callable[[dict[str, Any]], bool] = lambda record: False
-        self.models: list[dict[str, Any]] = []
+        # None: 503
+        self.models: list[dict[str, Any]] | None = []
+        # Documents by path, with an ETag and long polls; the polls of each, and how many wait now
+        self.documents: dict[str, bytes] = {}
+        self.polls: list[Received] = []
+        self.waiting: Counter[str] = Counter()
+        self.waits = True
+        self._changed = asyncio.Event()
+        # Reports as they came, and by what they are answered; `etags` are added to those of the documents.
+        self.reports: list[dict[str, Any]] = []
+        self.reporters: list[Received] = []
+        self.report_answer: Callable[[], bytes | None] = lambda: json_response({"etags": self.etags()})
+        self.order()
+
+    # Documents
+
+    def order(self, *overrides: dict[str, Any]) -> None:
+        """The overrides that hold from now on."""
+        self.give("/overrides", {"overrides": list(overrides)})
+
+    def give(self, path: str, document: Any) -> None:
+        self.documents[path] = document if isinstance(document, bytes) else orjson.dumps(document)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def etag(self, path: str) -> str:
+        return f'"{hashlib.sha256(self.documents[path]).hexdigest()[:16]}"'
+
+    def etags(self) -> dict[str, str]:
+        return {path[1:]: self.etag(path) for path in self.documents}
+
+    async def _give(self, request: Received, line: Line) -> None:
+        path = request.target
+        self.polls.append(request)
+        asked = request.header("if-none-match")
+        applied = b""
+        if asked == self.etag(path) and self.waits and (request.header("prefer") or "").startswith("wait="):
+            applied = b"preference-applied: wait=25\r\n"
+            await self._wait(path, line)
+        head = f"etag: {self.etag(path)}\r\ncache-control: no-cache\r\n".encode() + applied
+        if asked == self.etag(path):
+            await line.send(b"HTTP/1.1 304 Not Modified\r\n" + head + b"\r\n")
+        else:
+            await line.send(json_response(orjson.loads(self.documents[path]), headers=head))
+
+    async def _wait(self, path: str, line: Line) -> None:
+        known, gone = self.etag(path), asyncio.create_task(line.gone())
+        self.waiting[path] += 1
+        try:
+            async with asyncio.timeout(25):
+                while known == self.etag(path) and not gone.done():
+                    changed = asyncio.create_task(self._changed.wait())
+                    await asyncio.wait({changed, gone}, return_when=asyncio.FIRST_COMPLETED)
+                    changed.cancel()
+        except TimeoutError:
+            pass
+        finally:
+            self.waiting[path] -= 1
+            gone.cancel()
+
+    async def _take_report(self, request: Received, line: Line) -> None:
+        self.reporters.append(request)
+        self.reports.append(orjson.loads(request.body))
+        answer = self.report_answer()
+        if answer is None:
+            await line.gone()
+        else:
+            await line.send(answer)
+
+    # Usage
 
     def store(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         answer: dict[str, Any] = {"accepted": 0, "duplicates": 0, "refused": []}
@@ -46,7 +120,14 @@ class ControlPlane(ScriptedServer):
 
     async def _serve(self, request: Received, line: Line) -> None:
         if request.method == "GET":
-            await line.send(json_response({"models": self.models}))
+            if request.target in self.documents:
+                await self._give(request, line)
+            else:
+                status = "503 Service Unavailable" if self.models is None else "200 OK"
+                await line.send(json_response({"models": self.models}, status))
+            return
+        if request.method == "PUT" and request.target.startswith("/routers/"):
+            await self._take_report(request, line)
             return
         if request.target.startswith("/activations/"):
             await line.send(json_response({}, "404 Not Found"))
@@ -63,6 +144,30 @@ class ControlPlane(ScriptedServer):
             await self.mishap(self, records, line)
         else:
             await line.send(json_response(self.store(records)))
+
+
+_NUMBERS = iter(range(10**9))
+
+
+def override(backend: str, action: str = "drain", **more: Any) -> dict[str, Any]:
+    """An override for the backend with this label, with an id of its own. `expires_in`: seconds."""
+    ends = more.pop("expires_in", None)
+    return {
+        "id": f"ovr_{next(_NUMBERS):026d}",
+        "backend": backend,
+        "model": None,
+        "action": action,
+        "reason": "driver",
+        "created_by": "ana",
+        "created_at": at(0),
+        "expires_at": None if ends is None else at(ends),
+        **more,
+    }
+
+
+def at(seconds: float) -> str:
+    """The time in so many seconds."""
+    return datetime.fromtimestamp(time.time() + seconds, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def error(status: str, code: str) -> bytes:

@@ -27,4 +27,5 @@ def everything(folder: Path, registry: str, **sections: Any) -> dict[str, Any]:
         "usage": "registry",
         "usage_spool": folder / "spool",
         "registry_url": registry,
+        "report_interval": 0.5,
     }

@@ -98,6 +98,8 @@ class Delivery:
         self._logged: set[str] = set()
         self._wake = asyncio.Event()
         self._stopping = False
+        # At the end: all that could be sent was.
+        self.flushed = asyncio.Event()
         # `put` wakes the task at so many waiting records.
         self._wake_at = BATCH
 
@@ -153,6 +155,7 @@ class Delivery:
             await self._flush()
         except Exception:
             logger.exception("the delivery of usage records failed")
+        self.flushed.set()
 
     async def _wait(self) -> None:
         """Wait for what can be done: a full batch, a queue that is half full, the next try, the end; at most `age`."""
