@@ -13,6 +13,8 @@ RUN /opt/venv/bin/pip install --require-hashes --only-binary :all: -r requiremen
 COPY pyproject.toml README.md LICENSE ./
 COPY inference_api ./inference_api
 COPY registry_stub ./registry_stub
+COPY control_plane ./control_plane
+COPY inference_control ./inference_control
 # Nobody can write .pyc files later. They are not compared with their sources, whose times differ from build to build.
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
     && /opt/venv/bin/pip install --no-deps /dist/*.whl \

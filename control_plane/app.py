@@ -19,7 +19,6 @@ from control_plane.http.api import keys as keys_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import prices as prices_api
 from control_plane.http.api import session as session_api
-from control_plane.http.api import usage as usage_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.counting import Counted
 from control_plane.http.guard import Guarded
@@ -51,7 +50,6 @@ RESOURCES = (
     keys_api.router,
     fleet_api.router,
     prices_api.router,
-    usage_api.router,
 )
 # Routes of the machine side, beside the documents
 MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES)

@@ -141,10 +141,11 @@ def check_image(image: dict[str, Any], root: Path) -> None:
     check("stop signal", image["StopSignal"] == "SIGTERM", image["StopSignal"])
     packages = {path.name.partition("-")[0] for path in root.glob("opt/venv/lib/python3*/site-packages/*.dist-info")}
     check("no installer in it", not packages & {"pip", "setuptools", "wheel", "hatchling"}, f"{len(packages)} packages")
-    # What the chart can turn on: traces, and limits in Redis.
-    extras = {"opentelemetry_sdk", "redis", "hiredis"}
-    check("the extras otel and redis", extras <= packages, sorted(extras - packages))
-    sources = [path for path in root.glob("opt/venv/lib/python3*/site-packages/inference_api/**/*.py")]
+    # What the chart can turn on: traces, limits in Redis, and the control plane on either database.
+    extras = {"opentelemetry_sdk", "redis", "hiredis", "asyncpg", "joserfc", "fastapi", "alembic", "argon2_cffi"}
+    check("the extras", extras <= packages, sorted(extras - packages))
+    site = "opt/venv/lib/python3*/site-packages"
+    sources = [path for name in ("inference_api", "control_plane") for path in root.glob(f"{site}/{name}/**/*.py")]
     compiled = [path for path in sources if any((path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"))]
     check("compiled", sources and len(compiled) == len(sources), f"{len(compiled)} modules")
 
@@ -210,7 +211,13 @@ def main(root: str, config: str, bundle: str) -> None:
         check("lists its models", get(port, "/v1/models") == 200)
         state = json.loads(subprocess.run(["runc", "state", NAME], capture_output=True, check=True).stdout)
         check_process(state["pid"])
-        check("has the registry too", "usage: registry-stub" in inside("registry-stub", "--help"))
+        for command in ("registry-stub", "control-plane", "inference-control"):
+            told = inside(command, "--help")
+            check(f"has {command} too", told.startswith(f"usage: {command}"), told.partition("\n")[0])
+        # Imports all of it, migrations and drivers included, and writes nothing.
+        database = "CONTROL_PLANE_DATABASE_URL=postgresql://127.0.0.1:1/x"
+        told = inside("env", database, "control-plane", "migrate", "--check")
+        check("has a driver of PostgreSQL", "not installed" not in told and "Traceback" not in told, told[-100:])
         check_drain(process, port, ops)
     engine.shutdown()
     print("image-test: all of it holds")

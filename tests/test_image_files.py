@@ -28,6 +28,14 @@ def test_the_builder_gets_what_is_copied_and_nothing_else() -> None:
     assert all((ROOT / source).exists() for source in copied())
 
 
+def test_every_package_with_a_command_is_in_the_image() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+
+    assert packages <= copied()
+    assert {place.partition(".")[0] for place in project["project"]["scripts"].values()} == packages
+
+
 def test_the_version_is_that_of_the_package() -> None:
     assert f"ARG VERSION={inference_api.__version__}\n" in DOCKERFILE
 
@@ -53,9 +61,10 @@ def test_everything_is_pinned_by_hash(lock: str) -> None:
 
 
 def test_the_image_has_what_the_chart_can_turn_on() -> None:
-    """Traces, and limits that routers count together: extras of the package, and no choice of who builds the image."""
+    """Traces, limits that routers count together, the control plane: extras, and no choice of who builds the image."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = {re.split("[<>=]", need)[0] for extra in ("otel", "redis") for need in extras[extra]}
+    needed = ("otel", "redis", "control-plane", "postgres", "oidc")
+    wanted = {re.split(r"[\[<>=]", need)[0].lower() for extra in needed for need in extras[extra]}
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
 
     assert wanted <= {*pinned}

@@ -49,6 +49,7 @@ CONTROL_OF_OTHERS: Json = {
     "router": {
         "policy": {"existingSecret": "policy"},
         "usage": {"mode": "log"},
+        "settings": {"REPORT_INTERVAL": 2.5},
         "registry": {"existingSecret": "narrow-token"},
     },
 }

@@ -145,10 +145,15 @@ def test_routers_have_all_from_it_unless_they_are_told_otherwise() -> None:
 
     assert told["INFERENCE_API_REGISTRY_URL"] == "http://inference-api-control:8081"
     assert (told["INFERENCE_API_POLICY"], told["INFERENCE_API_USAGE"]) == ("registry", "registry")
+    assert told["INFERENCE_API_REPORT_INTERVAL"] == "5"
     assert router_pod(installed("control on 1.37"))["containers"][0]["startupProbe"]["httpGet"]["path"] == "/healthz"
     other = environ(installed("a control plane for the policy of others"))
     assert other["INFERENCE_API_POLICY"] == "/etc/inference-api-policy/policy.yaml"
     assert other["INFERENCE_API_USAGE"] == "log"
+    assert other["INFERENCE_API_REPORT_INTERVAL"] == "2.5"
+    # One of others, too, but no registry that has models only.
+    assert environ(installed("a control plane"))["INFERENCE_API_REPORT_INTERVAL"] == "5"
+    assert "INFERENCE_API_REPORT_INTERVAL" not in environ(installed("full on 1.37"))
     assert secrets_of_router(installed("a control plane for the policy of others"))["REGISTRY_TOKEN"] == (
         "narrow-token",
         "token",

@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from inference_api.demo.telemetry import Telemetry
+from tests.control_plane.processes import served
 from tests.fakes import until
 from tests.k8s import chart_files
 from tests.k8s.chart_files import ROOT, TGI, metrics, panels, sample_names
@@ -135,6 +136,8 @@ async def page_of_everything(start_engine: Start, start_router: Start, folder: P
 async def test_what_is_asked_for_is_exported(start_engine: Start, start_router: Start, tmp_path: Path) -> None:
     page = await page_of_everything(start_engine, start_router, tmp_path)
     exported = sample_names(page) | sample_names(Telemetry("m", 10).page().decode()) | sample_names(TGI)
+    async with served(tmp_path, f"sqlite:///{tmp_path}/control-plane.sqlite3") as plane:
+        exported |= sample_names((await plane.client.get("/metrics")).text)
     exported |= chart_files.recorded(RULES)
     expressions = [*chart_files.panel_expressions(), *((str(rule), rule["expr"]) for rule in RULES)]
     for where, expression in expressions:

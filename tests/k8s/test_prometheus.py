@@ -1,11 +1,12 @@
-"""A real Prometheus scrapes a running router and engines: every panel and variable has data, every alert can speak."""
+"""A real Prometheus scrapes router, engines, control plane: every panel and variable has data, all alerts can speak."""
 
 import asyncio
 import math
 import re
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ import yaml
 from inference_api.demo.engine import create_engine
 from inference_api.settings import Settings
 from tests.conftest import serving
+from tests.control_plane import processes
+from tests.control_plane.test_fleet import report
 from tests.fakes import Line, Received, ScriptedServer, event, json_response, raw, sse
 from tests.k8s import chart_files
 from tests.k8s.everything import HEADERS, PRICE, everything
@@ -26,6 +29,7 @@ from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
+TOKEN = "service-token-of-the-tests-0123456789"
 VARIABLES = {"$__rate_interval": "10s", "$cluster": "here", "$namespace": "models", "$model_name": ".*"}
 
 
@@ -73,8 +77,27 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
             **everything(tmp_path, registry.url),
         )
         router.client.headers.update(HEADERS)
-        async with repeated(lambda: requests_of_every_kind(router)):
-            yield {"router": [router.url], "engines": engines, "tgi": [tgi.url]}
+        file = tmp_path / "control-plane.sqlite3"
+        plane = await stack.enter_async_context(processes.served(tmp_path, f"sqlite:///{file}", service_token=TOKEN))
+        async with repeated(lambda: requests_of_every_kind(router)), locked_out(plane, file):
+            yield {"router": [router.url], "engines": engines, "tgi": [tgi.url], "control": [plane.url]}
+
+
+@asynccontextmanager
+async def locked_out(plane: processes.Served, file: Path) -> AsyncIterator[None]:
+    """Reports of a router, while another process keeps the database from being written."""
+
+    async def put() -> None:
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        answer = await plane.client.put("/routers/router-1-8000", json=report(), headers=headers)
+        assert answer.status_code in (200, 503)
+
+    await put()
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        async with repeated(put):
+            yield
+            other.rollback()
 
 
 async def requests_of_every_kind(router: Any) -> None:
@@ -260,10 +283,16 @@ NOTICED = {
     "InferenceRouterUpstreamErrors",
     "InferenceRouterErrorBudgetBurnFast",
     "InferenceRouterLimitsDegraded",
+    "ControlPlaneDatabaseErrors",
+    "ControlPlaneErrors",
 }
 NOT_NOTICED = {
     "InferenceRouterDown",
     "InferenceRouterEventLoopStuck",
+    "InferenceRouterUsageWaiting",
+    "ControlPlaneDown",
+    "ControlPlaneDatabaseAway",
+    "ControlPlaneRoutersLost",
     "EngineAdmissionStalled",
     "EngineQueueGrowing",
     "EnginePreemptions",

@@ -45,7 +45,6 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("PATCH", "/keys/{id}"): "keys.write",
     ("DELETE", "/keys/{id}"): "keys.write",
     ("POST", "/keys/{id}/rotate"): "keys.write",
-    ("GET", "/usage"): "usage.see",
 }
 
 

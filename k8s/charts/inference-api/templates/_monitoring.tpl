@@ -10,12 +10,14 @@ relabelings:
 
 {{/*
 The groups of a file of rules, as JSON {groups}, without the alerts that are not wanted; dict root, path. Read, not rendered: the
-annotations are Prometheus' templates. A link to the runbook is one only where the repository is known.
+annotations are Prometheus' templates. A link to the runbook is one only where the repository is known. Rules of the control plane are
+for where the chart runs it: elsewhere its absence would be an alert.
 */}}
 {{- define "inference-api.ruleGroups" -}}
 {{- $values := .root.Values.monitoring.prometheusRule -}}
 {{- $groups := list -}}
-{{- range (.root.Files.Get .path | fromYaml).groups -}}
+{{- $wanted := or (ne (base .path) "control-plane.yaml") (include "inference-api.control" .root) -}}
+{{- range ternary (.root.Files.Get .path | fromYaml).groups list (not (empty $wanted)) -}}
 {{- $rules := list -}}
 {{- range .rules -}}
 {{- with .annotations -}}

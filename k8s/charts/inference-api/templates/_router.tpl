@@ -74,6 +74,7 @@ labels to select them by: a NetworkPolicy knows no host names.
 {{- with include "inference-api.registryUrl" . }}{{ $_ := set $settings "REGISTRY_URL" . }}{{ end -}}
 {{- if $router.registry.required }}{{ $_ := set $settings "REGISTRY_REQUIRED" "on" }}{{ end -}}
 {{- if include "inference-api.watchesSlices" . }}{{ $_ := set $settings "DISCOVERY" $router.discovery.mode }}{{ end -}}
+{{- if or (include "inference-api.control" .) (include "inference-api.policyFromRegistry" .) }}{{ $_ := set $settings "REPORT_INTERVAL" 5 }}{{ end -}}
 {{- range $name, $value := include "inference-api.policySettings" . | fromJson }}{{ $_ := set $settings $name $value }}{{ end -}}
 {{- range $name, $value := $router.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
 {{- range $name, $value := $settings }}
