@@ -104,7 +104,7 @@ class Application:
         app.state.plane = self.plane
         settings = self.plane.settings
         guarded = Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane)
-        return Identified(Counted(guarded, self.plane.metrics), settings.trusted_proxies)
+        return Identified(Counted(guarded, self.plane.metrics, routes), settings.trusted_proxies)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.database import Database
 from control_plane.documents import Documents, bump
+from control_plane.errors import StorageUnavailable
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.pure.roles import Principal
@@ -51,8 +52,10 @@ class Plane:
             for document in sorted(documents):
                 await bump(connection, document)
             yield connection
-        for document in documents:
-            await self.documents.refresh(document)
+        # The change is made, whatever becomes of the database now: then the documents follow later.
+        with suppress(StorageUnavailable):
+            for document in documents:
+                await self.documents.refresh(document)
 
 
 # What runs beside the requests, until it is cancelled

@@ -1,5 +1,9 @@
 """Counts and times requests, with a bounded set of labels."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from control_plane.metrics import Metrics
@@ -12,9 +16,11 @@ ROUTE = "control_plane.route"
 class Counted:
     """ASGI layer: counts and times every request, with a bounded set of labels."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._metrics = metrics
+        # Starlette leaves the handler in the scope; what it mounts notes its route itself.
+        self._patterns: dict[Any, str] = {route.endpoint: route.path for route in routes if isinstance(route, Route)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,12 +40,6 @@ class Counted:
             await self._app(scope, receive, counted_send)
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            route = _route(scope)
+            route = scope.get(ROUTE) or self._patterns.get(scope.get("endpoint"), "other")
             metrics.requests.labels(method, route, str(status)).inc()
             metrics.durations.labels(method, route).observe(metrics.clock() - began)
-
-
-def _route(scope: Scope) -> str:
-    """The pattern of the route, `/models/{name:path}`; Starlette leaves it in the scope of what it mounted."""
-    name: str | None = scope.get(ROUTE)
-    return name or "other"

@@ -85,7 +85,15 @@ class Bounded:
         if declared.isdigit() and int(declared) > most:
             await render(TooLarge(most), scope)(scope, receive, send)
             return
-        await self._app(scope, bounded_receive, send)
+
+        async def bounded_send(message: Message) -> None:
+            if size <= most:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                # Whatever a handler, or what reads the body for it, makes of TooLarge.
+                await render(TooLarge(most), scope)(scope, receive, send)
+
+        await self._app(scope, bounded_receive, bounded_send)
 
 
 class TooLarge(Refused):

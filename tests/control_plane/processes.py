@@ -49,9 +49,11 @@ class Served:
 
 
 @asynccontextmanager
-async def served(folder: Path, database_url: str, *options: str, **settings: str) -> AsyncIterator[Served]:
+async def served(
+    folder: Path, database_url: str, *options: str, port: int | None = None, **settings: str
+) -> AsyncIterator[Served]:
     """The command, ready. Keywords are settings."""
-    port = free_port()
+    port = port or free_port()
     variables = {f"CONTROL_PLANE_{name.upper()}": value for name, value in settings.items()}
     variables |= {"CONTROL_PLANE_DATABASE_URL": database_url, "CONTROL_PLANE_PORT": str(port)}
     output = folder / f"control-plane-{port}.log"
