@@ -16,9 +16,12 @@ from control_plane.documents import Documents
 from control_plane.http import ingest, pages, routers, snapshots
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
+from control_plane.http.api import limits as limits_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import prices as prices_api
+from control_plane.http.api import prompts as prompts_api
 from control_plane.http.api import session as session_api
+from control_plane.http.api import settings as settings_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.counting import Counted
 from control_plane.http.guard import Guarded
@@ -48,6 +51,9 @@ RESOURCES = (
     session_api.router,
     models_api.router,
     keys_api.router,
+    limits_api.router,
+    prompts_api.router,
+    settings_api.router,
     fleet_api.router,
     prices_api.router,
 )

@@ -206,8 +206,8 @@ class Message(BaseModel):
     content: Any
 
 
-_VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-_Label = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+Label = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 _Number = Annotated[int, Field(strict=True, ge=1)]
 # The only syntax of a template.
 USED = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]{0,63})\s*\}\}")
@@ -219,7 +219,7 @@ class Version(_Item):
     version: _Number
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     text: str | None = None
-    variables: dict[_VariableName, Variable] = {}
+    variables: dict[VariableName, Variable] = {}
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -233,7 +233,7 @@ class StoredPrompt(_Item):
 
     name: Name
     organisation: Name | None = None
-    labels: dict[_Label, _Number] = {}
+    labels: dict[Label, _Number] = {}
     versions: Annotated[tuple[Version, ...], Field(min_length=1)]
 
 

@@ -268,13 +268,14 @@ def _check_prompt(prompt: StoredPrompt, path: str) -> None:
         if version.version in numbers:
             raise PolicyError(f"{path}.versions.{index}.version: {version.version} is given twice")
         numbers.add(version.version)
-        _check_variables(version, f"{path}.versions.{index}")
+        check_variables(version, f"{path}.versions.{index}")
     for label, number in prompt.labels.items():
         if number not in numbers:
             raise PolicyError(f"{path}.labels.{label}: there is no version {number}")
 
 
-def _check_variables(version: Version, path: str) -> None:
+def check_variables(version: Version, path: str) -> None:
+    """Raises PolicyError for a variable that is used and not declared, or not trusted where it stands."""
     places: list[tuple[str, str, Any]] = [(f"{path}.text", "", version.text)] if version.text is not None else []
     places += [(f"{path}.messages.{n}", one.role, one.model_dump()) for n, one in enumerate(version.messages or ())]
     for place, role, value in places:

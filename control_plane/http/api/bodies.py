@@ -1,7 +1,11 @@
-"""ASGI layer of /api/v1: bodies are JSON in the strict sense, and no text has the character NUL.
+"""ASGI layer of /api/v1: bodies are JSON that everyone who gets it later can read.
 
-Python's own reader takes NaN and halves of surrogate pairs, and PostgreSQL stores neither these nor NUL.
+Python's own reader takes NaN, halves of surrogate pairs, numbers of any size and any nesting. Databases store them not
+or otherwise, and routers refuse a policy with them as a whole.
 """
+
+import json
+from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -11,6 +15,8 @@ from control_plane.errors import Refused
 from control_plane.http.requests import render
 
 _NUL = "The character NUL stands in the {}; no name or text here has one."
+_DEEPEST = 64
+_LARGEST = 2**63
 
 
 class JsonBodies:
@@ -51,9 +57,32 @@ def check(content_type: str, body: bytes) -> None:
         message = f"The content type {media_type[:128]!r} is not supported; send the body as application/json."
         raise Refused(415, "unsupported_media_type", message)
     try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
-        raise Refused(400, "invalid_json", f"The body is not JSON: {exc}.") from None
-    # Most bodies have no escape that could be one.
-    if b"\\u0000" in body and b"\0" in orjson.dumps(value).replace(b"\\u0000", b"\0"):
-        raise Refused(422, "validation_error", _NUL.format("body"))
+        orjson.loads(body)
+        _check_values(json.loads(body))
+    except RecursionError:
+        raise _unreadable("it is nested too deeply") from None
+    except ValueError as exc:
+        raise _unreadable(str(exc)) from None
+
+
+def _unreadable(reason: str) -> Refused:
+    return Refused(400, "invalid_json", f"The body is not JSON that can be used: {reason}.")
+
+
+def _check_values(value: Any) -> None:
+    """Raises Refused."""
+    pending = [(value, 1)]
+    while pending:
+        one, depth = pending.pop()
+        if isinstance(one, dict | list):
+            if depth > _DEEPEST:
+                raise _unreadable(f"it is nested more than {_DEEPEST} deep")
+            pending += [(each, depth + 1) for each in (one.values() if isinstance(one, dict) else one)]
+            if isinstance(one, dict):
+                pending += [(name, depth) for name in one]
+        elif isinstance(one, str):
+            if "\0" in one:
+                raise Refused(422, "validation_error", _NUL.format("body"))
+        elif isinstance(one, int | float) and not -_LARGEST <= one < _LARGEST:
+            # Of fractions, too: PostgreSQL gives 1e300 back as an integer.
+            raise _unreadable("it has a number that is too large")
