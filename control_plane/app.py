@@ -22,6 +22,7 @@ from control_plane.http.api import prices as prices_api
 from control_plane.http.api import prompts as prompts_api
 from control_plane.http.api import session as session_api
 from control_plane.http.api import settings as settings_api
+from control_plane.http.api import usage as usage_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.counting import Counted
 from control_plane.http.guard import Guarded
@@ -56,6 +57,7 @@ RESOURCES = (
     settings_api.router,
     fleet_api.router,
     prices_api.router,
+    usage_api.router,
 )
 # Routes of the machine side, beside the documents
 MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES)

@@ -122,16 +122,16 @@ def _sums(name: str) -> Table:
 usage_hour = _sums("usage_hour")
 usage_day = _sums("usage_day")
 
-# Hours with rows that their sums lack: one mark per batch and hour, so that no two batches wait for each other.
+# Spans (milliseconds of an hour or day, from `at`) whose sums are to be made: a mark per batch and hour, so that no two
+# batches wait for each other.
 usage_changed = Table(
     "usage_changed",
     metadata,
     Column("id", _Serial, primary_key=True, autoincrement=True),
-    Column("hour", BigInteger, nullable=False, index=True),
+    Column("span", BigInteger, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Index("ix_usage_changed_span_at", "span", "at"),
 )
-
-# Days whose sums are made.
-usage_days = Table("usage_days", metadata, Column("at", BigInteger, primary_key=True, autoincrement=False))
 
 # `kept_from`: records before it are refused, since the rows of that time may be deleted.
 usage_state = Table(

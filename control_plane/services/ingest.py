@@ -87,7 +87,7 @@ async def _store(plane: Plane, records: list[Any]) -> Stored:
         if new:
             await connection.execute(insert(usage), new)
             hours = sorted({row["at"] - row["at"] % HOUR for row in new})
-            await connection.execute(insert(usage_changed), [{"hour": hour} for hour in hours])
+            await connection.execute(insert(usage_changed), [{"span": HOUR, "at": hour} for hour in hours])
     return Stored(len(new), len(held) - len(new), sorted(refused))
 
 

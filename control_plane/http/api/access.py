@@ -69,6 +69,7 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("GET", "/prompts/{name}/labels/{label}"): "prompts.see",
     ("PUT", "/prompts/{name}/labels/{label}"): "prompts.write",
     ("DELETE", "/prompts/{name}/labels/{label}"): "prompts.write",
+    ("GET", "/usage"): "usage.see",
 }
 
 

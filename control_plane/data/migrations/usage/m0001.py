@@ -75,11 +75,12 @@ def upgrade() -> None:
     op.create_table(
         "usage_changed",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("hour", sa.BigInteger(), nullable=False),
+        sa.Column("span", sa.BigInteger(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_usage_changed")),
     )
     with op.batch_alter_table("usage_changed", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_usage_changed_hour"), ["hour"], unique=False)
+        batch_op.create_index("ix_usage_changed_span_at", ["span", "at"], unique=False)
 
     op.create_table(
         "usage_day",
@@ -113,11 +114,6 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_usage_day_at"), ["at"], unique=False)
         batch_op.create_index("ix_usage_day_organisation_at", ["organisation", "at"], unique=False)
 
-    op.create_table(
-        "usage_days",
-        sa.Column("at", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.PrimaryKeyConstraint("at", name=op.f("pk_usage_days")),
-    )
     op.create_table(
         "usage_hour",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
@@ -165,14 +161,13 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_usage_hour_at"))
 
     op.drop_table("usage_hour")
-    op.drop_table("usage_days")
     with op.batch_alter_table("usage_day", schema=None) as batch_op:
         batch_op.drop_index("ix_usage_day_organisation_at")
         batch_op.drop_index(batch_op.f("ix_usage_day_at"))
 
     op.drop_table("usage_day")
     with op.batch_alter_table("usage_changed", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_usage_changed_hour"))
+        batch_op.drop_index("ix_usage_changed_span_at")
 
     op.drop_table("usage_changed")
     with op.batch_alter_table("usage", schema=None) as batch_op:

@@ -1,0 +1,263 @@
+"""GET /usage: sums of a time, by what people ask for."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from sqlalchemy import ColumnElement, Table, and_, false, or_, select, true
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control_plane.data.tables import routers
+from control_plane.data.usage_tables import DIMENSIONS, MEASURES
+from control_plane.plane import Act, Plane
+from control_plane.pure import histogram
+from control_plane.pure.records import BILLED, DAY, HOUR
+from control_plane.pure.roles import Scope
+from control_plane.pure.times import shown
+from control_plane.services import sums
+from control_plane.services.sums import Cover
+
+# Groups in `rows` and in `series`; the others are one.
+MOST_ROWS, MOST_SERIES = 50, 7
+BUCKETS = {"1h": HOUR, "1d": DAY}
+# Milliseconds: an answer is shown again for as long as it took to make, times PATIENCE, and this at most.
+OLDEST = 25_000
+_REPEATS = 20
+_MOST_ANSWERS = 200
+SHOWN = (
+    "requests",
+    "errors",
+    "input_tokens",
+    "cached_input_tokens",
+    "output_tokens",
+    "cost_nanos",
+    "unpriced",
+)
+_POINT = ("requests", "errors", "input_tokens", "output_tokens", "cost_nanos")
+_OTHER = object()
+Group = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """`start`, `end`: Unix milliseconds. `filters`: (dimension, value), None: without one."""
+
+    start: int
+    end: int
+    bucket: str = "1d"
+    group_by: tuple[str, ...] = ()
+    filters: tuple[tuple[str, str | None], ...] = ()
+    kinds: tuple[str, ...] = BILLED
+
+
+def reached(table: Table, scope: Scope, user: str | None) -> ColumnElement[bool]:
+    """The rows that a caller may see: of whole organisations, and of the own keys in others."""
+    if scope.everything:
+        return true()
+    return or_(
+        false(),
+        table.c.organisation.in_(sorted(scope.organisations)),
+        and_(table.c.organisation.in_(sorted(scope.own)), table.c.user == user),
+    )
+
+
+async def report(plane: Plane, act: Act, question: Question) -> dict[str, Any]:
+    """The answer, at most half a minute old. Raises StorageUnavailable."""
+    scope = act.principal.scope("usage.see")
+    key = question, scope, act.principal.user
+    answers = plane.usage.answers
+    held = answers.get(key)
+    if held is not None and held[0] > act.at:
+        found: dict[str, Any] = held[1]
+        return found
+    began = time.perf_counter()
+    answer = await _Report(plane, question, scope, act.principal.user).make()
+    took = round((time.perf_counter() - began) * 1000)
+    for old in [old for old, (until, _) in answers.items() if until <= act.at]:
+        del answers[old]
+    if len(answers) < _MOST_ANSWERS:
+        answers[key] = act.at + min(OLDEST, _REPEATS * took), answer
+    return answer
+
+
+class _Report:
+    """One answer in the making."""
+
+    def __init__(self, plane: Plane, question: Question, scope: Scope, user: str | None) -> None:
+        self._plane = plane
+        self._question = question
+        self._scope = scope
+        self._user = user
+        self._columns = [DIMENSIONS[name] for name in question.group_by]
+
+    async def make(self) -> dict[str, Any]:
+        question = self._question
+        dropped = await self._dropped()
+        async with self._plane.database.usage.read() as connection:
+            await sums.begin(connection)
+            coarse = await sums.cover(connection, question.start, question.end)
+            fine = coarse
+            if question.bucket == "1h":
+                fine = await sums.cover(connection, question.start, question.end, by_day=False)
+            points = await self._sums(connection, fine, bucket=True)
+            total = _added(points.values())
+            rows = await self._top(connection, coarse, total)
+            series = await self._series(connection, fine, list(rows)[:MOST_SERIES], points)
+            latency = await self._histograms(connection, coarse, set(rows))
+        return self._answer(total, rows, series, latency, dropped)
+
+    def _where(self, table: Table) -> Iterable[ColumnElement[bool]]:
+        yield table.c.kind.in_(self._question.kinds)
+        yield reached(table, self._scope, self._user)
+        for name, value in self._question.filters:
+            yield table.c[DIMENSIONS[name]].is_not_distinct_from(value)
+
+    async def _sums(self, connection: AsyncConnection, cover: Cover, bucket: bool = False) -> dict[Any, dict[str, int]]:
+        """By the begin of a bucket."""
+        query = sums.grouped(cover, self._where, (), BUCKETS[self._question.bucket])
+        found = {row.bucket: _measures(row._mapping) for row in await connection.execute(query.order_by("bucket"))}
+        return {at: one for at, one in found.items() if one["records"]}
+
+    async def _top(
+        self, connection: AsyncConnection, cover: Cover, total: Mapping[str, int]
+    ) -> dict[Any, dict[str, int]]:
+        """The groups with the most records, and what the others have together."""
+        if not self._columns:
+            return {(): dict(total)}
+        query = sums.grouped(cover, self._where, self._columns)
+        found = query.subquery()
+        by = [found.c[name] for name in self._columns]
+        listed = select(found).order_by(found.c.records.desc(), *by).limit(MOST_ROWS)
+        rows = {self._group(row._mapping): _measures(row._mapping) for row in await connection.execute(listed)}
+        return _with_rest(rows, total)
+
+    async def _series(
+        self, connection: AsyncConnection, cover: Cover, groups: list[Any], points: Mapping[int, Mapping[str, int]]
+    ) -> dict[Any, dict[int, dict[str, int]]]:
+        """By group and bucket."""
+        if not self._columns:
+            return {(): {at: dict(one) for at, one in points.items()}}
+        groups = [group for group in groups if group is not _OTHER]
+
+        def where(table: Table) -> Iterable[ColumnElement[bool]]:
+            yield from self._where(table)
+            yield or_(false(), *(self._is(table, group) for group in groups))
+
+        found: dict[Any, dict[int, dict[str, int]]] = {group: {} for group in groups}
+        query = sums.grouped(cover, where, self._columns, BUCKETS[self._question.bucket]).order_by("bucket")
+        for row in await connection.execute(query):
+            found[self._group(row._mapping)][row.bucket] = _measures(row._mapping)
+        rest = {}
+        for at, all_of in points.items():
+            left = _less(all_of, [found[group][at] for group in groups if at in found[group]])
+            if left["records"]:
+                rest[at] = left
+        return found | ({_OTHER: rest} if rest else {})
+
+    async def _histograms(
+        self, connection: AsyncConnection, cover: Cover, groups: set[Any]
+    ) -> dict[Any, tuple[dict[str, int], dict[str, int]]]:
+        """Latency and TTFT by group; what is in no group is in _OTHER."""
+        found: dict[Any, tuple[dict[str, int], dict[str, int]]] = {}
+        for query in sums.histograms(cover, self._where, self._columns):
+            result = await connection.stream(query)
+            async for part in result.partitions(2000):
+                for row in part:
+                    group = tuple(row[: len(self._columns)])
+                    into = found.setdefault(group if group in groups else _OTHER, ({}, {}))
+                    for counts, given in zip(into, (row.latency, row.ttft), strict=True):
+                        if given is not None:
+                            histogram.add(counts, {str(given): row.number} if row.number else orjson.loads(given))
+        return found
+
+    async def _dropped(self) -> int:
+        """Records that routers could not deliver, by their last reports; nobody knows whose they were."""
+        if not self._scope.everything:
+            return 0
+        query = select(routers.c.report).where(routers.c.at >= self._question.start)
+        async with self._plane.database.main.read() as connection:
+            reports = (await connection.execute(query)).scalars().all()
+        return sum(one.get("usage", {}).get("dropped", 0) for one in reports)
+
+    def _answer(
+        self,
+        total: Mapping[str, int],
+        rows: Mapping[Any, Mapping[str, int]],
+        series: Mapping[Any, Mapping[int, Mapping[str, int]]],
+        latency: Mapping[Any, tuple[dict[str, int], dict[str, int]]],
+        dropped: int,
+    ) -> dict[str, Any]:
+        question = self._question
+        everything: tuple[dict[str, int], dict[str, int]] = {}, {}
+        for group in latency.values():
+            for into, counts in zip(everything, group, strict=True):
+                histogram.add(into, counts)
+        received = total["records"]
+        return {
+            "start": shown(question.start),
+            "end": shown(question.end),
+            "bucket": question.bucket,
+            "currency": self._plane.settings.currency,
+            "group_by": list(question.group_by),
+            "totals": _shown(total, everything),
+            "series": [
+                {**self._named(group), "points": [_point(at, one) for at, one in points.items()]}
+                for group, points in series.items()
+            ],
+            "rows": [{**self._named(group), **_shown(one, latency.get(group))} for group, one in rows.items()],
+            "coverage": {
+                "received": received,
+                "dropped": dropped,
+                "share": round(received / (received + dropped), 4) if received + dropped else 1.0,
+                "estimated": round(total["estimated"] / received, 4) if received else 0.0,
+            },
+        }
+
+    def _group(self, row: Mapping[Any, Any]) -> Group:
+        return tuple(row[name] for name in self._columns)
+
+    def _is(self, table: Table, group: Group) -> ColumnElement[bool]:
+        pairs = zip(self._columns, group, strict=True)
+        return and_(*(table.c[name].is_not_distinct_from(value) for name, value in pairs))
+
+    def _named(self, group: Any) -> dict[str, Any]:
+        if group is _OTHER:
+            return {"group": None, "other": True}
+        return {"group": dict(zip(self._question.group_by, group, strict=True))}
+
+
+def _measures(row: Mapping[Any, Any]) -> dict[str, int]:
+    return {name: row[name] for name in MEASURES}
+
+
+def _added(sums: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    found = dict.fromkeys(MEASURES, 0)
+    for one in sums:
+        for name in MEASURES:
+            found[name] += one[name]
+    return found
+
+
+def _less(total: Mapping[str, int], parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    taken = _added(parts)
+    return {name: total[name] - taken[name] for name in MEASURES}
+
+
+def _with_rest(rows: dict[Any, dict[str, int]], total: Mapping[str, int]) -> dict[Any, dict[str, int]]:
+    rest = _less(total, list(rows.values()))
+    return rows | ({_OTHER: rest} if rest["records"] else {})
+
+
+def _shown(sums: Mapping[str, int], latency: tuple[dict[str, int], dict[str, int]] | None) -> dict[str, Any]:
+    of_latency, of_ttft = latency or ({}, {})
+    return {
+        **{name: sums[name] for name in SHOWN},
+        "latency_ms": histogram.percentiles(of_latency),
+        "ttft_ms": histogram.percentiles(of_ttft),
+    }
+
+
+def _point(at: int, sums: Mapping[str, int]) -> dict[str, Any]:
+    return {"at": shown(at), **{name: sums[name] for name in _POINT}}
