@@ -13,13 +13,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from control_plane.data.database import Database
 from control_plane.documents import Documents
-from control_plane.http import ingest, pages, routers, snapshots
+from control_plane.http import ingest, pages, routers, snapshots, spend
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
 from control_plane.http.api import limits as limits_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import prices as prices_api
 from control_plane.http.api import prompts as prompts_api
+from control_plane.http.api import records as records_api
 from control_plane.http.api import session as session_api
 from control_plane.http.api import settings as settings_api
 from control_plane.http.api import usage as usage_api
@@ -31,7 +32,7 @@ from control_plane.http.requests import Bounded, Failures, Identified
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
-from control_plane.services import models, overrides, policy, prices, reports, tokens
+from control_plane.services import keeper, models, overrides, policy, prices, reports, tokens
 from control_plane.settings import Settings
 from inference_api import __version__
 
@@ -58,11 +59,12 @@ RESOURCES = (
     fleet_api.router,
     prices_api.router,
     usage_api.router,
+    records_api.router,
 )
 # Routes of the machine side, beside the documents
-MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES)
+MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES, *spend.ROUTES)
 # What runs beside the requests: functions of the Plane
-TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping,)
+TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping, keeper.keeping)
 MAX_BODY_BYTES = 1024 * 1024
 # Of paths that begin so; a report has every backend of every model.
 LARGER = {"/routers/": 16 * MAX_BODY_BYTES}

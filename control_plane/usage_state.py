@@ -1,17 +1,18 @@
 """What a process remembers of usage, beside the database: nothing that could not be read again."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass
 class UsageState:
-    """`working`: batches that are being stored. `days`: those whose partitions exist.
-
-    `answers`: sums by question, (Unix milliseconds until which they are shown, answer). `spend`: the last GET /spend.
+    """`working`: batches that are being stored. `days`: those whose partitions exist. `answers`: sums by question,
+    (Unix milliseconds until which they are shown, answer). `spend`: the last GET /spend; `spending`: who makes it anew.
     """
 
     working: int = 0
     days: set[int] = field(default_factory=set)
     answers: dict[Any, tuple[int, Any]] = field(default_factory=dict)
     spend: Any = None
+    spending: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -53,6 +53,11 @@ async def roll_up(plane: Plane, until: int | None = None) -> int:
     return made
 
 
+async def unsummed(plane: Plane) -> int:
+    """Closed hours whose sums lack rows."""
+    return len(await _changed(plane, HOUR, plane.clock()))
+
+
 async def _changed(plane: Plane, span: int, until: int) -> list[int]:
     query = select(usage_changed.c.at).distinct().order_by(usage_changed.c.at.desc())
     query = query.where(usage_changed.c.span == span, usage_changed.c.at <= until - span)

@@ -70,6 +70,8 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("PUT", "/prompts/{name}/labels/{label}"): "prompts.write",
     ("DELETE", "/prompts/{name}/labels/{label}"): "prompts.write",
     ("GET", "/usage"): "usage.see",
+    ("GET", "/requests"): "requests.see",
+    ("GET", "/requests/{id}"): "requests.see",
 }
 
 

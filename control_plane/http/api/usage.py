@@ -49,7 +49,7 @@ async def read_usage(
     }  # fmt: skip
     filters = tuple((name, value or None) for name, value in given.items() if value is not None)
     span = _span(act, start, end)
-    question = Question(*span, bucket, _listed("group_by", group_by, DIMENSIONS, 2), filters, _kinds(kind))
+    question = Question(*span, bucket, _listed("group_by", group_by, DIMENSIONS, 2), filters, kinds_of(kind) or BILLED)
     answer = await usage.report(plane, act, question)
     if "text/csv" in request.headers.get("accept", ""):
         return Response(table(answer), media_type="text/csv", headers={"vary": "accept"})
@@ -74,8 +74,8 @@ def moment(param: str, value: str) -> int:
         raise Invalid(Problem(param, str(exc))) from None
 
 
-def _kinds(given: list[str] | None) -> tuple[str, ...]:
-    return _listed("kind", given, KINDS, len(KINDS)) or BILLED
+def kinds_of(given: list[str] | None) -> tuple[str, ...]:
+    return _listed("kind", given, KINDS, len(KINDS))
 
 
 def _listed(param: str, given: list[str] | None, known: Any, most: int) -> tuple[str, ...]:

@@ -1,0 +1,128 @@
+"""Requests: newest first, by filters and by ids, with their attempts and what belongs to them."""
+
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import insert
+
+from control_plane.data.tables import keys, memberships, organisations
+from tests.control_plane.conftest import NOON, Running, management_token
+from tests.control_plane.usage import DAY, record, taken
+
+pytestmark = pytest.mark.anyio
+
+
+async def listed(client: httpx.AsyncClient, **query: Any) -> list[dict[str, Any]]:
+    answer = await client.get("/api/v1/requests", params=query)
+    assert answer.status_code == 200, answer.text
+    found: list[dict[str, Any]] = answer.json()["data"]
+    return found
+
+
+async def team(plane: Running) -> None:
+    """The organisations team-a and team-b; a key `batch` of ana's."""
+    async with plane.plane.database.main.write() as connection:
+        for name in ("team-a", "team-b"):
+            await connection.execute(insert(organisations).values(name=name, limits=[], created_at=NOON))
+        await connection.execute(
+            insert(keys).values(
+                id="A" * 12, name="batch", digest="d", organisation="team-a", user="ana", limits=[], created_at=NOON
+            )
+        )
+
+
+async def member(plane: Running, name: str, role: str) -> dict[str, str]:
+    """Headers of a member of team-a."""
+    token = await management_token(plane.plane.database, name, None)
+    async with plane.plane.database.main.write() as connection:
+        await connection.execute(
+            insert(memberships).values(organisation="team-a", user=name, role=role, created_at=NOON)
+        )
+    return {"authorization": f"Bearer {token}"}
+
+
+async def test_a_request_has_its_attempts_and_those_that_belong_to_it(plane: Running) -> None:
+    await team(plane)
+    tried = [{"backend": "b:1", "outcome": "reset", "status": 0, "start_ms": 0.5, "duration_ms": 1.0}]
+    one = record(request_id="r-1", key_id="A" * 12, attempt_details=tried)
+    other, foreign = record(request_id="r-1", kind="vote"), record(request_id="r-1", at=NOON - DAY)
+    await taken(plane, one, other, foreign)
+
+    by_id = (await plane.admin.get(f"/api/v1/requests/{one['id']}")).json()
+    by_request_id = (await plane.admin.get("/api/v1/requests/r-1")).json()
+    unknown = await plane.admin.get("/api/v1/requests/r-")
+
+    extra = {"key_name": "batch", "received_at": "2026-11-28T12:00:00Z", "related": [other["id"]]}
+    assert by_id == by_request_id == {**one, **extra}
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_requests_are_found_by_the_beginning_of_their_id_among_all(plane: Running) -> None:
+    old = record(request_id="4bf92f35-x", at=NOON - 6 * DAY)
+    await taken(plane, old, *(record(request_id=f"4BF9{number}") for number in range(60)), record(request_id="4bf93"))
+
+    assert [one["id"] for one in await listed(plane.admin, id="4bf92f")] == [old["id"]]
+    assert [one["id"] for one in await listed(plane.admin, id="4bf92f35-x")] == [old["id"]]
+    assert await listed(plane.admin, id="4bf92%") == []
+    assert len(await listed(plane.admin, id="4bf9")) == 2
+
+
+async def test_pages_have_each_request_once_newest_first(plane: Running) -> None:
+    # Some at the same time
+    sent = [record(at=NOON - number // 3 * 1000) for number in range(10)]
+    await taken(plane, *sent)
+    found, after = [], None
+    while True:
+        query = {"limit": 4, **({} if after is None else {"after": after})}
+        answer = (await plane.admin.get("/api/v1/requests", params=query)).json()
+        found += answer["data"]
+        after = answer["next"]
+        if after is None:
+            break
+
+    wanted = sorted(sent, key=lambda one: (one["at"], one["id"]), reverse=True)
+    assert [one["id"] for one in found] == [one["id"] for one in wanted]
+
+
+async def test_filters_are_in_the_query(plane: Running) -> None:
+    first = record(model="a", outcome="reset", status=502, at=NOON - 1000)
+    second = record(model="b", organisation="team-a", kind="shadow", at=NOON - 2000)
+    await taken(plane, first, second)
+
+    async def ids(**query: str) -> list[str]:
+        return [one["id"] for one in await listed(plane.admin, **query)]
+
+    assert await ids() == [first["id"], second["id"]]
+    assert await ids(model="a") == await ids(outcome="reset") == await ids(kind="request") == [first["id"]]
+    assert await ids(organisation="team-a") == [second["id"]]
+    assert await ids(start="2026-11-28T11:59:59Z") == [first["id"]]
+    assert await ids(end="2026-11-28T11:59:59Z") == [second["id"]]
+
+
+async def test_callers_see_their_organisation_or_their_own_keys(plane: Running) -> None:
+    await team(plane)
+    headers = {role: await member(plane, f"u-{role}", role) for role in ("owner", "admin", "member", "viewer")}
+    mine = record(organisation="team-a", user="u-member", request_id="r-mine")
+    colleague = record(organisation="team-a", user="ana", request_id="r-ana")
+    foreign = record(organisation="team-b", user="u-member", request_id="r-foreign")
+    await taken(plane, mine, colleague, foreign, record())
+
+    async def sees(role: str) -> set[str]:
+        answer = await plane.client.get("/api/v1/requests", headers=headers[role])
+        assert answer.status_code == 200
+        return {one["id"] for one in answer.json()["data"]}
+
+    async def sums(role: str) -> int:
+        answer = await plane.client.get("/api/v1/usage", params={"group_by": "organisation"}, headers=headers[role])
+        found: int = answer.json()["totals"]["requests"]
+        return found
+
+    both = {mine["id"], colleague["id"]}
+    assert [await sees(role) for role in ("owner", "admin", "member")] == [both, both, {mine["id"]}]
+    assert [await sums(role) for role in ("owner", "admin", "member", "viewer")] == [2, 2, 1, 2]
+    # An organisation's viewer sees sums only.
+    assert (await plane.client.get("/api/v1/requests", headers=headers["viewer"])).status_code == 403
+    hidden = await plane.client.get("/api/v1/requests/r-ana", headers=headers["member"])
+    assert hidden.status_code == 404
+    assert (await plane.client.get("/api/v1/prices", headers=headers["owner"])).status_code == 403
