@@ -50,12 +50,10 @@ class Guarded:
             return
         cookies: list[str] = []
         scope[SET_COOKIES] = cookies
-        status = 0
-
         async def guarded_send(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                if message["status"] == 403 and scope.get(PRINCIPAL) is not None:
+                    await self._note(scope)
                 kept = [pair for pair in message.get("headers", ()) if pair[0].lower() not in _OWN]
                 message["headers"] = [*kept, *_HEADERS, *((b"set-cookie", one.encode("latin-1")) for one in cookies)]
             await send(message)
@@ -64,8 +62,6 @@ class Guarded:
             await render(CrossSite(self._plane.settings.origin), scope)(scope, receive, guarded_send)
             return
         await self._app(scope, receive, guarded_send)
-        if status == 403 and scope.get(PRINCIPAL) is not None:
-            await self._note(scope)
 
     def _is_cross_site(self, scope: Scope) -> bool:
         if scope["method"] in ("GET", "HEAD"):
@@ -92,7 +88,7 @@ class Guarded:
         try:
             await audit.note_denied(self._plane, act, kind, rest or None, scope["method"])
         except StorageUnavailable:
-            # It is in the log, and the request has had its answer.
+            # It is in the log; the request is refused all the same.
             return
 
 
