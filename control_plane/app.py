@@ -18,12 +18,14 @@ from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
 from control_plane.http.api import limits as limits_api
 from control_plane.http.api import models as models_api
+from control_plane.http.api import organisations as organisations_api
 from control_plane.http.api import prices as prices_api
 from control_plane.http.api import prompts as prompts_api
 from control_plane.http.api import records as records_api
 from control_plane.http.api import session as session_api
 from control_plane.http.api import settings as settings_api
 from control_plane.http.api import usage as usage_api
+from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.counting import Counted
 from control_plane.http.guard import Guarded
@@ -51,6 +53,8 @@ POLLED: tuple[str, ...] = (overrides.DOCUMENT, policy.DOCUMENT)
 # Resources under /api/v1, in the order of the documentation
 RESOURCES = (
     session_api.router,
+    organisations_api.router,
+    users_api.router,
     models_api.router,
     keys_api.router,
     limits_api.router,

@@ -1,12 +1,14 @@
-"""The command line: serve, migrate."""
+"""The command line: serve, migrate, bootstrap."""
 
 import argparse
 import asyncio
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from control_plane.data import schema
 from control_plane.data.database import DatabaseError
+from control_plane.plane import offline
 from control_plane.settings import PREFIX, Settings, SettingsError, load_settings
 from inference_api import __version__
 
@@ -57,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="only say whether it is that of this release: exit 1 if not"
     )
     migrate.set_defaults(run=_migrate)
+    bootstrap = commands.add_parser("bootstrap", help="make a platform admin, or give one another password")
+    bootstrap.add_argument("--email", required=True, metavar="E", help="e-mail address for the login")
+    bootstrap.add_argument("--name", metavar="N", help="name of the user; without it, as in the e-mail address")
+    bootstrap.add_argument(
+        "--password-file", type=Path, metavar="F", help="the password is its first line; without it, a one-time URL"
+    )
+    bootstrap.add_argument("--reset", action="store_true", help="another password for an admin who is there")
+    bootstrap.set_defaults(run=_bootstrap)
     return parser
 
 
@@ -74,6 +84,29 @@ def _migrate(arguments: argparse.Namespace) -> int:
         state = "is up to date" if standing.fits else f"{standing.found or 'empty'} -> {standing.wanted}"
         print(f"{standing.part}: {state}")
     return 0 if not arguments.check or all(standing.fits for standing in found) else 1
+
+
+def _bootstrap(arguments: argparse.Namespace) -> int:
+    from control_plane.services import bootstrap
+
+    settings = load_settings()
+
+    async def run() -> str | None:
+        if settings.upgrades:
+            await schema.migrate(settings.url)
+        schema.check(await schema.standings(settings.url))
+        given = arguments.password_file
+        password = None if given is None else bootstrap.read_password(given)
+        async with offline(settings) as plane:
+            return await bootstrap.make_admin(plane, arguments.email, arguments.name, password, arguments.reset)
+
+    try:
+        url = asyncio.run(run())
+    except bootstrap.BootstrapError as exc:
+        print(f"control-plane: {exc}", file=sys.stderr)
+        return 1
+    print(url or f"{arguments.email} is a platform admin and can log in")
+    return 0
 
 
 def _options(arguments: argparse.Namespace) -> Mapping[str, str]:

@@ -1,6 +1,7 @@
 """What every handler and service has: settings, database, the documents that routers poll, and who acts."""
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -54,8 +55,24 @@ class Plane:
             yield connection
         # The change is made, whatever becomes of the database now: then the documents follow later.
         with suppress(StorageUnavailable):
-            for document in documents:
+            for document in self.documents.names.intersection(documents):
                 await self.documents.refresh(document)
+
+
+@asynccontextmanager
+async def offline(settings: Settings) -> AsyncIterator[Plane]:
+    """For commands: without documents, which the processes that serve make anew by themselves."""
+    database = Database(settings.url)
+    passwords = Passwords()
+    try:
+        yield Plane(settings, database, Documents(database.main, {}, _now), Metrics(), _now, passwords)
+    finally:
+        passwords.close()
+        await database.close()
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
 
 
 # What runs beside the requests, until it is cancelled

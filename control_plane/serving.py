@@ -13,6 +13,9 @@ import uvicorn
 from control_plane.app import Application
 from control_plane.data import schema
 from control_plane.data.database import DatabaseError
+from control_plane.http.cookies import Cookies
+from control_plane.plane import offline
+from control_plane.services import bootstrap
 from control_plane.settings import PREFIX, Settings, SettingsError
 from inference_api.observe.log import configure_logging, log_unhandled
 
@@ -33,10 +36,14 @@ def serve(settings: Settings) -> int:
         except DatabaseError as exc:
             raise DatabaseError(f"{PREFIX}DATABASE_URL: {exc}") from None
         listeners = [stack.enter_context(_listen("PORT", settings.host, settings.port))]
-        application = Application(settings)
         if settings.api_port is not None:
             listeners.append(stack.enter_context(_listen("API_PORT", settings.host, settings.api_port)))
-            application.api_port = listeners[1].getsockname()[1]
+        # The origin of the console has its port, which may be one that was free.
+        ports = dict(zip(("port", "api_port"), (listener.getsockname()[1] for listener in listeners), strict=False))
+        settings = settings.model_copy(update=ports)
+        application = Application(settings)
+        application.api_port = ports.get("api_port")
+        asyncio.run(_begin(settings))
         server = Server(application)
         # uvicorn raises the signal again at its end, and the default action is not exit code 0.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -80,6 +87,24 @@ async def _prepare(settings: Settings) -> None:
         await schema.migrate(settings.url)
     else:
         schema.check(await schema.standings(settings.url))
+
+
+async def _begin(settings: Settings) -> None:
+    """Say how people get in."""
+    if not Cookies(settings.origin).usable:
+        name, text = (
+            f"{PREFIX}PUBLIC_URL",
+            "is neither https:// nor on loopback: no browser keeps the cookie of a login",
+        )
+        log.warning(f"{name}={settings.origin!r} {text}")
+    async with offline(settings) as plane:
+        try:
+            url = await bootstrap.prepare(plane)
+        except bootstrap.BootstrapError as exc:
+            raise SettingsError(f"{PREFIX}ADMIN_EMAIL={settings.admin_email!r}: {exc}") from None
+    if url is not None:
+        # Also where only warnings are logged: without it nobody gets in.
+        log.warning(f"first admin: {url}")
 
 
 def _listen(setting: str, host: str, port: int) -> socket.socket:

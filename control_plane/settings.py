@@ -97,6 +97,11 @@ class Settings(BaseModel):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port if self.api_port is None else self.api_port}"
 
+    @property
+    def public(self) -> str:
+        """URL under which people reach the console, without `/console`."""
+        return self.public_url or self.origin
+
     @field_validator("database_url")
     @classmethod
     def _database(cls, value: str) -> str:

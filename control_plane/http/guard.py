@@ -50,6 +50,7 @@ class Guarded:
             return
         cookies: list[str] = []
         scope[SET_COOKIES] = cookies
+
         async def guarded_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if message["status"] == 403 and scope.get(PRINCIPAL) is not None:

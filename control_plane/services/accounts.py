@@ -13,10 +13,10 @@ from control_plane.services import audit, logins
 from control_plane.services.sessions import IDLE, end, end_others, renew
 
 
-async def read(connection: AsyncConnection, name: str) -> Row[Any]:
+async def read(connection: AsyncConnection, name: str, locked: bool = False) -> Row[Any]:
     """A user who is not ended. Raises NotFound."""
     query = select(users).where(users.c.name == name, users.c.ended_at.is_(None))
-    row = (await connection.execute(query)).one_or_none()
+    row = (await connection.execute(query.with_for_update() if locked else query)).one_or_none()
     if row is None:
         raise NotFound("user", name)
     return row

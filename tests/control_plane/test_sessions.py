@@ -11,31 +11,9 @@ from sqlalchemy import insert, select, update
 
 from control_plane.data.tables import audit, memberships, organisations, sessions, users
 from tests.control_plane.conftest import NOON, Running
+from tests.control_plane.people import PASSWORD, SAME_ORIGIN, log_in, make_user
 
 pytestmark = pytest.mark.anyio
-PASSWORD = "a long enough password"
-SAME_ORIGIN = {"sec-fetch-site": "same-origin"}
-
-
-async def make_user(running: Running, name: str, role: str | None = None, password: str | None = PASSWORD) -> None:
-    hashed = None if password is None else await running.plane.passwords.hash(password)
-    async with running.plane.database.main.write() as connection:
-        await connection.execute(
-            insert(users).values(
-                name=name,
-                email=f"{name}@example.org",
-                platform_role=role,
-                disabled=False,
-                password_hash=hashed,
-                created_at=NOON,
-            )
-        )
-
-
-async def log_in(running: Running, name: str, password: str = PASSWORD, **options: Any) -> httpx.Response:
-    options = {"headers": SAME_ORIGIN, **options}
-    body = {"email": f"{name}@example.org", "password": password}
-    return await running.client.post("/api/v1/session", json=body, **options)
 
 
 async def test_a_login_answers_who_it_is_with_a_cookie(plane: Running) -> None:

@@ -113,7 +113,7 @@ async def change_me(change: MeChange, act: Acting, plane: ThePlane, request: Req
 
 @router.get("/me/sessions")
 async def list_sessions(act: Acting, plane: ThePlane, place: Paging) -> Page[ShownSession]:
-    after = None if place.after is None else str(place.after[0])
+    after = (place.key(str) or [None])[0]
     rows = await accounts.list_sessions(plane, act.principal.user or "", place.limit, after)
     return page(rows, place, lambda row: [row.id], lambda row: _shown(act, row))
 
