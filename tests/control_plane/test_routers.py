@@ -114,3 +114,26 @@ async def test_a_replaced_secret_is_valid_for_the_overlap(plane: Running, router
         policies = router.router.core.provided(Policies)
         assert policies is not None
         assert policies.failures == {"connect": 0, "timeout": 0, "status": 0, "garbage": 0}
+
+
+async def test_the_catalogue_of_the_control_plane_is_what_a_router_serves(
+    plane: Running, start_router: Start, start_engine: Start
+) -> None:
+    engine = await start_engine()
+    entry = {"name": "writer", "aliases": ["w"], "backends": [{"url": engine.url}]}
+    assert (await plane.admin.put("/models/writer", json=entry)).status_code == 201
+    router: Served = await start_router(models=[], registry_url=plane.url, registry_refresh=0.05)
+    for name in ("writer", "w"):
+        assert (await router.chat(model=name)).status_code == 200
+    await plane.admin.put("/models/writer", json={**entry, "aliases": []})
+
+    async def status() -> int:
+        return (await router.chat(model="w")).status_code
+
+    deadline = time.monotonic() + 20
+    found = await status()
+    while found != 404 and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+        found = await status()
+    assert found == 404
+    assert (await router.chat(model="writer")).status_code == 200
