@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, bootstrap."""
+"""The command line: serve, migrate, copy, bootstrap."""
 
 import argparse
 import asyncio
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from control_plane.commands import copy
 from control_plane.data import schema
 from control_plane.data.database import DatabaseError
 from control_plane.plane import offline
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bootstrap.add_argument("--reset", action="store_true", help="another password for an admin who is there")
     bootstrap.set_defaults(run=_bootstrap)
+    copy.add_to(commands.add_parser("copy", help="copy all but reports and sessions into an empty migrated database"))
     return parser
 
 

@@ -1,0 +1,1 @@
+"""The commands of `control-plane` but `serve`: one file each."""
