@@ -1,15 +1,20 @@
 """A control plane, three routers and two engines together: what people change is obeyed, what routers do is known."""
 
 import asyncio
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from control_plane.data.database import Database, parse_url
+from control_plane.pure.times import shown
 from tests.conftest import Served
-from tests.control_plane.conftest import SERVICE_TOKEN, Running
+from tests.control_plane.conftest import SERVICE_TOKEN, Running, management_token
+from tests.control_plane.processes import served
 from tests.fakes import FakeEngine
 from tests.ports import free_port
 
@@ -82,3 +87,68 @@ async def test_a_drained_backend_gets_no_requests_until_it_returns(
         return len(drained.requests) > before
 
     await eventually(is_used)
+
+
+async def test_usage_is_what_the_routers_served(
+    plane: Running, start_engine: Callable[..., Any], start_router: Callable[..., Any]
+) -> None:
+    await serve_model(plane, await start_engine())
+    asked = await routers(start_router, plane.url)
+    answers = [await router.chat() for router in asked for _ in range(7)]
+    assert {answer.status_code for answer in answers} == {200}
+
+    async def records() -> list[Any]:
+        found = await plane.admin.get("/api/v1/requests", params={"model": "m", "limit": 50})
+        assert found.status_code == 200, found.text
+        data: list[Any] = found.json()["data"]
+        return data if len(data) >= 21 else []
+
+    listed = await eventually(records)
+    # Sums are at most 30 seconds old.
+    plane.clock.advance(31)
+    start, end = (str(shown(plane.clock.now + hours * 3_600_000)) for hours in (-23, 1))
+    found = (await plane.admin.get("/api/v1/usage", params={"start": start, "end": end, "bucket": "1d"})).json()
+
+    assert len({one["id"] for one in listed}) == len(listed) == 21
+    assert found["totals"]["requests"] == 21
+    assert found["coverage"]["share"] == 1.0
+    instances = {one["instance"] for one in (await plane.admin.get("/api/v1/routers")).json()["data"]}
+    assert {one["router"] for one in listed} == instances
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_routers_go_on_while_the_control_plane_is_away(
+    tmp_path: Path, start_engine: Callable[..., Any], start_router: Callable[..., Any], number: int
+) -> None:
+    engine = await start_engine()
+    url = f"sqlite:///{tmp_path}/control-plane.sqlite3"
+    port = free_port()
+    async with served(tmp_path, url, port=port, service_token=SERVICE_TOKEN) as plane:
+        manager = {"authorization": f"Bearer {await _token(url)}"}
+        entry = {"name": "m", "backends": [{"url": engine.url}]}
+        assert (await plane.client.put("/models/m", json=entry, headers=manager)).status_code == 201
+        asked = await routers(start_router, f"http://127.0.0.1:{port}")
+        first = [await router.chat() for router in asked for _ in range(5)]
+        await plane.stop(number)
+    during = [await router.chat() for router in asked for _ in range(5)]
+    assert {answer.status_code for answer in [*first, *during]} == {200}
+
+    async with served(tmp_path, url, port=port, service_token=SERVICE_TOKEN) as plane:
+
+        async def records() -> list[Any]:
+            found = await plane.client.get("/api/v1/requests?limit=200", headers=manager)
+            assert found.status_code == 200, found.text
+            data: list[Any] = found.json()["data"]
+            return data if len(data) >= 30 else []
+
+        listed = await eventually(records, 60)
+    assert len({one["id"] for one in listed}) == len(listed) == 30
+
+
+async def _token(url: str) -> str:
+    """A management token of a platform admin, written beside the running control plane."""
+    database = Database(parse_url(url))
+    try:
+        return await management_token(database, "ana", "admin")
+    finally:
+        await database.close()
