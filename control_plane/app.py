@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from control_plane.data.database import Database
 from control_plane.documents import Documents
 from control_plane.http import ingest, pages, routers, snapshots, spend
+from control_plane.http.api import audit as audit_api
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
 from control_plane.http.api import limits as limits_api
@@ -24,6 +25,7 @@ from control_plane.http.api import prompts as prompts_api
 from control_plane.http.api import records as records_api
 from control_plane.http.api import session as session_api
 from control_plane.http.api import settings as settings_api
+from control_plane.http.api import tokens as tokens_api
 from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
@@ -55,6 +57,8 @@ RESOURCES = (
     session_api.router,
     organisations_api.router,
     users_api.router,
+    tokens_api.router,
+    audit_api.router,
     models_api.router,
     keys_api.router,
     limits_api.router,

@@ -3,7 +3,7 @@
 A role that a permission does not name has none of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -136,3 +136,24 @@ class Principal(NamedTuple):
 
 
 SYSTEM = Principal("system", platform_role="admin")
+
+
+def is_within(rights: Principal, other: Principal) -> bool:
+    """Whether all that `rights` allow is allowed to `other`, too."""
+    role, own = rights.platform_role, other.platform_role
+    if role is not None and (own is None or _rank(PLATFORM_ROLES, own) > _rank(PLATFORM_ROLES, role)):
+        return False
+    return own == "admin" or all(
+        organisation in other.roles
+        and _rank(ORGANISATION_ROLES, other.roles[organisation]) <= _rank(ORGANISATION_ROLES, role)
+        for organisation, role in rights.roles.items()
+    )
+
+
+def lower(ranking: Sequence[str], *roles: str) -> str:
+    """The one of them that may do least."""
+    return max(roles, key=ranking.index)
+
+
+def _rank(ranking: Sequence[str], role: str) -> int:
+    return ranking.index(role)

@@ -1,15 +1,16 @@
 """Who people are: the rights of a user, and of a management token that acts for one."""
 
-from collections.abc import Sequence
-
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.tables import memberships, organisations, tokens, users
 from control_plane.plane import Plane
-from control_plane.pure.roles import ORGANISATION_ROLES, PLATFORM_ROLES, Principal
+from control_plane.pure.roles import ORGANISATION_ROLES, PLATFORM_ROLES, Principal, lower
 from control_plane.services.tokens import is_management
 from inference_api.policy.keys import sha256
+
+# Milliseconds between two notes of the last use of a token
+_USED = 60_000
 
 
 async def by_token(plane: Plane, given: str) -> Principal | None:
@@ -30,6 +31,9 @@ async def by_token(plane: Plane, given: str) -> Principal | None:
         maker = await by_name(connection, row.user)
     if maker is None:
         return None
+    if row.last_used_at is None or now - row.last_used_at >= _USED:
+        async with plane.database.main.write() as connection:
+            await connection.execute(update(tokens).where(tokens.c.id == row.id).values(last_used_at=now))
     return limited(maker, row.organisation, row.role)._replace(kind="token", token=row.id)
 
 
@@ -59,12 +63,7 @@ def limited(maker: Principal, organisation: str | None, role: str | None) -> Pri
         if role is None:
             return maker
         own = maker.platform_role
-        return maker._replace(platform_role=own and _lower(PLATFORM_ROLES, own, role), roles={})
+        return maker._replace(platform_role=own and lower(PLATFORM_ROLES, own, role), roles={})
     own = "owner" if maker.platform_role == "admin" else maker.roles.get(organisation)
-    roles = {} if own is None else {organisation: _lower(ORGANISATION_ROLES, own, role or own)}
+    roles = {} if own is None else {organisation: lower(ORGANISATION_ROLES, own, role or own)}
     return maker._replace(platform_role=None, roles=roles)
-
-
-def _lower(ranking: Sequence[str], *roles: str) -> str:
-    """The one of them that may do least."""
-    return max(roles, key=ranking.index)

@@ -43,6 +43,15 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("DELETE", "/users/{name}"): "organisations.write",
     ("DELETE", "/users/{name}/sessions"): "organisations.write",
     ("POST", "/users/{name}/setup"): "organisations.write",
+    # The own ones; service tokens: services.issuing.
+    ("GET", "/tokens"): "self",
+    ("POST", "/tokens"): "self",
+    ("GET", "/tokens/{id}"): "self",
+    ("PATCH", "/tokens/{id}"): "self",
+    ("DELETE", "/tokens/{id}"): "self",
+    ("POST", "/tokens/{id}/rotate"): "self",
+    # An export needs audit.export, too.
+    ("GET", "/audit"): "audit.see",
     ("GET", "/models"): "models.see",
     ("GET", "/models/{name:path}"): "models.see",
     ("PUT", "/models/{name:path}"): "catalogue.write",
