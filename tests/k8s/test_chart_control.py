@@ -95,6 +95,13 @@ def test_it_accepts_its_settings(name: str) -> None:
     assert read.router_url.startswith(f"http://{found.one('Deployment', 'router')['metadata']['name']}:")
 
 
+def test_every_setting_of_it_can_be_set() -> None:
+    """A new one gets a value of its own; what is told beside is in `control.extraEnv`."""
+    told = {name.removeprefix(PREFIX).lower() for name in variables(container(installed("marks of a control plane")))}
+
+    assert set(Settings.model_fields) - told == set()
+
+
 def test_each_value_arrives() -> None:
     read = settings(installed("control on 1.37"))
 
