@@ -293,6 +293,7 @@ NOT_NOTICED = {
     "ControlPlaneDown",
     "ControlPlaneDatabaseAway",
     "ControlPlaneRoutersLost",
+    "ControlPlaneUsageUnsummed",
     "EngineAdmissionStalled",
     "EngineQueueGrowing",
     "EnginePreemptions",
