@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.applications import Starlette
@@ -39,6 +40,9 @@ from control_plane.plane import Plane, Task
 from control_plane.services import keeper, models, overrides, policy, prices, reports, tokens
 from control_plane.settings import Settings
 from inference_api import __version__
+
+if TYPE_CHECKING:
+    from control_plane.clients.openid import Provider
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +104,8 @@ class Application:
             Route("/readyz", snapshots.readyz),
             Route("/metrics", self.plane.metrics.page),
         ]
-        people = [Mount("/api/v1", Idempotent(api)), *pages.ROUTES]
+        self._provider = _provider(settings, clock)
+        people = [Mount("/api/v1", Idempotent(api)), *pages.ROUTES, *_openid_routes(self._provider)]
         self._whole = self._served([*machine, *people], failures)
         self._machine, self._people = self._served(machine, failures), self._served(people, failures)
         self.plane.metrics.gauge("models", "Models in the catalogue.", self._models)
@@ -135,6 +140,8 @@ class Application:
                     task.cancel()
         finally:
             self.plane.passwords.close()
+            if self._provider is not None:
+                await self._provider.close()
             await self.database.close()
 
     def _tasks(self) -> list[Task]:
@@ -143,6 +150,26 @@ class Application:
     def _models(self) -> float:
         documents = self.plane.documents
         return float(len(models.catalogue(self.plane).stored)) if documents.filled else 0.0
+
+
+def _provider(settings: Settings, clock: Callable[[], int]) -> "Provider | None":
+    """Of logins by OpenID, where it is set up: it needs an extra."""
+    if settings.oidc_issuer is None or settings.oidc_client_id is None:
+        return None
+    from control_plane.clients.openid import Provider
+
+    secret = settings.oidc_client_secret
+    return Provider(
+        settings.oidc_issuer, settings.oidc_client_id, None if secret is None else secret.get_secret_value(), clock
+    )
+
+
+def _openid_routes(provider: "Provider | None") -> list[Route]:
+    if provider is None:
+        return []
+    from control_plane.http import openid
+
+    return openid.routes(provider)
 
 
 def _api(plane: Plane, failures: Failures) -> FastAPI:

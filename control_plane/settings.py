@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -172,6 +173,9 @@ class Settings(BaseModel):
             )
         if self.oidc_issuer is not None and self.oidc_client_id is None:
             raise ValueError(f"{PREFIX}OIDC_ISSUER={self.oidc_issuer!r}: needs {PREFIX}OIDC_CLIENT_ID")
+        if self.oidc_issuer is not None and find_spec("joserfc") is None:
+            fix = "the extra is not installed; pip install 'inference-api[oidc]'"
+            raise ValueError(f"{PREFIX}OIDC_ISSUER={self.oidc_issuer!r}: {fix}")
         if self.password_login == "off" and self.oidc_issuer is None:
             raise ValueError(f"{PREFIX}PASSWORD_LOGIN='off': needs {PREFIX}OIDC_ISSUER, or nobody could log in")
         return self

@@ -132,7 +132,6 @@ login_states = Table(
     Column("state", String(64), primary_key=True),
     Column("browser", String(64), nullable=False),
     Column("nonce", String(64), nullable=False),
-    Column("verifier", String(128), nullable=False),
     Column("next", Text),
     Column("expires_at", BigInteger, nullable=False, index=True),
 )

@@ -90,7 +90,8 @@ async def _write(
 
 async def end_user(plane: Plane, act: Act, name: str, check: Check) -> None:
     """End a user: no login, token or role is left, and the name is never used again. Raises NotFound, Refused."""
-    erased = dict.fromkeys(("email", "title", "password_hash", "oidc_issuer", "oidc_subject", "platform_role"))
+    # Not the subject at an OpenID provider: the next login there would make a new user.
+    erased = dict.fromkeys(("email", "title", "password_hash", "platform_role"))
     async with plane.database.main.write() as connection, keeping_an_admin(connection):
         check(await _one(connection, name, locked=True))
         await connection.execute(update(users).where(users.c.name == name).values(**erased, ended_at=act.at))

@@ -128,7 +128,6 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=64), nullable=False),
         sa.Column("browser", sa.String(length=64), nullable=False),
         sa.Column("nonce", sa.String(length=64), nullable=False),
-        sa.Column("verifier", sa.String(length=128), nullable=False),
         sa.Column("next", sa.Text(), nullable=True),
         sa.Column("expires_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("state", name=op.f("pk_login_states")),
