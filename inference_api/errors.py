@@ -317,8 +317,8 @@ class _Unavailable(RouterError):
 
 class NoBackend(_Unavailable):
     code, outcome = "no_backend_available", Outcome.NO_BACKEND
-    # It had been sent to backends that an operator has then taken out.
-    withdrawn = False
+    # Of a request that had been sent to a backend that an operator has then taken out: loop time of its end
+    deadline: float | None = None
 
     def __init__(
         self,

@@ -97,9 +97,10 @@ class Holds:
                 try:
                     return await send(call, model)
                 except NoBackend as exc:
-                    # They went while it waited for a place.
+                    # They went while it waited for a place, or were taken out while it waited for an answer.
                     if not self._may_hold(call, model, tried, exc):
                         raise
+                    call = _within(call, exc)
             return await self._hold(send, call, model)
 
         return held
@@ -131,6 +132,7 @@ class Holds:
             except NoBackend as exc:
                 if not self._may_hold(call, model, tried, exc):
                     raise
+                call = _within(call, exc)
             finally:
                 if room is not None:
                     room.answered()
@@ -140,7 +142,7 @@ class Holds:
         """Whether it failed for want of any backend to try, before anything was sent, or by order of an operator."""
         if model.available or not has_hold(model.entry) or self._is_gone(model):
             return False
-        return error.withdrawn or len(call.tried) == tried
+        return error.deadline is not None or len(call.tried) == tried
 
     def _is_gone(self, model: Model) -> bool:
         return self._fleet.served.get(model.name) is not model
@@ -187,6 +189,11 @@ class Holds:
         if not room.waiting and not room.out and self._rooms.get(room.model) is room:
             del self._rooms[room.model]
             room.model.unsubscribe(room.fill)
+
+
+def _within(call: Call, error: NoBackend) -> Call:
+    """The time of a request goes on from its first attempt."""
+    return call if call.deadline or error.deadline is None else call._replace(deadline=error.deadline)
 
 
 class Room:

@@ -143,8 +143,7 @@ class Overrides:
         """End those whose time is over, also without a control plane."""
         while True:
             await asyncio.sleep(self._look)
-            end = self._orders.next_end
-            if end is not None and self._now() >= end and self._listed is not None:
+            if self._listed is not None and self._orders.are_old(self._now()):
                 await self._apply(self._listed)
 
     # What follows

@@ -75,10 +75,10 @@ class Forward:
             decision = policy.decide(call, model, past, prepared.deadline - monotonic())
             self._on_failure(call, past[-1], decision)
             if isinstance(decision, GiveUp):
-                return self._answer(model, past, decision)
+                return self._answer(model, past, decision, prepared.deadline)
             again = await self._next(model, key, past, decision)
             if again is None:
-                return self._answer(model, past, policy.give_up(model, past, Why.NEVER))
+                return self._answer(model, past, policy.give_up(model, past, Why.NEVER), prepared.deadline)
             tried = (*tried, backend)
             backend, permit, fresh = again, decision.permit, decision.fresh
 
@@ -106,13 +106,13 @@ class Forward:
             self._on_retry(model.name, str(failure.reason))
         return backend
 
-    def _answer(self, model: Model, past: list[Failure], give_up: GiveUp) -> Reply:
+    def _answer(self, model: Model, past: list[Failure], give_up: GiveUp, deadline: float) -> Reply:
         """The last answer. Raises RouterError if there is none."""
         if give_up.why.is_limit:
             self._on_retry(model.name, str(give_up.why))
         reply = past[-1].reply
         if reply is None:
-            raise error_of(model, past, give_up)
+            raise error_of(model, past, give_up, deadline)
         if give_up.final:
             headers = reply.headers
             headers[:] = [pair for pair in headers if pair[0] != NOT_AGAIN[0]] + [NOT_AGAIN]

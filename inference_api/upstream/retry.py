@@ -170,11 +170,11 @@ def _others(model: Model, past: Sequence[Failure], resting: Collection[Backend] 
     return any(backend not in tried and backend not in resting for backend in model.available)
 
 
-def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp) -> RouterError:
-    """The error for the client if no attempt gave an answer."""
+def error_of(model: Model, past: Sequence[Failure], give_up: GiveUp, deadline: float | None = None) -> RouterError:
+    """The error for the client if no attempt gave an answer; `deadline`: of the request."""
     if past[-1].withdrawn and give_up.why is not Why.LATE:
         gone = no_backend(model, monotonic())
-        gone.withdrawn = True
+        gone.deadline = deadline
         return gone
     error = _error(past[-1].outcome, model.name, give_up)
     if past[-1].outcome is Outcome.CONNECT_FAILED:

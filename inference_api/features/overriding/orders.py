@@ -1,5 +1,6 @@
 """The document of GET /overrides: what operators have ordered for backends, and until when. Pure."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -81,8 +82,10 @@ class Orders:
 
     def __init__(self, listed: Sequence[Order] = (), now: float = 0.0) -> None:
         self.held = [order for order in listed if order.ends is None or order.ends > now]
-        # Unix seconds at which the next one ends; None: none does by itself.
-        self.next_end = min((order.ends for order in self.held if order.ends is not None), default=None)
+        # Unix seconds between which all of this is so: the last end that has come, and the next one
+        ends = [order.ends for order in listed if order.ends is not None]
+        self._since = max((end for end in ends if end <= now), default=-math.inf)
+        self._until = min((end for end in ends if end > now), default=math.inf)
         self.resets = [order for order in self.held if order.action == "reset_circuit"]
         self._lasting: dict[tuple[str, str | None], Order] = {}
         for order in self.held:
@@ -90,6 +93,10 @@ class Orders:
                 place = order.backend, order.model
                 known = self._lasting.get(place)
                 self._lasting[place] = order if known is None else _stronger(known, order)
+
+    def are_old(self, now: float) -> bool:
+        """Whether others of the document hold now: one has ended, or the clock was set back before an end."""
+        return not self._since <= now < self._until
 
     def of(self, backend: str, model: str) -> Order | None:
         """What is ordered for this backend of this model: `out` wins over `drain`."""
