@@ -17,6 +17,7 @@ from inference_control.output import as_json, as_lines, as_table
 from inference_control.resources import RESOURCES, Resource
 
 URL, TOKEN = "INFERENCE_CONTROL_URL", "INFERENCE_CONTROL_TOKEN"
+_MEASURES = ("requests", "errors", "input_tokens", "output_tokens", "latency_p95_ms", "ttft_p95_ms")
 _DEFAULT_URL = "http://127.0.0.1:8081"
 _ABOUT = f"""\
 The command line of the control plane, over its API /api/v1.
@@ -147,16 +148,17 @@ def _run(client: Client, resource: Resource, arguments: argparse.Namespace) -> N
             client.delete(resource, name)
 
 
-def _span(query: dict[str, str]) -> dict[str, str]:
+def _span(query: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The last 24 hours, unless the query says otherwise."""
     now = datetime.now(UTC).replace(microsecond=0)
-    shown = {"start": now - timedelta(days=1), "end": now}
-    return {**{name: one.isoformat().replace("+00:00", "Z") for name, one in shown.items()}, **query}
+    span = {"start": now - timedelta(days=1), "end": now}
+    given = {name for name, _ in query}
+    return [*query, *((name, _time(one)) for name, one in span.items() if name not in given)]
 
 
 def _body(arguments: argparse.Namespace, empty: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {} if arguments.file is None else _read(arguments.file)
-    for name, text in _pairs("--set", arguments.set).items():
+    for name, text in _pairs("--set", arguments.set):
         found[name] = _value(text)
     if not found and not empty:
         raise Usage("there is nothing to send; give --set NAME=VALUE or --file FILE")
@@ -184,13 +186,13 @@ def _time(value: Any) -> str:
     return str(value)
 
 
-def _pairs(option: str, given: list[str]) -> dict[str, str]:
-    found = {}
+def _pairs(option: str, given: list[str]) -> list[tuple[str, str]]:
+    found = []
     for one in given:
         name, equals, value = one.partition("=")
         if not name or not equals:
             raise Usage(f"{option} {one!r}: must be NAME=VALUE")
-        found[name] = value
+        found.append((name, value))
     return found
 
 
@@ -209,9 +211,17 @@ def _print_usage(found: Mapping[str, Any], as_text: bool) -> None:
     if as_text:
         print(as_json(found))
         return
-    rows = [{**row["group"], **row} if row.get("group") else row for row in found["rows"] or []]
-    columns = [*found["group_by"], "requests", "errors", "input_tokens", "output_tokens", "cost_nanos", "latency_ms"]
-    print(as_table([*rows, {**dict.fromkeys(found["group_by"], "total"), **found["totals"]}], columns))
+    grouped = [{**row["group"], **row} for row in found["rows"] if row.get("group")] if found["group_by"] else []
+    total = {**dict.fromkeys(found["group_by"], "total"), **found["totals"]}
+    columns = [*found["group_by"], *_MEASURES, "cost"]
+    print(as_table([_measured(row, found["currency"]) for row in [*grouped, total]], columns))
+
+
+def _measured(row: Mapping[str, Any], currency: str) -> dict[str, Any]:
+    """A row with its 95th percentiles and its cost as people write it."""
+    late, first, cost = row.get("latency_ms") or {}, row.get("ttft_ms") or {}, row.get("cost_nanos")
+    shown = None if cost is None else f"{cost / 10**9:.4f} {currency}"
+    return {**row, "latency_p95_ms": late.get("p95"), "ttft_p95_ms": first.get("p95"), "cost": shown}
 
 
 def _print(found: Mapping[str, Any], as_text: bool) -> None:

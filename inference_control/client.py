@@ -2,14 +2,16 @@
 
 import ipaddress
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self, TypeAlias
 from urllib.parse import urlsplit
 
 import httpx
 
 from inference_control.resources import Resource
 
+# Names and values; a name may be there twice.
+Query: TypeAlias = Sequence[tuple[str, str]]
 # Objects per page
 _PAGE = 200
 _TIMEOUT = 30.0
@@ -39,12 +41,12 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def listed(self, resource: Resource, name: str | None, query: Mapping[str, str], most: int | None) -> Iterator[Any]:
+    def listed(self, resource: Resource, name: str | None, query: Query, most: int | None) -> Iterator[Any]:
         """The objects of all pages, at most `most`."""
         after: str | None = None
         while True:
             size = _PAGE if most is None else min(_PAGE, most)
-            page = self._json("GET", resource.path(name), params={**query, "limit": str(size), **_after(after)})
+            page = self._json("GET", resource.path(name), params=[*query, ("limit", str(size)), *_after(after)])
             yield from page["data"]
             after = page["next"]
             if most is not None:
@@ -52,8 +54,8 @@ class Client:
             if after is None or most == 0:
                 return
 
-    def get(self, resource: Resource, name: str | None, query: Mapping[str, str] | None = None) -> Any:
-        return self._json("GET", resource.path(name), params=dict(query or {}))
+    def get(self, resource: Resource, name: str | None, query: Query = ()) -> Any:
+        return self._json("GET", resource.path(name), params=list(query))
 
     def create(self, resource: Resource, name: str | None, body: Any) -> Any:
         if resource.create == "put":
@@ -107,8 +109,8 @@ def is_safe(url: str) -> bool:
         return False
 
 
-def _after(after: str | None) -> dict[str, str]:
-    return {} if after is None else {"after": after}
+def _after(after: str | None) -> list[tuple[str, str]]:
+    return [] if after is None else [("after", after)]
 
 
 def _error(answer: httpx.Response, url: str) -> Exception:

@@ -54,6 +54,10 @@ def _mapping(value: Mapping[str, Any]) -> str:
         return f"{value['routers']}/{value['of']}"
     if "url" in value and isinstance(value["url"], str):
         return value["url"]
+    if set(value) == {"kind", "name"}:
+        return str(value["name"] or value["kind"])
+    if set(value) == {"type", "id"}:
+        return f"{value['type']}:{value['id']}"
     if set(value) == {"organisation", "role"}:
         return f"{value['role']} of {value['organisation']}"
     return " ".join(f"{name}={cell(name, one)}" for name, one in value.items() if one is not None)

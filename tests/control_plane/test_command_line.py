@@ -137,13 +137,13 @@ async def test_usage_and_settings_and_me(sqlite_plane: Running) -> None:
     sqlite_plane.clock.now = NOON
     usage = await control(
         sqlite_plane, "usage", "get", "--filter", "start=2026-11-27T00:00:00Z", "--filter", "end=2026-11-28T00:00:00Z",
-        "--filter", "bucket=1d", "--filter", "group_by=model",
+        "--filter", "bucket=1d", "--filter", "group_by=model", "--filter", "group_by=key",
     )  # fmt: skip
     settings = await control(sqlite_plane, "settings", "list")
     me = await control(sqlite_plane, "me", "get")
 
     assert [usage.code, settings.code, me.code] == [0, 0, 0], (usage, settings, me)
-    assert usage.out.splitlines()[-1].split()[:3] == ["total", "0", "0"]
+    assert usage.out.splitlines()[-1].split()[:4] == ["total", "total", "0", "0"]
     assert "SOURCE" in settings.out
     assert "platform_role: admin" in " ".join(me.out.split())
 
