@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, copy, bootstrap."""
+"""The command line: the parser, and what is short. The other commands are in `commands`."""
 
 import argparse
 import asyncio
@@ -69,7 +69,19 @@ def _parser() -> argparse.ArgumentParser:
     bootstrap.add_argument("--reset", action="store_true", help="another password for an admin who is there")
     bootstrap.set_defaults(run=_bootstrap)
     copy.add_to(commands.add_parser("copy", help="copy all but reports and sessions into an empty migrated database"))
+    _add_data_commands(commands)
     return parser
+
+
+def _add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    taken = commands.add_parser("import", help="take over a catalogue or policy; what it does not name stays")
+    taken.add_argument("file", type=Path, metavar="FILE", help="YAML or JSON, or the database of a registry-stub")
+    taken.add_argument("--dry-run", action="store_true", help="only print what would change")
+    taken.set_defaults(run=_import)
+    export = commands.add_parser("export", help="write YAML that `import` and the router read")
+    export.add_argument("what", choices=("models", "policy"))
+    export.add_argument("--output", type=Path, metavar="FILE", help="without it, on stdout")
+    export.set_defaults(run=_export)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -109,6 +121,18 @@ def _bootstrap(arguments: argparse.Namespace) -> int:
         return 1
     print(url or f"{arguments.email} is a platform admin and can log in")
     return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from control_plane.commands import imports
+
+    return imports.run(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from control_plane.commands import exports
+
+    return exports.run(arguments)
 
 
 def _options(arguments: argparse.Namespace) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from control_plane.data.tables import models
 from control_plane.documents import Built, Document
 from control_plane.errors import Refused
 from control_plane.plane import Act, Plane
-from control_plane.pure.prices import PriceRow
+from control_plane.pure.prices import PriceList, PriceRow
 from control_plane.services import audit, prices
 from inference_api.app import ENTRY
 from inference_api.features.cost import PRICE, EntryPrice
@@ -79,6 +79,14 @@ def catalogue(plane: Plane) -> Catalogue:
     return found
 
 
+class Put(NamedTuple):
+    """`verb`: create, update, or "" if that is there already. `adds_price`: then the prices are made anew, too."""
+
+    stored: Stored
+    verb: str
+    adds_price: bool = False
+
+
 async def put(plane: Plane, act: Act, entry: CatalogueEntry, check: Check = lambda stored: None) -> tuple[Stored, bool]:
     """Create or replace a model; returns it and whether it is new. Stored when this returns. Raises Refused.
 
@@ -89,21 +97,33 @@ async def put(plane: Plane, act: Act, entry: CatalogueEntry, check: Check = lamb
             current: Catalogue = (await build(connection, plane.documents.get(DOCUMENT), act.at)).parts
             old = current.stored.get(entry.name)
             check(old)
-            _refuse_clash(entry, current.owners)
-            held = (await prices.read(connection)).at(entry.name, act.at)
-            given = PRICE.of(entry)
-            adds = given is not None and (held is None or held.price != given)
-            if adds and isinstance(given, EntryPrice):
-                await prices.add_from_entry(connection, act, entry.name, given, "cached_input" in given.written)
-            new = _render(_priced(entry, None if adds else held), created=(old and old.entry.created) or act.at // 1000)
-            if old is not None and old == new:
-                raise _Unchanged(old)
-            await _write(connection, act, current, new)
+            made = await put_in(connection, act, entry, current, await prices.read(connection))
+            if not made.verb:
+                raise _Unchanged(made.stored)
     except _Unchanged as exc:
         return exc.stored, False
-    if adds:
+    if made.adds_price:
         await prices.refresh(plane)
-    return new, old is None
+    return made.stored, old is None
+
+
+async def put_in(
+    connection: AsyncConnection, act: Act, entry: CatalogueEntry, current: Catalogue, listed: PriceList
+) -> Put:
+    """`put` within a transaction of the catalogue. Raises Refused."""
+    old = current.stored.get(entry.name)
+    _refuse_clash(entry, current.owners)
+    held = listed.at(entry.name, act.at)
+    given = PRICE.of(entry)
+    adds = given is not None and (held is None or held.price != given)
+    new = _render(_priced(entry, None if adds else held), created=(old and old.entry.created) or act.at // 1000)
+    if old is not None and old == new and not adds:
+        return Put(old, "")
+    if adds and isinstance(given, EntryPrice):
+        await prices.add_from_entry(connection, act, entry.name, given, "cached_input" in given.written)
+    await _write(connection, act, current, new)
+    known = old is not None or entry.name in current.problems
+    return Put(new, "update" if known else "create", adds)
 
 
 async def _write(connection: AsyncConnection, act: Act, current: Catalogue, new: Stored) -> None:

@@ -5,7 +5,6 @@ or otherwise, and routers refuse a policy with them as a whole.
 """
 
 import json
-from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -13,10 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from control_plane.errors import Refused
 from control_plane.http.requests import render
-
-_NUL = "The character NUL stands in the {}; no name or text here has one."
-_DEEPEST = 64
-_LARGEST = 2**63
+from control_plane.pure import values
 
 
 class JsonBodies:
@@ -30,7 +26,7 @@ class JsonBodies:
         request = Request(scope, receive)
         try:
             if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-                raise Refused(400, "bad_request", _NUL.format("URL"))
+                raise Refused(400, "bad_request", "The URL has the character NUL; no name has one.")
             body = await request.body()
             if body:
                 check(request.headers.get("content-type", ""), body)
@@ -58,7 +54,7 @@ def check(content_type: str, body: bytes) -> None:
         raise Refused(415, "unsupported_media_type", message)
     try:
         orjson.loads(body)
-        _check_values(json.loads(body))
+        values.check(json.loads(body))
     except RecursionError:
         raise _unreadable("it is nested too deeply") from None
     except ValueError as exc:
@@ -67,22 +63,3 @@ def check(content_type: str, body: bytes) -> None:
 
 def _unreadable(reason: str) -> Refused:
     return Refused(400, "invalid_json", f"The body is not JSON that can be used: {reason}.")
-
-
-def _check_values(value: Any) -> None:
-    """Raises Refused."""
-    pending = [(value, 1)]
-    while pending:
-        one, depth = pending.pop()
-        if isinstance(one, dict | list):
-            if depth > _DEEPEST:
-                raise _unreadable(f"it is nested more than {_DEEPEST} deep")
-            pending += [(each, depth + 1) for each in (one.values() if isinstance(one, dict) else one)]
-            if isinstance(one, dict):
-                pending += [(name, depth) for name in one]
-        elif isinstance(one, str):
-            if "\0" in one:
-                raise Refused(422, "validation_error", _NUL.format("body"))
-        elif isinstance(one, int | float) and not -_LARGEST <= one < _LARGEST:
-            # Of fractions, too: PostgreSQL gives 1e300 back as an integer.
-            raise _unreadable("it has a number that is too large")
