@@ -1,8 +1,10 @@
 """Overrides: what becomes of requests, streams and sessions of a backend that an operator drains or takes out."""
 
+import argparse
 import asyncio
 import gc
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError
 
 from inference_api.app import ENTRY, GROUPS, build
+from inference_api.commands import status
 from inference_api.core import Outside
 from inference_api.features.overrides import Overrides
 from inference_api.features.overriding.orders import MOST, Order, Orders, read_orders
@@ -585,14 +588,44 @@ async def test_the_key_of_a_conversation_moves_and_comes_back(
     assert len(home.requests) == 2
 
 
+async def test_the_ids_of_a_variant_without_backends_go_to_the_others(
+    plane: ControlPlane, start_engine: Start, start_router: Start
+) -> None:
+    one, two = await start_engine(), await start_engine()
+    models = [
+        {"name": "a", "backends": [one.url]},
+        {"name": "b", "backends": [two.url]},
+        {"name": "chat", "split": {"variants": {"a": 90, "b": 10}}},
+    ]
+    served: Served = await start_router(models=models, **on(plane))
+    await ordered(served, plane, override(label(one)))
+
+    answers = [await served.chat(model="chat", user=f"user-{number}") for number in range(10)]
+
+    assert {answer.headers["x-inference-variant"] for answer in answers} == {"b"}
+
+
+async def test_status_shows_it(two: Two, plane: ControlPlane, capsys: pytest.CaptureFixture[str]) -> None:
+    await ordered(two.served, plane, override(label(two.one)), override(label(two.two), "out", reason="fire"))
+
+    result = await asyncio.to_thread(status.run, argparse.Namespace(url=two.served.url, json=False))
+
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert result == 1
+    assert [(row[1], row[2], row[-1]) for row in rows] == [
+        (label(two.one), "draining", "driver"),
+        (label(two.two), "out", "fire"),
+    ]
+
+
 # Stored responses: only the backend that made one has it.
 
 STORED = {"id": "resp_1", "object": "response", "status": "completed", "output": []}
 
 
-@pytest.mark.parametrize(("action", "status"), [("drain", 200), ("out", 503)])
+@pytest.mark.parametrize(("action", "expected"), [("drain", 200), ("out", 503)])
 async def test_a_stored_response_is_read_from_a_drained_backend_and_not_from_one_that_is_out(
-    action: str, status: int, two: Two, plane: ControlPlane
+    action: str, expected: int, two: Two, plane: ControlPlane
 ) -> None:
     async def responds(request: Received, line: Line) -> None:
         await line.send(json_response(STORED))
@@ -603,7 +636,7 @@ async def test_a_stored_response_is_read_from_a_drained_backend_and_not_from_one
     home = two.one if two.one.requests else two.two
     await ordered(two.served, plane, override(label(home), action))
 
-    assert (await two.served.client.get("/v1/responses/resp_1")).status_code == status
+    assert (await two.served.client.get("/v1/responses/resp_1")).status_code == expected
 
 
 # The end
@@ -940,6 +973,49 @@ def test_a_reason_is_shown_in_one_line() -> None:
 
 
 # Many
+
+
+async def answers_in_pieces(request: Received, line: Line) -> None:
+    pieces = [chunk(event()) for _ in range(5)]
+    if b'"stream":true' not in request.body:
+        await asyncio.sleep(0.03)
+        return await line.send(json_response(COMPLETION))
+    await line.send(SSE_HEAD)
+    for piece in (*pieces, chunk(DONE) + LAST_CHUNK):
+        await asyncio.sleep(0.01)
+        await line.send(piece)
+
+
+async def test_orders_in_quick_succession_fail_no_request_but_streams_that_have_begun(
+    plane: ControlPlane, start_engine: Start, start_router: Start
+) -> None:
+    rand = random.Random(4)
+    engines = [await start_engine(answers_in_pieces) for _ in range(3)]
+    served: Served = await start_router(*engines, **on(plane, registry_refresh=600))
+    over = asyncio.Event()
+    results: set[Any] = set()
+
+    async def client(stream: bool) -> None:
+        while not over.is_set():
+            try:
+                answer = await served.chat(stream=stream)
+                results.add((stream, answer.status_code))
+            except httpx.RemoteProtocolError:
+                results.add((stream, "broken"))
+
+    async with quiet(served), asyncio.TaskGroup() as group:
+        for number in range(20):
+            group.create_task(client(number % 2 == 0))
+        for _ in range(20):
+            chosen = rand.sample(engines, rand.randint(0, 2))
+            plane.order(*(override(label(one), rand.choice(["drain", "out", "reset_circuit"])) for one in chosen))
+            await asyncio.sleep(rand.random() * 0.2)
+        await ordered(served, plane)
+        over.set()
+
+    assert results <= {(True, 200), (False, 200), (True, "broken")}
+    assert {(True, 200), (False, 200)} <= results
+    assert [(one.origin.failures, one.last_error) for one in backends(served).values()] == [(0, None)] * 3
 
 
 async def test_ten_thousand_overrides_for_six_thousand_backends_do_not_hold_the_loop() -> None:

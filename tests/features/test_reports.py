@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from inference_api.core import Outside
 from inference_api.features.reports import ReportDocument, Reports
 from inference_api.routing.catalogue import parse_catalogue
 from inference_api.settings import SettingsError, load_settings, make_settings
+from tests.command import command
 from tests.conftest import Served, serving
 from tests.fakes import FakeEngine, hang, json_response, sse, until
 from tests.features.control_plane import ControlPlane, override
@@ -345,6 +347,19 @@ async def test_the_last_report_says_that_the_drain_is_over(
     assert VALIDATOR.is_valid(last)
     # With what became of the last records
     assert last["usage"] == {"made": 1, "delivered": 1, "queued": 0, "spooled": 0, "dropped": 0}
+
+
+async def test_sigterm_ends_with_a_report(plane: ControlPlane, tmp_path: Path, start_engine: Start) -> None:
+    engine: FakeEngine = await start_engine()
+    async with command(tmp_path, engine, registry_url=plane.url, report_interval=600) as router:
+        await until(lambda: plane.reports)
+        router.tell(signal.SIGTERM)
+        code, _, _ = await router.stop()
+
+    assert code == 0
+    first, last = plane.reports
+    assert (first["draining"], last["draining"], first["boot"]) == (False, True, last["boot"])
+    assert last["at"] > first["at"]
 
 
 async def test_a_dead_control_plane_delays_no_end(start_engine: Start) -> None:
