@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import URL, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, TimeoutError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError, TimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
@@ -124,13 +124,13 @@ def usage_file(path: Path) -> Path:
 
 
 class _explained:
-    """Translates what a database reports when it is away, full or slow; errors of our own statements pass."""
+    """Translates what a database reports when it is away, full or slow; faults of statements and values pass."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, IntegrityError) or not isinstance(error, DBAPIError | TimeoutError | OSError):
+        if not isinstance(error, DBAPIError | TimeoutError | OSError) or _is_of_a_statement(error):
             return
         # Not the statement and its parameters: they are data.
         reason = error.orig if isinstance(error, DBAPIError) else error
@@ -138,10 +138,22 @@ class _explained:
         raise StorageUnavailable from error
 
 
+def _is_of_a_statement(error: BaseException) -> bool:
+    """Whether trying again later is of no use."""
+    if isinstance(error, IntegrityError | ProgrammingError | DataError):
+        return True
+    reason = error.orig if isinstance(error, DBAPIError) else None
+    # Of asyncpg, which SQLAlchemy does not sort out: SQLSTATE classes of data and syntax, and values it cannot send.
+    state = getattr(reason, "sqlstate", None) or ""
+    return state[:2] in ("22", "42") or "invalid input for query argument" in str(reason)
+
+
 def _postgresql(url: URL) -> AsyncEngine:
     try:
         return create_async_engine(
             url.set(drivername="postgresql+asyncpg"),
+            # An error in the log must not have names and digests in it.
+            hide_parameters=True,
             pool_size=5,
             max_overflow=10,
             pool_timeout=_POOL_TIMEOUT,
@@ -159,6 +171,7 @@ def _sqlite(path: Path) -> Store:
     def engine(size: int, begin: str, *pragmas: str) -> AsyncEngine:
         made = create_async_engine(
             url,
+            hide_parameters=True,
             poolclass=AsyncAdaptedQueuePool,
             pool_size=size,
             max_overflow=0,

@@ -1,9 +1,12 @@
 """Who people are: the rights of a user, and of a management token that acts for one."""
 
+from contextlib import suppress
+
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.tables import memberships, organisations, tokens, users
+from control_plane.errors import StorageUnavailable
 from control_plane.plane import Plane
 from control_plane.pure.roles import ORGANISATION_ROLES, PLATFORM_ROLES, Principal, lower
 from control_plane.services.tokens import is_management
@@ -32,8 +35,10 @@ async def by_token(plane: Plane, given: str) -> Principal | None:
     if maker is None:
         return None
     if row.last_used_at is None or now - row.last_used_at >= _USED:
-        async with plane.database.main.write() as connection:
-            await connection.execute(update(tokens).where(tokens.c.id == row.id).values(last_used_at=now))
+        # A disk that is full stops changes, not what can be read.
+        with suppress(StorageUnavailable):
+            async with plane.database.main.write() as connection:
+                await connection.execute(update(tokens).where(tokens.c.id == row.id).values(last_used_at=now))
     return limited(maker, row.organisation, row.role)._replace(kind="token", token=row.id)
 
 

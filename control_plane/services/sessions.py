@@ -7,6 +7,7 @@ user have changed.
 import hashlib
 import secrets
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import orjson
@@ -14,6 +15,7 @@ from sqlalchemy import Row, delete, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.tables import sessions
+from control_plane.errors import StorageUnavailable
 from control_plane.plane import Act, Plane
 from control_plane.pure.ids import new_id
 from control_plane.pure.roles import Principal
@@ -60,8 +62,10 @@ async def find(plane: Plane, secret: str) -> Found | None:
     if row.digest == given and row.rights != _rights(principal):
         return await _renewed(plane, row, principal, now)
     if now - row.seen_at >= _SEEN:
-        async with plane.database.main.write() as connection:
-            await connection.execute(update(sessions).where(sessions.c.id == row.id).values(seen_at=now))
+        # A disk that is full stops changes, not what can be read.
+        with suppress(StorageUnavailable):
+            async with plane.database.main.write() as connection:
+                await connection.execute(update(sessions).where(sessions.c.id == row.id).values(seen_at=now))
     return Found(principal)
 
 
