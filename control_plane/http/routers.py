@@ -1,6 +1,7 @@
 """What routers push: reports of their state, and requests to start a model."""
 
 import asyncio
+import re
 from typing import Annotated, Any
 
 import orjson
@@ -19,6 +20,8 @@ _INSTANCE: TypeAdapter[str] = TypeAdapter(Instance)
 # Larger ones are read in a thread: there may be thousands of models.
 _SMALL = 32 * 1024
 _SHOWN = 20
+# The escape of NUL, after any number of escaped backslashes
+_NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 class Activation(BaseModel):
@@ -35,7 +38,7 @@ async def report(request: Request) -> Response:
     plane = plane_of(request)
     instance = _validated(_INSTANCE, orjson.dumps(request.path_params["instance"]), "instance")
     # PostgreSQL stores no NUL; one in what an engine answered must not make the router look lost.
-    body = (await request.body()).replace(b"\\u0000", b"?")
+    body = _NUL.sub(rb"\1?", await request.body())
     read = _REPORT.validate_json
     try:
         found = read(body) if len(body) <= _SMALL else await asyncio.to_thread(read, body)
