@@ -29,13 +29,14 @@ POLL = 0.5
 class Built:
     """`parts`: what was made of it on the way. `until`: Unix milliseconds at which it changes by itself.
 
-    `compressed`: its gzip, if the builder has it.
+    `compressed`: its gzip, and `identity`: what its ETag is made of instead of the body, if the builder has them.
     """
 
     body: bytes
     parts: Any = None
     until: int | None = None
     compressed: bytes | None = None
+    identity: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ async def bump(connection: AsyncConnection, document: str) -> int:
 
 
 def _document(built: Built, revision: int, known: Document | None) -> Document:
-    if known is not None and known.body == built.body:
+    etag = etag_of(built.body if built.identity is None else built.identity)
+    if known is not None and known.etag == etag:
         return replace(known, revision=revision, parts=built.parts, until=built.until)
     compressed = gzip.compress(built.body, compresslevel=6) if built.compressed is None else built.compressed
-    return Document(built.body, compressed, etag_of(built.body), revision, built.parts, built.until)
+    return Document(built.body, compressed, etag, revision, built.parts, built.until)
 
 
 class Documents:

@@ -7,6 +7,7 @@ on a byte, and refers to nothing before it).
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,15 +28,17 @@ class Item(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Keys whose ids begin with one character: items by id, in the order of ids, and their deflate stream."""
+    """Keys whose ids begin with one character: items by id, in the order of ids; their deflate stream, and SHA-256."""
 
     items: Mapping[str, Item]
     compressed: bytes
+    digest: bytes
 
     @classmethod
     def of(cls, items: Mapping[str, Item]) -> "Shard":
         ordered = dict(sorted(items.items()))
-        return cls(MappingProxyType(ordered), deflated(b",".join(one.body for one in ordered.values())))
+        text = b",".join([one.body for one in ordered.values()])
+        return cls(MappingProxyType(ordered), deflated(text), sha256(text).digest())
 
 
 Shards = Mapping[str, Shard]
@@ -72,17 +75,27 @@ def changed(shards: Shards, items: Mapping[str, Item | None], ended: frozenset[s
     return MappingProxyType(dict(sorted(found.items())))
 
 
-def document(before: Mapping[str, Any], shards: Shards, after: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """The document and its gzip: the members before the keys, the keys, and those after."""
+class Made(NamedTuple):
+    """A document, its gzip, and what is equal for equal documents only."""
+
+    body: bytes
+    compressed: bytes
+    identity: bytes
+
+
+def document(before: Mapping[str, Any], shards: Shards, after: Mapping[str, Any]) -> Made:
+    """The members before the keys, the keys, and those after."""
     head, tail = _members(before, b'"keys":['), _members(after, b"")
     start, end = b"{" + head, b"]" + (b"," if tail else b"") + tail + b"}"
-    body = b"".join((start, b",".join(item.body for shard in shards.values() for item in shard.items.values()), end))
+    keys = [item.body for shard in shards.values() for item in shard.items.values()]
+    body = b"".join((start, b",".join(keys), end))
     parts = [deflated(start)]
     for number, shard in enumerate(shards.values()):
         parts += [_COMMA, shard.compressed] if number else [shard.compressed]
     parts.append(deflated(end))
     trailer = struct.pack("<II", zlib.crc32(body), len(body) & 0xFFFF_FFFF)
-    return body, b"".join([_HEAD, *parts, _END, trailer])
+    identity = b"".join([sha256(start).digest(), *(shard.digest for shard in shards.values()), sha256(end).digest()])
+    return Made(body, b"".join([_HEAD, *parts, _END, trailer]), identity)
 
 
 def _members(values: Mapping[str, Any], last: bytes) -> bytes:

@@ -82,8 +82,8 @@ def _built(
             item.body for item in parts.prompts.values() if item.organisation is None or item.organisation in names
         ),
     }
-    body, compressed = document(head, shards, tail)
-    return Built(body, parts, compressed=compressed)
+    made = document(head, shards, tail)
+    return Built(made.body, parts, compressed=made.compressed, identity=made.identity)
 
 
 _ORGANISATIONS = (

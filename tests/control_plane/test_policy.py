@@ -200,7 +200,7 @@ def test_the_parts_make_the_whole(steps: list[dict[str, str | None]]) -> None:
         shards = changed(shards, items, frozenset())
         known = {id: team for id, team in {**known, **step}.items() if team is not None}
     shards = changed(shards, {}, frozenset({"y"}))
-    body, compressed = document({"a": [1]}, shards, {"z": []})
+    body, compressed, _ = document({"a": [1]}, shards, {"z": []})
 
     wanted = [{"id": id, "t": team} for id, team in sorted(known.items()) if team != "y"]
     assert json.loads(body) == {"a": [1], "keys": wanted, "z": []}
