@@ -18,8 +18,8 @@ from control_plane.services.rollup import leads, roll_up, unsummed
 
 log = logging.getLogger(__name__)
 
-# Seconds between two turns; after a long one, this many times what it took.
-EVERY, _REST = 5.0, 4
+# Seconds between two turns, and that one sums up; after a long one, some times what it took, but so much at most.
+EVERY, _REST, _LONGEST = 5.0, 3, 20.0
 _MINUTELY, _HOURLY = 60.0, 3600.0
 
 
@@ -35,7 +35,7 @@ def keeping(plane: Plane) -> Task:
             began = time.monotonic()
             await keeper.turn()
             waiting.set(keeper.unsummed)
-            await asyncio.sleep(max(EVERY, _REST * (time.monotonic() - began)))
+            await asyncio.sleep(max(EVERY, min(_LONGEST, _REST * (time.monotonic() - began))))
 
     return run
 
@@ -56,7 +56,7 @@ class Keeper:
         now = self._now()
         if now >= self._hour and await self._did(make_partitions) and await self._did(self._retain):
             self._hour = now + _HOURLY
-        await self._did(roll_up)
+        await self._did(self._roll_up)
         if now >= self._minute and await self._did(self._note_use):
             self._minute = now + _MINUTELY
         await self._did(self._count)
@@ -72,6 +72,9 @@ class Keeper:
 
     async def _count(self, plane: Plane) -> None:
         self.unsummed = await unsummed(plane)
+
+    async def _roll_up(self, plane: Plane) -> None:
+        await roll_up(plane, patience=EVERY)
 
     async def _retain(self, plane: Plane) -> bool:
         return await retain(plane)

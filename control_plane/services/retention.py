@@ -43,8 +43,9 @@ async def retain(plane: Plane, batch: int = BATCH, patience: float = PATIENCE) -
     deadline = time.monotonic() + patience
     if plane.database.dialect == "postgresql":
         async with plane.database.usage.write() as connection:
-            if await leads(connection):
-                await partitions.drop_before(connection, kept_from)
+            if not await leads(connection):
+                return False
+            await partitions.drop_before(connection, kept_from)
     elif not await _delete(plane, "usage", "rowid", kept_from, batch, deadline):
         return False
     oldest = (now - plane.settings.hourly_days * DAY) // DAY * DAY

@@ -5,6 +5,7 @@ the rows are read: a batch that comes meanwhile leaves its own.
 """
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,12 +37,13 @@ async def leads(connection: AsyncConnection) -> bool:
     return bool(found.scalar_one())
 
 
-async def roll_up(plane: Plane, until: int | None = None) -> int:
+async def roll_up(plane: Plane, until: int | None = None, patience: float | None = None) -> int:
     """Make the sums of all changed spans that end by `until`, at most now. Returns how many were made.
 
-    Stops when another replica is at it.
+    Stops when another replica is at it, or after `patience` seconds: the rest stays marked.
     """
     until = plane.clock() if until is None else until
+    deadline = None if patience is None else time.monotonic() + patience
     made = 0
     for span, one in ((HOUR, _sum_hour), (DAY, _sum_day)):
         for at in await _changed(plane, span, until):
@@ -50,6 +52,8 @@ async def roll_up(plane: Plane, until: int | None = None) -> int:
                     return made
                 done = await one(connection, at)
             made += done
+            if deadline is not None and time.monotonic() > deadline:
+                return made
     return made
 
 
