@@ -37,7 +37,7 @@ from control_plane.http.requests import Bounded, Failures, Identified
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
-from control_plane.services import keeper, models, overrides, policy, prices, reports, tokens
+from control_plane.services import keeper, models, overrides, policy, prices, reports, sweeping, tokens
 from control_plane.settings import Settings
 from inference_api import __version__
 
@@ -76,7 +76,7 @@ RESOURCES = (
 # Routes of the machine side, beside the documents
 MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES, *spend.ROUTES)
 # What runs beside the requests: functions of the Plane
-TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping, keeper.keeping)
+TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping, keeper.keeping, sweeping.sweeping)
 MAX_BODY_BYTES = 1024 * 1024
 # Of paths that begin so; a report has every backend of every model.
 LARGER = {"/routers/": 16 * MAX_BODY_BYTES}

@@ -26,8 +26,9 @@ def serve(settings: Settings) -> int:
     """Raises SettingsError, DatabaseError."""
     configure_logging(settings.log_level, settings.log_format)
     log_unhandled()
-    # Says at info what each connection begins with.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # They say at info what each connection begins with, and at debug what each statement is given.
+    for name in ("alembic", "aiosqlite", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     with ExitStack() as stack:
         if settings.url.get_backend_name() == "sqlite":
             stack.enter_context(schema.file_lock(Path(settings.url.database or "")))

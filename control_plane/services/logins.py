@@ -9,7 +9,7 @@ import math
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-from sqlalchemy import delete, func, insert, or_, select, text, update
+from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.tables import login_failures, users
@@ -139,8 +139,3 @@ async def _note_failure(plane: Plane, act: Act, made: _Try, user: str | None) ->
     act = act._replace(principal=act.principal._replace(user=user))
     async with plane.database.main.write() as connection:
         await audit.record(connection, act, "session.login_failed", audit.Object("session", None), after=after)
-
-
-async def sweep(connection: AsyncConnection, now: int) -> None:
-    """Forget failures that no longer count."""
-    await connection.execute(delete(login_failures).where(or_(login_failures.c.at <= now - WINDOW)))
