@@ -111,3 +111,38 @@ async def test_a_wrong_setting_is_named(settings: dict[str, str], message: str, 
     assert err.startswith("control-plane: ")
     assert message in err
     assert "secret" not in out + err
+
+
+async def test_a_command_makes_the_first_admin_and_another_password(tmp_path: Path) -> None:
+    url, file = f"sqlite:///{tmp_path}/cp.sqlite3", tmp_path / "password"
+    file.write_text("a long enough password\n")
+    email = ("bootstrap", "--email", "root@example.org")
+    by_file = await run(*email, "--password-file", str(file), database_url=url)
+    again = await run(*email, database_url=url)
+    async with served(tmp_path, url) as plane:
+        reset = await run(*email, "--reset", database_url=url, public_url=plane.url)
+        body = {"email": "root@example.org", "password": "a long enough password"}
+        login = await plane.client.post("/api/v1/session", json=body, headers={"sec-fetch-site": "same-origin"})
+        page = await plane.client.get(reset[1].strip())
+        assert "first admin" not in plane.output
+
+    assert by_file == (0, "root@example.org is a platform admin and can log in\n", "")
+    assert again[0] == 1
+    assert "--reset gives another password" in again[2]
+    assert reset[1].startswith(f"{plane.url}/console/setup?token=")
+    assert login.json()["platform_role"] == "admin"
+    assert 'value="root@example.org"' in page.text
+
+
+async def test_a_first_password_that_is_weak_ends_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("password1234\n")
+    settings = {"admin_email": "root@example.org", "admin_password_file": str(file)}
+
+    code, _, err = await run("serve", database_url=f"sqlite:///{tmp_path}/cp.sqlite3", port="0", **settings)
+
+    assert code == 2
+    assert err == (
+        "control-plane: CONTROL_PLANE_ADMIN_EMAIL='root@example.org': "
+        "the password is one of those that are tried first; choose another\n"
+    )
