@@ -1,13 +1,19 @@
-"""Prints docs/configuration.md, made from the router's Settings; `--write` replaces the file."""
+"""Prints docs/configuration.md, made from the router's Settings; `--control-plane`: the page of the control plane.
+
+`--write` replaces both files.
+"""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+from control_plane import settings as control_plane
 from inference_api.app import GROUPS
 from inference_api.settings import PREFIX, Settings, fields_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "configuration.md"
+CONTROL_PLANE_PAGE = DOCS / "control-plane-configuration.md"
 
 # The title of a table, by its first setting.
 _TITLES = {
@@ -50,6 +56,30 @@ namespace. Set `enableServiceLinks: false` on the router's pods, as the chart do
 """
 
 
+_CONTROL_PLANE_HEAD = f"""\
+<!-- Made by `.venv/bin/python scripts/configuration.py --write` from control_plane/settings.py; edit that file. -->
+# Configuration of the control plane
+
+Environment variables, read once at the start; an unknown or invalid one stops it with a message that names it (exit
+code 2). Each has the prefix `{control_plane.PREFIX}`: `PORT` below is `{control_plane.PREFIX}PORT`, and `--port` the
+option of `control-plane serve` in its place. What can be changed while it runs is under `/api/v1/settings`. KEY_PEPPER
+and CURRENCY must equal the routers'.
+
+| variable | values | default | meaning |
+|---|---|---|---|
+"""
+
+
+def control_plane_page() -> str:
+    """The page of the control plane, as Markdown."""
+    schema = control_plane.Settings.model_json_schema()["properties"]
+    rows = [
+        f"| `{name.upper()}` | {_values(schema[name])} | {_default(field.default)} | {field.description} |"
+        for name, field in control_plane.Settings.model_fields.items()
+    ]
+    return _CONTROL_PLANE_HEAD + "\n".join(rows) + "\n"
+
+
 def page() -> str:
     """The whole page, as Markdown."""
     lines = []
@@ -85,7 +115,7 @@ def _values(schema: dict[str, Any]) -> str:
 def _default(value: object) -> str:
     if value is None:
         return "unset"
-    if isinstance(value, frozenset):
+    if isinstance(value, frozenset | tuple | dict):
         return ",".join(f"`{each}`" for each in sorted(value)) or "none"
     return "packaged" if isinstance(value, Path) else f"`{value}`"
 
@@ -93,5 +123,8 @@ def _default(value: object) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         PAGE.write_text(page())
+        CONTROL_PLANE_PAGE.write_text(control_plane_page())
+    elif sys.argv[1:] == ["--control-plane"]:
+        print(control_plane_page(), end="")
     else:
         print(page(), end="")

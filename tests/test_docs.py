@@ -59,12 +59,14 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_the_configuration_page_is_made_from_the_settings() -> None:
-    made = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "configuration.py"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+@pytest.mark.parametrize(
+    ("options", "file"), [([], "configuration.md"), (["--control-plane"], "control-plane-configuration.md")]
+)
+def test_the_configuration_pages_are_made_from_the_settings(options: list[str], file: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "configuration.py"), *options]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
 
-    assert made.stdout == (DOCS / "configuration.md").read_text(), "run scripts/configuration.py --write"
+    assert made.stdout == (DOCS / file).read_text(), "run scripts/configuration.py --write"
 
 
 async def nobody(batch: bytes) -> Answer:
