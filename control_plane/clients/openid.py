@@ -24,6 +24,8 @@ _SCOPES = "openid profile email"
 # Seconds: of one request; that clocks may differ; that descriptions and keys are kept; between two looks for a new key
 _TIMEOUT, _LEEWAY, _KEPT, _AGAIN = 10.0, 60, 3600.0, 10.0
 _LARGEST = 1024 * 1024
+# OpenID Connect Core, 2
+_LONGEST_SUBJECT = 255
 
 
 class OpenIdError(Exception):
@@ -130,6 +132,8 @@ class Provider:
         except JoseError as exc:
             log.warning("an ID token does not hold: %s", exc.description or type(exc).__name__)
             raise OpenIdError("claims") from None
+        if not 0 < len(claims["sub"]) <= _LONGEST_SUBJECT or "\0" in claims["sub"]:
+            raise OpenIdError("claims")
         audience = claims["aud"]
         if isinstance(audience, list) and len(audience) > 1 and claims.get("azp") != self._client_id:
             raise OpenIdError("claims")

@@ -103,9 +103,13 @@ async def form(request: Request) -> dict[str, str]:
         raise Refused(415, "unsupported_media_type", "Send the form as application/x-www-form-urlencoded.")
     try:
         text = (await request.body()).decode()
-        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=50, errors="strict"))
+        found = dict(parse_qsl(text, keep_blank_values=True, max_num_fields=50, errors="strict"))
     except ValueError:
-        raise Refused(400, "bad_request", "The form cannot be read.") from None
+        found = None
+    # NUL: PostgreSQL has no such text, and nobody has such a name.
+    if found is None or any("\0" in value for value in found.values()):
+        raise Refused(400, "bad_request", "The form cannot be read.")
+    return found
 
 
 def local(target: str | None) -> str:

@@ -47,7 +47,7 @@ async def record(
             actor=principal.user,
             action=action,
             object_type=object.type,
-            object_id=object.id,
+            object_id=object.id and object.id[:256],
             organisation=object.organisation,
             before=before,
             after=after,

@@ -11,7 +11,7 @@ from control_plane.data.tables import organisations, tokens
 from control_plane.errors import Forbidden, Invalid, NotFound, Problem
 from control_plane.plane import Act, Plane
 from control_plane.pure.roles import ORGANISATION_ROLES, PLATFORM_ROLES, Principal, is_within
-from control_plane.pure.times import Moment, read, shown
+from control_plane.pure.times import Moment, shown
 from control_plane.services import audit, people
 from control_plane.services.tokens import DOCUMENT
 from inference_api.policy.keys import MANAGEMENT, SERVICE, new_key
@@ -60,7 +60,7 @@ async def listed(
     if filters.state is not None:
         query = query.where(_state(act.at) == filters.state)
     if after is not None:
-        at, id = read(after[0]), after[1]
+        at, id = after
         query = query.where(or_(tokens.c.created_at < at, and_(tokens.c.created_at == at, tokens.c.id > id)))
     query = query.order_by(tokens.c.created_at.desc(), tokens.c.id).limit(limit + 1)
     async with plane.database.main.read() as connection:

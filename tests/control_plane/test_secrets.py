@@ -114,6 +114,18 @@ async def test_large_bodies_are_refused_before_they_are_read(sqlite_plane: Runni
             assert answer.headers["cache-control"] == "no-store"
 
 
+@pytest.mark.parametrize("text", [b"%00", b"%ff", b"%ed%a0%80", b"a=1&" * 60])
+async def test_forms_of_odd_bytes_are_refused(plane: Running, text: bytes) -> None:
+    url = (await plane.admin.post("/api/v1/users", json={"name": "bob", "email": "bob@example.org"})).json()
+    headers = {**SAME_ORIGIN, "content-type": "application/x-www-form-urlencoded"}
+    content = b"email=" + text + b"&name=" + text + b"&password=" + text + b"&password_confirm=" + text
+    paths = ("/console/login", f"/console{url['setup_url'].partition('/console')[2]}")
+
+    answers = [await plane.client.post(path, content=content, headers=headers) for path in paths]
+
+    assert [error(answer)[:2] for answer in answers] == [(400, "bad_request")] * 2
+
+
 async def test_what_no_longer_holds_is_removed(plane: Running) -> None:
     await use(plane.admin, plane.client)
     await sweep(plane.plane)

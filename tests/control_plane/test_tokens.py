@@ -216,6 +216,7 @@ async def test_tokens_are_listed_page_by_page(sqlite_plane: Running) -> None:
 
     assert [one["name"] for one in first["data"] + second["data"]] == ["t2", "t1", "t0", "tests"]
     assert (await sqlite_plane.admin.get(f"{PATH}?state=ended")).json()["data"] == []
+    assert error(await sqlite_plane.admin.get(f"{PATH}?after=WyJhIiwiYiJd")) == (422, "validation_error", "after")
 
 
 async def test_a_replayed_token_is_null_and_no_secret_is_stored(sqlite_plane: Running) -> None:

@@ -9,6 +9,7 @@ from control_plane.http.api.access import Acting, ThePlane
 from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.patches import Patch, patched
 from control_plane.http.api.preconditions import etag_of, require
+from control_plane.pure.times import read
 from control_plane.services import issuing
 
 router = APIRouter(tags=["tokens"])
@@ -65,8 +66,8 @@ async def list_tokens(
 ) -> Any:
     """The newest first: the own ones, and for admins of the platform the service tokens."""
     filters = issuing.Filters(organisation, user, state)
-    found = await issuing.listed(plane, act, place.limit, place.key(str, str), filters)
-    return page(found, place, lambda one: [one["created_at"], one["id"]], Token.model_validate)
+    found = await issuing.listed(plane, act, place.limit, place.key(int, str), filters)
+    return page(found, place, lambda one: [read(one["created_at"]), one["id"]], Token.model_validate)
 
 
 @router.post("/tokens", status_code=201, response_model=MadeToken)
