@@ -27,7 +27,7 @@ from tests.k8s import chart_files
 from tests.k8s.everything import HEADERS, PRICE, everything
 from tests.ports import free_port
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 Start = Callable[..., Any]
 TOKEN = "service-token-of-the-tests-0123456789"
 VARIABLES = {"$__rate_interval": "10s", "$cluster": "here", "$namespace": "models", "$model_name": ".*"}
@@ -172,7 +172,7 @@ async def repeated(work: Callable[[], Any]) -> AsyncIterator[None]:
         yield
     finally:
         done = True
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await task
 
 
@@ -265,9 +265,9 @@ Look = Callable[[], Coroutine[Any, Any, set[str]]]
 
 
 async def left(missing: Look) -> set[str]:
-    """What is missing still after 20 s: rates have data from the second scrape after the first event on."""
+    """What is missing still after a minute: rates have data from the second scrape after the first event on."""
     rest = await missing()
-    for _ in range(40):
+    for _ in range(120):
         if not rest:
             break
         await asyncio.sleep(0.5)
@@ -291,7 +291,6 @@ NOT_NOTICED = {
     "InferenceRouterEventLoopStuck",
     "InferenceRouterUsageWaiting",
     "ControlPlaneDown",
-    "ControlPlaneDatabaseAway",
     "ControlPlaneRoutersLost",
     "ControlPlaneUsageUnsummed",
     "EngineAdmissionStalled",
