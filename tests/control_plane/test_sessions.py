@@ -351,6 +351,21 @@ async def test_tries_at_the_same_moment_are_counted(plane: Running) -> None:
     assert sorted(task.result().status_code for task in tries) == [401] * 5 + [429] * 7
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_pods_know_at_once_what_the_others_know(start_plane: Any) -> None:
+    first, second = await start_plane(), await start_plane()
+    await make_user(first, "bob")
+    await log_in(first, "bob")
+    secret = first.client.cookies["ia_session"]
+    known = await get_me(second, secret)
+    await first.client.delete("/api/v1/session", headers=SAME_ORIGIN)
+    ended = await get_me(second, secret)
+    wrong = [(await log_in((first, second)[place % 2], "bob", "wrong")).status_code for place in range(6)]
+
+    assert [known.status_code, ended.status_code] == [200, 401]
+    assert wrong == [401] * 5 + [429]
+
+
 async def test_a_hash_of_another_cost_is_made_anew(sqlite_plane: Running) -> None:
     cheap = PasswordHasher(1, 8, 1).hash(PASSWORD)
     await make_user(sqlite_plane, "bob")
