@@ -30,6 +30,7 @@ from control_plane.http.api import tokens as tokens_api
 from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
+from control_plane.http.api.openapi import Documented
 from control_plane.http.counting import Counted
 from control_plane.http.guard import Guarded
 from control_plane.http.idempotency import Idempotent
@@ -39,7 +40,6 @@ from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
 from control_plane.services import keeper, models, overrides, policy, prices, reports, sweeping, tokens
 from control_plane.settings import Settings
-from inference_api import __version__
 
 if TYPE_CHECKING:
     from control_plane.clients.openid import Provider
@@ -174,9 +174,6 @@ def _openid_routes(provider: "Provider | None") -> list[Route]:
 
 def _api(plane: Plane, failures: Failures) -> FastAPI:
     app = FastAPI(
-        title="Control plane",
-        version=__version__,
-        description="The registry of the inference routers: models, keys, organisations, limits, usage.",
         openapi_url="/openapi.json",
         docs_url=None,
         redoc_url=None,
@@ -186,4 +183,8 @@ def _api(plane: Plane, failures: Failures) -> FastAPI:
     app.state.plane = plane
     for router in RESOURCES:
         app.include_router(router)
+    documented = Documented(app)
+    # Looked up at the first request of the document
+    app.openapi = documented.document  # type: ignore[method-assign]
+    app.add_route("/docs", documented.page, include_in_schema=False)
     return app

@@ -1,0 +1,144 @@
+"""Examples of the OpenAPI document: made from the schemas, and written where these say too little."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Of parts of paths
+PARAMETERS = {
+    "id": "k3v9Qm2XbT7a",
+    "name": "team-a",
+    "user": "ana",
+    "key": "usage.record_days",
+    "label": "production",
+    "n": 1,
+}
+_TIME = "2026-11-28T12:00:00Z"
+_BY_NAME: Mapping[str, Any] = {
+    "name": "team-a",
+    "title": "Team A",
+    "email": "ana@example.org",
+    "organisation": "team-a",
+    "user": "ana",
+    "role": "member",
+    "platform_role": "operator",
+    "password": "correct horse battery staple",
+    "created_by": "ana",
+    "moved_by": "ana",
+    "reason": "driver",
+    "note": "shorter",
+    "text": "Explain {{topic}} in one sentence.",
+    "role_of_message": "user",
+    "content": "Hello",
+    "address": "10.0.3.4",
+    "next": None,
+}
+_MODEL: dict[str, Any] = {"name": "llama-3-8b", "backends": [{"url": "http://10.0.0.11:8000"}]}
+_OVERRIDE: dict[str, Any] = {
+    "id": "ovr_01JDSX7Z3W8Q4M5N6P7R8S9T0V",
+    "backend": "10.0.0.21:8000",
+    "model": None,
+    "action": "drain",
+    "reason": "driver",
+    "created_by": "ana",
+    "created_at": "2026-11-28T11:40:00Z",
+    "expires_at": "2026-11-28T13:00:00Z",
+    "ended_at": None,
+    "acknowledged": {"routers": 3, "of": 3, "missing": []},
+}
+_PRICE: dict[str, Any] = {
+    "model": "llama-3-8b",
+    "valid_from": _TIME,
+    "input": 0.2,
+    "cached_input": 0.02,
+    "output": 0.6,
+    "request": 0,
+}
+_STORED_PRICE = {"id": "prc_01JDSX7Z3W8Q4M5N6P7R8S9T0V", **_PRICE, "created_at": _TIME, "created_by": "ana"}
+_REQUEST: dict[str, Any] = {
+    "id": "9f3c5a1e77b04d21-1048",
+    "kind": "request",
+    "at": 1795862400123,
+    "model": "llama-3-8b",
+    "key_id": "k3v9Qm2XbT7a",
+    "status": 200,
+    "outcome": "ok",
+    "key_name": "batch",
+    "received_at": "2026-11-28T12:00:02Z",
+    "related": [],
+}
+_SUMS: dict[str, Any] = {
+    "requests": 1200,
+    "errors": 9,
+    "input_tokens": 310000,
+    "output_tokens": 44000,
+    "cost_nanos": 412100000,
+}
+_USAGE: dict[str, Any] = {
+    "start": "2026-11-27T00:00:00Z",
+    "end": "2026-11-28T00:00:00Z",
+    "bucket": "1d",
+    "currency": "USD",
+    "group_by": ["model"],
+    "totals": _SUMS,
+    "series": [{"group": {"model": "llama-3-8b"}, "points": [{"at": "2026-11-27T00:00:00Z", **_SUMS}]}],
+    "rows": [{"group": {"model": "llama-3-8b"}, **_SUMS}],
+    "coverage": {"received": 1200, "dropped": 0, "share": 1.0, "estimated": 0.03},
+}
+_BACKEND = {"model": "llama-3-8b", "backend": "10.0.0.12:8000", "state": "ready", "agree": "3/3"}
+_ROUTER = {"instance": "router-7f9c-8000", "version": "0.9.0", "lost": False, "in_flight": 40}
+
+
+def _page(item: Any) -> dict[str, Any]:
+    return {"data": [item], "next": None}
+
+
+EXAMPLES: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("GET", "/models"): {"answer": _page(_MODEL)},
+    ("GET", "/models/{name}"): {"answer": _MODEL},
+    ("PUT", "/models/{name}"): {"body": _MODEL, "answer": _MODEL},
+    ("GET", "/overrides"): {"answer": _page(_OVERRIDE)},
+    ("POST", "/overrides"): {
+        "body": {"backend": "10.0.0.21:8000", "action": "drain", "reason": "driver", "expires_in": 3600},
+        "answer": _OVERRIDE,
+    },
+    ("GET", "/overrides/{id}"): {"answer": _OVERRIDE},
+    ("GET", "/prices"): {"answer": _page(_STORED_PRICE)},
+    ("POST", "/prices"): {"body": _PRICE, "answer": _STORED_PRICE},
+    ("GET", "/usage"): {"answer": _USAGE},
+    ("GET", "/requests"): {"answer": _page(_REQUEST)},
+    ("GET", "/requests/{id}"): {"answer": _REQUEST},
+    ("GET", "/backends"): {"answer": _page(_BACKEND)},
+    ("GET", "/routers"): {"answer": _page(_ROUTER)},
+    ("PATCH", "/keys/{id}"): {"body": {"disabled": True}},
+    ("PATCH", "/me"): {"body": {"title": "Ana"}},
+    ("PATCH", "/organisations/{name}"): {"body": {"title": "Team A", "models": ["llama-*"]}},
+    ("PATCH", "/users/{name}"): {"body": {"platform_role": "viewer"}},
+    ("PATCH", "/tokens/{id}"): {"body": {"disabled": True}},
+}
+
+
+def example_of(schema: Mapping[str, Any], schemas: Mapping[str, Any], name: str = "", depth: int = 0) -> Any:
+    """A value that the schema allows, with what is in it by name."""
+    if "$ref" in schema:
+        found = schemas.get(schema["$ref"].rpartition("/")[2], {})
+        return example_of(found, schemas, name, depth + 1) if depth < 8 else {}
+    for key in ("example", "const", "default"):
+        if key in schema:
+            return schema[key]
+    for key in ("examples", "enum"):
+        if schema.get(key):
+            return schema[key][0]
+    either = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
+    if either:
+        return example_of(either[0], schemas, name, depth + 1)
+    kind = schema.get("type")
+    if kind == "object" or "properties" in schema:
+        properties = schema.get("properties", {})
+        return {one: example_of(value, schemas, one, depth + 1) for one, value in properties.items()}
+    if kind == "array":
+        return [example_of(schema.get("items", {}), schemas, name, depth + 1)] if depth < 8 else []
+    if name in _BY_NAME and kind in ("string", None):
+        return _BY_NAME[name]
+    if name.endswith(("_at", "_until", "expires")) and kind == "string":
+        return _TIME
+    return {"string": "text", "integer": 1, "number": 1.5, "boolean": False}.get(str(kind))
