@@ -39,11 +39,12 @@ class _Known(NamedTuple):
     documents: tuple[str, ...] = ()
 
 
+RECORD_DAYS, HOURLY_DAYS = "usage.record_days", "usage.hourly_days"
 _Days = Annotated[int, Field(strict=True, ge=1, le=3660)]
 KEYS: dict[str, _Known] = {
     policy.ANONYMOUS: _Known(TypeAdapter(tuple[Limit, ...]), lambda settings: [], documents=(policy.DOCUMENT,)),
-    "usage.hourly_days": _Known(TypeAdapter(_Days), lambda settings: settings.hourly_days, "hourly_days"),
-    "usage.record_days": _Known(TypeAdapter(_Days), lambda settings: settings.record_days, "usage_days"),
+    HOURLY_DAYS: _Known(TypeAdapter(_Days), lambda settings: settings.hourly_days, "hourly_days"),
+    RECORD_DAYS: _Known(TypeAdapter(_Days), lambda settings: settings.record_days, "usage_days"),
 }
 Check = Callable[[Value], None]
 

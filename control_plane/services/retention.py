@@ -1,4 +1,7 @@
-"""How long usage stays: rows USAGE_DAYS, sums HOURLY_DAYS. What is summed stays as it is when its rows go."""
+"""How long usage stays: rows `usage.record_days`, sums `usage.hourly_days`, which are settings.
+
+What is summed stays as it is when its rows go.
+"""
 
 import time
 
@@ -8,6 +11,7 @@ from control_plane.data import partitions
 from control_plane.data.usage_tables import usage_changed, usage_day, usage_hour, usage_state
 from control_plane.plane import Plane
 from control_plane.pure.records import DAY, HOUR
+from control_plane.services import config
 from control_plane.services.ingest import KEPT_FROM, KEPT_LOCK, read_kept_from
 from control_plane.services.rollup import leads, roll_up
 
@@ -34,7 +38,8 @@ async def retain(plane: Plane, batch: int = BATCH, patience: float = PATIENCE) -
     """
     now = plane.clock()
     unit = DAY if plane.database.dialect == "postgresql" else HOUR
-    kept_from = (now - plane.settings.record_days * DAY) // unit * unit
+    record_days = (await config.found(plane, config.RECORD_DAYS)).value
+    kept_from = (now - record_days * DAY) // unit * unit
     await _keep_from(plane, kept_from)
     await roll_up(plane, kept_from)
     if await _is_changed_before(plane, kept_from):
@@ -48,7 +53,8 @@ async def retain(plane: Plane, batch: int = BATCH, patience: float = PATIENCE) -
             await partitions.drop_before(connection, kept_from)
     elif not await _delete(plane, "usage", "rowid", kept_from, batch, deadline):
         return False
-    oldest = (now - plane.settings.hourly_days * DAY) // DAY * DAY
+    hourly_days = (await config.found(plane, config.HOURLY_DAYS)).value
+    oldest = (now - hourly_days * DAY) // DAY * DAY
     done = [await _delete(plane, table.name, "id", oldest, batch, deadline) for table in (usage_hour, usage_day)]
     return all(done)
 

@@ -10,6 +10,7 @@ from control_plane.data.tables import config_kv
 from tests.control_plane.conftest import NOON, Running, starting
 from tests.control_plane.teams import changed, organisation, somebody
 from tests.control_plane.test_keys import code, ended, made, patched, policy_of
+from tests.control_plane.usage import record, taken
 
 pytestmark = pytest.mark.anyio
 LIMIT = {"scope": "user", "requests": 120, "per": 60}
@@ -99,8 +100,14 @@ async def test_an_own_budget_and_one_of_the_platform_are_two(sqlite_plane: Runni
 
 async def test_a_budget_is_read_with_what_is_spent(sqlite_plane: Running) -> None:
     made = (await sqlite_plane.admin.post("/api/v1/budgets", json=BUDGET)).json()
-
     assert (made["spent"], made["resets_at"]) == (0, "2026-11-29T00:00:00Z")
+    each = (await sqlite_plane.admin.post("/api/v1/budgets", json={**BUDGET, "name": None})).json()
+    assert each["spent"] is None
+    await taken(sqlite_plane, record(user="ana", input_tokens=300, output_tokens=20))
+    sqlite_plane.clock.advance(10)
+
+    read = await sqlite_plane.admin.get(f"/api/v1/budgets/{made['id']}")
+    assert read.json()["spent"] == 320
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,10 @@ async def run(*command: str, cwd: Path) -> tuple[int, str]:
         *command,
         cwd=cwd,
         env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "NO_COLOR": "1"},
+        stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         async with asyncio.timeout(300):

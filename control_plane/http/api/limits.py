@@ -12,9 +12,9 @@ from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.preconditions import etag_of, require, tagged
 from control_plane.plane import Plane
 from control_plane.pure.times import shown
-from control_plane.services import limits
+from control_plane.services import limits, spend
 from inference_api.features.spending.ledger import period
-from inference_api.policy.document import ScopedBudget, ScopedLimit
+from inference_api.policy.document import BUDGET_UNITS, ScopedBudget, ScopedLimit
 
 router = APIRouter()
 
@@ -88,8 +88,8 @@ async def list_budgets(act: Acting, plane: ThePlane, place: Paging) -> Page[dict
     """With what is spent in the present period."""
     after = place.key(str)
     found = await limits.listed(plane, "budget", place.limit, after and after[0])
-    spent = [await _with_spent(plane, one) for one in found]
-    return page(spent, place, lambda one: [one["id"]], lambda one: one)
+    with_spent = await _with_spent(plane, found)
+    return page(with_spent, place, lambda one: [one["id"]], lambda one: one)
 
 
 @router.post("/budgets", tags=["budgets"], status_code=201, summary="Make a budget", responses=shows(BudgetShown, 201))
@@ -98,14 +98,14 @@ async def create_budget(act: Acting, plane: ThePlane, response: Response, body: 
     made = await limits.create(plane, act, body)
     response.headers["Location"] = f"/api/v1/budgets/{made['id']}"
     tagged(response, made)
-    return await _with_spent(plane, made)
+    return (await _with_spent(plane, [made]))[0]
 
 
 @router.get("/budgets/{id}", tags=["budgets"], summary="Read a budget", responses=shows(BudgetShown))
 async def read_budget(id: str, act: Acting, plane: ThePlane, response: Response) -> Any:
     """Its ETag is that of the budget without what is spent."""
     found = tagged(response, await limits.found(plane, "budget", id))
-    return await _with_spent(plane, found)
+    return (await _with_spent(plane, [found]))[0]
 
 
 @router.put("/budgets/{id}", tags=["budgets"], summary="Replace a budget", responses=shows(BudgetShown))
@@ -113,7 +113,7 @@ async def put_budget(
     id: str, act: Acting, plane: ThePlane, request: Request, response: Response, body: BudgetBody
 ) -> Any:
     new = tagged(response, await limits.replace(plane, act, id, body, lambda old: _require(request, old)))
-    return await _with_spent(plane, new)
+    return (await _with_spent(plane, [new]))[0]
 
 
 @router.delete("/budgets/{id}", tags=["budgets"], status_code=204, summary="Delete a budget")
@@ -125,7 +125,23 @@ def _require(request: Request, old: Mapping[str, Any]) -> None:
     require(request, etag_of(old))
 
 
-async def _with_spent(plane: Plane, budget: dict[str, Any]) -> dict[str, Any]:
-    _, end = period(budget["per"], plane.clock() / 1000)
-    is_one = budget["scope"] == "all" or budget.get("name") is not None
-    return {**budget, "spent": 0 if is_one else None, "resets_at": shown(round(end * 1000))}
+async def _with_spent(plane: Plane, budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ids = [_spending_id(one) for one in budgets]
+    found = await spend.spent(plane, [id for id in ids if id is not None])
+    shown_budgets = []
+    for one, id in zip(budgets, ids, strict=True):
+        known = None if id is None else found.get(id)
+        # One that was just made has spent nothing that is known.
+        amount = None if id is None else 0 if known is None else known.amount
+        end = period(one["per"], plane.clock() / 1000)[1]
+        shown_budgets.append({**one, "spent": amount, "resets_at": shown(round(end * 1000))})
+    return shown_budgets
+
+
+def _spending_id(budget: Mapping[str, Any]) -> str | None:
+    """The id in GET /spend; None: each holder of the scope has a sum of its own."""
+    name = budget.get("name")
+    if name is None and budget["scope"] != "all":
+        return None
+    unit = next(unit for unit in BUDGET_UNITS if budget.get(unit) is not None)
+    return f"{budget['scope']}:{name or ''}:{unit}:{budget['per']}"
