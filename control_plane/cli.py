@@ -95,7 +95,13 @@ def _migrate(arguments: argparse.Namespace) -> int:
     url = load_settings().url
     found = asyncio.run(schema.standings(url) if arguments.check else schema.migrate(url))
     for standing in found:
-        state = "is up to date" if standing.fits else f"{standing.found or 'empty'} -> {standing.wanted}"
+        state = (
+            "is up to date"
+            if standing.found == standing.wanted
+            else "is later, and fits"
+            if standing.later
+            else f"{standing.found or 'empty'} -> {standing.wanted}"
+        )
         print(f"{standing.part}: {state}")
     return 0 if not arguments.check or all(standing.fits for standing in found) else 1
 

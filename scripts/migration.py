@@ -34,7 +34,7 @@ def write(part: schema.Part, message: str) -> Path:
         engine = create_engine(f"sqlite:///{folder}/empty.sqlite3")
         with engine.connect() as connection:
             if head is not None:
-                schema._upgrade(connection, part, "head")
+                schema._upgrade(connection, part, "head", schema.MIGRATIONS)
             found = produce_migrations(schema.context(connection, part), schema.METADATA[part])
         engine.dispose()
     assert found.upgrade_ops is not None

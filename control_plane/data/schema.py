@@ -1,8 +1,9 @@
 """The schema: migrated by Alembic, one history for the main tables and one for usage, on both databases.
 
-A migration only adds (expand); what is no longer used goes a release later (contract): release N runs on schema N + 1,
-so that the pods of an upgrade need not stop together. Two that migrate at once are one: the second waits and finds
-nothing to do.
+A migration only adds (expand); what is no longer used goes a release later (contract), by a migration that says
+`breaks = True`: release N runs on schema N + 1, so that the pods of an upgrade need not stop together, and a rollback
+has what it needs. The database has the history, by which a release knows a schema that is later than its own. Two
+that migrate at once are one: the second waits and finds nothing to do.
 """
 
 import asyncio
@@ -17,8 +18,24 @@ from typing import Literal, NamedTuple, TypeVar
 
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from alembic.runtime.migration import MigrationInfo
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, MetaData, create_engine, inspect, text
+from sqlalchemy import (
+    URL,
+    Boolean,
+    Column,
+    Connection,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    delete,
+    insert,
+    inspect,
+    select,
+    text,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -32,25 +49,38 @@ T = TypeVar("T")
 Part = Literal["main", "usage"]
 PARTS: tuple[Part, ...] = ("main", "usage")
 METADATA: dict[Part, MetaData] = {"main": tables.metadata, "usage": usage_tables.metadata}
+MIGRATIONS = Path(__file__).with_name("migrations")
+# The migrations that a database has had, in their order; `breaks`: releases before it cannot use the schema.
+history = Table(
+    "schema_history",
+    MetaData(),
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("part", String(16), nullable=False),
+    Column("revision", String(32), nullable=False),
+    Column("breaks", Boolean, nullable=False),
+)
 # Of the advisory lock of PostgreSQL
 _LOCK = 0x696E_6672
 _LOCK_TIMEOUT = 60.0
 
 
 class Standing(NamedTuple):
-    """`found`: revision of the schema, None if it is empty. `wanted`: of this release."""
+    """`found`: revision of the schema, None if it is empty. `wanted`: of this release.
+
+    `later`: it is that of a later release, which this one can use.
+    """
 
     part: Part
     found: str | None
     wanted: str
+    later: bool = False
 
     @property
     def fits(self) -> bool:
-        return self.found == self.wanted
+        return self.later or self.found == self.wanted
 
 
-def scripts(part: Part) -> ScriptDirectory:
-    folder = Path(__file__).with_name("migrations")
+def scripts(part: Part, folder: Path = MIGRATIONS) -> ScriptDirectory:
     return ScriptDirectory(str(folder), version_locations=[str(folder / part)])
 
 
@@ -61,34 +91,36 @@ def context(connection: Connection, part: Part) -> MigrationContext:
     )
 
 
-async def standings(url: URL) -> list[Standing]:
-    """How far each part of the schema is. Raises DatabaseError if it is of another program or a later release."""
+async def standings(url: URL, folder: Path = MIGRATIONS) -> list[Standing]:
+    """How far each part of the schema is. Raises DatabaseError if it is of another program, or too late a release."""
     found = []
     for part in PARTS:
-        found.append(await _run(url, part, partial(_standing, part=part)))
+        found.append(await _run(url, part, partial(_standing, part=part, folder=folder)))
     return found
 
 
-async def migrate(url: URL, to: str = "head", patience: float = _LOCK_TIMEOUT) -> list[Standing]:
-    """Upgrade (or with a revision of one part downgrade) the schema under a lock. Returns how it was before.
+async def migrate(
+    url: URL, to: str = "head", patience: float = _LOCK_TIMEOUT, folder: Path = MIGRATIONS
+) -> list[Standing]:
+    """Upgrade (to `base`: downgrade) the schema under a lock. Returns how it was before.
 
     Raises DatabaseError if the lock is not free within `patience` seconds.
     """
-    before = await standings(url)
+    before = await standings(url, folder)
     if all(standing.fits for standing in before) and to == "head":
         return before
     async with _locked(url, patience):
         for part in PARTS:
             # Another one may have migrated while this one waited.
-            standing = await _run(url, part, partial(_standing, part=part))
+            standing = await _run(url, part, partial(_standing, part=part, folder=folder))
             if not standing.fits or to != "head":
-                await _run(url, part, partial(_upgrade, part=part, to=to))
+                await _run(url, part, partial(_upgrade, part=part, to=to, folder=folder))
                 log.info("schema %s: %s -> %s", part, standing.found or "empty", standing.wanted)
     return before
 
 
 def check(found: list[Standing]) -> None:
-    """Raises DatabaseError unless the schema is that of this release, or one later."""
+    """Raises DatabaseError unless this release can use the schema."""
     for standing in found:
         if not standing.fits:
             state = f"is at {standing.found}" if standing.found else "is empty"
@@ -98,8 +130,8 @@ def check(found: list[Standing]) -> None:
             )
 
 
-def _standing(connection: Connection, part: Part) -> Standing:
-    wanted = scripts(part).get_current_head()
+def _standing(connection: Connection, part: Part, folder: Path) -> Standing:
+    wanted = scripts(part, folder).get_current_head()
     assert wanted is not None
     found = context(connection, part).get_current_revision()
     if found is None:
@@ -108,16 +140,30 @@ def _standing(connection: Connection, part: Part) -> Standing:
             raise DatabaseError(
                 f"the database has a table {min(foreign)!r} that this program did not make; use another database"
             )
-    elif found not in {script.revision for script in scripts(part).walk_revisions()}:
+    elif found not in {script.revision for script in scripts(part, folder).walk_revisions()}:
+        if _is_usable(connection, part, found, wanted):
+            return Standing(part, found, wanted, later=True)
         raise DatabaseError(
-            f"the schema of {part} is {found!r}, which this release does not know; "
+            f"the schema of {part} is {found!r}, which this release cannot use; "
             "use the release that made it, or a later one"
         )
     return Standing(part, found, wanted)
 
 
-def _upgrade(connection: Connection, part: Part, to: str) -> None:
-    directory = scripts(part)
+def _is_usable(connection: Connection, part: Part, found: str, wanted: str) -> bool:
+    """Whether the schema has had the last migration of this release, and since then only such as add."""
+    if not inspect(connection).has_table(history.name):
+        return False
+    query = select(history.c.revision, history.c.breaks).where(history.c.part == part).order_by(history.c.number)
+    had = [tuple(row) for row in connection.execute(query)]
+    revisions = [revision for revision, _ in had]
+    if found not in revisions or wanted not in revisions:
+        return False
+    return not any(breaks for _, breaks in had[revisions.index(wanted) + 1 :])
+
+
+def _upgrade(connection: Connection, part: Part, to: str, folder: Path) -> None:
+    directory = scripts(part, folder)
 
     def steps(current: object, _: MigrationContext) -> list[object]:
         if to == "base":
@@ -126,10 +172,29 @@ def _upgrade(connection: Connection, part: Part, to: str) -> None:
 
     ran = MigrationContext.configure(
         connection,
-        opts={"version_table": f"schema_{part}", "fn": steps, "render_as_batch": True, "transactional_ddl": True},
+        opts={
+            "version_table": f"schema_{part}",
+            "fn": steps,
+            "render_as_batch": True,
+            "transactional_ddl": True,
+            "on_version_apply": [partial(_note, part=part)],
+        },
     )
+    history.create(connection, checkfirst=True)
     with Operations.context(ran), ran.begin_transaction():
         ran.run_migrations()
+
+
+def _note(*, ctx: MigrationContext, step: MigrationInfo, part: Part, **_: object) -> None:
+    """Write a step into the history, or take it out again."""
+    assert ctx.connection is not None
+    if step.is_upgrade and step.up_revision is not None:
+        breaks = bool(getattr(getattr(step.up_revision, "module", None), "breaks", False))
+        row = insert(history).values(part=part, revision=step.up_revision_id, breaks=breaks)
+        ctx.connection.execute(row)
+    else:
+        undone = delete(history).where(history.c.part == part, history.c.revision.in_(step.source_revision_ids))
+        ctx.connection.execute(undone)
 
 
 async def _run(url: URL, part: Part, call: Callable[[Connection], T]) -> T:

@@ -1,6 +1,7 @@
 """The schema: migrated once by whoever comes first, never guessed, equal to the tables in the code."""
 
 import asyncio
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,49 @@ async def test_an_upgrade_keeps_the_rows(empty_url: str) -> None:
     assert tuple(found) == ("team-a", [{"streams": 1}])
 
 
+def later_release(folder: Path, breaks: bool) -> Path:
+    """The migrations of this release, and one more."""
+    shutil.copytree(schema.MIGRATIONS, folder / "migrations")
+    last = schema.scripts("main").get_current_head()
+    lines = [
+        "import sqlalchemy as sa",
+        "from alembic import op",
+        'revision = "main_next"',
+        f"down_revision = {last!r}",
+        f"breaks = {breaks}",
+        "def upgrade():",
+        '    op.create_table("of_the_next_release", sa.Column("id", sa.Integer, primary_key=True))',
+        "def downgrade():",
+        '    op.drop_table("of_the_next_release")',
+    ]
+    (folder / "migrations" / "main" / "m9999.py").write_text("\n".join(lines) + "\n")
+    return folder / "migrations"
+
+
+async def test_the_schema_of_the_next_release_is_usable(empty_url: str, tmp_path: Path) -> None:
+    url, folder = parse_url(empty_url), later_release(tmp_path, breaks=False)
+    await schema.migrate(url)
+    await schema.migrate(url, folder=folder)
+
+    found = await schema.standings(url)
+    schema.check(found)
+    assert [one.later for one in found] == [True, False]
+    # A pod of this release that migrates changes nothing.
+    await schema.migrate(url)
+    assert next(one.found for one in await schema.standings(url, folder)) == "main_next"
+
+
+async def test_a_schema_that_breaks_with_this_release_is_refused(empty_url: str, tmp_path: Path) -> None:
+    url, folder = parse_url(empty_url), later_release(tmp_path, breaks=True)
+    await schema.migrate(url)
+    await schema.migrate(url, folder=folder)
+
+    with pytest.raises(DatabaseError, match="'main_next', which this release cannot use"):
+        await schema.standings(url)
+    await schema.migrate(url, to="base", folder=folder)
+    assert [one.found for one in await schema.standings(url)] == [None, None]
+
+
 async def test_a_schema_of_a_later_release_is_refused(empty_url: str) -> None:
     url = parse_url(empty_url)
     await schema.migrate(url)
@@ -89,7 +133,7 @@ async def test_a_schema_of_a_later_release_is_refused(empty_url: str) -> None:
         url, "main", lambda connection: connection.execute(text("UPDATE schema_main SET version_num = 'main_9999'"))
     )
 
-    with pytest.raises(DatabaseError, match="'main_9999', which this release does not know"):
+    with pytest.raises(DatabaseError, match="'main_9999', which this release cannot use"):
         await schema.standings(url)
 
 
