@@ -170,8 +170,9 @@ keys = Table(
     Column("created_by", Name),
     Column("ended_at", BigInteger),
     Column("last_used_at", BigInteger),
-    Column("revision", BigInteger, nullable=False, default=0, index=True),
+    Column("revision", BigInteger, nullable=False, default=0),
     Index("ix_keys_created_at_id", "created_at", "id"),
+    Index("ix_keys_revision_id", "revision", "id"),
 )
 
 # `kind`: management or service. `user`: whose rights a management token has, lowered to `role` in `organisation`.

@@ -1,5 +1,6 @@
 """The catalogue: entries as registry_stub has them, in memory for readers and in a table."""
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -63,8 +64,12 @@ async def build(connection: AsyncConnection, known: Document | None, now: int) -
         await connection.execute(select(models.c.name, models.c.entry).order_by(models.c.position))
     ).all():
         source = sources[name] = text, listed.at(name, now)
+        is_new = before.sources.get(name) != source
+        if is_new:
+            # Others are served between two that have to be checked.
+            await asyncio.sleep(0)
         try:
-            stored[name] = before.stored[name] if before.sources.get(name) == source else _stored(*source)
+            stored[name] = _stored(*source) if is_new else before.stored[name]
         except ValidationError as exc:
             # Stays in the table: another release may read it, and a PUT of the name replaces it.
             problems[name] = describe(exc)

@@ -5,13 +5,13 @@ that limits, budgets and prompts of what has ended are left out.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import orjson
 from pydantic import BaseModel
-from sqlalchemy import Text, cast, or_, select
+from sqlalchemy import ColumnElement, Select, Text, cast, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data import tables
@@ -114,25 +114,41 @@ _KEYS = select(
     keys.c.expires_at,
     keys.c.disabled,
     keys.c.ended_at,
-).order_by(keys.c.id)
+    keys.c.revision,
+)
 
 
 async def _changed_keys(
     connection: AsyncConnection, since: int, live: frozenset[str], new: frozenset[str]
 ) -> Mapping[str, Item | None]:
     """Keys newer than a revision, and those of `new` organisations; None: not in the policy."""
-    newer = keys.c.revision > since
-    query = _KEYS.where(or_(newer, keys.c.organisation.in_(new)) if new else newer)
+    # By the index: in the order of ids, SQLite would look at every key.
+    place = tuple_(keys.c.revision, keys.c.id)
+    newer = _KEYS.order_by(keys.c.revision, keys.c.id)
+    found = await _items(connection, newer, live, lambda last: place > last, (since + 1, ""))
+    if new:
+        of_new = _KEYS.where(keys.c.organisation.in_(new)).order_by(keys.c.id)
+        found |= await _items(connection, of_new, live, lambda last: keys.c.id > last[1], (0, ""))
+    return found
+
+
+async def _items(
+    connection: AsyncConnection,
+    query: Select[Any],
+    live: frozenset[str],
+    behind: Callable[[tuple[int, str]], ColumnElement[bool]],
+    last: tuple[int, str],
+) -> dict[str, Item | None]:
+    """The keys of a query behind a place (revision, id), in batches."""
     found: dict[str, Item | None] = {}
-    last = ""
     while True:
-        rows = (await connection.execute(query.where(keys.c.id > last).limit(_BATCH))).all()
+        rows = (await connection.execute(query.where(behind(last)).limit(_BATCH))).all()
         for row in rows:
             holds = row.ended_at is None and (row.organisation is None or row.organisation in live)
             found[row.id] = Item(row.organisation, key_item(row)) if holds else None
         if len(rows) < _BATCH:
             return found
-        last = rows[-1].id
+        last = rows[-1].revision, rows[-1].id
         await asyncio.sleep(0)
 
 

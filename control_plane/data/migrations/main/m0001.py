@@ -325,7 +325,7 @@ def upgrade() -> None:
     with op.batch_alter_table("keys", schema=None) as batch_op:
         batch_op.create_index("ix_keys_created_at_id", ["created_at", "id"], unique=False)
         batch_op.create_index(batch_op.f("ix_keys_organisation"), ["organisation"], unique=False)
-        batch_op.create_index(batch_op.f("ix_keys_revision"), ["revision"], unique=False)
+        batch_op.create_index("ix_keys_revision_id", ["revision", "id"], unique=False)
         batch_op.create_index(batch_op.f("ix_keys_user"), ["user"], unique=False)
 
     op.create_table(
@@ -449,7 +449,7 @@ def downgrade() -> None:
     op.drop_table("memberships")
     with op.batch_alter_table("keys", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_keys_user"))
-        batch_op.drop_index(batch_op.f("ix_keys_revision"))
+        batch_op.drop_index("ix_keys_revision_id")
         batch_op.drop_index(batch_op.f("ix_keys_organisation"))
         batch_op.drop_index("ix_keys_created_at_id")
 
