@@ -148,8 +148,8 @@ def measure(url: str, rows: int) -> None:
                 if number == 20:
                     resident.append(process.resident)
             resident.append(process.resident)
-            _settle(url, now - back)
             if week == WEEKS - 1:
+                _settle(url, now)
                 sent = rows // WEEKS // BATCH * BATCH * WEEKS
                 print(f"  {sent:,} records: {sent / wall:,.0f}/s by the wall, {sent / cpu:,.0f}/s of the service's CPU")
                 print(f"  resident MiB at the 20th batch and the last of each run: {resident}")

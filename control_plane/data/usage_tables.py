@@ -3,7 +3,19 @@
 `usage` has a row per record; `usage_hour` and `usage_day` are sums of them, which are recomputed and never added to.
 """
 
-from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, MetaData, SmallInteger, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+)
 from sqlalchemy.types import TypeEngine
 
 from control_plane.data.tables import CONVENTION, Json
@@ -113,8 +125,8 @@ def _sums(name: str) -> Table:
             for column in DIMENSIONS.values()
         ),
         *(Column(column, BigInteger, nullable=False) for column in MEASURES),
-        Column("latency", Text),
-        Column("ttft", Text),
+        Column("latency", LargeBinary),
+        Column("ttft", LargeBinary),
         Index(f"ix_{name}_organisation_at", "organisation", "at"),
     )
 

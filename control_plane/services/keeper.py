@@ -19,7 +19,7 @@ from control_plane.services.rollup import leads, roll_up, unsummed
 log = logging.getLogger(__name__)
 
 # Seconds between two turns, and that one sums up; after a long one, some times what it took, but so much at most.
-EVERY, _REST, _LONGEST = 5.0, 3, 20.0
+EVERY, _REST, _LONGEST = 5.0, 1, 10.0
 _MINUTELY, _HOURLY = 60.0, 3600.0
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import orjson
 from sqlalchemy import Row, Table, delete, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -116,7 +115,7 @@ class _Sums:
         found = self._found.get(key)
         if found is None:
             found = dict(zip(DIMENSION_COLUMNS, key, strict=True)) | dict.fromkeys(MEASURES, 0)
-            self._found[key] = found | {"latency": {}, "ttft": {}}
+            self._found[key] = found | {"latency": 0, "ttft": 0}
         return self._found[key]
 
     def add(self, row: Row[Any]) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def _of_rows(sums: Iterable[Row[Any]], counts: Iterable[Row[Any]]) -> list[dict[
         found.add(row)
     for row in counts:
         name, index = ("ttft", row.ttft) if row.latency is None else ("latency", row.latency)
-        histogram.add(found.of(row)[name], {str(index): row.number})
+        found.of(row)[name] += histogram.single(index, row.number)
     return found.rows()
 
 
@@ -145,5 +144,5 @@ def _of_sums(rows: Iterable[Row[Any]]) -> list[dict[str, Any]]:
     for row in rows:
         into = found.add(row)
         for name in ("latency", "ttft"):
-            histogram.add(into[name], orjson.loads(row._mapping[name] or "{}"))
+            into[name] += histogram.load(row._mapping[name])
     return found.rows()

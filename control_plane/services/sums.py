@@ -149,7 +149,7 @@ def grouped(cover: Cover, where: Where, group: Sequence[str], bucket: int | None
 
 
 def histograms(cover: Cover, where: Where, group: Sequence[str]) -> list[Select[Any]]:
-    """By columns: `latency` and `ttft` as JSON; of rows as buckets, one of them NULL, and `number` of rows in it."""
+    """By columns: histograms `latency` and `ttft`; of rows as buckets, one of them NULL, and `number` of rows in it."""
     found: list[Select[Any]] = []
     for table, spans in cover.parts:
         by: list[ColumnElement[Any]] = [table.c[name] for name in group]

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from sqlalchemy import ColumnElement, Table, and_, false, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -158,18 +157,18 @@ class _Report:
 
     async def _histograms(
         self, connection: AsyncConnection, cover: Cover, groups: set[Any]
-    ) -> dict[Any, tuple[dict[str, int], dict[str, int]]]:
+    ) -> dict[Any, tuple[int, int]]:
         """Latency and TTFT by group; what is in no group is in _OTHER."""
-        found: dict[Any, tuple[dict[str, int], dict[str, int]]] = {}
+        found: dict[Any, tuple[int, int]] = {}
         for query in sums.histograms(cover, self._where, self._columns):
             result = await connection.stream(query)
             async for part in result.partitions(2000):
-                for row in part:
-                    group = tuple(row[: len(self._columns)])
-                    into = found.setdefault(group if group in groups else _OTHER, ({}, {}))
-                    for counts, given in zip(into, (row.latency, row.ttft), strict=True):
-                        if given is not None:
-                            histogram.add(counts, {str(given): row.number} if row.number else orjson.loads(given))
+                for *names, latency, ttft, number in part:
+                    group: Any = tuple(names)
+                    if group not in groups:
+                        group = _OTHER
+                    of_latency, of_ttft = found.get(group, (0, 0))
+                    found[group] = of_latency + _histogram(latency, number), of_ttft + _histogram(ttft, number)
         return found
 
     async def _dropped(self) -> int:
@@ -186,14 +185,11 @@ class _Report:
         total: Mapping[str, int],
         rows: Mapping[Any, Mapping[str, int]],
         series: Mapping[Any, Mapping[int, Mapping[str, int]]],
-        latency: Mapping[Any, tuple[dict[str, int], dict[str, int]]],
+        latency: Mapping[Any, tuple[int, int]],
         dropped: int,
     ) -> dict[str, Any]:
         question = self._question
-        everything: tuple[dict[str, int], dict[str, int]] = {}, {}
-        for group in latency.values():
-            for into, counts in zip(everything, group, strict=True):
-                histogram.add(into, counts)
+        everything = sum(one for one, _ in latency.values()), sum(one for _, one in latency.values())
         received = total["records"]
         return {
             "start": shown(question.start),
@@ -250,13 +246,20 @@ def _with_rest(rows: dict[Any, dict[str, int]], total: Mapping[str, int]) -> dic
     return rows | ({_OTHER: rest} if rest["records"] else {})
 
 
-def _shown(sums: Mapping[str, int], latency: tuple[dict[str, int], dict[str, int]] | None) -> dict[str, Any]:
-    of_latency, of_ttft = latency or ({}, {})
+def _shown(sums: Mapping[str, int], latency: tuple[int, int] | None) -> dict[str, Any]:
+    of_latency, of_ttft = latency or (0, 0)
     return {
         **{name: sums[name] for name in SHOWN},
         "latency_ms": histogram.percentiles(of_latency),
         "ttft_ms": histogram.percentiles(of_ttft),
     }
+
+
+def _histogram(given: bytes | int | None, number: int) -> int:
+    """Of sums, or of `number` rows in one bucket."""
+    if isinstance(given, int):
+        return histogram.single(given, number)
+    return histogram.load(given)
 
 
 def _point(at: int, sums: Mapping[str, int]) -> dict[str, Any]:

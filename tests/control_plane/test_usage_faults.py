@@ -2,9 +2,10 @@
 
 import asyncio
 import signal
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from control_plane.data.database import Database, parse_url
+from control_plane.data.database import Database, parse_url, usage_file
 from control_plane.errors import StorageUnavailable
 from control_plane.services import ingest, spend
 from tests.control_plane.conftest import SERVICE_TOKEN, Running, management_token, starting
@@ -120,6 +121,27 @@ async def test_a_full_disk_refuses_records_and_keeps_what_it_has(sqlite_plane: R
     assert (await plane.admin.put("/models/a", json={"name": "a"})).status_code == 201
     await limit(100_000)
     assert (await taken(plane, *batch))["accepted"] == 50
+
+
+async def test_a_process_that_waits_for_its_database_ends_when_it_is_stopped(sqlite_url: str, tmp_path: Path) -> None:
+    """Its threads are in the middle of a statement then."""
+    file = usage_file(Path(parse_url(sqlite_url).database or ""))
+    async with served(tmp_path, sqlite_url, service_token=SERVICE_TOKEN) as running:
+        with closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            sends = [
+                asyncio.create_task(running.client.post("/usage", json={"records": [record()]}, headers=ROUTER))
+                for _ in range(3)
+            ]
+            # All are at the database by the time that a later request is answered.
+            assert (await running.client.get("/readyz")).status_code == 200
+            assert not any(one.done() for one in sends)
+            code = await running.stop(signal.SIGTERM)
+        answers = await asyncio.gather(*sends, return_exceptions=True)
+
+    assert code == 0, running.output
+    # None was stored, and none was acknowledged.
+    assert all(isinstance(one, httpx.TransportError) or one.status_code == 503 for one in answers)  # type: ignore[union-attr]
 
 
 class Load:

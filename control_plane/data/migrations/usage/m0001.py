@@ -106,8 +106,8 @@ def upgrade() -> None:
         sa.Column("unpriced", sa.BigInteger(), nullable=False),
         sa.Column("estimated", sa.BigInteger(), nullable=False),
         sa.Column("counted", sa.BigInteger(), nullable=False),
-        sa.Column("latency", sa.Text(), nullable=True),
-        sa.Column("ttft", sa.Text(), nullable=True),
+        sa.Column("latency", sa.LargeBinary(), nullable=True),
+        sa.Column("ttft", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_usage_day")),
     )
     with op.batch_alter_table("usage_day", schema=None) as batch_op:
@@ -138,8 +138,8 @@ def upgrade() -> None:
         sa.Column("unpriced", sa.BigInteger(), nullable=False),
         sa.Column("estimated", sa.BigInteger(), nullable=False),
         sa.Column("counted", sa.BigInteger(), nullable=False),
-        sa.Column("latency", sa.Text(), nullable=True),
-        sa.Column("ttft", sa.Text(), nullable=True),
+        sa.Column("latency", sa.LargeBinary(), nullable=True),
+        sa.Column("ttft", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_usage_hour")),
     )
     with op.batch_alter_table("usage_hour", schema=None) as batch_op:
