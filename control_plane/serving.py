@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,9 @@ from control_plane.settings import PREFIX, Settings, SettingsError
 from inference_api.observe.log import configure_logging, log_unhandled
 
 log = logging.getLogger(__name__)
+
+# Seconds after which a process that was told to stop ends in any case: more than requests may take to end
+_PATIENCE = 18.0
 
 
 def serve(settings: Settings) -> int:
@@ -45,7 +50,7 @@ def serve(settings: Settings) -> int:
         application = Application(settings)
         application.api_port = ports.get("api_port")
         asyncio.run(_begin(settings))
-        server = Server(application)
+        server = Server(application, _PATIENCE)
         # uvicorn raises the signal again at its end, and the default action is not exit code 0.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)
@@ -56,9 +61,12 @@ def serve(settings: Settings) -> int:
 
 
 class Server(uvicorn.Server):
-    """Answers long polls when it is told to stop: they would hold it until their end."""
+    """Answers long polls when it is told to stop: they would hold it until their end.
 
-    def __init__(self, application: Application) -> None:
+    `patience`: seconds after which the process ends then, whatever still runs.
+    """
+
+    def __init__(self, application: Application, patience: float | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 application,
@@ -72,6 +80,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=10,
             )
         )
+        self._patience = patience
         self._documents = application.plane.documents
         self._stopping: asyncio.Task[None] | None = None
 
@@ -80,7 +89,18 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._documents.stop()
+        if self._patience is not None:
+            # A statement that was cancelled may leave a task of the driver without an end.
+            guard = threading.Timer(self._patience, _end)
+            guard.daemon = True
+            guard.start()
         await super().shutdown(sockets)
+
+
+def _end() -> None:
+    """What was acknowledged is on disk."""
+    log.error("a statement did not end; the process ends without it")
+    os._exit(0)
 
 
 async def _prepare(settings: Settings) -> None:

@@ -13,10 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control_plane.data import partitions, schema
 from control_plane.data.database import Database, DatabaseError
 from control_plane.data.tables import login_states, revisions, routers, sessions
-from control_plane.data.usage_tables import usage
+from control_plane.data.usage_tables import usage, usage_ids
 
-# A migrated database has its own revisions: they say what its replicas have in memory.
-_LEFT_OUT = frozenset({sessions, login_states, routers, revisions})
+# A migrated database has its own revisions: they say what its replicas have in memory. Ids come with their rows.
+_LEFT_OUT = frozenset({sessions, login_states, routers, revisions, usage_ids})
 # Rows per statement; PostgreSQL takes 32,767 values in one.
 _BATCH = 500
 _DAY = 24 * 3600 * 1000
@@ -54,6 +54,7 @@ async def _copy_table(reader: AsyncConnection, writer: AsyncConnection, table: T
             new = {row["at"] - row["at"] % _DAY for row in batch} - days
             await partitions.make(writer, new)
             days |= new
+            await writer.execute(insert(usage_ids), [{"id": row["id"], "at": row["at"]} for row in batch])
         await writer.execute(insert(table), batch)
         total += len(batch)
     await _continue_numbers(writer, table)

@@ -82,7 +82,6 @@ usage = Table(
     Column("received_at", BigInteger, nullable=False),
     Column("latency_bucket", SmallInteger, nullable=False),
     Column("ttft_bucket", SmallInteger),
-    # Alone, since a second record with the same id is a duplicate whatever its time is.
     Index("ix_usage_id", "id"),
     Index("ix_usage_request_id", "request_id"),
     Index("ix_usage_organisation_at", "organisation", "at"),
@@ -95,6 +94,15 @@ Index(
     usage.c.at,
     sqlite_where=usage.c.outcome != "ok",
     postgresql_where=usage.c.outcome != "ok",
+)
+
+# On PostgreSQL, the ids that `usage` has: a partitioned table cannot say that an id is there once whatever its time is.
+usage_ids = Table(
+    "usage_ids",
+    metadata,
+    Column("id", Word, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Index("ix_usage_ids_at", "at", postgresql_using="brin"),
 )
 
 # Sums of a span; `records` of all kinds, `requests` of those of clients, `counted` of those that budgets count.

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import zlib
 from typing import Any, NamedTuple
 
 from sqlalchemy import insert, select, text
@@ -24,11 +23,12 @@ log = logging.getLogger(__name__)
 MOST_WORKING = 8
 # Seconds that a batch may take: routers wait for 10.
 PATIENCE = 8.0
-# Advisory locks of PostgreSQL: `kept_from` does not move while a batch is stored; batches that may have the same ids
-# follow each other.
+# Advisory lock of PostgreSQL: `kept_from` does not move while a batch is stored.
 KEPT_LOCK = 0x7573_6167_0002
-_IDS_LOCK = 0x7573_6169
-_SLOTS = 256
+_TAKE_IDS = text(
+    "INSERT INTO usage_ids (id, at) SELECT * FROM unnest(CAST(:ids AS text[]), CAST(:times AS bigint[])) "
+    "ON CONFLICT (id) DO NOTHING RETURNING id"
+)
 KEPT_FROM = "kept_from"
 
 
@@ -76,7 +76,7 @@ async def _store(plane: Plane, records: list[Any]) -> Stored:
         await _make_partitions(plane, {record.at - record.at % DAY for _, record in taken})
     rows = await asyncio.to_thread(_rows, [record for _, record in taken], prices.current(plane), names, now)
     async with plane.database.usage.write() as connection:
-        await _lock(connection, plane, rows)
+        await _hold(connection)
         kept_from = await read_kept_from(connection)
         for place, record in taken:
             if record.at < kept_from:
@@ -86,9 +86,18 @@ async def _store(plane: Plane, records: list[Any]) -> Stored:
         new = await _new(connection, plane, held)
         if new:
             await connection.execute(insert(usage), new)
-            hours = sorted({row["at"] - row["at"] % HOUR for row in new})
-            await connection.execute(insert(usage_changed), [{"span": HOUR, "at": hour} for hour in hours])
+            await _mark(connection, {row["at"] - row["at"] % HOUR for row in new})
     return Stored(len(new), len(held) - len(new), sorted(refused))
+
+
+async def _mark(connection: AsyncConnection, hours: set[int]) -> None:
+    """Their sums are to be made."""
+    if connection.dialect.name == "sqlite":
+        # With one writer a mark that is there stays until these rows are; on PostgreSQL it may be going right now.
+        of_hours = usage_changed.c.span == HOUR, usage_changed.c.at.in_(hours)
+        hours = hours - set((await connection.execute(select(usage_changed.c.at).where(*of_hours))).scalars())
+    if hours:
+        await connection.execute(insert(usage_changed), [{"span": HOUR, "at": hour} for hour in sorted(hours)])
 
 
 async def read_kept_from(connection: AsyncConnection) -> int:
@@ -114,15 +123,10 @@ async def _make_partitions(plane: Plane, days: set[int]) -> None:
     known |= days
 
 
-async def _lock(connection: AsyncConnection, plane: Plane, rows: list[dict[str, Any]]) -> None:
-    """Keep others out who could store the same ids: on SQLite there are none."""
-    if plane.database.dialect == "sqlite":
-        return
-    await connection.execute(text(f"SELECT pg_advisory_xact_lock_shared({KEPT_LOCK})"))
-    # By the first part of the ids, which is that of a router's process.
-    slots = sorted({zlib.crc32(row["id"].rpartition("-")[0].encode()) % _SLOTS for row in rows})
-    locks = text(f"SELECT pg_advisory_xact_lock({_IDS_LOCK}, slot) FROM unnest(CAST(:slots AS int[])) AS slot")
-    await connection.execute(locks, {"slots": slots})
+async def _hold(connection: AsyncConnection) -> None:
+    """Keep `kept_from` where it is until the end of the transaction: on SQLite there is one at a time."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock_shared({KEPT_LOCK})"))
 
 
 async def _new(connection: AsyncConnection, plane: Plane, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,12 +135,14 @@ async def _new(connection: AsyncConnection, plane: Plane, rows: list[dict[str, A
     for row in rows:
         first.setdefault(row["id"], row)
     if plane.database.dialect == "postgresql":
-        query = text("SELECT id FROM usage WHERE id = ANY(CAST(:ids AS text[]))")
-        found = await connection.execute(query, {"ids": list(first)})
+        # In one order: two batches that have the same ids wait for each other, and never in a circle.
+        ids = sorted(first)
+        taken = await connection.execute(_TAKE_IDS, {"ids": ids, "times": [first[id]["at"] for id in ids]})
+        new = set(taken.scalars())
     else:
-        found = await connection.execute(select(usage.c.id).where(usage.c.id.in_(list(first))))
-    known = set(found.scalars())
-    return [row for id, row in first.items() if id not in known]
+        known = await connection.execute(select(usage.c.id).where(usage.c.id.in_(list(first))))
+        new = first.keys() - set(known.scalars())
+    return [row for id, row in first.items() if id in new]
 
 
 def _rows(

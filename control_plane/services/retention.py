@@ -51,6 +51,8 @@ async def retain(plane: Plane, batch: int = BATCH, patience: float = PATIENCE) -
             if not await leads(connection):
                 return False
             await partitions.drop_before(connection, kept_from)
+        if not await _delete(plane, "usage_ids", "id", kept_from, batch, deadline):
+            return False
     elif not await _delete(plane, "usage", "rowid", kept_from, batch, deadline):
         return False
     hourly_days = (await config.found(plane, config.HOURLY_DAYS)).value

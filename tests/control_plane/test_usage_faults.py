@@ -136,12 +136,12 @@ async def test_a_process_that_waits_for_its_database_ends_when_it_is_stopped(sql
             # All are at the database by the time that a later request is answered.
             assert (await running.client.get("/readyz")).status_code == 200
             assert not any(one.done() for one in sends)
-            code = await running.stop(signal.SIGTERM)
+            code = await running.stop(signal.SIGTERM, 40)
         answers = await asyncio.gather(*sends, return_exceptions=True)
 
     assert code == 0, running.output
     # None was stored, and none was acknowledged.
-    assert all(isinstance(one, httpx.TransportError) or one.status_code == 503 for one in answers)  # type: ignore[union-attr]
+    assert [one for one in answers if not isinstance(one, httpx.TransportError) and one.status_code < 500] == []  # type: ignore[union-attr]
 
 
 class Load:

@@ -147,6 +147,15 @@ def upgrade() -> None:
         batch_op.create_index("ix_usage_hour_organisation_at", ["organisation", "at"], unique=False)
 
     op.create_table(
+        "usage_ids",
+        sa.Column("id", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_usage_ids")),
+    )
+    with op.batch_alter_table("usage_ids", schema=None) as batch_op:
+        batch_op.create_index("ix_usage_ids_at", ["at"], unique=False, postgresql_using="brin")
+
+    op.create_table(
         "usage_state",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.BigInteger(), nullable=False),
@@ -156,6 +165,10 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("usage_state")
+    with op.batch_alter_table("usage_ids", schema=None) as batch_op:
+        batch_op.drop_index("ix_usage_ids_at", postgresql_using="brin")
+
+    op.drop_table("usage_ids")
     with op.batch_alter_table("usage_hour", schema=None) as batch_op:
         batch_op.drop_index("ix_usage_hour_organisation_at")
         batch_op.drop_index(batch_op.f("ix_usage_hour_at"))
