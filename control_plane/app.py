@@ -124,7 +124,7 @@ class Application:
     def _served(self, routes: Sequence[BaseRoute], failures: Failures) -> ASGIApp:
         app = Starlette(routes=routes, exception_handlers=failures.handlers(), lifespan=self._lifespan)
         app.router.redirect_slashes = False
-        app.state.plane = self.plane
+        app.state.plane, app.state.routes = self.plane, routes
         settings = self.plane.settings
         guarded = Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane)
         return Identified(Counted(guarded, self.plane.metrics, routes), settings.trusted_proxies)
@@ -180,9 +180,10 @@ def _api(plane: Plane, failures: Failures) -> FastAPI:
         exception_handlers=dict(failures.handlers()),
         redirect_slashes=False,
     )
-    app.state.plane = plane
+    app.state.plane, app.state.routes = plane, []
     for router in RESOURCES:
         app.include_router(router)
+        app.state.routes += router.routes
     documented = Documented(app)
     # Looked up at the first request of the document
     app.openapi = documented.document  # type: ignore[method-assign]

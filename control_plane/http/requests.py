@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from control_plane.errors import Problem, Refused, StorageUnavailable, envelope, reason_of
@@ -138,8 +139,8 @@ def translate(request: Request, error: Exception) -> Refused:
         case HTTPException(__cause__=Refused() as cause):
             # Of the body, which FastAPI reads.
             return cause
-        case HTTPException(status_code=405, headers=headers):
-            allow = ", ".join(sorted((headers or {}).get("Allow", "").split(", ")))
+        case HTTPException(status_code=405):
+            allow = ", ".join(_methods(request))
             message = f"{request.method[:32]} is not allowed on {path!r}; use {allow}."
             return Refused(405, "method_not_allowed", message, headers={"Allow": allow})
         case HTTPException(status_code=404):
@@ -153,6 +154,16 @@ def translate(request: Request, error: Exception) -> Refused:
             # The traceback is logged by the server.
             message = "The control plane failed to handle this request; its log has the details."
             return Refused(500, "internal_error", message)
+
+
+def _methods(request: Request) -> list[str]:
+    """Those of the URL: each may have a route of its own."""
+    found: set[str] = set()
+    for route in request.app.state.routes:
+        match, _ = route.matches(request.scope)
+        if match is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)
 
 
 def _invalid(error: RequestValidationError) -> Refused:

@@ -6,10 +6,11 @@ from sqlalchemy import Row, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.tables import memberships, organisations, sessions, setups, users
-from control_plane.errors import Invalid, NotFound, Problem
+from control_plane.errors import Forbidden, Invalid, NotFound, Problem
 from control_plane.plane import Act, Plane
 from control_plane.pure.passwords import weakness
-from control_plane.services import audit, logins
+from control_plane.pure.roles import is_within
+from control_plane.services import audit, logins, people
 from control_plane.services.sessions import IDLE, end, end_others, renew
 
 
@@ -110,10 +111,19 @@ async def read_session(plane: Plane, user: str, id: str) -> Row[Any]:
 async def end_session(plane: Plane, act: Act, id: str) -> None:
     """End one of the own sessions. Raises NotFound."""
     async with plane.database.main.write() as connection:
+        await _refuse_limited(connection, act)
         if not await end(connection, act, sessions.c.user == act.principal.user, sessions.c.id == id):
             raise NotFound("session", id)
 
 
 async def end_other_sessions(plane: Plane, act: Act) -> None:
     async with plane.database.main.write() as connection:
+        await _refuse_limited(connection, act)
         await end_others(connection, act, act.principal.user or "")
+
+
+async def _refuse_limited(connection: AsyncConnection, act: Act) -> None:
+    """Raises Forbidden for a token with fewer rights than the sessions of its maker have."""
+    maker = await people.by_name(connection, act.principal.user or "")
+    if act.principal.kind == "token" and maker is not None and not is_within(maker, act.principal):
+        raise Forbidden("A token ends no session that may do more than itself.")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 from sqlalchemy import ColumnElement, Row, and_, case, false, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -33,14 +33,14 @@ class TokenFields(BaseModel):
     without them; with an organisation it acts there alone, with a role only on the platform alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=128)] = Field(examples=["ci"])
     scopes: tuple[TokenScope, ...] | None = None
     organisation: Annotated[str, StringConstraints(max_length=128)] | None = Field(default=None, examples=["team-a"])
     role: Role | None = Field(default=None, examples=["member"])
     expires: Moment | None = Field(default=None, examples=["2027-01-31T00:00:00Z"])
-    disabled: bool = False
+    disabled: StrictBool = False
 
 
 class Filters(NamedTuple):
@@ -119,6 +119,9 @@ async def end(plane: Plane, act: Act, id: str, check: Check) -> None:
     async with plane.change(DOCUMENT) as connection:
         row = await _find(connection, act, id)
         check(_shown(row))
+        # Whoever finds a token may end that one.
+        if id != act.principal.token:
+            await _refuse_more(connection, act, row)
         if row.ended_at is None:
             await connection.execute(update(tokens).where(tokens.c.id == id).values(ended_at=act.at))
             await _record(connection, act, "end", _shown(await _find(connection, act, id)), _shown(row))
@@ -211,11 +214,16 @@ async def _writable(connection: AsyncConnection, act: Act, id: str) -> Row[Any]:
     row = await _find(connection, act, id)
     if row.ended_at is not None:
         raise Invalid(Problem("id", f"the token {id!r} has ended; make a new one"))
+    await _refuse_more(connection, act, row)
+    return row
+
+
+async def _refuse_more(connection: AsyncConnection, act: Act, row: Row[Any]) -> None:
+    """Raises Forbidden if the token of the row may do more than the one that asks."""
     if row.kind == "management":
         maker = await people.by_name(connection, row.user)
         if maker is not None and not is_within(people.limited(maker, row.organisation, row.role), act.principal):
             raise Forbidden("A token changes no token that may do more than itself.")
-    return row
 
 
 def _values(fields: TokenFields) -> dict[str, Any]:

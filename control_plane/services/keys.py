@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, ValidationError
 from sqlalchemy import ColumnElement, Row, Select, and_, case, false, insert, or_, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -40,14 +40,16 @@ class KeyBody(BaseModel):
     limits: tuple[Limit, ...] = Field(default=(), examples=[[{"requests": 60, "per": 60}]])
     budget: Budget | None = Field(default=None, examples=[{"cost": 50, "per": "month"}])
     priority: Annotated[int, Field(strict=True, ge=-100, le=100)] = Field(default=0, description="lower ones go first")
-    weight: Annotated[float, Field(ge=0.01, le=100)] = Field(default=1.0, description="share among waiting keys")
+    weight: Annotated[float, Field(strict=True, ge=0.01, le=100)] = Field(
+        default=1.0, description="share among waiting keys"
+    )
     expires: Moment | None = Field(default=None, examples=["2027-01-31T00:00:00Z"])
 
 
 class KeyFields(KeyBody):
     """All that can be changed."""
 
-    disabled: bool = False
+    disabled: StrictBool = False
 
 
 class Found(NamedTuple):

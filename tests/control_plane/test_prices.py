@@ -68,7 +68,6 @@ async def test_a_price_of_the_future_is_shown_when_its_time_comes(plane: Running
         ({"input": "1"}, "input"),
         ({"valid_from": "tomorrow"}, "valid_from"),
         ({"model": ""}, "model"),
-        ({"currency": "EUR"}, "currency"),
     ],
 )
 async def test_what_is_no_price_is_refused(sqlite_plane: Running, change: dict[str, Any], param: str) -> None:

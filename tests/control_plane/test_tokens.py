@@ -11,7 +11,7 @@ import pytest
 from inference_api.policy.keys import KEY, MANAGEMENT, SERVICE, digest, is_well_formed, new_key
 from tests.conftest import Served
 from tests.control_plane.conftest import Running
-from tests.control_plane.people import acting_as, changed, error, make_organisation, make_user
+from tests.control_plane.people import acting_as, changed, error, log_in, make_organisation, make_user
 
 pytestmark = pytest.mark.anyio
 PATH = "/api/v1/tokens"
@@ -186,6 +186,30 @@ async def test_a_token_makes_and_changes_no_token_that_may_more(sqlite_plane: Ru
 
         assert [error(answer)[:2] for answer in (*answers, grown)] == [(403, "forbidden")] * 5
         assert same.status_code == 201
+
+
+async def test_a_token_ends_nothing_that_may_more(sqlite_plane: Running) -> None:
+    await make_user(sqlite_plane, "bob", "admin")
+    async with acting_as(sqlite_plane, "bob") as bob:
+        whole = (await bob.post(PATH, json={"name": "all"})).json()
+        less = (await bob.post(PATH, json={"name": "less", "role": "viewer"})).json()
+        session = (await log_in(sqlite_plane, "bob")).cookies["ia_session"]
+        sqlite_plane.client.cookies.clear()
+        ids = [one["id"] for one in (await bob.get("/api/v1/me/sessions")).json()["data"]]
+        headers = {"authorization": f"Bearer {less['token']}"}
+        async with httpx.AsyncClient(base_url=sqlite_plane.url, headers=headers, trust_env=False) as program:
+            refused = [
+                await changed(program, "DELETE", f"{PATH}/{whole['id']}"),
+                await changed(program, "DELETE", f"/api/v1/me/sessions/{ids[0]}"),
+                await program.delete("/api/v1/me/sessions"),
+            ]
+            itself = await changed(program, "DELETE", f"{PATH}/{less['id']}")
+        by_whole = await sqlite_plane.client.delete("/api/v1/me/sessions", **with_token(whole["token"]))
+
+    assert [error(answer)[:2] for answer in refused] == [(403, "forbidden")] * 3
+    assert [itself.status_code, by_whole.status_code] == [204, 204]
+    answer = await sqlite_plane.client.get("/api/v1/me", headers={"cookie": f"ia_session={session}"})
+    assert answer.status_code == 401
 
 
 async def test_tokens_of_others_look_like_none(sqlite_plane: Running) -> None:

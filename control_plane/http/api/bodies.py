@@ -10,7 +10,7 @@ import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from control_plane.errors import Refused
+from control_plane.errors import Invalid, Problem, Refused
 from control_plane.http.requests import render
 from control_plane.pure import values
 
@@ -55,6 +55,8 @@ def check(content_type: str, body: bytes) -> None:
     try:
         orjson.loads(body)
         values.check(json.loads(body))
+    except values.Unusable as exc:
+        raise Invalid(Problem(exc.place.replace("\0", "?")[:128] or "body", str(exc))) from None
     except RecursionError:
         raise _unreadable("it is nested too deeply") from None
     except ValueError as exc:

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
 from control_plane.errors import Invalid, Problem
 from control_plane.http.api.access import Acting, ThePlane
@@ -23,14 +23,14 @@ _LONGEST = 90 * 24 * 3600
 class NewOverride(BaseModel):
     """`expires_in`: seconds; null: until it is ended. `force`: also if it is the last usable backend of a model."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     backend: Label
     model: ModelName | None = None
     action: Literal["drain", "out", "return", "reset_circuit"]
     reason: Annotated[str, StringConstraints(min_length=1, max_length=500, strip_whitespace=True)] | None = None
     expires_in: Annotated[int, Field(strict=True, ge=1, le=_LONGEST)] | None = None
-    force: bool = False
+    force: StrictBool = False
 
 
 @router.get("/backends", tags=["backends"])
@@ -38,12 +38,13 @@ async def list_backends(
     act: Acting, plane: ThePlane, place: Paging, model: Annotated[str | None, Query(max_length=128)] = None
 ) -> Page[dict[str, Any]]:
     """Backends as the routers see them, by model and label: the worst state counts, `agree` says how many have it."""
+    after = place.key(str, str)
     async with plane.database.main.read() as connection:
         found = merged(await reports.present(connection, act.at))
     visible = await visible_models(plane, act)
     rows = [one for one in found if visible(one.model) and model in (None, one.model)]
-    if place.after is not None:
-        rows = [one for one in rows if (one.model, one.backend) > tuple(map(str, place.after))]
+    if after is not None:
+        rows = [one for one in rows if (one.model, one.backend) > tuple(after)]
     return page(
         rows[: place.limit + 1], place, lambda one: [one.model, one.backend], lambda one: _shown_backend(act, one)
     )
@@ -52,9 +53,10 @@ async def list_backends(
 @router.get("/routers", tags=["routers"])
 async def list_routers(act: Acting, plane: ThePlane, place: Paging) -> Page[dict[str, Any]]:
     """The last report of each router; `lost`: three of its reports are missing."""
+    after = place.key(str)
     rows = await reports.all_of(plane)
-    if place.after is not None:
-        rows = [one for one in rows if one.instance > str(place.after[0])]
+    if after is not None:
+        rows = [one for one in rows if one.instance > after[0]]
     return page(
         rows[: place.limit + 1], place, lambda one: [one.instance], lambda one: _shown_router(act, one, plane.clock())
     )
@@ -69,8 +71,8 @@ async def list_overrides(
     active: Annotated[bool | None, Query(description="those that hold now, or the others")] = None,
 ) -> Page[dict[str, Any]]:
     """Overrides, the newest first."""
-    before = None if place.after is None else str(place.after[0])
-    rows = await overrides.listed(plane, place.limit + 1, before, backend, active)
+    before = place.key(str)
+    rows = await overrides.listed(plane, place.limit + 1, before and before[0], backend, active)
     return page(rows, place, lambda one: [one["id"]], lambda one: one)
 
 

@@ -25,11 +25,12 @@ _FOR_ALL = frozenset(
 
 @router.get("/models")
 async def list_models(act: Acting, plane: ThePlane, place: Paging) -> Page[dict[str, Any]]:
+    after = place.key(str)
     visible = await visible_models(plane, act)
     found = [stored for name, stored in models.catalogue(plane).stored.items() if visible(name)]
     found.sort(key=lambda stored: stored.entry.name)
-    if place.after is not None:
-        found = [stored for stored in found if stored.entry.name > str(place.after[0])]
+    if after is not None:
+        found = [stored for stored in found if stored.entry.name > after[0]]
     return page(found[: place.limit + 1], place, lambda stored: [stored.entry.name], lambda stored: shown(act, stored))
 
 

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from control_plane.errors import Forbidden, NotFound
 from control_plane.http.api.access import Acting, ThePlane
@@ -29,10 +29,10 @@ _EXAMPLE: dict[str, Any] = {
 class OrganisationFields(BaseModel):
     """What can be changed. `models`: patterns of the names that its keys may use, null: all."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     title: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    disabled: bool = False
+    disabled: StrictBool = False
     models: Patterns = None
     limits: tuple[Limit, ...] = ()
     budget: Budget | None = None
@@ -50,7 +50,7 @@ class OrganisationFields(BaseModel):
 
 
 class NewOrganisation(OrganisationFields):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, json_schema_extra={"examples": [_EXAMPLE]})
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True, json_schema_extra={"examples": [_EXAMPLE]})
 
     name: Name
 
@@ -67,7 +67,7 @@ class Organisation(BaseModel):
 
 
 class NewRole(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"role": "member"}]})
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"role": "member"}]})
 
     role: OrganisationRole
 

@@ -20,15 +20,14 @@ def _exact(value: float) -> float:
     return value
 
 
-_Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Money = Annotated[_Number, Field(ge=0, le=1_000_000), AfterValidator(_exact)]
+Money = Annotated[float, Field(strict=True, ge=0, le=1_000_000, allow_inf_nan=False), AfterValidator(_exact)]
 
 
 class PriceBody(BaseModel):
     """CURRENCY per million tokens, and per request; at most 9 digits after the point."""
 
     model_config = ConfigDict(
-        extra="forbid",
+        extra="ignore",
         json_schema_extra={
             "examples": [
                 {
@@ -55,7 +54,7 @@ class PriceBody(BaseModel):
 async def list_prices(
     act: Acting, plane: ThePlane, place: Paging, model: Annotated[str | None, Query(max_length=128)] = None
 ) -> Page[dict[str, Any]]:
-    rows = await prices.listing(plane, model, place.after, place.limit)
+    rows = await prices.listing(plane, model, place.key(str, int, str), place.limit)
     return page(rows, place, lambda row: [row.model, row.valid_from, row.id], prices.view)
 
 

@@ -44,7 +44,7 @@ async def list_requests(
         {name: value for name, value in given.items() if value},
         kinds_of(kind),
     )
-    found = await requests.listing(plane, act, wanted, place.after, place.limit)
+    found = await requests.listing(plane, act, wanted, place.key(int, str), place.limit)
     return page(found, place, lambda one: [one["at"], one["id"]], lambda one: one)
 
 

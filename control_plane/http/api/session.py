@@ -23,7 +23,7 @@ Title = Annotated[str, Field(min_length=1, max_length=256)]
 
 class Login(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"email": "ana@example.org", "password": "a long password"}]}
+        extra="ignore", json_schema_extra={"examples": [{"email": "ana@example.org", "password": "a long password"}]}
     )
 
     email: str = Field(max_length=320)
@@ -31,14 +31,14 @@ class Login(BaseModel):
 
 
 class PasswordChange(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
     current: Password
     new: Password
 
 
 class MeChange(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"title": "Ana Example"}]})
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"title": "Ana Example"}]})
 
     title: Title | None = None
     password: PasswordChange | None = None

@@ -17,7 +17,7 @@ router = APIRouter(tags=["tokens"])
 
 class NewToken(issuing.TokenFields):
     model_config = ConfigDict(
-        extra="forbid",
+        extra="ignore",
         json_schema_extra={"examples": [{"name": "ci", "kind": "management", "organisation": "team-a"}]},
     )
 
@@ -48,7 +48,7 @@ class MadeToken(Token):
 
 
 class TokenRotation(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
     overlap: Annotated[int, Field(ge=0, le=604_800, strict=True)] = Field(
         default=86_400, description="seconds that the old secret stays valid"

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from control_plane.http.api.access import Acting, ThePlane
 from control_plane.http.api.paging import Page, Paging, page
@@ -20,17 +20,17 @@ router = APIRouter(tags=["users"])
 class UserFields(BaseModel):
     """What can be changed. Users of an OpenID provider may have no e-mail address."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     email: Email | None = None
     title: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     platform_role: PlatformRole | None = None
-    disabled: bool = False
+    disabled: StrictBool = False
 
 
 class NewUser(BaseModel):
     model_config = ConfigDict(
-        extra="forbid",
+        extra="ignore",
         hide_input_in_errors=True,
         json_schema_extra={"examples": [{"name": "ana", "email": "ana@example.org", "platform_role": "operator"}]},
     )
