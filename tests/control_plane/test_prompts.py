@@ -86,24 +86,24 @@ async def test_an_ended_prompt_is_gone_and_its_name_stays_taken(plane: Running) 
     assert code(await prompt(plane.admin)) == (409, "name_taken")
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"text": "{{x}}"}, "text"),
-        ({"text": "x", "messages": MESSAGES}, "messages"),
-        ({"variables": {}}, "messages"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "system", "content": "{{x}}"}], "variables": {"x": {}}}, "messages.0"),
-        ({"text": "x", "variables": {"no name": {}}}, "variables.no name.[key]"),
-        ({"text": "x", "variables": {"x": {"type": "enum"}}}, "variables.x"),
-    ],
-)
-async def test_what_no_router_would_take_is_refused(sqlite_plane: Running, fields: Any, param: str) -> None:
-    await prompt(sqlite_plane.admin)
-    refused = await version(sqlite_plane.admin, **fields)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"text": "{{x}}"}, "text"),
+    ({"text": "x", "messages": MESSAGES}, "messages"),
+    ({"variables": {}}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "system", "content": "{{x}}"}], "variables": {"x": {}}}, "messages.0"),
+    ({"text": "x", "variables": {"no name": {}}}, "variables.no name.[key]"),
+    ({"text": "x", "variables": {"x": {"type": "enum"}}}, "variables.x"),
+]
 
-    assert (code(refused), refused.json()["error"]["param"]) == ((422, "validation_error"), param)
+
+async def test_what_no_router_would_take_is_refused(sqlite_plane: Running) -> None:
+    await prompt(sqlite_plane.admin)
+    for fields, param in REFUSED:
+        refused = await version(sqlite_plane.admin, **fields)
+
+        assert (code(refused), refused.json()["error"]["param"]) == ((422, "validation_error"), param)
 
 
 async def test_a_label_names_a_version_that_is_there(sqlite_plane: Running) -> None:
