@@ -100,6 +100,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("POST", "/overrides"): {
         "body": {"backend": "10.0.0.21:8000", "action": "drain", "reason": "driver", "expires_in": 3600},
         "answer": _OVERRIDE,
+        "200": {"ended": [_OVERRIDE["id"]]},
     },
     ("GET", "/overrides/{id}"): {"answer": _OVERRIDE},
     ("GET", "/prices"): {"answer": _page(_STORED_PRICE)},

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
 from control_plane.errors import Invalid, Problem
 from control_plane.http.api.access import Acting, ThePlane
+from control_plane.http.api.documents import shows
 from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.preconditions import etag_of, require
 from control_plane.plane import Act
@@ -62,6 +63,12 @@ async def list_routers(act: Acting, plane: ThePlane, place: Paging) -> Page[dict
     )
 
 
+class EndedOverrides(BaseModel):
+    """The ids of those that a return has ended."""
+
+    ended: list[str] = Field(examples=[["ovr_01JDSX7Z3W8Q4M5N6P7R8S9T0V"]])
+
+
 @router.get("/overrides", tags=["overrides"])
 async def list_overrides(
     act: Acting,
@@ -83,7 +90,7 @@ async def read_override(id: str, act: Acting, plane: ThePlane, response: Respons
     return found
 
 
-@router.post("/overrides", tags=["overrides"], status_code=201)
+@router.post("/overrides", tags=["overrides"], status_code=201, responses=shows(EndedOverrides))
 async def create_override(body: NewOverride, act: Acting, plane: ThePlane, response: Response) -> dict[str, Any]:
     """Drain a backend, take it out, reset its circuit (201), or return it to use (200 with the ids that ended)."""
     if body.action == "return":

@@ -187,7 +187,8 @@ def _exemplify(operation: dict[str, Any], method: str, path: str, schemas: Mappi
         # Beside a reference, the words of the handler's type would hold, too.
         content["schema"] = {"$ref": schema["$ref"]} if "$ref" in schema else schema
         if status.startswith("2"):
-            content["example"] = given["answer"] if "answer" in given else example_of(content["schema"], schemas)
+            written = given.get(status, given.get("answer"))
+            content["example"] = example_of(content["schema"], schemas) if written is None else written
 
 
 def _page(document: Mapping[str, Any]) -> str:
