@@ -73,6 +73,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                # Whose x-forwarded-for is believed is TRUSTED_PROXIES alone; uvicorn believes everybody on loopback.
+                proxy_headers=False,
                 lifespan="on",
                 ws="none",
                 # Longer than the routers' refresh interval, so that they keep their connection.

@@ -342,6 +342,21 @@ async def test_tries_are_counted_by_account_and_by_address(start_plane: Any) -> 
     assert await attempt("carol", "2001:db8:0:1::1") == 401
 
 
+@pytest.mark.parametrize("trusted", ["", "10.0.0.0/8"])
+async def test_an_address_that_no_trusted_proxy_names_counts_for_nothing(start_sqlite: Any, trusted: str) -> None:
+    """On loopback, too, which uvicorn believes by itself."""
+    running = await start_sqlite(trusted_proxies=trusted)
+
+    tries = [
+        await log_in(running, f"user{place}", headers={**SAME_ORIGIN, "x-forwarded-for": f"192.0.2.{place}"})
+        for place in range(6)
+    ]
+
+    assert [answer.status_code for answer in tries] == [401] * 5 + [429]
+    rows = (await running.admin.get("/api/v1/audit?action=session.login_failed")).json()["data"]
+    assert {row["address"] for row in rows} == {"127.0.0.1"}
+
+
 async def test_tries_at_the_same_moment_are_counted(plane: Running) -> None:
     await make_user(plane, "bob")
 
