@@ -44,6 +44,17 @@ def after_commit(connection: AsyncConnection, call: Callable[[], None]) -> None:
     connection.sync_connection.info[_LATER].append(call)  # type: ignore[union-attr]  # it has begun
 
 
+async def serialise(connection: AsyncConnection, *names: str) -> None:
+    """Let nobody else do what has one of these names until the transaction ends.
+
+    Writers of SQLite wait for each other anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        statement = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+        for name in sorted(names):
+            await connection.execute(statement, {"name": name})
+
+
 class Store:
     """Tables in one database. `writing`: makes writers wait for each other, on SQLite."""
 

@@ -57,8 +57,10 @@ async def make_admin(
     hashed = None if password is None else await plane.passwords.hash(password)
     act = Act(SYSTEM, plane.clock())
     async with plane.database.main.write() as connection:
-        if only_first and await setups.has_admin(connection):
-            return None
+        if only_first:
+            await setups.alone(connection)
+            if await setups.has_admin(connection):
+                return None
         user = await _admin(connection, act, email, name, reset)
         if hashed is None:
             secret = await setups.make(connection, user, act.at)

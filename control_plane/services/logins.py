@@ -9,9 +9,9 @@ import math
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-from sqlalchemy import delete, func, insert, select, text, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import delete, func, insert, select, update
 
+from control_plane.data.database import serialise
 from control_plane.data.tables import login_failures, users
 from control_plane.errors import Forbidden, Refused
 from control_plane.plane import Act, Plane
@@ -92,7 +92,8 @@ async def confirm(plane: Plane, act: Act, email: str | None, stored: str | None,
 async def _begin_try(plane: Plane, act: Act, email: str) -> _Try:
     account, address = hashlib.sha256(email.encode("utf-8", "replace")).hexdigest(), network(act.address)
     async with plane.database.main.write() as connection:
-        await _serialised(connection, account, address)
+        # Nobody else counts the same until then.
+        await serialise(connection, f"login {account}", f"login {address}")
         for column, value in ((login_failures.c.account, account), (login_failures.c.address, address)):
             query = select(func.count(), func.max(login_failures.c.at)).where(
                 column == value, login_failures.c.at > act.at - WINDOW
@@ -124,14 +125,6 @@ def network(address: str | None) -> str:
         mapped = found.ipv4_mapped
         return str(mapped) if mapped else str(ip_address(int(found) >> 64 << 64))
     return str(found)
-
-
-async def _serialised(connection: AsyncConnection, *names: str) -> None:
-    """Let nobody else count the same until the transaction ends. Writers of SQLite wait for each other anyway."""
-    if connection.dialect.name == "postgresql":
-        for name in sorted(names):
-            statement = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
-            await connection.execute(statement, {"name": f"login {name}"})
 
 
 async def _note_failure(plane: Plane, act: Act, made: _Try, user: str | None) -> None:

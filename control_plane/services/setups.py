@@ -7,6 +7,7 @@ from sqlalchemy import Row, and_, delete, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from control_plane.data.database import serialise
 from control_plane.data.tables import setups, users
 from control_plane.errors import Invalid, NotFound, Problem
 from control_plane.plane import Act, Plane
@@ -37,6 +38,11 @@ def url(plane: Plane, secret: str) -> str:
 async def has_admin(connection: AsyncConnection) -> bool:
     found: bool = (await connection.execute(select(exists().where(_IS_ADMIN)))).scalar_one()
     return found
+
+
+async def alone(connection: AsyncConnection) -> None:
+    """Nobody else makes the first admin until the transaction ends: each URL, and each replica, could."""
+    await serialise(connection, "first admin")
 
 
 async def make(connection: AsyncConnection, user: str | None, now: int) -> str:
@@ -72,6 +78,8 @@ async def finish(plane: Plane, act: Act, secret: str, choice: Choice) -> None:
     hashed = await plane.passwords.hash(choice.password)
     try:
         async with plane.database.main.write() as connection:
+            if first:
+                await alone(connection)
             # One statement: of two at the same moment one gets it.
             claimed = await connection.execute(
                 update(setups)

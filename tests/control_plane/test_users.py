@@ -253,6 +253,27 @@ async def test_without_an_admin_a_url_makes_one(plane: Running) -> None:
     assert await bootstrap.prepare(plane.plane) is None
 
 
+async def test_of_many_at_the_same_moment_one_is_the_first_admin(plane: Running) -> None:
+    """Each pod has logged a URL of its own, and knows the settings of the first admin."""
+    await without_admin(plane)
+    urls = [str(await bootstrap.prepare(plane.plane)) for _ in range(3)]
+    async with asyncio.TaskGroup() as group:
+        tries = [
+            group.create_task(choose(plane, urls[place % 3], name=f"eve{place}", email=f"eve{place}@example.org"))
+            for place in range(9)
+        ]
+        starts = [
+            group.create_task(bootstrap.make_admin(plane.plane, "root@example.org", None, PASSWORD, only_first=True))
+            for _ in range(3)
+        ]
+
+    async with plane.plane.database.main.read() as connection:
+        admins = (await connection.execute(select(users.c.name).where(users.c.platform_role == "admin"))).all()
+    assert len(admins) == 1
+    assert sorted({task.result().status_code for task in tries}) in ([303, 404], [404])
+    assert [task.result() for task in starts] == [None] * 3
+
+
 async def test_nobody_is_admin_by_being_first(sqlite_plane: Running) -> None:
     await without_admin(sqlite_plane)
     guess = await choose(sqlite_plane, "8081/console/setup?token=", name="eve", email="eve@example.org")
