@@ -25,6 +25,8 @@ BUCKETS = {"1h": HOUR, "1d": DAY}
 OLDEST = 25_000
 _REPEATS = 20
 _MOST_ANSWERS = 200
+# Sums that are read at once; of more groups only the largest are read
+MOST_SUMS = 20_000
 SHOWN = (
     "requests",
     "errors",
@@ -62,7 +64,7 @@ def reached(table: Table, scope: Scope, user: str | None) -> ColumnElement[bool]
     )
 
 
-async def report(plane: Plane, act: Act, question: Question) -> dict[str, Any]:
+async def report(plane: Plane, act: Act, question: Question, most_sums: int = MOST_SUMS) -> dict[str, Any]:
     """The answer, at most half a minute old. Raises StorageUnavailable."""
     scope = act.principal.scope("usage.see")
     key = question, scope, act.principal.user
@@ -72,7 +74,7 @@ async def report(plane: Plane, act: Act, question: Question) -> dict[str, Any]:
         found: dict[str, Any] = held[1]
         return found
     began = time.perf_counter()
-    answer = await _Report(plane, question, scope, act.principal.user).make()
+    answer = await _Report(plane, question, scope, act.principal.user, most_sums).make()
     took = round((time.perf_counter() - began) * 1000)
     for old in [old for old, (until, _) in answers.items() if until <= act.at]:
         del answers[old]
@@ -84,8 +86,9 @@ async def report(plane: Plane, act: Act, question: Question) -> dict[str, Any]:
 class _Report:
     """One answer in the making."""
 
-    def __init__(self, plane: Plane, question: Question, scope: Scope, user: str | None) -> None:
+    def __init__(self, plane: Plane, question: Question, scope: Scope, user: str | None, most_sums: int) -> None:
         self._plane = plane
+        self._most_sums = most_sums
         self._question = question
         self._scope = scope
         self._user = user
@@ -100,10 +103,14 @@ class _Report:
             fine = coarse
             if question.bucket == "1h":
                 fine = await sums.cover(connection, question.start, question.end, by_day=False)
-            points = await self._sums(connection, fine, bucket=True)
-            total = _added(points.values())
-            rows = await self._top(connection, coarse, total)
-            series = await self._series(connection, fine, list(rows)[:MOST_SERIES], points)
+            by_bucket = await self._by_bucket(connection, fine)
+            if by_bucket is None:
+                points = await self._sums(connection, fine)
+                total = _added(points.values())
+                rows = await self._top(connection, coarse, total)
+                series = await self._series(connection, fine, list(rows)[:MOST_SERIES], points)
+            else:
+                total, rows, series = _arranged(by_bucket)
             latency = await self._histograms(connection, coarse, set(rows))
         return self._answer(total, rows, series, latency, dropped)
 
@@ -113,7 +120,22 @@ class _Report:
         for name, value in self._question.filters:
             yield table.c[DIMENSIONS[name]].is_not_distinct_from(value)
 
-    async def _sums(self, connection: AsyncConnection, cover: Cover, bucket: bool = False) -> dict[Any, dict[str, int]]:
+    async def _by_bucket(
+        self, connection: AsyncConnection, cover: Cover
+    ) -> dict[Any, dict[int, dict[str, int]]] | None:
+        """Sums by group and bucket, all of them by one look at the tables; None if there are too many."""
+        if not self._columns:
+            return None
+        query = sums.grouped(cover, self._where, self._columns, BUCKETS[self._question.bucket])
+        result = (await connection.execute(query.limit(self._most_sums + 1))).all()
+        if len(result) > self._most_sums:
+            return None
+        found: dict[Any, dict[int, dict[str, int]]] = {}
+        for row in sorted(result, key=lambda row: row.bucket):
+            found.setdefault(self._group(row._mapping), {})[row.bucket] = _measures(row._mapping)
+        return found
+
+    async def _sums(self, connection: AsyncConnection, cover: Cover) -> dict[Any, dict[str, int]]:
         """By the begin of a bucket."""
         query = sums.grouped(cover, self._where, (), BUCKETS[self._question.bucket])
         found = {row.bucket: _measures(row._mapping) for row in await connection.execute(query.order_by("bucket"))}
@@ -222,6 +244,23 @@ class _Report:
         if group is _OTHER:
             return {"group": None, "other": True}
         return {"group": dict(zip(self._question.group_by, group, strict=True))}
+
+
+def _arranged(
+    by_bucket: dict[Any, dict[int, dict[str, int]]],
+) -> tuple[dict[str, int], dict[Any, dict[str, int]], dict[Any, dict[int, dict[str, int]]]]:
+    """Total, rows and series, of sums by group and bucket."""
+    of_group = {group: _added(points.values()) for group, points in by_bucket.items()}
+    order = sorted(of_group, key=lambda group: (-of_group[group]["records"], [name or "" for name in group]))
+    total = _added(of_group.values())
+    rows = _with_rest({group: of_group[group] for group in order[:MOST_ROWS]}, total)
+    series = {group: by_bucket[group] for group in order[:MOST_SERIES]}
+    left: dict[int, list[dict[str, int]]] = {}
+    for group in order[MOST_SERIES:]:
+        for at, one in by_bucket[group].items():
+            left.setdefault(at, []).append(one)
+    rest = {at: _added(left[at]) for at in sorted(left)}
+    return total, rows, series | ({_OTHER: rest} if rest else {})
 
 
 def _measures(row: Mapping[Any, Any]) -> dict[str, int]:

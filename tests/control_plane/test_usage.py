@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from control_plane.plane import Act
 from control_plane.pure.records import FINE
+from control_plane.pure.roles import SYSTEM
 from control_plane.services.rollup import roll_up
+from control_plane.services.usage import Question, report
 from tests.control_plane.conftest import NOON, Running
 from tests.control_plane.usage import DAY, HOUR, record, taken
 
@@ -171,6 +174,27 @@ async def test_of_many_groups_the_rest_is_one(plane: Running) -> None:
     assert (len(series), series[-1]["group"], series[-1]["other"]) == (8, None, True)
     assert series[-1]["points"][0]["requests"] == 53
     assert rows[-1]["latency_ms"]["p50"] == rows[0]["latency_ms"]["p50"]
+
+
+async def test_of_very_many_groups_the_database_finds_the_largest(plane: Running) -> None:
+    chance = random.Random(9)
+    sent = [random_record(chance) for _ in range(200)]
+    await taken(plane, *sent, *(record(model=f"m{number:02}") for number in range(60)))
+    act = Act(SYSTEM, NOON)
+
+    for group_by, bucket in ((("model",), "1d"), (("model", "organisation"), "1h")):
+        question = Question(NOON - 7 * DAY, NOON + HOUR, bucket, group_by)
+        answers = []
+        for most in (20_000, 3):
+            plane.plane.usage.answers.clear()
+            answers.append(await report(plane.plane, act, question, most))
+        assert answers[0]["totals"] == answers[1]["totals"]
+        assert answers[0]["rows"][:3] == answers[1]["rows"][:3]
+        assert [one["points"] for one in answers[0]["series"][:3]] == [
+            one["points"] for one in answers[1]["series"][:3]
+        ]
+        for name in SUMS:
+            assert sum(row[name] for row in answers[1]["rows"]) == answers[1]["totals"][name]
 
 
 async def test_filters_narrow(plane: Running) -> None:
