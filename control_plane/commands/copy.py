@@ -18,7 +18,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    asyncio.run(_copy(_database("--from", arguments.source), _database("--to", arguments.target)))
+    source = _database("--from", arguments.source)
+    if source.dialect == "sqlite" and not Path(source.url.database or "").is_file():
+        # SQLite would make it.
+        raise DatabaseError(f"--from: there is no file {source.url.database!r}")
+    asyncio.run(_copy(source, _database("--to", arguments.target)))
     return 0
 
 

@@ -1,5 +1,6 @@
 """`control-plane copy`: from one kind of database to the other, and as a backup while it serves."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,17 @@ async def test_a_backup_is_made_while_it_serves_and_can_be_served(sqlite_url: st
 
 async def test_wrong_urls_are_named(tmp_path: Path) -> None:
     code, _, err = await run("copy", "--from", "mysql://x/y", "--to", f"sqlite:///{tmp_path}/x.sqlite3")
+    missing, _, unknown = await run(
+        "copy", "--from", f"sqlite:///{tmp_path}/a.sqlite3", "--to", f"sqlite:///{tmp_path}/b.sqlite3"
+    )
+    made = os.listdir(tmp_path)
+    (tmp_path / "a.sqlite3").touch()
     empty, _, message = await run(
         "copy", "--from", f"sqlite:///{tmp_path}/a.sqlite3", "--to", f"sqlite:///{tmp_path}/b.sqlite3"
     )
 
-    assert (code, empty) == (2, 2)
+    assert (code, missing, empty) == (2, 2, 2)
+    assert unknown == f"control-plane: --from: there is no file '{tmp_path}/a.sqlite3'\n"
+    assert made == []
     assert err.startswith("control-plane: --from: must be sqlite:///FILE")
     assert "run `control-plane migrate`" in message

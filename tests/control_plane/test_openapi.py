@@ -1,6 +1,8 @@
 """The OpenAPI document and its page; what it says is what happens, by schemathesis and by a client made from it."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import os
 import re
@@ -57,6 +59,11 @@ async def test_the_page_asks_nobody_else(sqlite_plane: Running) -> None:
     assert page.headers["content-type"].startswith("text/html")
     assert "/keys/{id}/rotate" in page.text
     # The URLs in it are text of examples.
+    style = re.findall("<style>(.*?)</style>", page.text)[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = page.headers["content-security-policy"].split("; ")
+    assert {"default-src 'none'", f"style-src 'sha256-{digest}'", "frame-ancestors 'none'"} <= set(policy)
+    assert "style=" not in page.text
     assert re.findall(r"<(script|link|img|iframe)|(?:src|href)=.?https?:|@import|url\(", page.text) == []
 
 

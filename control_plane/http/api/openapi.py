@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, Response
 
 from control_plane.http.api.access import PREFIX, ROUTES
 from control_plane.http.api.examples import EXAMPLES, PARAMETERS, example_of
+from control_plane.http.pages import content_policy
 from inference_api import __version__
 from inference_api.app import ENTRY
 
@@ -113,7 +114,7 @@ class Documented:
         return self._made
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(_page(self.document()))
+        return HTMLResponse(_page(self.document()), headers={"Content-Security-Policy": content_policy(_STYLE)})
 
 
 def _completed(made: dict[str, Any]) -> dict[str, Any]:
