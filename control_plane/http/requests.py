@@ -157,13 +157,10 @@ def translate(request: Request, error: Exception) -> Refused:
 
 
 def _methods(request: Request) -> list[str]:
-    """Those of the URL: each may have a route of its own."""
-    found: set[str] = set()
-    for route in request.app.state.routes:
-        match, _ = route.matches(request.scope)
-        if match is not Match.NONE:
-            found |= getattr(route, "methods", None) or set()
-    return sorted(found)
+    """Those of the first pattern that the URL has: each may have a route of its own."""
+    matching = [one for one in request.app.state.routes if one.matches(request.scope)[0] is not Match.NONE]
+    same = [one for one in matching if getattr(one, "path", None) == getattr(matching[0], "path", None)]
+    return sorted({method for one in same for method in getattr(one, "methods", None) or ()})
 
 
 def _invalid(error: RequestValidationError) -> Refused:

@@ -10,8 +10,8 @@ from sqlalchemy import insert
 
 from control_plane.data.tables import budgets, keys, organisations
 from control_plane.services import spend
-from control_plane.services.rollup import roll_up
 from tests.control_plane.conftest import NOON, Running
+from tests.control_plane.test_usage import sum_up
 from tests.control_plane.usage import DAY, record, taken
 
 pytestmark = pytest.mark.anyio
@@ -84,7 +84,7 @@ async def test_spend_is_that_of_the_period_from_sums_and_rows(plane: Running) ->
     await taken(plane, *(record(at=NOON - days * DAY) for days in range(8) if days < 7), record(at=NOON - 7 * DAY))
     wanted = {"all::requests:day": 1, "all::requests:week": 6, "all::requests:month": 8}
     before = await amounts(plane)
-    await roll_up(plane.plane)
+    await sum_up(plane)
     after = await amounts(plane)
     plane.clock.advance(12 * 3600)
     next_day = await amounts(plane)

@@ -1,5 +1,6 @@
 """GET /usage: sums, groups, percentiles, whom they are shown to; and that sums of hours and days equal their rows."""
 
+import asyncio
 import csv
 import math
 import random
@@ -11,7 +12,7 @@ import pytest
 from control_plane.plane import Act
 from control_plane.pure.records import FINE
 from control_plane.pure.roles import SYSTEM
-from control_plane.services.rollup import roll_up
+from control_plane.services.rollup import roll_up, unsummed
 from control_plane.services.usage import Question, report
 from tests.control_plane.conftest import NOON, Running
 from tests.control_plane.usage import DAY, HOUR, record, taken
@@ -98,6 +99,14 @@ async def test_the_answer_has_the_shape_of_the_contract(plane: Running) -> None:
     }
 
 
+async def sum_up(plane: Running) -> None:
+    """Until no closed hour lacks rows; the control plane's own keeper may be the one that does it."""
+    async with asyncio.timeout(30):
+        await roll_up(plane.plane)
+        while await unsummed(plane.plane):
+            await roll_up(plane.plane)
+
+
 async def test_sums_are_the_same_from_rows_hours_and_days(plane: Running) -> None:
     chance = random.Random(7)
     sent: list[dict[str, Any]] = []
@@ -122,7 +131,7 @@ async def test_sums_are_the_same_from_rows_hours_and_days(plane: Running) -> Non
         await taken(plane, *batch)
         await check()
         # The open hour has no sums yet, and days none while an hour of theirs is changed.
-        assert await roll_up(plane.plane) > 0
+        await sum_up(plane)
         await check()
 
 
@@ -131,7 +140,7 @@ async def test_rolled_up_percentiles_are_those_of_rows(plane: Running) -> None:
     sent = [random_record(chance) for _ in range(300)]
     await taken(plane, *sent)
     before = await asked(plane, **WEEK, group_by="model")
-    await roll_up(plane.plane)
+    await sum_up(plane)
     after = await asked(plane, **WEEK, group_by="model")
 
     latencies = sorted(one["latency_ms"] for one in sent if one["kind"] == "request")
@@ -142,17 +151,17 @@ async def test_rolled_up_percentiles_are_those_of_rows(plane: Running) -> None:
 
 async def test_a_late_record_changes_the_sums_of_its_hour(plane: Running) -> None:
     await taken(plane, record(at=NOON - 3 * DAY))
-    await roll_up(plane.plane)
+    await sum_up(plane)
     await taken(plane, record(at=NOON - 3 * DAY + 1))
     before = (await asked(plane, **WEEK))["totals"]["requests"]
-    await roll_up(plane.plane)
+    await sum_up(plane)
 
     assert (before, (await asked(plane, **WEEK))["totals"]["requests"]) == (2, 2)
 
 
 async def test_a_part_of_an_hour_is_asked_of_rows(sqlite_plane: Running) -> None:
     await taken(sqlite_plane, *(record(at=NOON - minute * 60_000) for minute in range(1, 121)))
-    await roll_up(sqlite_plane.plane)
+    await sum_up(sqlite_plane)
 
     answer = await asked(sqlite_plane, start="2026-11-28T10:30:00Z", end="2026-11-28T11:15:00Z", bucket="1h")
 
