@@ -123,8 +123,13 @@ def test_an_adapter_is_routed_to_the_engine_that_has_it(
 
     # Both engines keep answering for the model.
     before = answered(having), answered(other)
-    assert until(lambda: ask(router.url, MODEL).is_success and answered(other) > before[1] + 2, seconds=60)
-    assert answered(having) > before[0]
+
+    def both_answered() -> bool:
+        assert ask(router.url, MODEL).is_success
+        return answered(having) > before[0] and answered(other) > before[1]
+
+    # Which of two idle engines is asked is chance: several in a row may be for one of them.
+    assert until(both_answered, seconds=60)
 
 
 def test_an_adapter_that_is_unloaded_is_gone(
