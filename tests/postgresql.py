@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -77,8 +77,7 @@ class PostgreSQL:
 
     def _signal(self, number: int) -> None:
         parent = int((self._data / "postmaster.pid").read_text().splitlines()[0])
-        listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False)
-        for pid in [parent, *map(int, listed.stdout.split())]:
+        for pid in [parent, *_children(parent)]:
             os.kill(pid, number)
 
     def _run(self, program: str, *arguments: str, check: bool = True) -> None:
@@ -89,6 +88,14 @@ class PostgreSQL:
             command, check=check, user=user, group="nogroup" if user else None, cwd=self._folder,
             stdout=subprocess.DEVNULL, timeout=120, env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
         )  # fmt: skip
+
+
+def _children(parent: int) -> Iterator[int]:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name of the program, in parentheses, may have spaces.
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                yield int(stat.parent.name)
 
 
 @contextmanager
