@@ -31,7 +31,7 @@ from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
-from control_plane.http.counting import Counted
+from control_plane.http.counting import METHODS, route_among
 from control_plane.http.guard import Guarded
 from control_plane.http.idempotency import Idempotent
 from control_plane.http.requests import Bounded, Failures, Identified
@@ -43,6 +43,7 @@ from control_plane.settings import Settings
 
 if TYPE_CHECKING:
     from control_plane.clients.openid import Provider
+from registry_stub.metrics import Counted
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Application:
         app.state.plane, app.state.routes = self.plane, routes
         settings = self.plane.settings
         guarded = Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane)
-        return Identified(Counted(guarded, self.plane.metrics, routes), settings.trusted_proxies)
+        return Identified(Counted(guarded, self.plane.metrics, route_among(routes), METHODS), settings.trusted_proxies)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

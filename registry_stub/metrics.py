@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
@@ -48,12 +49,36 @@ class Metrics:
         return Response(write(self._registry), headers={"content-type": OPENMETRICS if openmetrics else TEXT})
 
 
-class Counted:
-    """ASGI layer: counts and times every request, with a bounded set of labels."""
+class Counters(Protocol):
+    """What requests are counted in. `clock`: monotonic seconds."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    clock: Callable[[], float]
+    requests: Counter
+    durations: Histogram
+
+
+def route_of(scope: Scope) -> str:
+    """The label of a request of the registry."""
+    return _route(scope["path"])
+
+
+class Counted:
+    """ASGI layer: counts and times every request, with a bounded set of labels.
+
+    `route`: the label of a request, asked for at its end. `methods`: those with a label of their own.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Counters,
+        route: Callable[[Scope], str] = route_of,
+        methods: frozenset[str] = _METHODS,
+    ) -> None:
         self._app = app
+        self._methods = methods
         self._metrics = metrics
+        self._route = route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,8 +97,8 @@ class Counted:
         try:
             await self._app(scope, receive, counted_send)
         finally:
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            route = _route(scope["path"])
+            method = scope["method"] if scope["method"] in self._methods else "other"
+            route = self._route(scope)
             metrics.requests.labels(method, route, str(status)).inc()
             metrics.durations.labels(method, route).observe(metrics.clock() - began)
 

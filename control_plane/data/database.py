@@ -159,21 +159,26 @@ def _is_of_a_statement(error: BaseException) -> bool:
     return state[:2] in ("22", "42") or "invalid input for query argument" in str(reason)
 
 
-def _postgresql(url: URL) -> AsyncEngine:
+def postgresql_engine(url: URL, **options: Any) -> AsyncEngine:
+    """Raises DatabaseError if the driver is not installed."""
     try:
-        return create_async_engine(
-            url.set(drivername="postgresql+asyncpg"),
-            # An error in the log must not have names and digests in it.
-            hide_parameters=True,
-            pool_size=5,
-            max_overflow=10,
-            pool_timeout=_POOL_TIMEOUT,
-            # A connection may have died with a restart or a failover.
-            pool_pre_ping=True,
-            connect_args={"timeout": _POOL_TIMEOUT, "command_timeout": 60},
-        )
+        return create_async_engine(url.set(drivername="postgresql+asyncpg"), **options)
     except ModuleNotFoundError as exc:
         raise DatabaseError(f"the extra is not installed ({exc}); pip install 'inference-api[postgres]'") from None
+
+
+def _postgresql(url: URL) -> AsyncEngine:
+    return postgresql_engine(
+        url,
+        # An error in the log must not have names and digests in it.
+        hide_parameters=True,
+        pool_size=5,
+        max_overflow=10,
+        pool_timeout=_POOL_TIMEOUT,
+        # A connection may have died with a restart or a failover.
+        pool_pre_ping=True,
+        connect_args={"timeout": _POOL_TIMEOUT, "command_timeout": 60},
+    )
 
 
 def _sqlite(path: Path) -> Store:

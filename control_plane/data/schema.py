@@ -37,11 +37,10 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from control_plane.data import tables, usage_tables
-from control_plane.data.database import DatabaseError, usage_file
+from control_plane.data.database import DatabaseError, postgresql_engine, usage_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -200,7 +199,7 @@ def _note(*, ctx: MigrationContext, step: MigrationInfo, part: Part, **_: object
 async def _run(url: URL, part: Part, call: Callable[[Connection], T]) -> T:
     if url.get_backend_name() == "sqlite":
         return await asyncio.to_thread(_run_sqlite, _file(url, part), call)
-    engine = create_async_engine(url.set(drivername="postgresql+asyncpg"), poolclass=NullPool)
+    engine = postgresql_engine(url, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
             return await connection.run_sync(call)
@@ -240,7 +239,7 @@ async def _locked(url: URL, patience: float) -> AsyncIterator[None]:
         async with _file_locked(Path(url.database or ""), patience):
             yield
         return
-    engine = create_async_engine(url.set(drivername="postgresql+asyncpg"), poolclass=NullPool)
+    engine = postgresql_engine(url, poolclass=NullPool)
     try:
         # Of the session: a lock of the transaction is lost by what cannot run in one.
         async with engine.connect() as connection:

@@ -2,12 +2,13 @@
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.control_plane.conftest import SERVICE_TOKEN
-from tests.control_plane.processes import run, served
+from tests.control_plane.processes import environment, run, served
 from tests.fakes import until
 from tests.ports import free_port
 from tests.postgresql import PostgreSQL
@@ -88,6 +89,28 @@ async def test_it_ends_in_the_middle_of_queries(tmp_path: Path, number: int) -> 
 
         assert await plane.stop(number) == 0
         await asyncio.gather(*asked, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("asyncpg", "postgres", ["migrate"]),
+        ("asyncpg", "postgres", ["migrate", "--check"]),
+        ("asyncpg", "postgres", ["serve", "--port", "0"]),
+        ("sqlalchemy", "control-plane", ["--version"]),
+    ],
+)
+async def test_an_extra_that_is_missing_is_named(module: str, extra: str, command: list[str]) -> None:
+    missing = f"import sys; sys.modules[{module!r}] = None; from control_plane.__main__ import main; sys.exit(main())"
+    variables = {"CONTROL_PLANE_DATABASE_URL": "postgresql://tests@127.0.0.1:1/nowhere"}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", missing, *command), env=environment(variables), stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await process.communicate()
+
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1].endswith(f"pip install 'inference-api[{extra}]'")
+    assert b"Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query
 
 from control_plane.http.api.access import Acting, ThePlane
 from control_plane.http.api.paging import Page, Paging, page
-from control_plane.http.api.usage import Text, kinds_of, moment
+from control_plane.http.api.usage import Filters, Text, kinds_of, moment
 from control_plane.services import requests
 from control_plane.services.requests import Wanted
 
@@ -18,25 +18,13 @@ async def list_requests(
     act: Acting,
     plane: ThePlane,
     place: Paging,
+    given: Filters,
     id: Annotated[str | None, Query(max_length=128, description="a request id, or its beginning")] = None,
     start: Text = None,
     end: Text = None,
     kind: Annotated[list[str] | None, Query(description="default: all")] = None,
-    model: Text = None,
-    asked_model: Text = None,
-    key: Text = None,
-    user: Text = None,
-    organisation: Text = None,
-    backend: Text = None,
-    route: Text = None,
-    outcome: Text = None,
-    variant: Text = None,
 ) -> Page[dict[str, Any]]:
     """The newest first."""
-    given = {
-        "model": model, "asked_model": asked_model, "key": key, "user": user, "organisation": organisation,
-        "backend": backend, "route": route, "outcome": outcome, "variant": variant,
-    }  # fmt: skip
     wanted = Wanted(
         id or None,
         None if start is None else moment("start", start),

@@ -5,7 +5,7 @@ import io
 from typing import Annotated, Any, Literal
 
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from control_plane.data.usage_tables import DIMENSIONS
 from control_plane.errors import Invalid, Problem
@@ -22,16 +22,7 @@ _PERCENTILES = ("p50", "p95", "p99")
 Text = Annotated[str | None, Query(max_length=2048)]
 
 
-@router.get("/usage", responses={200: {"content": {"text/csv": {}}}})
-async def read_usage(
-    act: Acting,
-    plane: ThePlane,
-    request: Request,
-    start: Text = None,
-    end: Text = None,
-    bucket: Literal["1h", "1d"] = "1d",
-    group_by: Annotated[list[str] | None, Query(description=f"two at most of {', '.join(DIMENSIONS)}")] = None,
-    kind: Annotated[list[str] | None, Query(description="default: request,race,vote")] = None,
+def _filters(
     model: Text = None,
     asked_model: Text = None,
     key: Text = None,
@@ -41,13 +32,32 @@ async def read_usage(
     route: Text = None,
     outcome: Text = None,
     variant: Text = None,
-) -> Response:
-    """Without `start` and `end`: the last 24 hours. An empty filter is of those without one: `?key=`."""
-    given = {
+) -> dict[str, str]:
+    """Those that are given, in the order of DIMENSIONS."""
+    found = {
         "model": model, "asked_model": asked_model, "key": key, "user": user, "organisation": organisation,
         "backend": backend, "route": route, "outcome": outcome, "variant": variant,
     }  # fmt: skip
-    filters = tuple((name, value or None) for name, value in given.items() if value is not None)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+Filters = Annotated[dict[str, str], Depends(_filters)]
+
+
+@router.get("/usage", responses={200: {"content": {"text/csv": {}}}})
+async def read_usage(
+    act: Acting,
+    plane: ThePlane,
+    request: Request,
+    given: Filters,
+    start: Text = None,
+    end: Text = None,
+    bucket: Literal["1h", "1d"] = "1d",
+    group_by: Annotated[list[str] | None, Query(description=f"two at most of {', '.join(DIMENSIONS)}")] = None,
+    kind: Annotated[list[str] | None, Query(description="default: request,race,vote")] = None,
+) -> Response:
+    """Without `start` and `end`: the last 24 hours. An empty filter is of those without one: `?key=`."""
+    filters = tuple((name, value or None) for name, value in given.items())
     span = _span(act, start, end)
     question = Question(*span, bucket, _listed("group_by", group_by, DIMENSIONS, 2), filters, kinds_of(kind) or BILLED)
     answer = await usage.report(plane, act, question)
