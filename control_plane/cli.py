@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from control_plane.commands import copy
+from control_plane.commands import copy, users
 from control_plane.data import schema
 from control_plane.data.database import DatabaseError
 from control_plane.plane import offline
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     bootstrap.add_argument("--reset", action="store_true", help="another password for an admin who is there")
     bootstrap.set_defaults(run=_bootstrap)
     copy.add_to(commands.add_parser("copy", help="copy all but reports and sessions into an empty migrated database"))
+    users.add_to(commands.add_parser("users", help="let people in whose password or provider does not"))
     _add_data_commands(commands)
     return parser
 

@@ -46,7 +46,7 @@ def classes() -> dict[str, list[str]]:
     """Where each class is. The demo is another program, which has the engines' words."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in SOURCES:
-        if "demo" not in path.parts:
+        if "demo" not in path.relative_to(PACKAGE).parts:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef):
                     found[node.name].append(str(path.relative_to(PACKAGE)))

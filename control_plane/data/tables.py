@@ -114,11 +114,12 @@ sessions = Table(
     Column("agent", String(256)),
 )
 
-# One-time URLs: of the first admin (`user` is NULL), and of users who choose their password.
+# One-time URLs, by `purpose`: `password`, of the first admin (`user` is NULL) and of users who choose theirs; `login`.
 setups = Table(
     "setups",
     metadata,
     Column("digest", String(64), primary_key=True),
+    Column("purpose", String(16), nullable=False),
     Column("user", Name, ForeignKey("users.name"), index=True),
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),

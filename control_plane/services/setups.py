@@ -19,6 +19,7 @@ from control_plane.services.sessions import digest
 
 # Milliseconds
 LIFETIME = 86_400_000
+_PURPOSE = "password"
 _IS_ADMIN = and_(users.c.platform_role == "admin", users.c.ended_at.is_(None), users.c.disabled.is_(False))
 
 
@@ -49,9 +50,9 @@ async def make(connection: AsyncConnection, user: str | None, now: int) -> str:
     """A secret with which a user chooses a password, and earlier ones no longer hold; None: the first admin."""
     secret = secrets.token_urlsafe(32)
     if user is not None:
-        await connection.execute(delete(setups).where(setups.c.user == user))
+        await connection.execute(delete(setups).where(setups.c.user == user, setups.c.purpose == _PURPOSE))
     row = {"digest": digest(secret), "user": user, "created_at": now, "expires_at": now + LIFETIME}
-    await connection.execute(insert(setups).values(**row))
+    await connection.execute(insert(setups).values(purpose=_PURPOSE, **row))
     return secret
 
 
@@ -109,6 +110,7 @@ def _holds(now: int) -> Any:
         .correlate(setups)
     )
     return and_(
+        setups.c.purpose == _PURPOSE,
         setups.c.used_at.is_(None),
         setups.c.expires_at > now,
         (setups.c.user.is_(None) & no_admin) | (setups.c.user.is_not(None) & of_user),

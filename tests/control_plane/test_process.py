@@ -157,6 +157,20 @@ async def test_a_command_makes_the_first_admin_and_another_password(tmp_path: Pa
     assert 'value="root@example.org"' in page.text
 
 
+async def test_a_command_prints_urls_that_log_in(tmp_path: Path) -> None:
+    url, file = f"sqlite:///{tmp_path}/cp.sqlite3", tmp_path / "password"
+    file.write_text("a long enough password\n")
+    await run("bootstrap", "--email", "root@example.org", "--password-file", str(file), database_url=url)
+    async with served(tmp_path, url) as plane:
+        made = await run("users", "login-link", "root", database_url=url, public_url=plane.url)
+        unknown = await run("users", "login-link", "root", "nobody", database_url=url, public_url=plane.url)
+
+    assert (made[0], made[2]) == (0, "")
+    assert made[1].startswith(f"{plane.url}/console/login?token=")
+    assert unknown[:2] == (1, "")
+    assert unknown[2] == "control-plane: no link: root, nobody must be users who may log in\n"
+
+
 async def test_a_first_password_that_is_weak_ends_the_start(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("password1234\n")

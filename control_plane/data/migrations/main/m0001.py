@@ -381,6 +381,7 @@ def upgrade() -> None:
     op.create_table(
         "setups",
         sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("purpose", sa.String(length=16), nullable=False),
         sa.Column("user", sa.String(length=128), nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("expires_at", sa.BigInteger(), nullable=False),

@@ -1,0 +1,97 @@
+"""One-time URLs that log a user in: once, for a quarter of an hour, and nobody who may not."""
+
+import asyncio
+
+import pytest
+from sqlalchemy import select
+
+from control_plane.data.tables import setups
+from control_plane.errors import NotFound
+from control_plane.plane import Act
+from control_plane.pure.roles import SYSTEM, Principal
+from control_plane.services import login_links
+from control_plane.services import setups as passwords
+from control_plane.services.login_links import LIFETIME
+from tests.control_plane.conftest import Running
+from tests.control_plane.people import changed, make_user
+
+pytestmark = pytest.mark.anyio
+
+
+def act(running: Running) -> Act:
+    return Act(Principal("user"), running.clock(), "192.0.2.1")
+
+
+async def link(running: Running, name: str) -> str:
+    """The secret of a new one."""
+    url = await login_links.make(running.plane, Act(SYSTEM, running.clock()), name)
+    assert url.startswith(f"{running.plane.settings.public}/console/login?token=")
+    return url.partition("token=")[2]
+
+
+async def test_a_link_logs_in_once(plane: Running) -> None:
+    await make_user(plane, "bob")
+    secret = await link(plane, "bob")
+    looked = [await login_links.find(plane.plane, secret) for _ in range(2)]
+    tries = [login_links.log_in(plane.plane, act(plane), secret, "a browser") for _ in range(3)]
+    ended = await asyncio.gather(*tries, return_exceptions=True)
+    begun = [one for one in ended if not isinstance(one, BaseException)]
+    with pytest.raises(NotFound):
+        await login_links.find(plane.plane, secret)
+    me = await plane.client.get("/api/v1/me", headers={"cookie": f"ia_session={begun[0].secret}"})
+    rows = (await plane.admin.get("/api/v1/audit")).json()["data"]
+
+    assert {guest.name for guest in looked} == {"bob"}
+    assert len(begun) == 1
+    assert all(isinstance(one, NotFound) for one in ended if one is not begun[0])
+    assert me.json()["name"] == "bob"
+    # All of one moment, in which ids have no order.
+    assert sorted((row["action"], row["actor"]["name"]) for row in rows) == [
+        ("login_link.create", None),
+        ("login_link.use", "bob"),
+        ("session.login", "bob"),
+    ]
+    assert secret not in repr(rows)
+
+
+async def test_a_link_does_not_hold_for_long_and_the_next_one_replaces_it(sqlite_plane: Running) -> None:
+    await make_user(sqlite_plane, "bob")
+    first, second = await link(sqlite_plane, "bob"), await link(sqlite_plane, "bob")
+    assert (await login_links.find(sqlite_plane.plane, second)).name == "bob"
+    with pytest.raises(NotFound):
+        await login_links.log_in(sqlite_plane.plane, act(sqlite_plane), first, None)
+    sqlite_plane.clock.advance(LIFETIME / 1000)
+    with pytest.raises(NotFound):
+        await login_links.find(sqlite_plane.plane, second)
+    with pytest.raises(NotFound):
+        await login_links.log_in(sqlite_plane.plane, act(sqlite_plane), second, None)
+
+
+async def test_a_link_is_nothing_else_and_nothing_else_is_one(sqlite_plane: Running) -> None:
+    body = {"name": "bob", "email": "bob@example.org"}
+    setup = (await sqlite_plane.admin.post("/api/v1/users", json=body)).json()["setup_url"].partition("token=")[2]
+    secret = await link(sqlite_plane, "bob")
+    with pytest.raises(NotFound):
+        await login_links.log_in(sqlite_plane.plane, act(sqlite_plane), setup, None)
+    with pytest.raises(NotFound):
+        await passwords.find(sqlite_plane.plane, secret)
+
+    # Neither has ended the other.
+    assert (await passwords.find(sqlite_plane.plane, setup)).name == "bob"
+    assert (await login_links.find(sqlite_plane.plane, secret)).name == "bob"
+    async with sqlite_plane.plane.database.main.read() as connection:
+        rows = (await connection.execute(select(setups))).all()
+    assert secret not in repr(rows)
+
+
+async def test_a_disabled_user_has_none(plane: Running) -> None:
+    await make_user(plane, "bob")
+    secret = await link(plane, "bob")
+    await changed(plane.admin, "PATCH", "/api/v1/users/bob", json={"disabled": True})
+    with pytest.raises(NotFound):
+        await link(plane, "bob")
+    await changed(plane.admin, "PATCH", "/api/v1/users/bob", json={"disabled": False})
+    with pytest.raises(NotFound):
+        await login_links.log_in(plane.plane, act(plane), secret, None)
+    with pytest.raises(NotFound):
+        await link(plane, "nobody")
