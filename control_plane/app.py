@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from control_plane.clients.router import Router
 from control_plane.data.database import Database
 from control_plane.documents import Documents
 from control_plane.http import ingest, pages, routers, snapshots, spend
@@ -106,6 +107,7 @@ class Application:
             Route("/metrics", self.plane.metrics.page),
         ]
         self._provider = _provider(settings, clock)
+        self._router = None if settings.router_url is None else Router(settings.router_url)
         people = [Mount("/api/v1", Idempotent(api)), *pages.ROUTES, *_openid_routes(self._provider)]
         self._whole = self._served([*machine, *people], failures)
         self._machine, self._people = self._served(machine, failures), self._served(people, failures)
@@ -125,7 +127,7 @@ class Application:
     def _served(self, routes: Sequence[BaseRoute], failures: Failures) -> ASGIApp:
         app = Starlette(routes=routes, exception_handlers=failures.handlers(), lifespan=self._lifespan)
         app.router.redirect_slashes = False
-        app.state.plane, app.state.routes = self.plane, routes
+        app.state.plane, app.state.routes, app.state.router = self.plane, routes, self._router
         settings = self.plane.settings
         guarded = Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane)
         return Identified(Counted(guarded, self.plane.metrics, route_among(routes), METHODS), settings.trusted_proxies)
@@ -143,6 +145,8 @@ class Application:
             self.plane.passwords.close()
             if self._provider is not None:
                 await self._provider.close()
+            if self._router is not None:
+                await self._router.close()
             await self.database.close()
 
     def _tasks(self) -> list[Task]:

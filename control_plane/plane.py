@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control_plane.data.database import Database
 from control_plane.documents import Documents, bump
 from control_plane.errors import StorageUnavailable
+from control_plane.kept import Kept
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.pure.roles import Principal
@@ -33,7 +34,7 @@ class Act(NamedTuple):
 
 @dataclass(frozen=True)
 class Plane:
-    """`clock`: Unix milliseconds."""
+    """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys of the playground, with their secrets."""
 
     settings: Settings
     database: Database
@@ -42,6 +43,8 @@ class Plane:
     clock: Callable[[], int]
     passwords: Passwords
     usage: UsageState = field(default_factory=UsageState)
+    kept: Kept = field(default_factory=Kept)
+    loans: Kept = field(default_factory=lambda: Kept(5_000), repr=False)
 
     @asynccontextmanager
     async def change(self, *documents: str) -> AsyncIterator[AsyncConnection]:

@@ -150,6 +150,7 @@ login_failures = Table(
 )
 
 # `revision`: of the policy, when the row was last changed: the policy is made anew from what is newer than it.
+# `playground`: lent to `user` by services/playground, again and again; nobody has its secret.
 keys = Table(
     "keys",
     metadata,
@@ -172,6 +173,7 @@ keys = Table(
     Column("ended_at", BigInteger),
     Column("last_used_at", BigInteger),
     Column("revision", BigInteger, nullable=False, default=0),
+    Column("playground", Boolean, nullable=False, default=False),
     Index("ix_keys_created_at_id", "created_at", "id"),
     Index("ix_keys_revision_id", "revision", "id"),
 )

@@ -86,9 +86,12 @@ def tag_of(shown: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Filters(NamedTuple):
+    """`playground`: whether those that the playground lends are listed, or (None) all."""
+
     organisation: str | None = None
     user: str | None = None
     state: State | None = None
+    playground: bool | None = False
 
 
 _NO_FILTERS = Filters()
@@ -105,6 +108,8 @@ async def listed(
         query = query.where(keys.c.user == filters.user)
     if filters.state is not None:
         query = query.where(_state(act.at) == filters.state)
+    if filters.playground is not None:
+        query = query.where(keys.c.playground.is_(filters.playground))
     if after is not None:
         at, id = after
         query = query.where(or_(keys.c.created_at < at, and_(keys.c.created_at == at, keys.c.id > id)))

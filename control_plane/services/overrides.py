@@ -20,7 +20,7 @@ from inference_api.routing.addresses import place_of
 
 DOCUMENT = "overrides"
 Action = Literal["drain", "out", "reset_circuit"]
-_OUT_OF_USE = ("drain", "out")
+OUT_OF_USE = ("drain", "out")
 # Milliseconds for which a reset is listed: routers that were away obey it, too.
 _RESET = 600_000
 Stored = Row[tuple[Any, ...]]
@@ -50,7 +50,7 @@ async def create(plane: Plane, act: Act, wanted: Wanted) -> dict[str, Any]:
     """Make an override; as it is shown. Raises Refused if it takes a model's last usable backend, without `force`."""
     async with plane.change(DOCUMENT) as connection:
         present = await reports.present(connection, act.at)
-        if wanted.action in _OUT_OF_USE and not wanted.force:
+        if wanted.action in OUT_OF_USE and not wanted.force:
             await _refuse_last(plane, connection, act.at, wanted, present)
         id = new_id("ovr", act.at)
         seconds = _RESET // 1000 if wanted.action == "reset_circuit" else wanted.seconds
@@ -74,7 +74,7 @@ async def end_all(plane: Plane, act: Act, backend: str, model: str | None, reaso
     """Return a backend to use: end what takes it out, for one model or (None) for all; the ids."""
     async with plane.change(DOCUMENT) as connection:
         query = select(overrides).where(
-            _holds(act.at), overrides.c.backend == backend, overrides.c.action.in_(_OUT_OF_USE)
+            _holds(act.at), overrides.c.backend == backend, overrides.c.action.in_(OUT_OF_USE)
         )
         if model is not None:
             query = query.where(overrides.c.model == model)
@@ -120,6 +120,11 @@ async def listed(
     return [_shown(row, present) for row in rows]
 
 
+async def holding(connection: AsyncConnection, now: int) -> Sequence[Stored]:
+    """The overrides that hold, from the oldest."""
+    return (await connection.execute(select(overrides).where(_holds(now)).order_by(overrides.c.id))).all()
+
+
 def version(item: dict[str, Any]) -> dict[str, Any]:
     """What an ETag stands for: not how many routers have it, which changes by itself."""
     return {name: value for name, value in item.items() if name != "acknowledged"}
@@ -136,7 +141,7 @@ async def _refuse_last(
 ) -> None:
     """Raises Refused if a model would have no usable backend any more, and has one now."""
     rows = (await connection.execute(select(overrides).where(_holds(now)))).all()
-    out = [(row.backend, row.model) for row in rows if row.action in _OUT_OF_USE]
+    out = [(row.backend, row.model) for row in rows if row.action in OUT_OF_USE]
     for model, usable in _usable(plane, merged(present), out).items():
         if wanted.model in (None, model) and usable == {wanted.backend}:
             message = (

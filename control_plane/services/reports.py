@@ -38,6 +38,11 @@ async def all_of(plane: Plane) -> list[Reported]:
         return await _read(connection)
 
 
+async def every(connection: AsyncConnection) -> list[Reported]:
+    """As `all_of`, within a transaction."""
+    return await _read(connection)
+
+
 async def present(connection: AsyncConnection, now: int) -> list[Reported]:
     """The last reports of the routers that are not lost."""
     return [one for one in await _read(connection) if not one.lost(now)]

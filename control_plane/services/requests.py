@@ -1,33 +1,100 @@
 """Requests, one by one: usage records with the name of their key, and those that belong to the same request."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, select, tuple_
+from sqlalchemy import BigInteger, ColumnElement, Row, Table, func, literal_column, not_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.usage_tables import DIMENSIONS, usage
 from control_plane.errors import NotFound
 from control_plane.plane import Act, Plane
-from control_plane.pure.records import FIELDS, HOUR
+from control_plane.pure.records import DAY, FIELDS, HOUR, MINUTE
 from control_plane.pure.times import shown
+from control_plane.services import sums
 from control_plane.services.usage import reached
 
 # Clients may send one request id again and again: related is what is near, and no more than so many.
 _NEAR = HOUR
 _MOST_RELATED = 1000
+# Milliseconds before and after a request in which its backend is looked at, and how many others are shown
+_WHILE, _NEIGHBOURS = 2 * MINUTE, 10
+# Milliseconds of a bucket, of which people can read the times
+_STEPS = (
+    *(seconds * 1000 for seconds in (1, 2, 5, 10, 15, 30)),
+    *(minutes * MINUTE for minutes in (1, 2, 5, 10, 15, 30)),
+    *(hours * HOUR for hours in (1, 2, 3, 6, 12)),
+    *(days * DAY for days in (1, 2, 7)),
+)
+_COUNTS = ("records", "errors")
 # Sorts after every text with the same beginning.
 _LAST = "\U0010ffff"
 
 
 class Wanted(NamedTuple):
-    """`id`: a request id or its beginning. `start`, `end`: Unix milliseconds. `filters`: by dimension."""
+    """`id`: a request id or its beginning. `start`, `end`: Unix milliseconds. `filters`: by dimension.
+
+    `failed`: whether it is one of the errors of GET /usage. `status_class`: 2 for 200 to 299. `retried`: with more than
+    one attempt. `longer`: milliseconds that it took at least.
+    """
 
     id: str | None = None
     start: int | None = None
     end: int | None = None
     filters: Mapping[str, str] = {}
     kinds: tuple[str, ...] = ()
+    failed: bool | None = None
+    status_class: int | None = None
+    retried: bool = False
+    longer: float | None = None
+
+    @property
+    def is_of_sums(self) -> bool:
+        """Whether sums of hours know it: it asks for nothing that only rows have."""
+        return (self.id, self.status_class, self.longer, self.retried) == (None, None, None, False)
+
+
+class Bar(NamedTuple):
+    """`at`: begin, Unix milliseconds."""
+
+    at: int
+    ok: int
+    failed: int
+
+
+class Histogram(NamedTuple):
+    """Requests by time: every bucket from `start` to `end`, those without requests, too. `bucket`: milliseconds."""
+
+    start: int
+    end: int
+    bucket: int
+    bars: tuple[Bar, ...]
+
+
+class Neighbour(NamedTuple):
+    """Another request on the same backend, or an attempt of one."""
+
+    id: str
+    at: int
+    request_id: str
+    model: str
+    outcome: str
+    status: int
+    latency_ms: float
+
+
+class Around(NamedTuple):
+    """What a backend did at the time of a request. `start`, `end`: Unix milliseconds.
+
+    `outcomes`: of requests that ended there, and of attempts that did not, the most first, this request left out.
+    """
+
+    backend: str
+    start: int
+    end: int
+    outcomes: tuple[tuple[str, int], ...]
+    neighbours: tuple[Neighbour, ...]
 
 
 class Related(NamedTuple):
@@ -60,6 +127,91 @@ async def one(plane: Plane, act: Act, id: str) -> dict[str, Any]:
     raise NotFound("request", id)
 
 
+async def histogram(plane: Plane, act: Act, wanted: Wanted, buckets: int = 60) -> Histogram:
+    """Counts of what `listing` has, in at most `buckets` or one more.
+
+    Without a start: of the last hour, or with an id from the first one on.
+    """
+    end = act.at if wanted.end is None else wanted.end
+    async with plane.database.usage.read() as connection:
+        await sums.begin(connection)
+        start = min(await _first(connection, act, wanted, end), end - 1)
+        bucket = next((step for step in _STEPS if (end - start) <= step * buckets), _STEPS[-1])
+        if bucket % HOUR == 0 and wanted.is_of_sums:
+            found = await _of_sums(connection, act, wanted, (start, end), bucket)
+        else:
+            found = await _of_rows(connection, act, wanted._replace(start=start, end=end), bucket)
+    first = start - start % bucket
+    return Histogram(start, end, bucket, tuple(Bar(at, *found.get(at, (0, 0))) for at in range(first, end, bucket)))
+
+
+async def _first(connection: AsyncConnection, act: Act, wanted: Wanted, end: int) -> int:
+    if wanted.start is not None:
+        return wanted.start
+    first: int | None = None
+    if wanted.id is not None:
+        query = select(func.min(usage.c.at)).where(_reached(act), *_conditions(wanted))
+        first = (await connection.execute(query)).scalar_one()
+    return end - HOUR if first is None else first
+
+
+async def _of_rows(connection: AsyncConnection, act: Act, wanted: Wanted, bucket: int) -> dict[int, tuple[int, int]]:
+    begin = (usage.c.at - usage.c.at % literal_column(str(bucket), BigInteger)).label("begin")
+    query = select(begin, *sums.measures(usage, _COUNTS)).where(_reached(act), *_conditions(wanted)).group_by(begin)
+    return {row.begin: (row.records - row.errors, row.errors) for row in await connection.execute(query)}
+
+
+async def _of_sums(
+    connection: AsyncConnection, act: Act, wanted: Wanted, span: tuple[int, int], bucket: int
+) -> dict[int, tuple[int, int]]:
+    """The same from sums of hours. Which of a sum have failed is known, so that `failed` is no condition."""
+
+    def where(table: Table) -> Iterable[ColumnElement[bool]]:
+        yield reached(table, act.principal.scope("requests.see"), act.principal.user)
+        if wanted.kinds:
+            yield table.c.kind.in_(wanted.kinds)
+        for name, value in wanted.filters.items():
+            yield table.c[DIMENSIONS[name]] == value
+
+    cover = await sums.cover(connection, *span, by_day=False)
+    found = {}
+    for row in await connection.execute(sums.grouped(cover, where, (), bucket)):
+        ok, failed = row.records - row.errors, row.errors
+        found[row.bucket] = (0 if wanted.failed is True else ok, 0 if wanted.failed is False else failed)
+    return found
+
+
+async def around(plane: Plane, act: Act, request: Mapping[str, Any]) -> tuple[Around, ...]:
+    """What happened at the backends of a request, as `one` shows it, at that time: as far as the caller may see it."""
+    tried = [one["backend"] for one in request.get("attempt_details") or ()]
+    backends = dict.fromkeys(one for one in (*tried, request["backend"]) if one is not None)
+    found = []
+    async with plane.database.usage.read() as connection:
+        for backend in backends:
+            found.append(await _around(connection, act, request, backend))
+    return tuple(found)
+
+
+async def _around(connection: AsyncConnection, act: Act, request: Mapping[str, Any], backend: str) -> Around:
+    at: int = request["at"]
+    start, end = at - _WHILE, at + _WHILE
+    within = usage.c.at >= start, usage.c.at <= end, usage.c.id != request["id"], _reached(act)
+    ended = select(usage.c.outcome, func.count().label("number")).where(*within, usage.c.backend == backend)
+    rows = await connection.execute(ended.group_by(usage.c.outcome))
+    counts = Counter({row.outcome: row.number for row in rows})
+    # The failures of a backend are in requests that another one has answered.
+    retried = select(usage.c.backend, usage.c.attempt_details).where(*within, usage.c.attempts > 1)
+    for row in await connection.execute(retried.order_by(func.abs(usage.c.at - at)).limit(_MOST_RELATED)):
+        last = len(row.attempt_details or ()) - 1
+        for place, attempt in enumerate(row.attempt_details or ()):
+            if attempt["backend"] == backend and not (place == last and row.backend == backend):
+                counts[attempt["outcome"]] += 1
+    columns = (usage.c[name] for name in Neighbour._fields)
+    near = select(*columns).where(*within, usage.c.backend == backend).order_by(func.abs(usage.c.at - at), usage.c.id)
+    neighbours = [Neighbour(*row) for row in await connection.execute(near.limit(_NEIGHBOURS))]
+    return Around(backend, start, end, tuple(counts.most_common()), tuple(sorted(neighbours, key=lambda one: one.at)))
+
+
 def _reached(act: Act) -> ColumnElement[bool]:
     return reached(usage, act.principal.scope("requests.see"), act.principal.user)
 
@@ -76,6 +228,15 @@ def _conditions(wanted: Wanted) -> Iterable[ColumnElement[bool]]:
         yield usage.c.kind.in_(wanted.kinds)
     for name, value in wanted.filters.items():
         yield usage.c[DIMENSIONS[name]] == value
+    if wanted.failed is not None:
+        yield sums.FAILED if wanted.failed else not_(sums.FAILED)
+    if wanted.status_class is not None:
+        yield usage.c.status >= wanted.status_class * 100
+        yield usage.c.status < wanted.status_class * 100 + 100
+    if wanted.retried:
+        yield usage.c.attempts > 1
+    if wanted.longer is not None:
+        yield usage.c.latency_ms >= wanted.longer
 
 
 async def _shown(connection: AsyncConnection, act: Act, rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import orjson
 from sqlalchemy import Table, select
@@ -17,7 +17,7 @@ from control_plane.pure.records import BILLED, FUTURE
 from control_plane.pure.times import shown
 from control_plane.services import sums
 from inference_api.features.spending.ledger import period
-from inference_api.policy.document import BUDGET_UNITS
+from inference_api.policy.document import BUDGET_UNITS, Budget
 from registry_stub.conditional import etag_of
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,44 @@ async def spent(plane: Plane, ids: Iterable[str]) -> dict[str, Spent]:
     """Of budgets by `<scope>:<name>:<unit>:<per>`, those that have spent something or have a holder."""
     found = (await current(plane)).by_id
     return {id: found[id] for id in ids if id in found}
+
+
+class BudgetUse(NamedTuple):
+    """A budget of one holder in its present period. `amount`, `spent`: nanos of a cost, else a count.
+
+    `soft`: the share from which it is announced. `resets_at`: Unix milliseconds.
+    """
+
+    unit: str
+    per: str
+    amount: int
+    spent: int
+    soft: float
+    resets_at: int
+
+    @property
+    def share(self) -> float:
+        return self.spent / self.amount
+
+
+async def uses(
+    plane: Plane, scope: Literal["organisation", "key"], budgets: Mapping[str, Mapping[str, Any] | None]
+) -> dict[str, BudgetUse]:
+    """What is spent of the own budgets of organisations or keys, by holder, of those that have one.
+
+    One that was just made has spent nothing that is known. Raises StorageUnavailable.
+    """
+    given = {holder: Budget.model_validate(budget) for holder, budget in budgets.items() if budget is not None}
+    ids = {holder: f"{scope}:{holder}:{one.unit}:{one.per}" for holder, one in given.items()}
+    found = await spent(plane, ids.values()) if ids else {}
+    uses = {}
+    for holder, one in given.items():
+        known = found.get(ids[holder])
+        end = period(one.per, plane.clock() / 1000)[1]
+        uses[holder] = BudgetUse(
+            one.unit, one.per, one.amount, 0 if known is None else known.amount, one.soft, round(end * 1000)
+        )
+    return uses
 
 
 async def _read(plane: Plane, now: int) -> Spend:

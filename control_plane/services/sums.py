@@ -88,15 +88,18 @@ def _append(spans: list[Span], span: Span) -> None:
         spans.append(span)
 
 
+# A row that is counted in `errors`
+FAILED: ColumnElement[bool] = and_(usage.c.kind == "request", or_(usage.c.status >= 500, usage.c.outcome.not_in(FINE)))
+
+
 def _of_rows() -> dict[str, ColumnElement[int]]:
     request = usage.c.kind == "request"
-    failed = and_(request, or_(usage.c.status >= 500, usage.c.outcome.not_in(FINE)))
     # Not what was refused before a backend was asked, as in the routers' own count
     counted = and_(request, or_(usage.c.code.is_(None), usage.c.attempts > 0))
     return {
         "records": literal_column("1", BigInteger),
         "requests": _one_if(request),
-        "errors": _one_if(failed),
+        "errors": _one_if(FAILED),
         "input_tokens": func.coalesce(usage.c.input_tokens, 0),
         "cached_input_tokens": func.coalesce(usage.c.cached_input_tokens, 0),
         "output_tokens": func.coalesce(usage.c.output_tokens, 0),
@@ -119,10 +122,10 @@ def total(column: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(func.coalesce(func.sum(column), 0), BigInteger)
 
 
-def measures(table: Table) -> list[ColumnElement[int]]:
+def measures(table: Table, names: Sequence[str] = MEASURES) -> list[ColumnElement[int]]:
     """The sums of MEASURES, by their names."""
     found: list[ColumnElement[int]] = []
-    for name in MEASURES:
+    for name in names:
         found.append(total(_OF_ROWS[name] if table is usage else table.c[name]).label(name))
     return found
 

@@ -21,6 +21,7 @@ LAYERS = (
     "control_plane.metrics",
     "control_plane.passwords",
     "control_plane.usage_state",
+    "control_plane.kept",
     "control_plane.plane",
     "control_plane.clients",
     "control_plane.services",

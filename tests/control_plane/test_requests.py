@@ -1,5 +1,6 @@
 """Requests: newest first, by filters and by ids, with their attempts and what belongs to them."""
 
+import random
 from typing import Any
 
 import httpx
@@ -7,8 +8,13 @@ import pytest
 from sqlalchemy import insert
 
 from control_plane.data.tables import keys, memberships, organisations
+from control_plane.services import requests
+from control_plane.services.requests import Histogram, Wanted
+from control_plane.services.rollup import roll_up
+from tests.control_plane.acts import act_of
 from tests.control_plane.conftest import NOON, Running, management_token
-from tests.control_plane.usage import DAY, record, taken
+from tests.control_plane.test_usage import random_record
+from tests.control_plane.usage import DAY, HOUR, record, taken
 
 pytestmark = pytest.mark.anyio
 
@@ -126,3 +132,113 @@ async def test_callers_see_their_organisation_or_their_own_keys(plane: Running) 
     hidden = await plane.client.get("/api/v1/requests/r-ana", headers=headers["member"])
     assert hidden.status_code == 404
     assert (await plane.client.get("/api/v1/prices", headers=headers["owner"])).status_code == 403
+
+
+async def test_rows_are_found_by_status_attempts_duration_and_failure(plane: Running) -> None:
+    fine = record(latency_ms=10.0)
+    late = record(latency_ms=5000.0, attempts=2)
+    broken = record(status=502, outcome="reset")
+    refused = record(status=429, outcome="refused")
+    shadow = record(kind="shadow", status=500, outcome="reset")
+    await taken(plane, fine, late, broken, refused, shadow)
+    names = {one["id"]: name for name, one in locals().items() if isinstance(one, dict) and "id" in one}
+
+    async def found(**wanted: Any) -> set[str]:
+        rows = await requests.listing(plane.plane, act_of(plane, platform_role="admin"), Wanted(**wanted), None, 50)
+        return {names[row["id"]] for row in rows}
+
+    assert await found(failed=True) == {"broken"}
+    assert await found(failed=False) == {"fine", "late", "refused", "shadow"}
+    assert await found(status_class=4) == {"refused"}
+    assert await found(status_class=5, kinds=("request",)) == {"broken"}
+    assert await found(retried=True) == await found(longer=5000.0) == {"late"}
+
+
+def counted(found: Histogram) -> tuple[int, int]:
+    return sum(bar.ok for bar in found.bars), sum(bar.failed for bar in found.bars)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+async def test_a_histogram_counts_what_the_listing_has(plane: Running, summed: bool) -> None:
+    chance = random.Random(5)
+    sent = [random_record(chance, days=3) for _ in range(300)]
+    await taken(plane, *sent)
+    if summed:
+        await roll_up(plane.plane)
+    act = act_of(plane, platform_role="admin")
+
+    async def same(**given: Any) -> Histogram:
+        wanted = Wanted(**given)
+        rows = await requests.listing(plane.plane, act, wanted, None, 1000)
+        found = await requests.histogram(plane.plane, act, wanted)
+        failed = len(await requests.listing(plane.plane, act, wanted._replace(failed=True), None, 1000))
+        if wanted.failed is False:
+            failed = 0
+        assert counted(found) == (len(rows) - failed, failed)
+        assert [bar.at for bar in found.bars] == list(range(found.bars[0].at, found.end, found.bucket))
+        assert found.bars[0].at <= found.start < found.bars[0].at + found.bucket
+        return found
+
+    days = {"start": NOON - 3 * DAY, "end": NOON}
+    whole = await same(**days)
+    assert (counted(whole)[0] + counted(whole)[1], whole.bucket, len(whole.bars)) == (300, 2 * HOUR, 36)
+    for more in (
+        {"filters": {"model": "a"}},
+        {"filters": {"organisation": "team-a", "outcome": "upstream_5xx"}},
+        {"kinds": ("request",)},
+        {"failed": True},
+        {"failed": False},
+        {"status_class": 5},
+        {"longer": 400.0},
+        {"retried": True},
+        {"id": "4bf9"},
+    ):
+        await same(**{**days, **more})
+    # A start and an end within an hour
+    await same(start=NOON - DAY - 100_000, end=NOON - 5 * HOUR + 1)
+    assert (await same(start=NOON - HOUR)).bucket == 60_000
+    assert counted(await requests.histogram(plane.plane, act, Wanted(id="4bf9"))) == counted(whole)
+
+
+async def test_what_a_backend_did_around_a_request_has_the_attempts_that_others_mended(plane: Running) -> None:
+    def attempts(*outcomes: tuple[str, str]) -> list[dict[str, Any]]:
+        return [
+            {"backend": backend, "outcome": outcome, "status": 0, "start_ms": 0.5, "duration_ms": 1.0}
+            for backend, outcome in outcomes
+        ]
+
+    failed = record(
+        request_id="r-1",
+        backend="b:1",
+        status=502,
+        outcome="reset",
+        attempts=2,
+        attempt_details=attempts(("a:1", "connect_failed"), ("b:1", "reset")),
+    )
+    mended = record(backend="b:1", attempts=2, attempt_details=attempts(("a:1", "connect_failed"), ("b:1", "ok")))
+    before = record(backend="b:1", at=NOON - 90_000)
+    await taken(plane, failed, mended, before, record(backend="b:1", at=NOON - 200_000), record(backend="c:1"))
+    act = act_of(plane, platform_role="operator")
+
+    a, b = await requests.around(plane.plane, act, await requests.one(plane.plane, act, "r-1"))
+
+    assert (a.backend, a.outcomes, a.neighbours) == ("a:1", (("connect_failed", 1),), ())
+    assert (b.backend, b.outcomes) == ("b:1", (("ok", 2),))
+    assert [one.id for one in b.neighbours] == [before["id"], mended["id"]]
+    assert (b.start, b.end) == (NOON - 180_000, NOON + 60_000)
+
+
+async def test_a_member_sees_nothing_of_others_in_histograms_and_around(plane: Running) -> None:
+    mine = record(organisation="team-a", user="max", request_id="r-mine", at=NOON - HOUR // 2)
+    others = [record(organisation="team-a", user="ana", at=NOON - HOUR // 2) for _ in range(3)]
+    await taken(plane, mine, *others)
+
+    async def seen(role: str) -> tuple[int, int, int]:
+        act = act_of(plane, "max", team_a=role)
+        hour = await requests.histogram(plane.plane, act, Wanted())
+        days = await requests.histogram(plane.plane, act, Wanted(start=NOON - 5 * DAY))
+        (around,) = await requests.around(plane.plane, act, await requests.one(plane.plane, act, "r-mine"))
+        return counted(hour)[0], counted(days)[0], len(around.neighbours)
+
+    assert await seen("owner") == (4, 4, 3)
+    assert await seen("member") == (1, 1, 0)

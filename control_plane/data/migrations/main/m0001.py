@@ -317,6 +317,7 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.BigInteger(), nullable=True),
         sa.Column("last_used_at", sa.BigInteger(), nullable=True),
         sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("playground", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(["organisation"], ["organisations.name"], name=op.f("fk_keys_organisation")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_keys")),
         sa.UniqueConstraint("digest", name=op.f("uq_keys_digest")),

@@ -1,0 +1,49 @@
+"""Answers that are shown again for a moment, so that many who look at the same time cost one question."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Answer:
+    until: int = 0
+    value: Any = None
+    making: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Kept:
+    """`most`: answers in memory; others are made each time."""
+
+    def __init__(self, most: int = 500) -> None:
+        self._most = most
+        self._answers: dict[Hashable, _Answer] = {}
+
+    async def get(self, key: Hashable, now: int, milliseconds: int, make: Callable[[], Awaitable[T]]) -> T:
+        """The answer, at most so old; who asks while it is made waits for it. `now`: Unix milliseconds."""
+        answer = self._answers.get(key)
+        if answer is None:
+            self._forget(now)
+            answer = _Answer()
+            if len(self._answers) < self._most:
+                self._answers[key] = answer
+        async with answer.making:
+            if answer.until <= now:
+                answer.value = await make()
+                answer.until = now + milliseconds
+            found: T = answer.value
+            return found
+
+    def drop(self, key: Hashable) -> None:
+        """Make it anew for the next one who asks."""
+        self._answers.pop(key, None)
+
+    def clear(self) -> None:
+        self._answers.clear()
+
+    def _forget(self, now: int) -> None:
+        for key in [key for key, one in self._answers.items() if one.until <= now and not one.making.locked()]:
+            del self._answers[key]

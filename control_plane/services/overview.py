@@ -1,0 +1,114 @@
+"""What works and what does not, at one look: models from the worst, routers, and what people have changed last."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from control_plane.plane import Act, Plane
+from control_plane.pure.fleet import (
+    MODEL_STATUSES,
+    Described,
+    ModelStanding,
+    Ordered,
+    Orders,
+    RoutersStanding,
+    loads,
+    routers_standing,
+    standings,
+    worst_first,
+)
+from control_plane.pure.reports import merged
+from control_plane.services import audit, models, overrides, reports
+from control_plane.services.models import Catalogue
+from control_plane.services.visibility import visible_models
+from inference_api.features.consensus import CONSENSUS
+from inference_api.features.fallback import FALLBACKS
+from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.references import members_of, virtual_key
+
+# Audit rows that are shown
+LATEST = 8
+
+
+class Overview(NamedTuple):
+    """`as_of`: Unix milliseconds. `counts`: models by state, each of MODEL_STATUSES.
+
+    `changes`: audit rows as /api/v1/audit shows them, the newest first; None: the caller may see none.
+    """
+
+    as_of: int
+    models: tuple[ModelStanding, ...]
+    counts: Mapping[str, int]
+    routers: RoutersStanding
+    changes: tuple[dict[str, Any], ...] | None
+
+
+async def overview(plane: Plane, act: Act, latest: int = LATEST) -> Overview:
+    """What the caller may see: in an organisation the state of its models, without addresses and reasons.
+
+    Raises StorageUnavailable.
+    """
+    now = plane.clock()
+    async with plane.database.main.read() as connection:
+        reported = await reports.every(connection)
+        orders = await overrides.holding(connection, now)
+    visible = await visible_models(plane, act)
+    whole = act.principal.may("backends.see")
+    catalogue = models.catalogue(plane)
+    present = [one for one in reported if not one.lost(now)]
+    found = standings(_described(catalogue), _owners(catalogue), merged(present), loads(present), _orders(orders))
+    shown = worst_first(one if whole else _state_only(one) for name, one in found.items() if visible(name))
+    counts: dict[str, int] = {state: sum(one.state == state for one in shown) for state in MODEL_STATUSES}
+    routers = routers_standing(reported, reports.etags(plane), now, whole)
+    return Overview(now, tuple(shown), counts, routers, await _changes(plane, act, latest))
+
+
+def _described(catalogue: Catalogue) -> list[Described]:
+    return [_describe(one.entry) for one in catalogue.stored.values()]
+
+
+def _describe(entry: CatalogueEntry) -> Described:
+    voting = CONSENSUS.of(entry)
+    needed = voting.needed if voting is not None and voting.on_split == "error" else 1
+    members = tuple(dict.fromkeys(members_of(entry)))
+    return Described(
+        entry.name,
+        len(entry.backends),
+        members,
+        needed,
+        FALLBACKS.of(entry) or (),
+        virtual_key(entry) if members else None,
+    )
+
+
+def _owners(catalogue: Catalogue) -> dict[str, str]:
+    """Adapters are as their model is."""
+    adapters = {name: one.entry.name for one in catalogue.stored.values() for name in one.entry.adapters or ()}
+    return {**adapters, **catalogue.owners}
+
+
+def _orders(rows: Sequence[Any]) -> Orders:
+    """What takes a backend out of use for a model: `out` wins over `drain`."""
+    found: dict[tuple[str, str | None], Ordered] = {}
+    for row in rows:
+        if row.action in overrides.OUT_OF_USE:
+            place = row.backend, row.model
+            if place not in found or row.action == "out":
+                by = row.created_by or "system"
+                found[place] = Ordered(row.id, row.action, by, row.reason, row.created_at, row.expires_at)
+
+    def of(model: str, backend: str) -> Ordered | None:
+        ordered = [one for one in (found.get((backend, model)), found.get((backend, None))) if one is not None]
+        return next((one for one in ordered if one.action == "out"), ordered[0] if ordered else None)
+
+    return of
+
+
+def _state_only(one: ModelStanding) -> ModelStanding:
+    return one._replace(why=(), in_flight=None, queued=None, covered_by=None)
+
+
+async def _changes(plane: Plane, act: Act, latest: int) -> tuple[dict[str, Any], ...] | None:
+    if act.principal.scope("audit.see").empty:
+        return None
+    rows = await audit.page_of(plane, audit.query(act.principal, audit.Filters()), latest, None)
+    return tuple(audit.shown(row) for row in rows)
