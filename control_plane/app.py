@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from control_plane.clients.router import Router
 from control_plane.data.database import Database
 from control_plane.documents import Documents
-from control_plane.http import ingest, pages, routers, snapshots, spend
+from control_plane.http import ingest, routers, snapshots, spend
 from control_plane.http.api import audit as audit_api
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
@@ -32,10 +32,13 @@ from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
+from control_plane.http.console import backends, static, unknown
+from control_plane.http.console.login import Login
+from control_plane.http.console.shell import Page, Pages, Rendering
 from control_plane.http.counting import METHODS, route_among
 from control_plane.http.guard import Guarded
 from control_plane.http.idempotency import Idempotent
-from control_plane.http.requests import Bounded, Failures, Identified
+from control_plane.http.requests import Bounded, Failures, Identified, Rendered
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
@@ -75,6 +78,11 @@ RESOURCES = (
     usage_api.router,
     records_api.router,
 )
+# Pages of the console, in the order of the navigation; the last answers for what is none.
+CONSOLE: tuple[Page, ...] = (
+    backends.PAGE,
+    unknown.PAGE,
+)
 # Routes of the machine side, beside the documents
 MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES, *spend.ROUTES)
 # What runs beside the requests: functions of the Plane
@@ -108,7 +116,11 @@ class Application:
         ]
         self._provider = _provider(settings, clock)
         self._router = None if settings.router_url is None else Router(settings.router_url)
-        people = [Mount("/api/v1", Idempotent(api)), *pages.ROUTES, *_openid_routes(self._provider)]
+        console = Pages(CONSOLE)
+        self._refusals = Rendering(console)
+        login = Login(console)
+        open_pages = [*static.ROUTES, *login.routes(), *_openid_routes(self._provider, login)]
+        people = [Mount("/api/v1", Idempotent(api)), *open_pages, *console.routes()]
         self._whole = self._served([*machine, *people], failures)
         self._machine, self._people = self._served(machine, failures), self._served(people, failures)
         self.plane.metrics.gauge("models", "Models in the catalogue.", self._models)
@@ -129,7 +141,7 @@ class Application:
         app.router.redirect_slashes = False
         app.state.plane, app.state.routes, app.state.router = self.plane, routes, self._router
         settings = self.plane.settings
-        guarded = Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane)
+        guarded = Rendered(Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane), "/console", self._refusals)
         return Identified(Counted(guarded, self.plane.metrics, route_among(routes), METHODS), settings.trusted_proxies)
 
     @asynccontextmanager
@@ -169,12 +181,12 @@ def _provider(settings: Settings, clock: Callable[[], int]) -> "Provider | None"
     )
 
 
-def _openid_routes(provider: "Provider | None") -> list[Route]:
+def _openid_routes(provider: "Provider | None", login: Login) -> list[Route]:
     if provider is None:
         return []
     from control_plane.http import openid
 
-    return openid.routes(provider)
+    return openid.routes(provider, login)
 
 
 def _api(plane: Plane, failures: Failures) -> FastAPI:

@@ -14,6 +14,8 @@ from control_plane.plane import Plane
 from control_plane.services import audit
 
 PATHS = ("/api/v1", "/console")
+# The same for everybody, and for ever: browsers keep it.
+STATIC = "/console/static/"
 # Browsers send no cookie before a login, and another site could still log its visitors in.
 LOGINS = frozenset({("POST", "/api/v1/session"), ("POST", "/console/login")})
 _HEADERS = [
@@ -22,7 +24,7 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
-_OWN = frozenset(name for name, _ in _HEADERS)
+_KEPT = _HEADERS[1:]
 # Milliseconds between two audit rows of one refusal, and refusals that are remembered
 _AGAIN, _REMEMBERED = 60_000, 10_000
 
@@ -55,8 +57,10 @@ class Guarded:
             if message["type"] == "http.response.start":
                 if message["status"] == 403 and scope.get(PRINCIPAL) is not None:
                     await self._note(scope)
-                kept = [pair for pair in message.get("headers", ()) if pair[0].lower() not in _OWN]
-                message["headers"] = [*kept, *_HEADERS, *((b"set-cookie", one.encode("latin-1")) for one in cookies)]
+                own = _KEPT if scope["path"].startswith(STATIC) and message["status"] in (200, 304) else _HEADERS
+                names = {name for name, _ in own}
+                kept = [pair for pair in message.get("headers", ()) if pair[0].lower() not in names]
+                message["headers"] = [*kept, *own, *((b"set-cookie", one.encode("latin-1")) for one in cookies)]
             await send(message)
 
         if self._is_cross_site(scope):

@@ -9,16 +9,18 @@ from starlette.routing import Route
 
 from control_plane.clients.openid import Provider, ProviderAway
 from control_plane.errors import Refused
+from control_plane.http.console.forms import local
+from control_plane.http.console.login import Login
 from control_plane.http.cookies import LOGIN, SESSION
 from control_plane.http.identity import SET_COOKIES, anonymous, cookies_of, plane_of, set_session
-from control_plane.http.pages import local, page
 from control_plane.http.requests import route_of
 from control_plane.services import openid
 
+_TITLE = "Not signed in"
 _SECRET = re.compile(r"[\w-]{43}", re.ASCII)
 
 
-def routes(provider: Provider) -> list[Route]:
+def routes(provider: Provider, pages: Login) -> list[Route]:
     async def start(request: Request) -> Response:
         route_of(request.scope)
         # One for all tabs: what each began with is in the database.
@@ -27,7 +29,7 @@ def routes(provider: Provider) -> list[Route]:
         try:
             url = await openid.begin(plane_of(request), provider, browser, local(request.query_params.get("next")))
         except ProviderAway:
-            return _away()
+            return _away(pages, request)
         seconds = openid.LIFETIME // 1000
         request.scope[SET_COOKIES].append(cookies_of(request).write(LOGIN, browser, seconds))
         return RedirectResponse(url, 303)
@@ -43,16 +45,15 @@ def routes(provider: Provider) -> list[Route]:
                 plane_of(request), anonymous(request), provider, browser or "", answer, agent, session
             )
         except ProviderAway:
-            return _away()
+            return _away(pages, request)
         except Refused as exc:
-            text = '<p>The login did not come about. <a href="/console/login">Sign in again</a></p>'
-            return page("Not signed in", text, exc.status)
+            return pages.message(request, _TITLE, "The login did not come about. Sign in again.", exc.status)
         set_session(request, begun.secret)
         return RedirectResponse(target, 303)
 
     return [Route("/console/oidc/start", start), Route("/console/oidc/callback", callback)]
 
 
-def _away() -> Response:
-    text = '<p>The provider of logins does not answer. <a href="/console/login">Try again</a></p>'
-    return page("Not signed in", text, 503, {"Retry-After": "5"})
+def _away(pages: Login, request: Request) -> Response:
+    text = "The provider of logins does not answer. Try again."
+    return pages.message(request, _TITLE, text, 503, {"Retry-After": "5"})

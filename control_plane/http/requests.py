@@ -3,7 +3,7 @@
 import logging
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import orjson
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID: Final = "control_plane.request_id"
 ADDRESS: Final = "control_plane.address"
+# Of a request's scope: what makes the answer of a refusal, where that is not JSON
+RENDERER: Final = "control_plane.renderer"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LONGEST_MESSAGE = 2000
 
@@ -52,6 +54,20 @@ class Identified:
             await send(message)
 
         await self._app(scope, receive, identified_send)
+
+
+class Rendered:
+    """ASGI layer: refusals of paths that begin with `start` are answered by `renderer(error, scope)`."""
+
+    def __init__(self, app: ASGIApp, start: str, renderer: Callable[[Refused, Scope], Response]) -> None:
+        self._app = app
+        self._start = start
+        self._renderer = renderer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(self._start):
+            scope[RENDERER] = self._renderer
+        await self._app(scope, receive, send)
 
 
 class Bounded:
@@ -107,6 +123,9 @@ class TooLarge(Refused):
 def render(error: Refused, scope: Scope) -> Response:
     if len(error.message) > _LONGEST_MESSAGE:
         error.message = error.message[:_LONGEST_MESSAGE] + "..."
+    if (renderer := scope.get(RENDERER)) is not None:
+        made: Response = renderer(error, scope)
+        return made
     body = orjson.dumps(envelope(error, scope.get(REQUEST_ID, "")))
     return Response(body, error.status, error.headers, media_type="application/json")
 

@@ -25,6 +25,7 @@ LAYERS = (
     "control_plane.plane",
     "control_plane.clients",
     "control_plane.services",
+    "control_plane.web",
     "control_plane.http",
     "control_plane.app",
     "control_plane.serving",

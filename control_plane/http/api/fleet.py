@@ -33,6 +33,12 @@ class NewOverride(BaseModel):
     expires_in: Annotated[int, Field(strict=True, ge=1, le=_LONGEST)] | None = None
     force: StrictBool = False
 
+    def wanted(self) -> overrides.Wanted:
+        """Of every action but `return`. Raises Invalid."""
+        if self.action == "return" or self.reason is None:
+            raise Invalid(Problem("reason", "say why, for those who see it in an incident"))
+        return overrides.Wanted(self.backend, self.model, self.action, self.reason, self.expires_in, self.force)
+
 
 @router.get("/backends", tags=["backends"])
 async def list_backends(
@@ -96,10 +102,7 @@ async def create_override(body: NewOverride, act: Acting, plane: ThePlane, respo
     if body.action == "return":
         response.status_code = 200
         return {"ended": await overrides.end_all(plane, act, body.backend, body.model, body.reason)}
-    if body.reason is None:
-        raise Invalid(Problem("reason", "say why, for those who see it in an incident"))
-    wanted = overrides.Wanted(body.backend, body.model, body.action, body.reason, body.expires_in, body.force)
-    found = await overrides.create(plane, act, wanted)
+    found = await overrides.create(plane, act, body.wanted())
     response.headers["ETag"] = etag_of(overrides.version(found))
     response.headers["Location"] = f"/api/v1/overrides/{found['id']}"
     return found

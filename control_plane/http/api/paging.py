@@ -39,7 +39,7 @@ def _place(
     limit: Annotated[int, Query(ge=1, le=200, description="objects at most")] = 50,
     after: Annotated[str | None, Query(max_length=1000, description="`next` of the page before")] = None,
 ) -> Place:
-    return Place(limit, None if after is None else _decoded(after))
+    return Place(limit, None if after is None else decoded(after))
 
 
 Paging = Annotated[Place, Depends(_place)]
@@ -49,14 +49,16 @@ def page(rows: Sequence[R], place: Place, key: Callable[[R], list[str | int]], s
     """A page of rows, of which one more than `limit` was read. `key`: the sort key of a row."""
     kept = rows[: place.limit]
     more = len(rows) > place.limit
-    return Page(data=[show(row) for row in kept], next=_encoded(key(kept[-1])) if more else None)
+    return Page(data=[show(row) for row in kept], next=encoded(key(kept[-1])) if more else None)
 
 
-def _encoded(key: list[str | int]) -> str:
+def encoded(key: list[str | int]) -> str:
+    """`next` of a page whose last object has this sort key."""
     return base64.urlsafe_b64encode(orjson.dumps(key)).decode().rstrip("=")
 
 
-def _decoded(text: str) -> list[str | int]:
+def decoded(text: str) -> list[str | int]:
+    """Raises Invalid."""
     try:
         found = orjson.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
     except (ValueError, binascii.Error):

@@ -1,0 +1,145 @@
+"""/console/backends: what each backend does, as the routers see it; drain, take out, return, reset its circuit."""
+
+from typing import Any
+
+from starlette.responses import Response
+
+from control_plane.errors import NotFound, Refused
+from control_plane.http.api.fleet import NewOverride
+from control_plane.http.api.paging import decoded, encoded
+from control_plane.http.console.forms import body
+from control_plane.http.console.shell import OPERATE, Page, Visit
+from control_plane.pure.reports import STATES, MergedBackend, merged
+from control_plane.services import overrides, reports
+from control_plane.services.visibility import visible_models
+
+_ROWS = 50
+NOTICES = {
+    "drain": "The backend gets no new requests; those that run go on. Each router says below when it obeys.",
+    "out": "The backend is out of use. Each router says below when it obeys.",
+    "return": "The backend is back in use.",
+    "reset_circuit": "The circuit is closed again on every router that obeys.",
+    "ended": "The order has ended.",
+}
+ACTIONS = {
+    "drain": ("Drain", "No new request goes there; those that run go on. For a restart or an update."),
+    "out": ("Take out", "No new request goes there, and those that run are ended. For a backend that does harm."),
+    "return": ("Return", "Ends what takes the backend out of use."),
+    "reset_circuit": ("Reset the circuit of", "Requests go there at once, without waiting for the circuit's pause."),
+}
+_HOURS = (("3600", "1 hour"), ("14400", "4 hours"), ("86400", "1 day"), ("604800", "7 days"), ("", "it is returned"))
+
+
+async def backends(visit: Visit) -> Response:
+    problem, given = None, {"expires_in": "3600"}
+    if visit.posting:
+        form = await visit.form()
+        given = dict(form.values)
+        try:
+            if "end" in given:
+                await overrides.end(visit.plane, visit.act, form.text("end"))
+                return visit.back("ended")
+            return await _change(visit, given)
+        except NotFound:
+            return visit.back("ended")
+        except Refused as exc:
+            problem = exc
+    wanted, only = visit.query.get("model"), visit.choice("show", "all", "bad")
+    async with visit.plane.database.main.read() as connection:
+        present = await reports.present(connection, visit.act.at)
+    visible = await visible_models(visit.plane, visit.act)
+    known = [one for one in merged(present) if visible(one.model)]
+    rows = [one for one in known if wanted in (None, one.model) and (only == "all" or one.state != "ready")]
+    rows.sort(key=_place)
+    after = visit.query.get("after")
+    if after is not None:
+        rows = [one for one in rows if _place(one) > _read(after)]
+    held = await overrides.listed(visit.plane, 200, None, None, True)
+    return visit.render(
+        "backends.html",
+        status=problem.status if problem else 200,
+        rows=[shown(one, held) for one in rows[:_ROWS]],
+        after=encoded(list(_place(rows[_ROWS - 1]))) if len(rows) > _ROWS else None,
+        models=sorted({one.model for one in known}),
+        total=len(known),
+        routers=len(present),
+        overrides=held,
+        dialog=_dialog(visit),
+        given=given,
+        hours=_HOURS,
+        problem=problem,
+        notices=NOTICES,
+        live=True,
+    )
+
+
+async def _change(visit: Visit, given: dict[str, str]) -> Response:
+    seconds = given.get("expires_in")
+    fields = {
+        **given,
+        "model": given.get("model") or None,
+        "reason": given.get("reason") or None,
+        "expires_in": int(seconds) if seconds and seconds.isdigit() else None,
+        "force": given.get("force") == "1",
+    }
+    asked = body(NewOverride, fields)
+    if asked.action == "return":
+        await overrides.end_all(visit.plane, visit.act, asked.backend, asked.model, asked.reason)
+    else:
+        await overrides.create(visit.plane, visit.act, asked.wanted())
+    return visit.back(asked.action, model=visit.query.get("model"), show=visit.query.get("show"))
+
+
+def shown(one: MergedBackend, held: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row: the worst of what routers say, and what people have said of the backend."""
+    rows = list(one.by_router.values())
+    worst = next(row for row in rows if row["state"] == one.state)
+    errors = [row["last_error"] for row in rows if row.get("last_error")]
+    return {
+        "backend": one.backend,
+        "model": one.model,
+        "state": one.state,
+        "agree": one.agree,
+        "reason": worst.get("reason"),
+        "since": worst.get("since"),
+        "circuits": sorted({row["circuit"] for row in rows if row.get("circuit")}),
+        "open": sum(row.get("circuit") == "open" for row in rows),
+        "retry_at": max((row["retry_at"] for row in rows if row.get("retry_at")), default=None),
+        "in_flight": sum(row["in_flight"] for row in rows),
+        "waiting": max((row["waiting"] for row in rows if row.get("waiting") is not None), default=None),
+        "kv_usage": max((row["kv_usage"] for row in rows if row.get("kv_usage") is not None), default=None),
+        "last_error": max(errors, key=lambda error: int(error["at"]), default=None),
+        "override": next(
+            (
+                o
+                for o in held
+                if o["backend"] == one.backend and o["model"] in (None, one.model) and o["action"] != "reset_circuit"
+            ),
+            None,
+        ),
+        "routers": one.by_router,
+    }
+
+
+def _place(one: MergedBackend) -> tuple[int, str, str]:
+    """The worst first."""
+    return STATES.index(one.state), one.model, one.backend
+
+
+def _read(after: str) -> tuple[int, str, str]:
+    match decoded(after):
+        case [int(rank), str(model), str(backend)]:
+            return rank, model, backend
+        case _:
+            raise NotFound("page", after)
+
+
+def _dialog(visit: Visit) -> dict[str, str] | None:
+    action, backend = visit.query.get("act"), visit.query.get("backend")
+    if action not in ACTIONS or backend is None:
+        return None
+    verb, meaning = ACTIONS[action]
+    return {"action": action, "backend": backend, "verb": verb, "meaning": meaning, "of": visit.query.get("of", "")}
+
+
+PAGE = Page("/console/backends", "Backends", backends, "backends.see", OPERATE, posts=True)

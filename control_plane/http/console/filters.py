@@ -1,0 +1,61 @@
+"""What templates may use: figures as text, states as kinds."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from control_plane.pure import figures
+from control_plane.pure.times import shown
+
+# Kinds of states, by which they look: ok, warn, bad, off, info
+_KINDS = {
+    **dict.fromkeys(("ok", "ready", "closed", "in step", "active"), "ok"),
+    **dict.fromkeys(("degraded", "draining", "half_open", "recovering", "resting", "expired", "old"), "warn"),
+    **dict.fromkeys(("failing", "out", "open", "unhealthy", "stuck", "lost", "failed"), "bad"),
+    **dict.fromkeys(("asleep", "disabled", "ended", "unknown", "left"), "off"),
+}
+
+
+def kind(state: str) -> str:
+    """How a state looks; what is not known looks neither good nor bad."""
+    return _KINDS.get(state, "info")
+
+
+def iso(when: figures.When) -> str:
+    return when if isinstance(when, str) else shown(int(when)) or ""
+
+
+def words(name: str) -> str:
+    """A value of the API as text: `half_open` -> `half open`."""
+    return name.replace("_", " ")
+
+
+def path(name: str) -> str:
+    """A name as a part of a URL's path; slashes stay."""
+    return quote(name, safe="/")
+
+
+def twice(value: str) -> tuple[str, str]:
+    """A choice of a list that is shown as it is sent."""
+    return value, value
+
+
+FILTERS: Mapping[str, Callable[..., Any]] = {
+    "ago": figures.ago,
+    "bytes": figures.bytes,
+    "count": figures.count,
+    "day": figures.day,
+    "iso": iso,
+    "kind": kind,
+    "minute": figures.minute,
+    "money": figures.money,
+    "ms": figures.ms,
+    "path": path,
+    "rate": figures.rate,
+    "share": figures.share,
+    "short": figures.short,
+    "stamp": figures.stamp,
+    "time": figures.clock,
+    "twice": twice,
+    "words": words,
+}

@@ -1,0 +1,140 @@
+"""The frame of the console: who sees which page, what a page may load, and what a script asks for again."""
+
+import gzip
+import hashlib
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from control_plane import web
+from control_plane.app import CONSOLE
+from control_plane.http.console.shell import Page
+from control_plane.pure.roles import Principal
+from tests.control_plane.conftest import Running
+from tests.control_plane.people import SAME_ORIGIN, log_in, make_organisation, make_user
+
+pytestmark = pytest.mark.anyio
+TEMPLATES = sorted((Path(web.__file__).parent / "templates").glob("*.html"))
+# Of every page without a part of the path, and not in it
+PLAIN = [page for page in CONSOLE if "{" not in page.path]
+
+
+def test_the_vendored_script_is_the_published_one() -> None:
+    asset = web.assets()["htmx-4.0.1.min.js"]
+
+    assert hashlib.sha256(asset.body).hexdigest() == web.HTMX
+    assert "htmx.LICENSE" in web.assets()
+
+
+def test_static_files_are_small() -> None:
+    assert sum(len(asset.compressed) for asset in web.assets().values()) < 120_000
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_templates_run_and_load_nothing_of_their_own(template: Path) -> None:
+    """The policy forbids it in a browser; here it is seen before."""
+    found = re.findall(
+        r"""<style|\sstyle=|\son[a-z]+=|<script(?![^>]*\ssrc=)|hx-on|js:|https?://""", template.read_text()
+    )
+
+    assert found == []
+
+
+async def test_a_static_file_is_kept_for_ever(sqlite_plane: Running) -> None:
+    login = await sqlite_plane.client.get("/console/login")
+    names = re.findall(r'(?:src|href)="(/console/static/[^"]+)"', login.text)
+    answers = [await sqlite_plane.client.get(name) for name in names]
+    plain = await sqlite_plane.client.get(names[0], headers={"accept-encoding": "identity"})
+    other = await sqlite_plane.client.get(names[0].replace(web.base(), "/console/static/0123456789abcdef"))
+
+    assert len(names) >= 4
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.headers["cache-control"] for answer in answers} == {"public, max-age=31536000, immutable"}
+    assert {answer.headers["content-encoding"] for answer in answers} == {"gzip"}
+    assert "content-encoding" not in plain.headers
+    assert gzip.decompress(web.assets()[names[0].rpartition("/")[2]].compressed) == plain.content
+    assert (other.status_code, other.headers["cache-control"]) == (404, "no-store")
+
+
+@pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.path)
+async def test_a_page_asks_for_a_login_and_comes_back(sqlite_plane: Running, page: Page) -> None:
+    target = f"{page.path}?organisation=a%26b"
+    whole = await sqlite_plane.client.get(target)
+    part = await sqlite_plane.client.get(target, headers={"hx-request": "true", "hx-request-type": "partial"})
+
+    login = str(httpx.URL("/console/login", params={"next": target}))
+    assert (whole.status_code, httpx.URL(whole.headers["location"])) == (303, httpx.URL(login))
+    assert (part.status_code, httpx.URL(part.headers["hx-redirect"])) == (204, httpx.URL(login))
+
+
+ROLES = {
+    "platform-admin": Principal("user", "u", "admin"),
+    "operator": Principal("user", "u", "operator"),
+    "platform-viewer": Principal("user", "u", "viewer"),
+    "owner": Principal("user", "u", None, {"team-a": "owner"}),
+    "member": Principal("user", "u", None, {"team-a": "member"}),
+    "viewer": Principal("user", "u", None, {"team-a": "viewer"}),
+    "nobody": Principal("user", "u", None, {}),
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_each_role_gets_its_pages_and_no_other(sqlite_plane: Running, role: str) -> None:
+    """Those of the navigation answer; the others say what is missing, and to whom."""
+    principal = ROLES[role]
+    await make_user(sqlite_plane, "bob", principal.platform_role)
+    for organisation, own in principal.roles.items():
+        await make_organisation(sqlite_plane, organisation, bob=own)
+    await log_in(sqlite_plane, "bob")
+
+    for page in PLAIN:
+        answer = await sqlite_plane.client.get(page.path)
+        allowed = page.allows(principal)
+        assert answer.status_code == (200 if allowed else 403), (page.path, answer.text[:2000])
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"] == "no-store"
+        linked = re.findall(r'<li><a href="([^"]+)"', answer.text)
+        assert linked == [one.path for one in CONSOLE if one.group is not None and one.allows(principal)]
+        if not allowed:
+            assert "bob" in answer.text
+
+
+@pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.path)
+async def test_a_part_is_the_page_without_its_frame(sqlite_plane: Running, page: Page) -> None:
+    await make_user(sqlite_plane, "bob", "admin")
+    await log_in(sqlite_plane, "bob")
+
+    whole = await sqlite_plane.client.get(page.path)
+    part = await sqlite_plane.client.get(page.path, headers={"hx-request": "true", "hx-request-type": "partial"})
+
+    assert "<html" in whole.text
+    assert "<html" not in part.text
+    assert "<h1" not in part.text
+
+
+@pytest.mark.parametrize("page", [page for page in PLAIN if page.posts], ids=lambda page: page.path)
+async def test_another_site_sends_no_form(sqlite_plane: Running, page: Page) -> None:
+    await make_user(sqlite_plane, "bob", "admin")
+    await log_in(sqlite_plane, "bob")
+
+    answer = await sqlite_plane.client.post(page.path, data={"x": "y"}, headers={"sec-fetch-site": "cross-site"})
+
+    assert answer.status_code == 403
+    assert "csrf" in answer.text
+
+
+async def test_an_unknown_page_is_one_that_helps(sqlite_plane: Running) -> None:
+    anonymous = await sqlite_plane.client.get("/console/nowhere")
+    await make_user(sqlite_plane, "bob", "admin")
+    await log_in(sqlite_plane, "bob")
+    known = await sqlite_plane.client.get("/console/nowhere<b>")
+    sent = await sqlite_plane.client.post("/console/nowhere", data={"a": "b"}, headers=SAME_ORIGIN)
+
+    assert anonymous.status_code == 303
+    assert (await sqlite_plane.client.get("/console")).headers["location"] == "/console/"
+    assert (known.status_code, sent.status_code) == (404, 404)
+    assert 'href="/console/"' in known.text
+    assert "nowhere<b>" not in known.text
+    assert "nowhere&lt;b&gt;" in known.text
