@@ -62,11 +62,23 @@ def _of_bytes(least: float) -> float:
     return _one_two_five(least) if least < 512 else float(2 ** math.ceil(math.log2(least) - 1e-9))
 
 
+def _duration_tick(value: float) -> str:
+    """In one unit, for there is little room: `90 s` is `1.5 min`."""
+    for size, unit in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min"), (_SECOND, "s")):
+        if value >= size:
+            return f"{figures.short(value / size)} {unit}"
+    return figures.ms(value) if value else "0"
+
+
+def _bytes_tick(value: float) -> str:
+    return figures.bytes(value) if value else "0"
+
+
 COUNT = Unit(figures.count, figures.short, whole=True)
-MILLISECONDS = Unit(figures.ms, figures.ms, steps=_of_duration)
-SHARE = Unit(figures.share, lambda value: f"{figures.short(value * 100)} %")
-PER_SECOND = Unit(figures.rate, lambda value: f"{figures.short(value)}/s")
-BYTES = Unit(figures.bytes, figures.bytes, whole=True, steps=_of_bytes)
+MILLISECONDS = Unit(figures.ms, _duration_tick, steps=_of_duration)
+SHARE = Unit(figures.share, lambda value: f"{figures.short(value * 100)} %" if value else "0")
+PER_SECOND = Unit(figures.rate, lambda value: f"{figures.short(value)}/s" if value else "0")
+BYTES = Unit(figures.bytes, _bytes_tick, whole=True, steps=_of_bytes)
 
 
 def _money_tick(value: float) -> str:

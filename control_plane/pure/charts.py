@@ -38,10 +38,10 @@ HEIGHT, _ABOVE, _BELOW = 150, 8, 20
 _FINE = 2
 # Bytes that the texts for pointers may have, and columns beyond which they are too narrow to be found
 _MOST_HINTS, _MOST_HITS = 9_000, 120
-# Columns beyond which there is no room between two
-_MOST_SPACED = 120
-# Pixels between two labels of last values
-_LABEL = 13
+# Columns beyond which the space between two is relatively wider, so that it is seen; and beyond which there is none
+_MOST_DENSE, _MOST_SPACED = 31, 120
+# Pixels between two labels of last values, and letters that there is room for
+_LABEL, _LONGEST = 13, 9
 NOTHING = Markup("")
 State = Literal["ok", "failed", "refused", "left", "lost", "waited"]
 Number = int | float
@@ -215,7 +215,7 @@ def columns(
     total = unit.shown(_total(totals)) if any(totals) else ""
     sentence = _columns_text(description, frame, drawn, unit)
     shapes = NOTHING.join(
-        [_gaps(frame, totals, height), *_areas(drawn, axis, height), _hits(frame, drawn, unit, height)]
+        [_gaps(frame, totals, height), *_areas(drawn, axis, height), _hits(frame, drawn, unit, height, True)]
     )
     plot = _plot(frame, axis, shapes, title, sentence, height, "" if any(totals) else empty)
     return _figure("columns", title, unit_text, total, plot, legend if len(drawn) > 1 else NOTHING)
@@ -246,17 +246,23 @@ def _areas(drawn: Sequence[Series], axis: Scale, height: int) -> Iterator[Markup
 
 
 def _skyline(heights: Sequence[int], height: int, spaced: bool) -> str:
-    """Columns as one closed path; each is 10 units wide, or 8 and a space."""
-    bottom, parts, at = height * _FINE, [f"M{1 if spaced else 0} {height * _FINE}"], 0
+    """Columns as one closed path; each is 10 units wide, with its space."""
+    bottom, width, at = height * _FINE, _width(len(heights)), 0
+    parts = [f"M{(10 - width) // 2} {bottom}"]
     for size in heights:
         if spaced:
-            parts.append(f"V{bottom - size}h8V{bottom}h2" if size else "h10")
+            parts.append(f"V{bottom - size}h{width}V{bottom}h{10 - width}" if size else "h10")
         elif size == at:
             parts.append("h10")
         else:
             parts.append(f"V{bottom - size}h10")
             at = size
     return "".join([*parts, f"V{bottom}z"])
+
+
+def _width(number: int) -> int:
+    """Of a column, out of 10."""
+    return 9 if number <= _MOST_DENSE else 8
 
 
 def _gaps(frame: _Frame, totals: Values, height: int) -> Markup:
@@ -274,23 +280,26 @@ def _gaps(frame: _Frame, totals: Values, height: int) -> Markup:
     return Markup('<path class="gap" d="{}"/>').format(path)
 
 
-def _hits(frame: _Frame, drawn: Sequence[Series], unit: Unit, height: int) -> Markup:
-    """A text for each column, which pointers find; nothing where there are too many."""
+def _hits(frame: _Frame, drawn: Sequence[Series], unit: Unit, height: int, summed: bool) -> Markup:
+    """A text for each column, which pointers find; nothing where there are too many. `summed`: begins with the sum."""
     if frame.size > _MOST_HITS:
         return NOTHING
     full, brief = [], []
     hit = Markup('<path class="hit" d="M{} 0h10v{}h-10z"><title>{}</title></path>')
     for place in range(frame.size):
         known = [(one.name, value) for one in drawn if (value := one.values[place]) is not None]
-        head = f"{frame.span(place)}: {unit.shown(_total(value for _, value in known))}"
+        head = frame.span(place)
+        if summed or len(drawn) == 1:
+            head += f": {unit.shown(_total(value for _, value in known))}"
         # As they are stacked: the first one is at the bottom.
-        parts = [f"{name}: {unit.shown(value)}" for name, value in reversed(known) if value]
+        parts = [f"{name}: {unit.shown(value)}" for name, value in reversed(known) if value or not summed]
         if parts:
             brief.append(hit.format(10 * place, height * _FINE, head))
             full.append(hit.format(10 * place, height * _FINE, "\n".join([head, *parts])))
-    rich = NOTHING.join(full)
-    found = rich if len(drawn) > 1 and len(rich) <= _MOST_HINTS else NOTHING.join(brief)
-    return Markup('<g fill="none" pointer-events="all">{}</g>').format(found)
+    found = NOTHING.join(full) if len(drawn) > 1 else NOTHING.join(brief)
+    if len(found) > _MOST_HINTS:
+        found = NOTHING.join(brief) if summed else NOTHING
+    return Markup('<g fill="none" pointer-events="all">{}</g>').format(found) if found else NOTHING
 
 
 def lines(
@@ -324,7 +333,7 @@ def lines(
         for place, one in reversed(list(enumerate(drawn)))
         if any(value is not None for value in one.values)
     )
-    shapes += _hits(frame, drawn, unit, height) if len(drawn) == 1 else NOTHING
+    shapes += _hits(frame, drawn, unit, height, False)
     ends = _ends([(kind, value) for _, kind, value in last if value is not None], axis, unit, height)
     plot = _plot(frame, axis, shapes, title, " ".join(parts), height, "" if known else empty, ends)
     return _figure("lines", title, unit_text, "", plot, legend)
@@ -364,7 +373,8 @@ def _ends(last: Sequence[tuple[str, Number]], axis: Scale, unit: Unit, height: i
     for kind, value in sorted(last, key=lambda one: one[1]):
         y = min(height + _ABOVE - axis.height(value, height) + 4.0, floor - _LABEL)
         floor = y
-        placed.append((y, kind, unit.tick(value)))
+        text = unit.shown(value)
+        placed.append((y, kind, text if len(text) <= _LONGEST else unit.tick(value)))
     return NOTHING.join(
         Markup('<text class="end {}" x="100%" dx="6" y="{}">{}</text>').format(kind, f"{y:.0f}", text)
         for y, kind, text in placed
@@ -422,7 +432,9 @@ def _bin(place: int, one: Bin, frame: _Frame, axis: Scale, height: int) -> Marku
     shapes = NOTHING.join(parts)
     if one.href is None:
         return Markup("<g><title>{}</title>{}</g>").format(text, shapes)
-    return Markup('<a href="{}" aria-label="{}"><title>{}</title>{}</a>').format(one.href, text, text, shapes)
+    # The first columns would have to be passed by keyboard, one by one: only those with an error are stops.
+    stop = NOTHING if one.failed else Markup(' tabindex="-1"')
+    return Markup('<a href="{}"{}><title>{}</title>{}</a>').format(one.href, stop, text, shapes)
 
 
 def spark(values: Sequence[Number | None], title: str, kind: str = "s0") -> Markup:
@@ -463,9 +475,9 @@ def _plot(
         description = f"{description} {nothing}".strip()
     return Markup(
         '<svg class="plot" role="{role}" width="100%" height="{all}"><title>{title}</title><desc>{desc}</desc>'
-        '<svg class="shapes" y="{above}" width="100%" height="{height}" viewBox="0 0 {width} {high}" '
+        '<svg class="shapes" role="none" y="{above}" width="100%" height="{height}" viewBox="0 0 {width} {high}" '
         'preserveAspectRatio="none">{grid}{shapes}<path class="base" d="M0 {high}H{width}"/></svg>'
-        "{labels}{ends}{sentence}</svg>"
+        '<g aria-hidden="true">{labels}{ends}</g>{sentence}</svg>'
     ).format(
         role="group" if linked else "img",
         all=_ABOVE + height + _BELOW,

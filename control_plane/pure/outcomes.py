@@ -397,18 +397,14 @@ ATTEMPTS: Mapping[str, _Did] = {
         "refused the credentials", "refused the router's credentials", "refused the router's credentials"
     ),
     "connect_failed": _Did("no connection", "did not accept a connection", "accepted a connection", True),
-    "stale": _Did(
-        "idle connection closed", "had closed the idle connection", "had closed the idle connection"
-    ),
+    "stale": _Did("idle connection closed", "had closed the idle connection", "had closed the idle connection"),
     "reset": _Did("connection closed", "closed the connection after {took}", "closed the connection"),
     "protocol_error": _Did("not a valid answer", "sent no valid answer", "sent a valid answer", True),
     "first_byte_timeout": _Did(
         "no first byte in {took}", "sent no first byte in {took}", "sent a first byte in {took}", True
     ),
     "idle_timeout": _Did("fell silent", "fell silent in the middle of its answer", "fell silent"),
-    "total_timeout": _Did(
-        "not done in {took}", "was not done after {took}", "was done after {took}", True
-    ),
+    "total_timeout": _Did("not done in {took}", "was not done after {took}", "was done after {took}", True),
     "drain_timeout": _Did("the router stopped", "was cut off, as the router stopped", "were cut off"),
     "truncated": _Did(
         "stream broke off", "ended the stream before its last event", "ended the stream before its last event"
@@ -416,7 +412,10 @@ ATTEMPTS: Mapping[str, _Did] = {
     "error_event": _Did("error in the stream", "sent an error within the stream", "sent an error within the stream"),
     "aborted": _Did("ended early", "ended the generation early", "ended the generation early"),
     "shed": _Did(
-        "no connection left", "was not asked, as the router had no connection left", "were not asked"
+        "no connection left",
+        "was not asked, as the router had no connection left",
+        "was asked, as the router had no connection left",
+        True,
     ),
     "no_backend": _Did("taken out", "was taken out of use", "were taken out of use"),
     "refused": _Did("refused", "was not asked", "were not asked"),
@@ -424,7 +423,31 @@ ATTEMPTS: Mapping[str, _Did] = {
     "hedge_lost": _Did("another answer was taken", "was stopped, as another answer was taken", "were stopped"),
     "race_lost": _Did("another answer was taken", "was stopped, as another answer was taken", "were stopped"),
     "vote_lost": _Did("another answer was taken", "was stopped, as the vote was decided", "were stopped"),
-}  # fmt: skip
+}
+# Answers of engines that say more than their class: by status
+STATUSES: Mapping[int, _Kind] = {
+    **dict.fromkeys(
+        (401, 403),
+        OUTCOMES["upstream_4xx"]._replace(
+            headline="The engine refused the client's key",
+            advice="With `credentials` in the model's entry, engines get a token of the router's.",
+            runbook=f"{HELP}#401-or-403-of-the-engine-and-502-upstream_auth_failed",
+            look=("model", "backend"),
+        ),
+    ),
+    404: OUTCOMES["upstream_4xx"]._replace(
+        headline="The engine does not know it",
+        advice="If the engine knows the model by another name, set `served_model_name` in the model's entry.",
+        runbook=f"{HELP}#404",
+        look=("model", "backend"),
+    ),
+    429: OUTCOMES["upstream_4xx"]._replace(
+        headline="The engine was at a limit of its own",
+        advice="Add 429 to RETRY_ON_STATUS, so that the router tries another backend.",
+        runbook=f"{HELP}#429",
+        look=("backend", "engine_log"),
+    ),
+}
 _LOST = ("hedge_lost", "race_lost", "vote_lost")
 _STATES: Mapping[str, State] = {
     "ok": "ok",
@@ -445,17 +468,19 @@ _LEGS: Mapping[str, str] = {
 
 def explain(record: UsageFields) -> Explanation:
     """What became of a request. An outcome that is not known, as of a later router, is named as it is."""
-    outcome, verdict = record["outcome"], verdict_of(record)
-    known = _kind_of(record)
+    known = _kind_of(record) or _Kind(f"Ended with {record['outcome']}")
     parts = [_LEGS.get(record["kind"], ""), _sentence(record, known), *_beside(record)]
-    return Explanation(
-        verdict,
-        known.headline if known else f"Ended with {outcome}",
-        " ".join(part for part in parts if part),
-        known.advice if known else "",
-        known.runbook if known else None,
-        known.look if known else (),
-    )
+    sentence = " ".join(part for part in parts if part)
+    headline = _good(record) if record["outcome"] == "ok" else known.headline
+    return Explanation(verdict_of(record), headline, sentence, known.advice, known.runbook, known.look)
+
+
+def _good(record: UsageFields) -> str:
+    if record["cache"] == "hit":
+        return "Answered from the cache"
+    if record["fallback"]:
+        return "Answered by a fallback"
+    return "Answered after a retry" if len(record.get("attempt_details") or ()) > 1 else OUTCOMES["ok"].headline
 
 
 def verdict_of(record: UsageFields) -> Verdict:
@@ -507,7 +532,7 @@ def bars(record: UsageFields) -> tuple[Bar, ...]:
     if record["queued_ms"] > 0:
         end = attempts[0]["start_ms"] if attempts else record["latency_ms"]
         start = max(end - record["queued_ms"], 0)
-        found.append(Bar("in the queue", "waited", "waited", start, end - start))
+        found.append(Bar("waited", "for its turn", "waited", start, end - start))
     for place, one in enumerate(attempts):
         words = attempt_words(one["outcome"], one["status"], one["duration_ms"])
         first = record["ttft_ms"] if place == len(attempts) - 1 else None
@@ -517,16 +542,20 @@ def bars(record: UsageFields) -> tuple[Bar, ...]:
 
 
 def _kind_of(record: UsageFields) -> _Kind | None:
-    outcome, code = record["outcome"], record["code"]
+    outcome, code, attempts = record["outcome"], record["code"], attempts_of(record)
     if record["kind"] != "request" and outcome in _LOST:
         return OUTCOMES["race_lost"]
-    # After an attempt its outcome says more than the code, which several have.
-    if code in CODES and not (record["attempts"] and outcome in ATTEMPTS and outcome not in ("no_backend", "shed")):
+    if outcome == "upstream_4xx" and record["status"] in STATUSES:
+        return STATUSES[record["status"]]
+    # What became of the attempts says more than that nothing was left to try.
+    if outcome == "no_backend" and attempts:
+        return OUTCOMES.get(attempts[-1]["outcome"])
+    if code in CODES and (not attempts or outcome in ("refused", "shed")):
         return CODES[code]
     return OUTCOMES.get(outcome)
 
 
-def _sentence(record: UsageFields, known: _Kind | None) -> str:
+def _sentence(record: UsageFields, known: _Kind) -> str:
     outcome = record["outcome"]
     if record["cache"] == "hit" and outcome == "ok":
         return f"The router answered from its cache in {figures.ms(record['latency_ms'])}; no backend was asked."
@@ -535,10 +564,15 @@ def _sentence(record: UsageFields, known: _Kind | None) -> str:
         return _left(record, attempts)
     if outcome == "ok":
         return _answered(record, attempts)
+    if outcome == "refused" and record["status"] < 400:
+        return "The router ended the session, since a message of the client was larger than is allowed."
     if not attempts or outcome in ("refused", "internal_error", "vote_lost"):
-        text = known.sentence if known else ""
-        return text.format(**record) if text else f"It ended with {outcome}, before a backend was tried."
-    return _tried(attempts, record["attempts"])
+        text = known.sentence.format(**record)
+        return text or f"It ended with {outcome}, before a backend was tried."
+    text = _tried(attempts, record["attempts"])
+    if outcome == "total_timeout" and attempts[-1]["outcome"] != outcome:
+        text += f" After {figures.ms(record['latency_ms'])} there was no time left for another try."
+    return text
 
 
 def _answered(record: UsageFields, attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -606,7 +640,7 @@ def _beside(record: UsageFields) -> list[str]:
         answered = "answered" if record["outcome"] == "ok" else "was asked"
         found.append(f"The fallback {record['model']} {answered} in place of {record['asked_model']}.")
     if record["queued_ms"] >= 1:
-        found.append(f"It had waited {figures.ms(record['queued_ms'])} in the queue.")
+        found.append(f"It had waited {figures.ms(record['queued_ms'])} for its turn.")
     if record["votes"]:
         agreed, _, of = record["votes"].partition("/")
         found.append(f"{agreed} of {of} members agreed.")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from control_plane.pure import outcomes
-from control_plane.pure.outcomes import CODES, OUTCOMES, attempt_words, bars, explain
+from control_plane.pure.outcomes import CODES, OUTCOMES, STATUSES, attempt_words, bars, explain
 from control_plane.pure.records import FINE, KINDS
 from inference_api import errors
 from inference_api.models import Outcome
@@ -78,7 +78,7 @@ def test_every_error_of_the_router_has_words() -> None:
 
 
 def test_what_to_do_is_written_down() -> None:
-    for kind in {*OUTCOMES.values(), *CODES.values()}:
+    for kind in {*OUTCOMES.values(), *CODES.values(), *STATUSES.values()}:
         if kind.runbook is not None:
             page, _, anchor = kind.runbook.partition("#")
             assert not anchor or anchor in slugs(page), kind.runbook
@@ -155,6 +155,31 @@ def test_an_answer_of_the_cache() -> None:
     assert found.sentence == "The router answered from its cache in 0.8 ms; no backend was asked."
 
 
+def test_backends_that_were_down() -> None:
+    down = [tried("connect_failed"), tried("connect_failed", "10.0.0.12:8000")]
+    found = explain(failed("no_backend", *down, status=503, code="no_backend_available"))
+
+    assert found.headline == "No backend could be connected to"
+    assert found.sentence == "Two backends were tried; neither accepted a connection."
+    assert found.runbook == "k8s/runbook.md#inferencerouterbackenddown"
+
+
+def test_a_deadline_that_left_no_time_for_another_try() -> None:
+    given = failed("total_timeout", tried("reset", took=599_000.0), code="upstream_timeout")
+
+    assert explain(given | {"latency_ms": 600_000.0}).sentence == (
+        "10.0.0.11:8000 closed the connection after 9 min 59 s. After 10 min there was no time left for another try."
+    )
+
+
+def test_an_engine_that_does_not_know_the_model() -> None:
+    found = explain(record(outcome="upstream_4xx", status=404, ttft_ms=None))
+
+    assert found.verdict == "refused"
+    assert found.sentence == "10.0.0.12:8000 answered 404."
+    assert "served_model_name" in found.advice
+
+
 def test_a_client_that_left_in_the_middle() -> None:
     found = explain(record(outcome="client_gone"))
 
@@ -180,7 +205,7 @@ def test_the_rows_of_a_waterfall() -> None:
     rows = bars(record(attempts=2, attempt_details=details, queued_ms=1799, ttft_ms=122_000, latency_ms=131_301))
 
     assert [(row.label, row.state, row.start_ms, row.first_byte_ms) for row in rows] == [
-        ("in the queue", "waited", 1, None),
+        ("waited", "waited", 1, None),
         ("10.0.0.11:8000", "failed", 1800, None),
         ("10.0.0.12:8000", "ok", 121_801, 122_000),
     ]
