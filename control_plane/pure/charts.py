@@ -5,19 +5,18 @@ shapes are stretched (`svg.shapes`, whose viewBox has no fixed aspect). All of a
 is that of its container; labels of `.wide` are hidden where that is narrow. The y labels stand left of the plot and the
 last values right of it: the stylesheet leaves margins for both.
 
-Classes, for the stylesheet:
+Classes, for the stylesheet (its section "Charts"):
 
-- `figure.chart` (`.columns`, `.lines`, `.histogram`, `.waterfall`; `.empty`), in it `figcaption` with `.chart-title`,
+- `figure.chart` (`.columns`, `.lines`, `.histogram`, `.waterfall`), in it `figcaption` with `.chart-title`,
   `.chart-unit`, `.chart-now`
-- `svg.plot`, `svg.shapes`; `.grid`, `.base` (lines of the value axis), `.ticks` (of the time axis), `.axis` (labels:
-  `.y`, `.x`, `.day`, `.wide`), `.end` (last values), `.hit` (what a pointer finds), `.gap` (no data), `.nothing`
-- `.s0` ... `.s7`: the colours of series, of `path.area`, `path.line`, `span.swatch`, `text.end`; `.other`, `.ok`,
-  `.failed` are such, too
-- `ul.legend`, in it `.swatch`, `.name`, `.value`
-- `svg.spark`: `path.area`, `path.line`, `.gap`
-- `ol.waterfall`: `li` (`.scale`, or a state: `.ok`, `.failed`, `.refused`, `.left`, `.lost`, `.waited`), in it `.who`,
-  `.state`, `svg.lane` with `.bar`, `.mark` (the first byte), `.grid`, `.axis`; `.took`
-- `table.numbers`, `.visually-hidden`
+- `svg.plot`, `svg.shapes`; `.rules`, `.base` (lines of the value axis), `.axis` (labels: `.y`, `.x`, `.day`, `.wide`),
+  `.end` (last values), `.hit` (what a pointer finds), `.gap` (no data), `.nothing`
+- `.s0` ... `.s7`, `.other`, `.ok`, `.failed`: colours of series, of `path.area`, `path.line`, `.swatch`, `.end`
+- `ul.legend`, in it `.swatch`, `.of`, `.value`
+- `svg.spark`: `path.line`
+- `ol.waterfall`: `li` (`.scale`: the axis), in it `.backend`, `.state` (a pill, as everywhere), `svg.lane` with
+  `.rules`, `.axis` (`.first`, `.last`), `.span` (and a State), `.mark` (the first byte); `.took`
+- `table.numbers` with `.num`; `.visually-hidden`
 """
 
 import math
@@ -86,9 +85,11 @@ class Table(NamedTuple):
     rows: tuple[tuple[str, ...], ...]
 
     def __html__(self) -> Markup:
-        head = _all('<th scope="col">{}</th>', self.head)
+        head = _all('<th scope="col">{}</th>', self.head[:1]) + _all(
+            '<th scope="col" class="num">{}</th>', self.head[1:]
+        )
         rows = NOTHING.join(
-            Markup('<tr><th scope="row">{}</th>{}</tr>').format(row[0], _all("<td>{}</td>", row[1:]))
+            Markup('<tr><th scope="row">{}</th>{}</tr>').format(row[0], _all('<td class="num">{}</td>', row[1:]))
             for row in self.rows
         )
         frame = '<table class="numbers"><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table>'
@@ -498,7 +499,7 @@ def _plot(
 def _grid(axis: Scale, width: int, height: int) -> Markup:
     heights = [round(height * _FINE * (1 - value / axis.top)) for value, _ in axis.ticks[1:]]
     path = "".join(f"M0 {y}H{width}" for y in heights)
-    return Markup('<path class="grid" d="{}"/>').format(path) if path else NOTHING
+    return Markup('<path class="rules" d="{}"/>').format(path) if path else NOTHING
 
 
 def _y_labels(axis: Scale, height: int) -> Iterator[Markup]:
@@ -525,7 +526,7 @@ def _legend(rows: Iterable[tuple[Series, str, str]]) -> Markup:
         name = Markup('<a href="{}">{}</a>').format(one.href, one.name) if one.href else escape(one.name)
         items.append(
             Markup(
-                '<li><span class="swatch {}"></span><span class="name">{}</span> <span class="value">{}</span></li>'
+                '<li><span class="swatch {}"></span><span class="of">{}</span> <span class="value">{}</span></li>'
             ).format(kind, name, text)
         )
     return Markup('<ul class="legend">{}</ul>').format(NOTHING.join(items))
@@ -563,7 +564,15 @@ def table_of(
 # A request
 
 
-_SIGNS: Mapping[State, str] = {"ok": "✓", "failed": "✕", "refused": "⊘", "left": "↩", "lost": "○", "waited": "…"}
+# How pills of a state look
+_KINDS: Mapping[State, str] = {
+    "ok": "ok",
+    "failed": "bad",
+    "refused": "warn",
+    "left": "off",
+    "lost": "off",
+    "waited": "info",
+}
 
 
 def waterfall(bars: Sequence[Bar], duration_ms: float, *, title: str, empty: str = "No backend was tried.") -> Markup:
@@ -582,7 +591,7 @@ def waterfall(bars: Sequence[Bar], duration_ms: float, *, title: str, empty: str
         for value, text in ticks
     )
     grid = NOTHING.join(
-        Markup('<line class="grid" x1="{0}" x2="{0}" y1="0" y2="100%"/>').format(_percent(value / end))
+        Markup('<line class="rules" x1="{0}" x2="{0}" y1="0" y2="100%"/>').format(_percent(value / end))
         for value, _ in ticks
     )
     rows = NOTHING.join(_row(bar, end, grid) for bar in bars)
@@ -607,16 +616,16 @@ def _row(bar: Bar, end: float, grid: Markup) -> Markup:
     since = f"after {figures.ms(bar.start_ms)}, for {figures.ms(bar.duration_ms)}"
     since += f", first byte after {figures.ms(first)}" if first is not None else ""
     return Markup(
-        '<li class="{state}"><span class="who">{label}</span> '
-        '<span class="state {state}"><span aria-hidden="true">{sign}</span> {words}</span>'
+        '<li><span class="backend">{label}</span> '
+        '<span class="state {kind}">{words}</span>'
         '<span class="visually-hidden">, {since}</span>'
         '<svg class="lane" aria-hidden="true" width="100%" height="24">{grid}'
-        '<rect class="bar {state}" x="{x}" width="{width}" y="5" height="14" rx="2"/>{mark}</svg>'
+        '<rect class="span {state}" x="{x}" width="{width}" y="5" height="14" rx="2"/>{mark}</svg>'
         '<span class="took" aria-hidden="true">{took}</span></li>'
     ).format(
         state=bar.state,
         label=label,
-        sign=_SIGNS[bar.state],
+        kind=_KINDS[bar.state],
         words=bar.words,
         since=since,
         grid=grid,

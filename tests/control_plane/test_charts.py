@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
+from control_plane import web
 from control_plane.pure import axes, charts
 from control_plane.pure.axes import BYTES, COUNT, MILLISECONDS, SHARE, time_ticks
 from control_plane.pure.charts import Bar, Bin, Series
@@ -226,3 +227,29 @@ def test_ticks_of_a_day() -> None:
 
     assert [tick.text for tick in found if tick.always] == ["12:00", "18:00", "29 Nov", "06:00"]
     assert len(found) == 12
+
+
+def luminance(colour: str) -> float:
+    """Of `#1f5fd0` or `#fff`, by WCAG 2."""
+    digits = colour.lstrip("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    red, green, blue = (one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, bright = sorted((luminance(one), luminance(other)))
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_series_are_seen_and_neighbours_are_told_apart_in_grey(scheme: str) -> None:
+    sheet = web.assets()["console.css"].body.decode()
+    dark = re.compile(r"@media \(prefers-color-scheme: dark\) \{\n  :root \{(.*?)\}\n\}", re.DOTALL)
+    text = "".join(dark.findall(sheet)) if scheme == "dark" else dark.sub("", sheet)
+    colours = dict(re.findall(r"--([\w-]+): (#\w+);", text))
+    series = [colours[f"chart-{place}"] for place in range(charts.MOST_SERIES)]
+
+    assert min(contrast(one, colours["panel"]) for one in [*series, colours["chart-ok"], colours["bad"]]) >= 3
+    assert min(contrast(*pair) for pair in itertools.pairwise(series)) >= 1.5
