@@ -7,8 +7,8 @@ last values right of it: the stylesheet leaves margins for both.
 
 Classes, for the stylesheet (its section "Charts"):
 
-- `figure.chart` (`.columns`, `.lines`, `.histogram`, `.waterfall`), in it `figcaption` with `.chart-title`,
-  `.chart-unit`, `.chart-now`
+- `figure.chart` (`.columns`, `.lines`, `.ended`: with last values, `.histogram`, `.waterfall`), in it `figcaption`
+  with `.chart-title`, `.chart-unit`, `.chart-now`
 - `svg.plot`, `svg.shapes`; `.rules`, `.base` (lines of the value axis), `.axis` (labels: `.y`, `.x`, `.day`, `.wide`),
   `.end` (last values), `.hit` (what a pointer finds), `.gap` (no data), `.nothing`
 - `.s0` ... `.s7`, `.other`, `.ok`, `.failed`: colours of series, of `path.area`, `path.line`, `.swatch`, `.end`
@@ -286,7 +286,6 @@ def _hits(frame: _Frame, drawn: Sequence[Series], unit: Unit, height: int, summe
     if frame.size > _MOST_HITS:
         return NOTHING
     full, brief = [], []
-    hit = Markup('<path class="hit" d="M{} 0h10v{}h-10z"><title>{}</title></path>')
     for place in range(frame.size):
         known = [(one.name, value) for one in drawn if (value := one.values[place]) is not None]
         head = frame.span(place)
@@ -295,12 +294,22 @@ def _hits(frame: _Frame, drawn: Sequence[Series], unit: Unit, height: int, summe
         # As they are stacked: the first one is at the bottom.
         parts = [f"{name}: {unit.shown(value)}" for name, value in reversed(known) if value or not summed]
         if parts:
-            brief.append(hit.format(10 * place, height * _FINE, head))
-            full.append(hit.format(10 * place, height * _FINE, "\n".join([head, *parts])))
-    found = NOTHING.join(full) if len(drawn) > 1 else NOTHING.join(brief)
+            brief.append(_hit(place, height, head))
+            full.append(_hit(place, height, "\n".join([head, *parts])))
+    found = "".join(full if len(drawn) > 1 else brief)
     if len(found) > _MOST_HINTS:
-        found = NOTHING.join(brief) if summed else NOTHING
-    return Markup('<g fill="none" pointer-events="all">{}</g>').format(found) if found else NOTHING
+        found = "".join(brief) if summed else ""
+    return Markup(f'<g fill="none" pointer-events="all">{found}</g>') if found else NOTHING
+
+
+# Of whole numbers alone; `Markup.format` would take most of the time of a chart.
+def _rect(kind: str, x: int, y: int, width: int, height: int, inside: str = "") -> str:
+    path = f'<path class="{kind}" d="M{x} {y}h{width}v{height}h-{width}z"'
+    return f"{path}>{inside}</path>" if inside else f"{path}/>"
+
+
+def _hit(place: int, height: int, text: str) -> str:
+    return _rect("hit", 10 * place, 0, 10, height * _FINE, f"<title>{escape(text)}</title>")
 
 
 def lines(
@@ -337,7 +346,7 @@ def lines(
     shapes += _hits(frame, drawn, unit, height, False)
     ends = _ends([(kind, value) for _, kind, value in last if value is not None], axis, unit, height)
     plot = _plot(frame, axis, shapes, title, " ".join(parts), height, "" if known else empty, ends)
-    return _figure("lines", title, unit_text, "", plot, legend)
+    return _figure("lines ended" if ends else "lines", title, unit_text, "", plot, legend)
 
 
 def _last(values: Values) -> Number | None:
@@ -423,19 +432,17 @@ def _bin(place: int, one: Bin, frame: _Frame, axis: Scale, height: int) -> Marku
     rest = min(axis.height(one.ok, high), high - low)
     text = f"{frame.span(place)}: {figures.count(total)} {'request' if total == 1 else 'requests'}"
     text += f", {figures.count(one.failed)} failed" if one.failed else ""
-    parts = [Markup('<path class="hit" d="M{} 0h10v{}h-10z"/>').format(10 * place, high)]
+    parts = [_rect("hit", 10 * place, 0, 10, high)]
     if rest:
-        parts.append(
-            Markup('<path class="area ok" d="M{} {}h8v{}h-8z"/>').format(10 * place + 1, high - low - rest, rest)
-        )
+        parts.append(_rect("area ok", 10 * place + 1, high - low - rest, 8, rest))
     if low:
-        parts.append(Markup('<path class="area failed" d="M{} {}h8v{}h-8z"/>').format(10 * place + 1, high - low, low))
-    shapes = NOTHING.join(parts)
+        parts.append(_rect("area failed", 10 * place + 1, high - low, 8, low))
+    inside = f"<title>{escape(text)}</title>{''.join(parts)}"
     if one.href is None:
-        return Markup("<g><title>{}</title>{}</g>").format(text, shapes)
-    # The first columns would have to be passed by keyboard, one by one: only those with an error are stops.
-    stop = NOTHING if one.failed else Markup(' tabindex="-1"')
-    return Markup('<a href="{}"{}><title>{}</title>{}</a>').format(one.href, stop, text, shapes)
+        return Markup(f"<g>{inside}</g>")
+    # All columns would have to be passed by keyboard, one by one: only those with an error are stops.
+    stop = "" if one.failed else ' tabindex="-1"'
+    return Markup(f'<a href="{escape(one.href)}"{stop}>{inside}</a>')
 
 
 def spark(values: Sequence[Number | None], title: str, kind: str = "s0") -> Markup:

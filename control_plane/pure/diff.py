@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple
 
+from markupsafe import Markup
+
 # Lines around a change that are shown, and the fewest that are worth a fold
 _CONTEXT, _FEWEST = 3, 3
 # Lines of each side beyond which only the ends that they share are found: difflib is quadratic.
 _LONGEST = 2_000
 
-Kind = Literal["same", "added", "removed", "folded"]
+Kind = Literal["same", "added", "removed", "fold"]
 
 
 class Line(NamedTuple):
@@ -28,13 +30,22 @@ class Line(NamedTuple):
     @property
     def sign(self) -> str:
         """For those who do not see colours."""
-        return {"same": " ", "added": "+", "removed": "-", "folded": "…"}[self.kind]
+        return {"same": " ", "added": "+", "removed": "-", "fold": "…"}[self.kind]
 
 
 class Diff(NamedTuple):
+    """In a page it is a block of code (`{{ diff }}`), a line each, with its sign."""
+
     lines: tuple[Line, ...]
     added: int
     removed: int
+
+    def __html__(self) -> Markup:
+        line = Markup('<span class="{}">{} {}</span>')
+        text = Markup("").join(line.format(one.kind, one.sign, one.text) for one in self.lines)
+        return Markup('<pre class="diff" tabindex="0" role="region" aria-label="{}">{}</pre>').format(
+            self.summary, text
+        )
 
     @property
     def same(self) -> bool:
@@ -119,4 +130,4 @@ def _folded(rows: Sequence[Line], context: int) -> Iterator[Line]:
 def _fold(run: Sequence[Line]) -> Sequence[Line]:
     if len(run) < _FEWEST:
         return run
-    return [Line("folded", f"{len(run):,} equal lines", run[0].before, run[0].after, len(run))]
+    return [Line("fold", f"{len(run):,} equal lines", run[0].before, run[0].after, len(run))]

@@ -56,3 +56,10 @@ def test_long_texts_do_not_take_long() -> None:
     found = of_texts("\n".join(old), "\n".join(new))
 
     assert (found.added, found.removed) == (49_800, 49_800)
+
+
+def test_a_page_shows_it_as_text() -> None:
+    found = of_texts("<b>", "<i>").__html__()
+
+    assert '<span class="removed">- &lt;b&gt;</span><span class="added">+ &lt;i&gt;</span>' in found
+    assert 'aria-label="1 line added, 1 removed"' in found

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from control_plane.pure import outcomes
-from control_plane.pure.outcomes import CODES, OUTCOMES, STATUSES, attempt_words, bars, explain
+from control_plane.pure.outcomes import ATTEMPTS, CODES, OUTCOMES, STATUSES, attempt_words, bars, explain
 from control_plane.pure.records import FINE, KINDS
 from inference_api import errors
 from inference_api.models import Outcome
@@ -66,6 +66,7 @@ def slugs(page: str) -> set[str]:
 @pytest.mark.parametrize("outcome", [one.value for one in Outcome])
 def test_every_outcome_of_the_router_has_words(outcome: str) -> None:
     assert outcome in OUTCOMES
+    assert outcome in ATTEMPTS
     assert attempt_words(outcome, 500, 1200.0)
     assert "_" not in attempt_words(outcome, 500, 1200.0)
 
