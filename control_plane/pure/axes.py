@@ -134,19 +134,19 @@ class Tick(NamedTuple):
     day: bool
 
 
-def time_ticks(start: int, end: int, most: int = 12, few: int = 5) -> Sequence[Tick]:
+def time_ticks(start: int, end: int, most: int = 13, few: int = 5) -> Sequence[Tick]:
     """Round UTC times from `start` to before `end`, `most` at most; of these about `few` are shown always."""
     if end <= start:
         return ()
     step = round_step(end - start, most)
+    least = round_step(end - start, few)
+    # Those that are always shown are some of the others.
+    coarse = next((other for other in _TIMES if other >= least and other % step == 0), step * math.ceil(most / few))
     places = range(_first(start, step), end, step)
-    coarse = round_step(end - start, few)
-    while coarse % step:
-        coarse = next(other for other in (*_TIMES, coarse + step) if other > coarse)
     always = {at for at in places if (at - _origin(coarse)) % coarse == 0}
     if len(always) < 2:
         always = set(places[:: max(math.ceil(len(places) / few), 1)])
-    return tuple(Tick(at, _text(at, step), at in always, step < _DAY and at % _DAY == 0) for at in places)
+    return tuple(Tick(at, _text(at), at in always, step < _DAY and at % _DAY == 0) for at in places)
 
 
 def _origin(step: int) -> int:
@@ -163,11 +163,11 @@ def round_step(span: int, most: int) -> int:
     return next((step for step in _TIMES if span <= step * most), 7 * _DAY * math.ceil(span / most / 7 / _DAY))
 
 
-def _text(at: int, step: int) -> str:
+def _text(at: int) -> str:
     moment = datetime.fromtimestamp(at // 1000, UTC)
     if at % _DAY == 0:
         return date(moment)
-    return f"{moment:%H:%M:%S}" if step < _MINUTE else f"{moment:%H:%M}"
+    return f"{moment:%H:%M:%S}" if at % _MINUTE else f"{moment:%H:%M}"
 
 
 def date(moment: datetime) -> str:

@@ -5,6 +5,15 @@ shapes are stretched (`svg.shapes`, whose viewBox has no fixed aspect). All of a
 is that of its container; labels of `.wide` are hidden where that is narrow. The y labels stand left of the plot and the
 last values right of it: the stylesheet leaves margins for both.
 
+From an answer of usage to a chart, and its numbers as a table:
+
+    times = buckets(answer["start"], answer["end"], HOUR)
+    series = [Series(name, spread(points, times, "requests")) for name, points in ...]
+    chart = columns(times, series, title="Requests", unit_text="per hour", bucket_ms=HOUR)
+    table = table_of(times, series, title="Requests per hour", bucket_ms=HOUR)
+
+Money is in nanos, with the unit `axes.money("USD")`; shares are of 1, with `axes.SHARE`.
+
 Classes, for the stylesheet (its section "Charts"):
 
 - `figure.chart` (`.columns`, `.lines`, `.ended`: with last values, `.histogram`, `.waterfall`), in it `figcaption`

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from control_plane.pure import outcomes
 from control_plane.pure.outcomes import ATTEMPTS, CODES, OUTCOMES, STATUSES, attempt_words, bars, explain
@@ -218,6 +220,38 @@ def test_a_request_without_details_is_one_attempt() -> None:
 
     assert (row.label, row.start_ms, row.duration_ms) == ("10.0.0.12:8000", 0, 2312.0)
     assert bars(record(attempts=0, backend=None)) == ()
+
+
+WORDS = st.sampled_from([*OUTCOMES, "of_a_later_router"])
+NAMES = st.sampled_from(["llama-3-8b", "{model}", "{}", "%s", "<b>"])
+TRIED = st.builds(tried, WORDS, NAMES, st.floats(0, 1e9), st.floats(0, 1e9))
+
+
+@given(
+    outcome=WORDS,
+    code=st.one_of(st.none(), st.sampled_from([*CODES]), WORDS),
+    kind=st.sampled_from(KINDS),
+    status=st.integers(0, 599),
+    attempts=st.integers(0, 20),
+    backend=st.one_of(st.none(), NAMES),
+    model=NAMES,
+    asked_model=NAMES,
+    fallback=st.booleans(),
+    cache=st.sampled_from(["hit", "miss", "bypass", None]),
+    votes=st.sampled_from(["2/3", None]),
+    queued_ms=st.floats(0, 1e6),
+    ttft_ms=st.one_of(st.none(), st.floats(0, 1e6)),
+    bytes=st.integers(0, 2**40),
+    attempt_details=st.one_of(st.none(), st.lists(TRIED, max_size=16)),
+)
+def test_no_record_is_too_odd(**fields: Any) -> None:
+    given_record = record(**fields)
+
+    found = explain(given_record)
+
+    assert found.headline
+    assert found.sentence.endswith(".")
+    assert len(bars(given_record)) <= 17
 
 
 def test_states_of_attempts_are_those_of_charts() -> None:
