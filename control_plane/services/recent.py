@@ -156,16 +156,16 @@ async def _read(
     """By group and begin of the bucket: one look at the rows."""
     group = usage.c[DIMENSIONS[asked.group_by]] if asked.group_by else literal_column("NULL")
     begin = (usage.c.at - usage.c.at % literal_column(str(bucket), BigInteger)).label("begin")
-    is_request = (usage.c.kind == "request").label("is_request")
-    by = begin, is_request, usage.c.ttft_bucket, *((group,) if asked.group_by else ())
-    query = select(group.label("of"), begin, is_request, usage.c.ttft_bucket, *sums.measures(usage, _MEASURES))
+    by = begin, usage.c.ttft_bucket, *((group,) if asked.group_by else ())
+    query = select(group.label("of"), begin, usage.c.ttft_bucket, *sums.measures(usage, _MEASURES))
     query = query.where(usage.c.at >= start, usage.c.at < end, *where).group_by(*by)
     found: dict[str | None, _Buckets] = {}
     for row in await connection.execute(query):
         into = found.setdefault(row.of, {}).setdefault(row.begin, _Bucket())
         for name in _MEASURES:
             into.counts[name] += row._mapping[name]
-        if row.is_request and row.ttft_bucket is not None:
+        # None of another kind is in `requests`.
+        if row.ttft_bucket is not None:
             into.ttft += histogram.single(row.ttft_bucket, row.requests)
     return found
 

@@ -73,10 +73,12 @@ async def test_callers_see_what_their_roles_reach(plane: Running) -> None:
     mine = record(organisation="team-a", user="max")
     await taken(plane, mine, record(organisation="team-a", user="ana"), record(organisation="team-b", user="max"))
 
-    async def seen(**roles: str) -> int:
-        return (await recent(plane.plane, act_of(plane, "max", **roles))).totals.requests
+    async def seen(name: str = "max", **roles: str) -> int:
+        return (await recent(plane.plane, act_of(plane, name, **roles))).totals.requests
 
     assert [await seen(team_a=role) for role in ("owner", "admin", "viewer", "member")] == [2, 2, 2, 1]
+    # What is kept is not shown to a colleague with the same role.
+    assert [await seen("eve", team_a="member"), await seen("ana", team_a="member")] == [0, 1]
     assert [await seen(team_b="owner"), await seen(team_c="owner"), await seen()] == [1, 0, 0]
 
 
