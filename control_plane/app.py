@@ -32,7 +32,7 @@ from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
-from control_plane.http.console import backends, static, unknown
+from control_plane.http.console import backends, overview, static, unknown
 from control_plane.http.console.login import Login
 from control_plane.http.console.shell import Page, Pages, Rendering
 from control_plane.http.counting import METHODS, route_among
@@ -80,6 +80,7 @@ RESOURCES = (
 )
 # Pages of the console, in the order of the navigation; the last answers for what is none.
 CONSOLE: tuple[Page, ...] = (
+    overview.PAGE,
     backends.PAGE,
     unknown.PAGE,
 )

@@ -25,14 +25,16 @@ from inference_api.features.fallback import FALLBACKS
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.references import members_of, virtual_key
 
-# Audit rows that are shown
-LATEST = 8
+# Audit rows that are shown, and in how many they are looked for
+LATEST, _NEWEST = 8, 60
+# Actions that change nothing of what people operate
+_NO_CHANGE = "session.", ".denied"
 
 
 class Overview(NamedTuple):
     """`as_of`: Unix milliseconds. `counts`: models by state, each of MODEL_STATUSES.
 
-    `changes`: audit rows as /api/v1/audit shows them, the newest first; None: the caller may see none.
+    `changes`: audit rows as /api/v1/audit shows them, the newest first, without logins; None: the caller may see none.
     """
 
     as_of: int
@@ -110,5 +112,7 @@ def _state_only(one: ModelStanding) -> ModelStanding:
 async def _changes(plane: Plane, act: Act, latest: int) -> tuple[dict[str, Any], ...] | None:
     if act.principal.scope("audit.see").empty:
         return None
-    rows = await audit.page_of(plane, audit.query(act.principal, audit.Filters()), latest, None)
-    return tuple(audit.shown(row) for row in rows)
+    rows = await audit.page_of(plane, audit.query(act.principal, audit.Filters()), _NEWEST, None)
+    begin, end = _NO_CHANGE
+    changes = [row for row in rows if not row.action.startswith(begin) and not row.action.endswith(end)]
+    return tuple(audit.shown(row) for row in changes[:latest])

@@ -9,8 +9,8 @@ from control_plane.pure.times import shown
 
 # Kinds of states, by which they look: ok, warn, bad, off, info
 _KINDS = {
-    **dict.fromkeys(("ok", "ready", "closed", "in step", "active"), "ok"),
-    **dict.fromkeys(("degraded", "draining", "half_open", "recovering", "resting", "expired", "old"), "warn"),
+    **dict.fromkeys(("ok", "ready", "closed", "in_step", "active"), "ok"),
+    **dict.fromkeys(("degraded", "draining", "half_open", "recovering", "resting", "expired", "behind"), "warn"),
     **dict.fromkeys(("failing", "out", "open", "unhealthy", "stuck", "lost", "failed"), "bad"),
     **dict.fromkeys(("asleep", "disabled", "ended", "unknown", "left"), "off"),
 }
