@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 def demo(arguments: argparse.Namespace) -> int:
     from inference_api.demo.run import run_demo
 
-    return run_demo(arguments.host, arguments.port, arguments.tokens_per_second, keys=arguments.keys)
+    given = arguments
+    return run_demo(given.host, given.port, given.tokens_per_second, keys=given.keys, plain=given.plain)
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
@@ -155,13 +156,16 @@ def _add_prompts(commands: _Commands) -> None:
 
 
 def _add_demo(commands: _Commands) -> None:
-    text = "start fake engines, a registry and the router in front of them, on this machine"
+    text = "start demo engines, two routers and the control plane with its console, on this machine"
     command = _added(commands, "demo", text, f"{text[0].upper()}{text[1:]}. Ctrl-C stops all of them.")
     command.set_defaults(run=demo)
-    command.add_argument("--host", default="127.0.0.1", help="address of the router")
-    command.add_argument("--port", type=int, default=8000, help="port of the router")
+    command.add_argument("--host", default="127.0.0.1", help="address of the routers")
+    command.add_argument("--port", type=int, default=8000, help="port of the first router")
     command.add_argument("--tokens-per-second", type=float, default=40, help="speed of an engine, per request")
-    command.add_argument("--keys", action="store_true", help="ask for API keys, with limits, prices and usage records")
+    plain = "one router, engines and a registry, and no traffic; without the extra `control-plane` it is always so"
+    command.add_argument("--plain", action="store_true", help=plain)
+    keys = "with --plain: ask for API keys, with limits, prices and usage records; else they are always asked for"
+    command.add_argument("--keys", action="store_true", help=keys)
 
 
 def _configured(commands: _Commands, name: str, text: str) -> argparse.ArgumentParser:

@@ -104,7 +104,7 @@ class Core:
         self.settings, self.outside, self._entry = settings, outside, entry
         self.rand = rand = outside.rand or random.Random()
         # Of this process: its name among the routers, and one that no other process ever has.
-        self.instance, self.boot = _instance(settings.port), secrets.token_hex(8)
+        self.instance, self.boot = instance_name(settings.port), secrets.token_hex(8)
         self._provided: dict[type, object] = {}
         # Loop time at which the process must have ended; None: it runs.
         self._stop_by: float | None = None
@@ -361,7 +361,7 @@ class Core:
                 transport.retain(origins)
 
 
-def _instance(port: int) -> str:
+def instance_name(port: int) -> str:
     """`<host name>-<port>`, in the characters of a name."""
     host = re.sub(r"[^A-Za-z0-9._-]", "-", platform.node()).lstrip("._-")[:100]
     return f"{host or 'router'}-{port}"

@@ -327,16 +327,20 @@ def test_serve_does_not_start_when_the_port_of_the_probes_is_in_use(
 def test_demo_is_run_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def run_demo(*arguments: Any, keys: bool) -> int:
-        asked.append((*arguments, keys))
+    def run_demo(*arguments: Any, **options: bool) -> int:
+        asked.append((*arguments, options))
         return 7
 
     monkeypatch.setattr(demo_run, "run_demo", run_demo)
 
     assert main(["demo"]) == 7
     assert main(["demo", "--host", "0.0.0.0", "--port", "81", "--tokens-per-second", "2.5"]) == 7
-    assert main(["demo", "--keys"]) == 7
-    assert asked == [("127.0.0.1", 8000, 40, False), ("0.0.0.0", 81, 2.5, False), ("127.0.0.1", 8000, 40, True)]
+    assert main(["demo", "--plain", "--keys"]) == 7
+    assert asked == [
+        ("127.0.0.1", 8000, 40, {"keys": False, "plain": False}),
+        ("0.0.0.0", 81, 2.5, {"keys": False, "plain": False}),
+        ("127.0.0.1", 8000, 40, {"keys": True, "plain": True}),
+    ]
 
 
 # python -m

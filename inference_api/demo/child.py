@@ -12,8 +12,17 @@ from pathlib import Path
 class Child:
     """A running `python -m ...`; whoever makes one stops it."""
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        script: Path | None = None,
+    ) -> None:
+        """`script`: a file for `sh` that starts the same, where that takes more than the arguments."""
         self.name = name
+        self._script = script
         self._log = log
         self._arguments = arguments
         with log.open("wb") as output:
@@ -35,6 +44,8 @@ class Child:
     @property
     def command(self) -> str:
         """The shell command that starts the same again, as a process that the demo does not own."""
+        if self._script is not None:
+            return shlex.join(["sh", str(self._script)])
         return shlex.join([sys.executable, "-m", *self._arguments])
 
     def last_lines(self, count: int = 10) -> str:

@@ -25,7 +25,7 @@ from inference_api.demo.media import Transcription
 from inference_api.demo.messages import Messages
 from inference_api.demo.requests import EngineError
 from inference_api.demo.responses import Responses
-from inference_api.demo.serving import Engine, Handler
+from inference_api.demo.serving import Engine, Faults, Handler
 
 # As vLLM: an idle connection is closed after 5 s, and a stop does not wait for what is being generated.
 _KEEP_ALIVE = 5
@@ -40,9 +40,10 @@ def create_engine(
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    faults: Faults = Faults(),  # noqa: B008  # a value that nothing changes
 ) -> Starlette:
     """An ASGI app that serves one demo model; the same request gets the same text and token counts."""
-    engine = Engine(model, tokens_per_second, max_model_len, clock, sleep, new_id)
+    engine = Engine(model, tokens_per_second, max_model_len, clock, sleep, new_id, faults)
     pages = {
         "/v1/models": engine.models,
         "/health": engine.health,
@@ -107,8 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tokens-per-second", type=float, default=40)
     parser.add_argument("--max-model-len", type=int, default=131072)
+    parser.add_argument("--delay", type=float, default=0, help="seconds before the first token")
+    parser.add_argument("--fail-rate", type=float, default=0, help="share of requests that fail, 0 to 1")
+    parser.add_argument("--fail-status", type=int, default=503, help="status of those")
     given = parser.parse_args(arguments)
-    app = create_engine(given.model, tokens_per_second=given.tokens_per_second, max_model_len=given.max_model_len)
+    app = create_engine(
+        given.model,
+        tokens_per_second=given.tokens_per_second,
+        max_model_len=given.max_model_len,
+        faults=Faults(given.delay, given.fail_rate, given.fail_status),
+    )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     # Health checks and scrapes would hide the requests.
     logging.getLogger("uvicorn.access").addFilter(lambda record: '"GET ' not in record.getMessage())

@@ -4,7 +4,7 @@ import json
 
 from inference_api.demo.policy import ALLOWED, REQUESTS, TOKENS, Keys
 
-_HELLO = [{"role": "user", "content": "Hello"}]
+HELLO = [{"role": "user", "content": "Hello"}]
 
 _WEATHER = [{"role": "user", "content": "How is the weather in Rome?"}]
 _CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -78,12 +78,12 @@ def guide(url: str, tokens_per_second: float, backend: int, logs: str, keys: Key
         url=url,
         pace=tokens_per_second,
         keys=_keys(url, logs, keys) if keys else "",
-        ask=_curl("curl", url, {"model": "llama-3-8b", "messages": _HELLO}, key),
-        stream=_curl("curl -N", url, {"model": "mistral-7b", "stream": True, "messages": _HELLO}, key),
-        tool=_curl("curl", url, {"model": "llama3", "messages": _WEATHER, "tools": [_TOOL]}, key),
+        ask=curl("curl", url, {"model": "llama-3-8b", "messages": HELLO}, key),
+        stream=curl("curl -N", url, {"model": "mistral-7b", "stream": True, "messages": HELLO}, key),
+        tool=curl("curl", url, {"model": "llama3", "messages": _WEATHER, "tools": [_TOOL]}, key),
         imports="import os\n" if keys else "",
         api_key='os.environ["TEAM_B"]' if keys else '"unused"',
-        hello=json.dumps(_HELLO),
+        hello=json.dumps(HELLO),
         backend=backend,
         logs=logs,
     )
@@ -96,8 +96,8 @@ def base_url(host: str, port: int) -> str:
 
 
 def _keys(url: str, logs: str, keys: Keys) -> str:
-    short: dict[str, object] = {"model": ALLOWED, "max_tokens": 1, "messages": _HELLO}
-    again = f"{_curl('curl -si', url, short, '$TEAM_A')} | grep -iE '^HTTP|^x-ratelimit|^retry-after|Rate limit'"
+    short: dict[str, object] = {"model": ALLOWED, "max_tokens": 1, "messages": HELLO}
+    again = f"{curl('curl -si', url, short, '$TEAM_A')} | grep -iE '^HTTP|^x-ratelimit|^retry-after|Rate limit'"
     return _KEYS.format(
         url=url,
         logs=logs,
@@ -106,13 +106,13 @@ def _keys(url: str, logs: str, keys: Keys) -> str:
         allowed=ALLOWED,
         requests=REQUESTS,
         tokens=TOKENS,
-        none=_curl("curl -i", url, short),
-        forbidden=_curl("curl -i", url, {**short, "model": "gpt2"}, "$TEAM_A"),
+        none=curl("curl -i", url, short),
+        forbidden=curl("curl -i", url, {**short, "model": "gpt2"}, "$TEAM_A"),
         limited=f"for n in $(seq {REQUESTS + 1}); do {again}; done",
     )
 
 
-def _curl(command: str, url: str, body: dict[str, object], key: str | None = None) -> str:
+def curl(command: str, url: str, body: dict[str, object], key: str | None = None) -> str:
     """`key`: a variable of the shell."""
     authorization = f' -H "authorization: Bearer {key}"' if key else ""
     content = f"-H 'content-type: application/json' -d '{json.dumps(body)}'"

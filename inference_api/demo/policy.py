@@ -1,4 +1,4 @@
-"""The policy of `inference-api demo --keys`: two organisations, keys made for each demo, and limits to run into."""
+"""The policy of `inference-api demo --plain --keys`: two organisations, new keys, and limits to run into."""
 
 from typing import Any, NamedTuple
 

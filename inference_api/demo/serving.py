@@ -1,9 +1,10 @@
 """The engine's handlers: from a request to paced events, to one document, or to a rejection."""
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 from starlette.datastructures import UploadFile
@@ -19,7 +20,23 @@ from inference_api.demo.requests import Asked, Chat, Detokenize, EngineError, Ge
 from inference_api.demo.telemetry import Record, Telemetry
 
 _Read = TypeVar("_Read", bound=Asked)
+# After so many tokens a stream that fails breaks off.
+_BREAKS_AFTER = 3
+_FAILS = "The demo engine fails now and then."
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Faults(NamedTuple):
+    """`delay`: seconds before the first token; `rate`: share of requests, 0 to 1, that fail, with this status."""
+
+    delay: float = 0
+    rate: float = 0
+    status: int = 503
+    random: Callable[[], float] = random.random
+
+
+class BrokenOff(Exception):
+    """A stream that ends in its middle, as that of an engine that crashes."""
 
 
 class Engine:
@@ -33,6 +50,7 @@ class Engine:
         clock: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]],
         new_id: Callable[[], str],
+        faults: Faults = Faults(),  # noqa: B008  # a value that nothing changes
     ) -> None:
         if not tokens_per_second > 0:
             raise ValueError(f"tokens_per_second must be more than 0, not {tokens_per_second}")
@@ -42,6 +60,7 @@ class Engine:
         self._clock = clock
         self._sleep = sleep
         self._new_id = new_id
+        self._faults = faults
         self._telemetry = Telemetry(name, max_model_len)
 
     # Generation
@@ -51,8 +70,13 @@ class Engine:
 
         async def handle(request: Request) -> Response:
             work = self._work(await self._read(request, kind), self._card(request))
+            fails = self._faults.random() < self._faults.rate
+            # Of streams that fail every other one has begun by then.
+            breaks = fails and bool(work.asked.stream) and self._faults.random() < 0.5
+            if fails and not breaks:
+                raise EngineError(_FAILS, None, "InternalServerError", self._faults.status)
             record = Record(self._telemetry, work.prompt_tokens, work.generations)
-            tick = partial(self._tick, record)
+            tick = partial(self._tick, record, breaks)
             if work.asked.stream:
                 return EventStream(stream(api(work), work, tick), self._telemetry.running(record))
             with self._telemetry.running(record):
@@ -77,9 +101,11 @@ class Engine:
             for task in tasks:
                 task.cancel()
 
-    async def _tick(self, record: Record) -> None:
-        await self._sleep(self._interval)
+    async def _tick(self, record: Record, breaks: bool) -> None:
+        await self._sleep(self._interval if record.steps else self._interval + self._faults.delay)
         record.step()
+        if breaks and record.steps == _BREAKS_AFTER:
+            raise BrokenOff(_FAILS)
 
     def _work(self, asked: Generate, card: Card) -> Work:
         prompts = asked.prompts

@@ -85,13 +85,13 @@ class Telemetry:
 
 
 class Record:
-    """One request: how far it is, and when it got there."""
+    """One request: how far it is, and when it got there. `steps`: tokens of the longest choice."""
 
     def __init__(self, telemetry: Telemetry, prompt_tokens: int, generations: Sequence[Generation]) -> None:
         self._telemetry = telemetry
         self._prompt_tokens = prompt_tokens
         self._generations = generations
-        self._steps = 0
+        self.steps = 0
         self._began = self._first = self._last = 0.0
 
     @property
@@ -101,7 +101,7 @@ class Record:
 
     @property
     def _generated(self) -> int:
-        return sum(min(len(generation.tokens), self._steps) for generation in self._generations)
+        return sum(min(len(generation.tokens), self.steps) for generation in self._generations)
 
     def begin(self) -> None:
         self._began = self._first = self._last = self._telemetry.clock()
@@ -109,9 +109,9 @@ class Record:
     def step(self) -> None:
         """All choices have one token more, those excepted that are complete."""
         count, seconds, now = self._telemetry.count, self._telemetry.seconds, self._telemetry.clock()
-        before, self._steps = self._generated, self._steps + 1
+        before, self.steps = self._generated, self.steps + 1
         count["generation_tokens"].inc(self._generated - before)
-        if self._steps > 1:
+        if self.steps > 1:
             seconds["inter_token_latency"].observe(now - self._last)
         else:
             self._first = now
@@ -122,7 +122,7 @@ class Record:
 
     def end(self) -> None:
         ended, seconds = self._telemetry.ended, self._telemetry.seconds
-        if self._steps < max(len(generation.tokens) for generation in self._generations):
+        if self.steps < max(len(generation.tokens) for generation in self._generations):
             ended["abort"].inc()
             return
         for generation in self._generations:

@@ -14,6 +14,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from inference_api.demo.engine import create_engine, main
+from inference_api.demo.serving import Faults
 from tests.ports import free_port
 
 HELLO: dict[str, Any] = {"model": "llama-3-8b", "messages": [{"role": "user", "content": "Hello"}]}
@@ -313,6 +314,30 @@ def test_a_client_that_leaves_ends_the_generation(serve: Callable[[ASGIApp], str
             caller.sendall(head.encode() + b"\r\n\r\n" + body)
             until(lambda: running(client) == 1)
         until(lambda: running(client) == 0)
+
+
+def test_a_slow_engine_waits_before_its_first_token(serve: Callable[[ASGIApp], str]) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    url = serve(create_engine("gpt2", tokens_per_second=40, sleep=sleep, faults=Faults(delay=1.5)))
+    httpx.post(f"{url}/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, trust_env=False)
+    assert slept == [1.5 + 1 / 40, 1 / 40, 1 / 40]
+
+
+def test_an_engine_fails_now_and_then(serve: Callable[[ASGIApp], str]) -> None:
+    drawn = iter([0.3, 0.2, 0.9, 0.2, 0.1])
+    faults = Faults(rate=0.25, status=503, random=lambda: next(drawn))
+    url = serve(create_engine("gpt2", tokens_per_second=1e6, faults=faults))
+    asked = {"prompt": "Hello", "max_tokens": 8, "stream": True}
+    answered, refused = (httpx.post(f"{url}/v1/completions", json=asked, trust_env=False) for _ in range(2))
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.post(f"{url}/v1/completions", json=asked, trust_env=False)
+
+    assert answered.text.endswith("data: [DONE]\n\n")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "InternalServerError")
 
 
 def test_a_pace_that_is_no_pace_is_refused() -> None:

@@ -1,16 +1,12 @@
-"""`inference-api demo --keys`: the printed commands show what keys, limits and usage records do."""
+"""`inference-api demo --plain --keys`: the printed commands show what keys, limits and usage records do."""
 
-import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -19,7 +15,7 @@ import yaml
 from inference_api.demo.policy import REQUESTS, Keys
 from inference_api.demo.run import run_demo
 from inference_api.policy.reading import read, run
-from tests.demo.test_run import Running, end, start, until
+from tests.demo.test_run import Running, end, interrupted, start, until
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 
@@ -104,20 +100,7 @@ def test_keys_are_printed_and_kept_nowhere(demo: Running) -> None:
 
 
 def test_the_demo_runs_with_keys_in_this_process() -> None:
-    """The same as above, where it is measured."""
-    shown, over = io.StringIO(), threading.Event()
-
-    def interrupt() -> None:
-        until(lambda: over.is_set() or "Ctrl-C ends it." in shown.getvalue())
-        if not over.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with redirect_stdout(shown):
-        assert run_demo(port=0, tokens_per_second=400, keys=True) == 0
-    over.set()
-    thread.join()
+    interrupted(lambda: run_demo(port=0, tokens_per_second=400, keys=True, plain=True))
 
 
 def test_its_policy_is_one_that_the_router_takes() -> None:

@@ -1,4 +1,4 @@
-"""The demo as a whole: real processes, the real router, the printed commands as printed."""
+"""`inference-api demo --plain`: real processes, the real router, the printed commands as printed."""
 
 import io
 import json
@@ -19,7 +19,8 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from inference_api.demo.run import Demo, DemoError, run_demo, stop_signals
+from inference_api.demo.processes import DemoError, Processes, stop_signals
+from inference_api.demo.run import is_installed, run_demo
 
 HELLO = {"model": "llama-3-8b", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -37,11 +38,12 @@ def until(reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def start(directory: Path, *options: str) -> Running:
+def start(directory: Path, *options: str, plain: bool = True) -> Running:
     """`inference-api demo` on a free port, once it has printed its guide; its files are in `directory`."""
     # A variable of the router that is none: the demo must not hand it on.
     environment = {**os.environ, "TMPDIR": str(directory), "INFERENCE_API_NONSENSE": "1"}
     command = [sys.executable, "-m", "inference_api", "demo", "--port", "0", "--tokens-per-second", "400", *options]
+    command += ["--plain"] if plain else []
     printed = ""
     # Between the choice of a free port and its use another test may take it.
     for _ in range(3):
@@ -58,7 +60,7 @@ def start(directory: Path, *options: str) -> Running:
         for line in process.stdout:
             printed += line
             if "Ctrl-C ends it." in line:
-                return Running(process, printed.split()[4].rstrip("."), printed)
+                return Running(process, re.findall(r"http://[\d.]+:\d+", printed)[0], printed)
         process.stdout.close()
         process.wait(30)
         if "Address already in use" not in printed:
@@ -185,8 +187,8 @@ def test_an_open_stream_does_not_hold_up_the_end(tmp_path: Path) -> None:
         assert end(demo) == (0, "")
 
 
-def test_the_demo_runs_in_this_process_until_sigint() -> None:
-    """The same as above, where it is measured."""
+def interrupted(demo: Callable[[], int]) -> str:
+    """What a demo in this process, where it is measured, prints until SIGINT."""
     printed, over = io.StringIO(), threading.Event()
 
     def interrupt() -> None:
@@ -195,20 +197,25 @@ def test_the_demo_runs_in_this_process_until_sigint() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    before = signal.getsignal(signal.SIGINT)
     thread.start()
     with redirect_stdout(printed):
-        code = run_demo(port=0, tokens_per_second=400)
+        code = demo()
     over.set()
     thread.join()
     assert code == 0
+    return printed.getvalue()
+
+
+def test_the_demo_runs_in_this_process_until_sigint() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    interrupted(lambda: run_demo(port=0, tokens_per_second=400, plain=True))
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_signal_during_the_start_ends_it_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    assert run_demo(port=0) == 0
+    assert run_demo(port=0, plain=True) == 0
     timer.join()
     assert capsys.readouterr() == ("", "")
 
@@ -235,6 +242,7 @@ def test_a_port_in_use_is_named_with_the_fix(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith(message)
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize(
     ("host", "port", "pace", "message"),
     [
@@ -244,32 +252,78 @@ def test_a_port_in_use_is_named_with_the_fix(capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_options_that_cannot_be_used_are_named(
-    capsys: pytest.CaptureFixture[str], host: str, port: int, pace: float, message: str
+    capsys: pytest.CaptureFixture[str], host: str, port: int, pace: float, message: str, plain: bool
 ) -> None:
-    assert run_demo(host, port, pace) == 1
+    assert run_demo(host, port, pace, plain=plain) == 1
     assert capsys.readouterr().err.startswith(f"inference-api demo: {message}")
 
 
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Demo]:
-    demo = Demo(tmp_path, stopping=[])
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    demo = Processes(tmp_path, stopping=[])
     yield demo
     demo.stop()
 
 
-def test_a_process_that_ends_before_it_is_ready_is_named_with_its_last_words(processes: Demo) -> None:
+def test_a_process_that_ends_before_it_is_ready_is_named_with_its_last_words(processes: Processes) -> None:
     processes.start("registry", "json.tool", "/no/such/file")
     with pytest.raises(DemoError, match=r"registry \(process \d+\) ended with exit code 2(.|\n)*/no/such/file"):
         processes.wait_for(["http://127.0.0.1:1/healthz"])
 
 
 def test_a_process_that_is_not_ready_in_time_is_named(tmp_path: Path) -> None:
-    processes = Demo(tmp_path, stopping=[], ready_within=0.3)
+    processes = Processes(tmp_path, stopping=[], ready_within=0.3)
     with pytest.raises(DemoError, match=r"http://127.0.0.1:1/healthz did not answer 200 within 0.3 s"):
         processes.wait_for(["http://127.0.0.1:1/healthz"])
 
 
-def test_the_demo_cannot_go_on_without_its_router(processes: Demo) -> None:
+def test_the_demo_goes_on_with_one_router_of_two(processes: Processes) -> None:
+    printed = io.StringIO()
+    processes.start("router on port 1", "json.tool", "/no/such/file", settings={"SECRET": "it's"})
+    until(lambda: processes.children[0].ended)
+    processes.start("router on port 2", "http.server", "0")
+    with redirect_stdout(printed):
+        thread = threading.Thread(target=processes.watch)
+        thread.start()
+        until(lambda: "the other router goes on" in printed.getvalue())
+        processes.stopping.append(signal.SIGINT)
+        thread.join()
+    again = printed.getvalue().split("To start it again:")[1].strip()
+    ran = subprocess.run(["sh", "-c", again], capture_output=True, text=True, check=False)
+
+    assert "/no/such/file" in ran.stderr
+    assert "it's" not in printed.getvalue()
+
+
+def test_a_command_that_fails_is_named_with_its_words(processes: Processes) -> None:
+    with pytest.raises(DemoError, match=r"json.tool /no/such/file: (.|\n)*No such file"):
+        processes.run("json.tool", "/no/such/file", settings={})
+
+
+def test_an_extra_is_installed_if_all_that_it_asks_for_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy-1.dist-info").mkdir()
+    (tmp_path / "toy-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: toy\nVersion: 1\n"
+        "Requires-Dist: no-such-distribution[x]>=1; extra == 'more'\nRequires-Dist: httpx>=0.1; extra == 'less'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    assert is_installed()
+    assert is_installed("toy", "less")
+    assert not is_installed("toy", "more")
+    assert not is_installed("no-such-distribution")
+
+
+def test_without_the_extra_it_runs_plain_and_says_how_to_get_the_rest() -> None:
+    printed = interrupted(lambda: run_demo(port=0, tokens_per_second=400, installed=lambda: False))
+
+    first, second = printed.splitlines()[:2]
+    assert first.endswith("pip install 'inference-api[control-plane]' adds them.")
+    assert second == ""
+    assert "kill " in printed
+
+
+def test_the_demo_cannot_go_on_without_its_router(processes: Processes) -> None:
     processes.start("router", "json.tool", "/no/such/file")
     with pytest.raises(DemoError, match=r"router .* ended with exit code 2"):
         processes.watch()
@@ -277,7 +331,7 @@ def test_the_demo_cannot_go_on_without_its_router(processes: Demo) -> None:
 
 def test_the_demo_goes_on_without_an_engine(tmp_path: Path) -> None:
     stopping: list[int] = []
-    processes, printed = Demo(tmp_path, stopping), io.StringIO()
+    processes, printed = Processes(tmp_path, stopping), io.StringIO()
     processes.start("gpt2 on port 1", "json.tool", "/no/such/file")
     with redirect_stdout(printed):
         thread = threading.Thread(target=processes.watch)
