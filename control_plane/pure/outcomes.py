@@ -589,13 +589,14 @@ def _answered(record: UsageFields, attempts: Sequence[Mapping[str, Any]]) -> str
 
 def _left(record: UsageFields, attempts: Sequence[Mapping[str, Any]]) -> str:
     took, size = figures.ms(record["latency_ms"]), record["bytes"]
+    of = f" of {attempts[-1]['backend']}" if attempts else ""
     if size:
-        return f"The client left after {took}, in the middle of the answer: {figures.bytes(size)} had gone out."
-    text = f"The client left after {took}, before an answer began"
+        return f"The client left after {took}, in the middle of the answer{of}: {figures.bytes(size)} had gone out."
     if not attempts:
-        return f"{text} and before a backend was tried."
+        return f"The client left after {took}, before a backend was tried."
+    text = f"The client left after {took}, before {attempts[-1]['backend']} had begun to answer."
     earlier = [one for one in attempts if one["outcome"] != "client_gone"]
-    return f"{text}. Before, {_each(earlier)}." if earlier else f"{text}."
+    return f"{text} Before, {_each(earlier)}." if earlier else text
 
 
 def _tried(attempts: Sequence[Mapping[str, Any]], number: int) -> str:

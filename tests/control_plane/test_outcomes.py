@@ -187,7 +187,7 @@ def test_a_client_that_left_in_the_middle() -> None:
     found = explain(record(outcome="client_gone"))
 
     assert found.verdict == "left"
-    assert "in the middle of the answer: 30.3 KiB had gone out" in found.sentence
+    assert "in the middle of the answer of 10.0.0.12:8000: 30.3 KiB had gone out." in found.sentence
 
 
 def test_a_stream_that_broke_after_its_head() -> None:
