@@ -1,4 +1,4 @@
-"""The day before the demo, made up: usage records as routers would have sent them, with one bad hour."""
+"""The day before the demo, made up: usage records as routers would have sent them, with two bad hours."""
 
 import math
 import random
@@ -12,7 +12,7 @@ _HOURS = 24
 # Requests of an hour in the middle of the day; as many as the sample callers send in half a minute
 _BUSY = 80
 # Hours ago, and what failed in them
-_BAD, _BAD_MODEL = range(3, 4), "mistral-7b"
+_BAD, _BAD_MODEL = range(2, 4), "mistral-7b"
 _CALLERS = {"translate": 4, "chatbot": 5, "notebook": 2, "nightly": 1}
 
 _ALIKE: Mapping[str, Any] = {
