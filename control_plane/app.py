@@ -33,6 +33,7 @@ from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
 from control_plane.http.console import backends, overview, static, unknown
+from control_plane.http.console import routers as routers_page
 from control_plane.http.console.login import Login
 from control_plane.http.console.shell import Page, Pages, Rendering
 from control_plane.http.counting import METHODS, route_among
@@ -82,6 +83,7 @@ RESOURCES = (
 CONSOLE: tuple[Page, ...] = (
     overview.PAGE,
     backends.PAGE,
+    routers_page.PAGE,
     unknown.PAGE,
 )
 # Routes of the machine side, beside the documents

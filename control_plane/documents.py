@@ -41,7 +41,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Document:
-    """JSON as it goes out, the same by gzip, its strong ETag, and what belongs to it."""
+    """JSON as it goes out, the same by gzip, its strong ETag, and what belongs to it.
+
+    `made_at`: Unix milliseconds since which it is so; here: another process may have made it before.
+    """
 
     body: bytes
     compressed: bytes
@@ -49,6 +52,7 @@ class Document:
     revision: int
     parts: Any = None
     until: int | None = None
+    made_at: int = 0
 
 
 # Makes a document from a transaction that reads; gets the one before it, and the time in Unix milliseconds.
@@ -67,12 +71,12 @@ async def bump(connection: AsyncConnection, document: str) -> int:
     return found
 
 
-def _document(built: Built, revision: int, known: Document | None) -> Document:
+def _document(built: Built, revision: int, known: Document | None, now: int) -> Document:
     etag = etag_of(built.body if built.identity is None else built.identity)
     if known is not None and known.etag == etag:
         return replace(known, revision=revision, parts=built.parts, until=built.until)
     compressed = gzip.compress(built.body, compresslevel=6) if built.compressed is None else built.compressed
-    return Document(built.body, compressed, etag, revision, built.parts, built.until)
+    return Document(built.body, compressed, etag, revision, built.parts, built.until, now)
 
 
 class Documents:
@@ -122,9 +126,10 @@ class Documents:
                 revision: int = (await connection.execute(query)).scalar_one()
                 if known is not None and known.revision == revision and not self._due(known):
                     return known
-                built = await self._builders[name](connection, known, self._clock())
+                now = self._clock()
+                built = await self._builders[name](connection, known, now)
             # A large one would stop the event loop.
-            document = await asyncio.to_thread(_document, built, revision, known)
+            document = await asyncio.to_thread(_document, built, revision, known, now)
             same = known is not None and known.etag == document.etag
             self._current[name] = document
             if not same:

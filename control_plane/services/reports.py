@@ -15,6 +15,8 @@ from control_plane.pure.reports import Reported, interval_after
 
 # Milliseconds after which a router that is gone is forgotten
 _FORGOTTEN = 24 * 3600 * 1000
+# Documents that routers poll
+POLLED = ("models", "policy", "overrides")
 # Seconds between two counts
 _EVERY = 5.0
 
@@ -73,8 +75,12 @@ def housekeeping(plane: Plane) -> Task:
 def etags(plane: Plane) -> dict[str, str | None]:
     """Of the documents that routers poll, as they are now."""
     documents = plane.documents
-    names = ("models", "policy", "overrides")
-    return {name: documents.get(name).etag if name in documents.names else None for name in names}
+    return {name: documents.get(name).etag if name in documents.names else None for name in POLLED}
+
+
+def made_at(plane: Plane) -> dict[str, int]:
+    """Unix milliseconds since which, at least, each of these documents is as it is now."""
+    return {name: plane.documents.get(name).made_at for name in POLLED if name in plane.documents.names}
 
 
 async def _read(connection: AsyncConnection, instance: str | None = None) -> list[Reported]:

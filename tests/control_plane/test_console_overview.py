@@ -66,7 +66,7 @@ async def test_models_that_are_not_well_come_first_with_since_when_and_why(sqlit
     assert {
         "/console/models/dead",
         "/console/backends?model=dead",
-        "/console/requests?model=dead&failed=yes",
+        "/console/requests?model=dead&outcome=failed",
         "/console/requests?id=4bf9-12",
     } <= set(links_of(html))
     found = figures_of(html)
