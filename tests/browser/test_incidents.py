@@ -1,0 +1,120 @@
+"""Three incidents, as an operator meets them: found, understood, ended, seen to be over."""
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import expect
+
+from inference_api.demo.processes import free_ports
+from tests.browser.conftest import Visitor, World, running
+
+PATIENCE = 60_000
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A demo in which things break."""
+    with running(tmp_path_factory.mktemp("demo"), rate=4, yesterday=False) as world:
+        yield world
+
+
+def test_a_backend_dies_and_is_replaced(own: World, visit: Visitor) -> None:
+    engine = own.child("llama-3-8b")
+    label = f"127.0.0.1:{re.findall(r'[0-9]+$', engine.name)[0]}"
+    tab = visit(own, "/console/")
+    expect(tab.locator("main")).to_contain_text("llama-3-8b", timeout=PATIENCE)
+    os.kill(engine.pid, signal.SIGKILL)
+
+    # Found: the page says it by itself, and why.
+    bad = (
+        tab.locator("#live")
+        .locator("tr, li, article, section")
+        .filter(has_text="llama-3-8b")
+        .filter(has_text="degraded")
+        .first
+    )
+    expect(bad).to_be_visible(timeout=PATIENCE)
+    expect(bad).to_contain_text(label, timeout=PATIENCE)
+    # Explained
+    bad.get_by_role("link", name=re.compile("llama-3-8b")).first.click()
+    row = tab.get_by_role("row").filter(has_text=label).first
+    expect(row).to_contain_text(re.compile("connect|refused|unhealthy"), timeout=PATIENCE)
+    # Drained
+    tab.goto(f"{own.url}/console/backends?model=llama-3-8b")
+    tab.get_by_role("link", name=f"Drain {label}").click()
+    tab.get_by_label("Reason").fill("its machine is gone")
+    tab.get_by_role("dialog").get_by_role("button", name="Drain").click()
+    expect(tab.locator("#live")).to_contain_text("2 of 2", timeout=PATIENCE)
+    # Replaced: another engine, and the entry names it.
+    port = free_ports(1)[0]
+    options = ("--model", "llama-3-8b", "--port", str(port), "--tokens-per-second", "200")
+    own.demo.start(f"llama-3-8b on port {port}", "inference_api.demo.engine", *options)
+    own.demo.wait_for([f"http://127.0.0.1:{port}/health"])
+    tab.goto(f"{own.url}/console/models/llama-3-8b?tab=entry")
+    entry = tab.get_by_label(re.compile("^Entry"))
+    entry.fill(entry.input_value().replace(label, f"127.0.0.1:{port}"))
+    tab.get_by_role("button", name="Check").click()
+    expect(tab.locator("main")).to_contain_text(f"127.0.0.1:{port}")
+    tab.get_by_role("button", name="Save").click()
+
+    # Seen to be over
+    tab.goto(f"{own.url}/console/backends?model=llama-3-8b")
+    new = tab.get_by_role("row").filter(has_text=f"127.0.0.1:{port}").first
+    expect(new).to_contain_text("ready", timeout=PATIENCE)
+    tab.goto(f"{own.url}/console/requests?model=llama-3-8b&backend=127.0.0.1:{port}")
+    expect(tab.get_by_role("table").get_by_role("row").nth(1)).to_be_visible(timeout=PATIENCE)
+
+
+def test_a_failed_request_is_found_by_its_id_in_two_clicks(own: World, visit: Visitor) -> None:
+    failed = own.failure()
+    tab = visit(own, "/console/")
+    # One
+    tab.get_by_role("link", name="Requests", exact=True).first.click()
+    tab.get_by_label("Request id").fill(failed[:12])
+    # Two
+    tab.get_by_label("Request id").press("Enter")
+
+    expect(tab.locator("h1")).to_contain_text(failed, timeout=PATIENCE)
+    main = tab.locator("main")
+    expect(main).to_contain_text("failed")
+    expect(main).to_contain_text("127.0.0.1:")
+    expect(main.get_by_role("img").first).to_be_visible()
+    runbook = main.get_by_role("link", name=re.compile("runbook", re.IGNORECASE)).first
+    expect(runbook).to_have_attribute("href", re.compile("#"))
+
+
+def test_a_leaked_key_is_ended_everywhere(own: World, visit: Visitor) -> None:
+    key = own.demo.keys["translate"]
+    asked = {"model": "mistral-7b", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
+    with httpx.Client(trust_env=False, timeout=30, headers={"authorization": f"Bearer {key.secret}"}) as client:
+        own.until(
+            lambda: all(
+                client.post(f"{url}/v1/chat/completions", json=asked).status_code == 200 for url in own.demo.routers
+            )
+        )
+        tab = visit(own, "/console/keys")
+        # The whole secret, as it was found; it never becomes a part of a URL.
+        tab.get_by_label(re.compile("^Find")).fill(key.secret)
+        tab.get_by_label(re.compile("^Find")).press("Enter")
+        expect(tab.locator("h1")).to_contain_text("translate")
+        assert key.secret not in tab.url
+        expect(tab.locator("main")).to_contain_text("last day")
+        tab.get_by_role("link", name=re.compile("^End")).first.click()
+        tab.get_by_role("dialog").get_by_role("button", name=re.compile("^End")).click()
+        expect(tab.locator("main")).to_contain_text("ended")
+        expect(tab.locator("main")).to_contain_text("2 of 2", timeout=PATIENCE)
+
+        assert [client.post(f"{url}/v1/chat/completions", json=asked).status_code for url in own.demo.routers] == [
+            401,
+            401,
+        ]
+    secrets = [
+        path for path in Path(own.demo.directory).glob("*.log") if key.secret in path.read_text(errors="replace")
+    ]
+    assert secrets == []
+    assert not any(key.secret in request.url for watched in visit.watched for request in watched.requests)
