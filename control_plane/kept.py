@@ -21,6 +21,7 @@ class Kept:
     def __init__(self, most: int = 500) -> None:
         self._most = most
         self._answers: dict[Hashable, _Answer] = {}
+        self._versions: dict[Hashable, tuple[Any, Any]] = {}
 
     async def get(self, key: Hashable, now: int, milliseconds: int, make: Callable[[], Awaitable[T]]) -> T:
         """The answer, at most so old; who asks while it is made waits for it. `now`: Unix milliseconds."""
@@ -36,6 +37,16 @@ class Kept:
                 answer.until = now + milliseconds
             found: T = answer.value
             return found
+
+    async def made_of(self, key: Hashable, version: Any, make: Callable[[], Awaitable[T]]) -> T:
+        """What was made of this version of something, or is made of it now. One version of each key is in memory."""
+        known = self._versions.get(key)
+        if known is not None and known[0] == version:
+            found: T = known[1]
+            return found
+        made = await make()
+        self._versions[key] = version, made
+        return made
 
     def drop(self, key: Hashable) -> None:
         """Make it anew for the next one who asks."""

@@ -142,12 +142,12 @@ def merged(reports: Iterable[Reported]) -> list[MergedBackend]:
     for reported in reports:
         for row in reported.report["backends"]:
             found.setdefault((row["model"], row["backend"]), {})[reported.instance] = row
-    return [_merged(*key, rows) for key, rows in sorted(found.items())]
+    return [_merged(*key, found[key]) for key in sorted(found)]
 
 
 def _merged(model: str, backend: str, rows: dict[str, Mapping[str, Any]]) -> MergedBackend:
     states = [row["state"] for row in rows.values()]
-    worst = min(states, key=_RANKS.__getitem__)
+    worst = states[0] if states.count(states[0]) == len(states) else min(states, key=_RANKS.__getitem__)
     return MergedBackend(model, backend, worst, f"{states.count(worst)}/{len(states)}", rows)
 
 

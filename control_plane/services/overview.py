@@ -1,6 +1,8 @@
 """What works and what does not, at one look: models from the worst, routers, and what people have changed last."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from control_plane.plane import Act, Plane
@@ -16,9 +18,9 @@ from control_plane.pure.fleet import (
     standings,
     worst_first,
 )
-from control_plane.pure.reports import merged
 from control_plane.services import audit, models, overrides, reports
 from control_plane.services.models import Catalogue
+from control_plane.services.reports import Seen
 from control_plane.services.visibility import visible_models
 from inference_api.features.consensus import CONSENSUS
 from inference_api.features.fallback import FALLBACKS
@@ -49,19 +51,30 @@ async def overview(plane: Plane, act: Act, latest: int = LATEST) -> Overview:
 
     Raises StorageUnavailable.
     """
-    now = plane.clock()
-    async with plane.database.main.read() as connection:
-        reported = await reports.every(connection)
-        orders = await overrides.holding(connection, now)
+    seen = await reports.seen(plane)
     visible = await visible_models(plane, act)
     whole = act.principal.may("backends.see")
-    catalogue = models.catalogue(plane)
-    present = [one for one in reported if not one.lost(now)]
-    found = standings(_described(catalogue), _owners(catalogue), merged(present), loads(present), _orders(orders))
-    shown = worst_first(one if whole else _state_only(one) for name, one in found.items() if visible(name))
-    counts: dict[str, int] = {state: sum(one.state == state for one in shown) for state in MODEL_STATUSES}
-    routers = routers_standing(reported, reports.etags(plane), now, whole)
-    return Overview(now, tuple(shown), counts, routers, await _changes(plane, act, latest))
+    found = [one for one in await standing_models(plane, seen) if visible(one.name)]
+    counts: dict[str, int] = {state: sum(one.state == state for one in found) for state in MODEL_STATUSES}
+    shown = found if whole else [_state_only(one) for one in found]
+    routers = routers_standing(seen.reported, reports.etags(plane), seen.now, whole)
+    return Overview(seen.now, tuple(shown), counts, routers, await _changes(plane, act, latest))
+
+
+async def standing_models(plane: Plane, seen: Seen) -> Sequence[ModelStanding]:
+    """All models of the catalogue, whoever asks, from the worst; made anew if something is another one."""
+    async with plane.database.main.read() as connection:
+        rows = await overrides.holding(connection, seen.now)
+    document = plane.documents.get(models.DOCUMENT)
+    loaded = [one.report["models"] for one in seen.present]
+    version = document.etag, seen.backends, loaded, [tuple(row) for row in rows]
+
+    def make() -> Sequence[ModelStanding]:
+        catalogue: Catalogue = document.parts
+        of = _described(catalogue), _owners(catalogue), seen.backends, loads(seen.present), _orders(rows)
+        return worst_first(standings(*of).values())
+
+    return await plane.kept.made_of("models", version, partial(asyncio.to_thread, make))
 
 
 def _described(catalogue: Catalogue) -> list[Described]:

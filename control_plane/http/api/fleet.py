@@ -11,7 +11,7 @@ from control_plane.http.api.documents import shows
 from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.preconditions import etag_of, require
 from control_plane.plane import Act
-from control_plane.pure.reports import Label, MergedBackend, Reported, merged
+from control_plane.pure.reports import Label, MergedBackend, Reported
 from control_plane.services import overrides, reports
 from control_plane.services.visibility import visible_models
 from inference_api.routing.entries import ModelName
@@ -46,8 +46,7 @@ async def list_backends(
 ) -> Page[dict[str, Any]]:
     """Backends as the routers see them, by model and label: the worst state counts, `agree` says how many have it."""
     after = place.key(str, str)
-    async with plane.database.main.read() as connection:
-        found = merged(await reports.present(connection, act.at))
+    found = (await reports.seen(plane)).backends
     visible = await visible_models(plane, act)
     rows = [one for one in found if visible(one.model) and model in (None, one.model)]
     if after is not None:

@@ -9,7 +9,7 @@ from control_plane.http.api.fleet import NewOverride
 from control_plane.http.api.paging import decoded, encoded
 from control_plane.http.console.forms import body
 from control_plane.http.console.shell import OPERATE, Page, Visit
-from control_plane.pure.reports import STATES, MergedBackend, merged
+from control_plane.pure.reports import STATES, MergedBackend
 from control_plane.services import overrides, reports
 from control_plane.services.visibility import visible_models
 
@@ -45,10 +45,9 @@ async def backends(visit: Visit) -> Response:
         except Refused as exc:
             problem = exc
     wanted, only = visit.query.get("model"), visit.choice("show", "all", "bad")
-    async with visit.plane.database.main.read() as connection:
-        present = await reports.present(connection, visit.act.at)
+    seen = await reports.seen(visit.plane)
     visible = await visible_models(visit.plane, visit.act)
-    known = [one for one in merged(present) if visible(one.model)]
+    known = [one for one in seen.backends if visible(one.model)]
     rows = [one for one in known if wanted in (None, one.model) and (only == "all" or one.state != "ready")]
     rows.sort(key=_place)
     after = visit.query.get("after")
@@ -62,7 +61,7 @@ async def backends(visit: Visit) -> Response:
         after=encoded(list(_place(rows[_ROWS - 1]))) if len(rows) > _ROWS else None,
         models=sorted({one.model for one in known}),
         total=len(known),
-        routers=len(present),
+        routers=len(seen.present),
         overrides=held,
         dialog=_dialog(visit),
         given=given,
