@@ -33,7 +33,7 @@ class DemoError(Exception):
 class Processes:
     """In the order of their start; `stopping` fills at SIGINT and SIGTERM."""
 
-    def __init__(self, directory: Path, stopping: Stopping, ready_within: float = 60) -> None:
+    def __init__(self, directory: Path, stopping: Stopping, ready_within: float = 120) -> None:
         self.directory = directory
         self.stopping = stopping
         self.children: list[Child] = []

@@ -1,6 +1,8 @@
 """One-time URLs that log a user in: once, for a quarter of an hour, and nobody who may not."""
 
 import asyncio
+import re
+from html import unescape
 
 import pytest
 from sqlalchemy import select
@@ -13,7 +15,8 @@ from control_plane.services import login_links
 from control_plane.services import setups as passwords
 from control_plane.services.login_links import LIFETIME
 from tests.control_plane.conftest import Running
-from tests.control_plane.people import changed, make_user
+from tests.control_plane.pages import text_of
+from tests.control_plane.people import SAME_ORIGIN, changed, log_in, make_user
 
 pytestmark = pytest.mark.anyio
 
@@ -52,6 +55,31 @@ async def test_a_link_logs_in_once(plane: Running) -> None:
         ("session.login", "bob"),
     ]
     assert secret not in repr(rows)
+
+
+async def test_people_press_the_button_behind_a_link(sqlite_plane: Running) -> None:
+    await make_user(sqlite_plane, "bob")
+    await make_user(sqlite_plane, "eve")
+    await log_in(sqlite_plane, "eve")
+    await changed(sqlite_plane.admin, "PATCH", "/api/v1/users/bob", json={"title": "<b>Bob & Söhne"})
+    path = f"/console/login?token={await link(sqlite_plane, 'bob')}"
+    pages = [await sqlite_plane.client.get(path) for _ in range(2)]
+    action = unescape(re.findall(r'action="([^"]+)"', pages[1].text)[0])
+    elsewhere = await sqlite_plane.client.post(action, headers={"sec-fetch-site": "cross-site"})
+    nowhere = await sqlite_plane.client.post(action)
+    pressed = await sqlite_plane.client.post(action, headers=SAME_ORIGIN)
+    me = await sqlite_plane.client.get("/api/v1/me")
+    again = [await sqlite_plane.client.get(path), await sqlite_plane.client.post(action, headers=SAME_ORIGIN)]
+
+    assert [page.status_code for page in pages] == [200, 200]
+    assert "Sign in as <b>Bob & Söhne" in text_of(pages[0].text)
+    assert "<b>" not in pages[0].text
+    assert pages[0].headers["referrer-policy"] == "no-referrer"
+    assert [elsewhere.status_code, nowhere.status_code] == [403, 403]
+    assert (pressed.status_code, pressed.headers["location"]) == (303, "/console/")
+    assert me.json()["name"] == "bob"
+    assert [answer.status_code for answer in again] == [404, 404]
+    assert "has been used, is too old" in again[0].text
 
 
 async def test_a_link_does_not_hold_for_long_and_the_next_one_replaces_it(sqlite_plane: Running) -> None:

@@ -164,11 +164,17 @@ async def test_a_command_prints_urls_that_log_in(tmp_path: Path) -> None:
     async with served(tmp_path, url) as plane:
         made = await run("users", "login-link", "root", database_url=url, public_url=plane.url)
         unknown = await run("users", "login-link", "root", "nobody", database_url=url, public_url=plane.url)
+        other = await run("users", "login-link", "root", database_url=url, public_url=plane.url)
+        page = await plane.client.get(other[1].strip())
+        pressed = await plane.client.post(other[1].strip(), headers={"sec-fetch-site": "same-origin"})
+        me = await plane.client.get("/api/v1/me")
 
     assert (made[0], made[2]) == (0, "")
     assert made[1].startswith(f"{plane.url}/console/login?token=")
     assert unknown[:2] == (1, "")
     assert unknown[2] == "control-plane: no link: root, nobody must be users who may log in\n"
+    assert "Sign in as root" in page.text
+    assert (pressed.status_code, me.json()["platform_role"]) == (303, "admin")
 
 
 async def test_a_first_password_that_is_weak_ends_the_start(tmp_path: Path) -> None:

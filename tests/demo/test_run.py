@@ -31,8 +31,8 @@ class Running(NamedTuple):
     printed: str
 
 
-def until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+def until(reached: Callable[[], bool], patience: float = 30) -> None:
+    deadline = time.monotonic() + patience
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -192,7 +192,7 @@ def interrupted(demo: Callable[[], int]) -> str:
     printed, over = io.StringIO(), threading.Event()
 
     def interrupt() -> None:
-        until(lambda: over.is_set() or "Ctrl-C ends it." in printed.getvalue())
+        until(lambda: over.is_set() or "Ctrl-C ends it." in printed.getvalue(), 200)
         if not over.is_set():
             os.kill(os.getpid(), signal.SIGINT)
 

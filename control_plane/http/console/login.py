@@ -8,13 +8,13 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from control_plane.errors import Invalid, NotFound, Refused
-from control_plane.http.console.forms import LOGIN, form, local
+from control_plane.http.console.forms import HOME, LOGIN, form, local
 from control_plane.http.console.shell import Pages, url
 from control_plane.http.cookies import SESSION
 from control_plane.http.guard import CrossSite, same_origin
 from control_plane.http.identity import anonymous, cookies_of, plane_of, principal_of, set_session
 from control_plane.http.requests import REQUEST_ID, route_of
-from control_plane.services import accounts, logins, setups
+from control_plane.services import accounts, login_links, logins, setups
 from control_plane.services.setups import Choice
 
 
@@ -32,8 +32,10 @@ class Login:
         ]
 
     async def login(self, request: Request) -> Response:
-        """The form of a login, and the login."""
+        """The form of a login, and the login: by password, or by a one-time URL."""
         route_of(request.scope)
+        if "token" in request.query_params:
+            return await self._by_link(request, request.query_params["token"])
         target = local(request.query_params.get("next"))
         if request.method == "GET":
             if await principal_of(request) is not None:
@@ -54,6 +56,21 @@ class Login:
             return self._login_form(request, email, exc)
         set_session(request, begun.secret)
         return RedirectResponse(target, 303)
+
+    async def _by_link(self, request: Request, secret: str) -> Response:
+        """GET leaves the URL as it is: programs that look at links before people do must not use them up."""
+        plane = plane_of(request)
+        try:
+            if request.method == "GET":
+                guest = await login_links.find(plane, secret)
+                action = url(LOGIN, token=secret)
+                return self._render(request, "login_link.html", "Sign in", action=action, guest=guest)
+            agent, replaced = request.headers.get("user-agent"), cookies_of(request).read(request.scope, SESSION)
+            begun = await login_links.log_in(plane, anonymous(request), secret, agent, replaced)
+        except NotFound:
+            return self.gone(request)
+        set_session(request, begun.secret)
+        return RedirectResponse(HOME, 303)
 
     async def logout(self, request: Request) -> Response:
         route_of(request.scope)
