@@ -603,8 +603,10 @@ def waterfall(bars: Sequence[Bar], duration_ms: float, *, title: str, empty: str
     if not bars:
         return head.format(title) + Markup('<p class="nothing">{}</p></figure>').format(empty)
     labels = NOTHING.join(
-        Markup('<text class="axis x{}" x="{}" y="12">{}</text>').format(_edge(value / end), _percent(value / end), text)
-        for value, text in ticks
+        Markup('<text class="axis x{}" x="{}" y="12">{}</text>').format(
+            _edge(value / end, place), _percent(value / end), text
+        )
+        for place, (value, text) in enumerate(ticks)
     )
     grid = NOTHING.join(
         Markup('<line class="rules" x1="{0}" x2="{0}" y1="0" y2="100%"/>').format(_percent(value / end))
@@ -618,9 +620,9 @@ def waterfall(bars: Sequence[Bar], duration_ms: float, *, title: str, empty: str
     )
 
 
-def _edge(share: float) -> str:
-    """Labels at the ends are not cut off."""
-    return " first" if share < 0.04 else " last" if share > 0.94 else ""
+def _edge(share: float, place: int) -> str:
+    """Labels at the ends are not cut off; where there is little room, every other one is left out."""
+    return (" first" if share < 0.04 else " last" if share > 0.94 else "") + (" wide" if place % 2 else "")
 
 
 def _row(bar: Bar, end: float, grid: Markup) -> Markup:
