@@ -33,6 +33,7 @@ from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
 from control_plane.http.console import backends, overview, static, unknown
+from control_plane.http.console import models as models_page
 from control_plane.http.console import routers as routers_page
 from control_plane.http.console.login import Login
 from control_plane.http.console.shell import Page, Pages, Rendering
@@ -82,6 +83,7 @@ RESOURCES = (
 # Pages of the console, in the order of the navigation; the last answers for what is none.
 CONSOLE: tuple[Page, ...] = (
     overview.PAGE,
+    models_page.PAGE,
     backends.PAGE,
     routers_page.PAGE,
     unknown.PAGE,

@@ -46,7 +46,22 @@ class Overview(NamedTuple):
     changes: tuple[dict[str, Any], ...] | None
 
 
+class Looked(NamedTuple):
+    """`models`: from the worst."""
+
+    as_of: int
+    models: tuple[ModelStanding, ...]
+    routers: RoutersStanding
+
+
 async def overview(plane: Plane, act: Act, latest: int = LATEST) -> Overview:
+    """`look`, with what was changed last. Raises StorageUnavailable."""
+    now, shown, routers = await look(plane, act)
+    counts: dict[str, int] = {state: sum(one.state == state for one in shown) for state in MODEL_STATUSES}
+    return Overview(now, shown, counts, routers, await _changes(plane, act, latest))
+
+
+async def look(plane: Plane, act: Act) -> Looked:
     """What the caller may see: in an organisation the state of its models, without addresses and reasons.
 
     Raises StorageUnavailable.
@@ -55,10 +70,8 @@ async def overview(plane: Plane, act: Act, latest: int = LATEST) -> Overview:
     visible = await visible_models(plane, act)
     whole = act.principal.may("backends.see")
     found = [one for one in await standing_models(plane, seen) if visible(one.name)]
-    counts: dict[str, int] = {state: sum(one.state == state for one in found) for state in MODEL_STATUSES}
-    shown = found if whole else [_state_only(one) for one in found]
-    routers = routers_standing(seen.reported, reports.etags(plane), seen.now, whole)
-    return Overview(seen.now, tuple(shown), counts, routers, await _changes(plane, act, latest))
+    shown = tuple(found if whole else (_state_only(one) for one in found))
+    return Looked(seen.now, shown, routers_standing(seen.reported, reports.etags(plane), seen.now, whole))
 
 
 async def standing_models(plane: Plane, seen: Seen) -> Sequence[ModelStanding]:

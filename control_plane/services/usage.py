@@ -43,7 +43,10 @@ Group = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """`start`, `end`: Unix milliseconds. `filters`: (dimension, value), None: without one."""
+    """`start`, `end`: Unix milliseconds. `filters`: (dimension, value), None: without one.
+
+    `among`: values of the first dimension of `group_by`; rows with others are left out. None: all.
+    """
 
     start: int
     end: int
@@ -51,6 +54,7 @@ class Question:
     group_by: tuple[str, ...] = ()
     filters: tuple[tuple[str, str | None], ...] = ()
     kinds: tuple[str, ...] = BILLED
+    among: tuple[str, ...] | None = None
 
 
 def reached(table: Table, scope: Scope, user: str | None) -> ColumnElement[bool]:
@@ -119,6 +123,8 @@ class _Report:
         yield reached(table, self._scope, self._user)
         for name, value in self._question.filters:
             yield table.c[DIMENSIONS[name]].is_not_distinct_from(value)
+        if self._question.among is not None:
+            yield table.c[self._columns[0]].in_(self._question.among)
 
     async def _by_bucket(
         self, connection: AsyncConnection, cover: Cover

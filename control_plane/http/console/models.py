@@ -1,0 +1,117 @@
+"""/console/models: every model that the caller may see, the worst first, with its use and its price."""
+
+from typing import Any, NamedTuple
+
+from starlette.responses import Response
+
+from control_plane.errors import NotFound
+from control_plane.http.api.paging import decoded, encoded
+from control_plane.http.console.shell import OPERATE, Page, Visit
+from control_plane.pure.fleet import MODEL_STATUSES, ModelStanding
+from control_plane.services import model_use, models, overview
+from control_plane.services.model_use import ModelUse
+from inference_api.features.cost import PRICE
+from inference_api.features.fallback import FALLBACKS
+from inference_api.routing.entries import CatalogueEntry
+
+_ROWS = 50
+STATES = {
+    "all": "all",
+    "bad": "not well",
+    "failing": "failing",
+    "degraded": "degraded",
+    "unknown": "unknown",
+    "ok": "ok",
+}
+NOTICES = {"deleted": "The model is deleted. Routers refuse its name within seconds."}
+_NO_USE = ModelUse()
+
+
+class Row(NamedTuple):
+    """`kind`: plain, or what it does with other models."""
+
+    standing: ModelStanding
+    entry: CatalogueEntry
+    kind: str
+    use: ModelUse | None
+    price: Any
+
+
+async def listing(visit: Visit) -> Response:
+    wanted = visit.choice("state", *STATES)
+    text = visit.query.get("name", "").strip().lower()
+    looked = await overview.look(visit.plane, visit.act)
+    catalogue = models.catalogue(visit.plane)
+    entries = {name: one.entry for name, one in catalogue.stored.items()}
+    found = [
+        one
+        for one in looked.models
+        if _is_wanted(one.state, wanted) and one.name in entries and _is_named(entries[one.name], text)
+    ]
+    found.sort(key=_place)
+    after = visit.query.get("after")
+    if after is not None:
+        place = _read(after)
+        found = [one for one in found if _place(one) > place]
+    sees_all = visit.may("models.see")
+    return visit.render(
+        "models.html",
+        rows=await rows(visit, found[:_ROWS], entries),
+        after=encoded(list(_place(found[_ROWS - 1]))) if len(found) > _ROWS else None,
+        total=len(looked.models),
+        states=STATES.items(),
+        routers=looked.routers,
+        problems=sorted(catalogue.problems.items()) if sees_all else [],
+        notices=NOTICES,
+        live=True,
+    )
+
+
+async def rows(visit: Visit, standing: list[ModelStanding], entries: dict[str, CatalogueEntry]) -> list[Row]:
+    used: dict[str, ModelUse] | None = None
+    if visit.may_somewhere("usage.see"):
+        plain = [one.name for one in standing if one.kind is None]
+        virtual = [one.name for one in standing if one.kind is not None]
+        used = await model_use.of_models(visit.plane, visit.act, plain, virtual)
+    sees_all = visit.may("models.see")
+    return [
+        Row(
+            one,
+            entries[one.name],
+            kind_of(one, entries[one.name], sees_all),
+            None if used is None else used.get(one.name, _NO_USE),
+            PRICE.of(entries[one.name]),
+        )
+        for one in standing
+    ]
+
+
+def kind_of(standing: ModelStanding, entry: CatalogueEntry, sees_all: bool) -> str:
+    """`sees_all`: an organisation does not see which models stand in for its own."""
+    if standing.kind is not None:
+        return standing.kind
+    return "fallback" if sees_all and FALLBACKS.of(entry) else "plain"
+
+
+def _is_wanted(state: str, wanted: str) -> bool:
+    return wanted == "all" or state == wanted or (wanted == "bad" and state in ("failing", "degraded"))
+
+
+def _is_named(entry: CatalogueEntry, text: str) -> bool:
+    return any(text in name.lower() for name in (entry.name, *entry.aliases, entry.owner))
+
+
+def _place(one: ModelStanding) -> tuple[int, str]:
+    """The worst first."""
+    return MODEL_STATUSES.index(one.state), one.name
+
+
+def _read(after: str) -> tuple[int, str]:
+    match decoded(after):
+        case [int(rank), str(name)]:
+            return rank, name
+        case _:
+            raise NotFound("page", after)
+
+
+PAGE = Page("/console/models", "Models", listing, "models.see", OPERATE)
