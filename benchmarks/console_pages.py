@@ -84,8 +84,9 @@ class Traffic:
         return min(MODELS - 1, int(self._chance.paretovariate(0.5)) - 1)
 
     def rows(self, count: int, start: int, end: int) -> Iterator[tuple[Any, ...]]:
-        for _ in range(count):
-            yield self._row(self._chance.randrange(start, end))
+        """In the order of their time, which makes a table fast."""
+        for place in range(count):
+            yield self._row(start + (end - start) * place // count)
 
     def _row(self, at: int) -> tuple[Any, ...]:
         chance, self._number = self._chance, self._number + 1
@@ -128,16 +129,26 @@ def fill(url: str, rows: int, now: int) -> None:
     began = time.perf_counter()
     path = usage_file(Path(parse_url(url).database or ""))
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA synchronous = OFF")
+    for pragma in ("synchronous = OFF", "journal_mode = OFF", "cache_size = -400000"):
+        connection.execute(f"PRAGMA {pragma}")
+    found = connection.execute(
+        "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'usage' AND sql LIKE 'CREATE INDEX%'"
+    )
+    indexes = found.fetchall()
+    for name, _ in indexes:
+        connection.execute(f"DROP INDEX {name}")
     names = ", ".join(f'"{name}"' for name in _COLUMNS)
     statement = f"INSERT INTO usage ({names}) VALUES ({', '.join('?' * len(_COLUMNS))})"
     with connection:
         last = min(rows, LAST_HOUR)
         connection.executemany(statement, traffic.rows(rows - last, now - DAYS * DAY, now - HOUR))
         connection.executemany(statement, traffic.rows(last, now - HOUR, now))
+        for _, index in indexes:
+            connection.execute(index)
         first = (now - DAYS * DAY) // HOUR * HOUR
         marks = [(HOUR, at) for at in range(first, now + 1, HOUR)]
         connection.executemany("INSERT INTO usage_changed (span, at) VALUES (?, ?)", marks)
+    connection.execute("PRAGMA journal_mode = WAL")
     connection.close()
     print(f"  {rows:,} rows in {time.perf_counter() - began:.0f} s", flush=True)
     asyncio.run(_fill_main(url, traffic, now))

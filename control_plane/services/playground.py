@@ -54,6 +54,11 @@ def forget(plane: Plane, act: Act, organisation: str | None) -> None:
     plane.loans.drop((act.principal.user, organisation))
 
 
+async def ids(connection: AsyncConnection) -> frozenset[str]:
+    """Of all keys that were ever lent."""
+    return frozenset((await connection.execute(select(keys.c.id).where(keys.c.playground))).scalars())
+
+
 async def _made(plane: Plane, act: Act, user: str, organisation: str | None) -> Loan:
     pepper = plane.settings.peppers[0] if plane.settings.peppers else None
     expires = act.at + HOLDS

@@ -12,11 +12,13 @@ from sqlalchemy import select
 from control_plane.cli import main
 from control_plane.data import schema, tables
 from control_plane.data.database import Database, parse_url
+from control_plane.services import playground
 from inference_api.app import ENTRY
 from inference_api.policy.source import read_file
 from inference_api.routing.catalogue import load_catalogue
 from registry_stub.store import Store
 from tests.control_plane import teams
+from tests.control_plane.acts import act_of
 from tests.control_plane.conftest import NOON, Running
 from tests.control_plane.test_keys import made, policy_of
 from tests.control_plane.test_policy import TEAMS, Caller
@@ -91,8 +93,10 @@ async def test_whatever_is_stored_goes_out_and_comes_in_again(
     caller = Caller(plane, seed=7)
     for _ in range(120):
         await caller.call()
+    lent = await playground.lend(plane.plane, act_of(plane, platform_role="admin"), None)
     file, again = tmp_path / "policy.yaml", tmp_path / "again.yaml"
     assert await commands.run("export", "policy", "--output", file) == (0, [], "")
+    assert lent.id not in file.read_text()
     other = await empty(tmp_path)
     code, lines, _ = await commands.run("import", file, url=other)
     assert (code, len(lines) > 3) == (0, True)
