@@ -9,8 +9,8 @@ from inference_api.demo.policy import PRICES
 
 _MINUTE, _HOUR = 60_000, 3_600_000
 _HOURS = 24
-# Requests of an hour in the middle of the day; as many as the sample callers send in half a minute
-_BUSY = 80
+# Requests of an hour in the middle of the day; of the last one, which charts show minute by minute
+_BUSY, _LAST = 240, 1800
 # Hours ago, and what failed in them
 _BAD, _BAD_MODEL = range(2, 4), "mistral-7b"
 _CALLERS = {"translate": 4, "chatbot": 5, "notebook": 2, "nightly": 1}
@@ -50,7 +50,8 @@ def history(
     drawn, number = random.Random(seed), 0
     for ago in range(_HOURS, 0, -1):
         day = 0.55 - 0.45 * math.cos(2 * math.pi * ((now // _HOUR - ago) % 24 - 3) / 24)
-        moments = sorted(drawn.randrange(_HOUR) for _ in range(round(_BUSY * day)))
+        count = _LAST if ago == 1 else round(_BUSY * day)
+        moments = sorted(drawn.randrange(_HOUR) for _ in range(count))
         for moment in moments:
             number += 1
             at = now - _MINUTE - ago * _HOUR + moment
@@ -69,7 +70,7 @@ def _record(
     key = keys[drawn.choices(list(_CALLERS), list(_CALLERS.values()))[0]]
     model = drawn.choices(list(backends), (5, 3, 2)[: len(backends)])[0]
     fails = drawn.random() < (0.6 if bad and model == _BAD_MODEL else 0.003)
-    given, made = (drawn.randint(200, 3000), 0) if fails else (drawn.randint(200, 3000), drawn.randint(40, 900))
+    given, made = drawn.randint(100, 1500), 0 if fails else drawn.randint(20, 160)
     first = drawn.lognormvariate(4.8, 0.5) * (4 if bad and model == _BAD_MODEL else 1)
     stream, price = drawn.random() < 0.6, PRICES[model]
     return {

@@ -12,7 +12,7 @@ from inference_api.demo.processes import DemoError
 ADMIN, OWNER, VIEWER = "ana", "uwe", "vera"
 ADMIN_EMAIL = "ana@example.org"
 # Usage records of one request
-_BATCH = 400
+_BATCH = 1000
 # What the slow engine adds before the first token, in seconds; the share of requests that fail, and how.
 SLOW, FAILING, BROKEN = 1.5, (0.25, 503), (0.15, 500)
 
@@ -122,6 +122,8 @@ def _log_in(client: httpx.Client, password: str) -> None:
     """As an admin would: log in, and make a token for a program."""
     same_origin = {"sec-fetch-site": "same-origin"}
     _send(client, "POST", "/session", {"email": ADMIN_EMAIL, "password": password}, same_origin)
+    version = client.get("/api/v1/me").headers["etag"]
+    _send(client, "PATCH", "/me", {"title": "Ana Castro"}, {**same_origin, "if-match": version})
     token = _send(client, "POST", "/tokens", {"name": "demo"}, same_origin)["token"]
     _send(client, "DELETE", "/session", None, same_origin)
     client.cookies.clear()

@@ -35,7 +35,7 @@ def admin(demo: Running) -> Iterator[httpx.Client]:
     """A client of the API, logged in by the link that is printed first."""
     with httpx.Client(trust_env=False, timeout=30) as client:
         link = re.findall(r"^http.*token=.*$", demo.printed, re.MULTILINE)[0]
-        assert "Sign in as ana" in client.get(link).text
+        assert "Sign in as Ana Castro" in client.get(link).text
         # As a browser on the page does
         assert client.post(link, headers={"origin": demo.url}).status_code == 303
         assert client.get(f"{demo.url}/console/").status_code == 200
