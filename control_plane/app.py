@@ -32,7 +32,7 @@ from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
-from control_plane.http.console import backends, overview, static, unknown
+from control_plane.http.console import backends, overview, request, requests, static, unknown
 from control_plane.http.console import models as models_page
 from control_plane.http.console import routers as routers_page
 from control_plane.http.console.login import Login
@@ -85,6 +85,8 @@ CONSOLE: tuple[Page, ...] = (
     overview.PAGE,
     models_page.PAGE,
     backends.PAGE,
+    requests.PAGE,
+    request.PAGE,
     routers_page.PAGE,
     unknown.PAGE,
 )

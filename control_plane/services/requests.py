@@ -33,7 +33,7 @@ _LAST = "\U0010ffff"
 
 
 class Wanted(NamedTuple):
-    """`id`: a request id or its beginning. `start`, `end`: Unix milliseconds. `filters`: by dimension.
+    """`id`: a request id or its beginning. `start`, `end`: Unix milliseconds. `filters`: by dimension; None: without.
 
     `failed`: whether it is one of the errors of GET /usage. `status_class`: 2 for 200 to 299. `retried`: with more than
     one attempt. `longer`: milliseconds that it took at least.
@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
     id: str | None = None
     start: int | None = None
     end: int | None = None
-    filters: Mapping[str, str] = {}
+    filters: Mapping[str, str | None] = {}
     kinds: tuple[str, ...] = ()
     failed: bool | None = None
     status_class: int | None = None

@@ -105,6 +105,11 @@ class Visit:
     def posting(self) -> bool:
         return self.request.method == "POST"
 
+    @property
+    def partial(self) -> bool:
+        """Whether a script asks for the block `live` only."""
+        return self.request.headers.get("hx-request-type") == "partial"
+
     async def form(self) -> Form:
         """Raises Refused."""
         return await form(self.request)
@@ -143,8 +148,7 @@ class Visit:
         self, template: str, *, status: int = 200, headers: Mapping[str, str] | None = None, **context: Any
     ) -> Response:
         """The page; only its block `live` if a script asks for that."""
-        partial = self.request.headers.get("hx-request-type") == "partial"
-        return self._pages.render(template, {**self._context(), "partial": partial, **context}, status, headers)
+        return self._pages.render(template, {**self._context(), "partial": self.partial, **context}, status, headers)
 
     def back(self, done: str, to: str | None = None, **query: Any) -> Response:
         """To a page, after a change: it says what was done. `done`: a key of its NOTICES."""
