@@ -32,7 +32,7 @@ from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
-from control_plane.http.console import backends, overview, request, requests, static, unknown
+from control_plane.http.console import backends, keys, overview, request, requests, static, unknown
 from control_plane.http.console import models as models_page
 from control_plane.http.console import routers as routers_page
 from control_plane.http.console.login import Login
@@ -88,6 +88,8 @@ CONSOLE: tuple[Page, ...] = (
     requests.PAGE,
     request.PAGE,
     routers_page.PAGE,
+    keys.PAGE,
+    keys.DETAIL,
     unknown.PAGE,
 )
 # Routes of the machine side, beside the documents

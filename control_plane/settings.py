@@ -55,6 +55,9 @@ class Settings(BaseModel):
         default=None, description="a service token with every scope, at least 32 characters, for REGISTRY_TOKEN"
     )
     router_url: str | None = Field(default=None, description="URL of the router that the console uses")
+    router_public_url: str | None = Field(
+        default=None, description="URL under which applications reach the routers, for the code that the console shows"
+    )
     admin_email: str | None = Field(default=None, min_length=3, description="first platform admin, while there is none")
     admin_password_file: Path | None = Field(default=None, description="file with the first admin's password")
     password_login: Literal["on", "off"] = Field(default="on", description="off: OpenID only")
@@ -112,7 +115,7 @@ class Settings(BaseModel):
             raise ValueError(str(exc)) from None
         return value
 
-    @field_validator("public_url", "router_url", "oidc_issuer")
+    @field_validator("public_url", "router_url", "router_public_url", "oidc_issuer")
     @classmethod
     def _http(cls, value: str | None) -> str | None:
         if value is None:

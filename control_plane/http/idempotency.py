@@ -49,7 +49,10 @@ class Idempotent:
             raise Invalid(Problem("Idempotency-Key", "must be one text of 1 to 255 visible ASCII characters"))
         body = await request.body()
         claim = Claim(_actor(principal), keys[0], _digest(scope, body))
-        kept = await _begin(plane_of(request), claim)
+        kept = await begin(plane_of(request), claim)
+        if kept is not None and kept.request != claim.request:
+            message = "The Idempotency-Key was used for another request; use a new one for each."
+            raise Refused(422, "idempotency_key_reused", message, param="Idempotency-Key")
         if kept is None:
             await self._first(plane_of(request), claim, body, scope, receive, send)
         else:
@@ -116,16 +119,13 @@ def without_secrets(body: bytes) -> bytes:
     return orjson.dumps({name: None if name in SECRETS else value for name, value in found.items()})
 
 
-async def _begin(plane: Plane, claim: Claim) -> Kept | None:
-    """What is kept, once it is; None: this request is the first. Raises Refused."""
+async def begin(plane: Plane, claim: Claim) -> Kept | None:
+    """What is kept, once it is, or that of another request; None: this one is the first. Raises Refused."""
     try:
         async with asyncio.timeout(_PATIENCE):
             while True:
                 kept = await idempotency.begin(plane.database.main, claim, plane.clock())
-                if kept is not None and kept.request != claim.request:
-                    message = "The Idempotency-Key was used for another request; use a new one for each."
-                    raise Refused(422, "idempotency_key_reused", message, param="Idempotency-Key")
-                if kept is None or not kept.runs:
+                if kept is None or not kept.runs or kept.request != claim.request:
                     return kept
                 await asyncio.sleep(_POLL)
     except TimeoutError:

@@ -126,6 +126,15 @@ class Acknowledged(NamedTuple):
     missing: tuple[str, ...]
 
 
+class Following(NamedTuple):
+    """How many of the routers that report have a document as it is now, which do not yet, and which poll none."""
+
+    routers: int
+    of: int
+    missing: tuple[str, ...]
+    without: tuple[str, ...]
+
+
 def interval_after(known: Reported | None, boot: str, now: int) -> int:
     """Milliseconds between the reports of a router, once it has sent one more.
 
@@ -168,3 +177,10 @@ def _model_state(states: Sequence[str]) -> str:
 def acknowledged(id: str, reports: Sequence[Reported]) -> Acknowledged:
     missing = tuple(one.instance for one in reports if id not in one.report["overrides"])
     return Acknowledged(len(reports) - len(missing), len(reports), missing)
+
+
+def following(document: str, etag: str | None, reports: Sequence[Reported]) -> Following:
+    held = {one.instance: one.report["etags"].get(document) for one in reports}
+    without = tuple(name for name, one in held.items() if one is None)
+    missing = tuple(name for name, one in held.items() if one is not None and one != etag)
+    return Following(len(held) - len(without) - len(missing), len(held), missing, without)

@@ -86,12 +86,13 @@ def tag_of(shown: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Filters(NamedTuple):
-    """`playground`: whether those that the playground lends are listed, or (None) all."""
+    """`playground`: whether those that the playground lends are listed, or (None) all. `name`: a part of the name."""
 
     organisation: str | None = None
     user: str | None = None
     state: State | None = None
     playground: bool | None = False
+    name: str | None = None
 
 
 _NO_FILTERS = Filters()
@@ -108,6 +109,8 @@ async def listed(
         query = query.where(keys.c.user == filters.user)
     if filters.state is not None:
         query = query.where(_state(act.at) == filters.state)
+    if filters.name is not None:
+        query = query.where(keys.c.name.icontains(filters.name, autoescape=True))
     if filters.playground is not None:
         query = query.where(keys.c.playground.is_(filters.playground))
     if after is not None:
@@ -184,7 +187,7 @@ async def rotate(plane: Plane, act: Act, id: str, overlap: int) -> tuple[Found, 
     return key, made.key
 
 
-async def end(plane: Plane, act: Act, id: str, check: Check) -> None:
+async def end(plane: Plane, act: Act, id: str, check: Check, reason: str | None = None) -> None:
     """Take a key out of the policy, for ever. Raises Refused."""
     async with plane.change(policy.DOCUMENT) as connection:
         old = await _find(connection, act, id)
@@ -193,7 +196,7 @@ async def end(plane: Plane, act: Act, id: str, check: Check) -> None:
         if old.row.ended_at is None:
             values = {"ended_at": act.at, "revision": await policy.revision_of(connection)}
             await connection.execute(update(keys).where(keys.c.id == id).values(**values))
-            await _record(connection, act, "end", await _find(connection, act, id), old)
+            await _record(connection, act, "end", await _find(connection, act, id), old, reason)
 
 
 def _pepper(plane: Plane) -> str | None:
@@ -290,10 +293,12 @@ def _values(fields: KeyFields) -> dict[str, Any]:
     }
 
 
-async def _record(connection: AsyncConnection, act: Act, verb: str, key: Found, before: Found | None) -> None:
+async def _record(
+    connection: AsyncConnection, act: Act, verb: str, key: Found, before: Found | None, reason: str | None = None
+) -> None:
     """The audit row: what has changed."""
     new, old = key.shown(), {} if before is None else before.shown()
     names = [name for name in new if name not in old or old[name] != new[name]]
     what = audit.Object("key", key.row.id, key.row.organisation)
     was = {name: old[name] for name in names} if old else None
-    await audit.record(connection, act, f"key.{verb}", what, was, {name: new[name] for name in names})
+    await audit.record(connection, act, f"key.{verb}", what, was, {name: new[name] for name in names}, reason)

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control_plane.data.tables import routers
 from control_plane.errors import StorageUnavailable
 from control_plane.plane import Plane, Task
-from control_plane.pure.reports import MergedBackend, Reported, interval_after, merged
+from control_plane.pure.reports import Following, MergedBackend, Reported, following, interval_after, merged
 
 # Milliseconds after which a router that is gone is forgotten
 _FORGOTTEN = 24 * 3600 * 1000
@@ -115,6 +115,11 @@ def made_at(plane: Plane) -> dict[str, int]:
 _ROWS = select(
     routers.c.instance, cast(routers.c.report, Text).label("report"), routers.c.at, routers.c.interval
 ).order_by(routers.c.instance)
+
+
+async def followers(plane: Plane, document: str) -> Following:
+    """Which routers have a document as it is now. Raises StorageUnavailable."""
+    return following(document, etags(plane)[document], (await seen(plane)).present)
 
 
 async def _read(connection: AsyncConnection, instance: str | None = None) -> list[Reported]:

@@ -8,6 +8,9 @@ import httpx
 from sqlalchemy import insert
 
 from control_plane.data.tables import memberships, organisations, users
+from control_plane.plane import Act
+from control_plane.pure.roles import Principal
+from control_plane.services import sessions
 from tests.control_plane.conftest import NOON, Running, management_token
 
 PASSWORD = "a long enough password"
@@ -34,6 +37,15 @@ async def log_in(running: Running, name: str, password: str = PASSWORD, **option
     options = {"headers": SAME_ORIGIN, **options}
     body = {"email": f"{name}@example.org", "password": password}
     return await running.client.post("/api/v1/session", json=body, **options)
+
+
+async def begin_session(running: Running, name: str) -> None:
+    """The client has a session of this user, and no other: without the work that a password is."""
+    act = Act(Principal("user", name), running.clock())
+    async with running.plane.database.main.write() as connection:
+        begun = await sessions.begin(connection, act, name, None)
+    running.client.cookies.clear()
+    running.client.cookies.set("ia_session", begun.secret)
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from control_plane.pure import figures
+from control_plane.pure import allowances, figures
 from control_plane.pure.times import shown
 
 # Kinds of states, by which they look: ok, warn, bad, off, info
@@ -42,11 +42,14 @@ def twice(value: str) -> tuple[str, str]:
 
 FILTERS: Mapping[str, Callable[..., Any]] = {
     "ago": figures.ago,
+    "amount": allowances.amount,
+    "budget": allowances.budget,
     "bytes": figures.bytes,
     "count": figures.count,
     "day": figures.day,
     "iso": iso,
     "kind": kind,
+    "limit": allowances.limit,
     "minute": figures.minute,
     "money": figures.money,
     "ms": figures.ms,

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from control_plane import web
 from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
-from control_plane.http.console import filters
+from control_plane.http.console import allowances, filters
 from control_plane.http.console.forms import HOME, LOGIN, Form, form
 from control_plane.http.identity import PRINCIPAL, act_of, plane_of, principal_of
 from control_plane.http.requests import REQUEST_ID, route_of
@@ -56,7 +56,9 @@ class Pages:
 
     def __init__(self, pages: tuple[Page, ...]) -> None:
         self._pages = pages
-        self._templates = web.environment(filters.FILTERS, static=web.base, version=__version__, url=url)
+        self._templates = web.environment(
+            filters.FILTERS, static=web.base, version=__version__, url=url, **allowances.FIELDS
+        )
 
     def routes(self) -> list[Route]:
         return [Route("/console", _to_home), *(page.route(self) for page in self._pages)]
@@ -218,7 +220,7 @@ _TITLES = {
 def url(path: str, **query: Any) -> str:
     """`path` with these parameters; those that are None or empty are left out."""
     given = {name: value for name, value in query.items() if value is not None and value != ""}
-    return f"{path}?{urlencode(given, doseq=True)}" if given else path
+    return f"{path}{'&' if '?' in path else '?'}{urlencode(given, doseq=True)}" if given else path
 
 
 async def _to_home(request: Request) -> Response:
