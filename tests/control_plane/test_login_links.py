@@ -5,9 +5,9 @@ import re
 from html import unescape
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from control_plane.data.tables import setups
+from control_plane.data.tables import setups, users
 from control_plane.errors import NotFound
 from control_plane.plane import Act
 from control_plane.pure.roles import SYSTEM, Principal
@@ -123,3 +123,9 @@ async def test_a_disabled_user_has_none(plane: Running) -> None:
         await login_links.log_in(plane.plane, act(plane), secret, None)
     with pytest.raises(NotFound):
         await link(plane, "nobody")
+    # At the very moment, when the link is still there
+    secret = await link(plane, "bob")
+    async with plane.plane.database.main.write() as connection:
+        await connection.execute(update(users).where(users.c.name == "bob").values(disabled=True))
+    with pytest.raises(NotFound):
+        await login_links.log_in(plane.plane, act(plane), secret, None)
