@@ -32,7 +32,7 @@ from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
-from control_plane.http.console import backends, keys, overview, request, requests, static, unknown
+from control_plane.http.console import backends, keys, overview, playground, request, requests, static, unknown
 from control_plane.http.console import models as models_page
 from control_plane.http.console import routers as routers_page
 from control_plane.http.console.login import Login
@@ -90,6 +90,7 @@ CONSOLE: tuple[Page, ...] = (
     routers_page.PAGE,
     keys.PAGE,
     keys.DETAIL,
+    playground.PAGE,
     unknown.PAGE,
 )
 # Routes of the machine side, beside the documents
@@ -144,6 +145,11 @@ class Application:
             # By the local port of the connection, which clients cannot forge.
             app = self._people if scope["server"][1] == self.api_port else self._machine
         await app(scope, receive, send)
+
+    def end_answers(self) -> None:
+        """Of routers, that people wait for in the console: at the end of the process."""
+        if self._router is not None:
+            self._router.stop()
 
     def _served(self, routes: Sequence[BaseRoute], failures: Failures) -> ASGIApp:
         app = Starlette(routes=routes, exception_handlers=failures.handlers(), lifespan=self._lifespan)

@@ -61,7 +61,7 @@ def serve(settings: Settings) -> int:
 
 
 class Server(uvicorn.Server):
-    """Answers long polls when it is told to stop: they would hold it until their end.
+    """Answers long polls, and ends answers of the playground, when it is told to stop: they would hold it.
 
     `patience`: seconds after which the process ends then, whatever still runs.
     """
@@ -84,12 +84,14 @@ class Server(uvicorn.Server):
         )
         self._patience = patience
         self._documents = application.plane.documents
+        self._end_answers = application.end_answers
         self._stopping: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._end_answers()
         await self._documents.stop()
         if self._patience is not None:
             # A statement that was cancelled may leave a task of the driver without an end.

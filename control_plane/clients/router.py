@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final, NamedTuple
 
 import httpx
@@ -13,6 +14,8 @@ import orjson
 _CONNECT, _READ = 5.0, 600.0
 # Seconds in which a router learns of a new key; between two tries, at first and at most
 PATIENCE, _FIRST, _LONGEST = 5.0, 0.05, 0.5
+# Seconds of one answer at most; answers that one user has at once
+LONGEST, AT_ONCE = 600.0, 4
 # Bytes of the answer that says a key is unknown
 _SMALL = 16 * 1024
 _PASSED: Final = ("content-type", "x-request-id", "retry-after")
@@ -23,12 +26,20 @@ class RouterAway(Exception):
     """The router cannot be reached, or broke off before its answer began. The message has no address."""
 
 
+class TooManyAnswers(Exception):
+    """One user has as many answers at once as there may be."""
+
+
 class Answer(NamedTuple):
-    """`headers`: those that a browser may have. `body`: as it comes; RouterAway, if it breaks off."""
+    """`headers`: those that a browser may have. `body`: as it comes; RouterAway, if it breaks off.
+
+    `unknown_key`: the router refuses the key, after all patience.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: AsyncIterator[bytes]
+    unknown_key: bool = False
 
 
 class Router:
@@ -37,21 +48,66 @@ class Router:
     def __init__(self, url: str, patience: float = PATIENCE) -> None:
         self._url = url
         self._patience = patience
+        self._open: set[asyncio.Timeout] = set()
+        self._of_users: Counter[str] = Counter()
+        self._stopped = False
         timeout = httpx.Timeout(_CONNECT, read=_READ)
         self._client = httpx.AsyncClient(timeout=timeout, trust_env=False, follow_redirects=False)
 
     async def close(self) -> None:
         await self._client.aclose()
 
+    def stop(self) -> None:
+        """End all answers, so that the process can end: who reads one gets RouterAway."""
+        self._stopped = True
+        for bound in self._open:
+            if not bound.expired():
+                bound.reschedule(asyncio.get_running_loop().time())
+
+    @contextmanager
+    def turn(self, user: str) -> Iterator[None]:
+        """One of the answers that a user may have at once. Raises TooManyAnswers."""
+        if self._of_users[user] >= AT_ONCE:
+            raise TooManyAnswers
+        self._of_users[user] += 1
+        try:
+            yield
+        finally:
+            self._of_users[user] -= 1
+            if not self._of_users[user]:
+                del self._of_users[user]
+
     @asynccontextmanager
-    async def chat(self, key: str, body: bytes) -> AsyncIterator[Answer]:
-        """POST /v1/chat/completions; leaving the block ends the request. Raises RouterAway."""
+    async def chat(
+        self, key: str, body: bytes, request_id: str | None = None, longest: float = LONGEST
+    ) -> AsyncIterator[Answer]:
+        """POST /v1/chat/completions; leaving the block ends the request. Raises RouterAway, also within the block.
+
+        `longest`: seconds for all of it.
+        """
+        if self._stopped:
+            raise RouterAway("the control plane is being stopped")
+        bound = asyncio.timeout(longest)
+        try:
+            async with bound:
+                self._open.add(bound)
+                async with self._asked(key, body, request_id) as answer:
+                    yield answer
+        except TimeoutError:
+            why = "the control plane is being stopped" if self._stopped else f"the answer takes more than {longest:g} s"
+            raise RouterAway(why) from None
+        finally:
+            self._open.discard(bound)
+
+    @asynccontextmanager
+    async def _asked(self, key: str, body: bytes, request_id: str | None) -> AsyncIterator[Answer]:
         headers = {
             "authorization": f"Bearer {key}",
             "content-type": "application/json",
             # The bytes are passed on as they are.
             "accept-encoding": "identity",
             "user-agent": "inference-api-console",
+            **({} if request_id is None else {"x-request-id": request_id}),
         }
         url = f"{self._url}/v1/chat/completions"
         deadline, pause = time.monotonic() + self._patience, _FIRST
@@ -63,9 +119,10 @@ class Router:
                 raise RouterAway(f"the router does not answer ({type(exc).__name__})") from None
             try:
                 start = await _start(response)
-                if not _is_unknown_key(response.status_code, start) or time.monotonic() + pause > deadline:
+                unknown = _is_unknown_key(response.status_code, start)
+                if not unknown or time.monotonic() + pause > deadline:
                     passed = {name: value for name, value in response.headers.items() if _is_passed(name)}
-                    yield Answer(response.status_code, passed, _body(start, response))
+                    yield Answer(response.status_code, passed, _body(start, response), unknown)
                     return
             finally:
                 await response.aclose()

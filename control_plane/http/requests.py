@@ -57,7 +57,10 @@ class Identified:
 
 
 class Rendered:
-    """ASGI layer: refusals of paths that begin with `start` are answered by `renderer(error, scope)`."""
+    """ASGI layer: refusals of paths that begin with `start` are answered by `renderer(error, scope)`.
+
+    A script that asks for JSON gets that.
+    """
 
     def __init__(self, app: ASGIApp, start: str, renderer: Callable[[Refused, Scope], Response]) -> None:
         self._app = app
@@ -66,7 +69,9 @@ class Rendered:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(self._start):
-            scope[RENDERER] = self._renderer
+            accepted = b",".join(value for name, value in scope["headers"] if name == b"accept")
+            if b"application/json" not in accepted:
+                scope[RENDERER] = self._renderer
         await self._app(scope, receive, send)
 
 

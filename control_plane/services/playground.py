@@ -1,26 +1,34 @@
-"""Keys of the playground: for a quarter of an hour, in the organisation of whoever uses it.
+"""The playground: keys for a quarter of an hour, in the organisation of whoever uses it, and what a router answers.
 
 So what people try is counted, limited and budgeted like all traffic. The secret stays in this process: no browser has
 it. There is one key for each user and organisation, which gets another secret again and again.
 """
 
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from control_plane.clients.router import AT_ONCE, Answer, Router, RouterAway, TooManyAnswers
 from control_plane.data.tables import keys, organisations
-from control_plane.errors import Forbidden, NotFound
+from control_plane.errors import Forbidden, NotFound, Refused
 from control_plane.plane import Act, Plane
+from control_plane.pure.chat import Problem, Transcript
 from control_plane.pure.records import MINUTE
 from control_plane.pure.times import shown
-from control_plane.services import audit, policy
+from control_plane.services import audit, models, policy, prices, requests
 from inference_api.policy.keys import NewKey, new_key
+from inference_api.routing.references import virtual_key
 
 NAME: Final = "playground"
 # Milliseconds for which a key holds, and before its end in which it is not lent again
 HOLDS, _LAST = 15 * MINUTE, MINUTE
+# Seconds for which a form waits for its answer
+PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -104,3 +112,122 @@ async def _refuse_organisation(connection: AsyncConnection, name: str | None) ->
         query = select(organisations.c.name).where(organisations.c.name == name, organisations.c.ended_at.is_(None))
         if (await connection.execute(query)).first() is None:
             raise NotFound("organisation", name)
+
+
+@asynccontextmanager
+async def asked(
+    plane: Plane, act: Act, router: Router | None, organisation: str | None, body: bytes, longest: float
+) -> AsyncIterator[Answer]:
+    """What the router answers; leaving the block ends the request. Raises Refused, and RouterAway within the block.
+
+    `longest`: seconds for all of it.
+    """
+    if router is None:
+        raise Refused(503, "no_router", "The console has no router to ask: set CONTROL_PLANE_ROUTER_URL.")
+    began = False
+    try:
+        with router.turn(act.principal.user or ""):
+            for again in (True, False):
+                loan = await lend(plane, act, organisation)
+                async with router.chat(loan.key, body, act.request_id, longest) as answer:
+                    if not answer.unknown_key:
+                        began = True
+                        yield answer
+                        return
+                # It was ended, or another process has made its own.
+                forget(plane, act, organisation)
+                if not again:
+                    raise _UNKNOWN
+    except TooManyAnswers:
+        message = f"You have {AT_ONCE} answers at once. Wait for one to end, or stop it."
+        raise Refused(429, "too_many_answers", message, headers={"Retry-After": "5"}) from None
+    except RouterAway as exc:
+        if began:
+            raise
+        message = f"No answer: {exc}. The console asks the router of CONTROL_PLANE_ROUTER_URL."
+        raise Refused(502, "router_away", message) from None
+
+
+_UNKNOWN = Refused(
+    502,
+    "playground_key_unknown",
+    "The router does not know the key of the playground. It needs POLICY=registry, and this control plane as its "
+    "REGISTRY_URL.",
+)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An answer from its begin to its end. `first`, `took`: milliseconds to its first text, and of all of it."""
+
+    model: str
+    status: int
+    transcript: Transcript
+    first: float | None
+    took: float
+    cost: "Cost | None" = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of output, from the first one on."""
+        made, rest = self.transcript.output_tokens, self.took - (self.first or 0)
+        return None if self.first is None or not made or rest <= 0 else made * 1000 / rest
+
+
+async def whole(
+    plane: Plane, act: Act, router: Router | None, organisation: str | None, model: str, body: bytes
+) -> Whole:
+    """The answer, once it has ended; a refusal is its problem."""
+    start, first, status, transcript = time.monotonic(), None, 0, Transcript()
+    try:
+        async with asked(plane, act, router, organisation, body, PATIENCE) as answer:
+            status, parts = answer.status, []
+            streams = answer.headers.get("content-type", "").startswith("text/event-stream")
+            async for data in answer.body:
+                if not streams:
+                    parts.append(data)
+                elif transcript.feed(data) and first is None:
+                    first = (time.monotonic() - start) * 1000
+            if not streams:
+                transcript.take(b"".join(parts))
+    except Refused as exc:
+        status, transcript.problem = exc.status, Problem(exc.message, exc.code)
+    except RouterAway as exc:
+        transcript.problem = Problem(f"The answer broke off: {exc}.", "router_away")
+    if status >= 400 and transcript.problem is None:
+        transcript.problem = Problem(f"The router answers {status}.")
+    took = (time.monotonic() - start) * 1000
+    found = None
+    if status < 400 and transcript.input_tokens is not None:
+        tokens = transcript.input_tokens, transcript.cached_tokens, transcript.output_tokens
+        found = await cost(plane, act, act.request_id or "", model, transcript.model, *tokens)
+    return Whole(model, status, transcript, first, took, found)
+
+
+class Cost(NamedTuple):
+    """`nanos`: None: not known. `recorded`: of the usage record; otherwise by the price that holds now."""
+
+    nanos: int | None
+    recorded: bool
+
+
+async def cost(
+    plane: Plane,
+    act: Act,
+    request_id: str,
+    model: str,
+    answered: str | None,
+    input_tokens: int | None,
+    cached: int | None,
+    output_tokens: int | None,
+) -> Cost:
+    """Of an answer. `model`: which was asked; of a virtual one counts the one that `answered`, as far as is known."""
+    try:
+        record = await requests.one(plane, act, request_id)
+        return Cost(record["cost_nanos"], True)
+    except NotFound:
+        catalogue = models.catalogue(plane)
+        name = catalogue.owners.get(model, model)
+        if name in catalogue.stored and virtual_key(catalogue.stored[name].entry) is not None:
+            name = answered or name
+        return Cost(prices.current(plane).cost(name, act.at, input_tokens, cached, output_tokens), False)

@@ -1,0 +1,186 @@
+"""A chat completion as the playground asks for it, code that asks the same, and the answer as it comes."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from control_plane.pure.samples import KEY, ROUTER
+
+# Bytes of one event at most; what is longer is no event of a chat.
+_LONGEST = 4 * 1024 * 1024
+
+
+class Turn(NamedTuple):
+    """One message. `role`: system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Question(NamedTuple):
+    """`prompt`: id, version and variables of a stored prompt. `parameters`: as the API names them."""
+
+    turns: tuple[Turn, ...] = ()
+    prompt: Mapping[str, Any] | None = None
+    parameters: Mapping[str, Any] = {}
+
+    def body(self, model: str) -> dict[str, Any]:
+        """Without `stream`."""
+        prompt = {} if self.prompt is None else {"prompt": self.prompt}
+        return {"model": model, **prompt, "messages": [turn._asdict() for turn in self.turns], **self.parameters}
+
+
+def request_body(question: Question, model: str) -> bytes:
+    """What the router gets: a stream with usage at its end."""
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    # Half of a surrogate pair is no text; a browser sends none.
+    return json.dumps({**question.body(model), **streamed}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+class Code(NamedTuple):
+    """`name`: of the language, for people."""
+
+    name: str
+    text: str
+
+
+def codes(question: Question, model: str, url: str | None) -> tuple[Code, ...]:
+    """The same request as curl, Python and JavaScript. `url`: of the routers, without /v1. The key is a variable."""
+    body, base = question.body(model), f"{url or ROUTER}/v1"
+    return (
+        Code("curl", _curl(body, base)),
+        Code("Python", _python(body, base)),
+        Code("JavaScript", _javascript(body, base)),
+    )
+
+
+def _curl(body: Mapping[str, Any], base: str) -> str:
+    # JSON has no raw line ends in texts, so that no line of it ends the document.
+    return (
+        f"curl -sSN {shlex.quote(f'{base}/chat/completions')} \\\n"
+        f'  -H "Authorization: Bearer ${KEY}" \\\n'
+        f"  -H 'Content-Type: application/json' \\\n"
+        f"  -d @- <<'EOF'\n{_json({**body, 'stream': True})}\nEOF\n"
+    )
+
+
+def _python(body: Mapping[str, Any], base: str) -> str:
+    # Texts and numbers in JSON are those of Python, too.
+    given = {name: value for name, value in body.items() if name != "prompt"}
+    lines = [f"    {name}={_indented(value)}," for name, value in given.items()]
+    if "prompt" in body:
+        lines.append(f"    extra_body={_indented({'prompt': body['prompt']})},")
+    arguments = "\n".join([*lines, "    stream=True,"])
+    return (
+        "import os\n\nfrom openai import OpenAI\n\n"
+        f'client = OpenAI(base_url={json.dumps(base)}, api_key=os.environ["{KEY}"])\n'
+        f"answer = client.chat.completions.create(\n{arguments}\n)\n"
+        "for chunk in answer:\n"
+        "    if chunk.choices:\n"
+        '        print(chunk.choices[0].delta.content or "", end="", flush=True)\n'
+    )
+
+
+def _javascript(body: Mapping[str, Any], base: str) -> str:
+    return (
+        'import OpenAI from "openai";\n\n'
+        f"const client = new OpenAI({{ baseURL: {json.dumps(base)}, apiKey: process.env.{KEY} }});\n"
+        f"const answer = await client.chat.completions.create({_json({**body, 'stream': True})});\n"
+        "for await (const chunk of answer) {\n"
+        '  process.stdout.write(chunk.choices[0]?.delta?.content ?? "");\n'
+        "}\n"
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, indent=4, ensure_ascii=False).replace("\n", "\n    ")
+
+
+class Problem(NamedTuple):
+    """An error of the router, or of an engine."""
+
+    message: str
+    code: str | None = None
+
+
+@dataclass
+class Transcript:
+    """An answer, read as it comes: events of a stream, or JSON as a whole."""
+
+    text: str = ""
+    reasoning: str = ""
+    finish: str | None = None
+    model: str | None = None
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    problem: Problem | None = None
+    ended: bool = False
+    _rest: bytes = b""
+
+    def feed(self, data: bytes) -> bool:
+        """Read some bytes of a stream; returns whether there was text in them."""
+        before = len(self.text) + len(self.reasoning)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST:
+            self._rest, self.problem = b"", Problem("The answer has an event that is too long.")
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._read(line[5:].strip())
+        return len(self.text) + len(self.reasoning) > before
+
+    def take(self, body: bytes) -> None:
+        """Read a whole answer that is no stream."""
+        self._read(body)
+        self.ended = True
+
+    @property
+    def input_tokens(self) -> int | None:
+        return _count(self.usage.get("prompt_tokens"))
+
+    @property
+    def output_tokens(self) -> int | None:
+        return _count(self.usage.get("completion_tokens"))
+
+    @property
+    def cached_tokens(self) -> int | None:
+        details = self.usage.get("prompt_tokens_details")
+        return _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+
+    def _read(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self.ended = True
+            return
+        try:
+            found = json.loads(data)
+        except ValueError:
+            return
+        if not isinstance(found, dict):
+            return
+        if isinstance(error := found.get("error"), dict):
+            self.problem = Problem(str(error.get("message") or "The answer ended with an error."), error.get("code"))
+        self.model = found.get("model") or self.model
+        self.usage = found.get("usage") or self.usage
+        choices = found.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            self._add(choice)
+
+    def _add(self, choice: Mapping[str, Any]) -> None:
+        part = choice.get("delta") or choice.get("message") or {}
+        self.text += _text(part.get("content")) or _text(part.get("refusal"))
+        self.reasoning += _text(part.get("reasoning_content")) or _text(part.get("reasoning"))
+        for call in part.get("tool_calls") or ():
+            self.text += json.dumps(call, ensure_ascii=False) + "\n"
+        self.finish = choice.get("finish_reason") or self.finish
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
