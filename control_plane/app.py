@@ -35,6 +35,7 @@ from control_plane.http.api.openapi import Documented
 from control_plane.http.console import backends, keys, overview, playground, request, requests, static, unknown
 from control_plane.http.console import models as models_page
 from control_plane.http.console import routers as routers_page
+from control_plane.http.console import usage as usage_page
 from control_plane.http.console.login import Login
 from control_plane.http.console.shell import Page, Pages, Rendering
 from control_plane.http.counting import METHODS, route_among
@@ -88,6 +89,7 @@ CONSOLE: tuple[Page, ...] = (
     requests.PAGE,
     request.PAGE,
     routers_page.PAGE,
+    usage_page.PAGE,
     keys.PAGE,
     keys.DETAIL,
     playground.PAGE,

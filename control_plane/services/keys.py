@@ -1,6 +1,6 @@
 """API keys: made, changed, rotated and ended. Of a secret only the digest is stored; the secret is shown once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, ValidationError
@@ -119,6 +119,13 @@ async def listed(
     query = query.order_by(keys.c.created_at.desc(), keys.c.id).limit(limit + 1)
     async with plane.database.main.read() as connection:
         return [Found(row, row.state) for row in await connection.execute(query)]
+
+
+async def names(plane: Plane, act: Act, ids: Iterable[str]) -> dict[str, str]:
+    """By id, of the keys that the caller may see."""
+    query = select(keys.c.id, keys.c.name).where(keys.c.id.in_(sorted(ids)), _visible(act.principal, "keys.see"))
+    async with plane.database.main.read() as connection:
+        return {row.id: row.name for row in await connection.execute(query)}
 
 
 async def found(plane: Plane, act: Act, id: str) -> Found:

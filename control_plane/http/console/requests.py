@@ -4,25 +4,21 @@ from typing import Any, NamedTuple
 
 from starlette.responses import RedirectResponse, Response
 
-from control_plane.data.usage_tables import DIMENSIONS
 from control_plane.errors import Invalid, NotFound, Problem
 from control_plane.http.api.paging import decoded, encoded
-from control_plane.http.console import ranges
+from control_plane.http.console import narrowing, ranges
 from control_plane.http.console.ranges import Range
 from control_plane.http.console.shell import OPERATE, Page, Visit, url
 from control_plane.pure import charts, outcomes
 from control_plane.pure.records import DAY, KINDS
-from control_plane.services import keys, models, reports, requests
+from control_plane.services import requests
 from control_plane.services.requests import Histogram, Wanted
-from control_plane.services.visibility import visible_models
 
 PATH = "/console/requests"
-ROWS, MOST_CHOICES, MOST_LEGS = 50, 200, 50
+ROWS = 50
 RANGES, DEFAULT = ("15m", "1h", "24h", "7d"), "1h"
 # Ranges of which new requests are shown as they come
 LIVE = ("15m", "1h")
-# What a filter has for requests without such a thing
-WITHOUT = "-"
 FAILED, FINE = "failed", "fine"
 # Outcomes that people look for, the most frequent first; any other one is one of the URL.
 OUTCOMES = tuple(dict.fromkeys(("ok", "client_gone", "upstream_4xx", "upstream_5xx", *outcomes.OUTCOMES)))
@@ -61,11 +57,9 @@ def read(visit: Visit) -> Asked:
     id = query.get("id", "").strip(_BESIDE)[:128] or None
     everywhere = id is not None and not {"range", "start", "end"} & query.keys()
     chosen = None if everywhere else ranges.chosen(visit, RANGES, DEFAULT)
-    filters = {
-        name: None if query[name] == WITHOUT else query[name]
-        for name in DIMENSIONS
-        if name in query and not (name == "outcome" and query[name] in (FAILED, FINE))
-    }
+    filters = narrowing.filters(visit)
+    if filters.get("outcome") in (FAILED, FINE):
+        del filters["outcome"]
     kind = visit.choice("kind", "request", "all", *KINDS[1:])
     status = visit.choice("status", "", *map(str, range(1, 6)))
     wanted = Wanted(
@@ -147,8 +141,8 @@ async def _shown(
         opened=any(name not in (*_PLACES, *_SEEN) for name in visit.query) or "kind" in visit.query,
         kinds=KINDS[1:],
         outcome_choices=_outcome_choices(visit),
-        missing=await _missing(visit) if not rows and problem is None else "",
-        choices={} if visit.partial else await _choices(visit),
+        missing=await narrowing.missing(visit) if not rows and problem is None else "",
+        choices={} if visit.partial else await narrowing.choices(visit),
         live=live,
     )
 
@@ -170,30 +164,6 @@ def _chart(visit: Visit, bars: Histogram) -> Any:
         narrower = visit.address(**ranges.between(start, end), after=None)
         bins.append(charts.Bin(bar.at, bar.ok, bar.failed, narrower if bar.ok or bar.failed else None))
     return charts.histogram(bins, title="Requests by time", bucket_ms=bars.bucket)
-
-
-async def _choices(visit: Visit) -> dict[str, list[tuple[str, str]]]:
-    """What fields suggest: (value, name), of models and keys that the caller may see."""
-    visible = await visible_models(visit.plane, visit.act)
-    names = [name for name in models.catalogue(visit.plane).stored if visible(name)][:MOST_CHOICES]
-    found = {"model": [(name, "") for name in names], "key": []}
-    if visit.may_somewhere("keys.see"):
-        known = await keys.listed(visit.plane, visit.act, MOST_CHOICES, None)
-        found["key"] = [(one.row.id, f"{one.row.name} {one.row.organisation or ''}") for one in known]
-    return found
-
-
-async def _missing(visit: Visit) -> str:
-    """Why there may be no requests at all: `routers`, `recording`, or empty if nothing is known."""
-    if not visit.may("backends.see"):
-        return ""
-    async with visit.plane.database.main.read() as connection:
-        present = await reports.present(connection, visit.act.at)
-    if not present:
-        return "routers"
-    made = sum(one.report["usage"]["made"] for one in present)
-    asked = sum(model["requests"] for one in present for model in one.report["models"])
-    return "recording" if asked and not made else ""
 
 
 PAGE = Page(PATH, "Requests", listing, "requests.see", OPERATE)
