@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import BigInteger, ColumnElement, literal_column, select
+from sqlalchemy import BigInteger, ColumnElement, false, literal_column, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.usage_tables import DIMENSIONS, usage
@@ -89,58 +89,59 @@ async def recent(plane: Plane, act: Act, asked: Asked = Asked()) -> Recent:
 class _Bucket:
     """What is counted of one bucket."""
 
+    __slots__ = ("errors", "input_tokens", "output_tokens", "requests", "ttft")
+
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(_MEASURES, 0)
+        self.requests = self.errors = self.input_tokens = self.output_tokens = 0
         self.ttft = 0
 
-    def add(self, other: "_Bucket") -> None:
-        for name in _MEASURES:
-            self.counts[name] += other.counts[name]
-        self.ttft += other.ttft
+    def add(self, requests: int, errors: int, input_tokens: int, output_tokens: int, ttft: int) -> None:
+        self.requests += requests
+        self.errors += errors
+        self.input_tokens += input_tokens
+        self.output_tokens += output_tokens
+        self.ttft += ttft
 
     def point(self, at: int, milliseconds: int) -> Point:
         p50, p95 = histogram.quantiles(self.ttft, (0.5, 0.95))
         seconds = max(milliseconds, 1) / 1000
-        counts = self.counts
-        tokens = counts["output_tokens"]
-        return Point(
-            at, counts["requests"], counts["errors"], counts["input_tokens"], tokens, tokens / seconds, p50, p95
-        )
+        tokens = self.output_tokens
+        return Point(at, self.requests, self.errors, self.input_tokens, tokens, tokens / seconds, p50, p95)
 
 
-_NONE = _Bucket()
 _Buckets = dict[int, _Bucket]
+
+
+class _Span(NamedTuple):
+    """What is read: `start` to `end`, by `bucket` milliseconds."""
+
+    start: int
+    end: int
+    bucket: int
+
+    def points(self, found: _Buckets) -> tuple[Point, ...]:
+        none = _Bucket()
+        return tuple(
+            found.get(at, none).point(at, min(self.bucket, self.end - at))
+            for at in range(self.start, max(self.end, self.start + 1), self.bucket)
+        )
 
 
 async def _recent(plane: Plane, asked: Asked, scope: Scope, user: str | None, now: int) -> Recent:
     length, bucket = LENGTHS[asked.length]
     # The bucket of the present is one of them.
-    start = now - now % bucket - length + bucket
+    span = _Span(now - now % bucket - length + bucket, now, bucket)
     where = [*_conditions(asked, scope, user)]
     async with plane.database.usage.read() as connection:
         await sums.begin(connection)
-        found = await _read(connection, asked, where, start, now, bucket)
+        whole = (await _read(connection, None, where, span)).get(None, {})
+        found = await _groups(connection, asked.group_by, where, span) if asked.group_by else {}
         last = await _last_minute(connection, where, now)
-    whole: _Buckets = {}
-    for buckets in found.values():
-        for at, one in buckets.items():
-            whole.setdefault(at, _Bucket()).add(one)
     total = _Bucket()
     for one in whole.values():
-        total.add(one)
-
-    def points(buckets: _Buckets) -> tuple[Point, ...]:
-        return tuple(
-            buckets.get(at, _NONE).point(at, min(bucket, now - at)) for at in range(start, max(now, start + 1), bucket)
-        )
-
-    order = sorted(found, key=lambda group: (-_requests(found[group]), group or ""))
-    groups = tuple((group, points(found[group])) for group in order[:MOST_GROUPS]) if asked.group_by else ()
-    return Recent(start, now, bucket, points(whole), groups, total.point(start, now - start), last)
-
-
-def _requests(buckets: _Buckets) -> int:
-    return sum(one.counts["requests"] for one in buckets.values())
+        total.add(one.requests, one.errors, one.input_tokens, one.output_tokens, one.ttft)
+    groups = tuple((group, span.points(buckets)) for group, buckets in found.items())
+    return Recent(span.start, now, bucket, span.points(whole), groups, total.point(span.start, now - span.start), last)
 
 
 def _conditions(asked: Asked, scope: Scope, user: str | None) -> Iterable[ColumnElement[bool]]:
@@ -150,23 +151,33 @@ def _conditions(asked: Asked, scope: Scope, user: str | None) -> Iterable[Column
         yield usage.c[DIMENSIONS[name]] == value
 
 
+async def _groups(
+    connection: AsyncConnection, name: str, where: list[ColumnElement[bool]], span: _Span
+) -> dict[str | None, _Buckets]:
+    """Those with the most requests, in that order."""
+    group = usage.c[DIMENSIONS[name]]
+    (requests,) = sums.measures(usage, ("requests",))
+    query = select(group).where(usage.c.at >= span.start, usage.c.at < span.end, *where).group_by(group)
+    order = list((await connection.execute(query.order_by(requests.desc(), group).limit(MOST_GROUPS))).scalars())
+    of_those = or_(false(), *(group.is_not_distinct_from(value) for value in order))
+    found = await _read(connection, group, [*where, of_those], span)
+    return {value: found[value] for value in order}
+
+
 async def _read(
-    connection: AsyncConnection, asked: Asked, where: list[ColumnElement[bool]], start: int, end: int, bucket: int
+    connection: AsyncConnection, group: ColumnElement[Any] | None, where: list[ColumnElement[bool]], span: _Span
 ) -> dict[str | None, _Buckets]:
     """By group and begin of the bucket: one look at the rows."""
-    group = usage.c[DIMENSIONS[asked.group_by]] if asked.group_by else literal_column("NULL")
-    begin = (usage.c.at - usage.c.at % literal_column(str(bucket), BigInteger)).label("begin")
-    by = begin, usage.c.ttft_bucket, *((group,) if asked.group_by else ())
-    query = select(group.label("of"), begin, usage.c.ttft_bucket, *sums.measures(usage, _MEASURES))
-    query = query.where(usage.c.at >= start, usage.c.at < end, *where).group_by(*by)
+    begin = (usage.c.at - usage.c.at % literal_column(str(span.bucket), BigInteger)).label("begin")
+    by = (begin, usage.c.ttft_bucket) if group is None else (group, begin, usage.c.ttft_bucket)
+    of = literal_column("NULL") if group is None else group
+    query = select(of, begin, usage.c.ttft_bucket, *sums.measures(usage, _MEASURES))
+    query = query.where(usage.c.at >= span.start, usage.c.at < span.end, *where).group_by(*by)
     found: dict[str | None, _Buckets] = {}
-    for row in await connection.execute(query):
-        into = found.setdefault(row.of, {}).setdefault(row.begin, _Bucket())
-        for name in _MEASURES:
-            into.counts[name] += row._mapping[name]
+    for value, at, index, requests, errors, taken, made in await connection.execute(query):
         # None of another kind is in `requests`.
-        if row.ttft_bucket is not None:
-            into.ttft += histogram.single(row.ttft_bucket, row.requests)
+        ttft = 0 if index is None else histogram.single(index, requests)
+        found.setdefault(value, {}).setdefault(at, _Bucket()).add(requests, errors, taken, made, ttft)
     return found
 
 

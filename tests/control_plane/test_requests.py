@@ -91,6 +91,30 @@ async def test_pages_have_each_request_once_newest_first(plane: Running) -> None
     assert [one["id"] for one in found] == [one["id"] for one in wanted]
 
 
+async def test_who_is_in_several_organisations_has_pages_over_all_of_them(plane: Running) -> None:
+    act = act_of(plane, "max", team_a="owner", team_b="member", team_c="admin")
+    sent = [
+        record(
+            at=NOON - number // 2 * 1000, organisation=f"team-{'abcd'[number % 4]}", user=("max", "ana")[number % 3 % 2]
+        )
+        for number in range(40)
+    ]
+    await taken(plane, *sent)
+    found: list[dict[str, Any]] = []
+    while True:
+        after = [found[-1]["at"], found[-1]["id"]] if found else None
+        rows = await requests.listing(plane.plane, act, Wanted(), after, 6)
+        found += rows[:6]
+        if len(rows) < 7:
+            break
+
+    seen = [one for one in sent if one["organisation"] in ("team-a", "team-c")]
+    seen += [one for one in sent if one["organisation"] == "team-b" and one["user"] == "max"]
+    wanted = sorted(seen, key=lambda one: (one["at"], one["id"]), reverse=True)
+    assert 20 < len(wanted) < 30
+    assert [one["id"] for one in found] == [one["id"] for one in wanted]
+
+
 async def test_filters_are_in_the_query(plane: Running) -> None:
     first = record(model="a", outcome="reset", status=502, at=NOON - 1000)
     second = record(model="b", organisation="team-a", kind="shadow", at=NOON - 2000)
