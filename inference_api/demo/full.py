@@ -77,7 +77,7 @@ class Full(Processes):
             self._start_traffic(rate)
         login = self.script("login", "control_plane", "users", "login-link", settings=plane)
         backends = {engine.role: child.pid for engine, child in zip(ENGINES, self.children[1:], strict=False)}
-        return tour(self.routers, self.links, self.keys["yours"].secret, backends, login)
+        return tour(self.console, self.routers, self.links, self.keys["yours"].secret, backends, login)
 
     def _start_plane(self, port: int, token: str) -> Mapping[str, str]:
         """Its settings."""

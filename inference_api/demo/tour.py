@@ -20,9 +20,10 @@ Another link, for {users} or mei:
 
 sh {login} ana
 
-Two routers answer, {first} and {second}, in front of demo engines: programs that repeat what you say,
-without a GPU or a neural network. Routers, control plane, keys, limits and numbers are real. Sample callers send about
-two requests a second, of which some are refused, fail, or are left. The usage of the day before is made up.
+Two routers answer, {first} and {second}, in front of demo engines:
+programs that repeat what you say, without a GPU or a neural network. Routers, control plane, keys, limits and numbers
+are real. Sample callers send about two requests a second: some are refused, some fail, some clients leave. The usage
+of the day before is made up.
 
 Ask, with a key that was made for this demo:
 
@@ -41,25 +42,27 @@ print(answer.choices[0].message.content)
 
 Three incidents to look into:
 
-1. A backend dies. Requests go on with the other one of llama-3-8b; find it under Backends, drain it there, and start it
-   again as the demo then says:
+1. A backend dies, and requests go on with the other one of llama-3-8b. Find it, drain it, start it again as the demo
+   then says, and let it return: {console}/backends
 
 kill {backend}
 
-2. "My request failed": mistral-7b has a backend that fails now and then, gpt2 has no other one. This one prints its id;
-   look it up under Requests:
+2. "My request failed": gpt2 has one backend, and that fails now and then; mistral-7b has another one that answers for
+   it. This prints ids of requests, which say what happened: {console}/requests
 
 {failing}
 
-3. A key leaked: end `nightly` under Keys. Both routers refuse it within a second, and what it did stays under Usage.
+3. A key leaked: end `nightly`. Both routers refuse it within a second; what it did stays: {console}/keys
 
-Slow, not broken: one backend of llama-3-8b takes {slow:g} s more to its first token.
+Slow, not broken: one backend of llama-3-8b takes {slow:g} s more to its first token. What all of it costs, and whom:
+{console}/usage. Ask from the browser: {console}/playground
 
 The output of every process is in {logs} until the demo ends. Ctrl-C ends it.
 """
 
 
 def tour(
+    console: str,
     routers: Sequence[str],
     links: Mapping[str, str],
     key: str,
@@ -71,6 +74,7 @@ def tour(
     prompt: dict[str, object] = {"model": "mistral-7b", "prompt": {"id": PROMPT}, "messages": HELLO}
     failing = curl("curl -si", first, {"model": "gpt2", "max_tokens": 1, "messages": HELLO}, "$KEY")
     return _TOUR.format(
+        console=f"{console}/console",
         admin=links[ADMIN],
         owner=links[OWNER],
         viewer=links[VIEWER],
