@@ -32,7 +32,18 @@ from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
-from control_plane.http.console import backends, keys, overview, playground, request, requests, static, unknown
+from control_plane.http.console import (
+    backends,
+    keys,
+    new_model,
+    overview,
+    playground,
+    request,
+    requests,
+    static,
+    unknown,
+)
+from control_plane.http.console import model as model_page
 from control_plane.http.console import models as models_page
 from control_plane.http.console import routers as routers_page
 from control_plane.http.console import usage as usage_page
@@ -85,6 +96,8 @@ RESOURCES = (
 CONSOLE: tuple[Page, ...] = (
     overview.PAGE,
     models_page.PAGE,
+    model_page.PAGE,
+    new_model.PAGE,
     backends.PAGE,
     requests.PAGE,
     request.PAGE,

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from sqlalchemy import delete as delete_rows
@@ -18,6 +18,7 @@ from control_plane.pure.prices import PriceList, PriceRow
 from control_plane.services import audit, prices
 from inference_api.app import ENTRY
 from inference_api.features.cost import PRICE, EntryPrice
+from inference_api.features.fallback import FALLBACKS
 from inference_api.routing.catalogue import describe
 from inference_api.routing.entries import CatalogueEntry
 from inference_api.routing.references import members_of
@@ -82,6 +83,28 @@ def catalogue(plane: Plane) -> Catalogue:
     """The models in memory. Raises StorageUnavailable before the first reading."""
     found: Catalogue = plane.documents.get(DOCUMENT).parts
     return found
+
+
+def preview(old: Stored | None, entry: CatalogueEntry) -> Any:
+    """The JSON that `put` would store."""
+    return json.loads(_render(entry, created=old.entry.created if old else 0).body)
+
+
+async def unreadable(plane: Plane, name: str) -> str | None:
+    """The text of an entry that is stored, and not served; None if there is none."""
+    if name not in catalogue(plane).problems:
+        return None
+    async with plane.database.main.read() as connection:
+        query = select(models.c.entry).where(models.c.name == name)
+        found: str | None = (await connection.execute(query)).scalar_one_or_none()
+        return found
+
+
+def naming(plane: Plane, name: str) -> tuple[list[str], list[str]]:
+    """The virtual models that a model is a member of, and the models whose fallback it is."""
+    entries = [one.entry for one in catalogue(plane).stored.values() if one.entry.name != name]
+    members = [one.name for one in entries if name in members_of(one)]
+    return members, [one.name for one in entries if name in (FALLBACKS.of(one) or ())]
 
 
 class Put(NamedTuple):

@@ -187,6 +187,11 @@ def describe(exc: ValidationError) -> str:
     return wording.describe(exc, _KEYS)
 
 
+def reasons(exc: ValidationError) -> list[str]:
+    """The errors of an entry, a sentence for each key."""
+    return wording.sentences(exc, _KEYS)
+
+
 # The known keys of an entry, and of its parts
 _KEYS: Mapping[str, Collection[str]] = {
     "": CatalogueEntry.model_fields,

@@ -36,13 +36,18 @@ def describe(exc: ValidationError, keys: Mapping[str, Collection[str]]) -> str:
 
     `keys`: the known keys of an entry ("") and of its parts, by their names.
     """
+    return "; ".join(sentences(exc, keys))
+
+
+def sentences(exc: ValidationError, keys: Mapping[str, Collection[str]]) -> list[str]:
+    """As `describe`, one for each key; the last one may say how many more there are."""
     errors = _deepest(exc.errors(include_url=False, include_context=False))
     # A hostile entry may have a million errors, and each sentence takes time.
-    sentences = list(dict.fromkeys(_sentence(error, keys) for error in errors[:_LOOKED_AT]))
-    shown = sentences[:_SHOWN_ERRORS]
-    if more := len(sentences) - len(shown) + len(errors[_LOOKED_AT:]):
+    found = list(dict.fromkeys(_sentence(error, keys) for error in errors[:_LOOKED_AT]))
+    shown = found[:_SHOWN_ERRORS]
+    if more := len(found) - len(shown) + len(errors[_LOOKED_AT:]):
         shown.append(f"and {more} more")
-    return "; ".join(shown)
+    return shown
 
 
 def suggestion(word: str, known: Iterable[str]) -> str | None:

@@ -49,6 +49,17 @@ class PriceBody(BaseModel):
     output: Money
     request: Money = 0
 
+    def wanted(self, now: int) -> NewPrice:
+        """`now`: Unix milliseconds."""
+        return NewPrice(
+            self.model,
+            now if self.valid_from is None else self.valid_from,
+            nanos(self.input),
+            None if self.cached_input is None else nanos(self.cached_input),
+            nanos(self.output),
+            nanos(self.request),
+        )
+
 
 @router.get("/prices")
 async def list_prices(
@@ -60,12 +71,4 @@ async def list_prices(
 
 @router.post("/prices", status_code=201)
 async def add_price(body: PriceBody, act: Acting, plane: ThePlane) -> dict[str, Any]:
-    new = NewPrice(
-        body.model,
-        act.at if body.valid_from is None else body.valid_from,
-        nanos(body.input),
-        None if body.cached_input is None else nanos(body.cached_input),
-        nanos(body.output),
-        nanos(body.request),
-    )
-    return await prices.add(plane, act, new)
+    return await prices.add(plane, act, body.wanted(act.at))

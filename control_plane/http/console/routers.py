@@ -17,7 +17,7 @@ DOCUMENTS = {"models": "catalogue", "policy": "policy", "overrides": "overrides"
 
 
 async def routers(visit: Visit) -> Response:
-    reported = await reports.all_of(visit.plane)
+    reported = (await reports.seen(visit.plane)).reported
     standing = routers_standing(reported, reports.etags(visit.plane), visit.act.at)
     by_name = {one.instance: one for one in reported}
     after = visit.query.get("after")
