@@ -15,6 +15,8 @@ COPY inference_api ./inference_api
 COPY registry_stub ./registry_stub
 COPY control_plane ./control_plane
 COPY inference_control ./inference_control
+COPY k8s/runbook.md ./k8s/
+COPY docs/troubleshooting.md docs/operations.md docs/http.md docs/prompts.md docs/realtime.md ./docs/
 # Nobody can write .pyc files later. They are not compared with their sources, whose times differ from build to build.
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
     && /opt/venv/bin/pip install --no-deps /dist/*.whl \

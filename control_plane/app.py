@@ -34,6 +34,7 @@ from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
 from control_plane.http.console import (
     backends,
+    help,
     keys,
     new_model,
     overview,
@@ -106,6 +107,7 @@ CONSOLE: tuple[Page, ...] = (
     keys.PAGE,
     keys.DETAIL,
     playground.PAGE,
+    help.PAGE,
     unknown.PAGE,
 )
 # Routes of the machine side, beside the documents

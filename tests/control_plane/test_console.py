@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import re
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,9 @@ import pytest
 from control_plane import web
 from control_plane.app import CONSOLE
 from control_plane.http.console.shell import Page
+from control_plane.pure.outcomes import OUTCOMES
 from control_plane.pure.roles import Principal
+from control_plane.web.manual import FILES, address, manuals
 from tests.control_plane.conftest import Running
 from tests.control_plane.people import SAME_ORIGIN, log_in, make_organisation, make_user
 
@@ -138,3 +141,37 @@ async def test_an_unknown_page_is_one_that_helps(sqlite_plane: Running) -> None:
     assert 'href="/console/"' in known.text
     assert "nowhere<b>" not in known.text
     assert "nowhere&lt;b&gt;" in known.text
+
+
+async def test_help_has_every_section_that_failed_requests_point_to(sqlite_plane: Running) -> None:
+    await make_user(sqlite_plane, "bob")
+    await log_in(sqlite_plane, "bob")
+    places = {one.runbook for one in OUTCOMES.values() if one.runbook}
+
+    for place in places:
+        where = address(place)
+        answer = await sqlite_plane.client.get(where)
+        assert answer.status_code == 200
+        anchor = where.partition("#")[2]
+        assert not anchor or f'id="{anchor}"' in answer.text, where
+    unknown = await sqlite_plane.client.get("/console/help/nothing")
+
+    assert len(places) > 5
+    assert unknown.status_code == 404
+
+
+def test_a_wheel_has_the_manual() -> None:
+    project = tomllib.loads((TEMPLATES[0].parents[3] / "pyproject.toml").read_text())
+    copied = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+
+    assert copied == {file: f"control_plane/web/help/{name}.md" for name, file in FILES.items()}
+
+
+def test_links_of_the_manual_lead_to_what_is_there() -> None:
+    for name, one in manuals().items():
+        for link in re.findall(r'href="([^"]*)"', one.html):
+            page, _, anchor = link.partition("#")
+            if page.startswith("https://"):
+                continue
+            target = manuals()[page.rpartition("/")[2] or name]
+            assert not anchor or f'id="{anchor}"' in target.html, link

@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 from control_plane.pure import allowances, figures
 from control_plane.pure.times import shown
+from control_plane.web.manual import address
 
 # Kinds of states, by which they look: ok, warn, bad, off, info
 _KINDS = {
@@ -47,6 +48,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "bytes": figures.bytes,
     "count": figures.count,
     "day": figures.day,
+    "help": address,
     "iso": iso,
     "kind": kind,
     "limit": allowances.limit,
