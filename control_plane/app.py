@@ -104,9 +104,9 @@ CONSOLE: tuple[Page, ...] = (
     request.PAGE,
     routers_page.PAGE,
     usage_page.PAGE,
+    playground.PAGE,
     keys.PAGE,
     keys.DETAIL,
-    playground.PAGE,
     help.PAGE,
     unknown.PAGE,
 )
