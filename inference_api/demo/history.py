@@ -10,7 +10,7 @@ from inference_api.demo.policy import PRICES
 _MINUTE, _HOUR = 60_000, 3_600_000
 _HOURS = 24
 # Requests of an hour in the middle of the day; of the last one, which charts show minute by minute
-_BUSY, _LAST = 240, 1800
+_BUSY, _LAST = 480, 1200
 # Hours ago, and what failed in them
 _BAD, _BAD_MODEL = range(2, 4), "mistral-7b"
 _CALLERS = {"translate": 4, "chatbot": 5, "notebook": 2, "nightly": 1}
