@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from sqlalchemy import URL
 
 from control_plane.data.database import DatabaseError, parse_url
+from control_plane.pure import elsewhere
 from inference_api.features.trusted_proxies import Network
 from inference_api.routing.wording import suggestion
 from inference_api.settings import without_password
@@ -58,6 +59,11 @@ class Settings(BaseModel):
     router_public_url: str | None = Field(
         default=None, description="URL under which applications reach the routers, for the code that the console shows"
     )
+    log_url: str | None = Field(
+        default=None,
+        description="URL of an engine's log, for links of the console: https://logs.example.com/?q={backend}&from={start}",
+    )
+    trace_url: str | None = Field(default=None, description="URL of a request's trace, likewise, with {request_id}")
     admin_email: str | None = Field(default=None, min_length=3, description="first platform admin, while there is none")
     admin_password_file: Path | None = Field(default=None, description="file with the first admin's password")
     password_login: Literal["on", "off"] = Field(default="on", description="off: OpenID only")
@@ -124,6 +130,11 @@ class Settings(BaseModel):
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("must be an http:// or https:// URL, without ? and #")
         return value.rstrip("/")
+
+    @field_validator("log_url", "trace_url")
+    @classmethod
+    def _elsewhere(cls, value: str | None) -> str | None:
+        return None if value is None else elsewhere.checked(value)
 
     @field_validator("key_pepper")
     @classmethod

@@ -27,7 +27,7 @@ def request(world: World, tab: Tab) -> None:
     """One that was tried again."""
     tab.goto(f"{world.url}/console/requests?model=mistral-7b&tries=more")
     tab.get_by_role("table").get_by_role("link").first.click(timeout=PATIENCE)
-    expect(tab.get_by_role("img").first).to_be_visible()
+    expect(tab.locator(".waterfall .bar").first).to_be_visible()
 
 
 def usage(world: World, tab: Tab) -> None:

@@ -186,7 +186,7 @@ async def test_a_request_is_explained(sqlite_plane: Running) -> None:
     assert bars is not None
     assert bars[0].index("10.0.0.11:8000") < bars[0].index("10.0.0.12:8000")
     assert "no first byte in 2 min" in bars[0]
-    assert "docs/troubleshooting.md#504" in words
+    assert "/console/help/troubleshooting#504" in text
     # The key, what it cost, what else ran, and what the backend did then
     assert f'href="/console/keys/{"A" * 12}"' in text
     assert "unknown no price" in words

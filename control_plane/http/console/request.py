@@ -1,7 +1,8 @@
 """/console/requests/{id}: what became of one request, in words, attempt by attempt, and where to look next."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
@@ -9,14 +10,17 @@ from control_plane.http.console import ranges
 from control_plane.http.console.filters import path
 from control_plane.http.console.requests import PATH
 from control_plane.http.console.shell import Page, Visit, url
-from control_plane.pure import charts, figures, outcomes
+from control_plane.pure import charts, elsewhere, figures, outcomes
 from control_plane.pure.outcomes import Explanation
 from control_plane.pure.records import HOUR
 from control_plane.pure.roles import Permission
+from control_plane.pure.times import shown
 from control_plane.services import prices, requests
 from control_plane.services.requests import Wanted
 
 _MOST_LEGS = 50
+# Milliseconds before and after, of which the log is of interest, too
+_AROUND = 10_000
 _KINDS = {
     "request": "The request of a client",
     "race": "A run of a race: billed, beside the request itself",
@@ -30,6 +34,15 @@ _SOURCES = {
     "cache": "from the cache: none",
     "none": "not reported",
 }
+
+
+class Log(NamedTuple):
+    """Of an engine. `start`, `end`: Unix milliseconds; `address` None: nobody has said where logs are."""
+
+    backend: str
+    start: int
+    end: int
+    address: str | None
 
 
 async def request(visit: Visit) -> Response:
@@ -49,6 +62,8 @@ async def request(visit: Visit) -> Response:
         price=_price(visit, found),
         speed=_speed(found),
         next_pages=_next(visit, found, explained),
+        logs=_logs(visit, found),
+        trace=_trace(visit, found),
     )
 
 
@@ -100,6 +115,37 @@ def _next(visit: Visit, found: Mapping[str, Any], explained: Explanation) -> lis
     start = found["at"] - HOUR // 2
     near = url(PATH, **ranges.between(start, start + HOUR), outcome=found["outcome"], model=found["model"])
     return [*links.items(), (near, f"Requests of {found['model']} that ended so, in this hour")]
+
+
+# Logs and traces, for those who may read them
+
+
+def _logs(visit: Visit, found: Mapping[str, Any]) -> list[Log]:
+    """Of the engines that were tried, each for the time in which it was."""
+    if not visit.may("backends.operate"):
+        return []
+    template = visit.plane.settings.log_url
+    logs = []
+    for one in outcomes.attempts_of(found):
+        start = found["at"] + int(one["start_ms"]) - _AROUND
+        end = found["at"] + math.ceil(one["start_ms"] + one["duration_ms"]) + _AROUND
+        values = _values(found, one["backend"], start, end)
+        logs.append(Log(one["backend"], start, end, template and elsewhere.filled(template, values)))
+    return list(dict.fromkeys(logs))
+
+
+def _trace(visit: Visit, found: Mapping[str, Any]) -> str | None:
+    template = visit.plane.settings.trace_url
+    if template is None or not visit.may("backends.operate"):
+        return None
+    start, end = found["at"] - _AROUND, found["at"] + math.ceil(found["latency_ms"]) + _AROUND
+    return elsewhere.filled(template, _values(found, found["backend"] or "", start, end))
+
+
+def _values(found: Mapping[str, Any], backend: str, start: int, end: int) -> dict[str, str]:
+    names = {name: found[name] for name in ("model", "router", "request_id")}
+    times = {"start": shown(start) or "", "end": shown(end) or "", "start_ms": str(start), "end_ms": str(end)}
+    return {**names, **times, "backend": backend}
 
 
 PAGE = Page(f"{PATH}/{{id}}", "Request", request, "requests.see")

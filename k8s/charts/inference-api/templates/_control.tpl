@@ -77,6 +77,8 @@
   "PASSWORD_LOGIN" ($control.passwordLogin | ternary "on" "off")
   "HOURLY_DAYS" $control.usage.hourlyDays
 -}}
+{{- with $control.console.logUrl }}{{ $_ := set $settings "LOG_URL" . }}{{ end -}}
+{{- with $control.console.traceUrl }}{{ $_ := set $settings "TRACE_URL" . }}{{ end -}}
 {{- with $control.usage.days }}{{ $_ := set $settings "USAGE_DAYS" . }}{{ end -}}
 {{- with .Values.router.currency }}{{ $_ := set $settings "CURRENCY" . }}{{ end -}}
 {{- with $control.trustedProxies | default .Values.router.trustedProxies }}{{ $_ := set $settings "TRUSTED_PROXIES" . }}{{ end -}}
