@@ -46,6 +46,7 @@ from control_plane.http.console import (
 )
 from control_plane.http.console import model as model_page
 from control_plane.http.console import models as models_page
+from control_plane.http.console import prompts as prompts_page
 from control_plane.http.console import routers as routers_page
 from control_plane.http.console import usage as usage_page
 from control_plane.http.console.login import Login
@@ -104,6 +105,8 @@ CONSOLE: tuple[Page, ...] = (
     request.PAGE,
     routers_page.PAGE,
     usage_page.PAGE,
+    prompts_page.PAGE,
+    prompts_page.DETAIL,
     playground.PAGE,
     keys.PAGE,
     keys.DETAIL,

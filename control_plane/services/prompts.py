@@ -1,7 +1,7 @@
 """Prompts: versions that never change, and labels that say which of them is used."""
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sqlalchemy import ColumnElement, Row, delete, func, insert, or_, select, true, update
@@ -148,6 +148,38 @@ async def label(plane: Plane, act: Act, name: str, label: str) -> dict[str, Any]
     return found
 
 
+async def labels(plane: Plane, act: Act, name: str) -> list[dict[str, Any]]:
+    """By name. Raises NotFound."""
+    query = select(prompt_labels).where(prompt_labels.c.prompt == name).order_by(prompt_labels.c.label)
+    async with plane.database.main.read() as connection:
+        await _find(connection, act, name)
+        return [_moved(row) for row in await connection.execute(query)]
+
+
+class Change(NamedTuple):
+    """`at`: Unix milliseconds. `by`: a user, if it was one."""
+
+    at: int
+    by: str | None
+
+
+async def latest_changes(plane: Plane, names: Collection[str]) -> dict[str, Change]:
+    """By prompt: when its newest version was added or a label was moved, whichever was last."""
+    found: dict[str, Change] = {}
+    async with plane.database.main.read() as connection:
+        for table, at, by in (
+            (prompt_versions, prompt_versions.c.created_at, prompt_versions.c.created_by),
+            (prompt_labels, prompt_labels.c.moved_at, prompt_labels.c.moved_by),
+        ):
+            last = select(table.c.prompt, func.max(at).label("at")).where(table.c.prompt.in_(names))
+            newest = last.group_by(table.c.prompt).subquery()
+            same = (table.c.prompt == newest.c.prompt) & (at == newest.c.at)
+            for prompt, when, who in await connection.execute(select(table.c.prompt, at, by).join(newest, same)):
+                if prompt not in found or when > found[prompt].at:
+                    found[prompt] = Change(when, who)
+    return found
+
+
 async def put_label(
     plane: Plane, act: Act, name: str, label: str, number: int, check: Check
 ) -> tuple[dict[str, Any], bool]:
@@ -282,6 +314,8 @@ def _is(name: str, label: str) -> ColumnElement[bool]:
 
 async def _label(connection: AsyncConnection, name: str, label: str) -> dict[str, Any] | None:
     row = (await connection.execute(select(prompt_labels).where(_is(name, label)))).one_or_none()
-    if row is None:
-        return None
-    return {"label": label, "version": row.version, "moved_at": shown(row.moved_at), "moved_by": row.moved_by}
+    return None if row is None else _moved(row)
+
+
+def _moved(row: Row[Any]) -> dict[str, Any]:
+    return {"label": row.label, "version": row.version, "moved_at": shown(row.moved_at), "moved_by": row.moved_by}
