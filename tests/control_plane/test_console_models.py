@@ -140,3 +140,12 @@ async def test_people_of_an_organisation_see_their_models_and_their_use(sqlite_p
     assert "2 models" in text_of(html)
     assert "10.0.0." not in html
     assert "/console/new-model" not in html
+
+
+async def test_a_model_with_few_requests_has_them_beside_many_with_more(sqlite_plane: Running) -> None:
+    plane = sqlite_plane
+    await catalogue(plane, quiet=of("10.0.0.1"))
+    await taken(plane, *(record(model=f"other-{n % 60}") for n in range(120)), record(model="quiet"))
+    await as_admin(plane)
+
+    assert rows_of(await page(plane, MODELS))[0][3] == "1"

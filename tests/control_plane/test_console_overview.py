@@ -74,6 +74,9 @@ async def test_models_that_are_not_well_come_first_with_since_when_and_why(sqlit
     assert found["Routers in step"] == "1 / 1"
     assert states_of(part(html, "rest")) == [("ok", "ok")]
     assert html.index('id="bad"') < html.index('id="rest"')
+    # Others answer for a virtual model.
+    await catalogue(plane, v={"split": {"variants": {"good": 1, "dead": 1}}})
+    assert "/console/requests?asked_model=v&outcome=failed" in links_of(await page(plane, HOME))
 
 
 async def test_a_lost_router_is_never_green(sqlite_plane: Running) -> None:
