@@ -33,6 +33,7 @@ from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
 from control_plane.http.api.openapi import Documented
 from control_plane.http.console import (
+    account,
     backends,
     help,
     keys,
@@ -44,11 +45,15 @@ from control_plane.http.console import (
     static,
     unknown,
 )
+from control_plane.http.console import audit as audit_page
 from control_plane.http.console import model as model_page
 from control_plane.http.console import models as models_page
+from control_plane.http.console import organisations as organisations_page
 from control_plane.http.console import prompts as prompts_page
 from control_plane.http.console import routers as routers_page
+from control_plane.http.console import settings as settings_page
 from control_plane.http.console import usage as usage_page
+from control_plane.http.console import users as users_page
 from control_plane.http.console.login import Login
 from control_plane.http.console.shell import Page, Pages, Rendering
 from control_plane.http.counting import METHODS, route_among
@@ -105,11 +110,18 @@ CONSOLE: tuple[Page, ...] = (
     request.PAGE,
     routers_page.PAGE,
     usage_page.PAGE,
+    keys.PAGE,
+    keys.DETAIL,
     prompts_page.PAGE,
     prompts_page.DETAIL,
     playground.PAGE,
-    keys.PAGE,
-    keys.DETAIL,
+    organisations_page.PAGE,
+    organisations_page.DETAIL,
+    users_page.PAGE,
+    users_page.DETAIL,
+    audit_page.PAGE,
+    settings_page.PAGE,
+    account.PAGE,
     help.PAGE,
     unknown.PAGE,
 )

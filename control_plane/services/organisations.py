@@ -1,12 +1,12 @@
 """Organisations and their members. Names are never used again; what is ended leaves the policy with its keys."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sqlalchemy import Row, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control_plane.data.tables import budgets, limits, memberships, organisations, tokens, users
+from control_plane.data.tables import budgets, keys, limits, memberships, organisations, tokens, users
 from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
 from control_plane.plane import Act, Plane
 from control_plane.pure.bounds import beyond
@@ -53,6 +53,26 @@ async def read(connection: AsyncConnection, name: str, locked: bool = False) -> 
     if row is None:
         raise NotFound("organisation", name)
     return row
+
+
+class Size(NamedTuple):
+    """`keys`: that have not ended."""
+
+    members: int = 0
+    keys: int = 0
+
+
+async def sizes(plane: Plane, names: Sequence[str]) -> dict[str, Size]:
+    """By name."""
+    people = select(memberships.c.organisation, func.count().label("number"))
+    people = people.where(memberships.c.organisation.in_(names)).group_by(memberships.c.organisation)
+    having = select(keys.c.organisation, func.count().label("number"))
+    having = having.where(keys.c.organisation.in_(names), keys.c.ended_at.is_(None), ~keys.c.playground)
+    having = having.group_by(keys.c.organisation)
+    async with plane.database.main.read() as connection:
+        members = {row.organisation: row.number for row in await connection.execute(people)}
+        of_keys = {row.organisation: row.number for row in await connection.execute(having)}
+    return {name: Size(members.get(name, 0), of_keys.get(name, 0)) for name in names}
 
 
 async def create(plane: Plane, act: Act, name: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,14 @@ import logging
 import re
 from typing import Any
 
-import httpx
 import pytest
 from sqlalchemy import insert
 
 from control_plane.data.tables import keys
 from control_plane.services import reports as reported
 from tests.control_plane.conftest import NOON, Running
-from tests.control_plane.people import SAME_ORIGIN, begin_session, make_organisation, make_user
+from tests.control_plane.forms import as_user, hidden, opened, sent
+from tests.control_plane.people import make_organisation, make_user
 from tests.control_plane.test_fleet import report, reports
 from tests.control_plane.usage import record, taken
 
@@ -30,30 +30,6 @@ async def console(sqlite_plane: Running) -> Running:
     await make_organisation(sqlite_plane, "team-b", eve="owner")
     await as_user(sqlite_plane, "bob")
     return sqlite_plane
-
-
-async def as_user(running: Running, name: str, role: str | None = None) -> None:
-    """The client is logged in as somebody else."""
-    if role is not None:
-        await make_user(running, name, role, password=None)
-    await begin_session(running, name)
-
-
-async def opened(running: Running, path: str) -> str:
-    answer = await running.client.get(path)
-    assert answer.status_code == 200, answer.text
-    return answer.text
-
-
-def hidden(page: str, name: str) -> str:
-    """A field of the dialog."""
-    found = re.findall(rf'<input type="hidden" name="{name}" value="([^"]*)"', page.partition("<dialog")[2])
-    assert found, name
-    return html.unescape(found[0])
-
-
-async def sent(running: Running, path: str, **fields: Any) -> httpx.Response:
-    return await running.client.post(path, data=fields, headers=SAME_ORIGIN)
 
 
 def new_key(page: str, **changes: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """/api/v1/audit: who has done what, listed and exported."""
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query, Request
@@ -59,11 +59,12 @@ async def list_audit(
     object: Annotated[str | None, Query(max_length=300, description="type:id", examples=["key:k3v9Qm2XbT7a"])] = None,
     start: Annotated[str | None, Query(description="time, within")] = None,
     end: Annotated[str | None, Query(description="time, not within")] = None,
+    format: Annotated[Literal["json", "ndjson"], Query(description="ndjson: as the header, for links")] = "json",
 ) -> Page[AuditRow] | Response:
     """The newest first. With `accept: application/x-ndjson` all rows, one a line."""
-    filters = audit.Filters(actor, action, _object(object), _time("start", start), _time("end", end))
+    filters = audit.Filters(actor, action, object_of(object), time_of("start", start), time_of("end", end))
     wanted = audit.query(act.principal, filters)
-    if NDJSON in request.headers.get("accept", ""):
+    if format == "ndjson" or NDJSON in request.headers.get("accept", ""):
         if act.principal.scope("audit.export").empty:
             raise Forbidden("Exporting the audit log needs the permission audit.export, which no role of yours has.")
         return StreamingResponse(_lines(audit.all_of(plane, wanted)), media_type=NDJSON)
@@ -76,7 +77,7 @@ async def _lines(rows: AsyncIterator[Sequence[Row[Any]]]) -> AsyncIterator[bytes
         yield b"".join(orjson.dumps(audit.shown(row), option=orjson.OPT_APPEND_NEWLINE) for row in some)
 
 
-def _object(text: str | None) -> tuple[str, str] | None:
+def object_of(text: str | None) -> tuple[str, str] | None:
     if text is None:
         return None
     kind, colon, id = text.partition(":")
@@ -85,7 +86,7 @@ def _object(text: str | None) -> tuple[str, str] | None:
     return kind, id
 
 
-def _time(name: str, text: str | None) -> int | None:
+def time_of(name: str, text: str | None) -> int | None:
     try:
         return None if text is None else read(text)
     except ValueError as exc:

@@ -88,8 +88,8 @@ async def list_budgets(act: Acting, plane: ThePlane, place: Paging) -> Page[dict
     """With what is spent in the present period."""
     after = place.key(str)
     found = await limits.listed(plane, "budget", place.limit, after and after[0])
-    with_spent = await _with_spent(plane, found)
-    return page(with_spent, place, lambda one: [one["id"]], lambda one: one)
+    shown_budgets = await with_spent(plane, found)
+    return page(shown_budgets, place, lambda one: [one["id"]], lambda one: one)
 
 
 @router.post("/budgets", tags=["budgets"], status_code=201, summary="Make a budget", responses=shows(BudgetShown, 201))
@@ -98,14 +98,14 @@ async def create_budget(act: Acting, plane: ThePlane, response: Response, body: 
     made = await limits.create(plane, act, body)
     response.headers["Location"] = f"/api/v1/budgets/{made['id']}"
     tagged(response, made)
-    return (await _with_spent(plane, [made]))[0]
+    return (await with_spent(plane, [made]))[0]
 
 
 @router.get("/budgets/{id}", tags=["budgets"], summary="Read a budget", responses=shows(BudgetShown))
 async def read_budget(id: str, act: Acting, plane: ThePlane, response: Response) -> Any:
     """Its ETag is that of the budget without what is spent."""
     found = tagged(response, await limits.found(plane, "budget", id))
-    return (await _with_spent(plane, [found]))[0]
+    return (await with_spent(plane, [found]))[0]
 
 
 @router.put("/budgets/{id}", tags=["budgets"], summary="Replace a budget", responses=shows(BudgetShown))
@@ -113,7 +113,7 @@ async def put_budget(
     id: str, act: Acting, plane: ThePlane, request: Request, response: Response, body: BudgetBody
 ) -> Any:
     new = tagged(response, await limits.replace(plane, act, id, body, lambda old: _require(request, old)))
-    return (await _with_spent(plane, [new]))[0]
+    return (await with_spent(plane, [new]))[0]
 
 
 @router.delete("/budgets/{id}", tags=["budgets"], status_code=204, summary="Delete a budget")
@@ -125,7 +125,7 @@ def _require(request: Request, old: Mapping[str, Any]) -> None:
     require(request, etag_of(old))
 
 
-async def _with_spent(plane: Plane, budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+async def with_spent(plane: Plane, budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ids = [_spending_id(one) for one in budgets]
     found = await spend.spent(plane, [id for id in ids if id is not None])
     shown_budgets = []

@@ -95,7 +95,7 @@ async def create_organisation(new: NewOrganisation, act: Acting, plane: ThePlane
 
 @router.get("/organisations/{name}", response_model=Organisation)
 async def read_organisation(name: str, act: Acting, plane: ThePlane, response: Response) -> Any:
-    return tagged(response, await _visible(plane, act, name))
+    return tagged(response, await visible(plane, act, name))
 
 
 @router.patch("/organisations/{name}", response_model=Organisation)
@@ -106,19 +106,19 @@ async def change_organisation(
         require(request, etag_of(before))
         return patched(OrganisationFields, {field: before[field] for field in organisations.FIELDS}, patch).written
 
-    _refuse_others(act, name)
+    refuse_others(act, name)
     return tagged(response, await organisations.change(plane, act, name, decide))
 
 
 @router.delete("/organisations/{name}", status_code=204)
 async def end_organisation(name: str, act: Acting, plane: ThePlane, request: Request) -> None:
-    _refuse_others(act, name)
+    refuse_others(act, name)
     await organisations.end(plane, act, name, lambda found: require(request, etag_of(found)))
 
 
 @router.get("/organisations/{name}/members", response_model=Page[Member])
 async def list_members(name: str, act: Acting, plane: ThePlane, place: Paging) -> Any:
-    await _allowed(plane, act, "members.see", name)
+    await allowed(plane, act, "members.see", name)
     after = (place.key(str) or [None])[0]
     found = await organisations.members(plane, name, place.limit, after)
     return page(found, place, lambda one: [one["user"]], Member.model_validate)
@@ -126,7 +126,7 @@ async def list_members(name: str, act: Acting, plane: ThePlane, place: Paging) -
 
 @router.get("/organisations/{name}/members/{user}", response_model=Member)
 async def read_member(name: str, user: str, act: Acting, plane: ThePlane, response: Response) -> Any:
-    await _allowed(plane, act, "members.see", name)
+    await allowed(plane, act, "members.see", name)
     found = await organisations.member(plane, name, user)
     if found is None:
         raise NotFound("member", user)
@@ -137,7 +137,7 @@ async def read_member(name: str, user: str, act: Acting, plane: ThePlane, respon
 async def set_member(
     name: str, user: str, new: NewRole, act: Acting, plane: ThePlane, request: Request, response: Response
 ) -> Any:
-    await _allowed(plane, act, "members.write", name)
+    await allowed(plane, act, "members.write", name)
 
     def check(found: dict[str, Any] | None) -> None:
         require(request, None if found is None else etag_of(found), creates=True)
@@ -149,23 +149,23 @@ async def set_member(
 
 @router.delete("/organisations/{name}/members/{user}", status_code=204)
 async def end_member(name: str, user: str, act: Acting, plane: ThePlane, request: Request) -> None:
-    await _allowed(plane, act, "members.write", name)
+    await allowed(plane, act, "members.write", name)
     await organisations.end_member(plane, act, name, user, lambda found: require(request, etag_of(found)))
 
 
-async def _visible(plane: Plane, act: Act, name: str) -> dict[str, Any]:
+async def visible(plane: Plane, act: Act, name: str) -> dict[str, Any]:
     """Raises NotFound, for organisations of others, too."""
-    _refuse_others(act, name)
+    refuse_others(act, name)
     return await organisations.one(plane, name)
 
 
-def _refuse_others(act: Act, name: str) -> None:
+def refuse_others(act: Act, name: str) -> None:
     if not act.principal.may("organisations.see", name):
         raise NotFound("organisation", name)
 
 
-async def _allowed(plane: Plane, act: Act, permission: Permission, name: str) -> None:
+async def allowed(plane: Plane, act: Act, permission: Permission, name: str) -> None:
     """Raises NotFound for organisations of others, Forbidden for rights that are missing in the own one."""
     if not act.principal.may(permission, name):
-        await _visible(plane, act, name)
+        await visible(plane, act, name)
         raise Forbidden(f"This needs the permission {permission} in {name!r}.")

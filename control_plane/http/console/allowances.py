@@ -12,7 +12,7 @@ from inference_api.policy.document import BUDGET_UNITS, UNITS
 # Empty rows of limits in a form
 _MORE = 3
 _COLUMNS = ("unit", "amount", "per", "models", "precise")
-_EMPTY = {"unit": "requests", "amount": "", "per": "60", "models": "", "precise": ""}
+EMPTY = {"unit": "requests", "amount": "", "per": "60", "models": "", "precise": ""}
 _PERIODS = {"1": "a second", "60": "a minute", "3600": "an hour"}
 UNIT_CHOICES = tuple((unit, unit.replace("_", " ")) for unit in UNITS)
 BUDGET_CHOICES = (("", "none"), *((unit, unit) for unit in BUDGET_UNITS))
@@ -37,7 +37,7 @@ FIELDS: Mapping[str, Any] = {
 
 def typed(form: Form) -> dict[str, Any]:
     """All that was typed, to be shown again."""
-    rows = [{**_EMPTY, **row} for row in _rows(form) if row.get("amount")]
+    rows = [{**EMPTY, **row} for row in _rows(form) if row.get("amount")]
     return {**shown({}), **form.values, "limits": _with_empty(rows)}
 
 
@@ -93,7 +93,7 @@ def expires(form: Form, before: str | None = None) -> str | None:
 
 
 def _with_empty(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    return [*rows, *(dict(_EMPTY) for _ in range(_MORE))]
+    return [*rows, *(dict(EMPTY) for _ in range(_MORE))]
 
 
 def _row(one: Mapping[str, Any]) -> dict[str, str]:
@@ -131,6 +131,11 @@ def _limit(row: Mapping[str, str], place: int) -> dict[str, Any]:
     if row["models"]:
         found["models"] = [] if row["models"] == "-" else row["models"].replace(",", " ").split()
     return found
+
+
+def stored_budget(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A budget of the platform as one of a holder."""
+    return {name: one[name] for name in (*BUDGET_UNITS, "per", "soft") if one.get(name) is not None}
 
 
 def _budget(one: Mapping[str, Any] | None) -> dict[str, str]:

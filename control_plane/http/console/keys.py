@@ -12,7 +12,7 @@ from control_plane.http.api.keys import Rotation
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.console import allowances, changes, lists, once, tokens
 from control_plane.http.console.forms import Form, body, unchanged
-from control_plane.http.console.shell import MANAGE, Page, Visit
+from control_plane.http.console.shell import USE, Page, Visit
 from control_plane.pure import diff, samples
 from control_plane.pure.roles import Scope
 from control_plane.services import key_use, keys, models, organisations, reports
@@ -286,5 +286,5 @@ async def _do(visit: Visit, id: str, form: Form) -> Response:
             raise Refused(400, "bad_request", "The form cannot be read: open it again.")
 
 
-PAGE = Page(KEYS, "Keys", listing, None, MANAGE, posts=True)
+PAGE = Page(KEYS, "Keys", listing, None, USE, posts=True)
 DETAIL = Page(f"{KEYS}/{{id}}", "Key", detail, "keys.see", posts=True)
