@@ -130,6 +130,7 @@ def test_each_value_arrives_where_it_is_meant_to() -> None:
     assert read.oidc_groups_claim == control["oidc"]["groupsClaim"]
     assert [str(network) for network in read.trusted_proxies] == control["trustedProxies"]
     assert read.public_url == control["console"]["publicUrl"]
+    assert read.router_public_url == control["console"]["routerUrl"]
     assert (read.log_url, read.trace_url) == (control["console"]["logUrl"], control["console"]["traceUrl"])
 
 

@@ -77,6 +77,7 @@
   "PASSWORD_LOGIN" ($control.passwordLogin | ternary "on" "off")
   "HOURLY_DAYS" $control.usage.hourlyDays
 -}}
+{{- with $control.console.routerUrl }}{{ $_ := set $settings "ROUTER_PUBLIC_URL" . }}{{ end -}}
 {{- with $control.console.logUrl }}{{ $_ := set $settings "LOG_URL" . }}{{ end -}}
 {{- with $control.console.traceUrl }}{{ $_ := set $settings "TRACE_URL" . }}{{ end -}}
 {{- with $control.usage.days }}{{ $_ := set $settings "USAGE_DAYS" . }}{{ end -}}
