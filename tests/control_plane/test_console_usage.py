@@ -266,6 +266,21 @@ async def test_links_keep_what_was_chosen(sqlite_plane: Running) -> None:
     assert figures_of(await page(sqlite_plane, custom)) == figures_of(html)
 
 
+async def test_another_look_at_the_same_sums_asks_for_no_others(sqlite_plane: Running) -> None:
+    """Another measure, order, or the file: they are of the same moment, and the page says of which."""
+    await taken(sqlite_plane, record(), record(model="b"))
+    await as_admin(sqlite_plane)
+    sqlite_plane.clock.advance(5)
+    first = await page(sqlite_plane, PATH)
+    sqlite_plane.clock.advance(10)
+    second = await page(sqlite_plane, f"{PATH}?measure=tokens&sort=-spend")
+    sqlite_plane.clock.advance(6)
+    third = await page(sqlite_plane, PATH)
+
+    ends = [re.findall(r'class="asof" data-at="(\d+)"', html) for html in (first, second, third)]
+    assert ends == [[str(NOON)], [str(NOON)], [str(NOON + 20_000)]]
+
+
 HOSTILE = [
     ("?range=1h", 422),
     ("?range=%3Cscript%3Ealert(1)", 422),

@@ -71,9 +71,12 @@ def between(start: int, end: int) -> dict[str, str | None]:
     return {"range": CUSTOM, "start": shown(start), "end": shown(end)}
 
 
-def chosen(visit: Visit, choices: Iterable[str], default: str) -> Range:
-    """The range that the URL names, the default one without any. Raises Invalid."""
-    known, now = tuple(choices), visit.act.at
+def chosen(visit: Visit, choices: Iterable[str], default: str, step: int = 1) -> Range:
+    """The range that the URL names, the default one without any. Raises Invalid.
+
+    `step`: milliseconds for which the present stays the same, so that an answer can be shown again.
+    """
+    known, now = tuple(choices), visit.act.at // step * step
     name = visit.query.get("range")
     given = {key: visit.query[key] for key in ("start", "end") if key in visit.query}
     if name in (None, CUSTOM) and (given or name == CUSTOM):

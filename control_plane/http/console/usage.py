@@ -25,6 +25,8 @@ PATH = "/console/usage"
 RANGES, DEFAULT = ("24h", "7d", "30d"), "24h"
 # Milliseconds up to which the buckets are hours
 _HOURLY = 3 * DAY
+# Milliseconds for which the present stays the same: who looks at another measure or order gets the same answer.
+_STEP = 20_000
 NOTHING = "none"
 _MOST_BUDGETS = 5
 Row = Mapping[str, Any]
@@ -89,7 +91,7 @@ async def usage(visit: Visit) -> Response:
 
 def _read(visit: Visit) -> Asked:
     """Raises Invalid."""
-    chosen = ranges.chosen(visit, RANGES, DEFAULT)
+    chosen = ranges.chosen(visit, RANGES, DEFAULT, _STEP)
     bucket = "1h" if chosen.end - chosen.start <= _HOURLY else "1d"
     filters = tuple(narrowing.filters(visit).items())
     sort = visit.query.get("sort")
@@ -126,6 +128,7 @@ async def _shown(visit: Visit, asked: Asked, answer: Row | None, problem: Invali
         status=problem.status if problem else 200,
         problem=problem,
         chosen=asked.range,
+        as_of=visit.act.at if asked.range.custom else asked.range.end,
         groups=asked.question.group_by,
         measure=asked.measure,
         measures={name: one.label for name, one in MEASURES.items()},
