@@ -1,6 +1,7 @@
 """Answers that are shown again for a moment, so that many who look at the same time cost one question."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -58,3 +59,28 @@ class Kept:
     def _forget(self, now: int) -> None:
         for key in [key for key, one in self._answers.items() if one.until <= now and not one.making.locked()]:
             del self._answers[key]
+
+
+class Pieces:
+    """Parts of answers, each of a version of what it was made of; the last used ones, of `most` entries together."""
+
+    def __init__(self, most: int = 60_000) -> None:
+        self._most = most
+        self._size = 0
+        self._found: OrderedDict[Hashable, tuple[Any, Any, int]] = OrderedDict()
+
+    def get(self, key: Hashable, version: Any) -> Any:
+        """None: it is not there, or of another version."""
+        found = self._found.get(key)
+        if found is None or found[0] != version:
+            return None
+        self._found.move_to_end(key)
+        return found[1]
+
+    def put(self, key: Hashable, version: Any, value: Any, size: int) -> None:
+        if (old := self._found.pop(key, None)) is not None:
+            self._size -= old[2]
+        self._found[key] = version, value, size
+        self._size += size
+        while self._size > self._most:
+            self._size -= self._found.popitem(last=False)[1][2]

@@ -153,6 +153,15 @@ usage_changed = Table(
     Index("ix_usage_changed_span_at", "span", "at"),
 )
 
+# How often the sums of a span were made: what was read of them holds as long as they are the same.
+usage_made = Table(
+    "usage_made",
+    metadata,
+    Column("span", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, nullable=False),
+)
+
 # `kept_from`: records before it are refused, since the rows of that time may be deleted.
 usage_state = Table(
     "usage_state",

@@ -50,6 +50,30 @@ def load(data: bytes | None) -> int:
     return 0 if data is None else int.from_bytes(data[1:], "little") << WIDTH * data[0]
 
 
+class Sum:
+    """Adds histograms up as they are stored: those that begin with the same bucket without their place."""
+
+    __slots__ = ("_by_first",)
+
+    def __init__(self) -> None:
+        self._by_first: dict[int, int] = {}
+
+    def add(self, data: bytes | None) -> None:
+        if data is not None:
+            first = data[0]
+            self._by_first[first] = self._by_first.get(first, 0) + int.from_bytes(data[1:], "little")
+
+    def count(self, index: int | None, number: int) -> None:
+        """`number` of values in one bucket."""
+        if index is not None:
+            first = index - _LOWEST
+            self._by_first[first] = self._by_first.get(first, 0) + number
+
+    @property
+    def total(self) -> int:
+        return sum(counts << WIDTH * first for first, counts in self._by_first.items())
+
+
 def counts_of(histogram: int) -> Iterator[tuple[int, int]]:
     """(bucket, count) from the lowest, of those that have values."""
     index = _LOWEST

@@ -8,7 +8,7 @@ import time
 from sqlalchemy import delete, select, text
 
 from control_plane.data import partitions
-from control_plane.data.usage_tables import usage_changed, usage_day, usage_hour, usage_state
+from control_plane.data.usage_tables import usage_changed, usage_day, usage_hour, usage_made, usage_state
 from control_plane.plane import Plane
 from control_plane.pure.records import DAY, HOUR
 from control_plane.services import config
@@ -57,6 +57,8 @@ async def retain(plane: Plane, batch: int = BATCH, patience: float = PATIENCE) -
         return False
     hourly_days = (await config.found(plane, config.HOURLY_DAYS)).value
     oldest = (now - hourly_days * DAY) // DAY * DAY
+    async with plane.database.usage.write() as connection:
+        await connection.execute(delete(usage_made).where(usage_made.c.at < oldest))
     done = [await _delete(plane, table.name, "id", oldest, batch, deadline) for table in (usage_hour, usage_day)]
     return all(done)
 

@@ -19,6 +19,7 @@ from control_plane.data.usage_tables import (
     usage_changed,
     usage_day,
     usage_hour,
+    usage_made,
 )
 from control_plane.plane import Plane
 from control_plane.pure import histogram
@@ -76,7 +77,7 @@ async def _sum_hour(connection: AsyncConnection, hour: int) -> bool:
     counts: list[Row[Any]] = []
     for query in of_buckets(by):
         counts += (await connection.execute(query.where(*of_hour, usage.c.kind == "request"))).all()
-    await _replace(connection, usage_hour, hour, await asyncio.to_thread(_of_rows, sums, counts))
+    await _replace(connection, usage_hour, HOUR, hour, await asyncio.to_thread(_of_rows, sums, counts))
     await connection.execute(insert(usage_changed).values(span=DAY, at=hour - hour % DAY))
     return True
 
@@ -90,7 +91,7 @@ async def _sum_day(connection: AsyncConnection, day: int) -> bool:
     rows = (
         await connection.execute(select(usage_hour).where(usage_hour.c.at >= day, usage_hour.c.at < day + DAY))
     ).all()
-    await _replace(connection, usage_day, day, await asyncio.to_thread(_of_sums, rows))
+    await _replace(connection, usage_day, DAY, day, await asyncio.to_thread(_of_sums, rows))
     return True
 
 
@@ -98,10 +99,14 @@ async def _unmark(connection: AsyncConnection, span: int, at: int) -> None:
     await connection.execute(delete(usage_changed).where(usage_changed.c.span == span, usage_changed.c.at == at))
 
 
-async def _replace(connection: AsyncConnection, table: Table, at: int, sums: list[dict[str, Any]]) -> None:
+async def _replace(connection: AsyncConnection, table: Table, span: int, at: int, sums: list[dict[str, Any]]) -> None:
     await connection.execute(delete(table).where(table.c.at == at))
     if sums:
         await connection.execute(insert(table), [{**one, "at": at} for one in sums])
+    this = usage_made.c.span == span, usage_made.c.at == at
+    number = (await connection.execute(select(usage_made.c.number).where(*this))).scalar_one_or_none() or 0
+    await connection.execute(delete(usage_made).where(*this))
+    await connection.execute(insert(usage_made).values(span=span, at=at, number=number + 1))
 
 
 class _Sums:

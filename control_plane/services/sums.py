@@ -1,6 +1,6 @@
 """Sums of usage: from days and hours that are summed already, and from rows where those are not up to date."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import (
@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control_plane.data.usage_tables import MEASURES, usage, usage_changed, usage_day, usage_hour
+from control_plane.data.usage_tables import MEASURES, usage, usage_changed, usage_day, usage_hour, usage_made
 from control_plane.pure.records import DAY, FINE, HOUR
 from control_plane.services.ingest import read_kept_from
 
@@ -49,6 +49,45 @@ class Cover(NamedTuple):
     def parts(self) -> list[tuple[Table, tuple[Span, ...]]]:
         parts = [(usage_day, self.days), (usage_hour, self.hours), (usage, self.rows)]
         return [(table, spans) for table, spans in parts if spans]
+
+
+class Piece(NamedTuple):
+    """A part of a Cover that is read at a time: of hours those of a UTC day, as only today's change."""
+
+    table: Table
+    spans: tuple[Span, ...]
+
+    @property
+    def cover(self) -> Cover:
+        of = {self.table: self.spans}
+        return Cover(of.get(usage_day, ()), of.get(usage_hour, ()), of.get(usage, ()))
+
+    def version(self, made: Mapping[tuple[int, int], int]) -> tuple[int | None, ...]:
+        """`made`: as of `read_made`."""
+        step = DAY if self.table is usage_day else HOUR
+        return tuple(made.get((step, at)) for span in self.spans for at in range(span.start, span.end, step))
+
+
+def pieces(cover: Cover) -> list[Piece]:
+    found: list[Piece] = []
+    if cover.days:
+        found.append(Piece(usage_day, cover.days))
+    by_day: dict[int, list[Span]] = {}
+    for span in cover.hours:
+        at = span.start
+        while at < span.end:
+            day = at - at % DAY
+            end = min(span.end, day + DAY)
+            by_day.setdefault(day, []).append(Span(at, end))
+            at = end
+    found += [Piece(usage_hour, tuple(spans)) for spans in by_day.values()]
+    return found + ([Piece(usage, cover.rows)] if cover.rows else [])
+
+
+async def read_made(connection: AsyncConnection, start: int, end: int) -> dict[tuple[int, int], int]:
+    """How often the sums of (span, begin) were made, around a time."""
+    query = select(usage_made).where(usage_made.c.at > start - DAY, usage_made.c.at < end)
+    return {(span, at): number for span, at, number in await connection.execute(query)}
 
 
 async def begin(connection: AsyncConnection) -> None:

@@ -1,22 +1,22 @@
 """GET /usage: sums of a time, by what people ask for."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Table, and_, false, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control_plane.data.tables import routers
-from control_plane.data.usage_tables import DIMENSIONS, MEASURES
+from control_plane.data.usage_tables import DIMENSIONS, MEASURES, usage
 from control_plane.plane import Act, Plane
 from control_plane.pure import histogram
 from control_plane.pure.records import BILLED, DAY, HOUR
 from control_plane.pure.roles import Scope
 from control_plane.pure.times import shown
-from control_plane.services import sums
-from control_plane.services.sums import Cover
+from control_plane.services import reports, sums
+from control_plane.services.sums import Cover, Piece
 
 # Groups in `rows` and in `series`; the others are one.
 MOST_ROWS, MOST_SERIES = 50, 7
@@ -26,7 +26,9 @@ OLDEST = 25_000
 _REPEATS = 20
 _MOST_ANSWERS = 200
 # Sums that are read at once; of more groups only the largest are read
-MOST_SUMS = 20_000
+MOST_SUMS = 40_000
+# Groups whose histograms are kept
+FEW_GROUPS = 3_000
 SHOWN = (
     "requests",
     "errors",
@@ -39,6 +41,7 @@ SHOWN = (
 _POINT = ("requests", "errors", "input_tokens", "output_tokens", "cost_nanos")
 _OTHER = object()
 Group = tuple[str | None, ...]
+Kept = TypeVar("Kept", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class _Report:
         self._scope = scope
         self._user = user
         self._columns = [DIMENSIONS[name] for name in question.group_by]
+        self._made: Mapping[tuple[int, int], int] = {}
 
     async def make(self) -> dict[str, Any]:
         question = self._question
@@ -107,6 +111,7 @@ class _Report:
             fine = coarse
             if question.bucket == "1h":
                 fine = await sums.cover(connection, question.start, question.end, by_day=False)
+            self._made = await sums.read_made(connection, question.start, question.end)
             by_bucket = await self._by_bucket(connection, fine)
             if by_bucket is None:
                 points = await self._sums(connection, fine)
@@ -115,7 +120,8 @@ class _Report:
                 series = await self._series(connection, fine, list(rows)[:MOST_SERIES], points)
             else:
                 total, rows, series = _arranged(by_bucket)
-            latency = await self._histograms(connection, coarse, set(rows))
+            few = by_bucket is not None and len(by_bucket) <= FEW_GROUPS
+            latency = await self._histograms(connection, coarse, set(rows), few)
         return self._answer(total, rows, series, latency, dropped)
 
     def _where(self, table: Table) -> Iterable[ColumnElement[bool]]:
@@ -129,16 +135,51 @@ class _Report:
     async def _by_bucket(
         self, connection: AsyncConnection, cover: Cover
     ) -> dict[Any, dict[int, dict[str, int]]] | None:
-        """Sums by group and bucket, all of them by one look at the tables; None if there are too many."""
-        if not self._columns:
-            return None
-        query = sums.grouped(cover, self._where, self._columns, BUCKETS[self._question.bucket])
-        result = (await connection.execute(query.limit(self._most_sums + 1))).all()
-        if len(result) > self._most_sums:
-            return None
-        found: dict[Any, dict[int, dict[str, int]]] = {}
-        for row in sorted(result, key=lambda row: row.bucket):
-            found.setdefault(self._group(row._mapping), {})[row.bucket] = _measures(row._mapping)
+        """Sums by group and bucket, of all pieces; None if there are too many."""
+        found: dict[Any, dict[int, list[int]]] = {} if self._columns else {(): {}}
+        width, count = len(self._columns), 0
+        for piece in sums.pieces(cover):
+            rows = await self._measured(connection, piece)
+            if rows is None:
+                return None
+            for row in rows:
+                buckets = found.setdefault(tuple(row[:width]), {})
+                known = buckets.get(row[width])
+                if known is None:
+                    buckets[row[width]] = list(row[width + 1 :])
+                    count += 1
+                else:
+                    for place, value in enumerate(row[width + 1 :]):
+                        known[place] += value
+            if count > self._most_sums:
+                return None
+        return {
+            group: {at: dict(zip(MEASURES, buckets[at], strict=True)) for at in sorted(buckets)}
+            for group, buckets in found.items()
+        }
+
+    async def _measured(self, connection: AsyncConnection, piece: Piece) -> Sequence[Sequence[Any]] | None:
+        """Rows of group, bucket and MEASURES; None if there are too many."""
+        bucket = BUCKETS[self._question.bucket]
+        query = sums.grouped(piece.cover, self._where, self._columns, bucket).limit(self._most_sums + 1)
+
+        async def read() -> Sequence[Sequence[Any]]:
+            return [tuple(row) for row in await connection.execute(query)]
+
+        rows = await self._kept(("measures", bucket), piece, read)
+        return None if len(rows) > self._most_sums else rows
+
+    async def _kept(self, what: Any, piece: Piece, read: Callable[[], Awaitable[Kept]]) -> Kept:
+        """What was read of the sums of a piece, as long as they are not made anew. Rows are read each time."""
+        if piece.table is usage:
+            return await read()
+        question, version = self._question, piece.version(self._made)
+        of = question.group_by, question.filters, question.kinds, question.among
+        key = what, of, self._scope, None if self._scope.everything else self._user, piece
+        found: Kept | None = self._plane.usage.pieces.get(key, version)
+        if found is None:
+            found = await read()
+            self._plane.usage.pieces.put(key, version, found, len(found) + 1)
         return found
 
     async def _sums(self, connection: AsyncConnection, cover: Cover) -> dict[Any, dict[str, int]]:
@@ -184,29 +225,53 @@ class _Report:
         return found | ({_OTHER: rest} if rest else {})
 
     async def _histograms(
-        self, connection: AsyncConnection, cover: Cover, groups: set[Any]
+        self, connection: AsyncConnection, cover: Cover, groups: set[Any], few: bool
     ) -> dict[Any, tuple[int, int]]:
-        """Latency and TTFT by group; what is in no group is in _OTHER."""
+        """Latency and TTFT by group; what is in no group is in _OTHER. `few`: they are not too many to be kept."""
         found: dict[Any, tuple[int, int]] = {}
-        for query in sums.histograms(cover, self._where, self._columns):
+        for piece in sums.pieces(cover):
+            if few:
+                shapes = await self._kept("shapes", piece, partial(self._shapes, connection, piece, None))
+            else:
+                shapes = await self._shapes(connection, piece, groups)
+            for group, (latency, ttft) in shapes.items():
+                place = group if group in groups else _OTHER
+                of_latency, of_ttft = found.get(place, (0, 0))
+                found[place] = of_latency + histogram.load(latency), of_ttft + histogram.load(ttft)
+        return found
+
+    async def _shapes(
+        self, connection: AsyncConnection, piece: Piece, groups: set[Any] | None
+    ) -> dict[Any, tuple[bytes | None, bytes | None]]:
+        """As they are stored, by group; of `groups` and, together, of all others."""
+        found: dict[Any, tuple[histogram.Sum, histogram.Sum]] = {}
+        for query in sums.histograms(piece.cover, self._where, self._columns):
             result = await connection.stream(query)
             async for part in result.partitions(2000):
                 for *names, latency, ttft, number in part:
                     group: Any = tuple(names)
-                    if group not in groups:
+                    if groups is not None and group not in groups:
                         group = _OTHER
-                    of_latency, of_ttft = found.get(group, (0, 0))
-                    found[group] = of_latency + _histogram(latency, number), of_ttft + _histogram(ttft, number)
-        return found
+                    known = found.get(group)
+                    if known is None:
+                        known = found[group] = histogram.Sum(), histogram.Sum()
+                    if piece.table is usage:
+                        known[0].count(latency, number)
+                        known[1].count(ttft, number)
+                    else:
+                        known[0].add(latency)
+                        known[1].add(ttft)
+        return {
+            group: (histogram.dump(latency.total), histogram.dump(ttft.total))
+            for group, (latency, ttft) in found.items()
+        }
 
     async def _dropped(self) -> int:
         """Records that routers could not deliver, by their last reports; nobody knows whose they were."""
         if not self._scope.everything:
             return 0
-        query = select(routers.c.report).where(routers.c.at >= self._question.start)
-        async with self._plane.database.main.read() as connection:
-            reports = (await connection.execute(query)).scalars().all()
-        return sum(one.get("usage", {}).get("dropped", 0) for one in reports)
+        found = (await reports.seen(self._plane)).reported
+        return sum(one.report["usage"]["dropped"] for one in found if one.at >= self._question.start)
 
     def _answer(
         self,
@@ -298,13 +363,6 @@ def _shown(sums: Mapping[str, int], latency: tuple[int, int] | None) -> dict[str
         "latency_ms": histogram.percentiles(of_latency),
         "ttft_ms": histogram.percentiles(of_ttft),
     }
-
-
-def _histogram(given: bytes | int | None, number: int) -> int:
-    """Of sums, or of `number` rows in one bucket."""
-    if isinstance(given, int):
-        return histogram.single(given, number)
-    return histogram.load(given)
 
 
 def _point(at: int, sums: Mapping[str, int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from control_plane.pure.records import FINE
 from control_plane.pure.roles import SYSTEM
 from control_plane.services.rollup import roll_up, unsummed
 from control_plane.services.usage import Question, report
+from tests.control_plane.acts import act_of
 from tests.control_plane.conftest import NOON, Running
 from tests.control_plane.usage import DAY, HOUR, record, taken
 
@@ -157,6 +158,22 @@ async def test_a_late_record_changes_the_sums_of_its_hour(plane: Running) -> Non
     await sum_up(plane)
 
     assert (before, (await asked(plane, **WEEK))["totals"]["requests"]) == (2, 2)
+
+
+async def test_what_is_kept_of_sums_is_not_shown_to_a_colleague(sqlite_plane: Running) -> None:
+    plane = sqlite_plane
+    at = NOON - 3 * DAY
+    await taken(plane, *(record(at=at, organisation="team-a", user=user) for user in ("max", "max", "ana")))
+    await sum_up(plane)
+    question = Question(at - at % DAY, at - at % DAY + DAY)
+
+    async def seen(name: str, role: str) -> int:
+        found = await report(plane.plane, act_of(plane, name, team_a=role), question)
+        requests: int = found["totals"]["requests"]
+        return requests
+
+    assert [await seen("max", "member"), await seen("ana", "member"), await seen("eve", "member")] == [2, 1, 0]
+    assert [await seen("eve", "owner"), await seen("max", "viewer")] == [3, 3]
 
 
 async def test_a_part_of_an_hour_is_asked_of_rows(sqlite_plane: Running) -> None:

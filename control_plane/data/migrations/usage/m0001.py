@@ -156,6 +156,13 @@ def upgrade() -> None:
         batch_op.create_index("ix_usage_ids_at", ["at"], unique=False, postgresql_using="brin")
 
     op.create_table(
+        "usage_made",
+        sa.Column("span", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("at", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("span", "at", name=op.f("pk_usage_made")),
+    )
+    op.create_table(
         "usage_state",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.BigInteger(), nullable=False),
@@ -165,6 +172,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("usage_state")
+    op.drop_table("usage_made")
     with op.batch_alter_table("usage_ids", schema=None) as batch_op:
         batch_op.drop_index("ix_usage_ids_at", postgresql_using="brin")
 
