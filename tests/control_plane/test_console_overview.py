@@ -165,6 +165,9 @@ async def test_figures_are_those_of_the_api(sqlite_plane: Running) -> None:
         assert found["Errors now"].startswith("50 %")
         assert f"{totals['errors']} in" in found["Errors now"]
         assert html.count("<figure") == 3
+        numbers = rows_of(part(await page(plane, f"{HOME}?range={length}&numbers=yes"), "numbers"))
+        assert sum(int(row[1]) for row in numbers) == totals["requests"]
+        assert sum(int(row[2]) for row in numbers) == totals["errors"]
 
 
 async def test_without_requests_it_says_how_to_record_them(sqlite_plane: Running) -> None:
