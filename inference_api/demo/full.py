@@ -92,6 +92,7 @@ class Full(Processes):
             "CONTROL_PLANE_ADMIN_EMAIL": ADMIN_EMAIL,
             "CONTROL_PLANE_ADMIN_PASSWORD_FILE": str(password),
             "CONTROL_PLANE_ROUTER_URL": self.routers[0],
+            "CONTROL_PLANE_ROUTER_PUBLIC_URL": self.routers[0],
         }
         self.start("control plane", "control_plane", "serve", settings=settings)
         return settings

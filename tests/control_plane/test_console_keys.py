@@ -1,8 +1,13 @@
 """The page of keys and tokens: made with a secret that is shown once, changed, rotated, found, and ended."""
 
+import asyncio
 import html
 import logging
+import os
 import re
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +15,11 @@ from sqlalchemy import insert
 
 from control_plane.data.tables import keys
 from control_plane.services import reports as reported
-from tests.control_plane.conftest import NOON, Running
+from tests.control_plane.conftest import NOON, SERVICE_TOKEN, Clock, Running
 from tests.control_plane.forms import as_user, hidden, opened, sent
 from tests.control_plane.people import make_organisation, make_user
 from tests.control_plane.test_fleet import report, reports
+from tests.control_plane.test_together import eventually
 from tests.control_plane.usage import record, taken
 
 pytestmark = pytest.mark.anyio
@@ -353,8 +359,9 @@ async def test_figures_are_those_of_the_api(console: Running) -> None:
     totals = (await console.admin.get(f"/api/v1/usage?{query}&key={key['id']}")).json()["totals"]
 
     row = page.partition(f'id="key-{key["id"]}"')[2].partition("</tr>")[0]
-    requests, errors, cost = re.findall(r'<td class="num"[^>]*>(?:<a [^>]+>)?([^<]+)', row)
-    assert (int(requests), int(errors)) == (totals["requests"], totals["errors"]) == (4, 1)
+    requests, cost = re.findall(r'<td class="num"[^>]*><div>(?:<a [^>]+>)?([^<]+)', row)
+    assert (int(requests), totals["requests"], totals["errors"]) == (4, 4, 1)
+    assert "1 error<" in row
     assert cost == "0.00043 USD"
     assert totals["cost_nanos"] == 426_720
     assert "43 %" in row
@@ -442,3 +449,55 @@ async def test_a_form_of_nothing_changes_nothing(console: Running, path: str) ->
     answer = await sent(console, path.format(id=key["id"]), do="other", id=key["id"], name="x")
 
     assert 400 <= answer.status_code < 500
+
+
+async def test_code_works_as_printed_until_the_key_has_ended(
+    start_sqlite: Callable[..., Any], start_engine: Callable[..., Any], start_router: Callable[..., Any]
+) -> None:
+    """A leaked key: real routers refuse it, and the page of the key says so."""
+    clock = Clock(time.time_ns() // 1_000_000)
+    registry: Running = await start_sqlite(clock)
+    engine = await start_engine()
+    made_model = await registry.admin.put("/models/m", json={"name": "m", "backends": [engine.url]})
+    router = await start_router(
+        models=[], registry_url=registry.url, registry_token=SERVICE_TOKEN, registry_refresh=0.5, policy="registry",
+        auth="keys", report_interval=0.5,
+    )  # fmt: skip
+    plane: Running = await start_sqlite(clock, router_public_url=router.url)
+    await as_user(plane, "root", "admin")
+    page = await opened(plane, "/console/keys?act=create")
+    shown = await sent(plane, "/console/keys?act=create", **new_key(page, organisation=""))
+    blocks = re.findall(r'<pre id="copy-(export|curl|python)"[^>]*>(.*?)</pre>', shown.text, re.DOTALL)
+    code = {name: html.unescape(text) for name, text in blocks}
+
+    async def accepted() -> bool:
+        return '"choices"' in await ran("bash", "-c", f"{code['export']}\n{code['curl']}")
+
+    await eventually(accepted)
+    key = SECRET.findall(shown.text)[0]
+    by_sdk = await ran(sys.executable, "-c", code["python"], INFERENCE_API_KEY=key)
+    await sent(plane, f"/console/keys/{key[6:18]}?act=end", do="end")
+
+    async def refused() -> bool:
+        clock.now = time.time_ns() // 1_000_000
+        answer = await ran("bash", "-c", f"{code['export']}\n{code['curl']}")
+        return "invalid_api_key" in answer and "1 of 1 refuse it" in await opened(plane, f"/console/keys/{key[6:18]}")
+
+    assert made_model.status_code == 201
+    assert by_sdk.strip()
+    await eventually(refused)
+
+
+async def ran(*command: str, **environment: str) -> str:
+    """What a command prints."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, env={**os.environ, **environment, "NO_PROXY": "*"}
+    )
+    try:
+        async with asyncio.timeout(30):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return output.decode()
