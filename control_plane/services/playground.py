@@ -209,6 +209,8 @@ class Cost(NamedTuple):
 
     nanos: int | None
     recorded: bool
+    input_tokens: int | None
+    output_tokens: int | None
 
 
 async def cost(
@@ -224,10 +226,11 @@ async def cost(
     """Of an answer. `model`: which was asked; of a virtual one counts the one that `answered`, as far as is known."""
     try:
         record = await requests.one(plane, act, request_id)
-        return Cost(record["cost_nanos"], True)
+        return Cost(record["cost_nanos"], True, record["input_tokens"], record["output_tokens"])
     except NotFound:
         catalogue = models.catalogue(plane)
         name = catalogue.owners.get(model, model)
         if name in catalogue.stored and virtual_key(catalogue.stored[name].entry) is not None:
             name = answered or name
-        return Cost(prices.current(plane).cost(name, act.at, input_tokens, cached, output_tokens), False)
+        found = prices.current(plane).cost(name, act.at, input_tokens, cached, output_tokens)
+        return Cost(found, False, input_tokens, output_tokens)

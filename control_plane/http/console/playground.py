@@ -120,7 +120,8 @@ async def _cost(visit: Visit) -> Response:
     asked, by = visit.query.get("model", ""), visit.query.get("by")
     found = await playground.cost(visit.plane, visit.act, visit.query["answer"], asked, by, *tokens)
     text = figures.money(found.nanos, visit.plane.settings.currency)
-    return JSONResponse({"cost": text, "recorded": found.recorded})
+    counts = {"input": found.input_tokens, "output": found.output_tokens}
+    return JSONResponse({"cost": text, "recorded": found.recorded, **counts})
 
 
 def _tokens(visit: Visit, name: str) -> int | None:

@@ -211,8 +211,7 @@
       else if (this.stopped) this.state("stopped", "warn");
       else this.state("done", "ok");
       const { prompt_tokens: input, completion_tokens: output } = this.usage ?? {};
-      if (input !== undefined) this.at("input").textContent = input.toLocaleString("en");
-      if (output !== undefined) this.at("output").textContent = output.toLocaleString("en");
+      this.tokens({ input, output });
       if (output && this.first !== null && this.took > this.first) {
         const speed = output * 1000 / (this.took - this.first);
         this.at("speed").textContent = `${speed < 100 ? speed.toFixed(1) : speed.toFixed(0)} tokens/s`;
@@ -227,6 +226,10 @@
         this.cost([0, 4000, 8000, 15000]);
       }
     }
+    tokens(counts) {
+      for (const [name, count] of Object.entries(counts))
+        if (Number.isInteger(count)) this.at(name).textContent = count.toLocaleString("en");
+    }
     // By the price at first; then of the usage record, which comes some seconds later.
     cost([wait, ...later]) {
       setTimeout(async () => {
@@ -239,6 +242,8 @@
           const found = await answer.json();
           if (!answer.ok) return;
           this.at("cost").textContent = found.cost;
+          // Of an answer that was stopped only the router knows them.
+          this.tokens({ input: found.input, output: found.output });
           this.at("cost").title = found.recorded ? "of the usage record" : "by the price of the model; the usage record is not here yet";
           if (!found.recorded && later.length && this.root.isConnected) this.cost(later);
         } catch { /* The cost stays unknown. */ }
