@@ -71,7 +71,7 @@ def between(start: int, end: int) -> dict[str, str | None]:
     return {"range": CUSTOM, "start": shown(start), "end": shown(end)}
 
 
-def chosen(visit: Visit, choices: Iterable[str], default: str, step: int = 1) -> Range:
+def chosen(visit: Visit, choices: Iterable[str], default: str, step: int = 1000) -> Range:
     """The range that the URL names, the default one without any. Raises Invalid.
 
     `step`: milliseconds for which the present stays the same, so that an answer can be shown again.
