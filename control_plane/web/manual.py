@@ -17,6 +17,12 @@ FILES: Mapping[str, str] = {
 }
 _COPIES = Path(__file__).parent / "help"
 _PROJECT = Path(__file__).parents[2]
+# What may be wider than the page can be scrolled by the keyboard, too.
+_SCROLLED = (
+    ("<pre>", '<pre tabindex="0">'),
+    ("<table>", '<div class="scroll" tabindex="0"><table>'),
+    ("</table>", "</table></div>"),
+)
 
 
 class Manual(NamedTuple):
@@ -56,7 +62,10 @@ def _rendered(text: str) -> Manual:
     # The first heading is the page's.
     (title, _), *parts = headings
     rest = tokens[next(place for place, token in enumerate(tokens) if token.type == "heading_close") + 1 :]
-    return Manual(title, Markup(parser.renderer.render(rest, parser.options, {})), tuple(parts))
+    html = parser.renderer.render(rest, parser.options, {})
+    for before, after in _SCROLLED:
+        html = html.replace(before, after)
+    return Manual(title, Markup(html), tuple(parts))
 
 
 def _headings(tokens: list[Token]) -> Iterator[tuple[str, str]]:

@@ -181,6 +181,8 @@ class Visitor:
         context = self._browser.new_context(
             viewport={"width": width, "height": 900},
             color_scheme="dark" if dark else "light",
+            # Colours that change slowly are measured as they end.
+            reduced_motion="reduce",
             java_script_enabled=script,
             locale="en-GB",
             timezone_id="Europe/Berlin",
