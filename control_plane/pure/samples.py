@@ -47,7 +47,10 @@ def _python(base: str, model: str) -> str:
         "\n"
         "from openai import OpenAI\n"
         "\n"
-        f'client = OpenAI(base_url={json.dumps(base)}, api_key=os.environ["{KEY}"])\n'
+        "client = OpenAI(\n"
+        f"    base_url={json.dumps(base)},\n"
+        f'    api_key=os.environ["{KEY}"],\n'
+        ")\n"
         "answer = client.chat.completions.create(\n"
         f"    model={json.dumps(model)},\n"
         '    messages=[{"role": "user", "content": "Say hello."}],\n'
