@@ -129,3 +129,14 @@ async def test_a_disabled_user_has_none(plane: Running) -> None:
         await connection.execute(update(users).where(users.c.name == "bob").values(disabled=True))
     with pytest.raises(NotFound):
         await login_links.log_in(plane.plane, act(plane), secret, None)
+
+
+async def test_a_program_that_looks_at_a_link_does_not_use_it_up(sqlite_plane: Running) -> None:
+    await make_user(sqlite_plane, "bob")
+    secret = await link(sqlite_plane, "bob")
+
+    looked = await sqlite_plane.client.head("/console/login", params={"token": secret})
+
+    assert (looked.status_code, looked.content) == (200, b"")
+    assert "set-cookie" not in looked.headers
+    assert (await login_links.find(sqlite_plane.plane, secret)).name == "bob"

@@ -37,7 +37,7 @@ class Login:
         if "token" in request.query_params:
             return await self._by_link(request, request.query_params["token"])
         target = local(request.query_params.get("next"))
-        if request.method == "GET":
+        if request.method != "POST":
             if await principal_of(request) is not None:
                 return RedirectResponse(target, 303)
             return self._login_form(request)
@@ -58,10 +58,10 @@ class Login:
         return RedirectResponse(target, 303)
 
     async def _by_link(self, request: Request, secret: str) -> Response:
-        """GET leaves the URL as it is: programs that look at links before people do must not use them up."""
+        """GET and HEAD leave the URL as it is: programs that look at links before people do must not use them up."""
         plane = plane_of(request)
         try:
-            if request.method == "GET":
+            if request.method != "POST":
                 guest = await login_links.find(plane, secret)
                 action = url(LOGIN, token=secret)
                 return self._render(request, "login_link.html", "Sign in", action=action, guest=guest)
@@ -91,7 +91,7 @@ class Login:
             known = {} if row.user is None else {"name": row.name, "email": row.email}
             if row.user is None and plane.settings.admin_email:
                 known = {"email": plane.settings.admin_email}
-            if request.method == "GET":
+            if request.method != "POST":
                 return self._setup_form(request, secret, known, row.user is None)
             given = (await form(request)).values
             names = ("name", "email", "password", "password_confirm")
