@@ -10,6 +10,8 @@ from control_plane.pure.samples import KEY, ROUTER
 
 # Bytes of one event at most; what is longer is no event of a chat.
 _LONGEST = 4 * 1024 * 1024
+# Characters of an answer that are kept
+MOST = 1024 * 1024
 
 
 class Turn(NamedTuple):
@@ -111,7 +113,10 @@ class Problem(NamedTuple):
 
 @dataclass
 class Transcript:
-    """An answer, read as it comes: events of a stream, or JSON as a whole."""
+    """An answer, read as it comes: events of a stream, or JSON as a whole. Engines may send anything.
+
+    `full`: it is longer than anybody reads; the rest need not be read.
+    """
 
     text: str = ""
     reasoning: str = ""
@@ -120,6 +125,7 @@ class Transcript:
     usage: Mapping[str, Any] = field(default_factory=dict)
     problem: Problem | None = None
     ended: bool = False
+    full: bool = False
     _rest: bytes = b""
 
     def feed(self, data: bytes) -> bool:
@@ -129,7 +135,7 @@ class Transcript:
         if len(self._rest) > _LONGEST:
             self._rest, self.problem = b"", Problem("The answer has an event that is too long.")
         for line in lines:
-            if line.startswith(b"data:"):
+            if line.startswith(b"data:") and not self.full:
                 self._read(line[5:].strip())
         return len(self.text) + len(self.reasoning) > before
 
@@ -156,31 +162,54 @@ class Transcript:
             self.ended = True
             return
         try:
-            found = json.loads(data)
-        except ValueError:
+            found = _object(json.loads(data))
+            calls = _calls(found)
+        except (ValueError, RecursionError):
             return
-        if not isinstance(found, dict):
-            return
-        if isinstance(error := found.get("error"), dict):
-            self.problem = Problem(str(error.get("message") or "The answer ended with an error."), error.get("code"))
-        self.model = found.get("model") or self.model
-        self.usage = found.get("usage") or self.usage
-        choices = found.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
-            self._add(choice)
+        if error := _object(found.get("error")):
+            message = _text(error.get("message")) or "The answer ended with an error."
+            self.problem = Problem(message, _text(str(error.get("code") or "")) or None)
+        self.model = _text(found.get("model")) or self.model
+        self.usage = _object(found.get("usage")) or self.usage
+        for choice in _list(found.get("choices")):
+            self._add(_object(choice))
+        self.text += calls
+        if len(self.text) + len(self.reasoning) > MOST:
+            self.full = True
+            self.problem = self.problem or Problem(
+                f"The answer is longer than {MOST} characters: the rest is left out."
+            )
 
     def _add(self, choice: Mapping[str, Any]) -> None:
-        part = choice.get("delta") or choice.get("message") or {}
+        part = _part(choice)
         self.text += _text(part.get("content")) or _text(part.get("refusal"))
         self.reasoning += _text(part.get("reasoning_content")) or _text(part.get("reasoning"))
-        for call in part.get("tool_calls") or ():
-            self.text += json.dumps(call, ensure_ascii=False) + "\n"
-        self.finish = choice.get("finish_reason") or self.finish
+        self.finish = _text(choice.get("finish_reason")) or self.finish
+
+
+def _part(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _object(choice.get("delta")) or _object(choice.get("message"))
+
+
+def _calls(found: Mapping[str, Any]) -> str:
+    """Of tools, a line for each."""
+    parts = [_part(_object(choice)) for choice in _list(found.get("choices"))]
+    calls = [call for part in parts for call in _list(part.get("tool_calls"))]
+    return _text("".join(f"{json.dumps(call, ensure_ascii=False)}\n" for call in calls))
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    """Half of a surrogate pair is no text, and no page can have it."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    return value if type(value) is int and 0 <= value < 2**53 else None

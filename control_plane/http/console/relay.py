@@ -61,7 +61,11 @@ class Relay(Response):
 
 
 def _headers(answer: Answer) -> list[tuple[bytes, bytes]]:
-    kept = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers.items() if name not in _OWN]
+    kept = [
+        (name.encode(), value.encode("latin-1", "replace"))
+        for name, value in answer.headers.items()
+        if name not in _OWN
+    ]
     # A proxy in front passes on what it has.
     return [*kept, (b"x-accel-buffering", b"no")]
 
