@@ -21,14 +21,15 @@ from control_plane.pure.chat import Problem, Transcript
 from control_plane.pure.records import MINUTE
 from control_plane.pure.times import shown
 from control_plane.services import audit, models, policy, prices, requests
+from control_plane.services.visibility import visible_models
 from inference_api.policy.keys import NewKey, new_key
 from inference_api.routing.references import virtual_key
 
 NAME: Final = "playground"
 # Milliseconds for which a key holds, and before its end in which it is not lent again
 HOLDS, _LAST = 15 * MINUTE, MINUTE
-# Seconds for which a form waits for its answer
-PATIENCE = 120.0
+# Seconds for which a form waits for its answer, and bytes of one that is no stream
+PATIENCE, _MOST_BYTES = 120.0, 8 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -178,16 +179,19 @@ async def whole(
     plane: Plane, act: Act, router: Router | None, organisation: str | None, model: str, body: bytes
 ) -> Whole:
     """The answer, once it has ended; a refusal is its problem."""
-    start, first, status, transcript = time.monotonic(), None, 0, Transcript()
+    start, first, status, transcript, size = time.monotonic(), None, 0, Transcript(), 0
     try:
         async with asked(plane, act, router, organisation, body, PATIENCE) as answer:
             status, parts = answer.status, []
             streams = answer.headers.get("content-type", "").startswith("text/event-stream")
             async for data in answer.body:
+                size += len(data)
                 if not streams:
                     parts.append(data)
                 elif transcript.feed(data) and first is None:
                     first = (time.monotonic() - start) * 1000
+                if transcript.full or (not streams and size > _MOST_BYTES):
+                    break
             if not streams:
                 transcript.take(b"".join(parts))
     except Refused as exc:
@@ -232,5 +236,8 @@ async def cost(
         name = catalogue.owners.get(model, model)
         if name in catalogue.stored and virtual_key(catalogue.stored[name].entry) is not None:
             name = answered or name
-        found = prices.current(plane).cost(name, act.at, input_tokens, cached, output_tokens)
+        found = None
+        # Of others it is not said whether there is such a model.
+        if (await visible_models(plane, act))(name):
+            found = prices.current(plane).cost(name, act.at, input_tokens, cached, output_tokens)
         return Cost(found, False, input_tokens, output_tokens)

@@ -235,3 +235,19 @@ async def test_an_answer_that_breaks_off_says_so() -> None:
         await router.close()
 
     assert parts == [b"data:"]
+
+
+async def test_what_an_answer_cost_betrays_no_model_of_others(sqlite_plane: Running) -> None:
+    for name in ("open-model", "hidden-model"):
+        entry = {"backends": [{"url": "http://10.0.0.11:8000"}], "price": {"input": 1, "output": 2}}
+        assert (await sqlite_plane.admin.put(f"/models/{name}", json={"name": name, **entry})).status_code == 201
+        price = {"model": name, "input": 1, "output": 2}
+        assert (await sqlite_plane.admin.post("/api/v1/prices", json=price)).status_code == 201
+    await organisation(sqlite_plane, "team-a", models=["open-model"])
+    member = act_of(sqlite_plane, "max", team_a="member")
+
+    async def cost(name: str) -> int | None:
+        return (await playground.cost(sqlite_plane.plane, member, "none-0815", name, None, 1000, 0, 1000)).nanos
+
+    assert await cost("open-model") is not None
+    assert await cost("hidden-model") is await cost("no-model") is None
