@@ -110,7 +110,9 @@ async def listed(
     if filters.state is not None:
         query = query.where(_state(act.at) == filters.state)
     if filters.name is not None:
-        query = query.where(keys.c.name.icontains(filters.name, autoescape=True))
+        # Who sees ids only must not find out names by asking for them.
+        readable = _visible(act.principal, "keys.write")
+        query = query.where(keys.c.name.icontains(filters.name, autoescape=True), readable)
     if filters.playground is not None:
         query = query.where(keys.c.playground.is_(filters.playground))
     if after is not None:
@@ -122,8 +124,8 @@ async def listed(
 
 
 async def names(plane: Plane, act: Act, ids: Iterable[str]) -> dict[str, str]:
-    """By id, of the keys that the caller may see."""
-    query = select(keys.c.id, keys.c.name).where(keys.c.id.in_(sorted(ids)), _visible(act.principal, "keys.see"))
+    """By id, of the keys of which the caller may see more than the id."""
+    query = select(keys.c.id, keys.c.name).where(keys.c.id.in_(sorted(ids)), _visible(act.principal, "keys.write"))
     async with plane.database.main.read() as connection:
         return {row.id: row.name for row in await connection.execute(query)}
 

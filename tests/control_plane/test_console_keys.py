@@ -198,6 +198,14 @@ async def test_a_viewer_of_the_platform_sees_ids_only(console: Running) -> None:
     assert "business" not in listed + page
     assert ended.status_code == 403
     assert "business" not in ended.text
+    # Nor by asking for a part of it, nor where keys are suggested or counted
+    asked = await opened(console, "/console/keys?name=business")
+    await taken(console, record(key_id=key["id"], key_name=None))
+    others = [await opened(console, path) for path in ("/console/requests", "/console/usage?group_by=key")]
+    assert key["id"] not in asked
+    assert key["id"] in others[0]
+    assert key["id"] in others[1]
+    assert "business" not in others[1] + others[0].partition("<table")[0]
 
 
 async def test_filters_and_pages_are_in_the_url(console: Running) -> None:

@@ -237,6 +237,12 @@ async def test_each_role_sees_its_part(sqlite_plane: Running) -> None:
     assert "0.001 USD a month" in text_of(seen["owner"])
     assert "0.00028 USD" in text_of(seen["viewer"])
     assert "Budgets" not in text_of(seen["member"])
+    # An operator sees all usage, and no organisation.
+    await make_user(sqlite_plane, "olga", "operator")
+    await log_in(sqlite_plane, "olga")
+    operated = await page(sqlite_plane, f"{PATH}?organisation=team-a")
+    assert figures_of(operated)["Requests"] == "2"
+    assert "Budgets" not in text_of(operated)
 
 
 async def test_no_usage_says_what_to_do(sqlite_plane: Running) -> None:

@@ -3,6 +3,7 @@
 from control_plane.data.usage_tables import DIMENSIONS
 from control_plane.http.console.shell import Visit
 from control_plane.services import keys, models, reports
+from control_plane.services.keys import Found
 from control_plane.services.visibility import visible_models
 
 # What a filter has for requests without such a thing
@@ -23,8 +24,15 @@ async def choices(visit: Visit) -> dict[str, list[tuple[str, str]]]:
     found = {"model": [(name, "") for name in names], "key": []}
     if visit.may_somewhere("keys.see"):
         known = await keys.listed(visit.plane, visit.act, _MOST_CHOICES, None)
-        found["key"] = [(one.row.id, f"{one.row.name} {one.row.organisation or ''}") for one in known]
+        found["key"] = [(one.row.id, _name(visit, one)) for one in known]
     return found
+
+
+def _name(visit: Visit, key: Found) -> str:
+    """A viewer of the platform sees ids only, as under /api/v1."""
+    if not visit.may("keys.write", key.row.organisation, key.row.user):
+        return ""
+    return f"{key.row.name} {key.row.organisation or ''}"
 
 
 async def missing(visit: Visit) -> str:

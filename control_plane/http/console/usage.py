@@ -243,7 +243,7 @@ async def _budgets(visit: Visit, organisation: str | None) -> list[tuple[str, Bu
     names: Iterable[str] = [organisation] if organisation else sorted(visit.act.principal.roles)[:_MOST_BUDGETS]
     given = {}
     for name in names:
-        if visit.may("usage.see", name):
+        if visit.may("usage.see", name) and visit.may("organisations.see", name):
             try:
                 given[name] = (await organisations.one(visit.plane, name))["budget"]
             except NotFound:
