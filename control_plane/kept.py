@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Container, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -48,6 +48,12 @@ class Kept:
         made = await make()
         self._versions[key] = version, made
         return made
+
+    def retain(self, kind: str, names: Container[str]) -> None:
+        """Forget what `made_of` has for the keys (kind, name) of other names."""
+        gone = [key for key in self._versions if isinstance(key, tuple) and key[0] == kind and key[1] not in names]
+        for key in gone:
+            del self._versions[key]
 
     def drop(self, key: Hashable) -> None:
         """Make it anew for the next one who asks."""

@@ -68,6 +68,8 @@ async def seen(plane: Plane) -> Seen:
         reported.append(Reported(row.instance, report, row.at, row.interval))
     present = [one for one in reported if not one.lost(now)]
     texts = {row.instance: row.report for row in rows}
+    # Routers get new names with every roll-out, and reports are large.
+    plane.kept.retain("report", texts)
     version = [(one.instance, texts[one.instance]) for one in present]
     backends = await plane.kept.made_of("backends", version, partial(asyncio.to_thread, merged, present))
     return Seen(now, tuple(reported), tuple(present), backends)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import Text, cast, delete, insert, select
 
-from control_plane.data.tables import memberships, organisations
+from control_plane.data.tables import memberships, organisations, routers
+from control_plane.services import reports as reporting
 from tests.control_plane.conftest import NOON, Running, management_token
 
 pytestmark = pytest.mark.anyio
@@ -273,3 +274,25 @@ async def test_a_model_with_a_backend_needs_no_start(plane: Running) -> None:
         "activation_disabled",
     ]
     assert ready.json() == {"model": "m", "state": "ready"}
+
+
+async def test_reports_of_routers_that_are_gone_are_not_in_memory(sqlite_plane: Running) -> None:
+    """Each roll-out gives routers new names."""
+    await reports(sqlite_plane, old=report(), new=report())
+    kept, texts, made = sqlite_plane.plane.kept, {}, []
+
+    async def make() -> None:
+        made.append(1)
+
+    await reporting.seen(sqlite_plane.plane)
+    async with sqlite_plane.plane.database.main.write() as connection:
+        rows = await connection.execute(select(routers.c.instance, cast(routers.c.report, Text).label("text")))
+        texts = {row.instance: row.text for row in rows}
+        await connection.execute(delete(routers).where(routers.c.instance == "old"))
+    seen = await reporting.seen(sqlite_plane.plane)
+    await kept.made_of(("report", "new"), texts["new"], make)
+
+    assert [one.instance for one in seen.reported] == ["new"]
+    assert made == []
+    await kept.made_of(("report", "old"), texts["old"], make)
+    assert made == [1]
