@@ -128,6 +128,38 @@ async def test_another_site_sends_no_form(sqlite_plane: Running, page: Page) -> 
     assert "csrf" in answer.text
 
 
+@pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.path)
+async def test_any_name_of_a_parameter_is_harmless(sqlite_plane: Running, page: Page) -> None:
+    await make_user(sqlite_plane, "bob", "admin")
+    await log_in(sqlite_plane, "bob")
+
+    answer = await sqlite_plane.client.get(page.path, params=dict.fromkeys(("path", "self", "to", "done", "here"), "x"))
+
+    assert answer.status_code == 200
+
+
+async def test_a_login_is_asked_for_whatever_the_host_is(sqlite_plane: Running) -> None:
+    answer = await sqlite_plane.client.get("/console/keys?state=ok", headers={"host": "["})
+
+    assert (answer.status_code, answer.headers["location"]) == (
+        303,
+        "/console/login?next=%2Fconsole%2Fkeys%3Fstate%3Dok",
+    )
+
+
+@pytest.mark.parametrize("seconds", ["\N{SUPERSCRIPT TWO}", "-5", "1h", "9" * 5000])
+async def test_an_order_ends_when_somebody_says_or_is_not_given(sqlite_plane: Running, seconds: str) -> None:
+    """Not for ever, of a time that cannot be read."""
+    await make_user(sqlite_plane, "bob", "admin")
+    await log_in(sqlite_plane, "bob")
+    form = {"backend": "10.0.0.12:8000", "action": "drain", "reason": "driver", "expires_in": seconds, "force": "1"}
+
+    answer = await sqlite_plane.client.post("/console/backends", data=form, headers=SAME_ORIGIN)
+
+    assert answer.status_code == 422
+    assert (await sqlite_plane.admin.get("/api/v1/overrides")).json()["data"] == []
+
+
 async def test_an_unknown_page_is_one_that_helps(sqlite_plane: Running) -> None:
     anonymous = await sqlite_plane.client.get("/console/nowhere")
     await make_user(sqlite_plane, "bob", "admin")

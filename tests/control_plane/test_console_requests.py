@@ -1,6 +1,7 @@
 """Requests in the console: found by id in one step, narrowed by the URL, and explained one by one."""
 
 import re
+from collections.abc import Callable
 from html import unescape
 from typing import Any
 
@@ -239,6 +240,21 @@ async def test_a_member_sees_the_own_keys_only(sqlite_plane: Running) -> None:
     assert 'href="/console/backends' not in own
     missing = await page(client, f"{PATH}/{foreign['id']}", 404)
     assert foreign["request_id"] not in missing
+
+
+async def test_a_request_that_says_it_took_for_ever_is_shown(start_sqlite: Callable[..., Any]) -> None:
+    plane = await start_sqlite(
+        log_url="https://logs.example.com/{backend}?to={end}", trace_url="https://t.example.com/{end_ms}"
+    )
+    tried = {"backend": "10.0.0.12:8000", "outcome": "of_a_later_router", "status": 599}
+    attempts = [{**tried, "start_ms": 1.7e308, "duration_ms": 1.7e308}, {**tried, "start_ms": 1e17, "duration_ms": 0}]
+    await taken(plane, record(latency_ms=1.7e308, ttft_ms=1e300, queued_ms=1e300, attempts=2, attempt_details=attempts))
+    client = await as_ana(plane)
+
+    answer = await client.get(f"{PATH}/4bf92f3577b34da6")
+
+    assert answer.status_code == 200, answer.text
+    assert "https://logs.example.com/10.0.0.12%3A8000?to=2026-11-29T" in answer.text
 
 
 async def test_an_empty_list_says_what_to_do(sqlite_plane: Running) -> None:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from control_plane.errors import NotFound, Refused
 from control_plane.http.api.fleet import NewOverride
 from control_plane.http.api.paging import decoded, encoded
-from control_plane.http.console.forms import body
+from control_plane.http.console.forms import Form, body
 from control_plane.http.console.shell import OPERATE, Page, Visit
 from control_plane.pure.reports import STATES, MergedBackend
 from control_plane.services import overrides, reports
@@ -39,7 +39,7 @@ async def backends(visit: Visit) -> Response:
             if "end" in given:
                 await overrides.end(visit.plane, visit.act, form.text("end"))
                 return visit.back("ended")
-            return await _change(visit, given)
+            return await _change(visit, form)
         except NotFound:
             return visit.back("ended")
         except Refused as exc:
@@ -72,14 +72,13 @@ async def backends(visit: Visit) -> Response:
     )
 
 
-async def _change(visit: Visit, given: dict[str, str]) -> Response:
-    seconds = given.get("expires_in")
+async def _change(visit: Visit, form: Form) -> Response:
     fields = {
-        **given,
-        "model": given.get("model") or None,
-        "reason": given.get("reason") or None,
-        "expires_in": int(seconds) if seconds and seconds.isdigit() else None,
-        "force": given.get("force") == "1",
+        **form.values,
+        "model": form.values.get("model") or None,
+        "reason": form.values.get("reason") or None,
+        "expires_in": form.number("expires_in"),
+        "force": form.values.get("force") == "1",
     }
     asked = body(NewOverride, fields)
     if asked.action == "return":

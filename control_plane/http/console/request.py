@@ -12,7 +12,7 @@ from control_plane.http.console.requests import PATH
 from control_plane.http.console.shell import Page, Visit, url
 from control_plane.pure import charts, elsewhere, figures, outcomes
 from control_plane.pure.outcomes import Explanation
-from control_plane.pure.records import HOUR
+from control_plane.pure.records import DAY, HOUR
 from control_plane.pure.roles import Permission
 from control_plane.pure.times import shown
 from control_plane.services import prices, requests
@@ -127,18 +127,23 @@ def _logs(visit: Visit, found: Mapping[str, Any]) -> list[Log]:
     template = visit.plane.settings.log_url
     logs = []
     for one in outcomes.attempts_of(found):
-        start = found["at"] + int(one["start_ms"]) - _AROUND
-        end = found["at"] + math.ceil(one["start_ms"] + one["duration_ms"]) + _AROUND
+        start = _after(found, one["start_ms"]) - _AROUND
+        end = _after(found, one["start_ms"] + one["duration_ms"]) + _AROUND
         values = _values(found, one["backend"], start, end)
         logs.append(Log(one["backend"], start, end, template and elsewhere.filled(template, values)))
     return list(dict.fromkeys(logs))
+
+
+def _after(found: Mapping[str, Any], milliseconds: float) -> int:
+    """A time of a request; of one that says it took for ever a time that can be written."""
+    return int(found["at"]) + math.ceil(min(milliseconds, DAY))
 
 
 def _trace(visit: Visit, found: Mapping[str, Any]) -> str | None:
     template = visit.plane.settings.trace_url
     if template is None or not visit.may("backends.operate"):
         return None
-    start, end = found["at"] - _AROUND, found["at"] + math.ceil(found["latency_ms"]) + _AROUND
+    start, end = found["at"] - _AROUND, _after(found, found["latency_ms"]) + _AROUND
     return elsewhere.filled(template, _values(found, found["backend"] or "", start, end))
 
 

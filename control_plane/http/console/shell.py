@@ -141,7 +141,7 @@ class Visit:
         """The path of this page, quoted."""
         return quote(self.request.scope["path"])
 
-    def address(self, **changes: Any) -> str:
+    def address(self, /, **changes: Any) -> str:
         """The URL of this page with other parameters; None takes one away. What was done is left out."""
         kept = {name: value for name, value in self.query.items() if name != DONE}
         return url(self.here, **{**kept, **changes})
@@ -152,7 +152,7 @@ class Visit:
         """The page; only its block `live` if a script asks for that."""
         return self._pages.render(template, {**self._context(), "partial": self.partial, **context}, status, headers)
 
-    def back(self, done: str, to: str | None = None, **query: Any) -> Response:
+    def back(self, done: str, /, to: str | None = None, **query: Any) -> Response:
         """To a page, after a change: it says what was done. `done`: a key of its NOTICES."""
         target = to or self.here
         return RedirectResponse(url(target, **query, **{DONE: done}), 303)
@@ -217,7 +217,7 @@ _TITLES = {
 }
 
 
-def url(path: str, **query: Any) -> str:
+def url(path: str, /, **query: Any) -> str:
     """`path` with these parameters; those that are None or empty are left out."""
     given = {name: value for name, value in query.items() if value is not None and value != ""}
     return f"{path}{'&' if '?' in path else '?'}{urlencode(given, doseq=True)}" if given else path
@@ -231,7 +231,8 @@ async def _to_home(request: Request) -> Response:
 def _to_login(request: Request) -> Response:
     """After the login the page comes, or its first view if a form was sent."""
     path: str = quote(request.scope["path"])
-    query = request.url.query
+    # Not request.url: it contains the Host header, which may be invalid.
+    query: str = request.scope["query_string"].decode("latin-1")
     target = f"{path}?{query}" if query and request.method == "GET" else path
     where = url(LOGIN, next=target)
     if request.headers.get("hx-request"):
