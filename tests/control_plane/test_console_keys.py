@@ -17,7 +17,7 @@ from control_plane.data.tables import keys
 from control_plane.services import reports as reported
 from tests.control_plane.conftest import NOON, SERVICE_TOKEN, Clock, Running
 from tests.control_plane.forms import as_user, hidden, opened, sent
-from tests.control_plane.people import make_organisation, make_user
+from tests.control_plane.people import SAME_ORIGIN, make_organisation, make_user
 from tests.control_plane.test_fleet import report, reports
 from tests.control_plane.test_together import eventually
 from tests.control_plane.usage import record, taken
@@ -156,6 +156,18 @@ async def refused_and_kept(console: Running, page: str, change: dict[str, Any], 
     fields |= new_key(answer.text, name="right") | {"priority": "0", "weight": "1"}
     assert (await sent(console, "/console/keys?act=create", **fields)).status_code == 200
     return await opened(console, "/console/keys?act=create")
+
+
+@pytest.mark.parametrize("name", ["limit_amount", "limit_per"])
+async def test_a_number_of_thousands_of_digits_is_none(console: Running, name: str) -> None:
+    await as_user(console, "pia", "admin")
+    limit = {"limit_unit": "requests", "limit_amount": "5", "limit_per": "60", "limit_models": "", "limit_precise": ""}
+    given = {"do": "create", "name": "batch", "once": "x" * 20, **limit, name: "9" * 5000}
+
+    answer = await console.client.post("/console/keys?act=create", data=given, headers=SAME_ORIGIN)
+
+    assert answer.status_code == 422
+    assert "must be a whole number" in answer.text
 
 
 async def test_people_see_and_make_keys_of_their_own_organisations_only(console: Running) -> None:

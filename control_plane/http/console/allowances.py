@@ -22,7 +22,7 @@ PERIOD_CHOICES = (("day", "a day"), ("week", "a week"), ("month", "a month"))
 def periods(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """The choices of a limit's period, with those that rows have already."""
     others = {row["per"] for row in rows} - {*_PERIODS, ""}
-    more = sorted((int(one), f"in {ms(int(one) * 1000)}") for one in others if one.isdecimal())
+    more = sorted((int(one), f"in {ms(int(one) * 1000)}") for one in others if _is_count(one))
     return [*_PERIODS.items(), *((str(seconds), text) for seconds, text in more)]
 
 
@@ -117,11 +117,16 @@ def _rows(form: Form) -> list[dict[str, str]]:
     ]
 
 
+def _is_count(text: str) -> bool:
+    """Also one that is too large for the API to take; no more digits than anything can be made of."""
+    return text.isdecimal() and len(text) <= 18
+
+
 def _limit(row: Mapping[str, str], place: int) -> dict[str, Any]:
     unit, amount = row["unit"], row["amount"].replace(",", "")
     if unit not in UNITS:
         raise Invalid(Problem(f"limits.{place}", f"must be of one of {', '.join(UNITS)}"))
-    if not amount.isdecimal() or not row["per"].isdecimal():
+    if not _is_count(amount) or not _is_count(row["per"]):
         raise Invalid(Problem(f"limits.{place}", f"must be a whole number, not {row['amount'][:40]!r}"))
     found: dict[str, Any] = {unit: int(amount)}
     if unit != "streams":
