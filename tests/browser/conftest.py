@@ -91,6 +91,12 @@ class World:
         self.until(lambda: self.admin.get("/api/v1/requests", params={"id": found}).json()["data"])
         return found
 
+    def answers(self, url: str) -> bool:
+        try:
+            return httpx.get(url, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
     def until(self, condition: Callable[[], object], seconds: float = 60) -> None:
         """Ask again and again; what is waited for comes from other processes."""
         deadline = time.monotonic() + seconds
