@@ -82,7 +82,9 @@ class Guarded:
         """An audit row of the refusal; one a minute for who tries the same again and again."""
         request = Request(scope)
         act = act_of(request, scope[PRINCIPAL])
-        kind, _, rest = scope["path"].removeprefix("/api/v1/").partition("/")
+        # NUL: PostgreSQL has no such text, and the refusal must be noted.
+        path = scope["path"].replace("\0", "\N{REPLACEMENT CHARACTER}")
+        kind, _, rest = path.removeprefix("/api/v1/").removeprefix("/console/").partition("/")
         what = (act.principal.user, scope["method"], scope["path"])
         if act.at - self._denied.get(what, -_AGAIN) < _AGAIN:
             return

@@ -175,6 +175,17 @@ async def test_an_unknown_page_is_one_that_helps(sqlite_plane: Running) -> None:
     assert "nowhere&lt;b&gt;" in known.text
 
 
+async def test_a_refusal_is_noted_whatever_its_path_is(plane: Running) -> None:
+    await make_user(plane, "bob")
+    await log_in(plane, "bob")
+
+    answer = await plane.client.get("/console/users/a%00b%FF")
+    rows = (await plane.admin.get("/api/v1/audit?action=user.denied")).json()["data"]
+
+    assert answer.status_code == 403
+    assert [(row["actor"]["name"], row["object"]["id"]) for row in rows] == [("bob", "a\ufffdb\ufffd")]
+
+
 async def test_help_has_every_section_that_failed_requests_point_to(sqlite_plane: Running) -> None:
     await make_user(sqlite_plane, "bob")
     await log_in(sqlite_plane, "bob")
