@@ -158,7 +158,7 @@ class Application:
         ]
         self._provider = _provider(settings, clock)
         self._router = None if settings.router_url is None else Router(settings.router_url)
-        console = Pages(CONSOLE)
+        console = self._console = Pages(CONSOLE)
         self._refusals = Rendering(console)
         login = Login(console)
         open_pages = [*static.ROUTES, *login.routes(), *_openid_routes(self._provider, login)]
@@ -197,6 +197,7 @@ class Application:
             await self.plane.documents.follow()
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(run()) for run in (self.plane.documents.run, *self._tasks())]
+                group.create_task(asyncio.to_thread(self._console.compile))
                 yield
                 for task in running:
                     task.cancel()

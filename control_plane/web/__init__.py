@@ -56,7 +56,7 @@ def _sources() -> Mapping[str, str]:
 
 
 def environment(filters: Mapping[str, Any], **names: Any) -> Environment:
-    """Templates that escape every value and refuse every unknown name; all of them are compiled.
+    """Templates that escape every value and refuse every unknown name. Each is compiled at its first use.
 
     `filters` and `names`: what each template may use.
     """
@@ -72,6 +72,10 @@ def environment(filters: Mapping[str, Any], **names: Any) -> Environment:
     )
     made.filters.update(filters)
     made.globals.update(names)
-    for name in _sources():
-        made.get_template(name)
     return made
+
+
+def compile_all(templates: Environment) -> None:
+    """Some seconds of a CPU all in all: for a thread, so that nobody's first page waits."""
+    for name in _sources():
+        templates.get_template(name)

@@ -15,6 +15,7 @@ from control_plane.http.console.shell import Page
 from control_plane.pure.outcomes import OUTCOMES
 from control_plane.pure.roles import Principal
 from control_plane.web.manual import FILES, address, manuals
+from inference_api.policy.keys import new_key
 from tests.control_plane.conftest import Running
 from tests.control_plane.people import SAME_ORIGIN, log_in, make_organisation, make_user
 
@@ -158,6 +159,19 @@ async def test_an_order_ends_when_somebody_says_or_is_not_given(sqlite_plane: Ru
 
     assert answer.status_code == 422
     assert (await sqlite_plane.admin.get("/api/v1/overrides")).json()["data"] == []
+
+
+@pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.path)
+async def test_a_secret_that_is_pasted_into_a_filter_leaves_the_url(sqlite_plane: Running, page: Page) -> None:
+    await make_user(sqlite_plane, "bob", "admin")
+    await log_in(sqlite_plane, "bob")
+    secret = new_key().key
+
+    answer = await sqlite_plane.client.get(page.path, params={"key": f" {secret}", "model": "m"})
+
+    assert answer.status_code == 303
+    assert httpx.URL(answer.headers["location"]).params == httpx.QueryParams({"key": secret[6:18], "model": "m"})
+    assert secret[-20:] not in answer.headers["location"]
 
 
 async def test_an_unknown_page_is_one_that_helps(sqlite_plane: Running) -> None:

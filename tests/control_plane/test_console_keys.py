@@ -366,7 +366,7 @@ async def test_what_looks_like_a_secret_is_in_no_url(console: Running) -> None:
     assert "xxx" not in unknown.text
     assert token.headers["location"] == "/console/keys?tab=tokens&act=end&id=000000000000"
     assert broken.headers["location"] == "/console/keys"
-    assert (pasted.status_code, pasted.headers["location"]) == (303, "/console/keys")
+    assert (pasted.status_code, pasted.headers["location"]) == (303, f"/console/keys?organisation={key['id']}")
 
 
 async def test_figures_are_those_of_the_api(console: Running) -> None:

@@ -1,5 +1,6 @@
 """What people type: fields of forms, where a login leads, and forms of an object that has changed meanwhile."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -11,6 +12,8 @@ from control_plane.errors import Invalid, Problem, Refused, problems_of
 from control_plane.http.api.preconditions import etag_of
 
 Model = TypeVar("Model", bound=BaseModel)
+# The public part of a secret: of a key, or of a token
+SECRET = re.compile(r"(sk|mt|st)-ia-([0-9A-Za-z]{12})(?![0-9A-Za-z])")
 HOME, LOGIN = "/console/", "/console/login"
 
 

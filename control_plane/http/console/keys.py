@@ -11,7 +11,7 @@ from control_plane.errors import Forbidden, NotFound, Refused, StorageUnavailabl
 from control_plane.http.api.keys import Rotation
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.console import allowances, changes, lists, once, tokens
-from control_plane.http.console.forms import Form, body, unchanged
+from control_plane.http.console.forms import SECRET, Form, body, unchanged
 from control_plane.http.console.shell import USE, Page, Visit
 from control_plane.pure import diff, samples
 from control_plane.pure.roles import Scope
@@ -32,8 +32,6 @@ NOTICES = {
     "enabled": "The key is enabled again.",
     "ended": "The key has ended. Below is which routers refuse it already, and what it was used for.",
 }
-# The public part of a secret: of a key, or of a token
-_SECRET = re.compile(r"(sk|mt|st)-ia-([0-9A-Za-z]{12})(?![0-9A-Za-z])")
 _ID = re.compile(r"[0-9A-Za-z]{12}")
 # Names that a form suggests
 _SUGGESTED = 200
@@ -43,9 +41,6 @@ async def listing(visit: Visit) -> Response:
     """The list, and the forms that make and find keys."""
     sees = visit.may_somewhere("keys.see")
     tab = visit.choice("tab", "keys" if sees else "tokens", "tokens" if sees else "keys")
-    if any(_SECRET.search(value) for value in visit.query.values()):
-        # It was pasted where it does not belong; at least it is not in the next URL.
-        return visit.back("", to=KEYS)
     if tab == "tokens":
         return await tokens.tab(visit, sees)
     if not sees:
@@ -117,7 +112,7 @@ def _whole(visit: Visit, key: Found) -> bool:
 async def _find(visit: Visit, form: Form) -> Response:
     """By name, by id, or by a leaked secret, of which nothing but the id is in the URL that it leads to."""
     text = form.text("find")[:256]
-    secret = _SECRET.search(text)
+    secret = SECRET.search(text)
     if secret is not None:
         kind, id = secret.groups()
         if kind != "sk":

@@ -6,9 +6,11 @@ again every few seconds, by the same URL.
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -16,7 +18,7 @@ from starlette.routing import Route
 from control_plane import web
 from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
 from control_plane.http.console import allowances, filters
-from control_plane.http.console.forms import HOME, LOGIN, Form, form
+from control_plane.http.console.forms import HOME, LOGIN, SECRET, Form, form
 from control_plane.http.identity import PRINCIPAL, act_of, plane_of, principal_of
 from control_plane.http.requests import REQUEST_ID, route_of
 from control_plane.plane import Act, Plane
@@ -56,9 +58,11 @@ class Pages:
 
     def __init__(self, pages: tuple[Page, ...]) -> None:
         self._pages = pages
-        self._templates = web.environment(
-            filters.FILTERS, static=web.base, version=__version__, url=url, **allowances.FIELDS
-        )
+        self._templates = _templates()
+
+    def compile(self) -> None:
+        """Make the templates ready, in a thread."""
+        web.compile_all(self._templates)
 
     def routes(self) -> list[Route]:
         return [Route("/console", _to_home), *(page.route(self) for page in self._pages)]
@@ -71,6 +75,10 @@ class Pages:
         visit = Visit(self, page, request, plane_of(request), act_of(request, principal))
         if not page.allows(principal):
             raise Forbidden(f"The page {page.title!r} needs the permission {page.permission}.")
+        secrets = {name: found[2] for name, value in visit.query.items() if (found := SECRET.search(value))}
+        if secrets:
+            # A secret that was pasted into a filter: no history and no screenshot has it.
+            return RedirectResponse(visit.address(**secrets), 303)
         return await page.handler(visit)
 
     def navigation(self, principal: Principal) -> dict[str, list[Page]]:
@@ -215,6 +223,12 @@ _TITLES = {
     429: "Too many attempts",
     503: "The database does not answer",
 }
+
+
+@cache
+def _templates() -> Environment:
+    """The same for all in a process."""
+    return web.environment(filters.FILTERS, static=web.base, version=__version__, url=url, **allowances.FIELDS)
 
 
 def url(path: str, /, **query: Any) -> str:
