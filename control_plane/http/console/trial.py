@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from control_plane.clients.router import Answer, Router, RouterAway
+from control_plane.clients.router import AT_ONCE, Answer, Router, RouterAway, TooManyAnswers
 from control_plane.errors import Refused
 from control_plane.http.console.shell import Visit
 from control_plane.pure import figures
@@ -62,11 +62,14 @@ async def _asked(visit: Visit, router: Router, model: str) -> AsyncIterator[Step
     }
     began = time.monotonic()
     try:
-        async with router.chat(loan.key, orjson.dumps(body)) as answer:
-            async for step in _answered(answer, began):
-                yield step
-            if answer.status == 401:
-                playground.forget(visit.plane, visit.act, None)
+        with router.turn(visit.act.principal.user or ""):
+            async with router.chat(loan.key, orjson.dumps(body)) as answer:
+                async for step in _answered(answer, began):
+                    yield step
+                if answer.status == 401:
+                    playground.forget(visit.plane, visit.act, None)
+    except TooManyAnswers:
+        yield Step("Router", "failed", f"You have {AT_ONCE} answers at once already: wait for one of them.")
     except RouterAway as exc:
         words = str(exc)
         yield Step("Router", "failed", f"{words[0].upper()}{words[1:]}. ROUTER_URL names it.", _since(began))
