@@ -196,8 +196,8 @@ class Application:
         try:
             await self.plane.documents.follow()
             async with asyncio.TaskGroup() as group:
-                running = [group.create_task(run()) for run in (self.plane.documents.run, *self._tasks())]
-                group.create_task(asyncio.to_thread(self._console.compile))
+                tasks = (self.plane.documents.run, *self._tasks(), self._console.warm)
+                running = [group.create_task(run()) for run in tasks]
                 yield
                 for task in running:
                     task.cancel()

@@ -34,6 +34,7 @@ class Login:
     async def login(self, request: Request) -> Response:
         """The form of a login, and the login: by password, or by a one-time URL."""
         route_of(request.scope)
+        await self._pages.ready()
         if "token" in request.query_params:
             return await self._by_link(request, request.query_params["token"])
         target = local(request.query_params.get("next"))

@@ -4,6 +4,7 @@ A page is one handler and one permission. Its templates extend `base.html`; the 
 again every few seconds, by the same URL.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,8 @@ OPERATE, USE, MANAGE = "Operate", "Use", "Manage"
 # Of a URL: what was done before the redirect to it; not part of the page's state.
 DONE = "done"
 _LONGEST = 512
+# Seconds after the start
+_QUIET = 10
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,21 @@ class Pages:
     def __init__(self, pages: tuple[Page, ...]) -> None:
         self._pages = pages
         self._templates = _templates()
+        self._compiling = asyncio.Lock()
+        self._compiled = False
 
-    def compile(self) -> None:
-        """Make the templates ready, in a thread."""
-        web.compile_all(self._templates)
+    async def ready(self) -> None:
+        """Compile the templates, once, in a thread: a second of a CPU, in which routers are answered all the same."""
+        if self._compiled:
+            return
+        async with self._compiling:
+            await asyncio.to_thread(web.compile_all, self._templates)
+            self._compiled = True
+
+    async def warm(self) -> None:
+        """Before the first visitor, and after a start that has other things to do."""
+        await asyncio.sleep(_QUIET)
+        await self.ready()
 
     def routes(self) -> list[Route]:
         return [Route("/console", _to_home), *(page.route(self) for page in self._pages)]
@@ -72,6 +86,7 @@ class Pages:
         principal = await principal_of(request)
         if principal is None:
             return _to_login(request)
+        await self.ready()
         visit = Visit(self, page, request, plane_of(request), act_of(request, principal))
         if not page.allows(principal):
             raise Forbidden(f"The page {page.title!r} needs the permission {page.permission}.")
