@@ -88,6 +88,7 @@ async def run(*command: str, cwd: Path) -> tuple[int, str]:
     return process.returncode, output.decode(errors="replace")
 
 
+@pytest.mark.timeout(330)
 async def test_nothing_else_happens_than_what_it_says(sqlite_plane: Running, tmp_path: Path) -> None:
     token = await management_token(sqlite_plane.plane.database, "tester", "admin")
     code, output = await run(
