@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from control_plane.errors import Invalid, Problem, Refused, StorageUnavailable
+from control_plane.errors import Invalid, Problem, Refused
 from control_plane.http.api.session import Title
 from control_plane.http.console import lists
 from control_plane.http.console.forms import Form, body
@@ -28,16 +28,11 @@ class _Titled(BaseModel):
 
 
 async def account(visit: Visit) -> Response:
-    problem, given = None, {}
-    if visit.posting:
-        form = await visit.form()
-        given = {"title": form.text("title")} if form.text("do") == "title" else {}
-        try:
-            return await _do(visit, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem = exc
+    sent = await visit.sent(lambda form: _do(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem, form = sent.problem, sent.form
+    given = {"title": form.text("title")} if form is not None and form.text("do") == "title" else {}
     me = await accounts.me(visit.plane, visit.act)
     after = lists.after(visit, str)
     found = lists.page(

@@ -45,16 +45,14 @@ async def listing(visit: Visit) -> Response:
         return await tokens.tab(visit, sees)
     if not sees:
         raise Forbidden("Keys of organisations need the permission keys.see there. Your own tokens are the other tab.")
-    problem, given = None, allowances.shown({})
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await (_find if form.text("do") == "find" else _create)(visit, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem, given = exc, {} if form.text("do") == "find" else allowances.typed(form)
-    return await _list(visit, problem, given)
+    sent = await visit.sent(lambda form: (_find if form.text("do") == "find" else _create)(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    if sent.form is None:
+        given = allowances.shown({})
+    else:
+        given = {} if sent.form.text("do") == "find" else allowances.typed(sent.form)
+    return await _list(visit, sent.problem, given)
 
 
 async def _list(visit: Visit, problem: Refused | None, given: Mapping[str, Any]) -> Response:
@@ -201,15 +199,12 @@ async def _users(visit: Visit) -> list[str]:
 
 async def detail(visit: Visit) -> Response:
     """One key."""
-    id, problem, given, form = visit.path("id"), None, None, None
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await _do(visit, id, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem, given = exc, allowances.typed(form)
+    id = visit.path("id")
+    sent = await visit.sent(lambda form: _do(visit, id, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem, form = sent.problem, sent.form
+    given = None if form is None else allowances.typed(form)
     key = await keys.found(visit.plane, visit.act, id)
     shown, whole = key.shown(), _whole(visit, key)
     uses, budgets = await _used(visit, [key])

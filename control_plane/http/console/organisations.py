@@ -37,15 +37,11 @@ _SUGGESTED = 200
 
 async def listing(visit: Visit) -> Response:
     """The list, and the form of a new one."""
-    problem, given = None, allowances.shown({})
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await _create(visit, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem, given = exc, allowances.typed(form)
+    sent = await visit.sent(lambda form: _create(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem = sent.problem
+    given = allowances.shown({}) if sent.form is None else allowances.typed(sent.form)
     scope = visit.act.principal.scope("organisations.see")
     after = lists.after(visit, str)
     found = lists.page(
@@ -106,15 +102,11 @@ def _fields(form: Form) -> dict[str, Any]:
 
 async def detail(visit: Visit) -> Response:
     """One organisation."""
-    name, problem, form = visit.path("name"), None, None
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await _do(visit, name, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem = exc
+    name = visit.path("name")
+    sent = await visit.sent(lambda form: _do(visit, name, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem, form = sent.problem, sent.form
     shown = await visible(visit.plane, visit.act, name)
     given = {**shown, **allowances.shown(shown)} if form is None else allowances.typed(form)
     replaced = None

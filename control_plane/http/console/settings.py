@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
-from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused, StorageUnavailable
+from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
 from control_plane.http.api.limits import BudgetBody, LimitBody, with_spent
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.console import allowances, lists
@@ -56,15 +56,10 @@ class Fact(NamedTuple):
 
 
 async def page(visit: Visit) -> Response:
-    problem, form = None, None
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await _do(visit, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem = exc
+    sent = await visit.sent(lambda form: _do(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem, form = sent.problem, sent.form
     tab = visit.choice("tab", "limits", "running", "process")
     return visit.render(
         "settings.html",

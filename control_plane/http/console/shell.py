@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment
@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from control_plane import web
-from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
+from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused, StorageUnavailable
 from control_plane.http.console import allowances, filters
 from control_plane.http.console.forms import HOME, LOGIN, SECRET, Form, form
 from control_plane.http.identity import PRINCIPAL, act_of, plane_of, principal_of
@@ -88,12 +88,12 @@ class Pages:
             return _to_login(request)
         await self.ready()
         visit = Visit(self, page, request, plane_of(request), act_of(request, principal))
-        if not page.allows(principal):
-            raise Forbidden(f"The page {page.title!r} needs the permission {page.permission}.")
         secrets = {name: found[2] for name, value in visit.query.items() if (found := SECRET.search(value))}
         if secrets:
             # A secret that was pasted into a filter: no history and no screenshot has it.
             return RedirectResponse(visit.address(**secrets), 303)
+        if not page.allows(principal):
+            raise Forbidden(f"The page {page.title!r} needs the permission {page.permission}.")
         return await page.handler(visit)
 
     def navigation(self, principal: Principal) -> dict[str, list[Page]]:
@@ -109,6 +109,14 @@ class Pages:
         text = self._templates.get_template(template).render(context)
         own = {"Content-Security-Policy": web.POLICY, "Vary": "HX-Request-Type, Cookie"}
         return Response(text, status, {**own, **(headers or {})}, media_type="text/html")
+
+
+class Sent(NamedTuple):
+    """What became of a form. `answer`: of what it did; `problem`: why it was refused. All None: none was sent."""
+
+    answer: Response | None = None
+    form: Form | None = None
+    problem: Refused | None = None
 
 
 class Visit:
@@ -138,6 +146,18 @@ class Visit:
     async def form(self) -> Form:
         """Raises Refused."""
         return await form(self.request)
+
+    async def sent(self, do: Callable[[Form], Awaitable[Response]]) -> Sent:
+        """Do what a form asks for, if one was sent. Raises StorageUnavailable: the page cannot be made either."""
+        if not self.posting:
+            return Sent()
+        form = await self.form()
+        try:
+            return Sent(await do(form), form)
+        except StorageUnavailable:
+            raise
+        except Refused as exc:
+            return Sent(None, form, exc)
 
     def may(self, permission: Permission, organisation: str | None = None, owner: str | None = None) -> bool:
         return self.act.principal.may(permission, organisation, owner)

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from starlette.responses import Response
 
-from control_plane.errors import Invalid, Problem, Refused, StorageUnavailable
+from control_plane.errors import Invalid, Problem, Refused
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.api.tokens import NewToken, TokenRotation
 from control_plane.http.console import allowances, lists, once
@@ -29,15 +29,11 @@ NOTICES = {
 
 
 async def tab(visit: Visit, sees_keys: bool) -> Response:
-    problem, given = None, None
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await _do(visit, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem, given = exc, {**form.values, "scopes": form.several("scopes")}
+    sent = await visit.sent(lambda form: _do(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem, form = sent.problem, sent.form
+    given = None if form is None else {**form.values, "scopes": form.several("scopes")}
     state: Any = visit.choice("state", "", *STATES)
     found = lists.page(
         await issuing.listed(

@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from control_plane.errors import Refused, StorageUnavailable
+from control_plane.errors import Refused
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.api.users import NewUser, UserFields
 from control_plane.http.console import changes, lists, once
@@ -33,16 +33,10 @@ _COUNTED = 100
 
 async def listing(visit: Visit) -> Response:
     """The list, and the form of a new user."""
-    problem, given = None, {}
-    if visit.posting:
-        form = await visit.form()
-        given = dict(form.values)
-        try:
-            return await _create(visit, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem = exc
+    sent = await visit.sent(lambda form: _create(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem, given = sent.problem, {} if sent.form is None else sent.form.values
     after = lists.after(visit, str)
     found = lists.page(await users.page_of(visit.plane, lists.ROWS, after and after[0]), lambda one: [one["name"]])
     return visit.render(
@@ -91,15 +85,11 @@ def _link(visit: Visit, user: dict[str, Any], url: str | None, verb: str) -> onc
 
 async def detail(visit: Visit) -> Response:
     """One user."""
-    name, problem, given = visit.path("name"), None, None
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await _do(visit, name, form)
-        except StorageUnavailable:
-            raise
-        except Refused as exc:
-            problem, given = exc, dict(form.values)
+    name = visit.path("name")
+    sent = await visit.sent(lambda form: _do(visit, name, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem, given = sent.problem, None if sent.form is None else sent.form.values
     user = await users.one(visit.plane, name)
     return visit.render(
         "user.html",
