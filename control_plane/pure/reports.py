@@ -117,6 +117,27 @@ class MergedBackend(NamedTuple):
     agree: str
     by_router: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def in_flight(self) -> int:
+        """Over all routers."""
+        return sum(row["in_flight"] for row in self.by_router.values())
+
+    @property
+    def waiting(self) -> int | None:
+        """The queue of the engine, as the router saw it that saw the longest."""
+        found: int | None = self._most("waiting")
+        return found
+
+    @property
+    def kv_usage(self) -> float | None:
+        """A share of 1."""
+        found: float | None = self._most("kv_usage")
+        return found
+
+    def _most(self, name: str) -> Any:
+        found = (row.get(name) for row in self.by_router.values())
+        return max((value for value in found if value is not None), default=None)
+
 
 class Acknowledged(NamedTuple):
     """How many of the routers that report obey an override, and which do not."""

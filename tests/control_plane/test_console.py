@@ -105,6 +105,31 @@ async def test_each_role_gets_its_pages_and_no_other(sqlite_plane: Running, role
             assert "bob" in answer.text
 
 
+@pytest.mark.parametrize("role", ROLES)
+async def test_each_role_sends_its_forms_and_no_other(sqlite_plane: Running, role: str) -> None:
+    """Whatever is in them: what a form does is looked at later, and only for those who may send one."""
+    principal = ROLES[role]
+    await make_user(sqlite_plane, "bob", principal.platform_role)
+    for organisation, own in principal.roles.items():
+        await make_organisation(sqlite_plane, organisation, bob=own)
+    await log_in(sqlite_plane, "bob")
+
+    for page in (page for page in CONSOLE if page.posts not in (None, "self")):
+        path = page.path.replace("{", "").replace("}", "")
+        answer = await sqlite_plane.client.post(path, data={"do": "nothing"}, headers=SAME_ORIGIN)
+        assert (answer.status_code == 403) is not page.allows(principal, "POST"), (page.path, answer.status_code)
+
+
+def test_pages_whose_handlers_look_at_each_form_are_known() -> None:
+    """Tokens and the account are everybody's own; forms of a model need several permissions."""
+    assert {page.path for page in CONSOLE if page.posts == "self"} == {
+        "/console/account",
+        "/console/keys",
+        "/console/models/{name:path}",
+        "/console/{rest:path}",
+    }
+
+
 @pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.path)
 async def test_a_part_is_the_page_without_its_frame(sqlite_plane: Running, page: Page) -> None:
     await make_user(sqlite_plane, "bob", "admin")

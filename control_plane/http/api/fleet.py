@@ -125,9 +125,9 @@ def _shown_backend(act: Act, one: MergedBackend) -> dict[str, Any]:
         "backend": one.backend,
         "state": one.state,
         "agree": one.agree,
-        "in_flight": sum(row["in_flight"] for row in rows),
-        "waiting": max((row["waiting"] for row in rows if row.get("waiting") is not None), default=None),
-        "kv_usage": max((row["kv_usage"] for row in rows if row.get("kv_usage") is not None), default=None),
+        "in_flight": one.in_flight,
+        "waiting": one.waiting,
+        "kv_usage": one.kv_usage,
         "override": next((row["override"] for row in rows if row.get("override")), None),
         "routers": [
             {"router": instance, **{name: value for name, value in row.items() if name not in ("model", "backend")}}

@@ -87,4 +87,4 @@ def _check(current: str, new: str, again: str) -> None:
         raise Invalid(*wrong)
 
 
-PAGE = Page(ACCOUNT, "Your account", account, None, None, posts=True)
+PAGE = Page(ACCOUNT, "Your account", account, None, None, posts="self")

@@ -103,9 +103,9 @@ def shown(one: MergedBackend, held: list[dict[str, Any]]) -> dict[str, Any]:
         "circuits": sorted({row["circuit"] for row in rows if row.get("circuit")}),
         "open": sum(row.get("circuit") == "open" for row in rows),
         "retry_at": max((row["retry_at"] for row in rows if row.get("retry_at")), default=None),
-        "in_flight": sum(row["in_flight"] for row in rows),
-        "waiting": max((row["waiting"] for row in rows if row.get("waiting") is not None), default=None),
-        "kv_usage": max((row["kv_usage"] for row in rows if row.get("kv_usage") is not None), default=None),
+        "in_flight": one.in_flight,
+        "waiting": one.waiting,
+        "kv_usage": one.kv_usage,
         "last_error": max(errors, key=lambda error: int(error["at"]), default=None),
         "override": next(
             (
@@ -140,4 +140,4 @@ def _dialog(visit: Visit) -> dict[str, str] | None:
     return {"action": action, "backend": backend, "verb": verb, "meaning": meaning, "of": visit.query.get("of", "")}
 
 
-PAGE = Page("/console/backends", "Backends", backends, "backends.see", OPERATE, posts=True)
+PAGE = Page("/console/backends", "Backends", backends, "backends.see", OPERATE, posts="backends.operate")

@@ -276,5 +276,5 @@ async def _do(visit: Visit, id: str, form: Form) -> Response:
             raise Refused(400, "bad_request", "The form cannot be read: open it again.")
 
 
-PAGE = Page(KEYS, "Keys", listing, None, USE, posts=True)
-DETAIL = Page(f"{KEYS}/{{id}}", "Key", detail, "keys.see", posts=True)
+PAGE = Page(KEYS, "Keys", listing, None, USE, posts="self")
+DETAIL = Page(f"{KEYS}/{{id}}", "Key", detail, "keys.see", posts="keys.write")

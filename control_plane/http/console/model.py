@@ -307,4 +307,4 @@ TABS: dict[str, tuple[str, Callable[[Look], bool], Tab]] = {
     "history": ("History", _served("audit.see", True), _of_history),
     "tests": ("Tests", _served("backends.operate"), _of_tests),
 }
-PAGE = Page("/console/models/{name:path}", "Model", model, "models.see", None, posts=True)
+PAGE = Page("/console/models/{name:path}", "Model", model, "models.see", None, posts="self")

@@ -64,4 +64,4 @@ def _field(sentence: str) -> str:
     return first if first in ("name", "aliases", "owner", "engine", "backends", "served_model_name") else "entry"
 
 
-PAGE = Page("/console/new-model", "New model", new_model, "catalogue.write", None, posts=True)
+PAGE = Page("/console/new-model", "New model", new_model, "catalogue.write", None, posts="catalogue.write")

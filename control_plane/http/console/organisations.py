@@ -213,5 +213,5 @@ async def _change_member(visit: Visit, name: str, verb: str, form: Form) -> Resp
     return visit.back("member", to=f"{ORGANISATIONS}/{name}")
 
 
-PAGE = Page(ORGANISATIONS, "Organisations", listing, "organisations.see", MANAGE, posts=True)
-DETAIL = Page(f"{ORGANISATIONS}/{{name}}", "Organisation", detail, "organisations.see", posts=True)
+PAGE = Page(ORGANISATIONS, "Organisations", listing, "organisations.see", MANAGE, posts="organisations.write")
+DETAIL = Page(f"{ORGANISATIONS}/{{name}}", "Organisation", detail, "organisations.see", posts="limits.write")

@@ -281,4 +281,4 @@ def _shown(visit: Visit, choice: Choice, given: Given, problem: Refused | None =
     )
 
 
-PAGE = Page("/console/playground", "Playground", page, "prompts.use", USE, posts=True)
+PAGE = Page("/console/playground", "Playground", page, "prompts.use", USE, posts="prompts.use")

@@ -229,5 +229,5 @@ def _version(text: str) -> int:
     return int(text)
 
 
-PAGE = Page(PROMPTS, "Prompts", listing, "prompts.see", USE, posts=True)
-DETAIL = Page(f"{PROMPTS}/{{name}}", "Prompt", detail, "prompts.see", posts=True)
+PAGE = Page(PROMPTS, "Prompts", listing, "prompts.see", USE, posts="prompts.draft")
+DETAIL = Page(f"{PROMPTS}/{{name}}", "Prompt", detail, "prompts.see", posts="prompts.draft")

@@ -205,4 +205,4 @@ def _item(form: Form) -> LimitBody | BudgetBody:
     return body(LimitBody, {**holder, **found[0]})
 
 
-PAGE = Page(SETTINGS, "Settings", page, "settings.see", MANAGE, posts=True)
+PAGE = Page(SETTINGS, "Settings", page, "settings.see", MANAGE, posts="settings.write")

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment
@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from control_plane import web
-from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused, StorageUnavailable
+from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
 from control_plane.http.console import allowances, filters
 from control_plane.http.console.forms import HOME, LOGIN, SECRET, Form, form
 from control_plane.http.identity import PRINCIPAL, act_of, plane_of, principal_of
@@ -37,23 +37,28 @@ _QUIET = 10
 
 @dataclass(frozen=True)
 class Page:
-    """`permission`: None: whoever is logged in. `group`: of the navigation; None: not there."""
+    """`permission`: None: whoever is logged in. `group`: of the navigation; None: not there.
+
+    `posts`: what its forms need; `self`: the handler looks at each form; None: it has none.
+    """
 
     path: str
     title: str
     handler: Callable[["Visit"], Awaitable[Response]]
     permission: Permission | None = None
     group: str | None = None
-    posts: bool = False
+    posts: Permission | Literal["self"] | None = None
 
-    def allows(self, principal: Principal) -> bool:
-        return self.permission is None or not principal.scope(self.permission).empty
+    def allows(self, principal: Principal, method: str = "GET") -> bool:
+        needed = [self.permission] if method != "POST" or self.posts == "self" else [self.permission, self.posts]
+        return all(one is None or not principal.scope(one).empty for one in needed)
 
     def route(self, pages: "Pages") -> Route:
         async def endpoint(request: Request) -> Response:
             return await pages.answer(self, request)
 
-        return Route(self.path, endpoint, methods=["GET", "POST"] if self.posts else ["GET"], name=self.path)
+        methods = ["GET"] if self.posts is None else ["GET", "POST"]
+        return Route(self.path, endpoint, methods=methods, name=self.path)
 
 
 class Pages:
@@ -94,6 +99,8 @@ class Pages:
             return RedirectResponse(visit.address(**secrets), 303)
         if not page.allows(principal):
             raise Forbidden(f"The page {page.title!r} needs the permission {page.permission}.")
+        if not page.allows(principal, request.method):
+            raise Forbidden(f"Forms of the page {page.title!r} need the permission {page.posts}.")
         return await page.handler(visit)
 
     def navigation(self, principal: Principal) -> dict[str, list[Page]]:
@@ -148,14 +155,12 @@ class Visit:
         return await form(self.request)
 
     async def sent(self, do: Callable[[Form], Awaitable[Response]]) -> Sent:
-        """Do what a form asks for, if one was sent. Raises StorageUnavailable: the page cannot be made either."""
+        """Do what a form asks for, if one was sent."""
         if not self.posting:
             return Sent()
         form = await self.form()
         try:
             return Sent(await do(form), form)
-        except StorageUnavailable:
-            raise
         except Refused as exc:
             return Sent(None, form, exc)
 

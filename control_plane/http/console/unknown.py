@@ -10,4 +10,4 @@ async def unknown(visit: Visit) -> Response:
     raise Refused(404, "unknown_url", f"The console has no page {visit.request.scope['path'][:128]!r}.")
 
 
-PAGE = Page("/console/{rest:path}", "Unknown", unknown, posts=True)
+PAGE = Page("/console/{rest:path}", "Unknown", unknown, posts="self")

@@ -141,5 +141,5 @@ async def _do(visit: Visit, name: str, form: Form) -> Response:
             raise Refused(400, "bad_request", "The form cannot be read: open it again.")
 
 
-PAGE = Page(USERS, "Users", listing, "organisations.write", MANAGE, posts=True)
-DETAIL = Page(f"{USERS}/{{name}}", "User", detail, "organisations.write", posts=True)
+PAGE = Page(USERS, "Users", listing, "organisations.write", MANAGE, posts="organisations.write")
+DETAIL = Page(f"{USERS}/{{name}}", "User", detail, "organisations.write", posts="organisations.write")
