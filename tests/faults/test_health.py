@@ -306,8 +306,8 @@ async def test_t52_an_only_backend_is_tried_once_a_second_and_is_back_at_once(
     back = loop.time()
     await eventually(status, 200)
 
-    # A second until the next probe, one more that is allowed, and three for a busy machine.
-    assert loop.time() - back < 5
+    # A second until the next probe; the rest is for a busy machine.
+    assert loop.time() - back < 10
     assert {(await served.chat()).status_code for _ in range(20)} == {200}
 
 

@@ -558,7 +558,7 @@ async def test_a_leader_that_fails_hands_over(engine: FakeEngine, start_router: 
     assert len(engine.requests) == 2
 
 
-@pytest.mark.parametrize("entry", [{"hold": 0.5}, {"max_in_flight": 1, "queue": {"timeout": 0.5, "size": 8}}])
+@pytest.mark.parametrize("entry", [{"hold": 1.0}, {"max_in_flight": 1, "queue": {"timeout": 1.0, "size": 8}}])
 async def test_a_leader_that_is_refused_makes_all_ask(
     entry: dict[str, Any], engine: FakeEngine, start_router: Start
 ) -> None:
@@ -573,8 +573,8 @@ async def test_a_leader_that_is_refused_makes_all_ask(
     await asyncio.gather(other, return_exceptions=True)
 
     assert [(one.status_code, result(one)) for one in found] == [(503, "miss")] * 8
-    # In turn it would be 4 s.
-    assert max(one.elapsed.total_seconds() for one in found) < 2.5
+    # In turn the last would be there after 8 s.
+    assert max(one.elapsed.total_seconds() for one in found) < 6
 
 
 @pytest.mark.parametrize("given", [json_response(LENGTH), json_response({"error": {}}, "400 Bad Request")])

@@ -148,8 +148,6 @@ async def test_ten_thousand_models_are_no_more_than_a_long_list(start_engine: St
     assert (len(listed), listed[-1]["id"], answer.status_code) == (10_000, "last", 200)
     assert "GET /v1/models" in missing.json()["error"]["message"]
     assert "model-0" not in missing.json()["error"]["message"]
-    # What a request costs does not grow with the catalogue.
-    assert served.lines[1]["latency_ms"] < 1000
 
 
 async def test_pages_are_for_reading(served: Served) -> None:

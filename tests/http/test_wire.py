@@ -726,4 +726,5 @@ async def test_what_is_not_json_never_reaches_an_engine(served: Served, engine: 
         assert (what, answer.status_code, answer.json()["error"]["code"]) == (what, 400, "invalid_json")
 
     assert engine.requests == []
-    assert max(line["latency_ms"] for line in served.lines) < 2000
+    # What grows with the square of the depth takes minutes.
+    assert max(line["latency_ms"] for line in served.lines) < 10_000

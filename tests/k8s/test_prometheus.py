@@ -85,19 +85,24 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
 
 @asynccontextmanager
 async def locked_out(plane: processes.Served, file: Path) -> AsyncIterator[None]:
-    """Reports of a router, while another process keeps the database from being written."""
+    """Reports of a router; every second one meets another process that keeps the database from being written."""
 
-    async def put() -> None:
+    async def put() -> int:
         headers = {"authorization": f"Bearer {TOKEN}"}
-        answer = await plane.client.put("/routers/router-1-8000", json=report(), headers=headers)
-        assert answer.status_code in (200, 503)
+        return (await plane.client.put("/routers/router-1-8000", json=report(), headers=headers)).status_code
 
-    await put()
-    with closing(sqlite3.connect(file, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        async with repeated(put):
+    with closing(sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)) as other:
+
+        async def one_in_two() -> None:
+            assert await put() == 200
+            await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
+            try:
+                assert await put() == 503
+            finally:
+                other.rollback()
+
+        async with repeated(one_in_two):
             yield
-            other.rollback()
 
 
 async def requests_of_every_kind(router: Any) -> None:

@@ -263,13 +263,13 @@ async def test_a_body_that_comes_slowly_is_no_overhead(start_engine: Start, star
 
     async with raw_client(served.port) as client:
         await client.send(request[:-5])
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(2.1)
         await client.send(request[-5:])
         await client.reader.readuntil(b"\r\n\r\n")
     await until(lambda: served.lines)
 
-    assert served.lines[0]["latency_ms"] >= 500
-    assert 0 < await served.metric("inference_api_overhead_seconds_sum") < 0.5
+    assert served.lines[0]["latency_ms"] >= 2000
+    assert 0 < await served.metric("inference_api_overhead_seconds_sum") < 2
 
 
 async def test_the_access_line_of_a_request_has_every_field(start_engine: Start, start_router: Start) -> None:

@@ -412,7 +412,7 @@ async def test_redis_that_hangs_stops_nobody_and_gets_each_count_once(
         await asyncio.sleep(0.2)
 
     assert answer is None
-    assert took < 1
+    assert took < 5
     # The calls that Redis got while it hung were run later, and none counted twice.
     assert window_of(server, "key:k:requests:3600") == 9
     assert window_of(server, "key:p:requests:3600") == 0
