@@ -20,7 +20,7 @@ Decide = Callable[[dict[str, Any]], dict[str, Any]]
 Check = Callable[[dict[str, Any]], None]
 FIELDS = ("title", "disabled", "models", "limits", "budget")
 # Who may change a field; an owner's limits and budget are below the platform's.
-_NEEDS: Mapping[str, Permission] = {
+NEEDS: Mapping[str, Permission] = {
     "title": "organisations.rename",
     "limits": "limits.write",
     "budget": "limits.write",
@@ -96,8 +96,8 @@ async def change(plane: Plane, act: Act, name: str, decide: Decide) -> dict[str,
         after = decide(before)
         values = {field: after[field] for field in FIELDS if after[field] != before[field]}
         for field in values:
-            if not act.principal.may(_NEEDS[field], name):
-                raise Forbidden(f"Changing {field!r} of an organisation needs the permission {_NEEDS[field]}.")
+            if not act.principal.may(NEEDS[field], name):
+                raise Forbidden(f"Changing {field!r} of an organisation needs the permission {NEEDS[field]}.")
         if not act.principal.may("organisations.write"):
             await _refuse_beyond(connection, name, values)
         if values:

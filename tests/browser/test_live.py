@@ -71,7 +71,7 @@ def test_pause_stops_it_and_goes_on(world: World, visit: Visitor) -> None:
     asked = rounds(tab)
     tab.get_by_role("button", name="Pause").click()
     with tab.expect_response(is_part, timeout=PATIENCE):
-        tab.get_by_role("button", name="Go on").click()
+        tab.get_by_role("button", name="Resume").click()
 
     assert len(asked) == 1
 

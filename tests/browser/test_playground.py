@@ -39,7 +39,7 @@ def test_two_models_answer_side_by_side(world: World, visit: Visitor) -> None:
     assert re.fullmatch(r"/console/requests\?id=[\w.-]+", link)
     assert TYPED not in tab.url
 
-    results.first.get_by_role("button", name="Go on").click()
+    results.first.get_by_role("button", name="Continue").click()
     expect(tab.get_by_label("Message", exact=True)).to_have_count(3)
     tab.get_by_role("button", name="View code").click()
     expect(tab.locator("#code pre")).to_have_count(3)

@@ -82,7 +82,7 @@ async def test_an_order_says_who_why_and_which_routers_obey(sqlite_plane: Runnin
     assert (made.status_code, made.headers["location"]) == (303, f"{BACKENDS}?done=drain")
     why = next(row for row in rows_of(html) if row[0] == "10.0.0.1:1")[3]
     assert why.startswith('drain by bob: “a "driver"”')
-    assert "1 of 2 routers obey" in why
+    assert "1 of 2 routers have it" in why
     assert "not yet b" in text_of(html)
     assert (ended.headers["location"], again.headers["location"]) == (
         f"{BACKENDS}?done=ended",

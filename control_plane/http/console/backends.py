@@ -15,11 +15,11 @@ from control_plane.services.visibility import visible_models
 
 _ROWS = 50
 NOTICES = {
-    "drain": "The backend gets no new requests; those that run go on. Each router says below when it obeys.",
-    "out": "The backend is out of use. Each router says below when it obeys.",
+    "drain": "The backend gets no new requests; those that run go on. Each router acknowledges it below.",
+    "out": "The backend is out of use. Each router acknowledges it below.",
     "return": "The backend is back in use.",
-    "reset_circuit": "The circuit is closed again on every router that obeys.",
-    "ended": "The order has ended.",
+    "reset_circuit": "The circuit is closed again on every router.",
+    "ended": "The override has ended.",
 }
 ACTIONS = {
     "drain": ("Drain", "No new request goes there; those that run go on. For a restart or an update."),

@@ -187,9 +187,8 @@ async def _do(visit: Visit, name: str, form: Form) -> Response:
 def _changed(visit: Visit, before: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """The fields that the visitor may change, in place of those that are. Raises Invalid."""
     fields, name = _fields(form), before["name"]
-    needs = {"title": "organisations.rename", "models": "organisations.write"}
     kept = {field: before[field] for field in organisations.FIELDS}
-    may = {field: visit.act.principal.may(needs.get(field, "limits.write"), name) for field in fields}  # type: ignore[arg-type]
+    may = {field: visit.may(organisations.NEEDS[field], name) for field in fields}
     return {**kept, **{field: value for field, value in fields.items() if may[field]}}
 
 

@@ -52,7 +52,7 @@
     const button = line.querySelector(".pause");
     if (button) {
       button.hidden = false;
-      button.textContent = paused ? "Go on" : "Pause";
+      button.textContent = paused ? "Resume" : "Pause";
       button.setAttribute("aria-pressed", String(paused));
     }
   }
