@@ -336,7 +336,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer:
 # Waiting
 
 
-async def until(condition: Callable[[], Any], seconds: float = 15.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     """Wait until the condition holds; fail if it does not within a time that is generous on a busy machine."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():

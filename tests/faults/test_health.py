@@ -82,7 +82,7 @@ async def is_up(served: Any, engine: FakeEngine) -> float:
 
 
 async def eventually(measure: Callable[[], Any], value: float) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             if await measure() == value:
                 return
