@@ -179,7 +179,7 @@ class Application:
         await app(scope, receive, send)
 
     def end_answers(self) -> None:
-        """Of routers, that people wait for in the console: at the end of the process."""
+        """End the answers of routers that people wait for in the console: they would hold the process."""
         if self._router is not None:
             self._router.stop()
 

@@ -1,31 +1,48 @@
 """Answers that are shown again for a moment, so that many who look at the same time cost one question."""
 
 import asyncio
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Container, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_NONE = object()
 
 
 @dataclass
 class _Answer:
+    """`version`: of what it was made of, where that says how long it holds."""
+
     until: int = 0
+    version: Any = None
     value: Any = None
     making: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Kept:
-    """`most`: answers in memory; others are made each time."""
+    """`most`: answers in memory; others are made each time. `timer`: seconds."""
 
-    def __init__(self, most: int = 500) -> None:
+    def __init__(self, most: int = 500, timer: Callable[[], float] = time.perf_counter) -> None:
         self._most = most
+        self._timer = timer
         self._answers: dict[Hashable, _Answer] = {}
-        self._versions: dict[Hashable, tuple[Any, Any]] = {}
+        self._versions: dict[Hashable, _Answer] = {}
 
-    async def get(self, key: Hashable, now: int, milliseconds: int, make: Callable[[], Awaitable[T]]) -> T:
-        """The answer, at most so old; who asks while it is made waits for it. `now`: Unix milliseconds."""
+    async def get(
+        self,
+        key: Hashable,
+        now: int,
+        milliseconds: int,
+        make: Callable[[], Awaitable[T]],
+        repeats: float = math.inf,
+    ) -> T:
+        """The answer, at most so old; who asks while it is made waits for it. `now`: Unix milliseconds.
+
+        `repeats`: of what it took to make it: what is cheap is made anew sooner.
+        """
         answer = self._answers.get(key)
         if answer is None:
             self._forget(now)
@@ -34,20 +51,22 @@ class Kept:
                 self._answers[key] = answer
         async with answer.making:
             if answer.until <= now:
+                began = self._timer()
                 answer.value = await make()
-                answer.until = now + milliseconds
+                took = (self._timer() - began) * 1000
+                answer.until = now + round(min(milliseconds, repeats * took))
             found: T = answer.value
             return found
 
     async def made_of(self, key: Hashable, version: Any, make: Callable[[], Awaitable[T]]) -> T:
         """What was made of this version of something, or is made of it now. One version of each key is in memory."""
-        known = self._versions.get(key)
-        if known is not None and known[0] == version:
-            found: T = known[1]
+        answer = self._versions.setdefault(key, _Answer(version=_NONE))
+        async with answer.making:
+            if answer.version != version:
+                answer.value = await make()
+                answer.version = version
+            found: T = answer.value
             return found
-        made = await make()
-        self._versions[key] = version, made
-        return made
 
     def retain(self, kind: str, names: Container[str]) -> None:
         """Forget what `made_of` has for the keys (kind, name) of other names."""

@@ -9,14 +9,12 @@ from control_plane.kept import Pieces
 
 @dataclass
 class UsageState:
-    """`working`: batches that are being stored. `days`: those whose partitions exist. `answers`: sums by question,
-    (Unix milliseconds until which they are shown, answer). `pieces`: parts of answers, of sums of hours and days.
-    `spend`: the last GET /spend; `spending`: who makes it anew.
+    """`working`: batches that are being stored. `days`: those whose partitions exist. `pieces`: parts of answers, of
+    sums of hours and days. `spend`: the last GET /spend; `spending`: who makes it anew.
     """
 
     working: int = 0
     days: set[int] = field(default_factory=set)
-    answers: dict[Any, tuple[int, Any]] = field(default_factory=dict)
     pieces: Pieces = field(default_factory=Pieces)
     spend: Any = None
     spending: asyncio.Lock = field(default_factory=asyncio.Lock)

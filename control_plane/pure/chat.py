@@ -1,12 +1,9 @@
-"""A chat completion as the playground asks for it, code that asks the same, and the answer as it comes."""
+"""A chat completion as the playground asks for it, and the answer as it comes."""
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-from control_plane.pure.samples import KEY, ROUTER
 
 # Bytes of one event at most; what is longer is no event of a chat.
 _LONGEST = 4 * 1024 * 1024
@@ -39,69 +36,6 @@ def request_body(question: Question, model: str) -> bytes:
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     # Half of a surrogate pair is no text; a browser sends none.
     return json.dumps({**question.body(model), **streamed}, ensure_ascii=False).encode("utf-8", "replace")
-
-
-class Code(NamedTuple):
-    """`name`: of the language, for people."""
-
-    name: str
-    text: str
-
-
-def codes(question: Question, model: str, url: str | None) -> tuple[Code, ...]:
-    """The same request as curl, Python and JavaScript. `url`: of the routers, without /v1. The key is a variable."""
-    body, base = question.body(model), f"{url or ROUTER}/v1"
-    return (
-        Code("curl", _curl(body, base)),
-        Code("Python", _python(body, base)),
-        Code("JavaScript", _javascript(body, base)),
-    )
-
-
-def _curl(body: Mapping[str, Any], base: str) -> str:
-    # JSON has no raw line ends in texts, so that no line of it ends the document.
-    return (
-        f"curl -sSN {shlex.quote(f'{base}/chat/completions')} \\\n"
-        f'  -H "Authorization: Bearer ${KEY}" \\\n'
-        f"  -H 'Content-Type: application/json' \\\n"
-        f"  -d @- <<'EOF'\n{_json({**body, 'stream': True})}\nEOF\n"
-    )
-
-
-def _python(body: Mapping[str, Any], base: str) -> str:
-    # Texts and numbers in JSON are those of Python, too.
-    given = {name: value for name, value in body.items() if name != "prompt"}
-    lines = [f"    {name}={_indented(value)}," for name, value in given.items()]
-    if "prompt" in body:
-        lines.append(f"    extra_body={_indented({'prompt': body['prompt']})},")
-    arguments = "\n".join([*lines, "    stream=True,"])
-    return (
-        "import os\n\nfrom openai import OpenAI\n\n"
-        f'client = OpenAI(base_url={json.dumps(base)}, api_key=os.environ["{KEY}"])\n'
-        f"answer = client.chat.completions.create(\n{arguments}\n)\n"
-        "for chunk in answer:\n"
-        "    if chunk.choices:\n"
-        '        print(chunk.choices[0].delta.content or "", end="", flush=True)\n'
-    )
-
-
-def _javascript(body: Mapping[str, Any], base: str) -> str:
-    return (
-        'import OpenAI from "openai";\n\n'
-        f"const client = new OpenAI({{ baseURL: {json.dumps(base)}, apiKey: process.env.{KEY} }});\n"
-        f"const answer = await client.chat.completions.create({_json({**body, 'stream': True})});\n"
-        "for await (const chunk of answer) {\n"
-        '  process.stdout.write(chunk.choices[0]?.delta?.content ?? "");\n'
-        "}\n"
-    )
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _indented(value: Any) -> str:
-    return json.dumps(value, indent=4, ensure_ascii=False).replace("\n", "\n    ")
 
 
 class Problem(NamedTuple):

@@ -80,6 +80,11 @@ class Found(NamedTuple):
         }
 
 
+def is_shown(act: Act, key: Found) -> bool:
+    """Whether the caller sees more of it than its id, which is all that a viewer of the platform sees."""
+    return act.principal.may("keys.write", key.row.organisation, key.row.user)
+
+
 def tag_of(shown: Mapping[str, Any]) -> dict[str, Any]:
     """What the ETag of a key is made of: not what changes without anybody changing the key."""
     return {name: value for name, value in shown.items() if name not in ("state", "last_used_at")}

@@ -1,6 +1,5 @@
 """GET /usage: sums of a time, by what people ask for."""
 
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +20,9 @@ from control_plane.services.sums import Cover, Piece
 # Groups in `rows` and in `series`; the others are one.
 MOST_ROWS, MOST_SERIES = 50, 7
 BUCKETS = {"1h": HOUR, "1d": DAY}
-# Milliseconds: an answer is shown again for as long as it took to make, times PATIENCE, and this at most.
+# Milliseconds: an answer is shown again for as long as it took to make, times _REPEATS, and this at most.
 OLDEST = 25_000
 _REPEATS = 20
-_MOST_ANSWERS = 200
 # Sums that are read at once; of more groups only the largest are read
 MOST_SUMS = 40_000
 # Groups whose histograms are kept
@@ -74,20 +72,9 @@ def parts_reached(table: Table, scope: Scope, user: str | None) -> list[ColumnEl
 async def report(plane: Plane, act: Act, question: Question, most_sums: int = MOST_SUMS) -> dict[str, Any]:
     """The answer, at most half a minute old. Raises StorageUnavailable."""
     scope = act.principal.scope("usage.see")
-    key = question, scope, act.principal.user
-    answers = plane.usage.answers
-    held = answers.get(key)
-    if held is not None and held[0] > act.at:
-        found: dict[str, Any] = held[1]
-        return found
-    began = time.perf_counter()
-    answer = await _Report(plane, question, scope, act.principal.user, most_sums).make()
-    took = round((time.perf_counter() - began) * 1000)
-    for old in [old for old, (until, _) in answers.items() if until <= act.at]:
-        del answers[old]
-    if len(answers) < _MOST_ANSWERS:
-        answers[key] = act.at + min(OLDEST, _REPEATS * took), answer
-    return answer
+    key = "usage", question, scope, act.principal.user
+    report = _Report(plane, question, scope, act.principal.user, most_sums)
+    return await plane.kept.get(key, act.at, OLDEST, report.make, _REPEATS)
 
 
 class _Report:

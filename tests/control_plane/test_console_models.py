@@ -91,7 +91,7 @@ async def test_filters_are_in_the_url(sqlite_plane: Running) -> None:
     assert await names("name=NICE") == ["good"]
     assert await names("name=süd") == ["good"]
     assert await names("state=ok&name=dead") == []
-    assert "No model is like this." in await page(sqlite_plane, f"{MODELS}?name=none")
+    assert "No model matches." in await page(sqlite_plane, f"{MODELS}?name=none")
     await page(sqlite_plane, f"{MODELS}?state=odd", 422)
 
 

@@ -92,7 +92,7 @@ async def test_the_numbers_are_those_of_the_api(sqlite_plane: Running, query: st
     assert shown["Requests"] == figures.count(totals["requests"])
     assert shown["Errors"] == f"{figures.share(totals['errors'] / totals['requests'])} {totals['errors']} of them"
     assert shown["Tokens in"].startswith(f"{figures.short(totals['input_tokens'])} ")
-    assert shown["Took, p95"].startswith(figures.ms(totals["latency_ms"]["p95"]))
+    assert shown["Latency, p95"].startswith(figures.ms(totals["latency_ms"]["p95"]))
     assert [row[len(answer["group_by"]) :] for row in usage_rows(html)] == [written(row) for row in answer["rows"]]
     # Each column of the chart
     by_time = [sum(one["requests"] for one in each) for each in _by_time(answer)]

@@ -22,7 +22,7 @@ MONTH = {"start": "2026-11-01T00:00:00Z", "end": "2026-12-20T00:00:00Z"}
 
 
 async def requests(plane: Running) -> int:
-    plane.plane.usage.answers.clear()
+    plane.plane.kept.clear()
     found: int = (await plane.admin.get("/api/v1/usage", params=MONTH)).json()["totals"]["requests"]
     return found
 

@@ -62,7 +62,7 @@ async def list_audit(
     format: Annotated[Literal["json", "ndjson"], Query(description="ndjson: as the header, for links")] = "json",
 ) -> Page[AuditRow] | Response:
     """The newest first. With `accept: application/x-ndjson` all rows, one a line."""
-    filters = audit.Filters(actor, action, object_of(object), time_of("start", start), time_of("end", end))
+    filters = audit.Filters(actor, action, object_of(object), _time("start", start), _time("end", end))
     wanted = audit.query(act.principal, filters)
     if format == "ndjson" or NDJSON in request.headers.get("accept", ""):
         if act.principal.scope("audit.export").empty:
@@ -86,7 +86,7 @@ def object_of(text: str | None) -> tuple[str, str] | None:
     return kind, id
 
 
-def time_of(name: str, text: str | None) -> int | None:
+def _time(name: str, text: str | None) -> int | None:
     try:
         return None if text is None else read(text)
     except ValueError as exc:

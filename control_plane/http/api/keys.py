@@ -136,6 +136,4 @@ def _etag(key: keys.Found) -> str:
 
 
 def _shown(act: Act, key: keys.Found) -> dict[str, Any]:
-    if act.principal.may("keys.write", key.row.organisation, key.row.user):
-        return key.shown()
-    return {"id": key.row.id}
+    return key.shown() if keys.is_shown(act, key) else {"id": key.row.id}

@@ -106,13 +106,13 @@ async def change_organisation(
         require(request, etag_of(before))
         return patched(OrganisationFields, {field: before[field] for field in organisations.FIELDS}, patch).written
 
-    refuse_others(act, name)
+    _refuse_others(act, name)
     return tagged(response, await organisations.change(plane, act, name, decide))
 
 
 @router.delete("/organisations/{name}", status_code=204)
 async def end_organisation(name: str, act: Acting, plane: ThePlane, request: Request) -> None:
-    refuse_others(act, name)
+    _refuse_others(act, name)
     await organisations.end(plane, act, name, lambda found: require(request, etag_of(found)))
 
 
@@ -155,11 +155,11 @@ async def end_member(name: str, user: str, act: Acting, plane: ThePlane, request
 
 async def visible(plane: Plane, act: Act, name: str) -> dict[str, Any]:
     """Raises NotFound, for organisations of others, too."""
-    refuse_others(act, name)
+    _refuse_others(act, name)
     return await organisations.one(plane, name)
 
 
-def refuse_others(act: Act, name: str) -> None:
+def _refuse_others(act: Act, name: str) -> None:
     if not act.principal.may("organisations.see", name):
         raise NotFound("organisation", name)
 

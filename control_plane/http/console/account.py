@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from control_plane.errors import Invalid, Problem, Refused
+from control_plane.errors import Invalid, Problem
 from control_plane.http.api.session import Title
 from control_plane.http.console import lists
-from control_plane.http.console.forms import Form, body
+from control_plane.http.console.forms import Form, body, unreadable
 from control_plane.http.console.shell import Page, Visit
 from control_plane.http.identity import set_session
 from control_plane.pure.passwords import LONGEST
@@ -71,7 +71,7 @@ async def _do(visit: Visit, form: Form) -> Response:
             await accounts.end_other_sessions(plane, act)
             return visit.back("others", to=ACCOUNT)
         case _:
-            raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+            raise unreadable()
 
 
 def _check(current: str, new: str, again: str) -> None:

@@ -85,7 +85,7 @@ def models(form: Form) -> list[str] | None:
 
 
 def expires(form: Form, before: str | None = None) -> str | None:
-    """The begin of a day in UTC; `before` stays as it is if its day does."""
+    """The start of a day in UTC; `before` stays as it is if its day does."""
     day = form.optional("expires")
     if day is None:
         return None

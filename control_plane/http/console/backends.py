@@ -1,19 +1,19 @@
 """/console/backends: what each backend does, as the routers see it; drain, take out, return, reset its circuit."""
 
+from contextlib import suppress
 from typing import Any
 
 from starlette.responses import Response
 
-from control_plane.errors import NotFound, Refused
+from control_plane.errors import NotFound
 from control_plane.http.api.fleet import NewOverride
-from control_plane.http.api.paging import decoded, encoded
+from control_plane.http.console import lists
 from control_plane.http.console.forms import Form, body
 from control_plane.http.console.shell import OPERATE, Page, Visit
 from control_plane.pure.reports import STATES, MergedBackend
 from control_plane.services import overrides, reports
 from control_plane.services.visibility import visible_models
 
-_ROWS = 50
 NOTICES = {
     "drain": "The backend gets no new requests; those that run go on. Each router acknowledges it below.",
     "out": "The backend is out of use. Each router acknowledges it below.",
@@ -31,45 +31,41 @@ _HOURS = (("3600", "1 hour"), ("14400", "4 hours"), ("86400", "1 day"), ("604800
 
 
 async def backends(visit: Visit) -> Response:
-    problem, given = None, {"expires_in": "3600"}
-    if visit.posting:
-        form = await visit.form()
-        given = dict(form.values)
-        try:
-            if "end" in given:
-                await overrides.end(visit.plane, visit.act, form.text("end"))
-                return visit.back("ended")
-            return await _change(visit, form)
-        except NotFound:
-            return visit.back("ended")
-        except Refused as exc:
-            problem = exc
+    sent = await visit.sent(lambda form: (_end if "end" in form.values else _change)(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem = sent.problem
     wanted, only = visit.query.get("model"), visit.choice("show", "all", "bad")
     seen = await reports.seen(visit.plane)
     visible = await visible_models(visit.plane, visit.act)
     known = [one for one in seen.backends if visible(one.model)]
     rows = [one for one in known if wanted in (None, one.model) and (only == "all" or one.state != "ready")]
     rows.sort(key=_place)
-    after = visit.query.get("after")
-    if after is not None:
-        rows = [one for one in rows if _place(one) > _read(after)]
+    found = lists.part(visit, rows, _place, int, str, str)
     held = await overrides.listed(visit.plane, 200, None, None, True)
     return visit.render(
         "backends.html",
         status=problem.status if problem else 200,
-        rows=[shown(one, held) for one in rows[:_ROWS]],
-        after=encoded(list(_place(rows[_ROWS - 1]))) if len(rows) > _ROWS else None,
+        rows=[shown(one, held) for one in found.rows],
+        after=found.after,
         models=sorted({one.model for one in known}),
         total=len(known),
         routers=len(seen.present),
         overrides=held,
         dialog=_dialog(visit),
-        given=given,
+        given={"expires_in": "3600"} if sent.form is None else sent.form.values,
         hours=_HOURS,
         problem=problem,
         notices=NOTICES,
         live=True,
     )
+
+
+async def _end(visit: Visit, form: Form) -> Response:
+    # It may have ended by itself meanwhile.
+    with suppress(NotFound):
+        await overrides.end(visit.plane, visit.act, form.text("end"))
+    return visit.back("ended")
 
 
 async def _change(visit: Visit, form: Form) -> Response:
@@ -122,14 +118,6 @@ def shown(one: MergedBackend, held: list[dict[str, Any]]) -> dict[str, Any]:
 def _place(one: MergedBackend) -> tuple[int, str, str]:
     """The worst first."""
     return STATES.index(one.state), one.model, one.backend
-
-
-def _read(after: str) -> tuple[int, str, str]:
-    match decoded(after):
-        case [int(rank), str(model), str(backend)]:
-            return rank, model, backend
-        case _:
-            raise NotFound("page", after)
 
 
 def _dialog(visit: Visit) -> dict[str, str] | None:

@@ -91,6 +91,11 @@ def local(target: str | None) -> str:
     return target if target.isascii() and target.isprintable() else HOME
 
 
+def unreadable() -> Refused:
+    """Of a form that no page of this release has."""
+    return Refused(400, "bad_request", "The form cannot be read: open it again.")
+
+
 def unchanged(given: str, tag: Callable[[Any], Any] = lambda shown: shown) -> Callable[[Any], None]:
     """Refuses the change of an object that is no longer the one of the form, which had the ETag `given`.
 

@@ -11,7 +11,7 @@ from control_plane.errors import Forbidden, NotFound, Refused, StorageUnavailabl
 from control_plane.http.api.keys import Rotation
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.console import allowances, changes, lists, once, tokens
-from control_plane.http.console.forms import SECRET, Form, body, unchanged
+from control_plane.http.console.forms import SECRET, Form, body, unchanged, unreadable
 from control_plane.http.console.shell import USE, Page, Visit
 from control_plane.pure import diff, samples
 from control_plane.pure.roles import Scope
@@ -24,7 +24,6 @@ from inference_api.policy.rules import matcher
 
 KEYS = "/console/keys"
 STATES = get_args(State)
-OVERLAPS = (("0", "at once: it is refused from now on"), ("3600", "1 hour"), ("86400", "1 day"), ("604800", "7 days"))
 NOTICES = {
     "once": once.NOTICE,
     "changed": "The key is changed. Routers follow within seconds.",
@@ -87,7 +86,7 @@ async def _list(visit: Visit, problem: Refused | None, given: Mapping[str, Any])
 
 async def _used(visit: Visit, found: Sequence[Found]) -> tuple[dict[str, KeyUse] | None, dict[str, BudgetUse]]:
     """None: the database of usage is away, which must not keep anybody from ending a key."""
-    shown = [key.shown() for key in found if _whole(visit, key)]
+    shown = [key.shown() for key in found if keys.is_shown(visit.act, key)]
     with suppress(StorageUnavailable):
         uses = await key_use.last_day(visit.plane, visit.act, [key["id"] for key in shown])
         return uses, await key_use.budgets(visit.plane, shown)
@@ -97,14 +96,9 @@ async def _used(visit: Visit, found: Sequence[Found]) -> tuple[dict[str, KeyUse]
 def _row(
     visit: Visit, key: Found, uses: Mapping[str, KeyUse] | None, budgets: Mapping[str, BudgetUse]
 ) -> dict[str, Any]:
-    if not _whole(visit, key):
+    if not keys.is_shown(visit.act, key):
         return {"id": key.row.id, "whole": False}
     return {**key.shown(), "whole": True, "use": (uses or {}).get(key.row.id), "used": budgets.get(key.row.id)}
-
-
-def _whole(visit: Visit, key: Found) -> bool:
-    """A viewer of the platform sees ids only, as under /api/v1."""
-    return visit.may("keys.write", key.row.organisation, key.row.user)
 
 
 async def _find(visit: Visit, form: Form) -> Response:
@@ -206,7 +200,7 @@ async def detail(visit: Visit) -> Response:
     problem, form = sent.problem, sent.form
     given = None if form is None else allowances.typed(form)
     key = await keys.found(visit.plane, visit.act, id)
-    shown, whole = key.shown(), _whole(visit, key)
+    shown, whole = key.shown(), keys.is_shown(visit.act, key)
     uses, budgets = await _used(visit, [key])
     dialog = visit.query.get("act") if whole and key.state != "ended" else None
     if form is not None and problem is not None and problem.status == 412:
@@ -234,7 +228,7 @@ async def detail(visit: Visit) -> Response:
         organisations=await organisations_of(visit) if dialog == "edit" else (),
         users=await _users(visit) if dialog == "edit" else (),
         ranks=visit.may("limits.write", key.row.organisation),
-        overlaps=OVERLAPS,
+        overlaps=once.OVERLAPS,
         once=once.token(),
         problem=problem,
         notices=NOTICES,
@@ -273,7 +267,7 @@ async def _do(visit: Visit, id: str, form: Form) -> Response:
 
             return await once.once(visit, form, make)
         case _:
-            raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+            raise unreadable()
 
 
 PAGE = Page(KEYS, "Keys", listing, None, USE, posts="self")

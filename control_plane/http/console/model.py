@@ -8,9 +8,8 @@ from starlette.responses import RedirectResponse, Response
 from control_plane.clients.router import Router
 from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
 from control_plane.http.api import models as models_api
-from control_plane.http.api.paging import decoded, encoded
 from control_plane.http.api.prices import PriceBody
-from control_plane.http.console import backends, entries, trial
+from control_plane.http.console import backends, changes, entries, lists, trial
 from control_plane.http.console.entries import Draft
 from control_plane.http.console.filters import path
 from control_plane.http.console.forms import Form, body
@@ -269,21 +268,11 @@ async def _of_entry(look: Look) -> dict[str, Any]:
 
 async def _of_history(look: Look) -> dict[str, Any]:
     visit = look.visit
-    after = visit.query.get("after")
-    before: str | None = None
-    if after is not None:
-        match decoded(after):
-            case [str(id)]:
-                before = id
-            case _:
-                raise NotFound("page", after)
+    after = lists.after(visit, str)
     wanted = audit.query(visit.act.principal, audit.Filters(object=("model", look.name)))
-    rows = await audit.page_of(visit.plane, wanted, _CHANGES + 1, before)
-    changes = [audit.shown(row) for row in rows[:_CHANGES]]
-    return {
-        "changes": [(one, diff.of_values(one["before"], one["after"])) for one in changes],
-        "after": encoded([rows[_CHANGES - 1].id]) if len(rows) > _CHANGES else None,
-    }
+    rows = await audit.page_of(visit.plane, wanted, _CHANGES + 1, after and after[0])
+    found = lists.page(rows, lambda row: [row.id], _CHANGES)
+    return {"changes": changes.shown(found.rows), "after": found.after}
 
 
 async def _of_tests(look: Look) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """/console/models: every model that the caller may see, the worst first, with its use and its price."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
-from control_plane.errors import NotFound
-from control_plane.http.api.paging import decoded, encoded
+from control_plane.http.console import lists
 from control_plane.http.console.shell import OPERATE, Page, Visit
 from control_plane.pure.fleet import MODEL_STATUSES, ModelStanding
 from control_plane.services import model_use, models, overview
@@ -14,7 +14,6 @@ from inference_api.features.cost import PRICE
 from inference_api.features.fallback import FALLBACKS
 from inference_api.routing.entries import CatalogueEntry
 
-_ROWS = 50
 STATES = {
     "all": "all",
     "bad": "not well",
@@ -49,15 +48,12 @@ async def listing(visit: Visit) -> Response:
         if _is_wanted(one.state, wanted) and one.name in entries and _is_named(entries[one.name], text)
     ]
     found.sort(key=_place)
-    after = visit.query.get("after")
-    if after is not None:
-        place = _read(after)
-        found = [one for one in found if _place(one) > place]
+    part = lists.part(visit, found, _place, int, str)
     sees_all = visit.may("models.see")
     return visit.render(
         "models.html",
-        rows=await rows(visit, found[:_ROWS], entries),
-        after=encoded(list(_place(found[_ROWS - 1]))) if len(found) > _ROWS else None,
+        rows=await rows(visit, part.rows, entries),
+        after=part.after,
         total=len(looked.models),
         states=STATES.items(),
         routers=looked.routers,
@@ -67,7 +63,7 @@ async def listing(visit: Visit) -> Response:
     )
 
 
-async def rows(visit: Visit, standing: list[ModelStanding], entries: dict[str, CatalogueEntry]) -> list[Row]:
+async def rows(visit: Visit, standing: Sequence[ModelStanding], entries: dict[str, CatalogueEntry]) -> list[Row]:
     used: dict[str, ModelUse] | None = None
     if visit.may_somewhere("usage.see"):
         plain = [one.name for one in standing if one.kind is None]
@@ -104,14 +100,6 @@ def _is_named(entry: CatalogueEntry, text: str) -> bool:
 def _place(one: ModelStanding) -> tuple[int, str]:
     """The worst first."""
     return MODEL_STATUSES.index(one.state), one.name
-
-
-def _read(after: str) -> tuple[int, str]:
-    match decoded(after):
-        case [int(rank), str(name)]:
-            return rank, name
-        case _:
-            raise NotFound("page", after)
 
 
 PAGE = Page("/console/models", "Models", listing, "models.see", OPERATE)

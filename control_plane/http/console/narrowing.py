@@ -29,10 +29,7 @@ async def choices(visit: Visit) -> dict[str, list[tuple[str, str]]]:
 
 
 def _name(visit: Visit, key: Found) -> str:
-    """A viewer of the platform sees ids only, as under /api/v1."""
-    if not visit.may("keys.write", key.row.organisation, key.row.user):
-        return ""
-    return f"{key.row.name} {key.row.organisation or ''}"
+    return f"{key.row.name} {key.row.organisation or ''}" if keys.is_shown(visit.act, key) else ""
 
 
 async def missing(visit: Visit) -> str:

@@ -1,6 +1,6 @@
 """/console/new-model: a model by a form, or as JSON; first what would be stored, then it is."""
 
-from typing import Any
+from typing import Any, get_args
 
 from starlette.responses import Response
 
@@ -11,9 +11,8 @@ from control_plane.http.console.filters import path
 from control_plane.http.console.forms import Form
 from control_plane.http.console.shell import Page, Visit
 from control_plane.services import models
-from inference_api.routing.entries import CatalogueEntry
+from inference_api.routing.entries import CatalogueEntry, Engine
 
-ENGINES = ("vllm", "tgi", "sglang", "llamacpp", "openai")
 _EXAMPLE = '{\n  "name": "",\n  "backends": [\n    {"url": ""}\n  ]\n}'
 
 
@@ -40,7 +39,7 @@ async def new_model(visit: Visit) -> Response:
         status=problem.status if problem else 200,
         way=way,
         given=given,
-        engines=ENGINES,
+        engines=get_args(Engine),
         draft=draft,
         problem=problem,
         taken=problem is not None and problem.code == "name_taken",

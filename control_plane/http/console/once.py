@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from starlette.responses import Response
 
-from control_plane.errors import Refused, StorageUnavailable
-from control_plane.http.console.forms import Form
+from control_plane.errors import StorageUnavailable
+from control_plane.http.console.forms import Form, unreadable
 from control_plane.http.console.shell import Visit
 from control_plane.http.idempotency import begin
 from control_plane.services import idempotency
@@ -18,6 +18,8 @@ from control_plane.services.idempotency import Claim
 
 # Of the page that a form leads to which has been sent before
 NOTICE = "This form was sent before, and nothing was made a second time. Its secret was shown then, that once."
+# Seconds for which the secret before another one is valid
+OVERLAPS = (("0", "at once: it is refused from now on"), ("3600", "1 hour"), ("86400", "1 day"), ("604800", "7 days"))
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
@@ -37,7 +39,7 @@ async def once(visit: Visit, form: Form, make: Callable[[], Awaitable[Shown]]) -
     """The page of `make` for who sends the form first; later ones are led to what it made. Raises Refused."""
     given, store = form.text("once"), visit.plane.database.main
     if not _TOKEN.fullmatch(given):
-        raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+        raise unreadable()
     claim = Claim(f"console:{visit.act.principal.user}", f"form:{given}", "form")
     kept = await begin(visit.plane, claim)
     if kept is not None:

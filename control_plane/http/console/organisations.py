@@ -10,7 +10,7 @@ from control_plane.errors import Forbidden, NotFound, Refused, StorageUnavailabl
 from control_plane.http.api.organisations import NewOrganisation, NewRole, OrganisationFields, allowed, visible
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.console import allowances, changes, lists
-from control_plane.http.console.forms import Form, body, unchanged
+from control_plane.http.console.forms import Form, body, unchanged, unreadable
 from control_plane.http.console.shell import MANAGE, Page, Visit
 from control_plane.pure import diff
 from control_plane.pure.roles import ORGANISATION_ROLES
@@ -181,7 +181,7 @@ async def _do(visit: Visit, name: str, form: Form) -> Response:
             await allowed(plane, act, "members.write", name)
             return await _change_member(visit, name, verb, form)
         case _:
-            raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+            raise unreadable()
 
 
 def _changed(visit: Visit, before: Mapping[str, Any], form: Form) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from control_plane.http.console.relay import Relay
 from control_plane.http.console.shell import USE, Page, Visit
 from control_plane.plane import Act
 from control_plane.pure import figures
-from control_plane.pure.chat import Question, Turn, codes, request_body
-from control_plane.pure.samples import ROUTER
+from control_plane.pure.chat import Question, Turn, request_body
+from control_plane.pure.samples import ROUTER, codes
 from control_plane.services import models, organisations, playground, prompts
 from control_plane.services.visibility import usable_models
 from inference_api.routing.references import virtual_key

@@ -12,15 +12,15 @@ from control_plane.http.console import changes, drafts, lists
 from control_plane.http.console.forms import Form, body, unchanged
 from control_plane.http.console.shell import USE, Page, Visit
 from control_plane.pure import diff
-from control_plane.pure.chat import Question, codes
+from control_plane.pure.chat import Question
 from control_plane.pure.roles import Scope
-from control_plane.pure.samples import MODEL, ROUTER
+from control_plane.pure.samples import MODEL, ROUTER, codes
 from control_plane.services import organisations, prompts
 from control_plane.services.prompts import PromptBody, VersionBody
 
 PROMPTS = "/console/prompts"
 NOTICES = {
-    "created": "The prompt is made. It needs a version before anybody can use it.",
+    "created": "The prompt is created. It needs a version before anybody can use it.",
     "version": "The version is added. Nobody uses it by a label before one is set to it.",
     "label": "The label is set. Routers use it within seconds.",
     "removed": "The label is removed. Routers answer requests that name it with 404 within seconds.",
@@ -32,15 +32,10 @@ _DIALOGS = ("label", "remove", "end")
 
 
 async def listing(visit: Visit) -> Response:
-    problem, given = None, Form([])
-    if visit.posting:
-        given = await visit.form()
-        try:
-            fields = {"name": given.text("name"), "organisation": given.optional("organisation")}
-            made = await prompts.create(visit.plane, visit.act, body(PromptBody, fields))
-            return visit.back("created", to=f"{PROMPTS}/{made['name']}")
-        except Refused as exc:
-            problem = exc
+    sent = await visit.sent(lambda form: _create(visit, form))
+    if sent.answer is not None:
+        return sent.answer
+    problem = sent.problem
     after = lists.after(visit, str)
     found = lists.page(
         await prompts.listed(visit.plane, visit.act, lists.ROWS, after and after[0]), lambda one: [one["name"]]
@@ -54,10 +49,16 @@ async def listing(visit: Visit) -> Response:
         after=found.after,
         organisations=await _organisations(visit) if drafts_somewhere else (),
         creates=drafts_somewhere and visit.query.get("act") == "create",
-        given=given.values,
+        given={} if sent.form is None else sent.form.values,
         problem=problem,
         notices=NOTICES,
     )
+
+
+async def _create(visit: Visit, form: Form) -> Response:
+    fields = {"name": form.text("name"), "organisation": form.optional("organisation")}
+    made = await prompts.create(visit.plane, visit.act, body(PromptBody, fields))
+    return visit.back("created", to=f"{PROMPTS}/{made['name']}")
 
 
 async def _organisations(visit: Visit) -> list[tuple[str, str]]:
@@ -72,14 +73,13 @@ async def _organisations(visit: Visit) -> list[tuple[str, str]]:
 async def detail(visit: Visit) -> Response:
     found = await prompts.found(visit.plane, visit.act, visit.path("name"))
     action = visit.query.get("act")
-    if visit.posting:
-        form = await visit.form()
-        try:
-            return await _change(visit, found, form)
-        except Refused as exc:
-            if exc.status == 404 and form.text("do") != "label":
-                raise
-            return await _rejected(visit, found, form, exc)
+    sent = await visit.sent(lambda form: _change(visit, found, form))
+    if sent.answer is not None:
+        return sent.answer
+    if sent.form is not None and sent.problem is not None:
+        if sent.problem.status == 404 and sent.form.text("do") != "label":
+            raise sent.problem
+        return await _rejected(visit, found, sent.form, sent.problem)
     if "from" in visit.query and "to" in visit.query and action is None:
         # What the form of two versions sends
         return RedirectResponse(visit.address(diff=f"{visit.query['from']}..{visit.query['to']}", **_CLEAN), 303)

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 from starlette.responses import RedirectResponse, Response
 
 from control_plane.errors import Invalid, NotFound, Problem
-from control_plane.http.api.paging import decoded, encoded
-from control_plane.http.console import narrowing, ranges
+from control_plane.http.console import lists, narrowing, ranges
 from control_plane.http.console.ranges import Range
 from control_plane.http.console.shell import OPERATE, Page, Visit, url
 from control_plane.pure import charts, outcomes
@@ -15,7 +14,6 @@ from control_plane.services import requests
 from control_plane.services.requests import Histogram, Wanted
 
 PATH = "/console/requests"
-ROWS = 50
 RANGES, DEFAULT = ("15m", "1h", "24h", "7d"), "1h"
 # Ranges of which new requests are shown as they come
 LIVE = ("15m", "1h")
@@ -73,7 +71,7 @@ def read(visit: Visit) -> Asked:
         visit.choice("tries", "", "more") == "more",
         _slower(query.get("slower")),
     )
-    return Asked(wanted, chosen, _after(query.get("after")))
+    return Asked(wanted, chosen, lists.after(visit, int, str))
 
 
 def _slower(given: str | None) -> float | None:
@@ -89,18 +87,8 @@ def _slower(given: str | None) -> float | None:
     return seconds * 1000
 
 
-def _after(given: str | None) -> list[str | int] | None:
-    """Raises Invalid."""
-    if given is None:
-        return None
-    match decoded(given):
-        case [int() as at, str() as id]:
-            return [at, id]
-    raise Invalid(Problem("after", "must be the `next` of the page before"))
-
-
 async def _rows(visit: Visit, asked: Asked) -> list[dict[str, Any]]:
-    return await requests.listing(visit.plane, visit.act, asked.wanted, asked.after, ROWS)
+    return await requests.listing(visit.plane, visit.act, asked.wanted, asked.after, lists.ROWS)
 
 
 async def _only(visit: Visit, asked: Asked, rows: list[dict[str, Any]]) -> str | None:
@@ -121,8 +109,7 @@ async def _only(visit: Visit, asked: Asked, rows: list[dict[str, Any]]) -> str |
 async def _shown(
     visit: Visit, asked: Asked, rows: list[dict[str, Any]], bars: Histogram | None, problem: Invalid | None = None
 ) -> Response:
-    more = len(rows) > ROWS
-    rows = rows[:ROWS]
+    found = lists.page(rows, lambda row: [row["at"], row["id"]])
     chosen = asked.range
     live = problem is None and asked.after is None and chosen is not None and chosen.name in LIVE
     return visit.render(
@@ -132,8 +119,8 @@ async def _shown(
         asked=asked.wanted,
         chosen=chosen,
         long=chosen is None or chosen.end - chosen.start > DAY,
-        rows=[(row, outcomes.explain(row)) for row in rows],
-        after=encoded([rows[-1]["at"], rows[-1]["id"]]) if more else None,
+        rows=[(row, outcomes.explain(row)) for row in found.rows],
+        after=found.after,
         chart=None if bars is None else _chart(visit, bars),
         total=None if bars is None else sum(one.ok + one.failed for one in bars.bars),
         failed=None if bars is None else sum(one.failed for one in bars.bars),

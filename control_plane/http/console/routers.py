@@ -5,14 +5,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from control_plane.errors import NotFound
-from control_plane.http.api.paging import decoded, encoded
+from control_plane.http.console import lists
 from control_plane.http.console.shell import OPERATE, Page, Visit
 from control_plane.pure.fleet import ROUTER_STATUSES, RouterStanding, routers_standing
 from control_plane.pure.reports import Reported
 from control_plane.services import reports
 
-_ROWS = 50
 DOCUMENTS = {"models": "catalogue", "policy": "policy", "overrides": "overrides"}
 
 
@@ -20,14 +18,13 @@ async def routers(visit: Visit) -> Response:
     reported = (await reports.seen(visit.plane)).reported
     standing = routers_standing(reported, reports.etags(visit.plane), visit.act.at)
     by_name = {one.instance: one for one in reported}
-    after = visit.query.get("after")
-    rows = [one for one in standing.each if after is None or _place(one) > _read(after)]
+    found = lists.part(visit, standing.each, _place, int, str)
     present = [one for one in reported if not one.lost(visit.act.at)]
     return visit.render(
         "routers.html",
         standing=standing,
-        rows=[_shown(one, by_name[one.instance]) for one in rows[:_ROWS]],
-        after=encoded(list(_place(rows[_ROWS - 1]))) if len(rows) > _ROWS else None,
+        rows=[_shown(one, by_name[one.instance]) for one in found.rows],
+        after=found.after,
         made=reports.made_at(visit.plane),
         documents=DOCUMENTS,
         versions=Counter(one.report["version"] for one in present).most_common(),
@@ -53,14 +50,6 @@ def _shown(one: RouterStanding, reported: Reported) -> dict[str, Any]:
 def _place(one: RouterStanding) -> tuple[int, str]:
     """The worst first."""
     return ROUTER_STATUSES.index(one.state), one.instance
-
-
-def _read(after: str) -> tuple[int, str]:
-    match decoded(after):
-        case [int(rank), str(instance)]:
-            return rank, instance
-        case _:
-            raise NotFound("page", after)
 
 
 PAGE = Page("/console/routers", "Routers", routers, "backends.see", OPERATE)

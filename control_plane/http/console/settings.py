@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
-from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
+from control_plane.errors import Forbidden, Invalid, NotFound, Problem
 from control_plane.http.api.limits import BudgetBody, LimitBody, with_spent
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.console import allowances, lists
-from control_plane.http.console.forms import Form, body, unchanged
+from control_plane.http.console.forms import Form, body, unchanged, unreadable
 from control_plane.http.console.shell import MANAGE, Page, Visit
 from control_plane.services import config, limits
 from control_plane.services.policy import ANONYMOUS
@@ -114,7 +114,7 @@ def _kind(text: str | None) -> limits.Kind:
         case "budget":
             return "budget"
         case _:
-            raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+            raise unreadable()
 
 
 async def _running(visit: Visit, form: Form | None) -> dict[str, Any]:
@@ -188,7 +188,7 @@ async def _do(visit: Visit, form: Form) -> Response:
                 await config.put(plane, act, key, value, check)
             return visit.back(verb, to=SETTINGS, tab="running")
         case _:
-            raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+            raise unreadable()
 
 
 def _item(form: Form) -> LimitBody | BudgetBody:

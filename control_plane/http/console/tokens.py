@@ -5,11 +5,11 @@ from typing import Any, get_args
 
 from starlette.responses import Response
 
-from control_plane.errors import Invalid, Problem, Refused
+from control_plane.errors import Invalid, Problem
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.api.tokens import NewToken, TokenRotation
 from control_plane.http.console import allowances, lists, once
-from control_plane.http.console.forms import Form, body, unchanged
+from control_plane.http.console.forms import Form, body, unchanged, unreadable
 from control_plane.http.console.shell import Visit
 from control_plane.pure.roles import ORGANISATION_ROLES, PLATFORM_ROLES
 from control_plane.pure.times import read
@@ -18,7 +18,6 @@ from control_plane.services import issuing
 SCOPES = get_args(issuing.TokenScope)
 STATES = get_args(issuing.State)
 _DIALOGS = ("create", "edit", "rotate", "end")
-OVERLAPS = (("0", "at once: it is refused from now on"), ("3600", "1 hour"), ("86400", "1 day"), ("604800", "7 days"))
 NOTICES = {
     "once": once.NOTICE,
     "changed": "The token is changed.",
@@ -63,7 +62,7 @@ async def tab(visit: Visit, sees_keys: bool) -> Response:
         scopes=SCOPES,
         roles=_roles(visit),
         services=visit.may("settings.write"),
-        overlaps=OVERLAPS,
+        overlaps=once.OVERLAPS,
         once=once.token(),
         problem=problem,
         notices=NOTICES,
@@ -117,7 +116,7 @@ async def _do(visit: Visit, form: Form) -> Response:
             await issuing.end(plane, act, id, lambda found: None)
             return visit.back("ended", to=where)
         case _:
-            raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+            raise unreadable()
 
 
 async def _create(visit: Visit, form: Form) -> Response:

@@ -4,11 +4,10 @@ from typing import Any
 
 from starlette.responses import Response
 
-from control_plane.errors import Refused
 from control_plane.http.api.preconditions import etag_of
 from control_plane.http.api.users import NewUser, UserFields
 from control_plane.http.console import changes, lists, once
-from control_plane.http.console.forms import Form, body, unchanged
+from control_plane.http.console.forms import Form, body, unchanged, unreadable
 from control_plane.http.console.shell import MANAGE, Page, Visit
 from control_plane.services import accounts, users
 
@@ -138,7 +137,7 @@ async def _do(visit: Visit, name: str, form: Form) -> Response:
             await users.end_user(plane, act, name, lambda found: None)
             return visit.back("ended", to=USERS)
         case _:
-            raise Refused(400, "bad_request", "The form cannot be read: open it again.")
+            raise unreadable()
 
 
 PAGE = Page(USERS, "Users", listing, "organisations.write", MANAGE, posts="organisations.write")
