@@ -38,7 +38,7 @@
     away.hidden = !problem;
     if (!problem) return;
     const why = problem < 0 ? "does not answer" : `answers ${problem}`;
-    away.textContent = `The control plane ${why} since ${new Date(failed).toLocaleTimeString()}. What you see is old; it is asked again every ${EVERY / 1000} s.`;
+    away.textContent = `The control plane ${why} since ${new Date(failed).toLocaleTimeString()}. What you see is old; the page asks again every ${EVERY / 1000} s.`;
   }
 
   // --- Times: how old the page is, and each time as it is here.
@@ -48,7 +48,7 @@
     if (!line) return;
     if (line.dataset.at !== shown) [shown, loaded] = [line.dataset.at, Date.now()];
     const seconds = Math.round((Date.now() - loaded) / 1000);
-    line.querySelector(".age").textContent = seconds < 2 ? "" : `, ${seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`} old`;
+    line.querySelector(".age").textContent = seconds < 2 ? "" : `(${seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`} old)`;
     const button = line.querySelector(".pause");
     if (button) {
       button.hidden = false;
