@@ -196,7 +196,7 @@ async def test_two_thousand_models_are_a_small_page(sqlite_plane: Running) -> No
 
     assert len(html) < 150_000
     assert len(rows_of(part(html, "bad"))) == 20
-    assert "10 more that are not well" in text_of(html)
+    assert "10 more degraded or failing" in text_of(html)
     assert part(html, "rest").count("<li") == 20
     assert "1,950 more" in text_of(html)
 

@@ -16,7 +16,7 @@ from inference_api.routing.entries import CatalogueEntry
 
 STATES = {
     "all": "all",
-    "bad": "not well",
+    "bad": "degraded or failing",
     "failing": "failing",
     "degraded": "degraded",
     "unknown": "unknown",
