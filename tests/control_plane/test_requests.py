@@ -64,6 +64,21 @@ async def test_a_request_has_its_attempts_and_those_that_belong_to_it(plane: Run
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
 
 
+async def test_what_belongs_to_a_request_is_shown_as_far_as_the_caller_may_see_it(plane: Running) -> None:
+    mine, leg = (record(organisation="team-a", user="max", request_id="r-1", kind=kind) for kind in ("request", "race"))
+    colleague = record(organisation="team-a", user="ana", request_id="r-1", kind="race")
+    foreign = record(organisation="team-b", user="max", request_id="r-1")
+    await taken(plane, mine, leg, colleague, foreign)
+
+    async def related(**roles: str) -> set[str]:
+        found = await requests.one(plane.plane, act_of(plane, "max", **roles), mine["id"])
+        return set(found["related"])
+
+    assert await related(team_a="member") == {leg["id"]}
+    assert await related(team_a="owner") == {leg["id"], colleague["id"]}
+    assert await related(platform_role="admin") == {leg["id"], colleague["id"], foreign["id"]}
+
+
 async def test_requests_are_found_by_the_beginning_of_their_id_among_all(plane: Running) -> None:
     old = record(request_id="4bf92f35-x", at=NOON - 6 * DAY)
     await taken(plane, old, *(record(request_id=f"4BF9{number}") for number in range(60)), record(request_id="4bf93"))
