@@ -134,6 +134,25 @@ async def test_an_admin_of_an_organisation_changes_no_owner_and_the_last_one_sta
     assert (hidden_tab.status_code, by_member.status_code) == (403, 403)
 
 
+@pytest.mark.parametrize(("verb", "user"), [("add", "amy"), ("role", "mia"), ("remove", "mia")])
+async def test_an_owner_of_one_organisation_changes_no_members_of_another(
+    console: Running, verb: str, user: str
+) -> None:
+    """Which bob may see, as a viewer there."""
+    api = "/api/v1/organisations/team-b/members"
+    for name, role in (("bob", "viewer"), ("mia", "member")):
+        await console.admin.put(f"{api}/{name}", json={"role": role}, headers={"if-none-match": "*"})
+    etag = (await console.admin.get(f"{api}/mia")).headers["etag"]
+    before = (await console.admin.get(api)).json()["data"]
+    await as_user(console, "bob")
+
+    answer = await sent(console, "/console/organisations/team-b", do=verb, user=user, role="admin", etag=etag)
+
+    assert answer.status_code == 403
+    assert (await console.admin.get(api)).json()["data"] == before
+    assert {one["user"]: one["role"] for one in before} == {"bob": "viewer", "eve": "owner", "mia": "member"}
+
+
 async def test_organisations_of_others_are_not_found(console: Running) -> None:
     await as_user(console, "bob")
     listed = await opened(console, "/console/organisations")
@@ -172,6 +191,17 @@ async def test_budgets_show_what_is_spent(console: Running) -> None:
     assert "nearly" in listed
 
 
+async def test_what_is_spent_of_a_budget_is_for_who_sees_usage(console: Running) -> None:
+    body = {"budget": {"requests": 8, "per": "month"}}
+    await changed(console.admin, "PATCH", "/api/v1/organisations/team-a", json=body)
+    await taken(console, *(record(organisation="team-a") for _ in range(6)))
+
+    for user, sees in (("amy", True), ("mia", False)):
+        await as_user(console, user)
+        for path in ("/console/organisations", "/console/organisations/team-a?tab=limits"):
+            assert ("<meter" in await opened(console, path)) is sees, (user, path)
+
+
 async def test_a_user_is_made_with_a_link_that_is_shown_once(
     console: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,6 +225,37 @@ async def test_a_user_is_made_with_a_link_that_is_shown_once(
     assert secret not in page + audit + caplog.text + await opened(console, "/console/users")
     assert "Jürgen &lt;Müller&gt;" in page
     assert (await console.client.get(f"/console/setup?token={secret}")).status_code == 200
+
+
+async def test_a_form_that_was_refused_is_sent_again_at_once(console: Running) -> None:
+    form = {"once": "0123456789abcdefg", "name": "juergen", "title": "", "platform_role": ""}
+    refused = await sent(console, "/console/users?act=create", **form, email="mia@example.org")
+    right = await sent(console, "/console/users?act=create", **form, email="juergen@example.org")
+
+    assert (refused.status_code, right.status_code) == (409, 200)
+    assert (await console.admin.get("/api/v1/users/juergen")).json()["email"] == "juergen@example.org"
+
+
+async def test_forms_of_two_people_are_two_even_if_their_numbers_are_equal(console: Running) -> None:
+    form = {"once": "0123456789abcdefg", "title": "", "platform_role": ""}
+    first = await sent(console, "/console/users?act=create", **form, name="jo", email="jo@example.org")
+    await as_user(console, "sue", "admin")
+    second = await sent(console, "/console/users?act=create", **form, name="flo", email="flo@example.org")
+
+    assert (first.status_code, second.status_code) == (200, 200)
+    found = [await console.admin.get(f"/api/v1/users/{name}") for name in ("jo", "flo")]
+    assert [answer.status_code for answer in found] == [200, 200]
+
+
+async def test_a_change_of_a_disabled_user_lets_nobody_in(console: Running) -> None:
+    await sent(console, "/console/users/mia", do="disable")
+    url = "/console/users/mia?act=edit"
+    form = {"title": "Mia", "email": "mia@example.org", "platform_role": ""}
+    saved = await sent(console, url, do="edit", etag=hidden(await opened(console, url), "etag"), **form)
+
+    assert saved.status_code == 303
+    user = (await console.admin.get("/api/v1/users/mia")).json()
+    assert (user["title"], user["disabled"]) == ("Mia", True)
 
 
 async def test_a_user_is_changed_kept_out_and_ended(console: Running) -> None:
@@ -271,6 +332,21 @@ async def test_people_change_their_own_name_password_and_sessions(
         assert new not in text
         assert PASSWORD not in text
     assert (await log_in(console, "pia", new)).status_code == 200
+
+
+@pytest.mark.parametrize("fields", [("current",), ("new", "confirm")])
+async def test_a_password_of_any_length_costs_no_try(console: Running, fields: tuple[str, ...]) -> None:
+    """It is refused before it is compared, so that the right one is accepted still."""
+    await make_user(console, "pia")
+    await as_user(console, "pia")
+    form = {"password.current": "not the password", "password.new": "another one", "password.confirm": "another one"}
+    form |= {f"password.{name}": "a long one" * 2000 for name in fields}
+
+    answers = [await sent(console, "/console/account", do="password", **form) for _ in range(6)]
+    console.client.cookies.clear()
+
+    assert [answer.status_code for answer in answers] == [422] * 6
+    assert (await log_in(console, "pia")).status_code == 200
 
 
 async def test_nobody_ends_sessions_of_others_there(console: Running) -> None:

@@ -1,5 +1,6 @@
 """/console/prompts: versions and labels of stored prompts, by forms that work without a script."""
 
+import re
 from html import unescape
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.control_plane.conftest import Running
 from tests.control_plane.pages import hidden, links_of, page, part, rows_of, text_of
-from tests.control_plane.people import SAME_ORIGIN, log_in, make_organisation, make_user
+from tests.control_plane.people import SAME_ORIGIN, begin_session, log_in, make_organisation, make_user
 
 pytestmark = pytest.mark.anyio
 API, PAGE = "/api/v1/prompts", "/console/prompts"
@@ -68,6 +69,19 @@ async def test_the_list_says_which_version_is_used(console: Running) -> None:
     assert "/console/playground?prompt=support&organisation=team-a" in links_of(html)
 
 
+async def test_the_list_names_who_changed_a_prompt_last(console: Running) -> None:
+    def last(html: str) -> str:
+        return rows_of(html)[0][4].rpartition(" ")[2]
+
+    console.clock.advance(60)
+    await send(console, f"{PAGE}/support?act=label", do="label", label="staging", version="2", etag="")
+    by_label = last(await page(console, PAGE))
+    console.clock.advance(60)
+    await console.admin.post(f"{API}/support/versions", json={"text": "Hello"})
+
+    assert (by_label, last(await page(console, PAGE))) == ("bob", "ana")
+
+
 async def test_a_prompt_is_made_and_gets_its_first_version(console: Running) -> None:
     form = await page(console, f"{PAGE}?act=create")
     made = await send(console, PAGE, name="summary", organisation="team-a")
@@ -83,7 +97,7 @@ async def test_a_prompt_is_made_and_gets_its_first_version(console: Running) -> 
     assert '<option value="team-a"' in form
     assert made.headers["location"] == f"{PAGE}/summary?done=created"
     assert "It has no version yet." in empty
-    assert f"{PAGE}/summary?act=version&done=created" in links_of(empty) or "Write the first one" in empty
+    assert f"{PAGE}/summary?act=version" in links_of(empty)
     assert added.headers["location"] == f"{PAGE}/summary?done=version", added.text
     assert stored["messages"] == [{"role": "user", "content": "Sum up {{text}}"}]
     assert stored["variables"] == {"text": {"required": True, "max_length": 10}}
@@ -138,6 +152,31 @@ async def test_rows_are_added_and_what_was_typed_stays(console: Running) -> None
     assert (await console.admin.get(f"{API}/support")).json()["latest"] == 2
 
 
+async def test_two_variables_of_one_name_make_no_version(console: Running) -> None:
+    row = {**ROW, "variable_name": ["product", "product"]}
+    answer = await send(
+        console, f"{PAGE}/support?act=version", do="version", shape="text", text="{{product}}", note="", **row
+    )
+
+    assert answer.status_code == 422
+    assert (await console.admin.get(f"{API}/support")).json()["latest"] == 2
+
+
+async def test_pages_of_versions_have_each_of_them_once(console: Running) -> None:
+    await console.admin.post(API, json={"name": "many", "organisation": "team-a"})
+    for number in range(23):
+        await console.admin.post(f"{API}/many/versions", json={"text": f"Hello {number}"})
+
+    first = await page(console, f"{PAGE}/many")
+    following = re.findall(r'href="([^"]+)" rel="next"', first)
+    second = await page(console, unescape(following[0]))
+
+    shown = [[row[0] for row in rows_of(html)] for html in (first, second)]
+    assert shown[0] + shown[1] == [f"v{number}" for number in range(23, 0, -1)]
+    assert shown[1]
+    assert 'rel="next"' not in second
+
+
 async def test_what_rows_cannot_show_is_json(console: Running) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "{{q}}"}], "name": "x"}]
     body = {"messages": parts, "variables": {"q": {}}}
@@ -175,6 +214,18 @@ async def test_a_label_is_set_moved_and_removed(console: Running) -> None:
     assert "already, at version 2" in twice.text
     assert "there is no version 9" in unknown.text
     assert await labels(console) == {"production": 2}
+
+
+@pytest.mark.parametrize("asked", ["act=end", "act=label", "act=label&label=production", "act=remove&label=production"])
+async def test_nobody_is_asked_to_do_what_they_may_not(console: Running, asked: str) -> None:
+    member = "/api/v1/organisations/team-a/members/mia"
+    await make_user(console, "mia", password=None)
+    await console.admin.put(member, json={"role": "member"}, headers={"if-none-match": "*"})
+    of_bob = await page(console, f"{PAGE}/support?{asked}")
+    await begin_session(console, "mia")
+
+    assert "<dialog" in of_bob
+    assert "<dialog" not in await page(console, f"{PAGE}/support?{asked}")
 
 
 async def test_versions_are_compared_by_the_url(console: Running) -> None:

@@ -1,6 +1,8 @@
 """The pages of the audit log and of settings."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import orjson
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from control_plane.pure.reports import following
 from tests.control_plane.conftest import Running
 from tests.control_plane.forms import as_user, hidden, opened, sent
+from tests.control_plane.pages import rows_of
 from tests.control_plane.people import changed, make_organisation, make_user
 from tests.control_plane.usage import record, taken
 
@@ -162,6 +165,36 @@ async def test_what_the_environment_sets_is_named_and_stays(start_sqlite: object
     assert "CONTROL_PLANE_OIDC_ISSUER" in process
     assert running.plane.settings.service_token is not None
     assert running.plane.settings.service_token.get_secret_value() not in process
+
+
+async def test_secrets_of_the_process_are_not_shown_but_whether_there_is_one(start_sqlite: Callable[..., Any]) -> None:
+    secrets = {
+        "key_pepper": "a-pepper-of-the-tests-0123456789abcdef,an-older-pepper-0123456789abcdef",
+        "service_token": "a-service-token-of-the-tests-0123456789",
+        "oidc_client_secret": "a-client-secret-of-the-tests-0123456789",
+    }
+    provider = {"oidc_issuer": "http://127.0.0.1:9/", "oidc_client_id": "console"}
+    with_them: Running = await start_sqlite(**secrets, **provider)
+    without: Running = await start_sqlite(oidc_issuer=None)
+    url, rows = "/console/settings?tab=process", []
+    for name, running in (("root", with_them), ("max", without)):
+        await as_user(running, name, "admin")
+        html = await opened(running, url)
+        rows.append(next(row for row in rows_of(html) if "CONTROL_PLANE_KEY_PEPPER" in row))
+        assert [secret for secret in ",".join(secrets.values()).split(",") if secret in html] == []
+
+    assert rows[0] != rows[1]
+
+
+async def test_a_setting_is_not_reset_by_who_has_not_seen_it(console: Running) -> None:
+    url = "/console/settings?tab=running&act=set&key=usage.record_days"
+    form = {"key": "usage.record_days", "etag": hidden(await opened(console, url), "etag")}
+    await sent(console, url, do="set", **form, value="30")
+
+    stale = await sent(console, url, do="reset", **form)
+
+    assert stale.status_code == 412
+    assert (await console.admin.get("/api/v1/settings/usage.record_days")).json()["value"] == 30
 
 
 async def test_settings_are_for_admins_of_the_platform(console: Running) -> None:

@@ -52,6 +52,26 @@ async def test_who_asks_while_it_is_made_waits_for_it() -> None:
     assert (found, of_a_version) == ([1] * 5, [2] * 5)
 
 
+async def test_what_is_being_made_anew_is_not_forgotten_for_another_one() -> None:
+    kept, work = Kept(), Work()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> int:
+        begun.set()
+        await go_on.wait()
+        return await work()
+
+    await kept.get("a", 0, 1000, work)
+    first = asyncio.create_task(kept.get("a", 1000, 1000, slow))
+    await begun.wait()
+    await kept.get("b", 1000, 1000, Work())
+    second = asyncio.create_task(kept.get("a", 1000, 1000, work))
+    go_on.set()
+
+    assert (await first, await second) == (2, 2)
+    assert work.made == 2
+
+
 async def test_another_version_is_made_anew_and_names_that_are_gone_are_forgotten() -> None:
     kept, work = Kept(), Work()
 
