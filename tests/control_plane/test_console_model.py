@@ -1,6 +1,7 @@
 """The page of a model: who sees what, its entry with its version, prices, history, deletion, and one request."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -80,7 +81,7 @@ async def test_names_are_as_people_give_them(sqlite_plane: Running, name: str) -
     saved = await send(plane, "/console/new-model", do="save", **form)
 
     assert checked.status_code == 200
-    assert "This is stored" in checked.text
+    assert 'value="save"' in checked.text
     assert saved.headers["location"] == f"/console/models/{quote(name)}?done=created"
     html = await page(plane, saved.headers["location"])
     assert "The model is stored." in html
@@ -168,7 +169,7 @@ async def test_an_entry_that_somebody_changed_meanwhile_is_kept_as_typed(sqlite_
     again = await send(plane, f"{M}?tab=entry", do="save", entry=mine, etag=hidden(refused, "etag"))
 
     assert refused.status_code == 412
-    assert "Somebody has changed this model meanwhile." in refused.text
+    assert "meanwhile" in refused.text
     assert "mine" in text_of(refused.text.partition("<textarea")[2].partition("</textarea>")[0])
     assert '<span class="removed">-   &#34;owner&#34;: &#34;theirs&#34;' in refused.text
     assert theirs["owner"] == "theirs"
@@ -260,17 +261,19 @@ async def test_a_deletion_names_the_model_its_use_and_who_needs_it(sqlite_plane:
     await taken(plane, record(model="m"), record(model="m", at=NOON - 1))
     await as_admin(plane)
     dialog = await page(plane, f"{M}?act=delete")
+    asked = "<dialog" + dialog.partition("<dialog")[2].partition("</dialog>")[0]
 
     refused = await send(plane, M, do="delete", etag=hidden(dialog, "etag"))
     await plane.admin.delete("/models/v")
     stale = await send(plane, M, do="delete", etag='"0"')
     deleted = await send(plane, M, do="delete", etag=hidden(dialog, "etag"))
 
-    assert "Delete m" in dialog
-    assert "2 requests in the last day" in text_of(dialog)
-    assert "v has it as a member" in text_of(dialog)
+    text, links = text_of(asked), links_of(asked)
+    assert re.search(r"\bDelete m\b", text)
+    assert re.search(r"\b2 requests\b", text)
+    assert {"/console/requests?model=m&range=24h", "/console/models/v"} <= set(links)
     assert (refused.status_code, stale.status_code) == (409, 412)
-    assert "is a member of the virtual model" in refused.text
+    assert "'v'" in text_of(refused.text)
     assert (deleted.status_code, deleted.headers["location"]) == (303, "/console/models?done=deleted")
     await page(plane, M, 404)
 

@@ -102,6 +102,12 @@ def shown(page: httpx.Response, name: str) -> list[str]:
     return [unescape(re.sub("<[^>]+>", "", one)) for one in found]
 
 
+def offered(page: httpx.Response, name: str) -> list[str]:
+    """What there is to choose from."""
+    found = re.search(rf'<select id="{name}".*?</select>', page.text, re.DOTALL)
+    return re.findall(r'value="([^"]*)"', found[0]) if found else []
+
+
 def stream_of(*events: bytes) -> Script:
     return raw(SSE_HEAD, *map(chunk, events), LAST_CHUNK)
 
@@ -243,7 +249,9 @@ async def test_one_user_has_so_many_answers_at_once(start_console: Callable[...,
     console.engine.script = answer
 
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_answers")
-    assert shown(page, "problem") == ["You have 4 answers at once. Wait for one to end, or stop it. too_many_answers"]
+    (problem,) = shown(page, "problem")
+    assert problem.endswith(f" {refused.json()['error']['code']}")
+    assert str(AT_ONCE) in problem
     assert (await console.stream()).status_code == 200
 
 
@@ -427,10 +435,6 @@ async def test_models_and_keys_are_those_of_the_organisation(start_console: Call
             update(organisations).where(organisations.c.name == "team-a").values(models=["m", "both"])
         )
 
-    def offered(page: httpx.Response, name: str) -> list[str]:
-        found = re.search(rf'<select id="{name}".*?</select>', page.text, re.DOTALL)
-        return re.findall(r'value="([^"]*)"', found[0]) if found else []
-
     team_a = await console.client.get(PAGE)
     team_b = await console.client.get(f"{PAGE}?organisation=team-b")
     streamed = await console.stream(query="?organisation=team-b&model=m")
@@ -444,6 +448,22 @@ async def test_models_and_keys_are_those_of_the_organisation(start_console: Call
     for other in ("team-c", "team-d", ""):
         page = await console.client.get(f"{PAGE}?organisation={other or 'none'}")
         assert page.status_code == 404
+
+
+async def test_prompts_are_those_of_the_chosen_organisation_and_of_none(start_sqlite: Callable[..., Any]) -> None:
+    plane = await start_sqlite(router_url="http://127.0.0.1:1")
+    await plane.admin.put("/models/m", json={"name": "m", "backends": ["http://127.0.0.1:1"]})
+    await make_user(plane, "bob")
+    for team in ("team-a", "team-b"):
+        await make_organisation(plane, team, bob="member")
+    for name, owner in (("all", None), ("of-a", "team-a"), ("of-b", "team-b")):
+        made = await plane.admin.post("/api/v1/prompts", json={"name": name, "organisation": owner})
+        assert made.status_code == 201, made.text
+    await log_in(plane, "bob")
+
+    pages = [await plane.client.get(f"{PAGE}?organisation={team}") for team in ("team-a", "team-b")]
+
+    assert [offered(page, "prompt") for page in pages] == [["", "all", "of-a"], ["", "all", "of-b"]]
 
 
 async def test_the_code_does_the_same(start_console: Callable[..., Any]) -> None:

@@ -52,6 +52,19 @@ async def test_another_request_needs_another_key(plane: Running) -> None:
     assert await made(plane) == 1
 
 
+async def test_another_request_is_refused_while_the_first_one_still_runs(plane: Running) -> None:
+    await drain(plane)
+    # As a replica leaves it while it works
+    async with plane.plane.database.main.write() as connection:
+        await connection.execute(update(idempotency).values(status=0))
+
+    async with asyncio.timeout(10):
+        other = await drain(plane, reason="another")
+
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert await made(plane) == 1
+
+
 async def test_a_key_belongs_to_who_sent_it(plane: Running) -> None:
     token = await management_token(plane.plane.database, "bob", "operator")
     await drain(plane)

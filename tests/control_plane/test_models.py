@@ -4,7 +4,10 @@ import asyncio
 
 import pytest
 
-from tests.control_plane.conftest import Running
+from control_plane.services.visibility import visible_models
+from tests.control_plane.acts import act_of
+from tests.control_plane.conftest import NOON, Running
+from tests.control_plane.teams import organisation
 
 pytestmark = pytest.mark.anyio
 GPT2 = {"name": "gpt2", "backends": [{"url": "http://10.0.0.1:8000"}]}
@@ -32,6 +35,20 @@ async def test_a_change_ends_a_long_poll(plane: Running) -> None:
     await plane.admin.put("/models/gpt2", json=GPT2)
 
     assert await waiting == 200
+
+
+async def test_a_member_of_an_ended_organisation_sees_no_models_by_it(plane: Running) -> None:
+    for name in ("gpt2", "other"):
+        await plane.admin.put(f"/models/{name}", json={**GPT2, "name": name})
+    await organisation(plane, "team-a", ended_at=NOON - 1)
+    await organisation(plane, "team-b", models=["other"])
+
+    async def seen(**roles: str) -> list[bool]:
+        visible = await visible_models(plane.plane, act_of(plane, "max", **roles))
+        return [visible(name) for name in ("gpt2", "other")]
+
+    assert await seen(team_a="member") == [False, False]
+    assert await seen(team_a="owner", team_b="member") == [False, True]
 
 
 async def test_the_api_wants_a_precondition(plane: Running) -> None:

@@ -18,7 +18,18 @@ from control_plane.services.keys import Filters, listed
 from tests.control_plane.acts import act_of
 from tests.control_plane.conftest import SERVICE_TOKEN, Clock, Running, starting
 from tests.control_plane.teams import organisation
-from tests.fakes import ScriptedServer, hang, json_response, raw, until
+from tests.fakes import (
+    LAST_CHUNK,
+    SSE_HEAD,
+    Line,
+    Received,
+    ScriptedServer,
+    chunk,
+    hang,
+    json_response,
+    raw,
+    until,
+)
 from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
@@ -217,6 +228,53 @@ async def test_a_router_that_is_away_is_named_without_its_address() -> None:
     await router.close()
 
     assert str(port) not in str(away.value)
+
+
+async def test_a_router_is_not_asked_once_the_process_stops() -> None:
+    async with ScriptedServer() as server:
+        router = Router(server.url)
+        router.stop()
+        with pytest.raises(RouterAway):
+            async with router.chat("sk-x", BODY):
+                pass
+        await router.close()
+
+    assert server.requests == []
+
+
+async def test_a_redirect_of_the_router_is_not_followed() -> None:
+    async with ScriptedServer() as other:
+        head = (
+            f"HTTP/1.1 307 Temporary Redirect\r\nlocation: {other.url}/v1/chat/completions\r\ncontent-length: 0\r\n\r\n"
+        )
+        async with ScriptedServer(raw(head.encode())) as server:
+            router = Router(server.url)
+            async with router.chat("sk-x", BODY) as answer:
+                content = b"".join([part async for part in answer.body])
+            await router.close()
+
+    assert (answer.status, content, len(server.requests)) == (307, b"", 1)
+    assert other.requests == []
+
+
+async def test_a_refusal_of_unknown_length_is_passed_on_as_it_comes() -> None:
+    received = asyncio.Event()
+
+    async def script(request: Received, line: Line) -> None:
+        await line.send(SSE_HEAD.replace(b"200 OK", b"401 Unauthorized"), chunk(b"first"))
+        await received.wait()
+        await line.send(chunk(b"last"), LAST_CHUNK)
+
+    async with ScriptedServer(script) as server:
+        router = Router(server.url)
+        async with asyncio.timeout(10), router.chat("sk-x", BODY) as answer:
+            first = await anext(answer.body)
+            received.set()
+            rest = b"".join([part async for part in answer.body])
+        await router.close()
+
+    assert (answer.status, answer.unknown_key) == (401, False)
+    assert (first, rest) == (b"first", b"last")
 
 
 async def test_an_answer_that_breaks_off_says_so() -> None:

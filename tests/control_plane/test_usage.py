@@ -16,6 +16,8 @@ from control_plane.services.rollup import roll_up, unsummed
 from control_plane.services.usage import Question, report
 from tests.control_plane.acts import act_of
 from tests.control_plane.conftest import NOON, Running
+from tests.control_plane.test_fleet import report as router_report
+from tests.control_plane.test_fleet import reports
 from tests.control_plane.usage import DAY, HOUR, record, taken
 
 pytestmark = pytest.mark.anyio
@@ -174,6 +176,23 @@ async def test_what_is_kept_of_sums_is_not_shown_to_a_colleague(sqlite_plane: Ru
 
     assert [await seen("max", "member"), await seen("ana", "member"), await seen("eve", "member")] == [2, 1, 0]
     assert [await seen("eve", "owner"), await seen("max", "viewer")] == [3, 3]
+
+
+async def test_records_that_routers_dropped_are_told_to_those_who_see_all_usage(sqlite_plane: Running) -> None:
+    plane, start = sqlite_plane, NOON + HOUR
+    await taken(plane, record(organisation="team-a", at=NOON))
+    usage = dict.fromkeys(("made", "delivered", "queued", "spooled"), 9)
+    await reports(plane, before=router_report(usage={**usage, "dropped": 3}))
+    plane.clock.advance(2 * 3600)
+    await reports(plane, after=router_report(usage={**usage, "dropped": 4}))
+
+    async def dropped(act: Act, start: int) -> int:
+        found: int = (await report(plane.plane, act, Question(start, NOON + 3 * HOUR)))["coverage"]["dropped"]
+        return found
+
+    admin, owner = act_of(plane, platform_role="admin"), act_of(plane, "max", team_a="owner")
+    assert [await dropped(admin, NOON), await dropped(admin, start)] == [3 + 4, 4]
+    assert [await dropped(owner, NOON), await dropped(owner, start)] == [0, 0]
 
 
 async def test_a_part_of_an_hour_is_asked_of_rows(sqlite_plane: Running) -> None:
