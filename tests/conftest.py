@@ -106,7 +106,8 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             path = tmp_path / "catalogue.json"
             path.write_bytes(orjson.dumps({"models": models}))
             lines: list[Fields] = []
-            chosen = make_settings({"catalogue": path, **settings}, GROUPS)
+            # Clients, routers and engines share one event loop: while it stands still, no connection can be made.
+            chosen = make_settings({"catalogue": path, "connect_timeout": 30, **settings}, GROUPS)
             outside = Outside(
                 tokens or {},
                 write_line=lines.append,

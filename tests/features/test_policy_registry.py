@@ -203,7 +203,8 @@ async def test_a_compressed_answer_is_garbage(start_router: Start) -> None:
     async with FakeRegistry() as registry:
         registry.script = zipped
         served: Served = await start_router(**on(registry))
-        assert policies(served).failures["garbage"] == 1
+        # It asks again and again.
+        assert policies(served).failures["garbage"] >= 1
 
 
 async def test_an_answer_without_keys_is_believed_at_the_second_look(
