@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from control_plane.clients.router import Router
+from control_plane.connections import connections
 from control_plane.data.database import Database
 from control_plane.documents import Documents
 from control_plane.http import ingest, routers, snapshots, spend
@@ -145,7 +145,7 @@ class Application:
         documents = Documents(self.database.main, BUILDERS, clock)
         metrics = Metrics()
         passwords = Passwords(metrics.password_hashes.inc)
-        self.plane = Plane(settings, self.database, documents, metrics, clock, passwords)
+        self.plane = Plane(settings, self.database, documents, metrics, clock, passwords, connections(settings))
         self.api_port: int | None = None
         failures = Failures(self.plane.metrics)
         api = JsonBodies(_api(self.plane, failures))
@@ -157,7 +157,6 @@ class Application:
             Route("/metrics", self.plane.metrics.page),
         ]
         self._provider = _provider(settings, clock)
-        self._router = None if settings.router_url is None else Router(settings.router_url)
         console = self._console = Pages(CONSOLE)
         self._refusals = Rendering(console)
         login = Login(console)
@@ -180,13 +179,12 @@ class Application:
 
     def end_answers(self) -> None:
         """End the answers of routers that people wait for in the console: they would hold the process."""
-        if self._router is not None:
-            self._router.stop()
+        self.plane.connections.end_answers()
 
     def _served(self, routes: Sequence[BaseRoute], failures: Failures) -> ASGIApp:
         app = Starlette(routes=routes, exception_handlers=failures.handlers(), lifespan=self._lifespan)
         app.router.redirect_slashes = False
-        app.state.plane, app.state.routes, app.state.router = self.plane, routes, self._router
+        app.state.plane, app.state.routes = self.plane, routes
         settings = self.plane.settings
         guarded = Rendered(Guarded(Bounded(app, MAX_BODY_BYTES, LARGER), self.plane), "/console", self._refusals)
         return Identified(Counted(guarded, self.plane.metrics, route_among(routes), METHODS), settings.trusted_proxies)
@@ -205,12 +203,12 @@ class Application:
             self.plane.passwords.close()
             if self._provider is not None:
                 await self._provider.close()
-            if self._router is not None:
-                await self._router.close()
+            await self.plane.connections.close()
             await self.database.close()
 
     def _tasks(self) -> list[Task]:
-        return [make(self.plane) for make in TASKS]
+        drivers = self.plane.connections.drivers.values()
+        return [*(make(self.plane) for make in TASKS), *(driver.run for driver in drivers)]
 
     def _models(self) -> float:
         documents = self.plane.documents

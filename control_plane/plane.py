@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from control_plane.connections import Connections
 from control_plane.data.database import Database
 from control_plane.documents import Documents, bump
 from control_plane.errors import StorageUnavailable
@@ -42,6 +43,7 @@ class Plane:
     metrics: Metrics
     clock: Callable[[], int]
     passwords: Passwords
+    connections: Connections = field(default_factory=Connections)
     usage: UsageState = field(default_factory=UsageState)
     kept: Kept = field(default_factory=Kept)
     loans: Kept = field(default_factory=lambda: Kept(5_000), repr=False)

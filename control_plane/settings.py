@@ -22,6 +22,8 @@ PREFIX = "CONTROL_PLANE_"
 _SHORTEST = 32
 Port = Annotated[int, Field(ge=0, le=65535)]
 Days = Annotated[int, Field(ge=1, le=3660)]
+Switch = Literal["on", "off"]
+_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 
 
 class SettingsError(ValueError):
@@ -64,9 +66,41 @@ class Settings(BaseModel):
         description="URL of an engine's log, for links of the console: https://logs.example.com/?q={backend}&from={start}",
     )
     trace_url: str | None = Field(default=None, description="URL of a request's trace, likewise, with {request_id}")
+    kubernetes_namespace: str | None = Field(
+        default=None, pattern=_LABEL, description="namespace of the engines' Deployments; unset: no Kubernetes"
+    )
+    kubernetes_url: str | None = Field(
+        default=None,
+        description="URL of the API server, such as that of `kubectl proxy`; unset: this cluster's",
+    )
+    kubernetes_scale: Switch = Field(default="off", description="on: engines may be started, stopped and scaled there")
+    kubernetes_logs: Switch = Field(default="off", description="on: logs of engines may be read there")
+    processes: Path | None = Field(
+        default=None, description="YAML file with the commands of engines on this machine; unset: no processes"
+    )
+    model_test_every: Annotated[int, Field(ge=60, le=30 * 86_400)] | None = Field(
+        default=None, description="seconds between two tests of each model; unset: by hand only"
+    )
+    hub_endpoint: str | None = Field(
+        default=None, description="hub whose models may be inspected, such as https://huggingface.co; unset: none"
+    )
+    hub_token: SecretStr | None = Field(default=None, description="token for that hub, and for no other host")
+    model_roots: tuple[Path, ...] = Field(
+        default=(), description="folders below which models may be inspected; comma-separated"
+    )
+    prometheus_url: str | None = Field(
+        default=None, description="Prometheus with series of engines, hosts and GPUs, for the console; unset: none"
+    )
+    prometheus_token: SecretStr | None = Field(default=None, description="bearer token for it")
+    triage_model: str | None = Field(
+        default=None, description="model that summarises groups of log lines, through ROUTER_URL; unset: none"
+    )
+    triage_engine_logs: Switch = Field(
+        default="off", description="on: that model gets lines of engines, too; it must be in your cluster"
+    )
     admin_email: str | None = Field(default=None, min_length=3, description="first platform admin, while there is none")
     admin_password_file: Path | None = Field(default=None, description="file with the first admin's password")
-    password_login: Literal["on", "off"] = Field(default="on", description="off: OpenID only")
+    password_login: Switch = Field(default="on", description="off: OpenID only")
     oidc_issuer: str | None = Field(default=None, description="URL of the OpenID provider; needs the extra `oidc`")
     oidc_client_id: str | None = Field(default=None, description="client id at the OpenID provider")
     oidc_client_secret: SecretStr | None = Field(default=None, description="client secret at the OpenID provider")
@@ -121,7 +155,10 @@ class Settings(BaseModel):
             raise ValueError(str(exc)) from None
         return value
 
-    @field_validator("public_url", "router_url", "router_public_url", "oidc_issuer")
+    @field_validator(
+        *("public_url", "router_url", "router_public_url", "oidc_issuer"),
+        *("kubernetes_url", "hub_endpoint", "prometheus_url"),
+    )
     @classmethod
     def _http(cls, value: str | None) -> str | None:
         if value is None:
@@ -162,6 +199,16 @@ class Settings(BaseModel):
         except ValueError as exc:
             raise ValueError(f"must be addresses or networks such as 10.0.0.0/8, comma-separated: {exc}") from None
 
+    @field_validator("model_roots", mode="before")
+    @classmethod
+    def _folders(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = tuple(Path(part.strip()) for part in value.split(",") if part.strip())
+        if wrong := next((one for one in found if not one.is_absolute()), None):
+            raise ValueError(f"must be absolute paths, comma-separated, not '{wrong}'")
+        return found
+
     @field_validator("oidc_roles", mode="before")
     @classmethod
     def _roles(cls, value: Any) -> Any:
@@ -185,6 +232,19 @@ class Settings(BaseModel):
             raise ValueError(
                 f"{PREFIX}ADMIN_PASSWORD_FILE={str(self.admin_password_file)!r}: needs {PREFIX}ADMIN_EMAIL"
             )
+        needs = {
+            "kubernetes_url": "kubernetes_namespace",
+            "hub_token": "hub_endpoint",
+            "prometheus_token": "prometheus_url",
+            "triage_model": "router_url",
+            "model_test_every": "router_url",
+        }
+        for name, other in needs.items():
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise ValueError(f"{PREFIX}{name.upper()}: needs {PREFIX}{other.upper()}")
+        for name in ("kubernetes_scale", "kubernetes_logs"):
+            if getattr(self, name) == "on" and self.kubernetes_namespace is None:
+                raise ValueError(f"{PREFIX}{name.upper()}='on': needs {PREFIX}KUBERNETES_NAMESPACE")
         if self.oidc_issuer is not None and self.oidc_client_id is None:
             raise ValueError(f"{PREFIX}OIDC_ISSUER={self.oidc_issuer!r}: needs {PREFIX}OIDC_CLIENT_ID")
         if self.oidc_issuer is not None and find_spec("joserfc") is None:

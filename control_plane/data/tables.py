@@ -288,6 +288,63 @@ overrides = Table(
     Index("ix_overrides_expires_at", "expires_at"),
 )
 
+# What runs the engines of a model: an object of a driver, of which there are `min` to `max` instances while it runs.
+# `last_activation_at`: a router held requests for it; `was_ready_at`: last seen so since it was started.
+deployments = Table(
+    "deployments",
+    metadata,
+    Column("model", Name, primary_key=True),
+    Column("driver", String(16), nullable=False),
+    Column("namespace", String(63)),
+    Column("object", String(253), nullable=False),
+    Column("min", Integer, nullable=False),
+    Column("max", Integer, nullable=False),
+    Column("idle_seconds", Integer),
+    Column("scale_to_zero", Boolean, nullable=False, default=False),
+    Column("last_activation_at", BigInteger),
+    Column("was_ready_at", BigInteger),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("updated_by", Name),
+)
+
+# `kind`: chat, completion, embedding, rerank. `steps`: [{name, verdict, words, took_ms}]. `by`: None: by the schedule.
+model_tests = Table(
+    "model_tests",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("model", Name, nullable=False),
+    Column("backend", Text),
+    Column("kind", String(16), nullable=False),
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("by", Name),
+    Column("ok", Boolean, nullable=False),
+    Column("steps", Json, nullable=False),
+    Index("ix_model_tests_model_at", "model", "at"),
+)
+
+# `source`: hub, folder, file. `result`: what was found, as the API shows it.
+inspections = Table(
+    "inspections",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("source", String(16), nullable=False),
+    Column("ref", Text, nullable=False),
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("by", Name),
+    Column("result", Json, nullable=False),
+)
+
+# `result`: groups of log lines by their masked template, with counts; no line itself is stored.
+triages = Table(
+    "triages",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("model", Name, nullable=False),
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("by", Name),
+    Column("result", Json, nullable=False),
+)
+
 # The last report of each router, and the milliseconds between its last two.
 routers = Table(
     "routers",

@@ -5,7 +5,6 @@ from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
-from control_plane.clients.router import Router
 from control_plane.errors import Forbidden, Invalid, NotFound, Problem, Refused
 from control_plane.http.api import models as models_api
 from control_plane.http.api.prices import PriceBody
@@ -174,7 +173,7 @@ async def _price(look: Look, form: Form) -> Response | None:
 
 
 async def _try(look: Look, form: Form) -> Response | None:
-    router = _router(look.visit)
+    router = look.visit.plane.connections.router
     if router is not None and look.standing is not None:
         look.steps = await trial.tried(look.visit, router, look.standing)
     return None
@@ -187,11 +186,6 @@ _ACTS: dict[str, tuple[Permission, Callable[[Look, Form], Awaitable[Response | N
     "price": ("prices.write", _price),
     "try": ("backends.operate", _try),
 }
-
-
-def _router(visit: Visit) -> Router | None:
-    found: Router | None = visit.request.app.state.router
-    return found
 
 
 # Tabs: what each of them shows
@@ -276,7 +270,7 @@ async def _of_history(look: Look) -> dict[str, Any]:
 
 
 async def _of_tests(look: Look) -> dict[str, Any]:
-    return {"routed": _router(look.visit) is not None, "steps": look.steps, "seconds": trial.SECONDS}
+    return {"routed": look.visit.plane.connections.router is not None, "steps": look.steps, "seconds": trial.SECONDS}
 
 
 def _served(permission: Permission, somewhere: bool = False) -> Callable[[Look], bool]:

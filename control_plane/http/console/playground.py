@@ -91,7 +91,7 @@ async def page(visit: Visit) -> Response:
         if scripted:
             raise
         return _shown(visit, choice, given, problem=exc)
-    router: Router | None = visit.request.app.state.router
+    router = visit.plane.connections.router
     organisation = choice.organisation or None
     if scripted:
         return Relay(visit.plane, visit.act, router, organisation, request_body(question, choice.model))
@@ -274,7 +274,7 @@ def _shown(visit: Visit, choice: Choice, given: Given, problem: Refused | None =
         choice=choice,
         given=given,
         problem=problem,
-        routed=visit.request.app.state.router is not None,
+        routed=visit.plane.connections.router is not None,
         suggested=len(choice.models) > _LISTED,
         unknown_router=None if visit.plane.settings.router_public_url else ROUTER,
         **{"answers": [], "codes": (), **context},

@@ -78,6 +78,22 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("key", name=op.f("pk_config_kv")),
     )
     op.create_table(
+        "deployments",
+        sa.Column("model", sa.String(length=128), nullable=False),
+        sa.Column("driver", sa.String(length=16), nullable=False),
+        sa.Column("namespace", sa.String(length=63), nullable=True),
+        sa.Column("object", sa.String(length=253), nullable=False),
+        sa.Column("min", sa.Integer(), nullable=False),
+        sa.Column("max", sa.Integer(), nullable=False),
+        sa.Column("idle_seconds", sa.Integer(), nullable=True),
+        sa.Column("scale_to_zero", sa.Boolean(), nullable=False),
+        sa.Column("last_activation_at", sa.BigInteger(), nullable=True),
+        sa.Column("was_ready_at", sa.BigInteger(), nullable=True),
+        sa.Column("updated_at", sa.BigInteger(), nullable=False),
+        sa.Column("updated_by", sa.String(length=128), nullable=True),
+        sa.PrimaryKeyConstraint("model", name=op.f("pk_deployments")),
+    )
+    op.create_table(
         "idempotency",
         sa.Column("actor", sa.String(length=160), nullable=False),
         sa.Column("key", sa.String(length=256), nullable=False),
@@ -96,6 +112,25 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("idempotency", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_idempotency_at"), ["at"], unique=False)
+
+    op.create_table(
+        "inspections",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("source", sa.String(length=16), nullable=False),
+        sa.Column("ref", sa.Text(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("by", sa.String(length=128), nullable=True),
+        sa.Column(
+            "result",
+            sa.JSON(none_as_null=True).with_variant(
+                postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), "postgresql"
+            ),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_inspections")),
+    )
+    with op.batch_alter_table("inspections", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_inspections_at"), ["at"], unique=False)
 
     op.create_table(
         "limits",
@@ -134,6 +169,28 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("login_states", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_login_states_expires_at"), ["expires_at"], unique=False)
+
+    op.create_table(
+        "model_tests",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("model", sa.String(length=128), nullable=False),
+        sa.Column("backend", sa.Text(), nullable=True),
+        sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("by", sa.String(length=128), nullable=True),
+        sa.Column("ok", sa.Boolean(), nullable=False),
+        sa.Column(
+            "steps",
+            sa.JSON(none_as_null=True).with_variant(
+                postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), "postgresql"
+            ),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_model_tests")),
+    )
+    with op.batch_alter_table("model_tests", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_model_tests_at"), ["at"], unique=False)
+        batch_op.create_index("ix_model_tests_model_at", ["model", "at"], unique=False)
 
     op.create_table(
         "models",
@@ -259,6 +316,24 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("tokens", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_tokens_user"), ["user"], unique=False)
+
+    op.create_table(
+        "triages",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("model", sa.String(length=128), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("by", sa.String(length=128), nullable=True),
+        sa.Column(
+            "result",
+            sa.JSON(none_as_null=True).with_variant(
+                postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), "postgresql"
+            ),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_triages")),
+    )
+    with op.batch_alter_table("triages", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_triages_at"), ["at"], unique=False)
 
     op.create_table(
         "users",
@@ -457,6 +532,10 @@ def downgrade() -> None:
 
     op.drop_table("keys")
     op.drop_table("users")
+    with op.batch_alter_table("triages", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_triages_at"))
+
+    op.drop_table("triages")
     with op.batch_alter_table("tokens", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_tokens_user"))
 
@@ -473,6 +552,11 @@ def downgrade() -> None:
     op.drop_table("overrides")
     op.drop_table("organisations")
     op.drop_table("models")
+    with op.batch_alter_table("model_tests", schema=None) as batch_op:
+        batch_op.drop_index("ix_model_tests_model_at")
+        batch_op.drop_index(batch_op.f("ix_model_tests_at"))
+
+    op.drop_table("model_tests")
     with op.batch_alter_table("login_states", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_login_states_expires_at"))
 
@@ -483,10 +567,15 @@ def downgrade() -> None:
 
     op.drop_table("login_failures")
     op.drop_table("limits")
+    with op.batch_alter_table("inspections", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_inspections_at"))
+
+    op.drop_table("inspections")
     with op.batch_alter_table("idempotency", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_idempotency_at"))
 
     op.drop_table("idempotency")
+    op.drop_table("deployments")
     op.drop_table("config_kv")
     op.drop_table("budgets")
     with op.batch_alter_table("audit", schema=None) as batch_op:
