@@ -1,13 +1,23 @@
-"""Removes what no longer holds: sessions, logins under way, one-time URLs, failed logins, kept answers."""
+"""Removes what no longer holds: sessions, logins under way, one-time URLs, kept answers, old results of tests."""
 
 import asyncio
 import logging
 
 from sqlalchemy import delete, or_
 
-from control_plane.data.tables import idempotency, login_failures, login_states, sessions, setups
+from control_plane.data.tables import (
+    idempotency,
+    inspections,
+    login_failures,
+    login_states,
+    model_tests,
+    sessions,
+    setups,
+    triages,
+)
 from control_plane.errors import StorageUnavailable
 from control_plane.plane import Plane, Task
+from control_plane.pure.records import DAY
 from control_plane.services.idempotency import KEPT
 from control_plane.services.logins import WINDOW
 from control_plane.services.sessions import IDLE
@@ -16,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks
 _EVERY = 600.0
+# Milliseconds that results stay
+RESULTS = {model_tests: 30 * DAY, inspections: 30 * DAY, triages: 7 * DAY}
 
 
 def sweeping(plane: Plane) -> Task:
@@ -40,3 +52,5 @@ async def sweep(plane: Plane) -> None:
         await connection.execute(delete(setups).where(or_(setups.c.expires_at <= now, setups.c.used_at.is_not(None))))
         await connection.execute(delete(login_failures).where(login_failures.c.at <= now - WINDOW))
         await connection.execute(delete(idempotency).where(idempotency.c.at <= now - KEPT))
+        for table, kept in RESULTS.items():
+            await connection.execute(delete(table).where(table.c.at <= now - kept))

@@ -52,7 +52,8 @@ def base() -> str:
 
 @cache
 def _sources() -> Mapping[str, str]:
-    return {path.name: path.read_text() for path in sorted((_FOLDER / "templates").glob("*.html"))}
+    folder = _FOLDER / "templates"
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*.html"))}
 
 
 def environment(filters: Mapping[str, Any], **names: Any) -> Environment:

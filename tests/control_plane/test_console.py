@@ -20,7 +20,7 @@ from tests.control_plane.conftest import Running
 from tests.control_plane.people import SAME_ORIGIN, log_in, make_organisation, make_user
 
 pytestmark = pytest.mark.anyio
-TEMPLATES = sorted((Path(web.__file__).parent / "templates").glob("*.html"))
+TEMPLATES = sorted((Path(web.__file__).parent / "templates").rglob("*.html"))
 # Of every page without a part of the path, and not in it
 PLAIN = [page for page in CONSOLE if "{" not in page.path]
 
