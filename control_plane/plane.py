@@ -35,7 +35,7 @@ class Act(NamedTuple):
 
 @dataclass(frozen=True)
 class Plane:
-    """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys of the playground, with their secrets."""
+    """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys that are lent, with their secrets."""
 
     settings: Settings
     database: Database

@@ -1,4 +1,4 @@
-"""A router, as the playground asks it: with a key of its own, and the answer as bytes, while they come."""
+"""A router, as the control plane asks it: with a key of its own, and the answer as bytes, while they come."""
 
 import asyncio
 import time
@@ -20,6 +20,7 @@ LONGEST, AT_ONCE = 600.0, 4
 _SMALL = 16 * 1024
 _PASSED: Final = ("content-type", "x-request-id", "retry-after")
 _PREFIX: Final = "x-inference-"
+CHAT: Final = "/v1/chat/completions"
 
 
 class RouterAway(Exception):
@@ -49,7 +50,7 @@ class Router:
         self._url = url
         self._patience = patience
         self._open: set[asyncio.Timeout] = set()
-        self._of_users: Counter[str] = Counter()
+        self._having: Counter[str] = Counter()
         self._stopped = False
         timeout = httpx.Timeout(_CONNECT, read=_READ)
         self._client = httpx.AsyncClient(timeout=timeout, trust_env=False, follow_redirects=False)
@@ -65,23 +66,28 @@ class Router:
                 bound.reschedule(asyncio.get_running_loop().time())
 
     @contextmanager
-    def turn(self, user: str) -> Iterator[None]:
-        """One of the answers that a user may have at once. Raises TooManyAnswers."""
-        if self._of_users[user] >= AT_ONCE:
+    def turn(self, whose: str) -> Iterator[None]:
+        """One of the answers that somebody may have at once. Raises TooManyAnswers."""
+        if self._having[whose] >= AT_ONCE:
             raise TooManyAnswers
-        self._of_users[user] += 1
+        self._having[whose] += 1
         try:
             yield
         finally:
-            self._of_users[user] -= 1
-            if not self._of_users[user]:
-                del self._of_users[user]
+            self._having[whose] -= 1
+            if not self._having[whose]:
+                del self._having[whose]
 
     @asynccontextmanager
-    async def chat(
-        self, key: str, body: bytes, request_id: str | None = None, longest: float = LONGEST
+    async def ask(
+        self,
+        key: str,
+        body: bytes | None,
+        request_id: str | None = None,
+        longest: float = LONGEST,
+        path: str = CHAT,
     ) -> AsyncIterator[Answer]:
-        """POST /v1/chat/completions; leaving the block ends the request. Raises RouterAway, also within the block.
+        """POST, or GET without a body; leaving the block ends the request. Raises RouterAway, also within the block.
 
         `longest`: seconds for all of it.
         """
@@ -91,7 +97,7 @@ class Router:
         try:
             async with bound:
                 self._open.add(bound)
-                async with self._asked(key, body, request_id) as answer:
+                async with self._asked(key, body, request_id, path) as answer:
                     yield answer
         except TimeoutError:
             why = "the control plane is being stopped" if self._stopped else f"the answer takes more than {longest:g} s"
@@ -100,19 +106,19 @@ class Router:
             self._open.discard(bound)
 
     @asynccontextmanager
-    async def _asked(self, key: str, body: bytes, request_id: str | None) -> AsyncIterator[Answer]:
+    async def _asked(self, key: str, body: bytes | None, request_id: str | None, path: str) -> AsyncIterator[Answer]:
         headers = {
             "authorization": f"Bearer {key}",
-            "content-type": "application/json",
+            **({} if body is None else {"content-type": "application/json"}),
             # The bytes are passed on as they are.
             "accept-encoding": "identity",
             "user-agent": "inference-api-console",
             **({} if request_id is None else {"x-request-id": request_id}),
         }
-        url = f"{self._url}/v1/chat/completions"
+        method = "GET" if body is None else "POST"
         deadline, pause = time.monotonic() + self._patience, _FIRST
         while True:
-            request = self._client.build_request("POST", url, content=body, headers=headers)
+            request = self._client.build_request(method, self._url + path, content=body, headers=headers)
             try:
                 response = await self._client.send(request, stream=True)
             except httpx.HTTPError as exc:

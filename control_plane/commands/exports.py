@@ -11,7 +11,7 @@ import orjson
 import yaml
 
 from control_plane.commands.running import ready
-from control_plane.services import models, playground, policy
+from control_plane.services import lending, models, policy
 
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -38,7 +38,7 @@ async def _export(what: str) -> str:
     build = models.build if what == "models" else policy.build
     async with ready() as plane, plane.database.main.read(at_once=True) as connection:
         built = await build(connection, None, plane.clock())
-        lent = await playground.ids(connection)
+        lent = await lending.ids(connection)
     document = orjson.loads(built.body)
     if what == "policy":
         _leave_out(document, lent)
@@ -50,7 +50,7 @@ async def _export(what: str) -> str:
 
 
 def _leave_out(document: dict[str, Any], lent: frozenset[str]) -> None:
-    """Keys of the playground: they hold for a quarter of an hour, and another control plane lends its own."""
+    """Keys that are lent: they hold for a quarter of an hour, and another control plane lends its own."""
     document["keys"] = [one for one in document["keys"] if one["id"] not in lent]
     for section in ("limits", "budgets"):
         document[section] = [one for one in document[section] if one["scope"] != "key" or one.get("name") not in lent]

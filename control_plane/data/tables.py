@@ -150,7 +150,7 @@ login_failures = Table(
 )
 
 # `revision`: of the policy, when the row was last changed: the policy is made anew from what is newer than it.
-# `playground`: lent to `user` by services/playground, again and again; nobody has its secret.
+# `playground`: lent to `user`, or to the system, by services/lending, again and again; nobody has its secret.
 keys = Table(
     "keys",
     metadata,

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from control_plane.cli import main
 from control_plane.data import schema, tables
 from control_plane.data.database import Database, parse_url
-from control_plane.services import playground
+from control_plane.services import lending
 from inference_api.app import ENTRY
 from inference_api.policy.source import read_file
 from inference_api.routing.catalogue import load_catalogue
@@ -93,7 +93,7 @@ async def test_whatever_is_stored_goes_out_and_comes_in_again(
     caller = Caller(plane, seed=7)
     for _ in range(120):
         await caller.call()
-    lent = await playground.lend(plane.plane, act_of(plane, platform_role="admin"), None)
+    lent = await lending.lend(plane.plane, act_of(plane, platform_role="admin"), lending.Borrower("playground"))
     file, again = tmp_path / "policy.yaml", tmp_path / "again.yaml"
     assert await commands.run("export", "policy", "--output", file) == (0, [], "")
     assert lent.id not in file.read_text()

@@ -13,7 +13,9 @@ from sqlalchemy import select, update
 from control_plane.clients.router import Router, RouterAway
 from control_plane.data.tables import audit, keys
 from control_plane.errors import Forbidden, Refused
-from control_plane.services import playground
+from control_plane.plane import Act, Plane
+from control_plane.pure.roles import SYSTEM
+from control_plane.services import lending, playground
 from control_plane.services.keys import Filters, listed
 from tests.control_plane.acts import act_of
 from tests.control_plane.conftest import SERVICE_TOKEN, Clock, Running, starting
@@ -37,6 +39,10 @@ MINUTE = 60_000
 BODY = orjson.dumps({"model": "m", "stream": True, "messages": [{"role": "user", "content": "hello"}]})
 
 
+async def lend(plane: Plane, act: Act, organisation: str | None) -> lending.Loan:
+    return await lending.lend(plane, act, playground.borrower(act, organisation))
+
+
 async def rows(plane: Running) -> list[Any]:
     async with plane.plane.database.main.read() as connection:
         return list(await connection.execute(select(keys).order_by(keys.c.created_at)))
@@ -45,8 +51,8 @@ async def rows(plane: Running) -> list[Any]:
 async def test_a_key_is_lent_until_a_minute_before_its_end_and_then_gets_another_secret(plane: Running) -> None:
     await organisation(plane, "team-a")
 
-    async def lent() -> playground.Loan:
-        return await playground.lend(plane.plane, act_of(plane, "max", team_a="member"), "team-a")
+    async def lent() -> lending.Loan:
+        return await lend(plane.plane, act_of(plane, "max", team_a="member"), "team-a")
 
     first, *same = await asyncio.gather(*(lent() for _ in range(5)))
     plane.clock.advance(13 * 60 + 59)
@@ -72,7 +78,7 @@ async def test_who_may_use_prompts_is_lent_a_key_there(plane: Running) -> None:
 
     async def refusal(where: str | None, platform_role: str | None = None, **roles: str) -> str:
         try:
-            await playground.lend(plane.plane, act_of(plane, "max", platform_role, **roles), where)
+            await lend(plane.plane, act_of(plane, "max", platform_role, **roles), where)
         except Refused as exc:
             return exc.code
         return ""
@@ -94,20 +100,34 @@ async def test_who_may_use_prompts_is_lent_a_key_there(plane: Running) -> None:
 async def test_an_ended_key_is_followed_by_another_and_a_disabled_one_by_none(plane: Running) -> None:
     await organisation(plane, "team-a")
     act = act_of(plane, "max", team_a="member")
-    first = await playground.lend(plane.plane, act, "team-a")
+    first = await lend(plane.plane, act, "team-a")
     etag = (await plane.admin.get(f"/api/v1/keys/{first.id}")).headers["etag"]
     ended = await plane.admin.delete(f"/api/v1/keys/{first.id}", headers={"if-match": etag})
     assert ended.status_code == 204
-    playground.forget(plane.plane, act, "team-a")
+    lending.forget(plane.plane, act, playground.borrower(act, "team-a"))
 
-    second = await playground.lend(plane.plane, act, "team-a")
+    second = await lend(plane.plane, act, "team-a")
     async with plane.plane.database.main.write() as connection:
         await connection.execute(update(keys).where(keys.c.id == second.id).values(disabled=True))
-    playground.forget(plane.plane, act, "team-a")
+    lending.forget(plane.plane, act, playground.borrower(act, "team-a"))
 
     assert second.id != first.id
     with pytest.raises(Forbidden):
-        await playground.lend(plane.plane, act, "team-a")
+        await lend(plane.plane, act, "team-a")
+
+
+async def test_the_system_has_a_key_of_its_own_for_each_thing_that_it_asks(plane: Running) -> None:
+    act = Act(SYSTEM, plane.clock())
+    tests = await lending.lend(plane.plane, act, lending.Borrower("system:tests"))
+    others = await lending.lend(plane.plane, act, lending.Borrower("system:triage"))
+
+    assert {(row.id, row.name, row.user, row.organisation, row.created_by) for row in await rows(plane)} == {
+        (tests.id, "system:tests", None, None, None),
+        (others.id, "system:triage", None, None, None),
+    }
+    async with plane.plane.database.main.read() as connection:
+        assert await lending.ids(connection, "system:tests") == {tests.id}
+        assert await lending.ids(connection) == {tests.id, others.id}
 
 
 async def test_lent_keys_are_listed_apart_and_their_secrets_are_nowhere(
@@ -116,7 +136,7 @@ async def test_lent_keys_are_listed_apart_and_their_secrets_are_nowhere(
     await organisation(plane, "team-a")
     made = (await plane.admin.post("/api/v1/keys", json={"name": "batch", "organisation": "team-a"})).json()
     with caplog.at_level(logging.DEBUG):
-        loan = await playground.lend(plane.plane, act_of(plane, "max", team_a="member"), "team-a")
+        loan = await lend(plane.plane, act_of(plane, "max", team_a="member"), "team-a")
     admin = act_of(plane, platform_role="admin")
 
     async def ids(playground: bool | None) -> set[str]:
@@ -154,11 +174,11 @@ async def test_a_router_is_asked_with_a_key_that_it_learns_of(
         usage="registry",
     )
     router = Router(served.url)
-    loan = await playground.lend(real.plane, act_of(real, "max", team_a="member"), "team-a")
+    loan = await lend(real.plane, act_of(real, "max", team_a="member"), "team-a")
 
-    async with router.chat(loan.key, BODY) as answer:
+    async with router.ask(loan.key, BODY) as answer:
         content = b"".join([part async for part in answer.body])
-    async with router.chat(loan.key, BODY.replace(b'"m"', b'"other"')) as refused:
+    async with router.ask(loan.key, BODY.replace(b'"m"', b'"other"')) as refused:
         reason = orjson.loads(b"".join([part async for part in refused.body]))
     await router.close()
 
@@ -180,7 +200,7 @@ async def test_who_leaves_ends_the_request(start_router: Callable[..., Any], sta
     router = Router(served.url)
 
     async def ask() -> None:
-        async with router.chat("sk-x", BODY) as answer:
+        async with router.ask("sk-x", BODY) as answer:
             async for _ in answer.body:
                 pass
 
@@ -195,7 +215,7 @@ async def test_a_key_that_stays_unknown_is_a_401_after_a_while() -> None:
     unknown = json_response({"error": {"code": "invalid_api_key"}}, "401 Unauthorized")
     async with ScriptedServer(raw(unknown)) as server:
         router = Router(server.url, patience=0.3)
-        async with router.chat("sk-x", BODY) as answer:
+        async with router.ask("sk-x", BODY) as answer:
             content = b"".join([part async for part in answer.body])
         await router.close()
 
@@ -210,7 +230,7 @@ async def test_another_refusal_is_passed_at_once() -> None:
     )
     async with ScriptedServer(raw(busy)) as server:
         router = Router(server.url)
-        async with router.chat("sk-x", BODY) as answer:
+        async with router.ask("sk-x", BODY) as answer:
             content = b"".join([part async for part in answer.body])
         await router.close()
 
@@ -223,7 +243,7 @@ async def test_a_router_that_is_away_is_named_without_its_address() -> None:
     port = free_port()
     router = Router(f"http://127.0.0.1:{port}")
     with pytest.raises(RouterAway) as away:
-        async with router.chat("sk-x", BODY):
+        async with router.ask("sk-x", BODY):
             pass
     await router.close()
 
@@ -235,7 +255,7 @@ async def test_a_router_is_not_asked_once_the_process_stops() -> None:
         router = Router(server.url)
         router.stop()
         with pytest.raises(RouterAway):
-            async with router.chat("sk-x", BODY):
+            async with router.ask("sk-x", BODY):
                 pass
         await router.close()
 
@@ -249,7 +269,7 @@ async def test_a_redirect_of_the_router_is_not_followed() -> None:
         )
         async with ScriptedServer(raw(head.encode())) as server:
             router = Router(server.url)
-            async with router.chat("sk-x", BODY) as answer:
+            async with router.ask("sk-x", BODY) as answer:
                 content = b"".join([part async for part in answer.body])
             await router.close()
 
@@ -267,7 +287,7 @@ async def test_a_refusal_of_unknown_length_is_passed_on_as_it_comes() -> None:
 
     async with ScriptedServer(script) as server:
         router = Router(server.url)
-        async with asyncio.timeout(10), router.chat("sk-x", BODY) as answer:
+        async with asyncio.timeout(10), router.ask("sk-x", BODY) as answer:
             first = await anext(answer.body)
             received.set()
             rest = b"".join([part async for part in answer.body])
@@ -284,7 +304,7 @@ async def test_an_answer_that_breaks_off_says_so() -> None:
         parts: list[bytes] = []
 
         async def ask() -> None:
-            async with router.chat("sk-x", BODY) as answer:
+            async with router.ask("sk-x", BODY) as answer:
                 async for part in answer.body:
                     parts.append(part)
 

@@ -12,7 +12,7 @@ from control_plane.errors import Refused
 from control_plane.http.console.shell import Visit
 from control_plane.pure import figures
 from control_plane.pure.fleet import ModelStanding
-from control_plane.services import playground
+from control_plane.services import lending, playground
 
 # Seconds for the whole of it, tokens that are asked for, bytes of the answer that are read
 SECONDS, _TOKENS, _MOST = 60.0, 16, 256 * 1024
@@ -49,7 +49,8 @@ def _backends(standing: ModelStanding) -> Step:
 async def _asked(visit: Visit, router: Router, model: str) -> AsyncIterator[Step]:
     began = time.monotonic()
     try:
-        loan = await playground.lend(visit.plane, visit.act, None)
+        borrower = playground.borrower(visit.act, None)
+        loan = await lending.lend(visit.plane, visit.act, borrower)
     except Refused as exc:
         yield Step("Key", "failed", exc.message)
         return
@@ -63,11 +64,11 @@ async def _asked(visit: Visit, router: Router, model: str) -> AsyncIterator[Step
     began = time.monotonic()
     try:
         with router.turn(visit.act.principal.user or ""):
-            async with router.chat(loan.key, orjson.dumps(body)) as answer:
+            async with router.ask(loan.key, orjson.dumps(body)) as answer:
                 async for step in _answered(answer, began):
                     yield step
                 if answer.status == 401:
-                    playground.forget(visit.plane, visit.act, None)
+                    lending.forget(visit.plane, visit.act, borrower)
     except TooManyAnswers:
         yield Step("Router", "failed", f"You have {AT_ONCE} answers at once already: wait for one of them.")
     except RouterAway as exc:
