@@ -20,6 +20,8 @@ class Connections:
         """End the answers that people wait for in the console: they would hold the process."""
         if self.router is not None:
             self.router.stop()
+        for driver in self.drivers.values():
+            driver.end()
 
     async def close(self) -> None:
         if self.router is not None:

@@ -18,6 +18,7 @@ LAYERS = (
         "inference_api.threads",
         "inference_api.headers",
         "inference_api.pace",
+        "inference_api.leash",
     ),
     ("inference_api.settings",),
     ("inference_api.routing",),

@@ -125,6 +125,9 @@ class Driver(Protocol):
     async def run(self) -> None:
         """What it does beside the requests, until it is cancelled."""
 
+    def end(self) -> None:
+        """The control plane is about to end: logs that are followed end, and what it runs itself begins to."""
+
     async def close(self) -> None: ...
 
 
