@@ -12,11 +12,12 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from control_plane.connections import connections
+from control_plane.connections import Connections, connections
 from control_plane.data.database import Database
 from control_plane.documents import Documents
 from control_plane.http import ingest, routers, snapshots, spend
 from control_plane.http.api import audit as audit_api
+from control_plane.http.api import engines as engines_api
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
 from control_plane.http.api import limits as limits_api
@@ -95,6 +96,7 @@ RESOURCES = (
     prompts_api.router,
     settings_api.router,
     fleet_api.router,
+    engines_api.router,
     prices_api.router,
     usage_api.router,
     records_api.router,
@@ -135,17 +137,23 @@ LARGER = {"/routers/": 16 * MAX_BODY_BYTES}
 
 
 class Application:
-    """ASGI app of the whole service. `ports`: local port of API_PORT, once it is bound; None: all on one.
+    """ASGI app of the whole service. `api_port`: local port of API_PORT, once it is bound; None: all on one.
 
-    `clock`: Unix milliseconds.
+    `clock`: Unix milliseconds. `outside`: instead of what the settings name.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        outside: Connections | None = None,
+    ) -> None:
         self.database = Database(settings.url)
         documents = Documents(self.database.main, BUILDERS, clock)
         metrics = Metrics()
         passwords = Passwords(metrics.password_hashes.inc)
-        self.plane = Plane(settings, self.database, documents, metrics, clock, passwords, connections(settings))
+        outside = outside or connections(settings)
+        self.plane = Plane(settings, self.database, documents, metrics, clock, passwords, outside)
         self.api_port: int | None = None
         failures = Failures(self.plane.metrics)
         api = JsonBodies(_api(self.plane, failures))

@@ -1,6 +1,8 @@
 """Every service outside that the control plane asks; what is not set up is absent."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -16,12 +18,32 @@ class Connections:
     router: Router | None = None
     drivers: Mapping[DriverName, Driver] = field(default_factory=lambda: MappingProxyType({}))
 
+    _open: set[asyncio.Timeout] = field(default_factory=set, repr=False)
+
+    @asynccontextmanager
+    async def bounded(self, seconds: float) -> AsyncIterator[None]:
+        """A long answer: TimeoutError within the block, after so many seconds or once `end_answers` was called."""
+        async with asyncio.timeout(seconds) as bound:
+            self._open.add(bound)
+            try:
+                yield
+            finally:
+                self._open.discard(bound)
+
+    @property
+    def long_answers(self) -> int:
+        """Those that are `bounded` now."""
+        return len(self._open)
+
     def end_answers(self) -> None:
-        """End the answers that people wait for in the console: they would hold the process."""
+        """End the answers that people wait for: they would hold the process."""
         if self.router is not None:
             self.router.stop()
         for driver in self.drivers.values():
             driver.end()
+        for bound in self._open:
+            if not bound.expired():
+                bound.reschedule(asyncio.get_running_loop().time())
 
     async def close(self) -> None:
         if self.router is not None:

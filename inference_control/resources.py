@@ -46,6 +46,12 @@ _LABEL = frozenset({"label", "moved_at", "moved_by"})
 _BUDGET = frozenset({"id", "spent", "resets_at"})
 _LIMIT = "id scope name requests tokens input_tokens output_tokens streams per"
 _REQUEST = "at request_id model key_name outcome status attempts input_tokens output_tokens latency_ms"
+_SEEN = frozenset(
+    {
+        *("last_activation_at", "was_ready_at", "state", "ready", "wanted", "reason", "since", "owner"),
+        *("instances", "events"),
+    }
+)
 _OVERRIDE = "id backend model action reason created_by expires_at ended_at acknowledged"
 
 RESOURCES: dict[str, Resource] = {
@@ -74,6 +80,12 @@ RESOURCES: dict[str, Resource] = {
         ),
         _resource("backends", "model backend state agree in_flight override", "list", key="backend"),
         _resource("routers", "instance version lost draining in_flight lag_ms", "list", key="instance"),
+        _resource(
+            "deployments", "model driver object state ready wanted reason", key="model", change="put", create="put",
+            slashes=True, shown_only=_SEEN,
+        ),
+        _resource("model-actions", "", "create", key="model"),
+        _resource("pods", "model name state reason restarts", "list"),
         _resource("overrides", _OVERRIDE, "list get create delete", key="id"),
         _resource("usage", "", "get"),
         _resource("requests", _REQUEST, "list get", key="id"),

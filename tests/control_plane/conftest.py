@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import insert
 
 from control_plane.app import Application
+from control_plane.connections import Connections
 from control_plane.data import schema
 from control_plane.data.database import Database, parse_url
 from control_plane.data.tables import tokens, users
@@ -148,10 +149,10 @@ class starting:
     async def __aexit__(self, *exc: Any) -> None:
         await self._stack.__aexit__(*exc)
 
-    async def _start(self, clock: Clock | None = None, **settings: Any) -> Running:
+    async def _start(self, clock: Clock | None = None, outside: Connections | None = None, **settings: Any) -> Running:
         chosen = Settings(database_url=self._url, **{"service_token": SERVICE_TOKEN, **settings})
         clock = clock or Clock()
-        application = Application(chosen, clock)
+        application = Application(chosen, clock, outside)
         listener = listen("127.0.0.1", 0, "PORT")
         server = Server(application)
         task = await self._stack.enter_async_context(in_background(server.serve(sockets=[listener])))

@@ -3,6 +3,7 @@
 A new route needs a row in `access.ROUTES` and one in `TABLE`; the last tests say so.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import httpx
@@ -15,6 +16,7 @@ from control_plane.data.tables import keys, organisations
 from control_plane.http.api.access import ROUTES
 from inference_api.policy.keys import new_key
 from tests.control_plane.conftest import NOON, Running
+from tests.control_plane.drivers import Scripted
 from tests.control_plane.people import acting_as, error, make_organisation, make_user
 
 pytestmark = pytest.mark.anyio
@@ -43,6 +45,7 @@ def entry(name: str) -> dict[str, Any]:
     return {"name": name, "backends": [{"url": "http://10.0.0.1:8000"}]}
 
 
+DEPLOYMENT = {"driver": "processes", "object": "engine"}
 DRAIN = {"backend": "10.0.0.1:8000", "action": "drain", "reason": "driver", "force": True}
 PRICE = {"model": "llama", "valid_from": "2026-12-01T00:00:00Z", "input": 1, "output": 2}
 SERVICE = {"name": "x", "kind": "service", "scopes": ["ingest"]}
@@ -61,6 +64,14 @@ TABLE = (
     # Drain, circuits
     Row("POST", "/overrides", OPERATORS, DRAIN),
     Row("DELETE", "/overrides/OVERRIDE", OPERATORS, headers=MATCH, route="/overrides/{id}"),
+    # Engines: see, start, stop, scale, logs
+    Row("GET", "/deployments", "yyy nnnn nn"),
+    Row("GET", "/deployments/llama", "yyy nnnn nn", route="/deployments/{model:path}"),
+    Row("PUT", "/deployments/llama", OPERATORS, DEPLOYMENT, MATCH, "/deployments/{model:path}"),
+    Row("POST", "/model-actions", OPERATORS, {"model": "llama", "action": "start"}),
+    Row("GET", "/pods", "yyy nnnn nn"),
+    Row("GET", "/logs?pod=engine-0", OPERATORS, route="/logs"),
+    Row("DELETE", "/deployments/llama", OPERATORS, headers=MATCH, route="/deployments/{model:path}"),
     # Catalogue, prices, settings, service tokens
     Row("PUT", "/models/new", OPERATORS, entry("new"), {"if-none-match": "*"}, "/models/{name:path}"),
     Row("DELETE", "/models/new", OPERATORS, headers=MATCH, route="/models/{name:path}"),
@@ -199,6 +210,8 @@ async def fill(running: Running) -> dict[str, str]:
     await make("/prompts/support/versions", VERSION, "version")
     label: dict[str, Any] = {"json": {"version": 1}, "headers": {"if-none-match": "*"}}
     await running.admin.put(f"/api/v1{LABEL}", **label)
+    await running.admin.put("/api/v1/deployments/llama", json=DEPLOYMENT, headers={"if-none-match": "*"})
+    await running.admin.post("/api/v1/model-actions", json={"model": "llama", "action": "start"})
     ids["OVERRIDE"] = await make("/overrides", DRAIN)
     ids["LIMIT"] = await make("/limits", {"scope": "all", "requests": 9, "per": 60})
     ids["BUDGET"] = await make("/budgets", {"scope": "all", "tokens": 9, "per": "day"})
@@ -212,7 +225,8 @@ PLATFORM = {"oscar": "operator", "vera": "viewer"}
 
 
 @pytest.mark.parametrize("person", PEOPLE)
-async def test_a_role_may_do_what_the_table_says(sqlite_plane: Running, person: str) -> None:
+async def test_a_role_may_do_what_the_table_says(start_sqlite: Callable[..., Any], person: str) -> None:
+    sqlite_plane = await start_sqlite(outside=Scripted().connections())
     ids = await fill(sqlite_plane)
     place, name = PEOPLE.index(person), WHO[person]
     found, expected = {}, {}

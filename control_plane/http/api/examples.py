@@ -87,6 +87,42 @@ _USAGE: dict[str, Any] = {
 _BACKEND = {"model": "llama-3-8b", "backend": "10.0.0.12:8000", "state": "ready", "agree": "3/3"}
 _ROUTER = {"instance": "router-7f9c-8000", "version": "0.9.0", "lost": False, "in_flight": 40}
 
+_INSTANCE: dict[str, Any] = {
+    "name": "llama-3-8b-7f9c-x2x4j",
+    "model": "llama-3-8b",
+    "state": "ready",
+    "reason": None,
+    "since": _TIME,
+    "restarts": 0,
+    "last_exit": None,
+    "containers": ["engine"],
+    "address": "10.0.0.12",
+    "tail": [],
+}
+_DEPLOYMENT: dict[str, Any] = {
+    "driver": "kubernetes",
+    "namespace": "engines",
+    "object": "llama-3-8b",
+    "min": 1,
+    "max": 2,
+    "idle_seconds": None,
+    "scale_to_zero": False,
+}
+_LOOKED: dict[str, Any] = {
+    "model": "llama-3-8b",
+    **_DEPLOYMENT,
+    "last_activation_at": None,
+    "was_ready_at": _TIME,
+    "state": "ready",
+    "ready": 1,
+    "wanted": 1,
+    "reason": None,
+    "since": _TIME,
+    "owner": None,
+    "instances": [_INSTANCE],
+    "events": [],
+}
+
 
 def _page(item: Any) -> dict[str, Any]:
     return {"data": [item], "next": None}
@@ -103,6 +139,24 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "200": {"ended": [_OVERRIDE["id"]]},
     },
     ("GET", "/overrides/{id}"): {"answer": _OVERRIDE},
+    ("GET", "/deployments"): {"answer": _page(_LOOKED)},
+    ("GET", "/deployments/{model}"): {"answer": _LOOKED},
+    ("PUT", "/deployments/{model}"): {"body": _DEPLOYMENT, "answer": _LOOKED},
+    ("POST", "/model-actions"): {
+        "body": {"model": "llama-3-8b", "action": "start", "reason": "a demo"},
+        "answer": _LOOKED,
+    },
+    ("GET", "/pods"): {"answer": _page(_INSTANCE)},
+    ("GET", "/logs"): {
+        "answer": {
+            "model": "llama-3-8b",
+            "pod": _INSTANCE["name"],
+            "container": "engine",
+            "previous": False,
+            "lines": ["Application startup complete."],
+            "truncated": False,
+        }
+    },
     ("GET", "/prices"): {"answer": _page(_STORED_PRICE)},
     ("POST", "/prices"): {"body": _PRICE, "answer": _STORED_PRICE},
     ("GET", "/usage"): {"answer": _USAGE},

@@ -33,6 +33,7 @@ _FAILURES = {
     403: "No role of the caller allows it, or a page of another site has sent it.",
     404: "There is no such object, or the caller may not see it.",
     409: "A name is taken, or something else is in the way.",
+    410: "It was there, and is gone.",
     412: "The object is not what If-Match or If-None-Match says.",
     413: "The body is too large.",
     415: "The body is not JSON.",
@@ -40,7 +41,8 @@ _FAILURES = {
     428: "If-Match is missing.",
     429: "Too many attempts; see Retry-After.",
     500: "A fault of the control plane; its log has more.",
-    503: "The database is away; see Retry-After.",
+    502: "What it asks in turn does not answer as it should.",
+    503: "The database, or what it asks in turn, is away; see Retry-After.",
 }
 _EVERY = (400, 401, 403, 413, 422, 429, 500, 503)
 _ERROR: dict[str, Any] = {
@@ -164,6 +166,8 @@ def _complete(operation: dict[str, Any], method: str, path: str, needed: str, sc
             parameter["example"] = PARAMETERS.get(parameter["name"], "example")
     failures = {*_EVERY, *((404,) if "{" in path or method == "POST" else ())}
     failures |= {409, 412, 428, 404} if changes else {409} if method == "POST" else set()
+    # Those that the handler declares
+    failures |= {int(status) for status in operation["responses"] if status >= "400"}
     failures |= {415} if "requestBody" in operation else set()
     for status in sorted(failures):
         answer = {
