@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from control_plane.pure.causes import CAUSES
 from tests.k8s import chart_files
 from tests.k8s.chart_files import ROOT, RULES
 
@@ -64,11 +65,11 @@ def test_an_alert_says_what_it_should(name: str) -> None:
     assert alert["annotations"]["runbook_url"] == f"k8s/runbook.md#{name.lower()}"
 
 
-def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
+def test_the_runbook_has_a_section_for_every_alert_and_cause_and_no_other() -> None:
     sections = re.split(r"^## ", RUNBOOK.read_text(), flags=re.MULTILINE)[1:]
     by_name = {section.partition("\n")[0]: section for section in sections}
 
-    assert set(by_name) == set(ALERTS)
+    assert set(by_name) == {*ALERTS, *(cause.title for cause in CAUSES)}
     for name, section in by_name.items():
         for part in ("**Means**", "**Look**", "**Do**"):
             assert section.count(part) == 1, (name, part)
