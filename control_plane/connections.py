@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from control_plane.clients import kubernetes
 from control_plane.clients.router import Router
 from control_plane.pure.lifecycle import Driver, DriverName
 from control_plane.settings import Settings
@@ -53,9 +54,11 @@ class Connections:
 
 
 def connections(settings: Settings) -> Connections:
+    """Raises SettingsError."""
     router = None if settings.router_url is None else Router(settings.router_url)
     return Connections(router, _drivers(settings))
 
 
 def _drivers(settings: Settings) -> Mapping[DriverName, Driver]:
-    return {}
+    found = [kubernetes.driver(settings)]
+    return MappingProxyType({driver.name: driver for driver in found if driver is not None})

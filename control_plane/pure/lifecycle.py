@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 State = Literal["stopped", "waiting", "pulling", "loading", "ready", "failing", "stopping", "unknown"]
 STATES: tuple[State, ...] = get_args(State)
 # Of instances that are on their way, those first that are nearest to an answer
-_COMING: tuple[State, ...] = ("loading", "pulling", "waiting")
+_COMING: tuple[State, ...] = ("loading", "pulling", "waiting", "unknown")
 DriverName = Literal["kubernetes", "processes"]
 # Lines of a log at most, and of the one that is shown where nobody asked for a number
 MOST_LINES, LINES = 2_000, 500
@@ -55,13 +55,15 @@ class Event(NamedTuple):
 class Observed(NamedTuple):
     """An object as its driver sees it. `wanted`: instances that there should be; None: the object does not exist.
 
-    `owner`: who else sets that number: `ScaledObject gpt2`. `events`: the newest first.
+    `owner`: who else sets that number: `ScaledObject gpt2`. `events`: the newest first. `problem`: what keeps it from
+    making instances, such as a quota.
     """
 
     wanted: int | None
     instances: tuple[Instance, ...] = ()
     events: tuple[Event, ...] = ()
     owner: str | None = None
+    problem: str | None = None
 
 
 class Standing(NamedTuple):
@@ -90,7 +92,8 @@ class LogQuery(NamedTuple):
 class DriverError(Exception):
     """What a driver is asked for cannot be had. The message is a sentence without addresses of the cluster.
 
-    `reason`: not_found, forbidden, conflict, gone (the log or instance was there), invalid, away, slow.
+    `reason`: not_found, forbidden, conflict, gone (the log or instance was there), invalid, garbage (what was
+    answered), away, slow.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -141,7 +144,8 @@ def standing(observed: Observed) -> Standing:
     failing = [one for one in others if one.state == "failing"]
     if ready:
         # It answers; what is wrong with others is said beside it.
-        return Standing("ready", len(ready), wanted, _said(failing or others), min(map(_since, ready)) or None)
+        reason = _said(failing or others) or observed.problem
+        return Standing("ready", len(ready), wanted, reason, min(map(_since, ready)) or None)
     if not wanted:
         state: State = "stopping" if others else "stopped"
         return Standing(state, 0, 0, _said(others) if others else None, _first(others))
@@ -149,9 +153,16 @@ def standing(observed: Observed) -> Standing:
         return Standing("failing", 0, wanted, _said(failing), _first(failing))
     for state in _COMING:
         if found := [one for one in others if one.state == state]:
-            return Standing(state, 0, wanted, _said(found), _first(found))
-    warning = next((one for one in observed.events if one.warns), None)
-    return Standing("waiting", 0, wanted, warning and f"{warning.reason}: {warning.message}")
+            return Standing(state, 0, wanted, _said(found) or observed.problem, _first(found))
+    return Standing("waiting", 0, wanted, observed.problem or _why_there_is_none(others, observed.events))
+
+
+def _why_there_is_none(stopping: Sequence[Instance], events: Sequence[Event]) -> str | None:
+    """`stopping`: the instances before those that there should be."""
+    if stopping:
+        return f"{stopping[0].name} is still stopping."
+    warning = next((one for one in events if one.warns), None)
+    return warning and f"{warning.reason}: {warning.message}"
 
 
 def _said(instances: Sequence[Instance]) -> str | None:

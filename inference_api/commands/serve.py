@@ -61,4 +61,4 @@ def _cluster(settings: Settings) -> Cluster | None:
     try:
         return in_cluster(environment())
     except ClusterError as exc:
-        raise SettingsError(f"{PREFIX}DISCOVERY={settings.discovery}: {exc}") from None
+        raise SettingsError(f"{PREFIX}DISCOVERY={settings.discovery}: {exc}; or use `dns`") from None

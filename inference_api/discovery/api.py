@@ -4,7 +4,6 @@ Two requests over httpx; docs/adr/0012 says why this is not a client library.
 """
 
 import asyncio
-import ssl
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple, Self
 import httpx
 import orjson
 
-from inference_api.discovery.cluster import Cluster
+from inference_api.discovery.cluster import Cluster, ClusterError, read_bearer, read_tls
 from inference_api.discovery.slices import SERVICE_LABEL
 
 _PAGE = 50
-_MAX_CREDENTIAL = 64 * 1024
+_MAX_REFUSAL = 64 * 1024
 
 
 class ApiError(Exception):
@@ -42,9 +41,9 @@ class Api:
         self._cluster = cluster
         self._limits = cluster.limits
         try:
-            tls = ssl.create_default_context(cafile=cluster.ca) if cluster.url.startswith("https") else False
-        except (OSError, ssl.SSLError) as exc:
-            raise ApiError("credentials", f"the certificate of its CA cannot be read ({type(exc).__name__})") from exc
+            tls = read_tls(cluster.url, cluster.ca)
+        except ClusterError as exc:
+            raise ApiError("credentials", str(exc)) from exc
         # No proxies or certificates of the environment, no redirects: only the API server gets the token.
         timeout = httpx.Timeout(None, connect=self._limits.connect, write=self._limits.connect)
         self._client = httpx.AsyncClient(
@@ -144,16 +143,10 @@ class Api:
         return {"labelSelector": chosen}
 
     def _bearer(self) -> str:
-        """The token, read for every request: the kubelet replaces it before it expires."""
         try:
-            with self._cluster.token.open("rb") as file:
-                token = file.read(_MAX_CREDENTIAL).decode("ascii").strip()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ApiError("credentials", f"the service account token cannot be read ({type(exc).__name__})") from None
-        # Checked here: an error message of the HTTP library would contain it.
-        if not token or not token.isprintable() or " " in token:
-            raise ApiError("credentials", "the service account token is empty, or not a token")
-        return f"Bearer {token}"
+            return read_bearer(self._cluster.token)
+        except ClusterError as exc:
+            raise ApiError("credentials", str(exc)) from None
 
 
 class Lines:
@@ -215,7 +208,7 @@ async def _beginning(response: httpx.Response) -> bytes:
     body = b""
     async for data in response.aiter_raw():
         body += data
-        if len(body) > _MAX_CREDENTIAL:
+        if len(body) > _MAX_REFUSAL:
             break
     return body
 
