@@ -21,6 +21,7 @@ from control_plane.http.api import engines as engines_api
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
 from control_plane.http.api import limits as limits_api
+from control_plane.http.api import model_tests as model_tests_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import organisations as organisations_api
 from control_plane.http.api import prices as prices_api
@@ -64,7 +65,7 @@ from control_plane.http.requests import Bounded, Failures, Identified, Rendered
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
-from control_plane.services import keeper, models, overrides, policy, prices, reports, sweeping, tokens
+from control_plane.services import keeper, models, overrides, policy, prices, reports, sweeping, testing, tokens
 from control_plane.settings import Settings
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ RESOURCES = (
     settings_api.router,
     fleet_api.router,
     engines_api.router,
+    model_tests_api.router,
     prices_api.router,
     usage_api.router,
     records_api.router,
@@ -130,7 +132,7 @@ CONSOLE: tuple[Page, ...] = (
 # Routes of the machine side, beside the documents
 MACHINE: tuple[Route, ...] = (*routers.ROUTES, *ingest.ROUTES, *spend.ROUTES)
 # What runs beside the requests: functions of the Plane
-TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping, keeper.keeping, sweeping.sweeping)
+TASKS: tuple[Callable[[Plane], Task], ...] = (reports.housekeeping, keeper.keeping, sweeping.sweeping, testing.testing)
 MAX_BODY_BYTES = 1024 * 1024
 # Of paths that begin so; a report has every backend of every model.
 LARGER = {"/routers/": 16 * MAX_BODY_BYTES}

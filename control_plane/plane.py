@@ -35,7 +35,10 @@ class Act(NamedTuple):
 
 @dataclass(frozen=True)
 class Plane:
-    """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys that are lent, with their secrets."""
+    """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys that are lent, with their secrets.
+
+    `testing`: models that are tested now.
+    """
 
     settings: Settings
     database: Database
@@ -47,6 +50,7 @@ class Plane:
     usage: UsageState = field(default_factory=UsageState)
     kept: Kept = field(default_factory=Kept)
     loans: Kept = field(default_factory=lambda: Kept(5_000), repr=False)
+    testing: set[str] = field(default_factory=set)
 
     @asynccontextmanager
     async def change(self, *documents: str) -> AsyncIterator[AsyncConnection]:

@@ -136,6 +136,16 @@ class Router:
             pause = min(2 * pause, _LONGEST)
 
 
+async def read(body: AsyncIterator[bytes], most: int) -> bytes:
+    """All of it, or the first `most` bytes and one more."""
+    found = b""
+    async for chunk in body:
+        found += chunk
+        if len(found) > most:
+            break
+    return found[: most + 1]
+
+
 def _is_passed(name: str) -> bool:
     return name in _PASSED or name.startswith(_PREFIX)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Row, Table, delete, insert, select, text
+from sqlalchemy import Row, Table, delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control_plane.data.usage_tables import (
@@ -29,11 +29,11 @@ from control_plane.services.sums import measures, of_buckets
 _LEADER_LOCK = 0x7573_6167_0003
 
 
-async def leads(connection: AsyncConnection) -> bool:
+async def leads(connection: AsyncConnection, lock: int = _LEADER_LOCK) -> bool:
     """Whether this transaction may do what one replica does at a time."""
     if connection.dialect.name == "sqlite":
         return True
-    found = await connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_LEADER_LOCK})"))
+    found = await connection.execute(select(func.pg_try_advisory_xact_lock(lock)))
     return bool(found.scalar_one())
 
 

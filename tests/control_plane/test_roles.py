@@ -61,6 +61,7 @@ TABLE = (
     Row("GET", "/routers", EVERYONE),
     Row("GET", "/overrides", "yyy nnnn nn"),
     Row("GET", "/overrides/OVERRIDE", "yyy nnnn nn", route="/overrides/{id}"),
+    Row("GET", "/model-tests", "yyy nnnn nn"),
     # Drain, circuits
     Row("POST", "/overrides", OPERATORS, DRAIN),
     Row("DELETE", "/overrides/OVERRIDE", OPERATORS, headers=MATCH, route="/overrides/{id}"),

@@ -70,6 +70,7 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("POST", "/model-actions"): "backends.operate",
     ("GET", "/pods"): "backends.see",
     ("GET", "/logs"): "backends.operate",
+    ("GET", "/model-tests"): "backends.see",
     ("GET", "/prices"): "prices.write",
     ("POST", "/prices"): "prices.write",
     ("GET", "/keys"): "keys.see",

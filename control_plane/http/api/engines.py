@@ -15,8 +15,9 @@ from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.preconditions import etag_of, require
 from control_plane.plane import Plane
 from control_plane.pure.lifecycle import LINES, MOST_LINES, DriverName, Event, Instance
+from control_plane.pure.model_tests import Kind
 from control_plane.pure.times import shown
-from control_plane.services import deployments, lifecycle, logs
+from control_plane.services import deployments, lifecycle, logs, model_tests
 from control_plane.services.deployments import Deployment
 from control_plane.services.lifecycle import Looked
 from inference_api.routing.entries import ModelName
@@ -46,14 +47,16 @@ class DeploymentBody(BaseModel):
 
 
 class Action(BaseModel):
-    """`replicas`: for `scale`. `reason`: for those who read the audit log."""
+    """`replicas`: for `scale`. `reason`: for those who read the audit log. `kind`, `backend`: for `test`."""
 
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     model: ModelName
-    action: Literal["start", "stop", "scale"]
+    action: Literal["start", "stop", "scale", "test"]
     replicas: Count | None = None
     reason: Reason | None = None
+    kind: Kind | None = None
+    backend: Annotated[str, StringConstraints(max_length=2048)] | None = None
 
 
 @router.get("/deployments")
@@ -101,12 +104,15 @@ async def delete_deployment(model: str, act: Acting, plane: ThePlane, request: R
     await deployments.remove(plane, act, model, check)
 
 
-@router.post("/model-actions", status_code=202, responses=OUTSIDE)
-async def act_on_model(body: Action, act: Acting, plane: ThePlane) -> dict[str, Any]:
-    """Start, stop or scale; instances come and go later."""
+@router.post("/model-actions", status_code=202, responses={**OUTSIDE, 200: {"description": "The result of a test"}})
+async def act_on_model(body: Action, act: Acting, plane: ThePlane, response: Response) -> dict[str, Any]:
+    """Start, stop or scale; instances come and go later. A test is answered with 200, once it has ended."""
     if (body.replicas is not None) != (body.action == "scale"):
         raise Invalid(Problem("replicas", "is needed for the action scale, and for no other"))
     match body.action:
+        case "test":
+            response.status_code = 200
+            return await model_tests.test(plane, act, body.model, body.kind, body.backend)
         case "start":
             found = await lifecycle.start(plane, act, body.model, body.reason)
         case "stop":

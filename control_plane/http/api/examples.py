@@ -99,6 +99,20 @@ _INSTANCE: dict[str, Any] = {
     "address": "10.0.0.12",
     "tail": [],
 }
+_TESTED = {
+    "id": "mdt_01JDSX7Z3W8Q4M5N6P7R8S9T0V",
+    "model": "llama-3-8b",
+    "backend": None,
+    "kind": "chat",
+    "at": "2026-11-28T12:00:00Z",
+    "by": "ana",
+    "ok": True,
+    "steps": [
+        {"name": "health", "verdict": "ok", "words": "As routers report it: Its backend is ready.", "took_ms": 1.2},
+        {"name": "listed", "verdict": "ok", "words": "It names 'llama-3-8b'.", "took_ms": 4.1},
+        {"name": "call", "verdict": "ok", "words": "chat: “Hello!”, 3 tokens", "took_ms": 212.7},
+    ],
+}
 _DEPLOYMENT: dict[str, Any] = {
     "driver": "kubernetes",
     "namespace": "engines",
@@ -146,6 +160,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "body": {"model": "llama-3-8b", "action": "start", "reason": "a demo"},
         "answer": _LOOKED,
     },
+    ("GET", "/model-tests"): {"answer": _page(_TESTED)},
     ("GET", "/pods"): {"answer": _page(_INSTANCE)},
     ("GET", "/logs"): {
         "answer": {
