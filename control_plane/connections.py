@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from control_plane.clients import kubernetes
+from control_plane.clients import kubernetes, processes
 from control_plane.clients.router import Router
 from control_plane.pure.lifecycle import Driver, DriverName
 from control_plane.settings import Settings
@@ -60,5 +60,5 @@ def connections(settings: Settings) -> Connections:
 
 
 def _drivers(settings: Settings) -> Mapping[DriverName, Driver]:
-    found = [kubernetes.driver(settings)]
+    found = [kubernetes.driver(settings), processes.driver(settings)]
     return MappingProxyType({driver.name: driver for driver in found if driver is not None})
