@@ -30,6 +30,7 @@ from control_plane.http.api import records as records_api
 from control_plane.http.api import session as session_api
 from control_plane.http.api import settings as settings_api
 from control_plane.http.api import tokens as tokens_api
+from control_plane.http.api import triage as triage_api
 from control_plane.http.api import usage as usage_api
 from control_plane.http.api import users as users_api
 from control_plane.http.api.bodies import JsonBodies
@@ -54,6 +55,7 @@ from control_plane.http.console import organisations as organisations_page
 from control_plane.http.console import prompts as prompts_page
 from control_plane.http.console import routers as routers_page
 from control_plane.http.console import settings as settings_page
+from control_plane.http.console import triage as triage_page
 from control_plane.http.console import usage as usage_page
 from control_plane.http.console import users as users_page
 from control_plane.http.console.login import Login
@@ -99,6 +101,7 @@ RESOURCES = (
     fleet_api.router,
     engines_api.router,
     model_tests_api.router,
+    triage_api.router,
     prices_api.router,
     usage_api.router,
     records_api.router,
@@ -109,6 +112,7 @@ CONSOLE: tuple[Page, ...] = (
     models_page.PAGE,
     model_page.PAGE,
     new_model.PAGE,
+    triage_page.PAGE,
     backends.PAGE,
     requests.PAGE,
     request.PAGE,

@@ -86,6 +86,7 @@ RESOURCES: dict[str, Resource] = {
         ),
         _resource("model-actions", "", "create", key="model"),
         _resource("pods", "model name state reason restarts", "list"),
+        _resource("triage", "id model at by groups first", "list get create", key="id"),
         _resource("overrides", _OVERRIDE, "list get create delete", key="id"),
         _resource("usage", "", "get"),
         _resource("requests", _REQUEST, "list get", key="id"),

@@ -130,6 +130,11 @@ def cleaned(line: str) -> str:
     return f"{line[:cut].rstrip()} …"
 
 
+def unseen(text: str) -> str:
+    """`text` without what is not seen; line ends are spaces."""
+    return _UNSEEN.sub("", _ESCAPES.sub("", text.replace("\n", " ")))
+
+
 def entries(lines: Sequence[str], now: int) -> Iterator[Entry]:
     """In the order of their ends. `now`: Unix milliseconds, for times without a year; those without a zone are UTC.
 

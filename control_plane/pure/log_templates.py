@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from control_plane.pure.causes import Cause, cause_of
+from control_plane.pure.causes import cause_of
 from control_plane.pure.log_lines import LEVELS, Entry, Level, entries
 from control_plane.pure.redaction import Placeholders
 
@@ -138,7 +138,7 @@ def _add(found: dict[tuple[Kind, str], Group], placeholders: Placeholders, one: 
     template = one.template or template_of(hidden)
     group = found.get((one.kind, template))
     if group is None:
-        cause: Cause | None = None if one.template else cause_of(hidden)
+        cause = cause_of(hidden)
         runbook = one.runbook or (cause and cause.runbook)
         group = found[one.kind, template] = Group(one.kind, template, "error" if cause else one.level, runbook=runbook)
     group.add(one.level, one.times, one.first, one.last, examples)

@@ -13,6 +13,7 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
+    or_,
     select,
     tuple_,
     union_all,
@@ -32,6 +33,8 @@ _NEAR = HOUR
 _MOST_RELATED = 1000
 # Milliseconds before and after a request in which its backend is looked at, and how many others are shown
 _WHILE, _NEIGHBOURS = 2 * MINUTE, 10
+# Request ids of those that ended in one way
+_EXAMPLES = 3
 # Milliseconds of a bucket, of which people can read the times
 _STEPS = (
     *(seconds * 1000 for seconds in (1, 2, 5, 10, 15, 30)),
@@ -107,6 +110,20 @@ class Around(NamedTuple):
     end: int
     outcomes: tuple[tuple[str, int], ...]
     neighbours: tuple[Neighbour, ...]
+
+
+class Ended(NamedTuple):
+    """Requests that ended in one way. `code`: of the error. `first`, `last`: Unix milliseconds.
+
+    `request_ids`: some of them, the newest first.
+    """
+
+    outcome: str
+    code: str | None
+    times: int
+    first: int
+    last: int
+    request_ids: tuple[str, ...]
 
 
 class Related(NamedTuple):
@@ -210,6 +227,24 @@ async def _of_sums(
         ok, failed = row.records - row.errors, row.errors
         found[row.bucket] = (0 if wanted.failed is True else ok, 0 if wanted.failed is False else failed)
     return found
+
+
+async def failures(plane: Plane, act: Act, model: str, start: int, end: int, most: int = 20) -> list[Ended]:
+    """Requests for a model, or that it got, which did not end well, by how they ended; the most first."""
+    of_model = or_(usage.c.model == model, usage.c.asked_model == model)
+    conditions = usage.c.at >= start, usage.c.at < end, usage.c.outcome != "ok", of_model, _reached(act)
+    ways = usage.c.outcome, usage.c.code
+    number = func.count().label("times")
+    found = select(*ways, number, func.min(usage.c.at).label("first"), func.max(usage.c.at).label("last"))
+    query = found.where(*conditions).group_by(*ways).order_by(number.desc(), *ways).limit(most)
+    ended = []
+    async with plane.database.usage.read() as connection:
+        for row in (await connection.execute(query)).all():
+            way = usage.c.outcome == row.outcome, usage.c.code.is_not_distinct_from(row.code)
+            newest = select(usage.c.request_id).where(*conditions, *way).order_by(usage.c.at.desc(), usage.c.id.desc())
+            ids = (await connection.execute(newest.limit(_EXAMPLES))).scalars()
+            ended.append(Ended(row.outcome, row.code, row.times, row.first, row.last, tuple(ids)))
+    return ended
 
 
 async def around(plane: Plane, act: Act, request: Mapping[str, Any]) -> tuple[Around, ...]:

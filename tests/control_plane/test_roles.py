@@ -72,6 +72,9 @@ TABLE = (
     Row("POST", "/model-actions", OPERATORS, {"model": "llama", "action": "start"}),
     Row("GET", "/pods", "yyy nnnn nn"),
     Row("GET", "/logs?pod=engine-0", OPERATORS, route="/logs"),
+    Row("GET", "/triage", OPERATORS),
+    Row("POST", "/triage", OPERATORS, {"model": "llama"}),
+    Row("GET", "/triage/TRIAGE", OPERATORS, route="/triage/{id}"),
     Row("DELETE", "/deployments/llama", OPERATORS, headers=MATCH, route="/deployments/{model:path}"),
     # Catalogue, prices, settings, service tokens
     Row("PUT", "/models/new", OPERATORS, entry("new"), {"if-none-match": "*"}, "/models/{name:path}"),
@@ -213,6 +216,7 @@ async def fill(running: Running) -> dict[str, str]:
     await running.admin.put(f"/api/v1{LABEL}", **label)
     await running.admin.put("/api/v1/deployments/llama", json=DEPLOYMENT, headers={"if-none-match": "*"})
     await running.admin.post("/api/v1/model-actions", json={"model": "llama", "action": "start"})
+    ids["TRIAGE"] = await make("/triage", {"model": "llama"})
     ids["OVERRIDE"] = await make("/overrides", DRAIN)
     ids["LIMIT"] = await make("/limits", {"scope": "all", "requests": 9, "per": 60})
     ids["BUDGET"] = await make("/budgets", {"scope": "all", "tokens": 9, "per": "day"})

@@ -137,6 +137,38 @@ _LOOKED: dict[str, Any] = {
     "events": [],
 }
 
+_TRIAGE: dict[str, Any] = {
+    "id": "tri_01JDSX7Z3W8Q4M5N6P7R8S9T0V",
+    "model": "llama-3-8b",
+    "at": _TIME,
+    "by": "ana",
+    "start": "2026-11-28T11:30:00Z",
+    "end": _TIME,
+    "logs": [{"pod": _INSTANCE["name"], "previous": True, "lines": 500, "why": None}],
+    "groups": [
+        {
+            "id": "g1",
+            "kind": "log",
+            "level": "error",
+            "template": "torch.OutOfMemoryError: CUDA out of memory. (at linear.py in __init__)",
+            "count": 41,
+            "first": "2026-11-28T11:58:01Z",
+            "last": "2026-11-28T11:59:58Z",
+            "runbook": "k8s/runbook.md#engine-out-of-gpu-memory",
+        }
+    ],
+    "more": 0,
+    "summary": {
+        "model": "mistral-7b",
+        "why": None,
+        "headline": "The GPU has too little memory.",
+        "findings": [{"text": "Weights do not fit.", "group_ids": ["g1"], "confidence": "high"}],
+        "unknowns": [],
+    },
+    "examples": None,
+}
+_LINE = {"text": "torch.OutOfMemoryError: CUDA out of memory.", "pod": _INSTANCE["name"], "previous": True, "line": 12}
+
 
 def _page(item: Any) -> dict[str, Any]:
     return {"data": [item], "next": None}
@@ -172,6 +204,21 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Any]] = {
             "truncated": False,
         }
     },
+    ("GET", "/triage"): {
+        "answer": _page(
+            {
+                **{name: _TRIAGE[name] for name in ("id", "model", "at", "by")},
+                "groups": 1,
+                "first": _TRIAGE["groups"][0]["template"],
+                "headline": _TRIAGE["summary"]["headline"],
+            }
+        )
+    },
+    ("POST", "/triage"): {
+        "body": {"model": "llama-3-8b", "minutes": 30, "summary": True},
+        "answer": {**_TRIAGE, "examples": {"g1": [_LINE]}},
+    },
+    ("GET", "/triage/{id}"): {"answer": _TRIAGE},
     ("GET", "/prices"): {"answer": _page(_STORED_PRICE)},
     ("POST", "/prices"): {"body": _PRICE, "answer": _STORED_PRICE},
     ("GET", "/usage"): {"answer": _USAGE},
