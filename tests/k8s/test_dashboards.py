@@ -1,6 +1,8 @@
 """The dashboards are sound, and what they, the rules and the runbook name is exported by somebody."""
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
@@ -23,9 +25,18 @@ every_dashboard = pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=
 Start = Callable[..., Any]
 
 
-def test_there_are_two() -> None:
-    assert set(DASHBOARDS) == {"router", "engines"}
-    assert len({dashboard["uid"] for dashboard in DASHBOARDS.values()}) == 2
+def test_there_are_three() -> None:
+    assert set(DASHBOARDS) == {"router", "engines", "hosts"}
+    assert len({dashboard["uid"] for dashboard in DASHBOARDS.values()}) == 3
+
+
+@pytest.mark.parametrize("path", chart_files.DASHBOARDS, ids=lambda path: path.stem)
+def test_a_dashboard_is_what_the_script_makes(path: Path) -> None:
+    """The console asks the same, from the same file."""
+    command = [sys.executable, str(ROOT / "scripts" / "dashboards.py"), path.stem]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert made.stdout == path.read_text(), "run scripts/dashboards.py --write"
 
 
 @every_dashboard
@@ -33,11 +44,12 @@ def test_a_dashboard_works_with_any_data_source(dashboard: dict[str, Any]) -> No
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     sources = [part["datasource"] for panel in panels(dashboard) for part in (panel, *panel["targets"])]
 
-    assert list(variables) == ["datasource", "cluster", "namespace", "model_name"]
+    chosen = ["instance"] if dashboard["uid"] == "inference-api-hosts" else ["namespace", "model_name"]
+    assert list(variables) == ["datasource", "cluster", *chosen]
     assert variables["datasource"]["query"] == "prometheus"
     assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
     # A Prometheus of one cluster has no such label: all of them must include none.
-    assert {variables[name]["allValue"] for name in ("cluster", "namespace", "model_name")} == {".*"}
+    assert {variables[name]["allValue"] for name in ("cluster", *chosen)} == {".*"}
 
 
 @every_dashboard
@@ -69,7 +81,8 @@ def test_no_panel_covers_another(dashboard: dict[str, Any]) -> None:
 def test_an_expression_obeys_the_variables(where: str, expression: str) -> None:
     for selector in chart_files.selectors(expression):
         # Those of the process too: other programs have metrics of the same names, in every namespace there is.
-        assert 'cluster=~"$cluster", namespace=~"$namespace"' in selector, where
+        own = "instance" if where.startswith("hosts") else "namespace"
+        assert f'cluster=~"$cluster", {own}=~"${own}"' in selector, where
         if where.startswith("engines"):
             assert 'model_name=~"$model_name"' in selector, where
     assert set(re.findall(r"\[(.*?)\]", expression)) <= {"$__rate_interval"}
