@@ -21,6 +21,7 @@ from control_plane.http.api import engines as engines_api
 from control_plane.http.api import fleet as fleet_api
 from control_plane.http.api import keys as keys_api
 from control_plane.http.api import limits as limits_api
+from control_plane.http.api import metrics as metrics_api
 from control_plane.http.api import model_tests as model_tests_api
 from control_plane.http.api import models as models_api
 from control_plane.http.api import organisations as organisations_api
@@ -105,6 +106,7 @@ RESOURCES = (
     prices_api.router,
     usage_api.router,
     records_api.router,
+    metrics_api.router,
 )
 # Pages of the console, in the order of the navigation; the last answers for what is none.
 CONSOLE: tuple[Page, ...] = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from control_plane.clients import kubernetes, processes
+from control_plane.clients.prometheus import Prometheus
 from control_plane.clients.router import Router
 from control_plane.pure.lifecycle import Driver, DriverName
 from control_plane.settings import Settings
@@ -14,9 +15,10 @@ from control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Connections:
-    """`router`: of ROUTER_URL. `drivers`: what starts and stops engines, by name."""
+    """`router`: of ROUTER_URL. `drivers`: what starts and stops engines, by name. `prometheus`: of PROMETHEUS_URL."""
 
     router: Router | None = None
+    prometheus: Prometheus | None = None
     drivers: Mapping[DriverName, Driver] = field(default_factory=lambda: MappingProxyType({}))
 
     _open: set[asyncio.Timeout] = field(default_factory=set, repr=False)
@@ -49,6 +51,8 @@ class Connections:
     async def close(self) -> None:
         if self.router is not None:
             await self.router.close()
+        if self.prometheus is not None:
+            await self.prometheus.close()
         for driver in self.drivers.values():
             await driver.close()
 
@@ -56,7 +60,14 @@ class Connections:
 def connections(settings: Settings) -> Connections:
     """Raises SettingsError."""
     router = None if settings.router_url is None else Router(settings.router_url)
-    return Connections(router, _drivers(settings))
+    return Connections(router, _prometheus(settings), _drivers(settings))
+
+
+def _prometheus(settings: Settings) -> Prometheus | None:
+    if settings.prometheus_url is None:
+        return None
+    token = settings.prometheus_token
+    return Prometheus(settings.prometheus_url, None if token is None else token.get_secret_value())
 
 
 def _drivers(settings: Settings) -> Mapping[DriverName, Driver]:

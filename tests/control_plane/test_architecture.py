@@ -15,6 +15,7 @@ TOP = ROOT.parent
 LAYERS = (
     "control_plane.errors",
     "control_plane.pure",
+    "control_plane.panels",
     "control_plane.data",
     "control_plane.settings",
     "control_plane.documents",

@@ -131,6 +131,9 @@ TABLE = (
     Row("DELETE", "/keys/OTHERS", "ynn yy0n n0", headers=MATCH, route="/keys/{id}"),
     # Usage, requests
     Row("GET", "/usage?start=2026-11-27T00:00:00Z&end=2026-11-28T00:00:00Z&bucket=1d", EVERYONE, route="/usage"),
+    # With a Prometheus, or without: it says so to those who may ask.
+    Row("GET", "/metrics", "yyy nnnn nn"),
+    Row("GET", "/metrics/nothing", "000 nnnn nn", route="/metrics/{query}"),
     Row("GET", "/requests", "yyy yyyn ny"),
     Row("GET", "/requests/nothing", "000 000n n0", route="/requests/{id}"),
     # Prompts

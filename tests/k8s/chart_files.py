@@ -11,7 +11,6 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 RULES = sorted((ROOT / "k8s/charts/inference-api/files/rules").glob("*.yaml"))
 DASHBOARDS = sorted((ROOT / "k8s/charts/inference-api/files/dashboards").glob("*.json"))
-TGI = Path(__file__).with_name("tgi_metrics.txt").read_text()
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _LABELS = re.compile(r"\b(?:by|on|without|ignoring|group_left|group_right)\s*\([^()]*\)")

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 
@@ -16,8 +17,9 @@ from inference_api.demo.telemetry import Telemetry
 from tests.control_plane.processes import served
 from tests.fakes import until
 from tests.k8s import chart_files
-from tests.k8s.chart_files import ROOT, TGI, metrics, panels, sample_names
+from tests.k8s.chart_files import ROOT, metrics, panels, sample_names
 from tests.k8s.everything import HEADERS, PRICE, everything
+from tests.prometheus import DCGM, TGI, node_exporter
 
 DASHBOARDS = chart_files.dashboards()
 RULES = chart_files.rules()
@@ -151,7 +153,9 @@ async def test_what_is_asked_for_is_exported(start_engine: Start, start_router: 
     exported = sample_names(page) | sample_names(Telemetry("m", 10).page().decode()) | sample_names(TGI)
     async with served(tmp_path, f"sqlite:///{tmp_path}/control-plane.sqlite3") as plane:
         exported |= sample_names((await plane.client.get("/metrics")).text)
-    exported |= chart_files.recorded(RULES)
+    async with node_exporter(tmp_path) as url, httpx.AsyncClient(trust_env=False) as client:
+        exported |= sample_names((await client.get(f"{url}/metrics")).text)
+    exported |= chart_files.recorded(RULES) | sample_names(DCGM)
     expressions = [*chart_files.panel_expressions(), *((str(rule), rule["expr"]) for rule in RULES)]
     for where, expression in expressions:
         assert metrics(expression), where

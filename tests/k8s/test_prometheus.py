@@ -1,12 +1,9 @@
 """A real Prometheus scrapes router, engines, control plane: every panel and variable has data, all alerts can speak."""
 
 import asyncio
-import math
-import re
-import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +12,10 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-import yaml
 
 from inference_api.demo.engine import create_engine
 from inference_api.settings import Settings
+from tests import prometheus as real
 from tests.conftest import serving
 from tests.control_plane import processes
 from tests.control_plane.test_fleet import report
@@ -26,11 +23,18 @@ from tests.fakes import Line, Received, ScriptedServer, event, json_response, ra
 from tests.k8s import chart_files
 from tests.k8s.everything import HEADERS, PRICE, everything
 from tests.ports import free_port
+from tests.prometheus import Prometheus
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 Start = Callable[..., Any]
 TOKEN = "service-token-of-the-tests-0123456789"
-VARIABLES = {"$__rate_interval": "10s", "$cluster": "here", "$namespace": "models", "$model_name": ".*"}
+VARIABLES = {
+    "$__rate_interval": "10s",
+    "$cluster": "here",
+    "$namespace": "models",
+    "$model_name": ".*",
+    "$instance": ".*",
+}
 
 
 def placed(expression: str) -> str:
@@ -49,7 +53,11 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
     async with AsyncExitStack() as stack:
         served: Any = SimpleNamespace(app=create_engine("m", tokens_per_second=500))
         engines = [await stack.enter_async_context(serving(served, Settings())) for _ in range(2)]
-        tgi = await stack.enter_async_context(ScriptedServer(growing()))
+        tgi = await stack.enter_async_context(ScriptedServer(real.growing(real.TGI)))
+        hosts = [
+            await stack.enter_async_context(real.node_exporter(tmp_path)),
+            (await stack.enter_async_context(ScriptedServer(real.constant(real.DCGM)))).url,
+        ]
         breaking = await start_engine(either(sse(event(), then=Line.reset), raw(json_response({}, "500 No"))))
         cutting = await start_engine(cut)
         failing = await start_engine(raw(json_response({}, "500 No")))
@@ -80,7 +88,8 @@ async def targets(start_engine: Start, start_router: Start, tmp_path: Path) -> A
         file = tmp_path / "control-plane.sqlite3"
         plane = await stack.enter_async_context(processes.served(tmp_path, f"sqlite:///{file}", service_token=TOKEN))
         async with repeated(lambda: requests_of_every_kind(router)), locked_out(plane, file):
-            yield {"router": [router.url], "engines": engines, "tgi": [tgi.url], "control": [plane.url]}
+            scraped = {"router": [router.url], "engines": engines, "tgi": [tgi.url], "control": [plane.url]}
+            yield {**scraped, "hosts": hosts}
 
 
 @asynccontextmanager
@@ -120,19 +129,6 @@ async def requests_of_every_kind(router: Any) -> None:
 
 async def cut(request: Received, line: Line) -> None:
     line.reset()
-
-
-def growing() -> Any:
-    """TGI, which has had more requests each time it is asked."""
-    scrapes = iter(range(1, 1000))
-
-    async def script(request: Received, line: Line) -> None:
-        number = next(scrapes)
-        page = re.sub(r" ([\d.]+)$", lambda found: f" {float(found[1]) * number}", chart_files.TGI, flags=re.MULTILINE)
-        head = "HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\ncontent-length: "
-        await line.send(f"{head}{len(page)}\r\n\r\n{page}".encode())
-
-    return script
 
 
 def either(stream: Any, whole: Any) -> Any:
@@ -184,86 +180,11 @@ async def repeated(work: Callable[[], Any]) -> AsyncIterator[None]:
 # Who scrapes it
 
 
-class Prometheus:
-    """The HTTP API of a running Prometheus."""
-
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self._client = client
-
-    async def ask(self, path: str, **parameters: str) -> Any:
-        response = await self._client.get(f"/api/v1/{path}", params=parameters)
-        answer = response.json()
-        assert answer["status"] == "success", (parameters, answer)
-        return answer["data"]
-
-    async def has(self, expression: str) -> bool:
-        """Whether there is a number in the answer."""
-        result = (await self.ask("query", query=expression))["result"]
-        return any(not math.isnan(float(series["value"][1])) for series in result)
-
-    async def rules(self) -> list[Any]:
-        return [rule for group in (await self.ask("rules"))["groups"] for rule in group["rules"]]
-
-    async def offers(self, variable: str) -> bool:
-        """Whether a variable of a dashboard has values; `variable`: label_values(selector, label)."""
-        found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable)
-        assert found is not None, variable
-        return bool(await self.ask(f"label/{found[2]}/values", **{"match[]": found[1]}))
-
-
 @pytest.fixture
-def binary() -> str:
-    path = shutil.which("prometheus")
-    if path is None:
-        pytest.skip("prometheus is not on PATH (Debian: apt-get install prometheus)")
-    return path
-
-
-@pytest.fixture
-async def prometheus(binary: str, targets: dict[str, list[str]], tmp_path: Path) -> AsyncIterator[Prometheus]:
-    config, port = tmp_path / "prometheus.yml", free_port()
+async def prometheus(targets: dict[str, list[str]], tmp_path: Path) -> AsyncIterator[Prometheus]:
     labels = {"cluster": "here", "namespace": "models"}
-    jobs = {name: [url.removeprefix("http://") for url in urls] for name, urls in targets.items()}
-    document = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(path) for path in chart_files.RULES],
-        "scrape_configs": [
-            {"job_name": job, "static_configs": [{"targets": addresses, "labels": labels}]}
-            for job, addresses in jobs.items()
-        ],
-    }
-    config.write_text(yaml.safe_dump(document))
-    with (tmp_path / "log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            binary,
-            f"--config.file={config}",
-            f"--storage.tsdb.path={tmp_path / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
-            await answers(client, process, tmp_path / "log")
-            yield Prometheus(client)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
-
-
-async def answers(client: httpx.AsyncClient, process: asyncio.subprocess.Process, log: Path) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            assert process.returncode is None, told(log)
-            with suppress(httpx.TransportError):
-                if (await client.get("/-/ready")).status_code == 200:
-                    return
-            await asyncio.sleep(0.1)
-
-
-def told(log: Path) -> str:
-    return log.read_text()
+    async with real.prometheus(tmp_path, targets, labels, chart_files.RULES) as running:
+        yield running
 
 
 Look = Callable[[], Coroutine[Any, Any, set[str]]]

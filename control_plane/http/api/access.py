@@ -107,6 +107,8 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("PUT", "/prompts/{name}/labels/{label}"): "prompts.write",
     ("DELETE", "/prompts/{name}/labels/{label}"): "prompts.write",
     ("GET", "/usage"): "usage.see",
+    ("GET", "/metrics"): "backends.see",
+    ("GET", "/metrics/{query}"): "backends.see",
     ("GET", "/requests"): "requests.see",
     ("GET", "/requests/{id}"): "requests.see",
 }

@@ -10,6 +10,7 @@ PARAMETERS = {
     "user": "ana",
     "key": "usage.record_days",
     "label": "production",
+    "query": "kv_cache",
     "n": 1,
 }
 _TIME = "2026-11-28T12:00:00Z"
