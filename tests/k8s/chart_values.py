@@ -60,6 +60,20 @@ FORGETFUL: Json = {
         "database": {"persistence": {"enabled": False}},
     },
 }
+# Engines in the namespace of the release, and in another one
+LOOKING: Json = {**FORGETFUL, "engines": {"enabled": True}}
+
+
+def looking(**kubernetes: Any) -> Json:
+    """A control plane with the driver `kubernetes` as it is said."""
+    return {**LOOKING, "control": {**LOOKING["control"], "engines": {"kubernetes": {"enabled": True, **kubernetes}}}}
+
+
+def forgetful(**control: Any) -> Json:
+    """A control plane with more values of its own."""
+    return {**FORGETFUL, "control": {**FORGETFUL["control"], **control}}
+
+
 PRIVATE_CA: Json = {
     "registry": {"enabled": False},
     "router": {
@@ -142,6 +156,21 @@ REFUSED: dict[str, tuple[Json, str]] = {
         {"router": {"limits": {"maxBufferedBytes": 536870912}}},
         "router.resources.limits.memory (512Mi) has no room for router.limits.maxBufferedBytes (536870912)",
     ),
+    "rights of a driver that is off": (
+        forgetful(engines={"kubernetes": {"scale": True, "deployments": ["gpt2"]}}),
+        "control.engines.kubernetes: scale and logs need enabled: true",
+    ),
+    "scaling of nothing": (
+        forgetful(engines={"kubernetes": {"enabled": True, "scale": True}}),
+        "name the Deployments that may be scaled in control.engines.kubernetes.deployments",
+    ),
+    "scaling of what is elsewhere": (
+        looking(scale=True, namespace="models"),
+        "the chart runs no engine in the namespace models",
+    ),
+    "a token for no hub": (forgetful(hub={"existingSecret": "hub"}), "set control.hub.endpoint"),
+    "a token for no Prometheus": (forgetful(prometheus={"existingSecret": "p"}), "set control.prometheus.url"),
+    "lines for no model": (forgetful(triage={"engineLogs": True}), "set control.triage.model"),
     "credentials that no pod has": (
         {"models": {"gpt2": {"credentials": {"env": "BACKEND_X"}}}},
         "models.gpt2.credentials.env is BACKEND_X, which no pod would have: add it to router.backendTokens",

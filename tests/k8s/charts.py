@@ -47,6 +47,7 @@ from tests.k8s.chart_values import (
     SLEEPER,
     VARIABLES,
     VIRTUAL,
+    looking,
 )
 
 Json = dict[str, Any]
@@ -338,6 +339,11 @@ def _jobs(with_files: Path) -> dict[str, Json]:
             "values": _changed(CONTROL, {"control.console": {"enabled": False}}),
         },
         "a control plane that keeps nothing": {**default, "values": FORGETFUL},
+        **{
+            f"a control plane with engines, {scale=}, {logs=}": {**default, "values": looking(scale=scale, logs=logs)}
+            for scale in (False, True)
+            for logs in (False, True)
+        },
         "a control plane, no models": {**default, "values": _changed(CONTROL, {"models": NO_MODELS})},
         "a control plane, a private CA": {**default, "values": PRIVATE_CA},
         "keys": {**default, "values": KEYS},

@@ -35,7 +35,7 @@ def test_it_installs(name: str) -> None:
 
 def test_there_is_a_values_file_for_each_thing_that_can_be_on() -> None:
     """What no file turns on would never be tried."""
-    policies = {"keys", "policy", "control-plane", "control", "control-sqlite"}
+    policies = {"keys", "policy", "control-plane", "control", "control-sqlite", "control-engines"}
     assert set(VALUES) == {"default", "minimal", "full", "keda", "endpointslices", "engines", "openshift"} | policies
     assert set(CLUSTERS) == {"gke-europe", "eks-us", "onprem-openshift", "large"}
     kinds = {document["kind"] for name in INSTALLS for document in installed(name).objects}

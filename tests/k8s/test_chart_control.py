@@ -29,8 +29,12 @@ GIVEN = {
     "SERVICE_TOKEN": "t" * 32,
     "KEY_PEPPER": "p" * 32,
     "OIDC_CLIENT_SECRET": "o" * 32,
+    "HUB_TOKEN": "hf_token",
+    "PROMETHEUS_TOKEN": "prometheus",
 }
-CONTROLS = [name for name in INSTALLS if name.startswith("control ") or name.startswith("control-sqlite ")]
+CONTROLS = [name for name in INSTALLS if name.startswith(("control ", "control-sqlite ", "control-engines "))]
+# Of machines without a cluster
+ELSEWHERE = {"kubernetes_url", "processes"}
 every_control = pytest.mark.parametrize(
     "name",
     [
@@ -99,7 +103,7 @@ def test_every_setting_of_it_can_be_set() -> None:
     """A new one gets a value of its own; what is told beside is in `control.extraEnv`."""
     told = {name.removeprefix(PREFIX).lower() for name in variables(container(installed("marks of a control plane")))}
 
-    assert set(Settings.model_fields) - told == set()
+    assert set(Settings.model_fields) - told == ELSEWHERE
 
 
 def test_each_value_arrives() -> None:
@@ -132,6 +136,21 @@ def test_each_value_arrives_where_it_is_meant_to() -> None:
     assert read.public_url == control["console"]["publicUrl"]
     assert read.router_public_url == control["console"]["routerUrl"]
     assert (read.log_url, read.trace_url) == (control["console"]["logUrl"], control["console"]["traceUrl"])
+    kubernetes = control["engines"]["kubernetes"]
+    assert read.kubernetes_namespace == kubernetes["namespace"]
+    assert (read.kubernetes_scale, read.kubernetes_logs, read.triage_engine_logs) == ("on", "on", "on")
+    assert read.model_test_every == control["modelTestEverySeconds"]
+    assert (read.hub_endpoint, read.prometheus_url) == (control["hub"]["endpoint"], control["prometheus"]["url"])
+    assert [str(root) for root in read.model_roots] == control["modelRoots"]
+    assert read.triage_model == control["triage"]["model"]
+
+
+def test_what_concerns_engines_is_off_unless_it_is_switched_on() -> None:
+    read = settings(installed("control on 1.37"))
+
+    assert read.kubernetes_namespace is None
+    assert (read.model_test_every, read.hub_endpoint, read.prometheus_url) == (None, None, None)
+    assert (read.model_roots, read.triage_model) == ((), None)
 
 
 def test_router_and_control_plane_agree_on_what_both_must_have() -> None:
@@ -176,8 +195,8 @@ def test_no_secret_is_made_or_in_the_clear(name: str) -> None:
     values = {v["name"].removeprefix(PREFIX) for v in container(found)["env"] if "value" in v}
 
     assert not found.of("Secret")
-    assert not {"SERVICE_TOKEN", "KEY_PEPPER", "OIDC_CLIENT_SECRET"} & values
-    assert ("DATABASE_URL" in values) == ("sqlite" in name)
+    assert not GIVEN.keys() - {"DATABASE_URL"} & values
+    assert ("DATABASE_URL" in values) == settings(found).upgrades
 
 
 def test_the_first_admin_has_the_password_of_a_secret() -> None:
@@ -384,6 +403,9 @@ def test_it_may_connect_to_its_database_its_issuer_and_the_router() -> None:
     (rule,) = inside
     (peer,) = rule["to"]
     assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
+    # Hub, Prometheus and API server, where they are asked
+    engines = rules(installed("control-engines on 1.37"), "control", "egress")
+    assert {p["port"] for rule in engines if "to" not in rule for p in rule["ports"]} == {53, 5353, 443, 6443, 9090}
     # The Job needs the database only.
     assert {p["port"] for rule in rules(found, "migration", "egress") for p in rule["ports"]} == {53, 5353, 6432}
 

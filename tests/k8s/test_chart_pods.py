@@ -40,13 +40,15 @@ def test_pods_run_as_the_images_user_unless_the_cluster_gives_one(name: str) -> 
 
 
 @every_install
-def test_pods_get_a_token_only_to_watch_the_api(name: str) -> None:
-    watches = values_of(name).get("router", {}).get("discovery", {}).get("mode") == "endpointslices"
-    found = installed(name)
+def test_pods_get_a_token_only_to_use_the_api(name: str) -> None:
+    values, found = values_of(name), installed(name)
+    watches = values.get("router", {}).get("discovery", {}).get("mode") == "endpointslices"
+    looks = values.get("control", {}).get("engines", {}).get("kubernetes", {}).get("enabled", False)
 
     tokens = [meta for _, meta, spec in found.pods() if spec["automountServiceAccountToken"]]
 
-    assert [meta["labels"]["app.kubernetes.io/component"] for meta in tokens] == (["router"] if watches else [])
+    components = {meta["labels"]["app.kubernetes.io/component"] for meta in tokens}
+    assert components == {name for name, needs in {"router": watches, "control": looks}.items() if needs}
     assert all(account["automountServiceAccountToken"] is False for account in found.of("ServiceAccount"))
 
 

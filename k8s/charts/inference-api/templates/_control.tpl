@@ -37,6 +37,22 @@
 {{- .Values.control.console.publicUrl | default (printf "http://127.0.0.1:%d" (int .Values.control.ports.api)) | trimSuffix "/" -}}
 {{- end -}}
 
+{{/* Where the engines are that it looks at. */}}
+{{- define "inference-api.control.enginesNamespace" -}}
+{{- .Values.control.engines.kubernetes.namespace | default .Release.Namespace -}}
+{{- end -}}
+
+{{/* The Deployments that it may scale, as JSON {names}: those that are named, else the chart's own. */}}
+{{- define "inference-api.control.scaled" -}}
+{{- $names := .Values.control.engines.kubernetes.deployments -}}
+{{- if and (not $names) (eq (include "inference-api.control.enginesNamespace" .) .Release.Namespace) -}}
+{{- range $name, $model := include "inference-api.deployed" . | fromJson -}}
+{{- if not $model.deploy.keda }}{{ $names = append $names (include "inference-api.slug" $name) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- dict "names" $names | toJson -}}
+{{- end -}}
+
 {{/* A variable of a Secret's; dict name, source {existingSecret, existingSecretKey}. */}}
 {{- define "inference-api.secretVariable" -}}
 - name: {{ .name }}
@@ -85,7 +101,20 @@
 {{- with $control.trustedProxies | default .Values.router.trustedProxies }}{{ $_ := set $settings "TRUSTED_PROXIES" . }}{{ end -}}
 {{- with $control.bootstrap.email }}{{ $_ := set $settings "ADMIN_EMAIL" . }}{{ end -}}
 {{- if $control.bootstrap.existingSecret }}{{ $_ := set $settings "ADMIN_PASSWORD_FILE" "/etc/control-plane-bootstrap/password" }}{{ end -}}
+{{- with $control.engines.kubernetes -}}
+{{- if .enabled -}}
+{{- $_ := set $settings "KUBERNETES_NAMESPACE" (include "inference-api.control.enginesNamespace" $) -}}
+{{- $_ := set $settings "KUBERNETES_SCALE" (.scale | ternary "on" "off") -}}
+{{- $_ := set $settings "KUBERNETES_LOGS" (.logs | ternary "on" "off") -}}
+{{- end -}}
+{{- end -}}
+{{- with $control.modelTestEverySeconds }}{{ $_ := set $settings "MODEL_TEST_EVERY" . }}{{ end -}}
+{{- with $control.modelRoots }}{{ $_ := set $settings "MODEL_ROOTS" . }}{{ end -}}
+{{- with $control.triage.model }}{{ $_ := set $settings "TRIAGE_MODEL" . }}{{ end -}}
+{{- if $control.triage.engineLogs }}{{ $_ := set $settings "TRIAGE_ENGINE_LOGS" "on" }}{{ end -}}
 {{- $secrets := dict "SERVICE_TOKEN" $control.serviceToken "KEY_PEPPER" .Values.router.auth.pepper -}}
+{{- with $control.hub }}{{ if .endpoint }}{{ $_ := set $settings "HUB_ENDPOINT" .endpoint }}{{ $_ := set $secrets "HUB_TOKEN" . }}{{ end }}{{ end -}}
+{{- with $control.prometheus }}{{ if .url }}{{ $_ := set $settings "PROMETHEUS_URL" .url }}{{ $_ := set $secrets "PROMETHEUS_TOKEN" . }}{{ end }}{{ end -}}
 {{- with $control.oidc -}}
 {{- if .issuer -}}
 {{- $roles := list -}}
@@ -181,6 +210,19 @@ grep -q name: /tmp/models.yaml || control-plane import /etc/inference-api/catalo
 {{- end }}
 {{- end -}}
 
+{{/* The ports of what values tell it to connect to beside these, as JSON {ports}. */}}
+{{- define "inference-api.control.ports" -}}
+{{- $control := .Values.control -}}
+{{- $ports := list -}}
+{{- range list $control.oidc.issuer $control.prometheus.url $control.hub.endpoint -}}
+{{- with . }}{{ $ports = append $ports (include "inference-api.portOf" . | int) }}{{ end -}}
+{{- end -}}
+{{- /* What a hub keeps elsewhere is fetched by HTTPS. */}}
+{{- if $control.hub.endpoint }}{{ $ports = append $ports 443 }}{{ end -}}
+{{- if $control.engines.kubernetes.enabled }}{{ $ports = concat $ports (list 443 6443) }}{{ end -}}
+{{- dict "ports" (uniq $ports) | toJson -}}
+{{- end -}}
+
 {{/* The hosts that a part is exposed on, as JSON {hosts}; dict ingress, httpRoute. */}}
 {{- define "inference-api.exposedHosts" -}}
 {{- $hosts := list -}}
@@ -226,7 +268,29 @@ grep -q name: /tmp/models.yaml || control-plane import /etc/inference-api/catalo
 {{ print "control.extraEnv sets CONTROL_PLANE_DATABASE_URL, which control.database is for: name a Secret with it there" }}
 {{- end -}}
 {{- end -}}
+{{- include "inference-api.enginesProblems" . -}}
 {{- include "inference-api.consoleProblems" . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Of what it may do with engines and models. */}}
+{{- define "inference-api.enginesProblems" -}}
+{{- $control := .Values.control -}}
+{{- $kubernetes := $control.engines.kubernetes -}}
+{{- if and (or $kubernetes.scale $kubernetes.logs) (not $kubernetes.enabled) }}
+{{ print "control.engines.kubernetes: scale and logs need enabled: true" }}
+{{- end -}}
+{{- if and $kubernetes.enabled $kubernetes.scale (not (include "inference-api.control.scaled" . | fromJson).names) }}
+{{ printf "control.engines.kubernetes.scale is true, and the chart runs no engine in the namespace %s whose pods nobody else counts: name the Deployments that may be scaled in control.engines.kubernetes.deployments" (include "inference-api.control.enginesNamespace" .) }}
+{{- end -}}
+{{- if and $control.hub.existingSecret (not $control.hub.endpoint) }}
+{{ print "control.hub.existingSecret is given: set control.hub.endpoint, whose token it is" }}
+{{- end -}}
+{{- if and $control.prometheus.existingSecret (not $control.prometheus.url) }}
+{{ print "control.prometheus.existingSecret is given: set control.prometheus.url, whose token it is" }}
+{{- end -}}
+{{- if and $control.triage.engineLogs (not $control.triage.model) }}
+{{ print "control.triage.engineLogs is true: set control.triage.model, which would get the lines" }}
 {{- end -}}
 {{- end -}}
 
