@@ -19,6 +19,7 @@ from control_plane.http import ingest, routers, snapshots, spend
 from control_plane.http.api import audit as audit_api
 from control_plane.http.api import engines as engines_api
 from control_plane.http.api import fleet as fleet_api
+from control_plane.http.api import inspections as inspections_api
 from control_plane.http.api import keys as keys_api
 from control_plane.http.api import limits as limits_api
 from control_plane.http.api import metrics as metrics_api
@@ -95,6 +96,7 @@ RESOURCES = (
     tokens_api.router,
     audit_api.router,
     models_api.router,
+    inspections_api.router,
     keys_api.router,
     limits_api.router,
     prompts_api.router,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from control_plane.clients import kubernetes, processes
+from control_plane.clients.folders import Roots
+from control_plane.clients.hub import Hub
 from control_plane.clients.prometheus import Prometheus
 from control_plane.clients.router import Router
 from control_plane.pure.lifecycle import Driver, DriverName
@@ -15,12 +17,16 @@ from control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Connections:
-    """`router`: of ROUTER_URL. `drivers`: what starts and stops engines, by name. `prometheus`: of PROMETHEUS_URL."""
+    """`router`: of ROUTER_URL. `prometheus`: of PROMETHEUS_URL. `drivers`: what starts and stops engines, by name.
+
+    `hub`, `roots`: whose models may be inspected.
+    """
 
     router: Router | None = None
     prometheus: Prometheus | None = None
     drivers: Mapping[DriverName, Driver] = field(default_factory=lambda: MappingProxyType({}))
-
+    hub: Hub | None = None
+    roots: Roots | None = None
     _open: set[asyncio.Timeout] = field(default_factory=set, repr=False)
 
     @asynccontextmanager
@@ -53,6 +59,8 @@ class Connections:
             await self.router.close()
         if self.prometheus is not None:
             await self.prometheus.close()
+        if self.hub is not None:
+            await self.hub.close()
         for driver in self.drivers.values():
             await driver.close()
 
@@ -60,7 +68,8 @@ class Connections:
 def connections(settings: Settings) -> Connections:
     """Raises SettingsError."""
     router = None if settings.router_url is None else Router(settings.router_url)
-    return Connections(router, _prometheus(settings), _drivers(settings))
+    roots = Roots(settings.model_roots) if settings.model_roots else None
+    return Connections(router, _prometheus(settings), _drivers(settings), _hub(settings), roots)
 
 
 def _prometheus(settings: Settings) -> Prometheus | None:
@@ -68,6 +77,13 @@ def _prometheus(settings: Settings) -> Prometheus | None:
         return None
     token = settings.prometheus_token
     return Prometheus(settings.prometheus_url, None if token is None else token.get_secret_value())
+
+
+def _hub(settings: Settings) -> Hub | None:
+    if settings.hub_endpoint is None:
+        return None
+    token = settings.hub_token
+    return Hub(settings.hub_endpoint, None if token is None else token.get_secret_value())
 
 
 def _drivers(settings: Settings) -> Mapping[DriverName, Driver]:

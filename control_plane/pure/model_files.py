@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Final, Literal, NamedTuple
 
+from control_plane.pure.reading import Unreadable
+
 Format = Literal["safetensors", "gguf"]
 INDEX: Final = ".safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|gguf)")
@@ -57,6 +59,35 @@ def of_file(name: str, names: Iterable[str]) -> Model | None:
         return Model("gguf" if ending == "gguf" else "safetensors", base, (name,))
     found = next((one for one in models_in(names) if name in one.files), None)
     return found or of_file(f"{shard[1]}{INDEX}", names)
+
+
+def chosen(paths: Iterable[str], pick: str | None = None) -> tuple[str, Model]:
+    """The model of a folder that is meant, and the folder within it that has it: empty, or `a/b/`. Raises Unreadable.
+
+    `pick`: a file of it.
+    """
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        at, slash, name = path.rpartition("/")
+        folders.setdefault(at + slash, []).append(name)
+    if pick is not None:
+        at, slash, name = pick.rpartition("/")
+        found = of_file(name, folders.get(at + slash, ()))
+        if name not in folders.get(at + slash, ()) or found is None:
+            raise Unreadable(f"{pick[:200]!r}: no safetensors or GGUF file of this name is there")
+        return at + slash, found
+    every = [(at, model) for at, names in folders.items() for model in models_in(names)]
+    # What is deeper goes with it, or is the same for other software.
+    every = [pair for pair in every if pair[0] == ""] or every
+    configured = [pair for pair in every if pair[1].format == "safetensors" and "config.json" in folders[pair[0]]]
+    usual = [pair for pair in configured if pair[1].name == "model"]
+    for those in (every, configured, usual):
+        if len(those) == 1:
+            return those[0]
+    if not every:
+        raise Unreadable("its files: none of them is a model (safetensors, GGUF)")
+    names = told(sorted(at + (model.files[0] if model.files else model.name) for at, model in every))
+    raise Unreadable(f"{len(every)} models are in it: name a file of one: {', '.join(names)}")
 
 
 def _sharded(kind: Format, base: str, count: int, numbered: dict[int, str]) -> Model:

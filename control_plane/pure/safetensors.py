@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import orjson
 
-from control_plane.pure.reading import LARGEST_HEADER, MOST_TENSORS, Reader, Tensor, Unreadable
+from control_plane.pure.reading import LARGEST_HEADER, MIB, MOST_TENSORS, Reader, Tensor, Unreadable
 
 # Bits of one number
 BITS: Final[Mapping[str, int]] = {
@@ -27,14 +27,14 @@ _LENGTH = struct.Struct("<Q")
 _METADATA: Final = "__metadata__"
 
 
-async def read(reader: Reader) -> list[Tensor]:
-    """The tensors of a file. Raises Unreadable."""
+async def read(reader: Reader, most: int = LARGEST_HEADER) -> list[Tensor]:
+    """The tensors of a file. `most`: bytes of its header. Raises Unreadable."""
     if reader.size < _LENGTH.size:
         raise Unreadable(f"{reader.size} bytes: too small for a safetensors file")
     (length,) = _LENGTH.unpack(await reader.read(0, _LENGTH.size))
-    if length > min(LARGEST_HEADER, reader.size - _LENGTH.size):
+    if length > min(most, reader.size - _LENGTH.size):
         raise Unreadable(
-            f"a header of {length:,} bytes in a file of {reader.size:,}: at most 64 MiB, within the file; "
+            f"a header of {length:,} bytes in a file of {reader.size:,}: at most {most // MIB} MiB, within the file; "
             "it is no safetensors file, or was cut off: download it again"
         )
     header = _object(await reader.read(_LENGTH.size, length), "the header")

@@ -4,6 +4,8 @@ A new route needs a row in `access.ROUTES` and one in `TABLE`; the last tests sa
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -12,11 +14,13 @@ from fastapi.routing import APIRoute
 from sqlalchemy import insert, update
 
 from control_plane.app import RESOURCES
+from control_plane.clients.folders import Roots
 from control_plane.data.tables import keys, organisations
 from control_plane.http.api.access import ROUTES
 from inference_api.policy.keys import new_key
 from tests.control_plane.conftest import NOON, Running
 from tests.control_plane.drivers import Scripted
+from tests.control_plane.model_writers import GGUF_SHAPES, LLAMA_GGUF, gguf
 from tests.control_plane.people import acting_as, error, make_organisation, make_user
 
 pytestmark = pytest.mark.anyio
@@ -79,6 +83,9 @@ TABLE = (
     # Catalogue, prices, settings, service tokens
     Row("PUT", "/models/new", OPERATORS, entry("new"), {"if-none-match": "*"}, "/models/{name:path}"),
     Row("DELETE", "/models/new", OPERATORS, headers=MATCH, route="/models/{name:path}"),
+    Row("GET", "/inspections", OPERATORS),
+    Row("POST", "/inspections", OPERATORS, {"source": "file", "ref": "MODEL-FILE"}),
+    Row("GET", "/inspections/INSPECTION", OPERATORS, route="/inspections/{id}"),
     Row("GET", "/prices", ADMIN_ONLY),
     Row("POST", "/prices", ADMIN_ONLY, PRICE),
     Row("GET", "/settings", ADMIN_ONLY),
@@ -182,7 +189,7 @@ def of_api() -> set[tuple[str, str]]:
     return {(method, route.path) for route in routes if isinstance(route, APIRoute) for method in route.methods or ()}
 
 
-async def fill(running: Running) -> dict[str, str]:
+async def fill(running: Running, folder: Path) -> dict[str, str]:
     """People in team-a and team-b, and an object of each kind; returns their ids."""
     for name in ("olga", "adam", "mia", "vic", "nobody", "xena", "bob"):
         await make_user(running, name, password=None)
@@ -220,6 +227,8 @@ async def fill(running: Running) -> dict[str, str]:
     await running.admin.put("/api/v1/deployments/llama", json=DEPLOYMENT, headers={"if-none-match": "*"})
     await running.admin.post("/api/v1/model-actions", json={"model": "llama", "action": "start"})
     ids["TRIAGE"] = await make("/triage", {"model": "llama"})
+    ids["MODEL-FILE"] = str(folder / "tiny.gguf")
+    ids["INSPECTION"] = await make("/inspections", {"source": "file", "ref": ids["MODEL-FILE"]})
     ids["OVERRIDE"] = await make("/overrides", DRAIN)
     ids["LIMIT"] = await make("/limits", {"scope": "all", "requests": 9, "per": 60})
     ids["BUDGET"] = await make("/budgets", {"scope": "all", "tokens": 9, "per": "day"})
@@ -233,9 +242,10 @@ PLATFORM = {"oscar": "operator", "vera": "viewer"}
 
 
 @pytest.mark.parametrize("person", PEOPLE)
-async def test_a_role_may_do_what_the_table_says(start_sqlite: Callable[..., Any], person: str) -> None:
-    sqlite_plane = await start_sqlite(outside=Scripted().connections())
-    ids = await fill(sqlite_plane)
+async def test_a_role_may_do_what_the_table_says(start_sqlite: Callable[..., Any], tmp_path: Path, person: str) -> None:
+    sqlite_plane = await start_sqlite(outside=replace(Scripted().connections(), roots=Roots([tmp_path])))
+    (tmp_path / "tiny.gguf").write_bytes(gguf(LLAMA_GGUF, GGUF_SHAPES))
+    ids = await fill(sqlite_plane, tmp_path)
     place, name = PEOPLE.index(person), WHO[person]
     found, expected = {}, {}
     async with acting_as(sqlite_plane, name, PLATFORM.get(name)) as client:
@@ -248,10 +258,12 @@ async def test_a_role_may_do_what_the_table_says(start_sqlite: Callable[..., Any
 
 
 async def ask(client: httpx.AsyncClient, row: Row, ids: dict[str, str]) -> int:
-    path = row.path
+    path, body = row.path, row.body
     for name, id in ids.items():
         path = path.replace(name, id)
-    answer = await client.request(row.method, f"/api/v1{path}", json=row.body, headers=row.headers)
+    if isinstance(body, dict):
+        body = {name: ids.get(value, value) if isinstance(value, str) else value for name, value in body.items()}
+    answer = await client.request(row.method, f"/api/v1{path}", json=body, headers=row.headers)
     assert answer.is_success or answer.status_code in LETTERS, answer.text
     assert answer.status_code != 404 or error(answer)[1] == "not_found"
     return answer.status_code

@@ -59,6 +59,9 @@ ROUTES: dict[tuple[str, str], Access] = {
     # In an organisation: the state of the models that it may use.
     ("GET", "/backends"): "models.see",
     ("GET", "/routers"): "models.see",
+    ("GET", "/inspections"): "catalogue.write",
+    ("POST", "/inspections"): "catalogue.write",
+    ("GET", "/inspections/{id}"): "catalogue.write",
     ("GET", "/overrides"): "backends.see",
     ("GET", "/overrides/{id}"): "backends.see",
     ("POST", "/overrides"): "backends.operate",

@@ -85,6 +85,27 @@ _USAGE: dict[str, Any] = {
     "rows": [{"group": {"model": "llama-3-8b"}, **_SUMS}],
     "coverage": {"received": 1200, "dropped": 0, "share": 1.0, "estimated": 0.03},
 }
+_INSPECTION: dict[str, Any] = {
+    "id": "ins_01JDSX7Z3W8Q4M5N6P7R8S9T0V",
+    "source": "hub",
+    "ref": "meta-llama/Llama-3.1-8B",
+    "at": _TIME,
+    "by": "ana",
+    "result": {
+        "estimate": True,
+        "format": "safetensors",
+        "parameters": 8030261248,
+        "context": 131072,
+        "weights_bytes": 16060522496,
+        "cache_bytes_per_token": 131072,
+        "memory_bytes": {"low": 17134264320, "high": 21420110643},
+        "suggestion": {
+            "name": "Llama-3.1-8B",
+            "hardware": {"gpu": "NVIDIA A100 40GB", "gpu_count": 1, "gpu_memory_gib": 40.0},
+            "max_model_len": 131072,
+        },
+    },
+}
 _BACKEND = {"model": "llama-3-8b", "backend": "10.0.0.12:8000", "state": "ready", "agree": "3/3"}
 _ROUTER = {"instance": "router-7f9c-8000", "version": "0.9.0", "lost": False, "in_flight": 40}
 
@@ -179,6 +200,12 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("GET", "/models"): {"answer": _page(_MODEL)},
     ("GET", "/models/{name}"): {"answer": _MODEL},
     ("PUT", "/models/{name}"): {"body": _MODEL, "answer": _MODEL},
+    ("GET", "/inspections"): {"answer": _page(_INSPECTION)},
+    ("POST", "/inspections"): {
+        "body": {"source": "hub", "ref": "meta-llama/Llama-3.1-8B"},
+        "answer": _INSPECTION,
+    },
+    ("GET", "/inspections/{id}"): {"answer": _INSPECTION},
     ("GET", "/overrides"): {"answer": _page(_OVERRIDE)},
     ("POST", "/overrides"): {
         "body": {"backend": "10.0.0.21:8000", "action": "drain", "reason": "driver", "expires_in": 3600},
