@@ -289,7 +289,8 @@ overrides = Table(
 )
 
 # What runs the engines of a model: an object of a driver, of which there are `min` to `max` instances while it runs.
-# `last_activation_at`: a router held requests for it; `was_ready_at`: last seen so since it was started.
+# `last_activation_at`: a router held requests for it; `was_ready_at`: first seen ready since then,
+# and since it was started.
 deployments = Table(
     "deployments",
     metadata,

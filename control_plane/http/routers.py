@@ -13,8 +13,8 @@ from starlette.routing import Route
 from control_plane.errors import Invalid, Problem, Refused
 from control_plane.http.identity import plane_of, service_act
 from control_plane.http.snapshots import json
-from control_plane.pure.reports import Instance, RouterReport, merged
-from control_plane.services import models, reports
+from control_plane.pure.reports import Instance, RouterReport
+from control_plane.services import activations, models, reports
 
 _INSTANCE: TypeAdapter[str] = TypeAdapter(Instance)
 # Larger ones are read in a thread: there may be thousands of models.
@@ -49,18 +49,15 @@ async def report(request: Request) -> Response:
 
 
 async def activate(request: Request) -> Response:
-    """POST /activations/{model}: 200 if it has a backend; there is nothing yet that could start one."""
-    service_act(request, "activate")
+    """POST /activations/{model}: 200 if it has a backend, 202 if it starts."""
+    act = service_act(request, "activate")
     plane, name = plane_of(request), request.path_params["name"]
-    _validated(_ACTIVATION, await request.body(), "body")
-    if name not in models.catalogue(plane).owners:
+    asked: Activation = _validated(_ACTIVATION, await request.body(), "body")
+    model = models.catalogue(plane).owners.get(name)
+    if model is None:
         raise Refused(404, "model_not_found", f"The model {name[:128]!r} is not in the catalogue.", param="model")
-    async with plane.database.main.read() as connection:
-        known = merged(await reports.present(connection, plane.clock()))
-    if any(one.model == name and one.state == "ready" for one in known):
-        return json(orjson.dumps({"model": name, "state": "ready"}))
-    message = f"Nothing can start the model {name!r}: no deployment of it is known to the control plane."
-    raise Refused(409, "activation_disabled", message, param="model")
+    state = await activations.activate(plane, act, model, asked.router, asked.waiting)
+    return json(orjson.dumps({"model": name, "state": state}), status=200 if state == "ready" else 202)
 
 
 ROUTES = (

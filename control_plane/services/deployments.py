@@ -90,7 +90,7 @@ async def remove(plane: Plane, act: Act, model: str, check: Check = lambda found
         await audit.record(connection, act, "deployment.delete", _object(model), old.body)
 
 
-async def note(plane: Plane, model: str, **times: int) -> None:
+async def note(plane: Plane, model: str, **times: int | None) -> None:
     """Note `last_activation_at` or `was_ready_at`, Unix milliseconds."""
     async with plane.database.main.write() as connection:
         await connection.execute(update(deployments).where(deployments.c.model == model).values(**times))
