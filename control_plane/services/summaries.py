@@ -36,8 +36,10 @@ class Summarised(NamedTuple):
     why: str | None = None
 
 
-async def summarise(plane: Plane, act: Act, model: str, groups: Sequence[tuple[str, Group]]) -> Summarised:
-    """`groups`: with their ids. Whatever goes wrong is the reason that there is none."""
+async def summarise(
+    plane: Plane, act: Act, model: str, groups: Sequence[tuple[str, Group]], patience: float = PATIENCE
+) -> Summarised:
+    """`groups`: with their ids. Whatever goes wrong is the reason that there is none. `patience`: seconds."""
     chosen = plane.settings.triage_model
     if chosen is None:
         return Summarised(None, None, "No model is set to summarise: CONTROL_PLANE_TRIAGE_MODEL names one.")
@@ -51,7 +53,7 @@ async def summarise(plane: Plane, act: Act, model: str, groups: Sequence[tuple[s
     if why is not None:
         return Summarised(chosen, None, why)
     try:
-        return Summarised(chosen, await _asked(plane, act, chosen, sent))
+        return Summarised(chosen, await _asked(plane, act, chosen, sent, patience))
     except Refused as exc:
         return Summarised(chosen, None, exc.message)
     except RouterAway as exc:
@@ -97,14 +99,14 @@ def _parts(stored: Mapping[str, Stored], names: Iterable[str]) -> set[str]:
     return found
 
 
-async def _asked(plane: Plane, act: Act, chosen: str, groups: Sequence[tuple[str, Group]]) -> Summary:
+async def _asked(plane: Plane, act: Act, chosen: str, groups: Sequence[tuple[str, Group]], patience: float) -> Summary:
     """Raises Refused, RouterAway, Unreadable."""
     # The key is the system's, whoever asks: it has one budget.
     system = Act(SYSTEM, act.at, act.address, act.request_id)
     question = summary.question(groups, secrets.token_hex(16))
     body = summary.body(chosen, question.text)
     content = b""
-    async with lending.asked(plane, system, plane.connections.router, BORROWER, body, PATIENCE) as answer:
+    async with lending.asked(plane, system, plane.connections.router, BORROWER, body, patience) as answer:
         async for part in answer.body:
             content += part
             if len(content) > _MOST:
