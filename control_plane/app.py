@@ -69,7 +69,19 @@ from control_plane.http.requests import Bounded, Failures, Identified, Rendered
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.plane import Plane, Task
-from control_plane.services import idling, keeper, models, overrides, policy, prices, reports, sweeping, testing, tokens
+from control_plane.services import (
+    engines,
+    idling,
+    keeper,
+    models,
+    overrides,
+    policy,
+    prices,
+    reports,
+    sweeping,
+    testing,
+    tokens,
+)
 from control_plane.settings import Settings
 
 if TYPE_CHECKING:
@@ -146,6 +158,7 @@ TASKS: tuple[Callable[[Plane], Task], ...] = (
     sweeping.sweeping,
     testing.testing,
     idling.idling,
+    engines.looking,
 )
 MAX_BODY_BYTES = 1024 * 1024
 # Of paths that begin so; a report has every backend of every model.

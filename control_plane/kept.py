@@ -1,13 +1,16 @@
 """Answers that are shown again for a moment, so that many who look at the same time cost one question."""
 
 import asyncio
+import logging
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Container, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 _NONE = object()
 
@@ -84,6 +87,41 @@ class Kept:
     def _forget(self, now: int) -> None:
         for key in [key for key, one in self._answers.items() if one.until <= now and not one.making.locked()]:
             del self._answers[key]
+
+
+class Told:
+    """An answer that a task makes once somebody asks: who asks waits a moment at most. `timer`: seconds."""
+
+    def __init__(self, timer: Callable[[], float] = time.monotonic) -> None:
+        self._timer = timer
+        self._answer: tuple[float, Any] | None = None
+        self._asked, self._made = asyncio.Event(), asyncio.Event()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has asked yet."""
+        return self._answer is None and not self._asked.is_set()
+
+    async def get(self, fresh: float, patience: float) -> tuple[float, Any] | None:
+        """Its age in seconds, and the last answer; None: there was none. One older than `fresh` is waited for."""
+        if self._answer is None or self._timer() - self._answer[0] > fresh:
+            made = self._made
+            self._asked.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(made.wait(), patience)
+        return None if self._answer is None else (self._timer() - self._answer[0], self._answer[1])
+
+    async def keep(self, make: Callable[[], Awaitable[Any]]) -> None:
+        """Answer who asks, until it is cancelled. What `make` raises is logged, and leaves the last answer."""
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            try:
+                self._answer = self._timer(), await make()
+            except Exception:
+                log.exception("nothing new is known")
+            made, self._made = self._made, asyncio.Event()
+            made.set()
 
 
 class Pieces:

@@ -13,7 +13,7 @@ from control_plane.connections import Connections
 from control_plane.data.database import Database
 from control_plane.documents import Documents, bump
 from control_plane.errors import StorageUnavailable
-from control_plane.kept import Kept
+from control_plane.kept import Kept, Told
 from control_plane.metrics import Metrics
 from control_plane.passwords import Passwords
 from control_plane.pure.roles import Principal
@@ -37,7 +37,7 @@ class Act(NamedTuple):
 class Plane:
     """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys that are lent, with their secrets.
 
-    `testing`: models that are tested now.
+    `testing`: models that are tested now. `engines`: what services.engines knows of all.
     """
 
     settings: Settings
@@ -51,6 +51,7 @@ class Plane:
     kept: Kept = field(default_factory=Kept)
     loans: Kept = field(default_factory=lambda: Kept(5_000), repr=False)
     testing: set[str] = field(default_factory=set)
+    engines: Told = field(default_factory=Told)
 
     @asynccontextmanager
     async def change(self, *documents: str) -> AsyncIterator[AsyncConnection]:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from control_plane.plane import Act, Plane
+from control_plane.pure.engines import with_engine
 from control_plane.pure.fleet import (
     MODEL_STATUSES,
     Described,
@@ -18,7 +19,9 @@ from control_plane.pure.fleet import (
     standings,
     worst_first,
 )
-from control_plane.services import audit, models, overrides, reports
+from control_plane.services import audit, engines, lifecycle, model_results, models, overrides, reports
+from control_plane.services.engines import Engines
+from control_plane.services.model_results import Result
 from control_plane.services.models import Catalogue
 from control_plane.services.reports import Seen
 from control_plane.services.visibility import visible_models
@@ -37,6 +40,7 @@ class Overview(NamedTuple):
     """`as_of`: Unix milliseconds. `counts`: models by state, each of MODEL_STATUSES.
 
     `changes`: audit rows as /api/v1/audit shows them, the newest first, without logins; None: the caller may see none.
+    `engines`, `failed`: as Looked.
     """
 
     as_of: int
@@ -44,21 +48,25 @@ class Overview(NamedTuple):
     counts: Mapping[str, int]
     routers: RoutersStanding
     changes: tuple[dict[str, Any], ...] | None
+    engines: Engines
+    failed: Mapping[str, Result]
 
 
 class Looked(NamedTuple):
-    """`models`: from the worst."""
+    """`models`: from the worst. `failed`: last tests that have, by model; for those who may see backends."""
 
     as_of: int
     models: tuple[ModelStanding, ...]
     routers: RoutersStanding
+    engines: Engines
+    failed: Mapping[str, Result]
 
 
 async def overview(plane: Plane, act: Act, latest: int = LATEST) -> Overview:
     """`look`, with what was changed last. Raises StorageUnavailable."""
-    now, shown, routers = await look(plane, act)
+    now, shown, routers, known, failed = await look(plane, act)
     counts: dict[str, int] = {state: sum(one.state == state for one in shown) for state in MODEL_STATUSES}
-    return Overview(now, shown, counts, routers, await _changes(plane, act, latest))
+    return Overview(now, shown, counts, routers, await _changes(plane, act, latest), known, failed)
 
 
 async def look(plane: Plane, act: Act) -> Looked:
@@ -70,8 +78,20 @@ async def look(plane: Plane, act: Act) -> Looked:
     visible = await visible_models(plane, act)
     whole = act.principal.may("backends.see")
     found = [one for one in await standing_models(plane, seen) if visible(one.name)]
+    known = await engines.known(plane)
+    if known.each:
+        found = worst_first(_with_engine(one, known.each.get(one.name), whole) for one in found)
     shown = tuple(found if whole else (_state_only(one) for one in found))
-    return Looked(seen.now, shown, routers_standing(seen.reported, reports.etags(plane), seen.now, whole))
+    routers = routers_standing(seen.reported, reports.etags(plane), seen.now, whole)
+    if not whole:
+        return Looked(seen.now, shown, routers, Engines(), {})
+    return Looked(seen.now, shown, routers, known, await model_results.failed(plane))
+
+
+def _with_engine(model: ModelStanding, engine: lifecycle.Looked | None, whole: bool) -> ModelStanding:
+    if engine is None or engine.problem is not None:
+        return model
+    return with_engine(model, engine.standing, engine.deployment.scale_to_zero, whole)
 
 
 async def standing_models(plane: Plane, seen: Seen) -> Sequence[ModelStanding]:

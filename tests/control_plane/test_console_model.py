@@ -298,9 +298,9 @@ async def test_metrics_are_those_of_this_model_with_live_figures(sqlite_plane: R
 
 
 TABS_OF = {
-    "admin": ["Backends", "Metrics", "Prices", "Entry", "History", "Tests"],
-    "operator": ["Backends", "Metrics", "Entry", "History", "Tests"],
-    "viewer": ["Backends", "Metrics", "Entry", "History"],
+    "admin": ["Backends", "Engine", "Logs", "Tests", "Metrics", "Prices", "Entry", "History"],
+    "operator": ["Backends", "Engine", "Logs", "Tests", "Metrics", "Entry", "History"],
+    "viewer": ["Backends", "Engine", "Tests", "Metrics", "Entry", "History"],
     None: ["Metrics", "Entry", "History"],
 }
 
@@ -321,7 +321,7 @@ async def test_each_role_has_its_tabs_and_buttons(sqlite_plane: Running, role: s
     pages = [await plane.client.get(f"{M}?tab={name.lower()}") for name in TABS_OF["admin"]]
     forms = {
         do: (await send(plane, M, do=do, entry="{}", etag="", input="1", output="1")).status_code
-        for do in ("check", "delete", "price", "try")
+        for do in ("check", "delete", "price", "test", "start", "deploy")
     }
 
     tabs = html.partition('aria-label="Parts of this page"')[2].partition("</nav>")[0]
@@ -329,7 +329,7 @@ async def test_each_role_has_its_tabs_and_buttons(sqlite_plane: Running, role: s
     assert [one.status_code for one in pages] == [200 if t in TABS_OF[role] else 403 for t in TABS_OF["admin"]]
     writes, admin, operates = role in ("admin", "operator"), role == "admin", role in ("admin", "operator")
     assert {do: status != 403 for do, status in forms.items()} == {
-        "check": writes, "delete": writes, "price": admin, "try": operates,
+        "check": writes, "delete": writes, "price": admin, "test": operates, "start": operates, "deploy": operates,
     }  # fmt: skip
     if role is None:
         assert "10.0.0." not in html + "".join(one.text for one in pages)
@@ -344,10 +344,11 @@ async def test_without_a_router_tests_say_what_to_set(sqlite_plane: Running) -> 
     html = await page(sqlite_plane, f"{M}?tab=tests")
 
     assert "CONTROL_PLANE_ROUTER_URL=" in html
-    assert 'value="try"' not in html
+    assert "through the router" not in html
+    assert (await send(sqlite_plane, f"{M}?tab=tests", do="test")).status_code == 503
 
 
-async def test_one_request_shows_its_steps(
+async def test_a_test_shows_its_steps_and_those_before_it(
     start_sqlite: Callable[..., Any], start_engine: Callable[..., Any], start_router: Callable[..., Any]
 ) -> None:
     engine = await start_engine()
@@ -360,19 +361,22 @@ async def test_one_request_shows_its_steps(
     await catalogue(plane, **served)
     await as_admin(plane)
 
-    good = await send(plane, f"{M}?tab=tests", do="try")
-    bad = await send(plane, "/console/models/gone?tab=tests", do="try")
+    good = await send(plane, f"{M}?tab=tests", do="test", kind="chat")
+    direct = await send(plane, f"{M}?tab=tests", do="test", backend=engine.url)
+    other = await send(plane, f"{M}?tab=tests", do="test", backend="http://10.0.0.9:8000")
+    await send(plane, "/console/models/gone?tab=tests", do="test")
+    html, bad = await page(plane, f"{M}?tab=tests"), await page(plane, "/console/models/gone?tab=tests")
 
-    assert [row[:2] for row in rows_of(good.text)][1:] == [
-        ["Key", "ok"],
-        ["Router", "ok"],
-        ["First byte", "ok"],
-        ["Answer", "ok"],
+    assert [one.status_code for one in (good, direct, other)] == [303, 303, 422]
+    assert html.count('<details class="body"') == 2
+    assert [row[:2] for row in rows_of(html)] == [
+        ["Health", "ok"],
+        ["Listed in /v1/models", "ok"],
+        ["One request", "ok"],
     ]
-    assert any(link.startswith("/console/requests?id=") for link in links_of(good.text))
-    assert rows_of(bad.text)[-1][:2] == ["Router", "failed"]
-    assert "50" in rows_of(bad.text)[-1][2]
-    assert "sk-ia-" not in good.text + bad.text
+    assert rows_of(bad)[-1][:2] == ["One request", "failed"]
+    assert "50" in rows_of(bad)[-1][2]
+    assert "sk-ia-" not in html + bad
 
 
 async def test_a_router_that_is_away_is_said_without_its_address(start_sqlite: Callable[..., Any]) -> None:
@@ -380,13 +384,10 @@ async def test_a_router_that_is_away_is_said_without_its_address(start_sqlite: C
     await catalogue(plane, m=of("10.0.0.1"))
     await as_admin(plane)
 
-    answer = await send(plane, f"{M}?tab=tests", do="try")
+    await send(plane, f"{M}?tab=tests", do="test")
+    html = await page(plane, f"{M}?tab=tests")
 
-    assert [row[:2] for row in rows_of(answer.text)] == [
-        ["Backends, as routers report them", "look at it"],
-        ["Key", "ok"],
-        ["Router", "failed"],
-    ]
-    assert "The router does not answer (ConnectError)" in answer.text
+    assert [row[1] for row in rows_of(html)] == ["skipped", "failed", "skipped"]
+    assert "the router does not answer (ConnectError)" in html
     assert plane.plane.settings.router_url is not None
-    assert plane.plane.settings.router_url not in answer.text
+    assert plane.plane.settings.router_url not in html

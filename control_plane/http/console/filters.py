@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import quote
 
 from control_plane.pure import allowances, figures
+from control_plane.pure.engines import shown_line
 from control_plane.pure.times import shown
 from control_plane.web.manual import address
 
@@ -13,7 +14,8 @@ _KINDS = {
     **dict.fromkeys(("ok", "ready", "closed", "in_step", "active"), "ok"),
     **dict.fromkeys(("degraded", "draining", "half_open", "recovering", "resting", "expired", "behind"), "warn"),
     **dict.fromkeys(("failing", "out", "open", "unhealthy", "stuck", "lost", "failed"), "bad"),
-    **dict.fromkeys(("asleep", "disabled", "ended", "unknown", "left"), "off"),
+    **dict.fromkeys(("asleep", "disabled", "ended", "unknown", "left", "stopped", "skipped"), "off"),
+    **dict.fromkeys(("waiting", "pulling", "loading", "stopping"), "warn"),
 }
 
 
@@ -52,6 +54,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "iso": iso,
     "kind": kind,
     "limit": allowances.limit,
+    "log_line": shown_line,
     "minute": figures.minute,
     "money": figures.money,
     "ms": figures.ms,

@@ -5,23 +5,27 @@ from starlette.responses import RedirectResponse, Response
 from control_plane.errors import NotFound, Refused
 from control_plane.http.console.filters import path
 from control_plane.http.console.shell import Page, Visit, url
-from control_plane.http.console.tabs import Look, Tab, backends, entry, history, metrics, prices, tests
+from control_plane.http.console.tabs import Look, Tab, backends, engine, entry, history, logs, metrics, prices, tests
 from control_plane.services import model_use, models, overview
 from control_plane.services.model_use import ModelUse
 
 NOTICES = {
     "created": "The model is stored. Routers serve it within seconds, and report how its backends are.",
     "saved": "The entry is stored. Routers take it within seconds.",
+    **engine.NOTICES,
+    "tested": "The test has ended; its result is below.",
     "priced": "The price is stored. Requests from then on cost that; those before cost what they did.",
 }
 # In the order of the page
 TABS: tuple[Tab, ...] = (
     backends.TAB,
+    engine.TAB,
+    logs.TAB,
+    tests.TAB,
     metrics.TAB,
     prices.TAB,
     entry.TAB,
     history.TAB,
-    tests.TAB,
 )
 
 
@@ -37,6 +41,7 @@ async def model(visit: Visit) -> Response:
         # An alias, as requests have it
         return RedirectResponse(url(f"/console/models/{path(owner)}", **visit.query), 303)
     look = Look(visit, name, catalogue.stored.get(name), standing, TABS)
+    look.engine, look.failed = looked.engines.each.get(name), looked.failed.get(name)
     if visit.posting:
         try:
             answer = await look.do(await visit.form())
@@ -52,6 +57,8 @@ async def _rendered(look: Look) -> Response:
     visit, problem = look.visit, look.problem
     tab = look.tab
     context = await tab.show(look)
+    if isinstance(context, Response):
+        return context
     use = None
     if visit.may_somewhere("usage.see") and look.standing is not None:
         use = await _use(look)
@@ -64,6 +71,8 @@ async def _rendered(look: Look) -> Response:
             "etag": look.stored.etag if look.stored else "",
             "entry": look.stored.entry if look.stored else None,
             "standing": look.standing,
+            "looked": look.engine,
+            "failed": look.failed,
             "use": use,
             "asked_by": look.asked_by,
             "tabs": look.tabs.values(),

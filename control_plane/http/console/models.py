@@ -27,13 +27,15 @@ _NO_USE = ModelUse()
 
 
 class Row(NamedTuple):
-    """`kind`: plain, or what it does with other models."""
+    """`kind`: plain, or what it does with other models. `engine`, `failed`: as of overview.Looked, or None."""
 
     standing: ModelStanding
     entry: CatalogueEntry
     kind: str
     use: ModelUse | None
     price: Any
+    engine: Any = None
+    failed: Any = None
 
 
 async def listing(visit: Visit) -> Response:
@@ -52,7 +54,7 @@ async def listing(visit: Visit) -> Response:
     sees_all = visit.may("models.see")
     return visit.render(
         "models.html",
-        rows=await rows(visit, part.rows, entries),
+        rows=await rows(visit, part.rows, entries, looked),
         after=part.after,
         total=len(looked.models),
         states=STATES.items(),
@@ -63,7 +65,9 @@ async def listing(visit: Visit) -> Response:
     )
 
 
-async def rows(visit: Visit, standing: Sequence[ModelStanding], entries: dict[str, CatalogueEntry]) -> list[Row]:
+async def rows(
+    visit: Visit, standing: Sequence[ModelStanding], entries: dict[str, CatalogueEntry], looked: overview.Looked
+) -> list[Row]:
     used: dict[str, ModelUse] | None = None
     if visit.may_somewhere("usage.see"):
         plain = [one.name for one in standing if one.kind is None]
@@ -77,6 +81,8 @@ async def rows(visit: Visit, standing: Sequence[ModelStanding], entries: dict[st
             kind_of(one, entries[one.name], sees_all),
             None if used is None else used.get(one.name, _NO_USE),
             PRICE.of(entries[one.name]),
+            looked.engines.each.get(one.name),
+            looked.failed.get(one.name),
         )
         for one in standing
     ]

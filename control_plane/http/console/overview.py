@@ -8,6 +8,7 @@ from starlette.responses import Response
 from control_plane.http.console.shell import OPERATE, Page, Visit
 from control_plane.pure import axes, charts
 from control_plane.pure.charts import Series
+from control_plane.pure.fleet import ModelStanding
 from control_plane.services import models, overview, recent
 from control_plane.services.recent import Asked, Length, Recent
 
@@ -20,14 +21,14 @@ LENGTHS: dict[Length, str] = {"15m": "15 min", "1h": "1 h", "6h": "6 h"}
 async def home(visit: Visit) -> Response:
     length: Any = visit.choice("range", "1h", *(one for one in get_args(Length) if one != "1h"))
     found = await overview.overview(visit.plane, visit.act)
-    bad = [one for one in found.models if one.state in ("failing", "degraded")]
+    bad = [one for one in found.models if _is_bad(one, found)]
     last = await recent.recent(visit.plane, visit.act, Asked(length)) if visit.may_somewhere("usage.see") else None
     return visit.render(
         "overview.html",
         overview=found,
         bad=bad[:MOST],
         more_bad=len(bad) - MOST,
-        rest=[one for one in found.models if one.state not in ("failing", "degraded")][:MOST],
+        rest=[one for one in found.models if not _is_bad(one, found)][:MOST],
         more_rest=len(found.models) - len(bad) - MOST,
         total=len(found.models),
         problems=len(models.catalogue(visit.plane).problems) if visit.may("models.see") else 0,
@@ -41,6 +42,10 @@ async def home(visit: Visit) -> Response:
         words=LENGTHS[length],
         live=True,
     )
+
+
+def _is_bad(one: ModelStanding, found: overview.Overview) -> bool:
+    return one.state in ("failing", "degraded") or one.name in found.failed
 
 
 def drawn(found: Recent) -> tuple[Markup, ...]:

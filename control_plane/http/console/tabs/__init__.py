@@ -11,6 +11,8 @@ from control_plane.http.console.forms import Form
 from control_plane.http.console.shell import Visit
 from control_plane.pure.fleet import ModelStanding
 from control_plane.pure.roles import Permission
+from control_plane.services.lifecycle import Looked
+from control_plane.services.model_results import Result
 from registry_stub.store import Stored
 
 # What a form of a tab does; None: the page shows it.
@@ -20,7 +22,8 @@ Acts = Mapping[str, tuple[Permission, Do]]
 
 @dataclass(frozen=True)
 class Tab:
-    """`template`: its name in `model/`. `is_there`: for whom, and for which models. `show`: what the template gets.
+    """`template`: its name in `model/`. `is_there`: for whom, and for which models. `show`: what the template gets,
+    or an answer in place of the page.
 
     `acts`: forms by their button `do`, with the permission that each needs. `live`: made again every few seconds.
     """
@@ -28,7 +31,7 @@ class Tab:
     key: str
     title: str
     is_there: Callable[["Look"], bool]
-    show: Callable[["Look"], Awaitable[dict[str, Any]]]
+    show: Callable[["Look"], Awaitable[dict[str, Any] | Response]]
     acts: Acts = field(default_factory=dict)
     live: bool = False
     # Template of its dialogs
@@ -43,6 +46,7 @@ class Look:
     """One model, as somebody looks at it. `stored` None: its entry is not served, for the reason in `problem`.
 
     `problem`, `given`: why a form was refused, and what it had. `results`: what forms of tabs leave for their page.
+    `engine`: what its driver sees, if it has a deployment; `failed`: its last test, if that has.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Look:
         self.problem: Refused | None = None
         self.given: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
+        self.engine: Looked | None = None
+        self.failed: Result | None = None
         self._all = {tab.key: tab for tab in tabs}
         self.tabs = {tab.key: tab for tab in tabs if tab.is_there(self)}
 
@@ -88,6 +94,12 @@ class Look:
         if not self.visit.may(permission):
             raise Forbidden(f"This needs the permission {permission}.")
         return await do(self, form)
+
+
+def of_engine(permission: Permission) -> Callable[[Look], bool]:
+    """For models with backends of their own, and who has the permission."""
+    is_served = served(permission)
+    return lambda look: is_served(look) and not look.is_virtual
 
 
 def served(permission: Permission, somewhere: bool = False) -> Callable[[Look], bool]:

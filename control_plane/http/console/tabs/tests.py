@@ -1,27 +1,41 @@
-"""The tab Tests: one small request, step by step."""
+"""The tab Tests: is the model well, is it listed, does it answer; what tests have found before."""
 
 from typing import Any
 
 from starlette.responses import Response
 
-from control_plane.http.console import trial
+from control_plane.http.console import lists
 from control_plane.http.console.forms import Form
 from control_plane.http.console.tabs import Look, Tab, served
+from control_plane.pure.model_tests import KINDS
+from control_plane.services import model_results, model_tests
+
+# Results on one page
+_RESULTS = 20
 
 
-async def _try(look: Look, form: Form) -> Response | None:
-    router = look.visit.plane.connections.router
-    if router is not None and look.standing is not None:
-        look.results["steps"] = await trial.tried(look.visit, router, look.standing)
-    return None
+async def _test(look: Look, form: Form) -> Response | None:
+    chosen = form.optional("kind"), form.optional("backend")
+    await model_tests.test(look.visit.plane, look.visit.act, look.name, *chosen)
+    return look.visit.back("tested", tab="tests")
 
 
 async def _of_tests(look: Look) -> dict[str, Any]:
+    plane = look.visit.plane
+    after = lists.after(look.visit, str)
+    rows = await model_results.listed(plane, look.name, _RESULTS + 1, after and after[0])
+    found = lists.page(rows, lambda row: [row.id], _RESULTS)
+    entry = look.stored.entry if look.stored else None
     return {
-        "routed": look.visit.plane.connections.router is not None,
-        "steps": look.results.get("steps"),
-        "seconds": trial.SECONDS,
+        "routed": plane.connections.router is not None,
+        "operates": look.visit.may("backends.operate"),
+        "kinds": KINDS,
+        "urls": [one.url for one in entry.backends] if entry and entry.credentials is None else [],
+        "results": found.rows,
+        "after": found.after,
+        "seconds": model_tests.SECONDS,
+        "every": plane.settings.model_test_every,
     }
 
 
-TAB = Tab("tests", "Tests", served("backends.operate"), _of_tests, {"try": ("backends.operate", _try)})
+TAB = Tab("tests", "Tests", served("backends.see"), _of_tests, {"test": ("backends.operate", _test)})
