@@ -420,6 +420,17 @@ def test_the_router_lets_it_in_and_may_reach_it() -> None:
     assert [one["app.kubernetes.io/component"] for one in out] == ["control"]
 
 
+def test_a_test_of_one_backend_reaches_it() -> None:
+    found = installed("a control plane with engines, scale=True, logs=True")
+    (engines, *_) = rules(found, "engine", "ingress")
+    clients = [peer["podSelector"]["matchLabels"] for peer in engines["from"] if "podSelector" in peer]
+    out = [to["podSelector"]["matchLabels"] for rule in rules(found, "control", "egress") for to in rule.get("to", ())]
+    engine = found.of("Deployment", "engine")[0]["spec"]["template"]["metadata"]["labels"]
+
+    assert any(matches(one, deployment(found)["template"]["metadata"]["labels"]) for one in clients)
+    assert any(matches(one, engine) for one in out)
+
+
 def test_without_a_console_no_service_has_its_port() -> None:
     found = installed("a control plane without a console")
 
