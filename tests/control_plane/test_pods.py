@@ -340,7 +340,7 @@ def test_what_is_odd_is_no_accident(data: st.DataObject) -> None:
     for _ in range(4):
         sent = data.draw(broken(sent))
     try:
-        every = found(Listed(*(sent.get(key) if isinstance(sent, dict) else sent for key in "dpeh")))
+        every = found(Listed._make(sent.get(key) if isinstance(sent, dict) else sent for key in "dpeh"))
     except Unreadable:
         return
     for one in every.values():
