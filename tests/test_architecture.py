@@ -18,7 +18,7 @@ LAYERS = (
         "inference_api.threads",
         "inference_api.headers",
         "inference_api.pace",
-        "inference_api.leash",
+        "inference_api.supervisor",
     ),
     ("inference_api.settings",),
     ("inference_api.routing",),

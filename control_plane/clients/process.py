@@ -19,7 +19,7 @@ from control_plane.clients.process_log import ProcessLog
 from control_plane.pure.lifecycle import Event, Exit, Instance, Observed, State
 from control_plane.pure.lines import Lines
 from control_plane.pure.processes import Command, Pace, ended_because, next_pause
-from inference_api import leash
+from inference_api import supervisor
 from inference_api.routing.causes import cause_of
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Process:
 
     async def _start(self) -> Child:
         inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(_OWN)}
-        arguments: tuple[Any, ...] = (leash.__file__, self.command.cwd or ".", *self.command.command)
+        arguments: tuple[Any, ...] = (supervisor.__file__, self.command.cwd or ".", *self.command.command)
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", *arguments),
             stdin=PIPE,
@@ -239,7 +239,7 @@ class Process:
 
 
 def _kill(child: Child) -> None:
-    """What is left of the session, if the leash itself was killed."""
+    """What is left of the session, if the supervisor itself was killed."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
 

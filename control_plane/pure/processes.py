@@ -134,7 +134,7 @@ def next_pause(pace: Pace, last: float | None, ready_for: float) -> float:
 
 
 def ended_because(code: int, signals: Mapping[int, str]) -> str:
-    """A clause. `code`: that of the leash: 128 and the number of a signal. `signals`: their names."""
+    """A clause. `code`: that of the supervisor: 128 and the number of a signal. `signals`: their names."""
     if code > 128 and code - 128 in signals:
         return signals[code - 128]
     what = {126: ": the command is not executable", 127: ": the command was not found"}.get(code, "")

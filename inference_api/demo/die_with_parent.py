@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from inference_api.leash import end_with
+from inference_api.supervisor import end_with
 
 
 def main() -> None:  # pragma: no cover - runs only in children, where nothing is measured

@@ -194,7 +194,7 @@ async def test_one_that_is_killed_starts_again(start: Start) -> None:
     assert (await lines(driver, previous=True))[-1].startswith(f"begins {first}")
 
 
-async def test_a_leash_that_is_killed_leaves_nothing(start: Start) -> None:
+async def test_a_supervisor_that_is_killed_leaves_nothing(start: Start) -> None:
     driver = await start(command("a", "core"))
     await driver.scale("a", 1)
     await becomes(driver, "ready")
@@ -397,6 +397,12 @@ def test_errors_and_representations_have_no_command_and_no_environment() -> None
 
     assert "hush" not in str(caught.value) + str(scanned.value)
     assert "hush" not in repr(commands_of(text % "'http://127.0.0.1:1/'"))
+
+
+def test_the_example_can_be_used() -> None:
+    example = Path(__file__).parents[2] / "examples" / "engines" / "processes.yaml"
+
+    assert [one.starts for one in commands_of(example.read_text())] == [True, False]
 
 
 @pytest.mark.parametrize(("mode", "fits"), [(0o600, True), (0o644, True), (0o664, False), (0o646, False)])

@@ -66,14 +66,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """The engines by the name of their model; ready."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder for each model."""
     assert VENV is not None
     # When a job is cancelled, its engines go too: pytest tears down on an interrupt, but not on SIGTERM.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    home, models = tmp_path_factory.mktemp("engines"), tmp_path_factory.mktemp("models")
+    folder = tmp_path_factory.mktemp("models")
     make_models = Path(__file__).with_name("tiny_models.py")
-    subprocess.run([f"{VENV}/bin/python", str(make_models), str(models)], check=True, capture_output=True)
+    subprocess.run([f"{VENV}/bin/python", str(make_models), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engines(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """The engines by the name of their model; ready."""
+    home = tmp_path_factory.mktemp("engines")
     by_model: Engines = {}
     with stopping() as started:
         for name, count in BACKENDS.items():

@@ -1,7 +1,7 @@
-"""`python leash.py DIRECTORY COMMAND ...`: runs a command that never outlives who started it, nor do its children.
+"""`python supervisor.py DIRECTORY COMMAND ...`: runs a command that never outlives who started it, nor do its children.
 
-stdin is the leash: when its other end closes, as it does at the death of whoever holds it, even by `kill -9`, all that
-the command has started is killed. SIGTERM goes to the command alone. When the command has ended, what it has left is
+stdin is a pipe: when its other end closes, as it does at the death of whoever holds it, even by `kill -9`, all that the
+command has started is killed. SIGTERM goes to the command alone. When the command has ended, what it has left is
 killed, and the exit code is its own: 128 and the number of the signal, if one has ended it.
 
 The environment is that of the command, so this is to run as `python -I -S`, and imports only the standard library.
@@ -55,7 +55,7 @@ def main() -> int:  # pragma: no cover - runs only in children, where nothing is
 
 
 def _wait(pid: int, woken: int) -> int:
-    """The exit code of the command, once it has ended; 137 if the leash was let go."""
+    """The exit code of the command, once it has ended; 137 if the pipe was closed."""
     while True:
         readable, _, _ = select.select([0, woken], [], [])
         if woken in readable and signal.SIGTERM in os.read(woken, 1024):
