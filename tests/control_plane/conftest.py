@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,6 +21,8 @@ from control_plane.serving import Server
 from control_plane.settings import Settings
 from inference_api.policy.keys import MANAGEMENT, new_key
 from inference_api.server.server import listen
+from tests import prometheus as real
+from tests.control_plane import history
 from tests.fakes import in_background, until
 from tests.postgresql import PostgreSQL, postgresql
 
@@ -192,3 +195,32 @@ async def management_token(database: Database, name: str, role: str | None) -> s
             )
         )
     return made.key
+
+
+@pytest.fixture(scope="session")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    promtool, folder = real.binary("promtool"), tmp_path_factory.mktemp("blocks")
+    file = folder / "history"
+    file.write_text("\n".join(history.history(NOON)))
+    command = [promtool, "tsdb", "create-blocks-from", "openmetrics", "--quiet", str(file), str(folder / "data")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "data"
+
+
+@pytest.fixture
+async def prometheus(blocks: Path, tmp_path: Path) -> AsyncIterator[real.Prometheus]:
+    """One that knows what tests.control_plane.history says of the hour before NOON."""
+    folder = tmp_path / "prometheus"
+    shutil.copytree(blocks, folder / "data")
+    async with real.prometheus(folder) as running:
+        yield running
+
+
+@pytest.fixture
+async def scraped(prometheus: real.Prometheus, start_sqlite: Callable[..., Any]) -> Running:
+    """A control plane that asks it, with the models of that history."""
+    running: Running = await start_sqlite(prometheus_url=prometheus.url)
+    for entry in history.MODELS:
+        answer = await running.admin.put(f"/api/v1/models/{entry['name']}", json=entry, headers={"if-none-match": "*"})
+        assert answer.status_code == 201, answer.text
+    return running

@@ -1,9 +1,7 @@
 """Named queries of a real Prometheus: of a history whose values are known, and of what it scrapes just now."""
 
-import shutil
-import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -16,160 +14,22 @@ from control_plane.pure.series import Subject, places
 from control_plane.pure.times import shown
 from tests import prometheus as real
 from tests.control_plane.conftest import NOON, Clock, Running
+from tests.control_plane.history import HOSTILE, model
 from tests.fakes import ScriptedServer
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
-# A name that engines may have, and that would be an expression of its own if it could end its string
-HOSTILE = 'x\\"} or vector(1) or up{a=~"({$[.*'
-STEP, MINUTES = 15, 60
-# Minutes before noon in which nothing was scraped
-GAP = range(20, 30)
 
 
-def model(name: str, url: str = "http://gpu-1:8000", **more: Any) -> dict[str, Any]:
-    return {"name": name, "backends": [{"url": url}], **more}
-
-
-MODELS = (
-    model("llama", "http://10.0.0.11:8000"),
-    model("other", "http://10.0.0.12:8000"),
-    model("hostile", served_model_name=HOSTILE),
-)
-
-
-# What a Prometheus knows
-
-
-def label(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def counters(named: str, engine: str) -> dict[str, float]:
-    """What grows in a second, of one model."""
-    buckets = {f'inference_api_time_to_first_token_seconds_bucket{{{named},le="{le}"}}' for le in ("0.5", "1", "+Inf")}
-    buckets |= {f'inference_api_time_per_output_token_seconds_bucket{{{named},le="{le}"}}' for le in ("0.05", "+Inf")}
-    return {
-        f'inference_api_requests_total{{{named},code="200"}}': 2,
-        f'inference_api_requests_total{{{named},code="503"}}': 0.5,
-        f'inference_api_stream_aborts_total{{{named},reason="upstream_reset"}}': 0.5,
-        f'inference_api_tokens_total{{{named},type="input"}}': 300,
-        f'inference_api_tokens_total{{{named},type="output"}}': 40,
-        f"vllm:num_preemptions_total{{{engine}}}": 0.1,
-        f"vllm:prefix_cache_hits_total{{{engine}}}": 30,
-        f"vllm:prefix_cache_queries_total{{{engine}}}": 120,
-        f"vllm:prompt_tokens_total{{{engine}}}": 300,
-        f"vllm:generation_tokens_total{{{engine}}}": 40,
-        f'vllm:request_success_total{{{engine},finished_reason="stop"}}': 2,
-        **dict.fromkeys(buckets, 2),
-    }
-
-
-def samples() -> tuple[dict[str, float], dict[str, float]]:
-    """Series that grow, by how much in a second, and series that are."""
-    router = 'instance="router-1:9090",job="router"'
-    grow: dict[str, float] = {
-        f"process_cpu_seconds_total{{{router}}}": 0.25,
-        f'inference_api_event_loop_lag_seconds_bucket{{{router},le="0.01"}}': 10,
-        f'inference_api_event_loop_lag_seconds_bucket{{{router},le="+Inf"}}': 10,
-        f'inference_api_rejected_requests_total{{{router},model_name="unknown",reason="unknown_model"}}': 0.2,
-    }
-    still: dict[str, float] = {
-        f"process_resident_memory_bytes{{{router}}}": 60e6,
-        f'inference_api_build_info{{{router},version="1"}}': 1,
-        f"inference_api_registry_last_success_timestamp_seconds{{{router}}}": NOON / 1000 - 30,
-    }
-    for place, name in enumerate(("llama", "other", HOSTILE), 1):
-        of_router = f'{router},model_name="{label("hostile" if name == HOSTILE else name)}"'
-        of_engine = f'instance="10.0.0.1{place}:8000",engine="0",model_name="{label(name)}"'
-        of_second = of_engine.replace('engine="0"', 'engine="1"')
-        grow |= counters(of_router, of_engine)
-        still |= {
-            f"inference_api_requests_in_flight{{{of_router}}}": 3 * place,
-            f"vllm:num_requests_running{{{of_engine}}}": 2 * place,
-            f"vllm:num_requests_waiting{{{of_engine}}}": place,
-            f"vllm:kv_cache_usage_perc{{{of_engine}}}": place / 10,
-            f"vllm:kv_cache_usage_perc{{{of_second}}}": place / 20,
-        }
-    for host in ("10.0.0.11", "10.0.0.12"):
-        of_host = f'instance="{host}:9100"'
-        grow |= {
-            f'node_cpu_seconds_total{{{of_host},cpu="0",mode="idle"}}': 0.25,
-            f'node_cpu_seconds_total{{{of_host},cpu="0",mode="user"}}': 0.75,
-            f'node_network_receive_bytes_total{{{of_host},device="eth0"}}': 1e6,
-            f'node_network_receive_bytes_total{{{of_host},device="lo"}}': 9e6,
-            f'node_network_transmit_bytes_total{{{of_host},device="eth0"}}': 2e6,
-        }
-        still |= {
-            f"node_memory_MemAvailable_bytes{{{of_host}}}": 16e9,
-            f"node_memory_MemTotal_bytes{{{of_host}}}": 64e9,
-            f'node_filesystem_avail_bytes{{{of_host},mountpoint="/",fstype="ext4"}}': 10e9,
-            f'node_filesystem_size_bytes{{{of_host},mountpoint="/",fstype="ext4"}}': 100e9,
-            f'node_filesystem_size_bytes{{{of_host},mountpoint="/run",fstype="tmpfs"}}': 1e9,
-            f'node_filesystem_avail_bytes{{{of_host},mountpoint="/run",fstype="tmpfs"}}': 1e9,
-        }
-    for line in real.DCGM.splitlines():
-        if not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            still[name.replace("{", '{instance="10.0.0.11:9400",', 1)] = float(value)
-    return grow, still
-
-
-def history() -> Iterator[str]:
-    """An hour before noon in the format of OpenMetrics, every 15 seconds."""
-    grow, still = samples()
-    for at in range(0, MINUTES * 60 + 1, STEP):
-        if GAP.start <= MINUTES - at / 60 < GAP.stop:
-            continue
-        moment = NOON / 1000 - MINUTES * 60 + at
-        # An exporter whose GPU has fallen off says NaN.
-        nan = f'DCGM_FI_DEV_GPU_TEMP{{instance="10.0.0.12:9400",gpu="0",Hostname="gpu-2"}} NaN {moment:.0f}'
-        yield from (f"{name} {value * at} {moment:.0f}" for name, value in grow.items())
-        yield from (f"{name} {value} {moment:.0f}" for name, value in still.items())
-        yield nan
-    yield "# EOF\n"
-
-
-@pytest.fixture(scope="session")
-def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    promtool, folder = real.binary("promtool"), tmp_path_factory.mktemp("blocks")
-    file = folder / "history"
-    file.write_text("\n".join(history()))
-    command = [promtool, "tsdb", "create-blocks-from", "openmetrics", "--quiet", str(file), str(folder / "data")]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder / "data"
-
-
-@pytest.fixture
-async def prometheus(blocks: Path, tmp_path: Path) -> AsyncIterator[real.Prometheus]:
-    """One with the history."""
-    folder = tmp_path / "prometheus"
-    shutil.copytree(blocks, folder / "data")
-    async with real.prometheus(folder) as running:
-        yield running
-
-
-async def with_models(running: Running) -> Running:
-    for entry in MODELS:
-        answer = await running.admin.put(f"/api/v1/models/{entry['name']}", json=entry, headers={"if-none-match": "*"})
-        assert answer.status_code == 201, answer.text
-    return running
-
-
-@pytest.fixture
-async def plane(prometheus: real.Prometheus, start_sqlite: Start) -> Running:
-    return await with_models(await start_sqlite(prometheus_url=prometheus.url))
-
-
-async def asked(plane: Running, query: str, **parameters: Any) -> Any:
-    answer = await plane.admin.get(f"/api/v1/metrics/{query}", params=parameters)
+async def asked(scraped: Running, query: str, **parameters: Any) -> Any:
+    answer = await scraped.admin.get(f"/api/v1/metrics/{query}", params=parameters)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
-async def last(plane: Running, query: str, **parameters: Any) -> dict[str, Any]:
+async def last(scraped: Running, query: str, **parameters: Any) -> dict[str, Any]:
     """The last value of each series, by name."""
-    return {one["name"]: one["points"][-1][1] for one in (await asked(plane, query, **parameters))["series"]}
+    return {one["name"]: one["points"][-1][1] for one in (await asked(scraped, query, **parameters))["series"]}
 
 
 LLAMA = {"llama": pytest.approx(2.5)}
@@ -213,26 +73,26 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 
 
-async def test_every_query_has_the_right_value_of_one_model(plane: Running) -> None:
-    found = {name: await last(plane, name, model="llama") for name in queries()}
+async def test_every_query_has_the_right_value_of_one_model(scraped: Running) -> None:
+    found = {name: await last(scraped, name, model="llama") for name in queries()}
 
     assert found == VALUES
 
 
-async def test_without_a_model_it_is_of_all_and_a_backend_narrows_it(plane: Running) -> None:
-    assert await last(plane, "engine_running") == {"llama": 2, "other": 4, HOSTILE: 6}
-    assert await last(plane, "engine_running", backend="10.0.0.12:8000") == {"other": 4}
-    assert await last(plane, "engine_running", backend="http://10.0.0.12:8000/v1") == {"other": 4}
-    assert await last(plane, "engine_running", model="llama", backend="10.0.0.12:8000") == {}
-    assert set(await last(plane, "host_cpu")) == {"10.0.0.11:9100", "10.0.0.12:9100"}
-    assert set(await last(plane, "host_cpu", backend="10.0.0.12:8000")) == {"10.0.0.12:9100"}
+async def test_without_a_model_it_is_of_all_and_a_backend_narrows_it(scraped: Running) -> None:
+    assert await last(scraped, "engine_running") == {"llama": 2, "other": 4, HOSTILE: 6}
+    assert await last(scraped, "engine_running", backend="10.0.0.12:8000") == {"other": 4}
+    assert await last(scraped, "engine_running", backend="http://10.0.0.12:8000/v1") == {"other": 4}
+    assert await last(scraped, "engine_running", model="llama", backend="10.0.0.12:8000") == {}
+    assert set(await last(scraped, "host_cpu")) == {"10.0.0.11:9100", "10.0.0.12:9100"}
+    assert set(await last(scraped, "host_cpu", backend="10.0.0.12:8000")) == {"10.0.0.12:9100"}
     # A name is no pattern.
-    assert await last(plane, "engine_running", backend="10.0.0.1.:8000") == {}
+    assert await last(scraped, "engine_running", backend="10.0.0.1.:8000") == {}
 
 
-async def test_what_is_listed_says_by_what_it_may_be_narrowed(plane: Running) -> None:
-    first = (await plane.admin.get("/api/v1/metrics", params={"limit": 20})).json()
-    rest = (await plane.admin.get("/api/v1/metrics", params={"limit": 20, "after": first["next"]})).json()
+async def test_what_is_listed_says_by_what_it_may_be_narrowed(scraped: Running) -> None:
+    first = (await scraped.admin.get("/api/v1/metrics", params={"limit": 20})).json()
+    rest = (await scraped.admin.get("/api/v1/metrics", params={"limit": 20, "after": first["next"]})).json()
     listed = {one["name"]: one for one in first["data"] + rest["data"]}
 
     assert listed.keys() == queries().keys()
@@ -248,8 +108,8 @@ async def test_what_is_listed_says_by_what_it_may_be_narrowed(plane: Running) ->
     assert listed["router_cpu"]["parameters"] == []
 
 
-async def test_an_answer_says_what_it_is(plane: Running) -> None:
-    found = await asked(plane, "in_flight", model="llama", start=shown(NOON - 600_000), end=shown(NOON))
+async def test_an_answer_says_what_it_is(scraped: Running) -> None:
+    found = await asked(scraped, "in_flight", model="llama", start=shown(NOON - 600_000), end=shown(NOON))
 
     (series,) = found.pop("series")
     assert found.pop("query")["source"] == "routers"
@@ -265,38 +125,38 @@ async def test_an_answer_says_what_it_is(plane: Running) -> None:
     assert series["points"][0] == ["2026-11-28T11:50:15Z", 3]
 
 
-async def test_where_nothing_was_scraped_is_a_gap(plane: Running) -> None:
-    (series,) = (await asked(plane, "in_flight", model="llama"))["series"]
+async def test_where_nothing_was_scraped_is_a_gap(scraped: Running) -> None:
+    (series,) = (await asked(scraped, "in_flight", model="llama"))["series"]
     # Five minutes long, Prometheus takes the last value for the present one.
     gap = [at for at, value in series["points"] if value is None]
 
     assert gap[0] == "2026-11-28T11:35:15Z"
     assert gap[-1] == "2026-11-28T11:40:00Z"
     # So is what is no number.
-    broken = await asked(plane, "gpu_temperature", backend="10.0.0.12:8000")
+    broken = await asked(scraped, "gpu_temperature", backend="10.0.0.12:8000")
     assert {value for one in broken["series"] for _, value in one["points"]} == {None}
     assert "DCGM exporter" in broken["missing"]
 
 
 @pytest.mark.parametrize("days", [1, 90, 400])
-async def test_a_long_time_has_few_points(plane: Running, days: int) -> None:
-    found = await asked(plane, "in_flight", start=shown(NOON - days * 86_400_000), end=shown(NOON))
+async def test_a_long_time_has_few_points(scraped: Running, days: int) -> None:
+    found = await asked(scraped, "in_flight", start=shown(NOON - days * 86_400_000), end=shown(NOON))
 
     assert found["step"] == days * 288
     assert all(len(one["points"]) == 300 for one in found["series"])
 
 
-async def test_a_name_cannot_change_the_query(plane: Running) -> None:
-    assert await last(plane, "engine_running", model="hostile") == {HOSTILE: 6}
-    assert await last(plane, "kv_cache", model="hostile", backend="10.0.0.13:8000") == {
+async def test_a_name_cannot_change_the_query(scraped: Running) -> None:
+    assert await last(scraped, "engine_running", model="hostile") == {HOSTILE: 6}
+    assert await last(scraped, "kv_cache", model="hostile", backend="10.0.0.13:8000") == {
         f"{HOSTILE} 10.0.0.13:8000": pytest.approx(0.3)
     }
     for backend in (HOSTILE, "x\n", 'a"}', "a\\", "(", "[::1", "http://", "{{instance}}", "$window", "a|.*", ".*"):
-        found = await asked(plane, "engine_running", backend=backend)
+        found = await asked(scraped, "engine_running", backend=backend)
         assert found["series"] == [], backend
         assert "monitoring.enginePodMonitor.enabled" in found["missing"]
-    assert (await plane.admin.get("/api/v1/metrics/in_flight", params={"model": HOSTILE})).status_code == 404
-    assert (await plane.admin.get("/api/v1/metrics/up")).status_code == 404
+    assert (await scraped.admin.get("/api/v1/metrics/in_flight", params={"model": HOSTILE})).status_code == 404
+    assert (await scraped.admin.get("/api/v1/metrics/up")).status_code == 404
 
 
 async def test_prometheus_accepts_every_expression(prometheus: real.Prometheus) -> None:
@@ -319,9 +179,9 @@ async def test_prometheus_accepts_every_expression(prometheus: real.Prometheus) 
     ("start", "end", "param"),
     [("yesterday", None, "start"), ("2026-11-28T12:00:00Z", "2026-11-28T12:00:30Z", "start"), (None, "1", "end")],
 )
-async def test_a_time_must_be_one(plane: Running, start: str | None, end: str | None, param: str) -> None:
+async def test_a_time_must_be_one(scraped: Running, start: str | None, end: str | None, param: str) -> None:
     parameters = {name: value for name, value in (("start", start), ("end", end)) if value is not None}
-    answer = await plane.admin.get("/api/v1/metrics/in_flight", params=parameters)
+    answer = await scraped.admin.get("/api/v1/metrics/in_flight", params=parameters)
 
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
 

@@ -5,12 +5,15 @@ from typing import Any
 
 from starlette.responses import Response
 
-from control_plane.http.console import lists
+from control_plane.http.console import lists, series
 from control_plane.http.console.shell import OPERATE, Page, Visit
 from control_plane.pure.fleet import ROUTER_STATUSES, RouterStanding, routers_standing
+from control_plane.pure.records import HOUR
 from control_plane.pure.reports import Reported
 from control_plane.services import reports
+from control_plane.services.series import Asked
 
+QUERIES = ("router_cpu", "router_memory", "loop_lag", "rejections", "registry_age")
 DOCUMENTS = {"models": "catalogue", "policy": "policy", "overrides": "overrides"}
 
 
@@ -30,6 +33,7 @@ async def routers(visit: Visit) -> Response:
         versions=Counter(one.report["version"] for one in present).most_common(),
         in_flight=sum(one.report["in_flight"] for one in present),
         waiting=sum(one.queued or 0 for one in standing.each if not one.lost),
+        section=await series.section(visit, QUERIES, Asked(visit.act.at - HOUR, visit.act.at)) if reported else None,
         live=True,
     )
 
