@@ -142,7 +142,8 @@ def entries(lines: Sequence[str], now: int) -> Iterator[Entry]:
     """
     open_: dict[str, _Trace] = {}
     last: int | None = None
-    for number, text in enumerate(lines_without_secrets(map(cleaned, lines)), 1):
+    shown = lines_without_secrets(map(cleaned, lines))
+    for number, (line, text) in enumerate(zip(lines, shown, strict=True), 1):
         head = _head(text, now)
         last = head.at if head.at is not None else last
         head = head._replace(at=last)
@@ -157,7 +158,7 @@ def entries(lines: Sequence[str], now: int) -> Iterator[Entry]:
             yield open_.pop(head.who).entry()
         if not head.rest.strip():
             continue
-        yield _json(number, text, head) or _plain(number, text, head)
+        yield _json(number, line, text, head) or _plain(number, text, head)
     for trace in open_.values():
         yield trace.entry()
 
@@ -189,12 +190,15 @@ def _level(said: Level | None, message: str) -> Level:
     return "warning" if found[1].startswith("WARN") else "error"
 
 
-def _json(number: int, text: str, head: _Head) -> Entry | None:
-    if not (text.startswith("{") and text.endswith("}")):
+def _json(number: int, line: str, text: str, head: _Head) -> Entry | None:
+    """`line`: as it came: cut off, or without its secrets, it may be no JSON any more."""
+    if not text.startswith("{"):
         return None
     try:
-        found = orjson.loads(text)
+        found = orjson.loads(line)
     except orjson.JSONDecodeError:
+        return None
+    if not isinstance(found, dict):
         return None
     inner = found.get("fields")
     fields = {**found, **inner} if isinstance(inner, dict) else found
@@ -205,7 +209,6 @@ def _json(number: int, text: str, head: _Head) -> Entry | None:
         message = " ".join([message, *(f"{name}={found[name]}" for name in _OURS if found.get(name) not in (None, ""))])
     said = _LEVELS.get(_text(fields, _SEVERITIES).upper())
     at = _moment(_text(fields, _TIMES), head.at)
-    # An escape sequence of JSON may have hidden something.
     message = without_secrets(_UNSEEN.sub(" ", message))[:LONGEST]
     return Entry(message, _level(said, message), at, number, text)
 

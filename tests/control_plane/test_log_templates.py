@@ -2,6 +2,7 @@
 
 import re
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,17 @@ def test_a_line_of_some_program(line: str, level: str, template: str) -> None:
     found = only(line)
 
     assert (found.level if level != "unknown" or "WARNING" not in line else level, found.template) == (level, template)
+
+
+def test_json_is_read_whole_and_without_secrets() -> None:
+    spans = [{"name": "generate", "parameters": "x" * 2_000}]
+    fields = {"message": "refused for \u0073k-ia-k3v9Qm2XbT7a-AbCdEf of 10.0.0.1", "password": "hunter2"}
+    line = orjson.dumps({"level": "ERROR", "spans": spans, "fields": fields}).decode()
+
+    for one in (line, line.replace("sk-ia", "\\u0073k-ia")):
+        found = only(one)
+        assert (found.level, found.template) == ("error", "refused for <secret> of <address>")
+    assert "hunter2" not in only(line.replace(orjson.dumps(spans).decode(), "[]")).examples[0].text
 
 
 def test_times_are_utc_unless_they_say_otherwise_and_the_year_is_the_last_that_fits() -> None:
