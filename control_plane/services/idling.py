@@ -82,12 +82,11 @@ class Idling:
     async def _noted(self, one: Looked) -> Looked:
         """Note when it was ready first, since its start and since it was asked for."""
         found = one.deployment
+        at = found.was_ready_at
         if not one.observed.wanted:
             at = None
-        elif one.standing.state == "ready" and (found.was_ready_at or 0) <= (found.last_activation_at or 0):
+        elif one.standing.state == "ready" and (at is None or at < (found.last_activation_at or 0)):
             at = self._plane.clock()
-        else:
-            at = found.was_ready_at
         if at != found.was_ready_at:
             await deployments.note(self._plane, found.model, was_ready_at=at)
         return one._replace(deployment=found._replace(was_ready_at=at))

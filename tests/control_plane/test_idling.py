@@ -11,10 +11,11 @@ from control_plane.pure.lifecycle import DriverError, Instance, Observed, State
 from control_plane.pure.records import MINUTE
 from control_plane.pure.reports import Reported
 from control_plane.services.idling import Idling
-from tests.control_plane.conftest import NOON, Clock, Running
+from tests.control_plane.conftest import NOON, Clock, Running, starting
 from tests.control_plane.drivers import Scripted
 from tests.control_plane.test_fleet import report, reports
 from tests.control_plane.usage import record, send
+from tests.postgresql import PostgreSQL
 
 pytestmark = pytest.mark.anyio
 BODY = {"router": "r-1", "reason": "hold", "waiting": 3}
@@ -186,6 +187,28 @@ async def test_what_others_scale_is_not_stopped(plane: Running, driver: Scripted
     await idle(plane)
 
     assert driver.scaled == [1]
+
+
+async def test_of_two_control_planes_one_starts_and_one_stops(
+    server: PostgreSQL, template: str, driver: Scripted
+) -> None:
+    clock = Clock()
+    async with starting(server.url(server.create(template))) as start:
+        one, two = [await start(clock=clock, outside=driver.connections()) for _ in range(2)]
+        await one.admin.put("/models/m", json={"name": "m", "backends": ["http://10.0.0.1:8000"]})
+        await two.plane.documents.refresh("models")
+        await deploy(one)
+
+        started = await asyncio.gather(*(activated(plane) for plane in (one, two) for _ in range(5)))
+        services = [Idling(plane.plane, every=0) for plane in (one, two)]
+        for wait in (0, 300, 0, 0):
+            clock.advance(wait)
+            await quiet(one)
+            await asyncio.gather(*(service.turn() for service in services))
+
+        assert set(started) == {(202, "starting")}
+        assert [action for action, _, _ in await deeds(one)] == ["deployment.start", "deployment.stop"]
+        assert driver.scaled == [1, 0]
 
 
 def life(state: State = "ready", ready: int | None = 0, activated: int | None = None, busy: int = 0) -> Life:
