@@ -1,6 +1,7 @@
 """The schedule of tests of models: each once in MODEL_TEST_EVERY, spread over it by name.
 
-A test starts no engine: models that are stopped, or on their way, are left out until their next turn.
+A test starts no engine and keeps none awake: models that stop when idle are left out, and those that are stopped or on
+their way until their next turn.
 """
 
 import asyncio
@@ -74,6 +75,9 @@ class Schedule:
 
 
 def _is_up(looked: lifecycle.Looked) -> bool:
+    if looked.deployment.idle_seconds is not None:
+        # Routers count a test as any request.
+        return False
     if looked.standing.state == "unknown":
         # Whether a request would start it, nobody can say.
         return not looked.deployment.scale_to_zero

@@ -117,12 +117,25 @@ class World:
         assert answer.status_code == 303, answer.text
 
 
+class _Set(Full):
+    """With more settings of its control plane."""
+
+    settings: Mapping[str, str] = {}
+
+    def start(self, name: str, *arguments: str, settings: Mapping[str, str] | None = None) -> None:
+        more = self.settings if name == "control plane" else {}
+        super().start(name, *arguments, settings={**settings, **more} if settings else None)
+
+
 @contextmanager
-def running(directory: Path, rate: float = 2.0, yesterday: bool = True) -> Iterator[World]:
-    """A demo of its own, stopped at the end."""
+def running(
+    directory: Path, rate: float = 2.0, yesterday: bool = True, settings: Mapping[str, str] | None = None
+) -> Iterator[World]:
+    """A demo of its own, stopped at the end. `settings`: more of its control plane."""
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
-        demo = Full(directory, stopping)
+        demo = _Set(directory, stopping)
+        demo.settings = settings or {}
         stack.callback(demo.stop)
         demo.begin("127.0.0.1", 0, 200, rate, yesterday)
         admin = stack.enter_context(httpx.Client(base_url=demo.console, trust_env=False, timeout=30))

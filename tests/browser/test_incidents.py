@@ -1,10 +1,13 @@
-"""Three incidents, as an operator meets them: found, understood, ended, seen to be over."""
+"""Four incidents, as an operator meets them: found, understood, ended, seen to be over."""
 
+import asyncio
 import os
 import re
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import pytest
@@ -12,14 +15,57 @@ from playwright.sync_api import expect
 
 from inference_api.demo.processes import free_ports
 from tests.browser.conftest import Visitor, World, running
+from tests.control_plane.fake_cluster import FakeCluster
 
 PATIENCE = 60_000
+T = TypeVar("T")
+
+
+class Cluster:
+    """A cluster in a thread with a loop of its own: the driver of the browser keeps the one here."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._fake = FakeCluster()
+
+    def __enter__(self) -> "Cluster":
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._fake.__aenter__(), self._loop).result(30)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._fake.stop(), self._loop).result(30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+        self._loop.close()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        names = {"NAMESPACE": self._fake.namespace, "URL": self._fake.url, "SCALE": "on", "LOGS": "on"}
+        return {f"CONTROL_PLANE_KUBERNETES_{name}": value for name, value in names.items()}
+
+    def do(self, what: Callable[[FakeCluster], T]) -> T:
+        """Something happens in the cluster, and then all that follows from it."""
+
+        async def done() -> T:
+            found = what(self._fake)
+            self._fake.settle()
+            return found
+
+        return asyncio.run_coroutine_threadsafe(done(), self._loop).result(30)
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Iterator[World]:
     """A demo in which things break."""
-    with running(tmp_path_factory.mktemp("demo"), rate=4, yesterday=False) as world:
+    with running(tmp_path_factory.mktemp("demo"), rate=4, yesterday=False, settings=cluster.settings) as world:
         yield world
 
 
@@ -118,3 +164,63 @@ def test_a_leaked_key_is_ended_everywhere(own: World, visit: Visitor) -> None:
     ]
     assert secrets == []
     assert not any(key.secret in request.url for watched in visit.watched for request in watched.requests)
+
+
+@pytest.mark.timeout(300)
+def test_an_engine_without_memory_is_understood_and_scaled(own: World, cluster: Cluster, visit: Visitor) -> None:
+    name = "mistral-7b"
+    cluster.do(lambda fake: fake.deployment(name))
+    made = {"driver": "kubernetes", "object": name, "max": 3}
+    own.admin.put(f"/api/v1/deployments/{name}", json=made, headers={"if-none-match": "*"}).raise_for_status()
+    tab = visit(own, f"/console/models/{name}?tab=engine", role="operator")
+    expect(tab.locator("#live")).to_contain_text("Ready: 1 of 1.", timeout=PATIENCE)
+    # It is killed, as the kernel does it; the cluster says so.
+    engines = [child for child in own.demo.children if child.name.startswith(name)]
+    for engine in engines:
+        os.kill(engine.pid, signal.SIGKILL)
+    lines = [
+        "INFO model_runner.py:1110] Loading model weights took 14.9888 GB",
+        "ERROR engine.py:389] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+    ]
+    cluster.do(lambda fake: fake.fail(name, reason="OOMKilled", code=137, previous=lines))
+
+    # Found
+    tab.goto(f"{own.url}/console/")
+    bad = tab.locator("#bad").get_by_role("row").filter(has_text=name).filter(has_text="OOMKilled")
+    expect(bad).to_be_visible(timeout=PATIENCE)
+    expect(bad).to_contain_text("failing", timeout=PATIENCE)
+    bad.get_by_role("link", name=f"Engine of {name}").click()
+    expect(tab.locator("#live")).to_contain_text("exit code 137")
+    # Its previous log says why.
+    tab.get_by_role("link", name=re.compile("^Previous log of")).click()
+    expect(tab.locator("#log")).to_contain_text("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    # Triaged: the cause has its section of the runbook.
+    tab.get_by_role("link", name="Triage").last.click()
+    tab.locator("main").get_by_role("button", name="Triage").click()
+    group = tab.get_by_role("row").filter(has_text="CUDA out of memory").first
+    expect(group).to_be_visible(timeout=PATIENCE)
+    runbook = group.get_by_role("link", name=re.compile("^Runbook: "))
+    section = (runbook.text_content() or "").removeprefix("Runbook: ")
+    runbook.click()
+    expect(tab.locator("h2:target, h1")).to_contain_text([section])
+    # Scaled, with a reason
+    tab.goto(f"{own.url}/console/models/{name}?tab=engine")
+    tab.get_by_role("link", name="Scale", exact=True).click()
+    dialog = tab.get_by_role("dialog")
+    dialog.get_by_label("Instances").fill("2")
+    dialog.get_by_label(re.compile("^Reason")).fill("one alone runs out of memory")
+    dialog.get_by_role("button", name="Scale").click()
+    expect(tab.locator("main")).to_contain_text("The number of instances is set.")
+    cluster.do(lambda fake: fake.restart(name))
+    for engine in engines:
+        port = re.findall(r"[0-9]+$", engine.name)[0]
+        own.demo.start(engine.name, "inference_api.demo.engine", "--model", name, "--port", port)
+
+    # Seen to be over, and written down
+    expect(tab.locator("#live")).to_contain_text("Ready: 2 of 2.", timeout=PATIENCE)
+    tab.goto(f"{own.url}/console/")
+    expect(tab.locator("#live")).not_to_contain_text("OOMKilled", timeout=PATIENCE)
+    tab.goto(f"{own.url}/console/audit")
+    row = tab.locator("main section, main tr").filter(has_text="deployment.scale").first
+    expect(row).to_contain_text(name)
+    expect(row).to_contain_text("one alone runs out of memory")

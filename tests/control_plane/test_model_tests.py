@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from control_plane.clients.router import Router
+from control_plane.connections import Connections
 from control_plane.data.tables import audit, keys
 from control_plane.errors import Refused
+from control_plane.pure.lifecycle import DriverError, Instance, Observed
 from control_plane.pure.model_tests import MOST, Got, Kind, answered, due, health, is_other_kind, kinds, listed
 from control_plane.services import lending, model_results, model_tests
 from control_plane.services.testing import Schedule
 from tests.control_plane.acts import act_of
 from tests.control_plane.conftest import Running
+from tests.control_plane.drivers import Scripted
 from tests.control_plane.test_overview import catalogue
 from tests.fakes import Line, Received, hang, json_response, until
 from tests.ports import free_port
@@ -279,3 +283,40 @@ async def test_the_schedule_tests_each_model_once_in_its_interval(start: Start) 
         (lent,) = await connection.execute(select(keys))
         assert (await connection.execute(select(audit).where(audit.c.action == "model.test"))).all() == []
     assert (lent.name, lent.user) == ("system:tests", None)
+
+
+async def test_a_test_starts_no_engine_and_the_schedule_keeps_none_awake(
+    start_sqlite: Start, start_engine: Start, start_router: Start
+) -> None:
+    engine, driver = await start_engine(), Scripted()
+    router = await start_router(engine)
+    outside = Connections(Router(router.url), drivers=driver.connections().drivers)
+    plane = await start_sqlite(router_url=router.url, model_test_every=3600, outside=outside)
+    await catalogue(plane, m={"backends": [{"url": engine.url}]})
+
+    async def deployed(etag: dict[str, str], **more: Any) -> dict[str, str]:
+        body = {"driver": "processes", "object": "engine", "scale_to_zero": True, **more}
+        answer = await plane.admin.put("/api/v1/deployments/m", json=body, headers=etag)
+        return {"if-match": answer.headers["etag"]}
+
+    async def asked() -> int:
+        plane.clock.advance(3601)
+        await schedule.turn()
+        return len(engine.requests)
+
+    schedule = Schedule(plane.plane)
+    etag = await deployed({"if-none-match": "*"})
+    with pytest.raises(Refused) as refused:
+        await tried(plane)
+    found = [await asked()]
+    driver.observed = Observed(1, (Instance("engine", "loading"),))
+    found.append(await asked())
+    driver.problem = DriverError("away", "Nobody answers.")
+    found.append(await asked())
+    driver.problem, driver.observed = None, Observed(1, (Instance("engine", "ready"),))
+    found.append(await asked())
+    await deployed(etag, idle_seconds=600)
+    found.append(await asked())
+
+    assert (refused.value.status, refused.value.code) == (409, "stopped")
+    assert found == [0, 0, 0, 1, 1]
