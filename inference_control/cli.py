@@ -1,4 +1,4 @@
-"""The command line: RESOURCE VERB [NAME]."""
+"""The command line: RESOURCE VERB [NAME], and `inspect REF`."""
 
 import argparse
 import json
@@ -13,10 +13,12 @@ import yaml
 
 from inference_api import __version__
 from inference_control.client import Client, NotReachable, Refused, is_safe
+from inference_control.inspection import as_report, source_of
 from inference_control.output import as_json, as_lines, as_table
 from inference_control.resources import RESOURCES, Resource
 
 URL, TOKEN = "INFERENCE_CONTROL_URL", "INFERENCE_CONTROL_TOKEN"
+_INSPECT = "inspect"
 _MEASURES = ("requests", "errors", "input_tokens", "output_tokens", "latency_p95_ms", "ttft_p95_ms")
 _DEFAULT_URL = "http://127.0.0.1:8081"
 _ABOUT = f"""\
@@ -35,6 +37,7 @@ examples:
   inference-control members set team-a/ana --set role=admin
   inference-control requests list --filter model=gpt2 --filter outcome=upstream_timeout --limit 20
   inference-control usage get --filter group_by=model --filter bucket=1d
+  inference-control inspect meta-llama/Llama-3.1-8B;  inference-control inspect /models/llama-3-8b
 
 exit codes: 0; 1 refused, with the reason on stderr; 2 usage; 3 the control plane cannot be reached
 """
@@ -50,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         with _client() as client:
-            _run(client, RESOURCES[arguments.resource], arguments)
+            if arguments.resource == _INSPECT:
+                _inspect(client, arguments)
+            else:
+                _run(client, RESOURCES[arguments.resource], arguments)
     except Usage as exc:
         return _failed(exc, 2)
     except Refused as exc:
@@ -78,7 +84,15 @@ def _parser() -> argparse.ArgumentParser:
         verbs = part.add_subparsers(dest="verb", required=True, metavar="VERB")
         for verb in resource.verbs:
             _add(verbs.add_parser(verb), resource, verb)
+    _add_inspect(resources.add_parser(_INSPECT, help="look into a model: parameters, memory, GPUs that hold it"))
     return parser
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ref", metavar="REF", help="org/name or org/name/FILE.gguf of a hub, or an absolute path")
+    parser.add_argument("--source", choices=("hub", "folder", "file"), help="default: by REF")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
 def _add(parser: argparse.ArgumentParser, resource: Resource, verb: str) -> None:
@@ -146,6 +160,14 @@ def _run(client: Client, resource: Resource, arguments: argparse.Namespace) -> N
         case "delete":
             assert name is not None
             client.delete(resource, name)
+
+
+def _inspect(client: Client, arguments: argparse.Namespace) -> None:
+    body = {"source": arguments.source or source_of(arguments.ref), "ref": arguments.ref}
+    if arguments.revision is not None:
+        body["revision"] = arguments.revision
+    found = client.create(RESOURCES["inspections"], None, body)
+    print(as_json(found) if arguments.json else as_report(found))
 
 
 def _span(query: list[tuple[str, str]]) -> list[tuple[str, str]]:

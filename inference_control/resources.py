@@ -89,6 +89,7 @@ RESOURCES: dict[str, Resource] = {
         _resource("triage", "id model at by groups first", "list get create", key="id"),
         _resource("overrides", _OVERRIDE, "list get create delete", key="id"),
         _resource("metrics", "name title unit source parameters", "list get"),
+        _resource("inspections", "id source ref at by", "list get create", key="id"),
         _resource("usage", "", "get"),
         _resource("requests", _REQUEST, "list get", key="id"),
         _resource("audit", "at actor action object organisation reason address", "list", key="id"),

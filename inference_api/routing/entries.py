@@ -183,6 +183,8 @@ class CatalogueEntry(_Entry):
     discover: bool = False
     adapters: tuple[ModelName, ...] | None = Field(default=None, max_length=MAX_ADAPTERS)
     created: int = Field(default=0, ge=0, description="Unix seconds; /v1/models shows it, 0 is unknown")
+    # Tokens of input and output together, until an engine reports its own length
+    max_model_len: int | None = Field(default=None, ge=1, lt=2**31)
     # Stands for the leading /v1 of the client's path
     base_path: Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)+$", max_length=256)] | None = None
     # Replace the client's headers of these names

@@ -62,7 +62,7 @@ class Model:
         self.in_flight: int = 0 if parent is None else parent.in_flight
         # Called when there may be a place, or a backend, for a request that waits; empty while none does.
         self.waiting: tuple[Callable[[], None], ...] = () if parent is None else parent.waiting
-        self.max_model_len: int | None = None if parent is None else parent.max_model_len
+        self.max_model_len: int | None = entry.max_model_len if parent is None else parent.max_model_len
         # The parts of features that apply to its entry, composed at its first request: see `feature.ByModel`.
         self.parts: Any = None
         # An address that serves another model may have state already.
@@ -81,7 +81,7 @@ class Model:
     def adopt(self, entry: CatalogueEntry, backends: tuple[Backend, ...], balancer: Balancer[Backend]) -> None:
         """Apply a new entry, or new backends; attempts in flight stay counted."""
         if entry is not self.entry:
-            self.max_model_len = None
+            self.max_model_len = entry.max_model_len
         self.entry, self.balancer = entry, balancer
         if backends != self.backends:
             left = {*self.backends, *self.leaving}.difference(backends)

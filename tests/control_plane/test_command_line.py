@@ -3,13 +3,16 @@
 import asyncio
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from tests.control_plane.conftest import NOON, Running
+from tests.control_plane.model_writers import GGUF_SHAPES, LLAMA_GGUF, gguf
 from tests.control_plane.test_fleet import backend, report
 from tests.ports import free_port
 
@@ -188,3 +191,22 @@ async def test_a_token_that_would_go_unencrypted_is_warned_of() -> None:
     variables |= {"http_proxy": f"http://127.0.0.1:{free_port()}"}
 
     assert "unencrypted" in (await control(None, "models", "list", **variables)).err
+
+
+async def test_a_model_is_inspected(start_sqlite: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(gguf(LLAMA_GGUF, GGUF_SHAPES))
+    plane = await start_sqlite(model_roots=str(tmp_path))
+    shown = await control(plane, "inspect", str(file))
+    whole = await control(plane, "inspect", str(tmp_path), "--json")
+    off = await control(plane, "inspect", "org/model")
+    listed = await control(plane, "inspections", "list", "--json")
+
+    assert (shown.code, whole.code, off.code) == (0, 0, 1), (shown.err, whole.err)
+    assert re.search(r"parameters: +12,352\n", shown.out)
+    assert "2 x 2 layers x 2 KV heads x 16 x 2 bytes = 256 bytes" in shown.out
+    assert re.search(r"\nNVIDIA T4 +15.0 +1 +yes ", shown.out)
+    assert re.search(r"max_model_len: 2048", shown.out)
+    assert json.loads(whole.out)["result"]["parameters"] == 12_352
+    assert "inspection_disabled" in off.err
+    assert [one["source"] for one in json.loads(listed.out)] == ["folder", "file"]

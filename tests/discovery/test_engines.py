@@ -58,6 +58,19 @@ async def test_a_list_of_the_models_is_made_again_when_a_length_is_learned(start
     assert (request.method, request.target) == ("GET", "/v1/models")
 
 
+async def test_the_length_of_the_entry_holds_until_an_engine_tells_its_own(start: Start, transport: Transport) -> None:
+    server = await start(cards(("m", 4096)))
+    fleet = fleet_of(server.url, max_model_len=2048)
+    silent = fleet_of("http://127.0.0.1:1", max_model_len=2048)
+
+    assert fleet.models["m"].max_model_len == 2048
+    assert await learned(fleet, transport) == 4096
+    assert await learned(silent, transport) == 2048
+    # Another entry, of which the engine has not told anything yet
+    fleet.update(parse_catalogue({"models": [{"name": "m", "backends": [server.url], "max_model_len": 1024}]}))
+    assert fleet.models["m"].max_model_len == 1024
+
+
 async def test_an_engine_that_comes_back_with_another_length_is_believed(start: Start, start_router: Start) -> None:
     server = await start(cards(("m", 4096)))
     served = await start_router(server)

@@ -17,6 +17,8 @@ from registry_stub.store import Stored
 
 # Fields of a new model's form that are texts of the entry
 _TEXTS = ("name", "owner", "engine", "served_model_name")
+# Keys of `hardware`
+HARDWARE = ("gpu", "gpu_count", "gpu_memory_gib")
 _PRICES = ("input", "cached_input", "output", "request")
 
 
@@ -92,6 +94,12 @@ def of_form(form: Form) -> dict[str, Any]:
     found["backends"] = [{"url": url} for url in form.words("backends")]
     if not found["backends"]:
         raise Invalid(Problem("backends", "give the URL of one at least: of an engine, with its port"))
+    if (length := form.number("max_model_len")) is not None:
+        found["max_model_len"] = length
+    gpu, count, memory = form.optional("gpu"), form.number("gpu_count"), form.decimal("gpu_memory_gib")
+    hardware = dict(zip(HARDWARE, (gpu, count, memory), strict=True))
+    if given := {name: value for name, value in hardware.items() if value is not None}:
+        found["hardware"] = given
     price = {name: value for name in _PRICES if (value := form.decimal(name)) is not None}
     if price:
         missing = [name for name in ("input", "output") if name not in price]
