@@ -1,4 +1,4 @@
-"""What an inspection tells of a model: estimates with their formulas, GPUs that hold it, and what to fill in."""
+"""What an inspection says of a model: estimates with their formulas, GPUs that hold it, and what to fill in."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
