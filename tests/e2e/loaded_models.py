@@ -45,7 +45,7 @@ def count(model: Any) -> int:
         for one in model.modules()
         if hasattr(one, "num_embeddings_padded")
     }
-    return sum(each.values()) - sum(added.values())
+    return int(sum(each.values()) - sum(added.values()))
 
 
 def main(paths: list[str]) -> None:
