@@ -19,6 +19,7 @@ from control_plane.services.inspections import SOURCES, Wanted
 from inference_api.routing.entries import CatalogueEntry, Engine
 
 _EXAMPLE = '{\n  "name": "",\n  "backends": [\n    {"url": ""}\n  ]\n}'
+_SWITCHES = "CONTROL_PLANE_HUB_ENDPOINT=https://huggingface.co\nCONTROL_PLANE_MODEL_ROOTS=/models"
 _FIELDS = ("name", "aliases", "owner", "engine", "backends", "served_model_name", "max_model_len")
 _LABELS = {"hub": "Hub", "folder": "Folder", "file": "File"}
 
@@ -57,6 +58,7 @@ async def new_model(visit: Visit) -> Response:
         inspection=inspection,
         sources=[(source, _LABELS[source]) for source in SOURCES if source not in off],
         off={_LABELS[source]: setting for source, setting in off.items()},
+        switches=_SWITCHES,
         notices={"inspected": "Inspected. Nothing is stored: look at the form, and check it."},
     )
 
