@@ -126,10 +126,14 @@ class Api:
                     return found
                 more = {"continue": token}
 
-    async def merge(self, call: Call, patch: Mapping[str, Any], **query: str) -> None:
-        """Change one object."""
+    async def merge(self, call: Call, patch: Mapping[str, Any], **query: str) -> Any:
+        """Change one object: as it is then, decoded from JSON."""
         async with self._bounded(call), self.open(call, query, orjson.dumps(patch)) as response:
-            await self._body(call, response)
+            body = await self._body(call, response)
+        try:
+            return orjson.loads(body)
+        except orjson.JSONDecodeError:
+            raise DriverError("garbage", f"The answer of the API server is no object, asked to {call}.") from None
 
     @asynccontextmanager
     async def open(

@@ -13,6 +13,7 @@ from control_plane.clients.api_server import AGENT, Api, ApiServer, Call, Kind
 from control_plane.pure import kubernetes
 from control_plane.pure.lifecycle import MOST_LINES, DriverError, DriverName, LogQuery, Observed
 from control_plane.pure.lines import LONGEST, Lines
+from control_plane.pure.loose import inner, whole
 from control_plane.pure.pods import Crash
 from control_plane.settings import PREFIX, Settings, SettingsError
 from inference_api.discovery.cluster import ClusterError, in_cluster
@@ -72,7 +73,10 @@ class Kubernetes:
         call = Call("patch", SCALE, self._place, _checked("Deployment", object))
         try:
             async with Api(self._server) as api:
-                await api.merge(call, {"spec": {"replicas": instances}}, fieldManager=AGENT)
+                found = await api.merge(call, {"spec": {"replicas": instances}}, fieldManager=AGENT)
+            # 0 is left out by Go. Whatever else answered has changed nothing.
+            if not found or (whole(inner(found, "spec").get("replicas")) or 0) != instances:
+                raise DriverError("garbage", f"The API server did not do what it was asked: to {call}.")
         finally:
             # It may have been changed although the answer got lost.
             self._seen.drop()
@@ -231,7 +235,7 @@ def driver(settings: Settings) -> Kubernetes | None:
         try:
             cluster = in_cluster(os.environ)
         except ClusterError as exc:
-            fix = f"or set {PREFIX}KUBERNETES_URL to that of `kubectl proxy`"
+            fix = f"outside of a cluster set {PREFIX}KUBERNETES_URL to that of `kubectl proxy`"
             raise SettingsError(f"{PREFIX}KUBERNETES_NAMESPACE={namespace!r}: {exc}; {fix}") from None
         server = ApiServer(cluster.url, cluster.token, cluster.ca)
     scales, reads_logs = settings.kubernetes_scale == "on", settings.kubernetes_logs == "on"

@@ -104,7 +104,8 @@ def scale(one: Deployment, namespace: str, pods: Sequence[Pod]) -> Json:
         "apiVersion": "autoscaling/v1",
         "kind": "Scale",
         "metadata": {"name": one.name, "namespace": namespace, "uid": f"uid-of-{one.name}"},
-        "spec": {"replicas": one.replicas},
+        # As Go leaves out what is 0
+        "spec": {"replicas": one.replicas} if one.replicas else {},
         "status": {"replicas": len(pods), "selector": ",".join(f"{k}={v}" for k, v in one.selector.items())},
     }
 

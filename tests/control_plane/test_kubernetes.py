@@ -416,7 +416,16 @@ async def test_a_look_that_fails_says_why(
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"), [(403, "forbidden"), (404, "not_found"), (409, "conflict"), (422, "invalid"), ("slow", "slow")]
+    ("how", "reason"),
+    [
+        (403, "forbidden"),
+        (404, "not_found"),
+        (409, "conflict"),
+        (422, "invalid"),
+        ("slow", "slow"),
+        ("garbage", "garbage"),
+        ("odd", "garbage"),
+    ],
 )
 async def test_a_change_that_fails_says_why(
     how: int | str, reason: str, cluster: FakeCluster, drive: Callable[..., Kubernetes]
