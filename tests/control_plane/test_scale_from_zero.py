@@ -102,7 +102,7 @@ async def test_requests_start_a_model_and_it_stops_when_it_is_idle(plane: Runnin
     assert [reason for action, _, reason in deeds if action == "deployment.stop"] == ["idle for 10 s"]
 
 
-async def test_an_engine_that_is_killed_gets_its_requests_later(plane: Running, start_router: Start) -> None:
+async def test_a_model_that_was_stopped_by_hand_starts_at_its_next_request(plane: Running, start_router: Start) -> None:
     await put(plane, "deployments", DEPLOYMENT)
     router = await start_router(
         registry_url=plane.url, registry_token=SERVICE_TOKEN, report_interval=0.2, registry_refresh=600
