@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Act(NamedTuple):
 class Plane:
     """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys that are lent, with their secrets.
 
-    `testing`: models that are tested now. `engines`: what services.engines knows of all.
+    `testing`: models that are tested now. `turns`: of services.turns, by kind. `engines`: what services.engines knows.
     """
 
     settings: Settings
@@ -51,6 +52,7 @@ class Plane:
     kept: Kept = field(default_factory=Kept)
     loans: Kept = field(default_factory=lambda: Kept(5_000), repr=False)
     testing: set[str] = field(default_factory=set)
+    turns: Counter[str] = field(default_factory=Counter)
     engines: Told = field(default_factory=Told)
 
     @asynccontextmanager

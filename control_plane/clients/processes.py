@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import stat
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import httpx
@@ -60,7 +60,7 @@ class Processes:
             raise DriverError("invalid", "A process runs once, or not at all.")
         self._find(object).want(bool(instances))
 
-    async def log(self, object: str, query: LogQuery) -> AsyncIterator[str]:
+    async def log(self, object: str, query: LogQuery) -> AsyncGenerator[str, None]:
         found = self._find(object)
         if query.instance != object or query.container not in (None, object):
             raise DriverError("not_found", f"The process {object[:64]!r} has one log, under its own name.")

@@ -4,7 +4,7 @@ A driver knows objects: Deployments of a cluster, or processes of this machine. 
 process. A state is derived from what is there, each time, and never stored.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
 State = Literal["stopped", "waiting", "pulling", "loading", "ready", "failing", "stopping", "unknown"]
@@ -122,7 +122,7 @@ class Driver(Protocol):
     async def scale(self, object: str, instances: int) -> None:
         """Returns when that is accepted; instances come and go later."""
 
-    def log(self, object: str, query: LogQuery) -> AsyncIterator[str]:
+    def log(self, object: str, query: LogQuery) -> AsyncGenerator[str, None]:
         """Lines without their ends, each at most 16 KiB; bytes that are no UTF-8 are replaced."""
 
     async def run(self) -> None:
@@ -142,13 +142,14 @@ def standing(observed: Observed) -> Standing:
     ready = [one for one in instances if one.state == "ready"]
     others = [one for one in instances if one.state not in ("ready", "stopped")]
     failing = [one for one in others if one.state == "failing"]
+    if not wanted:
+        # Also while those that are to end still answer
+        state: State = "stopping" if others or ready else "stopped"
+        return Standing(state, len(ready), 0, _said(others), _first([*others, *ready]))
     if ready:
         # It answers; what is wrong with others is said beside it.
         reason = _said(failing or others) or observed.problem
         return Standing("ready", len(ready), wanted, reason, min(map(_since, ready)) or None)
-    if not wanted:
-        state: State = "stopping" if others else "stopped"
-        return Standing(state, 0, 0, _said(others) if others else None, _first(others))
     if failing:
         return Standing("failing", 0, wanted, _said(failing), _first(failing))
     for state in _COMING:

@@ -18,13 +18,14 @@ from control_plane.pure.times import shown
 from control_plane.services import audit
 from control_plane.services.measuring import measure
 from control_plane.services.sweeping import RESULTS
+from control_plane.services.turns import turn
 
 Source = Literal["hub", "folder", "file"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 # Milliseconds that a row is kept, and what was found of a commit
 _KEPT, _OF_COMMIT = RESULTS[inspections], DAY
-# Seconds of one inspection
-PATIENCE = 20.0
+# Seconds of one inspection, and how many at once
+PATIENCE, AT_ONCE = 20.0, 4
 _SETTINGS: dict[Source, str] = {
     "hub": "CONTROL_PLANE_HUB_ENDPOINT",
     "folder": "CONTROL_PLANE_MODEL_ROOTS",
@@ -59,7 +60,8 @@ async def create(plane: Plane, act: Act, wanted: Wanted, patience: float = PATIE
     """Inspect a model; returns the inspection. `patience`: seconds. Raises Refused."""
     if wanted.revision is not None and wanted.source != "hub":
         raise Invalid(Problem("revision", "only the source `hub` has revisions"))
-    measured = await _within(patience, _measured(plane, wanted))
+    with turn(plane, "inspections", AT_ONCE):
+        measured = await _within(patience, _measured(plane, wanted))
     result = inspected.result(inspected.name_of(wanted.ref), measured)
     values = {
         "id": new_id("ins", act.at),

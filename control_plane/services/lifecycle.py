@@ -12,7 +12,7 @@ from control_plane.services.deployments import Deployment, driver_of
 # Statuses and codes by the reason of a DriverError
 _ANSWERS = {
     "not_found": (404, "not_found"),
-    "forbidden": (403, "scaling_disabled"),
+    "forbidden": (403, ""),
     "conflict": (409, "conflict"),
     "gone": (410, "gone"),
     "invalid": (422, "validation_error"),
@@ -95,8 +95,9 @@ async def _scaled(plane: Plane, act: Act, model: str, verb: str, instances: int 
     return await look_at(plane, deployment)
 
 
-def refused(error: DriverError) -> Refused:
-    """The answer for what a driver says."""
+def refused(error: DriverError, forbidden: str = "scaling_disabled") -> Refused:
+    """The answer for what a driver says. `forbidden`: the code where it may not do what it is asked for."""
     status, code = _ANSWERS.get(error.reason, (502, "driver_failed"))
+    code = forbidden if status == 403 else code
     headers = {"Retry-After": "5"} if status == 503 else {}
     return Refused(status, code, str(error), headers=headers)

@@ -81,7 +81,7 @@ async def read(plane: Plane, wanted: Wanted) -> LogPage:
         message = f"The log of {wanted.instance!r} was not read within {PATIENCE:g} s. Ask for fewer lines."
         raise Refused(503, "driver_away", message, headers={"Retry-After": "5"}) from None
     except DriverError as exc:
-        raise lifecycle.refused(exc) from None
+        raise lifecycle.refused(exc, "logs_disabled") from None
     return LogPage(found, kept[-wanted.lines :], len(kept) >= wanted.lines)
 
 
@@ -101,7 +101,7 @@ async def follow(plane: Plane, found: Source, take: Take, longest: float = LONGE
     except TimeoutError:
         return "It was followed for as long as may be, or the control plane stops: open it again."
     except DriverError as exc:
-        raise lifecycle.refused(exc) from None
+        raise lifecycle.refused(exc, "logs_disabled") from None
     finally:
         await lines.aclose()
 
@@ -132,5 +132,6 @@ async def _next(lines: AsyncGenerator[str, None]) -> Any:
 async def _lines(driver: Driver, object: str, query: LogQuery) -> AsyncGenerator[str, None]:
     if not driver.reads_logs:
         raise DriverError("forbidden", "Logs are not read here: set CONTROL_PLANE_KUBERNETES_LOGS=on, with its right.")
-    async for line in driver.log(object, query):
-        yield line
+    async with aclosing(driver.log(object, query)) as lines:
+        async for line in lines:
+            yield line

@@ -24,9 +24,10 @@ from control_plane.services import audit, lifecycle, logs, models, requests, sum
 from control_plane.services.lifecycle import Looked
 from control_plane.services.requests import Ended
 from control_plane.services.summaries import Summarised
+from control_plane.services.turns import turn
 
-# Groups that are kept, logs that are read at once
-MOST_GROUPS, MOST_LOGS = 100, 6
+# Groups that are kept, logs that are read by one, and triages at once: hostile lines take a CPU for seconds
+MOST_GROUPS, MOST_LOGS, AT_ONCE = 100, 6, 2
 _FINE = (None, "Completed")
 
 
@@ -53,6 +54,11 @@ class Read(NamedTuple):
 
 async def create(plane: Plane, act: Act, asked: Asked) -> dict[str, Any]:
     """The triage with examples, and with addresses where placeholders are stored. Raises Refused."""
+    with turn(plane, "triages", AT_ONCE):
+        return await _created(plane, act, asked)
+
+
+async def _created(plane: Plane, act: Act, asked: Asked) -> dict[str, Any]:
     model = models.catalogue(plane).owners.get(asked.model)
     if model is None:
         raise NotFound("model", asked.model)

@@ -1,7 +1,7 @@
 """A driver that does what a test says, for what is built on drivers; the real ones have tests of their own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from control_plane.connections import Connections
 from control_plane.pure.lifecycle import DriverError, DriverName, Instance, LogQuery, Observed
@@ -44,7 +44,7 @@ class Scripted:
         names = [f"engine-{number}" for number in range(instances)]
         self.observed = Observed(instances, tuple(Instance(one, "ready", containers=("main", "side")) for one in names))
 
-    async def log(self, object: str, query: LogQuery) -> AsyncIterator[str]:
+    async def log(self, object: str, query: LogQuery) -> AsyncGenerator[str, None]:
         self._fail()
         for line in [line for line in self.lines if line is not None][-query.lines :]:
             yield f"{query.container}: {line}"

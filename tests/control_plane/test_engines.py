@@ -259,7 +259,7 @@ async def test_logs_that_may_not_be_read_are_refused(running: Running, driver: S
 
     answer = await running.admin.get("/api/v1/logs?pod=engine-0")
 
-    assert answer.status_code == 403
+    assert error(answer)[:2] == (403, "logs_disabled")
     assert "CONTROL_PLANE_KUBERNETES_LOGS" in answer.text
 
 

@@ -75,8 +75,8 @@ async def test_an_engine_comes_and_goes_step_by_step(cluster: FakeCluster, drive
     seen.append(standing(await driver.look("llama")).state)
 
     coming = ["waiting", "pulling", "loading", "ready"]
-    # Between the change and what follows from it, there is nothing of it yet.
-    assert seen == ["stopped", "waiting", *coming, "ready", "stopping", "stopped"]
+    # Between the change and what follows from it, there is nothing of it yet: the pod still answers.
+    assert seen == ["stopped", "waiting", *coming, "stopping", "stopping", "stopped"]
     assert await driver.objects() == ["gpt2", "llama"]
     assert (await driver.look("gpt2")).instances == ()
 
