@@ -10,7 +10,7 @@ import pytest
 from control_plane.pure.lifecycle import DriverError, Event, Exit, Instance, Observed
 from tests.control_plane.conftest import Running
 from tests.control_plane.drivers import Scripted
-from tests.control_plane.people import error
+from tests.control_plane.people import acting_as, error
 from tests.fakes import until
 
 pytestmark = pytest.mark.anyio
@@ -328,3 +328,36 @@ async def test_a_failing_instance_is_shown_with_its_last_exit(running: Running, 
     assert found["instances"][0]["last_exit"] == {"code": 137, "reason": "OOMKilled", "at": "1970-01-01T00:00:00.002Z"}
     assert found["instances"][0]["tail"] == ["oom"]
     assert found["events"][0]["message"] == "restarting"
+
+
+async def test_lines_of_a_log_are_for_those_who_may_read_logs(running: Running, driver: Scripted) -> None:
+    driver.observed = Observed(1, (Instance("engine-0", "failing", "exit code 1", tail=("prompt: my secret",)),))
+    paths = (
+        "/api/v1/deployments",
+        f"/api/v1/deployments/{MODEL}",
+        "/api/v1/pods",
+        f"/console/models/{MODEL}?tab=engine",
+    )
+    shown = {}
+    for name, role in (("oscar", "operator"), ("vera", "viewer")):
+        async with acting_as(running, name, role) as client:
+            answers = [await client.get(path) for path in paths]
+            assert {answer.status_code for answer in answers} == {200}
+            shown[role] = [("my secret" in answer.text, "exit code 1" in answer.text) for answer in answers]
+
+    assert shown == {"operator": [(True, True)] * 4, "viewer": [(False, True)] * 4}
+
+
+async def test_a_kept_answer_has_no_line_of_a_log(running: Running, driver: Scripted) -> None:
+    driver.observed = Observed(0, (Instance("engine-0", "failing", "exit code 1", tail=("prompt: my secret",)),))
+
+    async def look(instances: int) -> None:
+        driver.observed = driver.observed._replace(wanted=instances)
+
+    driver.scale = lambda object, instances: look(instances)  # type: ignore[method-assign]
+    headers = {"idempotency-key": "start-1"}
+    body = {"model": MODEL, "action": "start"}
+    answers = [await running.admin.post("/api/v1/model-actions", json=body, headers=headers) for _ in range(2)]
+
+    assert [one.status_code for one in answers] == [202, 202]
+    assert ["my secret" in one.text for one in answers] == [False, False]

@@ -13,7 +13,7 @@ from control_plane.http.api.access import Acting, ThePlane
 from control_plane.http.api.documents import OUTSIDE
 from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.preconditions import etag_of, require
-from control_plane.plane import Plane
+from control_plane.plane import Act, Plane
 from control_plane.pure.lifecycle import LINES, MOST_LINES, DriverName, Event, Instance
 from control_plane.pure.model_tests import Kind
 from control_plane.pure.times import shown
@@ -68,13 +68,13 @@ async def list_deployments(
     rows = await deployments.listed(plane, after and after[0], None if model is not None else place.limit + 1)
     chosen = [one for one in rows if model in (None, one.model)]
     looked = await asyncio.gather(*(lifecycle.look_at(plane, one) for one in chosen))
-    return page(looked, place, lambda one: [one.deployment.model], shown_deployment)
+    return page(looked, place, lambda one: [one.deployment.model], lambda one: shown_deployment(act, one))
 
 
 @router.get("/deployments/{model:path}")
 async def read_deployment(model: str, act: Acting, plane: ThePlane, response: Response) -> dict[str, Any]:
     """The ETag stands for what people say of it, not for its state."""
-    return _tagged(response, await lifecycle.look(plane, model))
+    return _tagged(response, act, await lifecycle.look(plane, model))
 
 
 @router.put("/deployments/{model:path}", responses={201: {"description": "Created"}})
@@ -89,7 +89,7 @@ async def put_deployment(
     if await deployments.put(plane, act, body.wanted(model), check):
         response.status_code = 201
         response.headers["Location"] = f"/api/v1/deployments/{model}"
-    return _tagged(response, await lifecycle.look(plane, model))
+    return _tagged(response, act, await lifecycle.look(plane, model))
 
 
 @router.delete("/deployments/{model:path}", status_code=204)
@@ -119,7 +119,8 @@ async def act_on_model(body: Action, act: Acting, plane: ThePlane, response: Res
             found = await lifecycle.stop(plane, act, body.model, body.reason)
         case _:
             found = await lifecycle.scale(plane, act, body.model, body.replicas or 0, body.reason)
-    return shown_deployment(found)
+    # Answers to POSTs are kept for a day, and no line of a log is.
+    return shown_deployment(act, found, tails=False)
 
 
 @router.get("/pods", responses=OUTSIDE)
@@ -134,7 +135,7 @@ async def list_pods(
     )
     if after is not None:
         rows = [row for row in rows if row[:2] > tuple(after)]
-    return page(rows[: place.limit + 1], place, lambda row: [*row[:2]], lambda row: shown_instance(row[2], row[0]))
+    return page(rows[: place.limit + 1], place, lambda row: [*row[:2]], lambda row: shown_instance(act, row[2], row[0]))
 
 
 @router.get("/logs", response_model=None, responses={**OUTSIDE, 200: {"content": {"text/event-stream": {}}}})
@@ -210,8 +211,10 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-def shown_deployment(found: Looked) -> dict[str, Any]:
-    one, standing = found.deployment, found.standing
+def shown_deployment(act: Act, found: Looked, tails: bool = True) -> dict[str, Any]:
+    one, standing, instances = found.deployment, found.standing, found.observed.instances
+    if not tails:
+        instances = tuple(instance._replace(tail=()) for instance in instances)
     return {
         **one.body,
         "last_activation_at": shown(one.last_activation_at),
@@ -222,15 +225,17 @@ def shown_deployment(found: Looked) -> dict[str, Any]:
         "reason": standing.reason,
         "since": shown(standing.since),
         "owner": found.observed.owner,
-        "instances": [shown_instance(instance, one.model) for instance in found.observed.instances],
+        "instances": [shown_instance(act, instance, one.model) for instance in instances],
         "events": [_shown_event(event) for event in found.observed.events],
     }
 
 
-def shown_instance(one: Instance, model: str) -> dict[str, Any]:
+def shown_instance(act: Act, one: Instance, model: str) -> dict[str, Any]:
+    """`tail` is for those who may read logs."""
     last = one.last_exit
     return {
         **one._asdict(),
+        "tail": one.tail if act.principal.may("backends.operate") else (),
         "model": model,
         "since": shown(one.since),
         "last_exit": None if last is None else {**last._asdict(), "at": shown(last.at)},
@@ -241,6 +246,6 @@ def _shown_event(one: Event) -> dict[str, Any]:
     return {**one._asdict(), "at": shown(one.at)}
 
 
-def _tagged(response: Response, found: Looked) -> dict[str, Any]:
+def _tagged(response: Response, act: Act, found: Looked) -> dict[str, Any]:
     response.headers["ETag"] = etag_of(found.deployment.body)
-    return shown_deployment(found)
+    return shown_deployment(act, found)
