@@ -13,6 +13,7 @@ from control_plane.http.api.access import Acting, ThePlane
 from control_plane.http.api.documents import OUTSIDE
 from control_plane.http.api.paging import Page, Paging, page
 from control_plane.http.api.preconditions import etag_of, require
+from control_plane.http.leaving import while_there
 from control_plane.plane import Act, Plane
 from control_plane.pure.lifecycle import LINES, MOST_LINES, DriverName, Event, Instance
 from control_plane.pure.model_tests import Kind
@@ -175,16 +176,7 @@ class Followed(Response):
         self._request_id = request_id or ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        following = asyncio.create_task(self._follow(send))
-        leaving = asyncio.create_task(_left(receive))
-        try:
-            await asyncio.wait({following, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (following, leaving):
-                task.cancel()
-            await asyncio.wait({following, leaving})
-        if not following.cancelled():
-            following.result()
+        await while_there(receive, self._follow(send))
 
     async def _follow(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
@@ -204,11 +196,6 @@ async def _event(send: Send, kind: str | None, value: Any) -> None:
     """None: a comment, by which it is seen that the reader is still there."""
     body = b": \n\n" if kind is None else f"event: {kind}\ndata: ".encode() + orjson.dumps(value) + b"\n\n"
     await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def shown_deployment(act: Act, found: Looked, tails: bool = True) -> dict[str, Any]:

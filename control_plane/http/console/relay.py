@@ -1,6 +1,5 @@
 """An answer of a router as it comes, byte for byte; a browser that leaves ends it, there too."""
 
-import asyncio
 from typing import Final
 
 import orjson
@@ -9,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from control_plane.clients.router import LONGEST, Answer, Router, RouterAway
 from control_plane.errors import Refused, envelope
+from control_plane.http.leaving import while_there
 from control_plane.plane import Act, Plane
 from control_plane.services import playground
 
@@ -28,18 +28,7 @@ class Relay(Response):
         self._asked = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        relaying = asyncio.ensure_future(self._relay(send))
-        leaving = asyncio.ensure_future(_left(receive))
-        try:
-            await asyncio.wait({relaying, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            leaving.cancel()
-            if not relaying.done():
-                relaying.cancel()
-            # Only once it has ended is the router's connection closed.
-            await asyncio.wait({relaying, leaving})
-        if not relaying.cancelled():
-            relaying.result()
+        await while_there(receive, self._relay(send))
 
     async def _relay(self, send: Send) -> None:
         began = False
@@ -68,8 +57,3 @@ def _headers(answer: Answer) -> list[tuple[bytes, bytes]]:
     ]
     # A proxy in front passes on what it has.
     return [*kept, (b"x-accel-buffering", b"no")]
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
