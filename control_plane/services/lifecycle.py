@@ -50,7 +50,7 @@ async def look_at_all(plane: Plane) -> list[Looked]:
 
 
 async def start(plane: Plane, act: Act, model: str, reason: str | None) -> Looked:
-    """As many instances as it has at least, and one at least. Raises Refused."""
+    """As many instances as it has at least, and one at least; more that run go on. Raises Refused."""
     return await _scaled(plane, act, model, "start", None, reason)
 
 
@@ -77,10 +77,12 @@ async def _scaled(plane: Plane, act: Act, model: str, verb: str, instances: int 
     if found.observed.owner is not None:
         message = f"{found.observed.owner} sets the number of instances of {deployment.object!r}: change it there."
         raise Refused(409, "owned", message, param="model")
-    wanted = max(1, deployment.min) if instances is None else instances
-    if wanted and not max(1, deployment.min) <= wanted <= deployment.max:
-        message = f"replicas: must be 0, or {max(1, deployment.min)} to {deployment.max}, as the deployment says"
+    least = max(1, deployment.min)
+    if instances and not least <= instances <= deployment.max:
+        message = f"replicas: must be 0, or {least} to {deployment.max}, as the deployment says"
         raise Refused(422, "validation_error", message, param="replicas")
+    # Whoever starts what runs already stops nothing.
+    wanted = max(least, found.observed.wanted or 0) if instances is None else instances
     what = audit.Object("model", model)
     # Before the change, which no transaction takes back: what is done is in the log, whatever happens next.
     before, after = {"instances": found.observed.wanted}, {"instances": wanted}

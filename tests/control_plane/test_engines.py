@@ -84,6 +84,13 @@ async def test_a_start_is_within_what_the_deployment_says(running: Running, driv
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "replicas")
 
 
+async def test_a_start_of_what_runs_stops_nothing(running: Running, driver: Scripted) -> None:
+    answers = [await act(running, "scale", replicas=3), await act(running, "start")]
+
+    assert [one.json()["wanted"] for one in answers] == [3, 3]
+    assert driver.scaled == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
