@@ -16,6 +16,11 @@ PATIENCE = 30 * MINUTE
 _STOPPABLE: frozenset[State] = frozenset({"ready", "failing"})
 
 
+def may_serve(router: Reported, now: int, patience: int = PATIENCE) -> bool:
+    """Whether a router that is lost may have requests all the same: it has not said that it ends, not long ago."""
+    return router.lost(now) and not router.report["draining"] and now - router.at < patience
+
+
 class Traffic(NamedTuple):
     """Of one model. `active`: requests in flight and queued; `requests`: so far, by router and its start."""
 

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from control_plane.data.usage_tables import usage
 from control_plane.errors import Refused, StorageUnavailable
 from control_plane.plane import Act, Plane, Task
-from control_plane.pure.idling import PATIENCE, Life, Watched, is_idle, traffic_of
+from control_plane.pure.idling import PATIENCE, Life, Watched, is_idle, may_serve, traffic_of
 from control_plane.pure.reports import Reported
 from control_plane.pure.roles import SYSTEM
 from control_plane.services import deployments, lifecycle, reports
@@ -73,11 +73,15 @@ class Idling:
         running = [one for one in noted if one.observed.wanted and one.deployment.idle_seconds is not None]
         names = {one.deployment.model for one in running}
         self._withholding.closing &= names
-        # Without any router that reports nothing is known.
-        present = (await reports.seen(self._plane)).present if running else ()
-        self._watched.see(names, traffic_of(present, names), self._plane.clock())
+        present, is_known = await self._routers() if running else ((), False)
+        self._watched.see(names, traffic_of(present, names) if is_known else {}, self._plane.clock())
         for one in running:
             await self._consider(one, present)
+
+    async def _routers(self) -> tuple[Sequence[Reported], bool]:
+        """Those that report, and whether these are all that may have requests."""
+        seen = await reports.seen(self._plane)
+        return seen.present, not any(may_serve(one, seen.now, self._patience) for one in seen.reported)
 
     async def _noted(self, one: Looked) -> Looked:
         """Note when it was ready first, since its start and since it was asked for."""

@@ -180,6 +180,21 @@ async def test_without_reports_nothing_is_stopped(plane: Running, driver: Script
     assert driver.scaled == [1]
 
 
+@pytest.mark.parametrize(
+    ("draining", "gone", "scaled"), [(False, 300, [1]), (True, 300, [1, 0]), (False, 1800, [1, 0])]
+)
+async def test_a_router_that_is_lost_may_serve_on(
+    plane: Running, driver: Scripted, draining: bool, gone: float, scaled: list[int]
+) -> None:
+    await activated(plane)
+    await reports(plane, r2=report(draining=draining))
+    plane.clock.advance(gone)
+
+    await idle(plane, 100)
+
+    assert driver.scaled == scaled
+
+
 async def test_what_others_scale_is_not_stopped(plane: Running, driver: Scripted) -> None:
     await activated(plane)
     driver.observed = driver.observed._replace(owner="ScaledObject gpt2")
