@@ -57,7 +57,8 @@ class Process:
 
     def look(self) -> Observed:
         reason = self._reason
-        if self._again_at is not None:
+        # It may be wanted no more, or at once, and not know it yet.
+        if self._again_at is not None and self._state == "failing":
             reason = f"{reason}; it starts again in {max(0.0, self._again_at - time.monotonic()):.0f} s"
         name = self.command.name
         tail = self.log.last(_TAIL) if self._state == "failing" else ()

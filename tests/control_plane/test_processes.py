@@ -232,7 +232,7 @@ async def test_a_command_that_fails_says_why(start: Start, line: list[str], code
     assert failing.reason.startswith(f"{reason}; it starts again in ")
     assert tail in failing.tail[-1]
     assert found.state == "failing"
-    assert stopped.state == "stopped"
+    assert (stopped.state, stopped.reason) == ("stopped", None)
 
 
 async def test_a_port_that_is_taken_is_no_health(start: Start) -> None:
