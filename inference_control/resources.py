@@ -85,6 +85,7 @@ RESOURCES: dict[str, Resource] = {
             slashes=True, shown_only=_SEEN,
         ),
         _resource("model-actions", "", "create", key="model"),
+        _resource("model-tests", "id model backend kind at by ok", "list", key="id"),
         _resource("pods", "model name state reason restarts", "list"),
         _resource("triage", "id model at by groups first", "list get create", key="id"),
         _resource("overrides", _OVERRIDE, "list get create delete", key="id"),

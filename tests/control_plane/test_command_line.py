@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from inference_control.resources import RESOURCES
 from tests.control_plane.conftest import NOON, Running
 from tests.control_plane.model_writers import GGUF_SHAPES, LLAMA_GGUF, gguf
 from tests.control_plane.test_fleet import backend, report
 from tests.ports import free_port
 
+ROOT = Path(__file__).parents[2]
 # Each command is a process.
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 
@@ -210,3 +212,10 @@ async def test_a_model_is_inspected(start_sqlite: Callable[..., Any], tmp_path: 
     assert json.loads(whole.out)["result"]["parameters"] == 12_352
     assert "inspection_disabled" in off.err
     assert [one["source"] for one in json.loads(listed.out)] == ["folder", "file"]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_commands_in_the_documentation_can_be_given(page: Path) -> None:
+    commands = re.findall(r"^(?: {4})?inference-control ([a-z-]+) (\S+)", page.read_text(), re.MULTILINE)
+
+    assert [one for one in commands if one[0] != "inspect" and one[1] not in RESOURCES[one[0]].verbs] == []
