@@ -150,9 +150,9 @@ class Process:
             health.cancel()
             output.cancel()
             _kill(child)
-        self._last_exit = Exit(code, _SIGNALS.get(code - 128), _now())
         why = ended_because(code, _SIGNALS)
         if not asked:
+            self._last_exit = Exit(code, _SIGNALS.get(code - 128), _now())
             return why
         self._say(False, "Stopped", why)
         return None

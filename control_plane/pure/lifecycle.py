@@ -17,7 +17,10 @@ MOST_LINES, LINES = 2_000, 500
 
 
 class Exit(NamedTuple):
-    """How an instance ended last. `code`: 137 is SIGKILL. `reason`: `OOMKilled`. `at`: Unix milliseconds."""
+    """How an instance ended last, without having been asked.
+
+    `code`: 137 is SIGKILL. `reason`: `OOMKilled`. `at`: Unix milliseconds.
+    """
 
     code: int | None
     reason: str | None = None

@@ -136,9 +136,11 @@ async def test_a_process_is_started_becomes_ready_and_is_stopped(start: Start) -
     pid = int(await word(driver, "begins"))
     await driver.scale("a", 0)
     assert standing(await driver.look("a")).state == "stopping"
-    await becomes(driver, "stopped")
+    stopped = await becomes(driver, "stopped")
 
     assert (ready.restarts, ready.last_exit, ready.tail) == (0, None, ())
+    # It was asked to.
+    assert stopped.last_exit is None
     assert ready.address == f"127.0.0.1:{port}"
     assert stat(pid) == ["X"]
     events = (await driver.look("a")).events
