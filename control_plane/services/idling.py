@@ -14,6 +14,7 @@ from control_plane.pure.idling import PATIENCE, Life, Watched, is_idle, may_serv
 from control_plane.pure.reports import Reported
 from control_plane.pure.roles import SYSTEM
 from control_plane.services import deployments, lifecycle, reports
+from control_plane.services.deployments import Deployment
 from control_plane.services.lifecycle import Looked
 from control_plane.services.rollup import leads
 from control_plane.services.withholding import Withholding
@@ -70,13 +71,17 @@ class Idling:
 
     async def _look_for_idle(self, looked: Sequence[Looked]) -> None:
         noted = [await self._noted(one) for one in looked]
-        running = [one for one in noted if one.observed.wanted and one.deployment.idle_seconds is not None]
+        running = [one for one in noted if one.observed.wanted and self._may_stop(one.deployment)]
         names = {one.deployment.model for one in running}
         self._withholding.closing &= names
         present, is_known = await self._routers() if running else ((), False)
         self._watched.see(names, traffic_of(present, names) if is_known else {}, self._plane.clock())
         for one in running:
             await self._consider(one, present)
+
+    def _may_stop(self, found: Deployment) -> bool:
+        driver = self._plane.connections.drivers.get(found.driver)
+        return found.idle_seconds is not None and driver is not None and driver.scales
 
     async def _routers(self) -> tuple[Sequence[Reported], bool]:
         """Those that report, and whether these are all that may have requests."""
@@ -141,5 +146,7 @@ class Idling:
                 await lifecycle.stop(plane, act, model, f"idle for {one.deployment.idle_seconds} s")
             except Refused as exc:
                 log.warning("the model %r is idle and was not stopped: %s", model, exc)
+                # Tried again after as long, not at once: each try is in the audit log.
+                self._watched.note(model, plane.clock())
             else:
                 await deployments.note(plane, model, was_ready_at=None)

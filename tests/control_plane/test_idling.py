@@ -195,6 +195,41 @@ async def test_a_router_that_is_lost_may_serve_on(
     assert driver.scaled == scaled
 
 
+async def test_what_may_not_be_stopped_is_not_tried(plane: Running, driver: Scripted) -> None:
+    await activated(plane)
+    driver.scales = False
+
+    await idle(plane)
+
+    assert driver.scaled == [1]
+    assert [action for action, _, _ in await deeds(plane)] == ["deployment.start"]
+
+
+class Refusing(Scripted):
+    """It counts what it refuses."""
+
+    async def scale(self, object: str, instances: int) -> None:
+        self.scaled.append(instances)
+        raise DriverError("forbidden", "The control plane may not.")
+
+
+async def test_a_stop_that_is_refused_is_tried_again_as_late_as_the_first(start_sqlite: Start) -> None:
+    driver = Refusing("kubernetes")
+    driver.observed = Observed(1, (Instance("engine-0", "ready"),))
+    plane: Running = await start_sqlite(outside=driver.connections())
+    await plane.admin.put("/models/m", json={"name": "m", "backends": ["http://10.0.0.1:8000"]})
+    await deploy(plane)
+
+    service = await idle(plane)
+    plane.clock.advance(300)
+    await quiet(plane)
+    for _ in range(10):
+        await service.turn()
+
+    # Twice; and the task of the control plane itself looks now and then.
+    assert 2 <= len(driver.scaled) <= 5
+
+
 async def test_what_others_scale_is_not_stopped(plane: Running, driver: Scripted) -> None:
     await activated(plane)
     driver.observed = driver.observed._replace(owner="ScaledObject gpt2")
