@@ -271,6 +271,16 @@ async def test_others_see_no_reason_and_no_button(plane: Running, driver: Script
     assert (await sent(plane, ENGINE, do="stop", reason="x")).status_code == 403
 
 
+async def test_who_deletes_a_model_is_told_that_its_engine_runs_on(plane: Running, driver: Scripted) -> None:
+    stop = f"{M}?tab=engine&act=stop"
+    seen = []
+    for observed in (Observed(0), Observed(1, (KILLED,))):
+        driver.observed = observed
+        seen.append(stop in links_of(await page(plane, f"{M}?tab=engine&act=delete")))
+
+    assert seen == [False, True]
+
+
 async def test_a_log_is_text_with_nothing_unseen_in_it(plane: Running, driver: Scripted) -> None:
     driver.observed = Observed(2, (WAITING, KILLED))
     driver.add(*(f"line {number}" for number in range(120)), "\x1b[1;31mERROR\x1b[0m <script>x</script> \u202egnp\x07")
