@@ -31,8 +31,10 @@ _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _COMMIT: Final = re.compile(r"[0-9a-f]{7,64}")
 _RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _TOKEN: Final = "CONTROL_PLANE_HUB_TOKEN"
-# Networks whose addresses stand for others, which may be private
-_TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
+# Networks whose addresses stand for others, which may be private; and those that Python took for public for long
+_TRANSLATED = "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"
+_OLD = "192.0.0.0/24", "::/96", "fec0::/10"
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, (*_TRANSLATED, *_OLD)))
 
 
 class Hub:
@@ -182,7 +184,7 @@ class _File:
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return address.is_global and not address.is_multicast and not any(address in one for one in _TRANSLATED)
+    return address.is_global and not address.is_multicast and not any(address in one for one in _NOT_PUBLIC)
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

@@ -212,7 +212,8 @@ async def test_redirects_to_what_is_not_public_are_refused(asking: Asking, elsew
 
 def test_addresses_that_are_public() -> None:
     private = "10.1.1.1 127.0.0.1 169.254.1.1 192.168.0.1 100.64.0.1 0.0.0.0 224.0.0.1 ::1 fe80::1 fc00::1 ff02::1"
-    assert not any(is_public(ip_address(one)) for one in private.split())
+    standing_for_private = "::ffff:10.0.0.1 64:ff9b::a00:1 2002:a00:1:: ::10.0.0.1 fec0::1 192.0.0.192"
+    assert not any(is_public(ip_address(one)) for one in (*private.split(), *standing_for_private.split()))
     assert all(is_public(ip_address(one)) for one in ("93.184.216.34", "2606:2800:220:1::1"))
 
 
