@@ -76,7 +76,7 @@ def result(name: str, measured: Measured) -> dict[str, Any]:
         "commit": measured.commit,
         "parameters": parameters(measured.numbers, bits),
         "numbers": dict(measured.numbers),
-        "quantization": None if architecture is None else architecture.quantization,
+        "quantization": None if architecture is None else _seen(architecture.quantization),
         "architecture": None if architecture is None else _shown(architecture),
         "context": context,
         "weights_bytes": measured.weights,
@@ -98,9 +98,14 @@ def name_of(ref: str) -> str:
     return kept.lstrip("._-")[:128]
 
 
+def _seen(text: str | None) -> str | None:
+    """What a file says, without what nobody sees and no database takes."""
+    return None if text is None else "".join(filter(str.isprintable, text))
+
+
 def _shown(architecture: Architecture) -> dict[str, Any]:
     return {
-        "name": architecture.name,
+        "name": _seen(architecture.name),
         "layers": architecture.layers,
         "heads": architecture.heads,
         "kv_heads": architecture.kv_heads,

@@ -15,6 +15,7 @@ from control_plane.errors import NotFound, Refused
 from control_plane.plane import Act, Plane
 from control_plane.pure.ids import new_id
 from control_plane.pure.lifecycle import MOST_LINES, Instance
+from control_plane.pure.log_lines import unseen
 from control_plane.pure.log_templates import Example, Group, Said, Source, groups
 from control_plane.pure.outcomes import CODES, OUTCOMES, state_of
 from control_plane.pure.records import MINUTE
@@ -178,11 +179,11 @@ def _of_engines(looked: Looked, start: int) -> Iterator[Said]:
             text = f"exit {code}{reason}"
             yield Said("exit", text, "error", 1, last.at, last.at, (example,), text)
         if one.state == "failing" and one.reason:
-            reason = without_secrets(one.reason)
+            reason = without_secrets(unseen(one.reason))
             yield Said("event", reason, "error", 1, one.since, one.since, (example._replace(text=reason),))
     for event in looked.observed.events:
         if event.warns and event.at >= start:
-            text = without_secrets(f"{event.reason}: {event.message}")
+            text = without_secrets(unseen(f"{event.reason}: {event.message}"))
             example = Example(text, event.of)
             yield Said("event", text, "warning", event.times, None, event.at, (example,))
 

@@ -352,6 +352,18 @@ async def test_folders_and_files_are_inspected(start_sqlite: Start, root: Path) 
     assert error(config) == (422, "validation_error", "ref")
 
 
+async def test_what_nobody_sees_is_not_kept(start_plane: Start, root: Path) -> None:
+    """PostgreSQL refuses JSON with a NUL."""
+    hostile = {"architectures": ["Lla\0ma\u202e"], "quantization_config": {"quant_method": "a\0wq"}}
+    (root / "whole" / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **hostile}))
+    plane = await start_plane(model_roots=str(root))
+
+    found = await posted(plane, "folder", str(root / "whole"))
+
+    assert found.status_code == 201, found.text
+    assert (found.json()["result"]["architecture"]["name"], found.json()["result"]["quantization"]) == ("Llama", "awq")
+
+
 async def refused(made: Awaitable[Any], *words: str) -> None:
     with pytest.raises((SourceError, Unreadable)) as caught:
         await made

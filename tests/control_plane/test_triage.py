@@ -227,6 +227,17 @@ async def test_one_pod_and_its_log_before(start_sqlite: Callable[..., Any]) -> N
     assert error(wrong) == (422, "validation_error", "minutes")
 
 
+async def test_what_nobody_sees_is_in_no_group(start_sqlite: Callable[..., Any]) -> None:
+    engines = Engines()
+    event = Event(NOON, True, "Unhealthy", "it said \0\u202e\x1b[31mno", "engine-0")
+    engines.observed = Observed(1, (Instance("engine-0", "failing", "no\0thing"),), (event,))
+    running = await served(start_sqlite, engines)
+
+    found = await triaged(running)
+
+    assert {one["template"] for one in found["groups"]} == {"nothing", "Unhealthy: it said no"}
+
+
 async def test_hostile_logs_are_text_without_secrets_everywhere(start_sqlite: Callable[..., Any]) -> None:
     engines = Engines()
     engines.observed = Observed(1, (Instance("engine-0", "failing", f"exited with {SECRETS['token of the hub']}"),))
