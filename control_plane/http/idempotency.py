@@ -20,7 +20,7 @@ from control_plane.services.idempotency import Claim, Kept
 log = logging.getLogger(__name__)
 
 # Members of answers that are shown once
-SECRETS = ("key", "token", "setup_url", "examples")
+SECRETS = ("key", "token", "setup_url", "examples", "summary")
 # A login is no change that must not happen twice, and its answer is a secret.
 _EXCEPT = frozenset({"/api/v1/session"})
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")

@@ -250,6 +250,16 @@ async def test_a_summary_cites_groups_and_has_no_secret(start: Start) -> None:
     assert loan.key not in stored + orjson.dumps(found).decode()
 
 
+async def test_an_answer_that_is_kept_has_no_address(start: Start) -> None:
+    served = await start()
+    once, body = {"idempotency-key": "once"}, {"model": "llama", "summary": True}
+    first, again = [await served.plane.admin.post("/api/v1/triage", json=body, headers=once) for _ in range(2)]
+
+    assert "Weights of 10.0.0.11:8000" in first.text
+    assert again.json() == {**first.json(), "examples": None, "summary": None}
+    assert "Weights of 10.0.0.11:8000" not in await everything_stored(served.plane)
+
+
 async def _never() -> Any:
     raise AssertionError("nothing was lent")
 
