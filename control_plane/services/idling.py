@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from sqlalchemy import func, select
@@ -58,16 +59,16 @@ class Idling:
         """Once. Raises StorageUnavailable."""
         is_due = time.monotonic() >= self._due
         # Pods have addresses of their own, which go with them.
-        chosen = [
-            one
-            for one in await deployments.listed(self._plane)
-            if one.scale_to_zero and (is_due or one.driver == "processes")
-        ]
+        every = await deployments.listed(self._plane)
+        models = Counter((one.driver, one.object) for one in every)
+        chosen = [one for one in every if one.scale_to_zero and (is_due or one.driver == "processes")]
         looked = await asyncio.gather(*(lifecycle.look_at(self._plane, one) for one in chosen))
         await self._withholding.sync([one for one in looked if one.deployment.driver == "processes"])
         if is_due:
             self._due = time.monotonic() + self._every
-            await self._look_for_idle([one for one in looked if one.problem is None])
+            # What runs several models is idle for none: another one may be asked for.
+            alone = [one for one in looked if models[one.deployment.driver, one.deployment.object] == 1]
+            await self._look_for_idle([one for one in alone if one.problem is None])
 
     async def _look_for_idle(self, looked: Sequence[Looked]) -> None:
         noted = [await self._noted(one) for one in looked]

@@ -195,6 +195,18 @@ async def test_a_router_that_is_lost_may_serve_on(
     assert driver.scaled == scaled
 
 
+async def test_what_runs_two_models_is_not_stopped(plane: Running, driver: Scripted) -> None:
+    await activated(plane)
+    await plane.admin.put("/models/n", json={"name": "n", "backends": ["http://10.0.0.1:8000"]})
+    other = {"driver": "kubernetes", "object": "engine"}
+    made = await plane.admin.put("/api/v1/deployments/n", json=other, headers={"if-none-match": "*"})
+
+    await idle(plane)
+
+    assert made.status_code == 201
+    assert driver.scaled == [1]
+
+
 async def test_what_may_not_be_stopped_is_not_tried(plane: Running, driver: Scripted) -> None:
     await activated(plane)
     driver.scales = False
