@@ -6,7 +6,7 @@ their way until their next turn.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from control_plane.errors import Refused, StorageUnavailable
 from control_plane.plane import Act, Plane, Task
@@ -50,13 +50,19 @@ class Schedule:
 
     async def turn(self) -> None:
         """Test what is due. On PostgreSQL every process tries, and one does."""
-        # A transaction that only reads: it has the lock while they run, and holds up no writer.
+        tried: set[str] = set()
+        while some := await self._some(tried):
+            tried |= some
+
+    async def _some(self, tried: Set[str]) -> set[str]:
+        """Test some that are due; which."""
+        # A transaction that only reads has the lock while they run: it holds up no writer, and no cleaning for long.
         async with self._plane.database.main.read() as connection:
             if not await leads(connection, _LOCK):
-                return
-            due = await self._due()
-            for place in range(0, len(due), _AT_ONCE):
-                await asyncio.gather(*map(self._test, due[place : place + _AT_ONCE]))
+                return set()
+            some = [name for name in await self._due() if name not in tried][:_AT_ONCE]
+            await asyncio.gather(*map(self._test, some))
+        return set(some)
 
     async def _due(self) -> Sequence[str]:
         now, last = self._plane.clock(), await model_results.scheduled(self._plane)
