@@ -34,6 +34,7 @@ _TEXTS = {
     "priority": "Who sets vLLM's priority: the client, nobody (ignore), the key (caller), or a number for all.",
     "discover": "Asks the backends for their names and LoRA adapters, and serves them.",
     "adapters": "LoRA adapters; with discover only these of the listed ones are served, else they are assumed on all.",
+    "max_model_len": "Tokens of input and output together, until an engine reports its own length.",
     "created": "Unix seconds; /v1/models shows it, 0: unknown.",
     "base_path": "Stands for the leading /v1 of the client's path.",
     "headers": "Headers that replace the client's of these names.",

@@ -113,7 +113,7 @@ def money(nanos: int | None, currency: str) -> str:
 
 def share(value: Number | None) -> str:
     """A share of 1 as percents: `1.2 %`, `62 %`, `99.98 %`. Only 0 is `0 %`, and what is below 1 is below `100 %`."""
-    if value is None or not math.isfinite(value):
+    if value is None or not math.isfinite(value * 100):
         return MISSING
     percents = value * 100
     if 0 < percents < _NEAR:

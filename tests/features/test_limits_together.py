@@ -99,7 +99,7 @@ async def test_three_routers_at_five_times_the_limit(server: RedisServer, start_
     assert {*statuses["m"], *statuses["p"]} == {200, 429}
     assert 588 <= statuses["m"].count(200) <= 612
     # On a busy machine, a request that Redis does not answer within 25 ms is decided by a share.
-    assert 588 <= statuses["p"].count(200) <= 600
+    assert 588 <= statuses["p"].count(200) <= 606
 
 
 async def test_each_router_lets_its_share_through(start_engine: Start, start_router: Start) -> None:
