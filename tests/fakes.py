@@ -6,9 +6,11 @@ inference_api.demo.engine.
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import httpx
@@ -79,7 +81,7 @@ Script = Callable[[Received, Line], Awaitable[None]]
 
 
 class FakeEngine:
-    """A raw HTTP/1.1 server, by default on a free port of 127.0.0.1.
+    """A raw HTTP/1.1 server, by default on a free port of 127.0.0.1; with a `certificate` it speaks TLS.
 
     `script` answers every POST, `page` every GET; that is a list of models by default.
 
@@ -87,7 +89,9 @@ class FakeEngine:
     many are open now, `busy` how many POSTs it is answering.
     """
 
-    def __init__(self, script: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self, script: Script | None = None, host: str = "127.0.0.1", port: int = 0, certificate: Path | None = None
+    ) -> None:
         self.script: Script = script or answer
         self.page: Script = raw(json_response(MODELS))
         self.host = host
@@ -97,13 +101,17 @@ class FakeEngine:
         self.open = 0
         self.busy = 0
         self.port = port or free_port()
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self._tls.load_cert_chain(certificate)
         self._stopped = False
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._stopped = False
-        self._server = await asyncio.start_server(self._accept, self.host, self.port)
+        self._server = await asyncio.start_server(self._accept, self.host, self.port, ssl=self._tls)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -121,7 +129,7 @@ class FakeEngine:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http{'s' * (self._tls is not None)}://{self.host}:{self.port}"
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -322,6 +322,15 @@ async def test_check_says_that_a_backend_speaks_no_tls(tmp_path: Path, start_eng
     assert "  failed  connect_failed: no TLS: " in out[1]
 
 
+async def test_check_trusts_whom_the_router_trusts(tmp_path: Path, certificate: Path) -> None:
+    own = str(certificate.with_name("cert.pem"))
+    async with FakeEngine(certificate=certificate) as engine:
+        check = ("check", "--connect", "--catalogue", written(tmp_path, {"name": "m", "backends": [engine.url]}))
+
+        assert (await run(*check, SSL_CERT_FILE=own))[0] == 0
+        assert (await run(*check))[0] == 1
+
+
 def test_the_cause_of_a_refused_certificate_is_its_fault() -> None:
     refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
     refused.verify_message = "self-signed certificate"

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import orjson
 
+from control_plane.clients.http import http_client
 from control_plane.clients.router import read
 from control_plane.pure.model_tests import MOST, Got
 
@@ -25,7 +26,7 @@ async def asking(url: str, headers: Mapping[str, str]) -> AsyncIterator[Asks]:
     """What it yields raises BackendAway. `headers`: of each request. Redirects are not followed."""
     sent = {**headers, "accept-encoding": "identity", "user-agent": "inference-api-console"}
     timeout = httpx.Timeout(_CONNECT, read=_READ)
-    async with httpx.AsyncClient(timeout=timeout, trust_env=False, follow_redirects=False) as client:
+    async with http_client(timeout) as client:
 
         async def ask(path: str, body: dict[str, Any] | None) -> Got:
             content = None if body is None else orjson.dumps(body)

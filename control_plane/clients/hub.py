@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 import orjson
 
+from control_plane.clients.http import http_client
 from control_plane.kept import Kept
 from control_plane.pure.reading import Reader, SourceError, Unreadable
 
@@ -48,7 +49,7 @@ class Hub:
         self._token = token
         self._loopback = loopback
         timeout = httpx.Timeout(_CONNECT, read=_READ)
-        self._client = httpx.AsyncClient(timeout=timeout, trust_env=False, follow_redirects=False)
+        self._client = http_client(timeout)
         self.kept = Kept(200)
 
     async def close(self) -> None:

@@ -15,6 +15,8 @@ from joserfc import jwt
 from joserfc.errors import InvalidKeyIdError, JoseError
 from joserfc.jwk import KeySet
 
+from control_plane.clients.http import http_client
+
 log = logging.getLogger(__name__)
 
 # Signatures by a key that only the provider has: neither `none` nor a shared secret
@@ -57,7 +59,7 @@ class Provider:
         self._client_id = client_id
         self._client_secret = client_secret
         self._clock = clock
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, follow_redirects=False)
+        self._client = http_client(_TIMEOUT)
         self._described: _Described | None = None
         self._keys: tuple[KeySet, float] | None = None
 

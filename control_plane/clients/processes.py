@@ -6,8 +6,7 @@ import stat
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
-import httpx
-
+from control_plane.clients.http import http_client
 from control_plane.clients.process import Process
 from control_plane.pure.lifecycle import MOST_LINES, DriverError, DriverName, LogQuery, Observed
 from control_plane.pure.processes import Command, Pace, ProcessesError, commands_of
@@ -45,7 +44,7 @@ class Processes:
 
     def __init__(self, commands: Sequence[Command], pace: Pace | None = None) -> None:
         self._pace = pace or Pace()
-        self._client = httpx.AsyncClient(timeout=self._pace.answers, trust_env=False, follow_redirects=False)
+        self._client = http_client(self._pace.answers)
         self._processes = {one.name: Process(one, self._client, self._pace) for one in commands}
 
     async def objects(self) -> Sequence[str]:

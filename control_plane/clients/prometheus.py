@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import orjson
 
+from control_plane.clients.http import http_client
 from control_plane.pure.series import Answer, Times, answer
 
 # Seconds of a question; series of an answer; its bytes; questions at once
@@ -29,7 +30,7 @@ class Prometheus:
         self._timeout = timeout
         self._turns = asyncio.Semaphore(_AT_ONCE)
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        self._client = httpx.AsyncClient(headers=headers, timeout=None, trust_env=False, follow_redirects=False)
+        self._client = http_client(None, headers)
 
     async def close(self) -> None:
         await self._client.aclose()

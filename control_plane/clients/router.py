@@ -10,6 +10,8 @@ from typing import Final, NamedTuple
 import httpx
 import orjson
 
+from control_plane.clients.http import http_client
+
 # Seconds: to connect and to send; between two bytes, which the router bounds itself
 _CONNECT, _READ = 5.0, 600.0
 # Seconds in which a router learns of a new key; between two tries, at first and at most
@@ -53,7 +55,7 @@ class Router:
         self._having: Counter[str] = Counter()
         self._stopped = False
         timeout = httpx.Timeout(_CONNECT, read=_READ)
-        self._client = httpx.AsyncClient(timeout=timeout, trust_env=False, follow_redirects=False)
+        self._client = http_client(timeout)
 
     async def close(self) -> None:
         await self._client.aclose()

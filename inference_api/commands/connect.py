@@ -1,6 +1,7 @@
 """`check --connect`: requests /v1/models of each backend, and looks for the model's name."""
 
 import asyncio
+import ssl
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ def connect(settings: Settings, catalogue: Catalogue, environ: Mapping[str, str]
 
 async def _ask_all(settings: Settings, catalogue: Catalogue, environ: Mapping[str, str]) -> Sequence[Result]:
     slots = asyncio.Semaphore(_AT_ONCE)
-    async with httpx.AsyncClient(trust_env=False, timeout=_TIMEOUT) as client:
+    # Certificates are trusted as the router trusts them.
+    tls = ssl.create_default_context()
+    async with httpx.AsyncClient(verify=tls, trust_env=False, timeout=_TIMEOUT) as client:
 
         async def ask(entry: CatalogueEntry, backend: BackendEntry) -> Result:
             async with slots:

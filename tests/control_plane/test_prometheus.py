@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from control_plane.clients.prometheus import Prometheus, PrometheusFailed
-from tests.control_plane.conftest import NOON, Running
-from tests.fakes import Line, Received, ScriptedServer, hang, json_response, raw, until
+from control_plane.data.database import Database, parse_url
+from tests.control_plane.conftest import NOON, Running, management_token
+from tests.control_plane.processes import served
+from tests.fakes import FakeEngine, Line, Received, ScriptedServer, hang, json_response, raw, until
 from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
@@ -146,3 +149,22 @@ async def test_many_who_look_at_once_cost_one_question(start_sqlite: Start) -> N
         plane.clock.advance(1)
         await plane.admin.get("/api/v1/metrics/in_flight")
         assert len(got) == 2
+
+
+async def test_it_is_trusted_as_routers_trust_their_backends(
+    tmp_path: Path, sqlite_url: str, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(parse_url(sqlite_url))
+    token = await management_token(database, "ana", "admin")
+    await database.close()
+    nothing = {"status": "success", "data": {"resultType": "vector", "result": []}}
+    codes = []
+    async with FakeEngine(raw(json_response(nothing)), certificate=certificate) as engine:
+        for trusted in (None, certificate.with_name("cert.pem")):
+            if trusted is not None:
+                monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+            async with served(tmp_path, sqlite_url, prometheus_url=engine.url) as running:
+                headers = {"authorization": f"Bearer {token}"}
+                codes.append((await running.client.get("/api/v1/metrics/in_flight", headers=headers)).status_code)
+
+    assert codes == [503, 200]

@@ -425,31 +425,13 @@ async def test_a_deadline_that_has_passed_makes_no_connection(
 # TLS
 
 
-class SecureEngine(FakeEngine):
-    """A FakeEngine behind TLS."""
-
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        super().__init__()
-        self._tls = tls
-
-    async def __aenter__(self) -> "SecureEngine":
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self._tls)
-        return self
-
-    @property
-    def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
-
-
 @pytest.fixture
-async def secure_engine(certificate: Path) -> AsyncIterator[SecureEngine]:
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(certificate)
-    async with SecureEngine(tls) as engine:
+async def secure_engine(certificate: Path) -> AsyncIterator[FakeEngine]:
+    async with FakeEngine(certificate=certificate) as engine:
         yield engine
 
 
-async def test_a_backend_behind_tls(secure_engine: SecureEngine, certificate: Path) -> None:
+async def test_a_backend_behind_tls(secure_engine: FakeEngine, certificate: Path) -> None:
     transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
     body = os.urandom(2**20)
 
@@ -463,7 +445,7 @@ async def test_a_backend_behind_tls(secure_engine: SecureEngine, certificate: Pa
 
 @pytest.mark.parametrize("secure", [True, False])
 async def test_a_body_in_pieces_arrives_whole(
-    secure: bool, secure_engine: SecureEngine, start_engine: Any, certificate: Path
+    secure: bool, secure_engine: FakeEngine, start_engine: Any, certificate: Path
 ) -> None:
     chosen = secure_engine if secure else await start_engine()
     transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
@@ -481,7 +463,7 @@ async def test_a_body_in_pieces_arrives_whole(
 
 
 async def test_a_certificate_that_nobody_vouches_for_is_refused(
-    secure_engine: SecureEngine, transport: Transport
+    secure_engine: FakeEngine, transport: Transport
 ) -> None:
     with pytest.raises(httpx.ConnectError):
         await ask(transport, secure_engine)
@@ -490,7 +472,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(
     assert "0 active, 0 idle" in repr(transport)
 
 
-async def test_a_certificate_for_another_name_is_refused(secure_engine: SecureEngine, certificate: Path) -> None:
+async def test_a_certificate_for_another_name_is_refused(secure_engine: FakeEngine, certificate: Path) -> None:
     transport = Transport(tls=lambda: ssl.create_default_context(cafile=certificate))
 
     with pytest.raises(httpx.ConnectError):

@@ -2,10 +2,7 @@
 
 import asyncio
 import logging
-import ssl
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -16,18 +13,6 @@ from inference_api.upstream.trust import Trust
 from tests.fakes import FakeEngine, body_of
 
 pytestmark = pytest.mark.anyio
-
-
-@asynccontextmanager
-async def secure_engine(certificate: Path) -> AsyncIterator[FakeEngine]:
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(certificate)
-    engine = FakeEngine()
-    engine._server = await asyncio.start_server(engine._accept, "127.0.0.1", engine.port, ssl=tls)
-    try:
-        yield engine
-    finally:
-        await engine.stop()
 
 
 @pytest.fixture
@@ -41,7 +26,7 @@ def stranger(tmp_path: Path) -> str:
 
 async def get(transport: Transport, engine: FakeEngine) -> int:
     async with asyncio.timeout(10):
-        url = f"https://127.0.0.1:{engine.port}/v1/models"
+        url = f"{engine.url}/v1/models"
         request = httpx.Request("GET", url, extensions={"fresh": True})
         response = await transport.handle_async_request(request)
         assert isinstance(response.stream, httpx.AsyncByteStream)
@@ -69,7 +54,7 @@ async def test_a_new_file_of_trusted_certificates_holds_for_new_connections(
     trusted.write_text(stranger)
     monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
     trust = Trust()
-    async with secure_engine(certificate) as engine, Transport(tls=trust) as transport:
+    async with FakeEngine(certificate=certificate) as engine, Transport(tls=trust) as transport:
         with pytest.raises(httpx.ConnectError):
             await get(transport, engine)
         trusted.write_text(certificate.with_name("cert.pem").read_text())
