@@ -275,17 +275,17 @@ def _openid_routes(provider: "Provider | None", login: Login) -> list[Route]:
 
 
 def _api(plane: Plane, failures: Failures) -> FastAPI:
+    # Not `include_router`: it would build each route anew, at the first request, while all others wait.
+    routes = [route for router in RESOURCES for route in router.routes]
     app = FastAPI(
+        routes=routes,
         openapi_url="/openapi.json",
         docs_url=None,
         redoc_url=None,
         exception_handlers=dict(failures.handlers()),
         redirect_slashes=False,
     )
-    app.state.plane, app.state.routes = plane, []
-    for router in RESOURCES:
-        app.include_router(router)
-        app.state.routes += router.routes
+    app.state.plane, app.state.routes = plane, routes
     documented = Documented(app)
     # Looked up at the first request of the document
     app.openapi = documented.document  # type: ignore[method-assign]

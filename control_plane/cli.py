@@ -86,10 +86,11 @@ def _add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    # Here: the other commands need no web server.
+    settings = load_settings(options=_options(arguments))
+    # Here: the other commands, and a setting that is wrong, need no web server.
     from control_plane import serving
 
-    return serving.serve(load_settings(options=_options(arguments)))
+    return serving.serve(settings)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
