@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Request, expect
 
 from inference_api.demo.full import Full
 from inference_api.demo.processes import stop_signals
@@ -215,6 +215,20 @@ class Visitor:
         self.watched.append(watched)
         page.goto(f"{world.url}{path}")
         return page
+
+
+def all_answered(tab: Page, send: Callable[[], None], patience: float) -> Locator:
+    """The answers of the playground once none of them failed: engines of the demo break off some of their streams.
+
+    `send` asks, `patience` is in milliseconds for each time.
+    """
+    states = tab.locator("#results .lane [data-is=state]")
+    for _ in range(10):
+        send()
+        expect(tab.get_by_role("button", name="Send")).to_be_enabled(timeout=patience)
+        if "failed" not in states.all_inner_texts():
+            break
+    return tab.locator("#results .lane")
 
 
 @pytest.fixture

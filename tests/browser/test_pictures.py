@@ -15,7 +15,7 @@ from playwright.sync_api import Page as Tab
 from playwright.sync_api import expect
 
 from control_plane.pure.times import shown
-from tests.browser.conftest import Visitor, World, running
+from tests.browser.conftest import Visitor, World, all_answered, running
 
 ROOT = Path(__file__).parents[2]
 # Bytes: a reader of README loads all of them.
@@ -57,7 +57,7 @@ def usage(world: World, tab: Tab) -> None:
 def playground(world: World, tab: Tab) -> None:
     tab.goto(f"{world.url}/console/playground?model=llama-3-8b&model2=mistral-7b")
     tab.get_by_label("Message", exact=True).fill("Which of you answers first?")
-    tab.get_by_role("button", name="Send").click()
+    all_answered(tab, tab.get_by_role("button", name="Send").click, PATIENCE)
     for model in ("llama-3-8b", "mistral-7b"):
         answer = tab.get_by_role("article", name=f"Answer of {model}")
         expect(answer).to_contain_text("done", timeout=PATIENCE)

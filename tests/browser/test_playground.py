@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.conftest import Visitor, World
+from tests.browser.conftest import Visitor, World, all_answered
 
 # The first one starts a whole demo.
 pytestmark = pytest.mark.timeout(180)
@@ -22,9 +22,9 @@ def test_two_models_answer_side_by_side(world: World, visit: Visitor) -> None:
     tab.wait_for_url("**model2=mistral-7b**")
     # Another choice takes nothing of what was typed.
     expect(tab.get_by_label("Message", exact=True).first).to_have_value(TYPED)
-    tab.get_by_label("Message", exact=True).first.press("Control+Enter")
 
-    results = tab.locator("#results .lane")
+    results = all_answered(tab, lambda: tab.get_by_label("Message", exact=True).first.press("Control+Enter"), PATIENCE)
+
     expect(results).to_have_count(2)
     expect(results.locator("[data-is=state]")).to_have_text(["done", "done"], timeout=PATIENCE)
     for text in results.locator("[data-is=text]").all():
