@@ -81,7 +81,9 @@ async def command(
             stderr=err,
         )
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            verify=False, base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False
+        ) as client:
             yield Command(process, port, client, output)
     finally:
         if process.returncode is None:

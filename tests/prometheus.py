@@ -90,7 +90,7 @@ async def prometheus(
     ]
     async with (
         _running(command, folder / "log") as process,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client,
+        httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client,
     ):
         await _ready(client, "/-/ready", process, folder / "log")
         yield Prometheus(client)
@@ -105,7 +105,10 @@ async def node_exporter(folder: Path) -> AsyncIterator[str]:
         f"--web.listen-address={url.removeprefix('http://')}",
     ]
     log = folder / "node-exporter.log"
-    async with _running(command, log) as process, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+    async with (
+        _running(command, log) as process,
+        httpx.AsyncClient(verify=False, base_url=url, trust_env=False) as client,
+    ):
         await _ready(client, "/metrics", process, log)
         yield url
 

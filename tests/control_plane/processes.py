@@ -62,7 +62,9 @@ async def served(
             *COMMAND, "serve", *options, env=environment(variables), stdout=log, stderr=log, cwd=folder
         )
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            verify=False, base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False
+        ) as client:
             running = Served(process, port, client, output)
             await running.ready()
             yield running

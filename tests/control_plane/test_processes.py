@@ -48,6 +48,8 @@ http.server.ThreadingHTTPServer.allow_reuse_address = True
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 QUICK = Pace(loading=0.02, ready=0.05, answers=2, first=0.05, longest=0.2, steady=60, failures=2, ending=0.5)
+# With pauses in which nobody misses that one is failing
+PAUSES = QUICK._replace(first=2, longest=2)
 Start = Callable[..., Any]
 
 
@@ -177,7 +179,7 @@ async def test_what_a_process_has_started_ends_with_it(start: Start, words: tupl
 
 
 async def test_one_that_is_killed_starts_again(start: Start) -> None:
-    driver = await start(command("a", "core"))
+    driver = await start(command("a", "core"), pace=PAUSES)
     await driver.scale("a", 1)
     await becomes(driver, "ready")
     first, core = int(await word(driver, "begins")), int(await word(driver, "core"))
@@ -197,7 +199,7 @@ async def test_one_that_is_killed_starts_again(start: Start) -> None:
 
 
 async def test_a_supervisor_that_is_killed_leaves_nothing(start: Start) -> None:
-    driver = await start(command("a", "core"))
+    driver = await start(command("a", "core"), pace=PAUSES)
     await driver.scale("a", 1)
     await becomes(driver, "ready")
     first, core = int(await word(driver, "begins")), int(await word(driver, "core"))

@@ -1,5 +1,6 @@
 """What a model gets of hostile logs, and what is taken of its answer: asked through a real router, with a key."""
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -187,7 +188,7 @@ async def start(begin: Callable[..., Any], start_engine: Callable[..., Any], sta
         router = await start_router(
             models=[],
             **{"auth": "keys", "policy": "registry", "registry_url": first.url, "registry_token": SERVICE_TOKEN},
-            **{"usage": "registry", "report_interval": 0.2, "registry_refresh": 0.2},
+            **{"usage": "registry", "report_interval": 0.2, "registry_refresh": 0.2, "health_interval": 0.5},
         )
         engines = Engines()
         engines.observed = Observed(1, (Instance("engine-0", "failing", "exit 137", None, 1, Exit(137, "OOMKilled")),))
@@ -215,6 +216,7 @@ async def reported(plane: Running, model: str, state: str = "ok") -> None:
     deadline = time.monotonic() + 30
     while states.get(model) != state:
         assert time.monotonic() < deadline, states
+        await asyncio.sleep(0.05)
         await look()
 
 

@@ -41,5 +41,5 @@ def serve() -> Iterator[Serve]:
 def engine() -> Iterator[httpx.Client]:
     """A client of an engine that is too fast to notice its pace."""
     app = create_engine("llama-3-8b", tokens_per_second=1e6, max_model_len=200, clock=lambda: 1700000000.5)
-    with _served(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+    with _served(app) as url, httpx.Client(verify=False, base_url=url, trust_env=False) as client:
         yield client

@@ -48,7 +48,7 @@ def stub(folder: Path) -> Iterator[httpx.Client]:
     with (
         Store(folder / "registry.sqlite3") as store,
         serving(create_app(store, clock=lambda: NOW)) as url,
-        httpx.Client(base_url=url, timeout=20) as client,
+        httpx.Client(verify=False, base_url=url, timeout=20) as client,
     ):
         yield client
 
@@ -66,7 +66,7 @@ def plane(url: str) -> Iterator[httpx.Client]:
 
     headers = {"authorization": f"Bearer {asyncio.run(token())}"}
     application = Application(Settings(database_url=url), lambda: round(NOW * 1000))
-    with serving(application) as base, httpx.Client(base_url=base, timeout=20, headers=headers) as client:
+    with serving(application) as base, httpx.Client(verify=False, base_url=base, timeout=20, headers=headers) as client:
         yield client
 
 

@@ -28,7 +28,7 @@ def mount() -> Iterator[Mount]:
     server = uvicorn.Server(uvicorn.Config(stage, log_config=None, access_log=False, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=20) as client:
+    with httpx.Client(verify=False, base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=20) as client:
 
         def replace(app: ASGIApp) -> httpx.Client:
             mounted.append(app)
