@@ -63,8 +63,8 @@ _CONTROL_PLANE_HEAD = f"""\
 Environment variables, read once at the start; an unknown or invalid one stops it with a message that names it (exit
 code 2). Each has the prefix `{control_plane.PREFIX}`: `PORT` below is `{control_plane.PREFIX}PORT`, and `--port` the
 option of `control-plane serve` in its place. What can be changed while it runs is under `/api/v1/settings`. KEY_PEPPER
-and CURRENCY must equal the routers'. TLS to services outside (router, Prometheus, hub, OpenID provider) trusts the system's
-certificates, or those of `SSL_CERT_FILE`, read at the start.
+and CURRENCY must equal the routers'. TLS to services outside (router, Prometheus, hub, OpenID provider) trusts the
+system's certificates, or those of `SSL_CERT_FILE`, read at the start.
 
 | variable | values | default | meaning |
 |---|---|---|---|

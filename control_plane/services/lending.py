@@ -19,6 +19,7 @@ from control_plane.plane import Act, Plane
 from control_plane.pure.records import MINUTE
 from control_plane.pure.times import shown
 from control_plane.services import audit, policy
+from inference_api.policy.document import Budget
 from inference_api.policy.keys import NewKey, new_key
 
 # Milliseconds for which a key holds, and before its end in which it is not lent again
@@ -35,10 +36,14 @@ class Loan:
 
 
 class Borrower(NamedTuple):
-    """What a key is for, as its name says: `playground`, `system:tests`. `organisation` None: the platform."""
+    """What a key is for, as its name says: `playground`, `system:tests`. `organisation` None: the platform.
+
+    `daily_tokens`: the budget that a new key begins with; who may change keys may change it.
+    """
 
     name: str
     organisation: str | None = None
+    daily_tokens: int | None = None
 
 
 async def lend(plane: Plane, act: Act, borrower: Borrower) -> Loan:
@@ -69,7 +74,7 @@ async def ids(connection: AsyncConnection, name: str | None = None) -> frozenset
 async def _made(plane: Plane, act: Act, borrower: Borrower) -> Loan:
     pepper = plane.settings.peppers[0] if plane.settings.peppers else None
     expires = act.at + HOLDS
-    user, (name, organisation) = act.principal.user, borrower
+    user, name, organisation = act.principal.user, borrower.name, borrower.organisation
     async with plane.change(policy.DOCUMENT) as connection:
         await _refuse_organisation(connection, organisation)
         row = await _known(connection, user, borrower)
@@ -78,7 +83,7 @@ async def _made(plane: Plane, act: Act, borrower: Borrower) -> Loan:
         new = new_key(pepper, id=None if row is None else row.id)
         values = {"digest": new.digest, "expires_at": expires, "revision": await policy.revision_of(connection)}
         if row is None:
-            await _insert(plane, connection, act, new, {**values, **borrower._asdict(), "user": user})
+            await _insert(plane, connection, act, new, borrower, values)
         else:
             # Another process may have lent that one.
             holds = row.expires_at is not None and row.expires_at > act.at
@@ -90,10 +95,15 @@ async def _made(plane: Plane, act: Act, borrower: Borrower) -> Loan:
     return Loan(new.id, new.key, expires)
 
 
-async def _insert(plane: Plane, connection: AsyncConnection, act: Act, new: NewKey, values: dict[str, Any]) -> None:
-    policy.refuse_without_room(plane, len(str(values)), keys=1)
-    made = {"id": new.id, "limits": [], "playground": True}
-    by = {"created_at": act.at, "created_by": act.principal.user}
+async def _insert(
+    plane: Plane, connection: AsyncConnection, act: Act, new: NewKey, borrower: Borrower, values: dict[str, Any]
+) -> None:
+    user, tokens = act.principal.user, borrower.daily_tokens
+    made: dict[str, Any] = {"id": new.id, "name": borrower.name, "organisation": borrower.organisation, "user": user}
+    if tokens is not None:
+        made["budget"] = policy.rendered([Budget(tokens=tokens, per="day")])[0]
+    policy.refuse_without_room(plane, len(str({**made, **values})), keys=1)
+    by = {"limits": [], "playground": True, "created_at": act.at, "created_by": user}
     await connection.execute(insert(keys).values(**made, **by, **values))
 
 

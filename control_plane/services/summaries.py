@@ -21,7 +21,8 @@ from inference_api.features.fallback import FALLBACKS
 from inference_api.routing.references import members_of
 from registry_stub.store import Stored
 
-BORROWER = Borrower("system:triage")
+# Some dozens of summaries a day, of the largest that there are
+BORROWER = Borrower("system:triage", daily_tokens=200_000)
 # Seconds for an answer, and bytes of it
 PATIENCE, _MOST = 30.0, 64 * 1024
 # What engines and clusters write, who may have got it from anybody

@@ -321,8 +321,9 @@ async def test_its_key_may_be_disabled_and_has_a_budget(start: Start) -> None:
     await served.triage()
     async with served.plane.plane.database.main.read() as connection:
         (key,) = await connection.execute(select(keys))
+    begins = (await served.plane.admin.get(f"/api/v1/keys/{key.id}")).json()["budget"]
 
-    budget = {"budget": {"requests": 1, "per": "day"}}
+    budget = {"budget": {"tokens": None, "requests": 1}}
     answer = await changed(served.plane.admin, "PATCH", f"/api/v1/keys/{key.id}", json=budget)
     assert answer.status_code == 200, answer.text
     over = await until_why(served, "Budget used up")
@@ -331,6 +332,7 @@ async def test_its_key_may_be_disabled_and_has_a_budget(start: Start) -> None:
     served.plane.plane.loans.clear()
     refused = await served.triage()
 
+    assert begins == {"tokens": 200_000, "per": "day"}
     assert over["groups"]
     assert "disabled" in refused["summary"]["why"]
     assert refused["groups"]
