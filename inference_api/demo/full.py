@@ -5,6 +5,7 @@ Tests and the script that takes pictures use it, too: `begin`, look at `console`
 
 import json
 import secrets
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from inference_api.demo.guide import base_url
 from inference_api.demo.history import IssuedKey, history
 from inference_api.demo.plain import DRAIN
 from inference_api.demo.processes import DemoError, Processes, free_port, free_ports
-from inference_api.demo.seed import ADMIN, ADMIN_EMAIL, ENGINES, OWNER, VIEWER, catalogue, remember, seed
+from inference_api.demo.seed import ADMIN, ADMIN_EMAIL, ENGINES, OWNER, SLEEPER, VIEWER, catalogue, remember, seed
 from inference_api.demo.tour import tour
 
 # Seconds: what people do in the console is to be seen at once, and an open circuit to be half-open before they leave.
@@ -53,14 +54,17 @@ class Full(Processes):
         self.routers = [base_url(host, first), base_url(host, second)]
         self.console = f"http://127.0.0.1:{console}"
         token = secrets.token_urlsafe(32)
+        (sleeper,) = free_ports(1)
+        self._write_processes(sleeper, tokens_per_second)
         # It takes longest to start.
         plane = self._start_plane(console, token)
         engines = self._start_engines(tokens_per_second)
+        models = catalogue(engines, sleeper)
         fallback = self.directory / "catalogue.yaml"
-        fallback.write_text(yaml.safe_dump({"models": catalogue(engines)}, sort_keys=False, allow_unicode=True))
+        fallback.write_text(yaml.safe_dump({"models": models}, sort_keys=False, allow_unicode=True))
         self.wait_for([f"{self.console}/readyz"])
         if not self.stopping:
-            self.keys = seed(self.console, (self.directory / "password").read_text(), catalogue(engines))
+            self.keys = seed(self.console, (self.directory / "password").read_text(), models)
         if yesterday and not self.stopping:
             self._remember(token, (first, second), engines)
         self.wait_for([f"http://127.0.0.1:{own}/health" for own in engines])
@@ -79,6 +83,17 @@ class Full(Processes):
         backends = {engine.role: child.pid for engine, child in zip(ENGINES, self.children[1:], strict=False)}
         return tour(self.console, self.routers, self.links, self.keys["yours"].secret, backends, login)
 
+    def _write_processes(self, port: int, tokens_per_second: float) -> None:
+        """The engine that the control plane starts itself."""
+        speed = f"{tokens_per_second:g}"
+        command = [sys.executable, "-m", "inference_api.demo.engine", "--model", SLEEPER, "--port", str(port)]
+        one = {"name": SLEEPER, "command": [*command, "--tokens-per-second", speed], "stop_after": DRAIN}
+        one["health"] = f"http://127.0.0.1:{port}/health"
+        path = self.directory / "processes.yaml"
+        # The control plane takes no file that others may write, and warns of one that they may read.
+        path.touch(mode=0o600)
+        path.write_text(yaml.safe_dump({"processes": [one]}, sort_keys=False))
+
     def _start_plane(self, port: int, token: str) -> Mapping[str, str]:
         """Its settings."""
         password = self.directory / "password"
@@ -91,6 +106,7 @@ class Full(Processes):
             "CONTROL_PLANE_SERVICE_TOKEN": token,
             "CONTROL_PLANE_ADMIN_EMAIL": ADMIN_EMAIL,
             "CONTROL_PLANE_ADMIN_PASSWORD_FILE": str(password),
+            "CONTROL_PLANE_PROCESSES": str(self.directory / "processes.yaml"),
             "CONTROL_PLANE_ROUTER_URL": self.routers[0],
             "CONTROL_PLANE_ROUTER_PUBLIC_URL": self.routers[0],
         }

@@ -14,6 +14,7 @@ PRICES = {
     "llama-3-8b": {"input": 0.2, "cached_input": 0.02, "output": 0.6},
     "mistral-7b": {"input": 0.25, "output": 0.75},
     "gpt2": {"input": 0.01, "output": 0.01},
+    "phi-3-mini": {"input": 0.05, "output": 0.1},
 }
 
 

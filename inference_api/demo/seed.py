@@ -25,6 +25,8 @@ class DemoEngine(NamedTuple):
     options: Sequence[str] = ()
 
 
+# A model whose engine the control plane starts for a request, and stops after so many seconds without one
+SLEEPER, IDLE = "phi-3-mini", 60
 ENGINES = (
     DemoEngine("llama-3-8b", "quick"),
     DemoEngine("llama-3-8b", "slow", ("--delay", str(SLOW))),
@@ -67,6 +69,7 @@ _KEYS: Mapping[str, Mapping[str, Any]] = {
     "notebook": {"organisation": "research", "models": ["gpt2", "llama-*", "mistral-*", "chat"]},
     "yours": {"organisation": "sued", "user": OWNER},
 }
+_DEPLOYMENT = {"driver": "processes", "object": SLEEPER, "scale_to_zero": True, "idle_seconds": IDLE}
 PROMPT = "translator"
 # What stands in a system message must be trusted: of a list, not of the caller.
 _LANGUAGE = {"type": "enum", "values": ["German", "English", "Chinese"], "default": "German", "trusted": True}
@@ -85,15 +88,17 @@ _VERSIONS: Sequence[Mapping[str, Any]] = (
 )
 
 
-def catalogue(ports: Sequence[int]) -> list[dict[str, Any]]:
-    """The entries of all models; `ports`: of ENGINES."""
+def catalogue(ports: Sequence[int], sleeper: int) -> list[dict[str, Any]]:
+    """The entries of all models; `ports`: of ENGINES, `sleeper`: of that engine."""
     backends: dict[str, list[dict[str, str]]] = {}
     for engine, port in zip(ENGINES, ports, strict=True):
         backends.setdefault(engine.model, []).append({"url": f"http://127.0.0.1:{port}"})
     more: dict[str, dict[str, Any]] = {
         "llama-3-8b": {"aliases": ["llama3"]},
         "mistral-7b": {"fallbacks": ["llama-3-8b"]},
+        SLEEPER: {"hold": 60},
     }
+    backends[SLEEPER] = [{"url": f"http://127.0.0.1:{sleeper}"}]
     models = [
         {"name": name, "owner": "demo", "backends": found, "price": PRICES[name], **more.get(name, {})}
         for name, found in backends.items()
@@ -110,6 +115,7 @@ def seed(console: str, password: str, models: Sequence[Mapping[str, Any]]) -> di
             _people(client)
             for model in models:
                 _send(client, "PUT", f"/models/{model['name']}", model)
+            _send(client, "PUT", f"/deployments/{SLEEPER}", _DEPLOYMENT)
             keys = {name: _key(client, name, fields) for name, fields in _KEYS.items()}
             _ended_key(client)
             _prompt(client)

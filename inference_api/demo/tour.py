@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inference_api.demo.guide import HELLO, curl
-from inference_api.demo.seed import ADMIN, OWNER, PROMPT, SLOW, VIEWER
+from inference_api.demo.seed import ADMIN, IDLE, OWNER, PROMPT, SLEEPER, SLOW, VIEWER
 
 _TOUR = """\
 The demo runs. Open its console; this link logs you in as an admin, once, within 15 minutes:
@@ -54,6 +54,11 @@ kill {backend}
 
 3. A key leaked: end `nightly`. Both routers refuse it within a second; what it did stays: {console}/keys
 
+Nothing runs for {sleeper}: its first request starts the engine and waits for it, and after {idle} seconds without
+another one it stops. See it, its log and its tests: {console}/models/{sleeper}?tab=engine
+
+{wake}
+
 Slow, not broken: one backend of llama-3-8b takes {slow:g} s more to its first token. What all of it costs, and whom:
 {console}/usage. Ask from the browser: {console}/playground
 
@@ -88,6 +93,9 @@ def tour(
         prompt=curl("curl", first, prompt, "$KEY"),
         backend=backends["quick"],
         failing=f"for n in $(seq 20); do {failing} | grep -iE '^HTTP|^x-request-id'; done",
+        sleeper=SLEEPER,
+        idle=IDLE,
+        wake=curl("curl", first, {"model": SLEEPER, "messages": HELLO}, "$KEY"),
         slow=SLOW,
         logs=login.parent,
     )

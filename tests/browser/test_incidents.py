@@ -1,4 +1,4 @@
-"""Four incidents, as an operator meets them: found, understood, ended, seen to be over."""
+"""Incidents, as an operator meets them: found, understood, ended, seen to be over; and the log of an engine."""
 
 import asyncio
 import os
@@ -164,6 +164,43 @@ def test_a_leaked_key_is_ended_everywhere(own: World, visit: Visitor) -> None:
     ]
     assert secrets == []
     assert not any(key.secret in request.url for watched in visit.watched for request in watched.requests)
+
+
+@pytest.mark.timeout(300)
+def test_a_log_is_followed_as_text(own: World, cluster: Cluster, visit: Visitor) -> None:
+    name = "gpt2"
+    cluster.do(lambda fake: fake.deployment(name))
+    pod = cluster.do(lambda fake: fake.pods_of(name)[0].name)
+    cluster.do(lambda fake: fake.log(pod, "INFO it is ready"))
+    made = {"driver": "kubernetes", "object": name}
+    own.admin.put(f"/api/v1/deployments/{name}", json=made, headers={"if-none-match": "*"}).raise_for_status()
+    tab = visit(own, f"/console/models/{name}?tab=logs", role="operator")
+    log, told = tab.locator("#log"), tab.locator("#followed")
+    expect(log).to_contain_text("INFO it is ready", timeout=PATIENCE)
+
+    tab.get_by_role("button", name="Follow").click()
+    expect(told).to_contain_text("Following")
+    cluster.do(lambda fake: fake.log(pod, "<img src=x onerror=alert(1)> \x1b[31mred\x1b[0m \x07 \u202e."))
+    expect(log).to_contain_text("<img src=x onerror=alert(1)> red \\x07 \\u202e.", timeout=PATIENCE)
+    assert log.locator("img").count() == 0
+
+    tab.get_by_role("button", name="Pause").click()
+    expect(told).to_have_text("Paused.")
+    cluster.do(lambda fake: fake.log(pod, "INFO written meanwhile"))
+    tab.get_by_role("button", name="Follow").click()
+    # From the last lines on, so nothing is missed and nothing is there twice.
+    expect(log).to_contain_text("INFO written meanwhile", timeout=PATIENCE)
+    assert (log.inner_text().count("INFO it is ready"), log.inner_text().count("written meanwhile")) == (1, 1)
+
+    steps = [f"INFO step {number}" for number in range(6000)]
+    cluster.do(lambda fake: fake.log(pod, *steps))
+    expect(log).to_contain_text("INFO step 5999", timeout=PATIENCE)
+    assert log.locator("span").count() == 5000
+
+    cluster.do(lambda fake: fake.fail(name))
+    expect(tab.get_by_role("button", name="Follow")).to_be_visible(timeout=PATIENCE)
+    expect(told).not_to_contain_text("Following")
+    expect(told).not_to_be_empty()
 
 
 @pytest.mark.timeout(300)
