@@ -13,7 +13,7 @@ from tests.conftest import Served
 from tests.fakes import FakeEngine, until
 
 # From the end of the last request to silence; it takes milliseconds, unless the machine has other things to do.
-SECONDS = 15.0
+SECONDS = 30.0
 
 
 class Quiescence:
@@ -95,7 +95,7 @@ def open_files() -> int:
 
 @asynccontextmanager
 async def quiet(served: Served) -> AsyncIterator[None]:
-    """Whatever happens inside, afterwards the router is as it was: fails after five seconds with what is left.
+    """Whatever happens inside, afterwards the router is as it was: fails in the end with what is left.
 
     Engines that the body starts must be stopped by it, or have been started before.
     """
