@@ -136,6 +136,8 @@ class LocalFolder:
         except (OSError, RuntimeError) as exc:
             reason = getattr(exc, "strerror", None) or "it leads nowhere"
             raise SourceError("refused", f"{path[:200]!r} cannot be read: {reason}.") from None
+        # Where it is, not where it was: a folder on the way may have become a link meanwhile.
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         found = os.fstat(descriptor)
         if not self._roots.holds(place) or not stat.S_ISREG(found.st_mode):
             os.close(descriptor)

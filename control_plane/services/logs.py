@@ -97,7 +97,7 @@ async def follow(plane: Plane, found: Source, take: Take, longest: float = LONGE
     try:
         async with plane.connections.bounded(longest):
             await _give(lines, take)
-        return "The log has ended."
+        return "The log has ended, or cannot be followed further: open it again for what came since."
     except TimeoutError:
         return "It was followed for as long as may be, or the control plane stops: open it again."
     except DriverError as exc:

@@ -392,6 +392,26 @@ async def test_nothing_outside_of_the_roots_is_opened(root: Path) -> None:
     assert "leads out" in listed.notes[0]
 
 
+async def test_a_folder_that_becomes_a_link_out_while_a_file_is_opened(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (outside / "model.safetensors").write_bytes(WHOLE["model.safetensors"])
+    folder = await Roots([root]).folder(str(root / "whole"))
+    real = os.open
+
+    def swapped(path: Any, *flags: Any, **more: Any) -> int:
+        """As somebody with a right to write there would, between the look and the opening."""
+        if str(path).endswith("model.safetensors"):
+            (root / "whole").rename(root / "before")
+            (root / "whole").symlink_to(outside)
+        return real(path, *flags, **more)
+
+    monkeypatch.setattr(os, "open", swapped)
+    await refused(measure(folder), "something else")
+
+
 async def test_links_within_the_roots_hold(root: Path) -> None:
     """As the cache of a hub has them."""
     (root / "snapshot").mkdir()
