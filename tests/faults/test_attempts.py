@@ -180,6 +180,7 @@ async def test_t19_the_total_time_of_a_stream(start_engine: Start, start_router:
     assert not received.endswith(b"0\r\n\r\n")
 
 
+@pytest.mark.timeout(300)
 async def test_t20_a_storm_of_clients_that_leave(start_engine: Start, start_router: Start) -> None:
     storm, workers = 10_000, 100
     rand = random.Random(1)
