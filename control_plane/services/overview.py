@@ -80,7 +80,7 @@ async def look(plane: Plane, act: Act) -> Looked:
     found = [one for one in await standing_models(plane, seen) if visible(one.name)]
     known = await engines.known(plane)
     if known.each:
-        found = worst_first(_with_engine(one, known.each.get(one.name), whole) for one in found)
+        found = worst_first(_with_engine(one, known.each.get(one.name), seen.now, whole) for one in found)
     shown = tuple(found if whole else (_state_only(one) for one in found))
     routers = routers_standing(seen.reported, reports.etags(plane), seen.now, whole)
     if not whole:
@@ -88,10 +88,10 @@ async def look(plane: Plane, act: Act) -> Looked:
     return Looked(seen.now, shown, routers, known, await model_results.failed(plane))
 
 
-def _with_engine(model: ModelStanding, engine: lifecycle.Looked | None, whole: bool) -> ModelStanding:
+def _with_engine(model: ModelStanding, engine: lifecycle.Looked | None, now: int, whole: bool) -> ModelStanding:
     if engine is None or engine.problem is not None:
         return model
-    return with_engine(model, engine.standing, engine.deployment.scale_to_zero, whole)
+    return with_engine(model, engine.standing, engine.deployment.scale_to_zero, now, whole)
 
 
 async def standing_models(plane: Plane, seen: Seen) -> Sequence[ModelStanding]:

@@ -334,6 +334,9 @@ def standing(state: ModelStatus) -> ModelStanding:
         ("failing", "stopped", True, "ok", "Its engine is stopped, and the next request starts it."),
         ("failing", "stopped", False, "failing", "Its engine is stopped. It is so."),
         ("failing", "loading", False, "failing", "Its engine is loading: m-1: why. It is so."),
+        ("failing", "loading", True, "degraded", "Its engine is loading: m-1: why. Requests wait for it."),
+        ("unknown", "loading", True, "unknown", "Its engine is loading: m-1: why."),
+        ("failing", "ready", True, "degraded", "Its engine is ready: m-1: why. Requests wait for it."),
         ("ok", "waiting", False, "ok", "It is so."),
         ("failing", "ready", False, "failing", "It is so."),
         ("failing", "unknown", False, "failing", "It is so."),
@@ -342,10 +345,14 @@ def standing(state: ModelStatus) -> ModelStanding:
 def test_a_model_is_as_routers_and_its_engine_are(
     state: ModelStatus, engine: State, starts: bool, found: str, sentence: str
 ) -> None:
-    one = with_engine(standing(state), Standing(engine, 0, 1, "m-1: why.", NOON - 1), starts)
+    seen = Standing(engine, 0, 1, "m-1: why.", NOON - 1)
+    one = with_engine(standing(state), seen, starts, NOON)
 
     assert (one.state, one.sentence) == (found, sentence)
-    assert "why" not in with_engine(standing(state), Standing(engine, 0, 1, "m-1: why."), starts, whole=False).sentence
+    assert "why" not in with_engine(standing(state), seen, starts, NOON, whole=False).sentence
+    # Routers have learned of it by then, and know why they do not use it.
+    late = with_engine(standing(state), seen, starts, NOON + 30_000)
+    assert late.state == ("failing" if (state, engine) == ("failing", "ready") else found)
 
 
 @pytest.mark.parametrize(
