@@ -1,6 +1,7 @@
 """Assembles the HTTP side: pipelines and pages, the layers of features around them, Accounts outermost."""
 
 from collections.abc import Sequence
+from functools import cache
 
 from starlette.routing import Route as Page
 from starlette.types import ASGIApp
@@ -17,7 +18,7 @@ from inference_api.http.pages import Models, Probes, create_pages
 from inference_api.http.pipeline import Stages
 from inference_api.http.routes import INFERENCE_ROUTES
 from inference_api.http.stored import StoredResponses
-from inference_api.models import Route
+from inference_api.models import Reader, Route
 from inference_api.observe.account import Annotate, Sink
 from inference_api.upstream.attempt import SendAttempt
 
@@ -89,4 +90,12 @@ def _routes(enabled: Sequence[Feature]) -> Sequence[Route]:
     names = {name: None for feature in enabled for name in feature.fields}
     if not names:
         return INFERENCE_ROUTES
-    return [route._replace(reader=route.reader.keeping(names)) for route in INFERENCE_ROUTES]
+    kept = tuple(names)
+    # A reader is hashed by its identity.
+    return [route._replace(reader=_keeping(route.reader, kept)) for route in INFERENCE_ROUTES]  # type: ignore[arg-type]
+
+
+@cache
+def _keeping(reader: Reader, names: tuple[str, ...]) -> Reader:
+    """Routes share readers, and what one checks takes milliseconds to build."""
+    return reader.keeping(names)

@@ -1,5 +1,6 @@
 """Fixtures: a clean environment, scripted engines, and a router on a real port in the test's own event loop."""
 
+import gc
 import os
 import random
 import shutil
@@ -29,6 +30,12 @@ from tests.fakes import FakeEngine, Script, ScriptedServer, in_background, until
 # Enough to find what is wrong in a rule, few enough for the suite to end within a minute; a file may say otherwise.
 hypothesis.settings.register_profile("suite", max_examples=40, deadline=None)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: otherwise each collection of garbage looks at all tests of the session."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
