@@ -82,7 +82,7 @@ async def command(
         )
     try:
         async with httpx.AsyncClient(
-            verify=False, base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False
+            verify=False, base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False
         ) as client:
             yield Command(process, port, client, output)
     finally:

@@ -126,7 +126,7 @@ async def start_router(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             router = build(chosen, outside, features)
             url = await stack.enter_async_context(serving(router, chosen, linger))
             client = await stack.enter_async_context(
-                httpx.AsyncClient(verify=False, base_url=url, timeout=10, trust_env=False)
+                httpx.AsyncClient(verify=False, base_url=url, timeout=60, trust_env=False)
             )
             return Served(router, url, client, lines)
 

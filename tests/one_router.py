@@ -49,7 +49,7 @@ async def _one_router(_one_catalogue: Path) -> AsyncIterator[Served]:
     router = build(settings, Outside(write_line=lines.append))
     async with (
         serving(router, settings) as url,
-        httpx.AsyncClient(verify=False, base_url=url, timeout=10, trust_env=False) as client,
+        httpx.AsyncClient(verify=False, base_url=url, timeout=60, trust_env=False) as client,
     ):
         yield Served(router, url, client, lines)
 

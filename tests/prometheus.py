@@ -90,7 +90,7 @@ async def prometheus(
     ]
     async with (
         _running(command, folder / "log") as process,
-        httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client,
+        httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client,
     ):
         await _ready(client, "/-/ready", process, folder / "log")
         yield Prometheus(client)

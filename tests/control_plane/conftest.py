@@ -166,7 +166,7 @@ class starting:
         token = await management_token(application.plane.database, "ana", "admin") if self._seeded else "none"
         clients = [
             await self._stack.enter_async_context(
-                httpx.AsyncClient(verify=False, base_url=url, timeout=20, trust_env=False, headers=headers)
+                httpx.AsyncClient(verify=False, base_url=url, timeout=60, trust_env=False, headers=headers)
             )
             for headers in ({}, {"authorization": f"Bearer {token}"}, {"authorization": f"Bearer {SERVICE_TOKEN}"})
         ]

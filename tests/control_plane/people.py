@@ -54,7 +54,7 @@ async def acting_as(running: Running, name: str, role: str | None = None) -> Asy
     token = await management_token(running.plane.database, name, role)
     headers = {"authorization": f"Bearer {token}"}
     async with httpx.AsyncClient(
-        verify=False, base_url=running.url, timeout=20, trust_env=False, headers=headers
+        verify=False, base_url=running.url, timeout=60, trust_env=False, headers=headers
     ) as client:
         yield client
 

@@ -39,6 +39,6 @@ async def somebody(
             )
     headers = {"authorization": f"Bearer {token}"}
     async with httpx.AsyncClient(
-        verify=False, base_url=running.url, timeout=20, trust_env=False, headers=headers
+        verify=False, base_url=running.url, timeout=60, trust_env=False, headers=headers
     ) as client:
         yield client
