@@ -130,7 +130,7 @@ async def test_t47_clients_that_leave_never_open_a_circuit(start_engine: Start, 
 
 async def test_t48_half_open_lets_exactly_one_probe_through(start_engine: Start, start_router: Start) -> None:
     engine: FakeEngine = await start_engine()
-    served = await start_router(engine, breaker_cooldown=0.1, connect_timeout=30)
+    served = await start_router(engine, breaker_cooldown=0.1, connect_timeout=30, health_interval=600)
     await refuse_until_open(served, engine)
     turned_away = asyncio.Event()
 
@@ -164,7 +164,7 @@ async def test_t49_a_probe_whose_client_leaves_makes_room_for_the_next(
     start_engine: Start, start_router: Start
 ) -> None:
     engine: FakeEngine = await start_engine()
-    served = await start_router(engine, breaker_cooldown=0.1, connect_timeout=30)
+    served = await start_router(engine, breaker_cooldown=0.1, connect_timeout=30, health_interval=600)
     await refuse_until_open(served, engine)
     await again(engine, hang)
     await asyncio.sleep(0.2)
@@ -186,7 +186,7 @@ async def test_t50_a_probe_that_is_a_long_stream_closes_when_its_answer_begins(
     start_engine: Start, start_router: Start
 ) -> None:
     engine: FakeEngine = await start_engine()
-    served = await start_router(engine, breaker_cooldown=0.1, connect_timeout=30)
+    served = await start_router(engine, breaker_cooldown=0.1, connect_timeout=30, health_interval=600)
     await refuse_until_open(served, engine)
     await again(engine, sse(event(), then=Line.gone))
     await asyncio.sleep(0.2)
