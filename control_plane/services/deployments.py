@@ -11,6 +11,7 @@ from control_plane.errors import Invalid, NotFound, Problem
 from control_plane.plane import Act, Plane
 from control_plane.pure.lifecycle import Driver, DriverName
 from control_plane.services import audit, models
+from inference_api.features.hold import KEY as HOLD
 
 # Instances of one object at most, whatever the driver would start
 LARGEST = 100
@@ -94,6 +95,12 @@ async def note(plane: Plane, model: str, **times: int | None) -> None:
     """Note `last_activation_at` or `was_ready_at`, Unix milliseconds."""
     async with plane.database.main.write() as connection:
         await connection.execute(update(deployments).where(deployments.c.model == model).values(**times))
+
+
+def starts_by_request(plane: Plane, found: Deployment) -> bool:
+    """Whether a request starts it: routers let requests wait for models alone whose entry has `hold`."""
+    stored = models.catalogue(plane).stored.get(found.model)
+    return found.scale_to_zero and stored is not None and HOLD.of(stored.entry) is not None
 
 
 def driver_of(plane: Plane, name: DriverName) -> Driver:

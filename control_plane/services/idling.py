@@ -82,7 +82,8 @@ class Idling:
 
     def _may_stop(self, found: Deployment) -> bool:
         driver = self._plane.connections.drivers.get(found.driver)
-        return found.idle_seconds is not None and driver is not None and driver.scales
+        starts = deployments.starts_by_request(self._plane, found)
+        return found.idle_seconds is not None and starts and driver is not None and driver.scales
 
     async def _routers(self) -> tuple[Sequence[Reported], bool]:
         """Those that report, and whether these are all that may have requests."""

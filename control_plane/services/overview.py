@@ -20,6 +20,7 @@ from control_plane.pure.fleet import (
     worst_first,
 )
 from control_plane.services import audit, engines, lifecycle, model_results, models, overrides, reports
+from control_plane.services.deployments import starts_by_request
 from control_plane.services.engines import Engines
 from control_plane.services.model_results import Result
 from control_plane.services.models import Catalogue
@@ -80,7 +81,7 @@ async def look(plane: Plane, act: Act) -> Looked:
     found = [one for one in await standing_models(plane, seen) if visible(one.name)]
     known = await engines.known(plane)
     if known.each:
-        found = worst_first(_with_engine(one, known.each.get(one.name), seen.now, whole) for one in found)
+        found = worst_first(_with_engine(plane, one, known.each.get(one.name), seen.now, whole) for one in found)
     shown = tuple(found if whole else (_state_only(one) for one in found))
     routers = routers_standing(seen.reported, reports.etags(plane), seen.now, whole)
     if not whole:
@@ -88,10 +89,12 @@ async def look(plane: Plane, act: Act) -> Looked:
     return Looked(seen.now, shown, routers, known, await model_results.failed(plane))
 
 
-def _with_engine(model: ModelStanding, engine: lifecycle.Looked | None, now: int, whole: bool) -> ModelStanding:
+def _with_engine(
+    plane: Plane, model: ModelStanding, engine: lifecycle.Looked | None, now: int, whole: bool
+) -> ModelStanding:
     if engine is None or engine.problem is not None:
         return model
-    return with_engine(model, engine.standing, engine.deployment.scale_to_zero, now, whole)
+    return with_engine(model, engine.standing, starts_by_request(plane, engine.deployment), now, whole)
 
 
 async def standing_models(plane: Plane, seen: Seen) -> Sequence[ModelStanding]:

@@ -164,6 +164,8 @@ async def test_a_deployment_is_set_changed_and_forgotten_by_its_version(plane: R
     changed = await sent(
         plane, f"{other}&act=deploy", **{**fields, "etag": etag, "scale_to_zero": "1", "idle_seconds": "60"}
     )
+    without = text_of(await page(plane, f"{other}&act=stop"))
+    await plane.admin.put("/models/n", json={"name": "n", "backends": ["http://10.0.0.2:8000"], "hold": 60})
     old = await sent(plane, f"{other}&act=forget", do="forget", etag=etag)
     wrong = await sent(plane, f"{other}&act=deploy", **{**fields, "etag": etag, "max": "99", "object": "-"})
     now = await page(plane, f"{other}&act=forget")
@@ -171,6 +173,8 @@ async def test_a_deployment_is_set_changed_and_forgotten_by_its_version(plane: R
 
     assert '<option value="engine">' in dialog
     assert [one.status_code for one in (made, again, changed, old, wrong, gone)] == [303, 412, 303, 412, 422, 303]
+    assert "From zero No: its entry has no hold" in without
+    assert "Requests are refused until somebody starts it" in without
     assert "A request starts it; 1 min without a request stop it." in text_of(now)
     assert 'id="object-wrong"' in wrong.text
     assert "Nothing says which object runs it." in await page(plane, other)

@@ -19,6 +19,7 @@ from tests.postgresql import PostgreSQL
 
 pytestmark = pytest.mark.anyio
 BODY = {"router": "r-1", "reason": "hold", "waiting": 3}
+ENTRY = {"name": "m", "backends": ["http://10.0.0.1:8000"], "aliases": ["other"], "hold": 60}
 DEPLOYMENT = {"driver": "kubernetes", "object": "engine", "scale_to_zero": True, "idle_seconds": 60}
 Start = Callable[..., Any]
 
@@ -32,7 +33,7 @@ def driver() -> Scripted:
 async def plane(start_sqlite: Start, driver: Scripted) -> Running:
     """With a model `m` and its deployment. Its own task looks now and then, as a second control plane would."""
     running: Running = await start_sqlite(outside=driver.connections())
-    await running.admin.put("/models/m", json={"name": "m", "backends": ["http://10.0.0.1:8000"], "aliases": ["other"]})
+    await running.admin.put("/models/m", json=ENTRY)
     await deploy(running)
     return running
 
@@ -229,7 +230,7 @@ async def test_a_stop_that_is_refused_is_tried_again_as_late_as_the_first(start_
     driver = Refusing("kubernetes")
     driver.observed = Observed(1, (Instance("engine-0", "ready"),))
     plane: Running = await start_sqlite(outside=driver.connections())
-    await plane.admin.put("/models/m", json={"name": "m", "backends": ["http://10.0.0.1:8000"]})
+    await plane.admin.put("/models/m", json={"name": "m", "backends": ["http://10.0.0.1:8000"], "hold": 60})
     await deploy(plane)
 
     service = await idle(plane)
@@ -251,13 +252,22 @@ async def test_what_others_scale_is_not_stopped(plane: Running, driver: Scripted
     assert driver.scaled == [1]
 
 
+async def test_what_no_request_would_start_again_is_not_stopped(plane: Running, driver: Scripted) -> None:
+    await activated(plane)
+    await plane.admin.put("/models/m", json={**ENTRY, "hold": None})
+
+    await idle(plane)
+
+    assert driver.scaled == [1]
+
+
 async def test_of_two_control_planes_one_starts_and_one_stops(
     server: PostgreSQL, template: str, driver: Scripted
 ) -> None:
     clock = Clock()
     async with starting(server.url(server.create(template))) as start:
         one, two = [await start(clock=clock, outside=driver.connections()) for _ in range(2)]
-        await one.admin.put("/models/m", json={"name": "m", "backends": ["http://10.0.0.1:8000"]})
+        await one.admin.put("/models/m", json={"name": "m", "backends": ["http://10.0.0.1:8000"], "hold": 60})
         await two.plane.documents.refresh("models")
         await deploy(one)
 

@@ -103,6 +103,7 @@ async def _of_engine(look: Look) -> dict[str, Any]:
     return {
         "drivers": sorted(drivers),
         "engine": looked,
+        "starts": looked is not None and deployments.starts_by_request(plane, looked.deployment),
         "scales": driver is not None and driver.scales,
         "etag_of_deployment": "" if looked is None else etag_of(looked.deployment.body),
         "act": await _dialog(look, looked, driver),
