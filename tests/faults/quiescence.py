@@ -67,8 +67,8 @@ class Quiescence:
     def _is_one_idle(self) -> bool:
         """Whether all that is left is one connection at an engine, without a request.
 
-        One in some ten thousand tests ends so on a busy machine, and whose connection it is is not known. A router that
-        left one each time would make each test wait until here.
+        It may be another process's, which knows the port from before: a Prometheus of a run that was killed scrapes on.
+        A router that left one each time would make each test wait until here.
         """
         left = self._left()
         tasks = [task for task in asyncio.all_tasks() - self._tasks if not _stands(task)]
