@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,14 +36,18 @@ async def control(plane: Running | None, *arguments: str, stdin: str = "", **var
         token = plane.admin.headers["authorization"].removeprefix("Bearer ")
         chosen |= {"INFERENCE_CONTROL_URL": plane.url, "INFERENCE_CONTROL_TOKEN": token}
     environment = {**os.environ, **chosen, **variables}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "inference_control", *arguments),
-        env={name: value for name, value in environment.items() if value is not None},
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 120)
+    # A file, not a pipe: a command that reads nothing may have ended before anything is written.
+    with tempfile.TemporaryFile() as read:
+        read.write(stdin.encode())
+        read.seek(0)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "inference_control", *arguments),
+            env={name: value for name, value in environment.items() if value is not None},
+            stdin=read,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    out, err = await asyncio.wait_for(process.communicate(), 120)
     assert process.returncode is not None
     return Ran(process.returncode, out.decode(), err.decode())
 

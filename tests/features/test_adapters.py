@@ -300,10 +300,11 @@ async def test_a_backend_that_lacks_the_name_gets_no_requests(
         assert (await served.chat()).status_code == 200
 
     assert wrong.models == []
-    told = [text for text in caplog.messages if "does not serve" in text]
-    assert told == [
+    # Once more after an answer that a busy machine gave too late.
+    told = {text for text in caplog.messages if "does not serve" in text}
+    assert told == {
         'a backend does not serve the model of its entry: it serves "org/Other"; set served_model_name: "org/Other"'
-    ]
+    }
     cards = (await served.client.get("/backends")).json()["data"]
     assert [(one["state"], one.get("reason")) for one in cards] == [
         ("ready", None),

@@ -32,7 +32,7 @@ async def test_the_example_and_the_messages_of_the_page(
     [entry] = yaml.safe_load(EXAMPLE)["models"]
     entry["backends"] = [{"url": f"http://llama.models:{engine.port}", "discovery": "dns"}]
     # As it stands, but for the numbers, which a test would have to wait for.
-    entry |= {"max_in_flight": 1, "queue": {"timeout": 0.5, "size": 3, "per_caller": 2}}
+    entry |= {"max_in_flight": 1, "queue": {"timeout": 3, "size": 3, "per_caller": 2}}
     there = ["127.0.0.1"]
 
     async def resolve(host: str) -> list[str]:

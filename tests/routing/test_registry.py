@@ -198,13 +198,13 @@ async def test_each_failure_in_a_row_doubles_the_pause_and_an_answer_ends_that(
     httpx_mock.add_callback(answer, is_reusable=True)
     client = connect(refresh=0.02, rand=lambda: 0.99)
     task = asyncio.create_task(client.registry.run())
-    await until(lambda: len(polls) >= 8)
+    await until(lambda: len(polls) >= 12)
     task.cancel()
     gaps = [later - earlier for earlier, later in pairwise(polls)]
 
     # A busy machine only adds to a gap; the loop's clock ticks in milliseconds.
     for gap, longest in zip(gaps[:5], [0.02, 0.04, 0.08, 0.16, 0.32], strict=True):
-        assert 0.99 * longest - 0.004 <= gap < 0.99 * longest + 0.5
+        assert 0.99 * longest - 0.004 <= gap < 0.99 * longest + 10
     assert min(gaps[5:]) < 0.3
 
 

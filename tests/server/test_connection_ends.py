@@ -215,7 +215,7 @@ async def test_a_connection_ends_with_the_first_answer_after_its_time(start_engi
 
     assert answers[-1].headers["connection"] == "close"
     assert {answer.status for answer in answers} == {200}
-    assert len(answers) > 3
+    assert len(answers) > 1
     assert took > 0.85
 
 
