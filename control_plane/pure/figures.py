@@ -44,6 +44,11 @@ def count(value: Number | None) -> str:
     return f"{value:,}" if isinstance(value, int) else trimmed(f"{value:,.1f}")
 
 
+def counted(value: int, noun: str) -> str:
+    """`1 request`, `1,234 requests`; for nouns that take an s."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def short(value: Number | None) -> str:
     """Three digits at most: `950`, `1.2k`, `12.3k`, `310M`. For axes and tiles; tables have `count`."""
     if value is None or not math.isfinite(value):

@@ -52,6 +52,9 @@ def serious(tab: Tab) -> Iterator[str]:
 CUT_OFF = """[...document.querySelectorAll(".scroll")]
     .filter(one => one.scrollWidth > one.clientWidth && !one.closest("details"))
     .map(one => one.innerText.slice(0, 80))"""
+# Figures beyond their cell
+TOO_WIDE = """[...document.querySelectorAll(".figure")]
+    .filter(one => one.scrollWidth > one.clientWidth).map(one => one.innerText)"""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path)
@@ -66,6 +69,7 @@ def test_a_page_fits_and_is_accessible(world: World, visit: Visitor, addresses: 
         found += [f"{beyond} pixels beyond {width}"] if beyond > 0 else []
         if width >= 1280:
             found += [f"{width}: {cut}" for cut in tab.evaluate(CUT_OFF)]
+        found += [f"{width}: {figure}" for figure in tab.evaluate(TOO_WIDE)]
     for width, dark in ((390, False), (1280, True), (1280, False)):
         tab.set_viewport_size({"width": width, "height": 900})
         tab.emulate_media(color_scheme="dark" if dark else "light")

@@ -19,6 +19,8 @@ HOUR = 3_600_000
     [
         (figures.count(1_234_567), "1,234,567"),
         (figures.count(None), DASH),
+        (figures.counted(1, "request"), "1 request"),
+        (figures.counted(1_234, "request"), "1,234 requests"),
         (figures.short(1_234_567), "1.2M"),
         (figures.short(310_000_000), "310M"),
         (figures.short(999_999), "1M"),

@@ -49,6 +49,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "budget": allowances.budget,
     "bytes": figures.bytes,
     "count": figures.count,
+    "counted": figures.counted,
     "day": figures.day,
     "help": address,
     "iso": iso,
