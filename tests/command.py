@@ -33,7 +33,7 @@ class Command:
         self.process.send_signal(number)
         self.told = True
 
-    async def stop(self, patience: float = 10) -> tuple[int, str, str]:
+    async def stop(self, patience: float = 20) -> tuple[int, str, str]:
         """Tell it to stop, if nobody has: (exit code, stdout, stderr)."""
         if not self.told and self.process.returncode is None:
             self.tell(signal.SIGTERM)
@@ -100,7 +100,7 @@ def catalogue_of(tmp_path: Path, *engines: FakeEngine, **entry: Any) -> Path:
 
 
 async def ready(client: httpx.AsyncClient, path: str = "/v1/models") -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(httpx.TransportError):
                 if (await client.get(path)).status_code == 200:
@@ -110,7 +110,7 @@ async def ready(client: httpx.AsyncClient, path: str = "/v1/models") -> None:
 
 async def closed(port: int) -> None:
     """Wait until nobody listens there."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while True:
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -87,7 +87,7 @@ async def test_an_event_is_seen_before_the_next_one_is_made(start_engine: Start,
 
     async def script(request: Received, line: Line) -> None:
         await sse(event("first"))(request, line)
-        await asyncio.wait_for(seen.wait(), 5)
+        await asyncio.wait_for(seen.wait(), 20)
         await line.send(chunk(DONE) + LAST_CHUNK)
 
     served = await start_router(await start_engine(script))

@@ -355,7 +355,7 @@ async def test_the_start_waits_for_names_only_so_long() -> None:
     names = Names(b=["10.0.0.2"])
     fleet = fleet_of(dns("a"), dns("b"))
     discovery = Discovery(fleet, names, every=0.01, cold_start=0.05)
-    await asyncio.wait_for(discovery.start(), 5)
+    await asyncio.wait_for(discovery.start(), 20)
     assert labels(fleet) == ["10.0.0.2:8000"]
 
     names.say("a", ["10.0.0.1"])

@@ -427,7 +427,7 @@ async def test_a_backend_that_tells_again_is_not_put_last(start: Start, transpor
 
 async def test_backends_that_hang_delay_only_each_other(start: Start, transport: Transport) -> None:
     hanging, good = [await start(hang) for _ in range(4)], await start(page(4, 0))
-    asking = Asking(transport, *(server.url for server in hanging), good.url, every=1, concurrency=2)
+    asking = Asking(transport, *(server.url for server in hanging), good.url, every=3, concurrency=2)
 
     # The first look ends with its interval; after it those that hang are known.
     await asking.poll()

@@ -33,7 +33,7 @@ def fleet_of(*urls: str, **entry: Any) -> Fleet:
 
 async def learned(fleet: Fleet, transport: httpx.AsyncBaseTransport, seconds: float = 5.0) -> int | None:
     """What one look finds out about `m`."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await EngineFacts(fleet, transport, timeout=seconds).poll()
     return fleet.models["m"].max_model_len
 

@@ -442,7 +442,7 @@ async def test_an_engine_that_only_pings_is_silent(ping: bytes, begun: bytes, fr
             await line.send(chunk(begun) if framed else begun)
         await pinging(line, ping, framed)
 
-    served = await lab.router(script, entry={"timeouts": {"idle": 0.8}})
+    served = await lab.router(script, entry={"timeouts": {"idle": 2}})
 
     passed, code = told(await broken_stream(served))
 

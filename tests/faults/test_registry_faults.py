@@ -277,7 +277,7 @@ async def test_t57_hostile_entries_are_refused_alone_and_nobody_connects_to_them
     server = await registry(raw(json_response({"models": [good[0], *hostile, good[1]]})))
     served = await start_router(registry_url=server.url, registry_refresh=3600)
 
-    assert list(served.router.core.fleet.models) == ["m", "last"]
+    await until(lambda: list(served.router.core.fleet.models) == ["m", "last"])
     refused = [message for message in caplog.messages if "is refused" in message]
     assert len(refused) == len(hostile)
     assert all("\n" not in line and len(line) < 2000 and "pw" not in line for line in refused)

@@ -231,10 +231,10 @@ async def test_t17_any_byte_of_an_event_is_a_sign_that_it_goes_on(sign: bytes, l
         # Altogether longer than may pass without one.
         for _ in range(8):
             await line.send(chunk(sign))
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(0.5)
         await line.send(chunk(b"\n\n" + DONE) + LAST_CHUNK)
 
-    served = await lab.router(script, entry={"timeouts": {"idle": 1.5}})
+    served = await lab.router(script, entry={"timeouts": {"idle": 3}})
 
     response = await served.chat(stream=True)
 

@@ -231,7 +231,7 @@ async def test_a_loop_that_does_not_come_by_is_not_ready_and_then_not_healthy(
 
 async def test_a_router_that_hangs_says_so_on_the_port_of_the_probes(start_router: Start) -> None:
     served = await start_router()
-    served.router.probes.late, served.router.probes.hung = 0.8, 1.0
+    served.router.probes.late, served.router.probes.hung = 2.5, 3.0
 
     def ask() -> tuple[list[int], float]:
         with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", trust_env=False) as ops:
@@ -244,7 +244,7 @@ async def test_a_router_that_hangs_says_so_on_the_port_of_the_probes(start_route
         return codes, time.time() - ticked
 
     def later() -> tuple[list[int], float]:
-        time.sleep(1.3)
+        time.sleep(3.5)
         return ask()
 
     with listen("127.0.0.1", 0, "OPS_PORT") as listener, ops_thread(served.router.ops, listener):
@@ -252,12 +252,12 @@ async def test_a_router_that_hangs_says_so_on_the_port_of_the_probes(start_route
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(later)
             # Nothing else happens on this loop, which is the router's: it hangs.
-            during = asked.result(10)
+            during = asked.result(20)
         await until(lambda: (served.router.core.lag.silence() or 0.0) < 0.5)
         after = await asyncio.to_thread(ask)
 
     assert [codes for codes, _ in (before, during, after)] == [[200, 200], [503, 503], [200, 200]]
-    assert before[1] < 1.0 < during[1]
+    assert before[1] < 3.0 < during[1]
 
 
 async def test_a_router_is_ready_with_a_catalogue_of_no_models(start_router: Start) -> None:

@@ -433,7 +433,7 @@ async def test_a_client_that_stops_reading_before_the_error_event_is_given_up(de
             await asyncio.get_running_loop().create_future()
         await client(message)
 
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(20):
         outcome = await relay(send)
 
     assert outcome in (Outcome.RESET, Outcome.CLIENT_GONE)

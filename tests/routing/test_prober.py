@@ -42,7 +42,7 @@ class Round:
         return self.fleet.models["m"].backends
 
     async def check(self) -> bool | None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             return await self.prober.check(self.backends[0].origin)
 
 

@@ -115,7 +115,7 @@ async def test_a_stream_longer_than_the_drain_is_told_and_cut(tmp_path: Path, st
         await client.send(post(URL, STREAM))
         await client.reader.readuntil(b"data: ")
         server.should_exit = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             rest = await client.reader.read(-1)
 
     assert b'"code":"router_shutting_down"' in rest
@@ -135,7 +135,7 @@ async def test_a_request_that_waits_longer_than_the_drain_is_told_when_to_come_b
         await client.send(post(URL, CHAT))
         await until(lambda: engine.busy == 1)
         server.should_exit = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             assert await idle.reader.read(-1) == b""
             reply = await read_answer(client.reader)
 
@@ -268,7 +268,7 @@ async def test_the_port_of_the_probes_has_deadlines_and_ids_of_its_own(tmp_path:
         async with raw_client(port) as slow, raw_client(port) as mute, raw_client(port) as odd:
             await slow.send(b"GET /healthz HTTP/1.1\r\nhost:")
             await odd.send(b"GET /healthz HTTP/1.1\r\n\r\n")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 late, refused = await read_answer(slow.reader), await read_answer(odd.reader)
                 assert await mute.reader.read(-1) == b""
 

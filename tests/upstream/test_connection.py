@@ -52,7 +52,7 @@ async def stream_of(transport: Transport, engine: FakeEngine, **extensions: Any)
 
 async def read_into(read: list[bytes], stream: ResponseStream) -> None:
     """Pull a body that may break off."""
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(20):
         async for data in stream:
             read.append(data)
 
@@ -543,7 +543,7 @@ async def test_a_sink_is_given_every_read(start_engine: Start, transport: Transp
 
     async def script(request: Received, line: Line) -> None:
         await line.send(CHUNKED + chunk(b"first "))
-        await asyncio.wait_for(pushed.wait(), 5)
+        await asyncio.wait_for(pushed.wait(), 20)
         await line.send(chunk(b"second ") + chunk(b"third"))
         await until(lambda: sink.data.endswith(b"third"))
         await line.send(LAST_CHUNK)

@@ -488,7 +488,7 @@ async def test_a_handshake_belongs_to_the_time_to_connect(transport: Transport) 
         with pytest.raises(httpx.ConnectTimeout):
             await transport.handle_async_request(request)
 
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), 20)
     assert "0 active, 0 idle" in repr(transport)
 
 
@@ -500,7 +500,7 @@ async def test_a_cancelled_handshake_leaves_nothing(transport: Transport) -> Non
 
         await cancelled(asking)
 
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), 20)
     assert "0 active, 0 idle" in repr(transport)
 
 
@@ -543,7 +543,7 @@ async def test_cancelled_while_the_request_goes_out(transport: Transport) -> Non
         await cancelled(asking)
 
         assert "0 active, 0 idle" in repr(transport)
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), 20)
 
 
 async def test_cancelled_in_the_middle_of_a_body(start_engine: Start, transport: Transport) -> None:
