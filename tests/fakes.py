@@ -107,7 +107,7 @@ class FakeEngine:
             self._tls.load_cert_chain(certificate)
         self._stopped = False
         self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], int] = {}
 
     async def __aenter__(self) -> Self:
         self._stopped = False
@@ -128,13 +128,18 @@ class FakeEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
+    def clients(self) -> dict[asyncio.Task[None], int]:
+        """The tasks of its open connections, with the port at the other end."""
+        return dict(self._tasks)
+
+    @property
     def url(self) -> str:
         return f"http{'s' * (self._tls is not None)}://{self.host}:{self.port}"
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
+        self._tasks[task] = (writer.get_extra_info("peername") or ("", 0))[1]
         self.connections += 1
         self.open += 1
         line = Line(reader, writer, self.connections)
@@ -148,7 +153,7 @@ class FakeEngine:
         except asyncio.CancelledError:
             line.reset()
         finally:
-            self._tasks.discard(task)
+            del self._tasks[task]
             self.open -= 1
             writer.close()
 

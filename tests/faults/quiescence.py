@@ -5,8 +5,9 @@ import gc
 import logging
 import os
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Container
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from tests.conftest import Served
@@ -19,7 +20,8 @@ SECONDS = 30.0
 class Quiescence:
     """Given the state before a test by `begin`, `check` waits for the same state after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
         self.routers: list[Served] = []
         self.engines: list[FakeEngine] = []
         self._files = 0
@@ -33,25 +35,24 @@ class Quiescence:
     async def check(self, complaints: list[logging.LogRecord]) -> None:
         """Fails with what is left, if there is anything left in the end."""
         try:
-            await until(lambda: not any(self._in_flight().values()), SECONDS)
+            await until(lambda: not any(self._in_flight().values()), self._seconds)
             for served in self.routers:
                 assert (await served.client.get("/healthz")).status_code == 200
                 await served.client.aclose()
-            await until(lambda: self._close_idle() and not any(self._left().values()), SECONDS)
+            await until(lambda: self._close_idle() and not any(self._left().values()), self._seconds)
         except AssertionError:
-            if not self._is_one_idle():
-                raise AssertionError(f"not quiet: {self._in_flight()} {self._left()}") from None
+            raise AssertionError(f"not quiet: {self._in_flight()} {self._left()}") from None
         assert [record.getMessage() for record in complaints if record.levelno >= logging.ERROR] == []
 
     async def check_engines(self) -> None:
         """The same of the engines alone, when whoever asked them has ended."""
         try:
-            await until(lambda: not any(engine.busy or engine.open for engine in self.engines), SECONDS)
+            await until(
+                lambda: not any(engine.busy for engine in self.engines) and not self._connections(), self._seconds
+            )
         except AssertionError:
-            left = [(engine.busy, engine.open) for engine in self.engines]
-            if sorted(left)[-1:] == [(0, 1)] and sum(is_open for _, is_open in left) == 1:
-                return
-            raise AssertionError(f"not quiet: requests and connections at engines {left}") from None
+            busy = [engine.busy for engine in self.engines]
+            raise AssertionError(f"not quiet: requests at engines {busy}, connections {self._connections()}") from None
 
     def _in_flight(self) -> dict[str, int]:
         """What may be counted only while a request is under way; each is 0, and none is ever below."""
@@ -64,20 +65,13 @@ class Quiescence:
             "requests at engines": sum(engine.busy for engine in self.engines),
         }
 
-    def _is_one_idle(self) -> bool:
-        """Whether all that is left is one connection at an engine, without a request.
-
-        It may be another process's, which knows the port from before: a Prometheus of a run that was killed scrapes on.
-        A router that left one each time would make each test wait until here.
-        """
-        left = self._left()
-        tasks = [task for task in asyncio.all_tasks() - self._tasks if not _stands(task)]
-        accepting = [task for task in tasks if "FakeEngine._accept" in repr(task.get_coro())]
-        return (
-            not any(self._in_flight().values())
-            and (left["connections at engines"], left["files"]) == (1, 0)
-            and len(tasks) == len(accepting) == 1
-        )
+    def _connections(self) -> dict[asyncio.Task[None], str]:
+        """The open ones at the engines, by their tasks, and whose each is."""
+        found = {task: (engine, port) for engine in self.engines for task, port in engine.clients.items()}
+        ours = own_sockets() if found else set()
+        owners = {task: owner_of(port, engine.port, ours) for task, (engine, port) in found.items()}
+        # A process that has nothing to do with the tests may know the port from before.
+        return {task: owner for task, owner in owners.items() if owner != "a stranger"}
 
     def _close_idle(self) -> bool:
         """What is kept for the next request, or for the next look of the router's own, is not a leak."""
@@ -87,10 +81,12 @@ class Quiescence:
         return True
 
     def _left(self) -> dict[str, object]:
+        connections = self._connections()
+        strangers = {task for engine in self.engines for task in engine.clients} - connections.keys()
         return {
-            "connections at engines": sum(engine.open for engine in self.engines),
-            "files": max(0, open_files() - self._files),
-            "tasks": [task for task in asyncio.all_tasks() - self._tasks if not _stands(task)],
+            "connections at engines": list(connections.values()),
+            "files": max(0, open_files() - self._files - len(strangers)),
+            "tasks": [task for task in asyncio.all_tasks() - self._tasks - strangers if not _stands(task)],
         }
 
 
@@ -102,6 +98,30 @@ def _stands(task: asyncio.Task[object]) -> bool:
 def active(served: Served) -> int:
     """Connections to engines that have a request on them."""
     return sum(map(int, re.findall(r"(\d+) active", repr(served.router.core.transport))))
+
+
+def own_sockets() -> set[str]:
+    """The inodes of the sockets of this process and of those that it has started."""
+    sockets, processes = set(), [os.getpid()]
+    while processes:
+        process = processes.pop()
+        with suppress(OSError):
+            for file in os.scandir(f"/proc/{process}/fd"):
+                with suppress(OSError):
+                    sockets.add(os.readlink(file.path).removeprefix("socket:[").removesuffix("]"))
+            for thread in os.listdir(f"/proc/{process}/task"):
+                processes += map(int, Path(f"/proc/{process}/task/{thread}/children").read_text().split())
+    return sockets
+
+
+def owner_of(port: int, server: int, ours: Container[str]) -> str:
+    """Whose end of a connection to a server on this machine this port is."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, state, *rest = line.split()
+        if (int(local[9:], 16), int(remote[9:], 16)) == (port, server):
+            inode = rest[5]
+            return f"ours, in state {state}" if inode in ours or inode == "0" else "a stranger"
+    return "nobody"
 
 
 def open_files() -> int:
