@@ -36,9 +36,10 @@ class Act(NamedTuple):
 
 @dataclass(frozen=True)
 class Plane:
-    """`clock`: Unix milliseconds. `kept`: answers for a moment. `loans`: keys that are lent, with their secrets.
+    """`clock`: Unix milliseconds. `kept`: answers for a moment, `measured` those of Prometheus, which may be large.
 
-    `testing`: models that are tested now. `turns`: of services.turns, by kind. `engines`: what services.engines knows.
+    `loans`: keys that are lent, with their secrets. `testing`: models that are tested now. `turns`: of services.turns,
+    by kind. `engines`: what services.engines knows.
     """
 
     settings: Settings
@@ -50,6 +51,7 @@ class Plane:
     connections: Connections = field(default_factory=Connections)
     usage: UsageState = field(default_factory=UsageState)
     kept: Kept = field(default_factory=Kept)
+    measured: Kept = field(default_factory=lambda: Kept(100), repr=False)
     loans: Kept = field(default_factory=lambda: Kept(5_000), repr=False)
     testing: set[str] = field(default_factory=set)
     turns: Counter[str] = field(default_factory=Counter)

@@ -123,7 +123,7 @@ async def _kept(
         except PrometheusFailed as exc:
             return exc
 
-    return await plane.kept.get(("prometheus", *key), act.at, KEPT, made)
+    return await plane.measured.get(key, act.at, KEPT, made)
 
 
 def _told(found: Answer | PrometheusFailed) -> Answer:

@@ -340,7 +340,7 @@ def standing(state: ModelStatus) -> ModelStanding:
         ("failing", "loading", False, "failing", "Its engine is loading: m-1: why. It is so."),
         ("failing", "loading", True, "degraded", "Its engine is loading: m-1: why. Requests wait for it."),
         ("unknown", "loading", True, "unknown", "Its engine is loading: m-1: why."),
-        ("failing", "ready", True, "degraded", "Its engine is ready: m-1: why. Requests wait for it."),
+        ("failing", "ready", True, "degraded", "Its engine is ready; routers see it within seconds."),
         ("ok", "waiting", False, "ok", "It is so."),
         ("failing", "ready", False, "failing", "It is so."),
         ("failing", "unknown", False, "failing", "It is so."),
