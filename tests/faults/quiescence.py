@@ -5,16 +5,25 @@ import gc
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Container
+import socket
+from collections.abc import AsyncIterator, Callable, Container, Set
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.conftest import Served
 from tests.fakes import FakeEngine, until
 
 # From the end of the last request to silence; it takes milliseconds, unless the machine has other things to do.
 SECONDS = 30.0
+STRANGER = "of a stranger"
+
+
+class Connection(NamedTuple):
+    """An open one, by the ports of whoever asks and of the engine."""
+
+    client: int
+    engine: int
 
 
 class Quiescence:
@@ -24,35 +33,39 @@ class Quiescence:
         self._seconds = seconds
         self.routers: list[Served] = []
         self.engines: list[FakeEngine] = []
-        self._files = 0
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._before: set[object] = set()
 
     def begin(self) -> None:
         """From here on nothing may be added that stays."""
-        self._files = open_files()
-        self._tasks = asyncio.all_tasks()
+        self._before = {*open_files(), *asyncio.all_tasks()}
 
     async def check(self, complaints: list[logging.LogRecord]) -> None:
         """Fails with what is left, if there is anything left in the end."""
         try:
             await until(lambda: not any(self._in_flight().values()), self._seconds)
-            for served in self.routers:
-                assert (await served.client.get("/healthz")).status_code == 200
-                await served.client.aclose()
-            await until(lambda: self._close_idle() and not any(self._left().values()), self._seconds)
         except AssertionError:
-            raise AssertionError(f"not quiet: {self._in_flight()} {self._left()}") from None
+            raise AssertionError(f"not quiet: {self._in_flight()}") from None
+        for served in self.routers:
+            assert (await served.client.get("/healthz")).status_code == 200
+            await served.client.aclose()
+        await self._gone(self._left)
         assert [record.getMessage() for record in complaints if record.levelno >= logging.ERROR] == []
 
     async def check_engines(self) -> None:
         """The same of the engines alone, when whoever asked them has ended."""
-        try:
-            await until(
-                lambda: not any(engine.busy for engine in self.engines) and not self._connections(), self._seconds
-            )
-        except AssertionError:
-            busy = [engine.busy for engine in self.engines]
-            raise AssertionError(f"not quiet: requests at engines {busy}, connections {self._connections()}") from None
+        await self._gone(self._connections)
+
+    async def _gone(self, left: Callable[[], Set[object]]) -> None:
+        """Wait until nothing is there that was there from now on: a router's own looks at its engines come and go."""
+        deadline = asyncio.get_running_loop().time() + self._seconds
+        stays = set(left())
+        while stays:
+            if asyncio.get_running_loop().time() > deadline:
+                stays -= self._strangers()
+                assert not stays, f"not quiet: {[_told(one) for one in stays]}"
+            self._close_idle()
+            await asyncio.sleep(0.005)
+            stays &= left()
 
     def _in_flight(self) -> dict[str, int]:
         """What may be counted only while a request is under way; each is 0, and none is ever below."""
@@ -65,29 +78,35 @@ class Quiescence:
             "requests at engines": sum(engine.busy for engine in self.engines),
         }
 
-    def _connections(self) -> dict[asyncio.Task[None], str]:
-        """The open ones at the engines, by their tasks, and whose each is."""
-        found = {task: (engine, port) for engine in self.engines for task, port in engine.clients.items()}
-        ours = own_sockets() if found else set()
-        owners = {task: owner_of(port, engine.port, ours) for task, (engine, port) in found.items()}
-        # A process that has nothing to do with the tests may know the port from before.
-        return {task: owner for task, owner in owners.items() if owner != "a stranger"}
-
-    def _close_idle(self) -> bool:
+    def _close_idle(self) -> None:
         """What is kept for the next request, or for the next look of the router's own, is not a leak."""
         for served in self.routers:
             for transport in (served.router.core.transport, served.router.core.own_transport):
                 transport.retain(set())  # type: ignore[attr-defined]
-        return True
 
-    def _left(self) -> dict[str, object]:
-        connections = self._connections()
-        strangers = {task for engine in self.engines for task in engine.clients} - connections.keys()
-        return {
-            "connections at engines": list(connections.values()),
-            "files": max(0, open_files() - self._files - len(strangers)),
-            "tasks": [task for task in asyncio.all_tasks() - self._tasks - strangers if not _stands(task)],
-        }
+    def _connections(self) -> Set[object]:
+        return {Connection(port, engine.port) for engine in self.engines for port in engine.clients.values()}
+
+    def _left(self) -> Set[object]:
+        tasks = {task for task in asyncio.all_tasks() if not _stands(task)}
+        return {*self._connections(), *open_files(), *tasks} - self._before
+
+    def _strangers(self) -> set[object]:
+        """Connections of processes that have nothing to do with the tests and know the port from before."""
+        ours, found = own_sockets(), set[object]()
+        for engine in self.engines:
+            for task, port in engine.clients.items():
+                if owner_of(port, engine.port, ours) == STRANGER:
+                    accepted = f"socket:[{inode_of(engine.port, port)}]"
+                    found |= {task, Connection(port, engine.port)}
+                    found |= {file for file in open_files() if file[1] == accepted}
+        return found
+
+
+def _told(left: object) -> str:
+    if isinstance(left, Connection):
+        return f"a connection to an engine, {owner_of(left.client, left.engine, own_sockets())}"
+    return f"the file {left[1]}" if isinstance(left, tuple) else repr(left)
 
 
 def _stands(task: asyncio.Task[object]) -> bool:
@@ -116,23 +135,47 @@ def own_sockets() -> set[str]:
 
 def owner_of(port: int, server: int, ours: Container[str]) -> str:
     """Whose end of a connection to a server on this machine this port is."""
+    inode = inode_of(port, server)
+    if inode is None:
+        return "of nobody"
+    # One whose process has ended has no inode.
+    return "ours" if inode in ours or inode == "0" else STRANGER
+
+
+def inode_of(local: int, remote: int) -> str | None:
+    """Of the end of a connection on this machine that has this port."""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, remote, state, *rest = line.split()
-        if (int(local[9:], 16), int(remote[9:], 16)) == (port, server):
-            inode = rest[5]
-            return f"ours, in state {state}" if inode in ours or inode == "0" else "a stranger"
-    return "nobody"
+        fields = line.split()
+        if (int(fields[1][9:], 16), int(fields[2][9:], 16)) == (local, remote):
+            return fields[9]
+    return None
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def open_files() -> set[tuple[int, str]]:
+    """Number and what it is: of a connection its inode, which no other one gets."""
+    found = set()
+    for file in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            kind = os.readlink(f"/proc/self/fd/{file}")
+            if not kind.startswith("socket:") or _is_connection(file):
+                found.add((file, kind))
+    return found
+
+
+def _is_connection(file: int) -> bool:
+    """Neither an engine's listener, nor of the pair for signals, which the event loop has anew whenever it is run."""
+    found = socket.socket(fileno=file)
+    try:
+        return found.family != socket.AF_UNIX and not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    finally:
+        found.detach()
 
 
 # One stretch of a test, for tests that have the router and its engines already
 
 
 @asynccontextmanager
-async def quiet(served: Served) -> AsyncIterator[None]:
+async def quiet(served: Served, seconds: float = SECONDS) -> AsyncIterator[None]:
     """Whatever happens inside, afterwards the router is as it was: fails in the end with what is left.
 
     Engines that the body starts must be stopped by it, or have been started before.
@@ -144,7 +187,7 @@ async def quiet(served: Served) -> AsyncIterator[None]:
     loop.set_exception_handler(lambda _, context: complaints.append(context))
     try:
         yield
-        await before.comes_back(SECONDS)
+        await before.comes_back(seconds)
         assert (await served.client.get("/healthz")).status_code == 200
         gc.collect()  # a task whose exception nobody retrieved complains when it is collected
         assert complaints == []
@@ -158,31 +201,34 @@ class _Snapshot:
     def __init__(self, served: Served) -> None:
         self._served = served
         self._active = active(served)
-        self._files = open_files() - _client_files(served)
-        self._tasks = asyncio.all_tasks()
+        self._files = len(open_files()) - _client_files(served)
+        self._tasks: set[object] = {*asyncio.all_tasks()}
 
     async def comes_back(self, seconds: float) -> None:
+        """Wait until each has been as it was: a router's own looks at its engines come and go."""
         deadline = asyncio.get_running_loop().time() + seconds
-        while left := self._left():
-            assert asyncio.get_running_loop().time() < deadline, f"not quiet: {left}"
-            if not left.keys() - {"files", "tasks"}:
+        stays = self._left()
+        while stays:
+            assert asyncio.get_running_loop().time() < deadline, f"not quiet: {stays}"
+            if not any(isinstance(one, str) and one != "files" for one in stays):
                 # What is kept for the next request is not a leak; closing it ends its task at the engine.
                 self._served.router.core.transport.retain(set())  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
+            stays &= self._left()
 
-    def _left(self) -> dict[str, object]:
+    def _left(self) -> set[object]:
         """What is not as it was, by its name; of a count that should be 0, any other is wrong, below it too."""
         models = list(self._served.router.core.fleet.models.values())
         left = {
             "requests": self._served.router.core.admission.in_flight,
-            "requests of models": [model for model in models if model.in_flight],
-            "requests at backends": [backend for model in models for backend in model.backends if backend.in_flight],
-            "requests at addresses": [b.origin for model in models for b in model.backends if b.origin.in_flight],
+            "requests of models": any(model.in_flight for model in models),
+            "requests at backends": any(backend.in_flight for model in models for backend in model.backends),
+            "requests at addresses": any(b.origin.in_flight for model in models for b in model.backends),
             "connections in use": max(0, active(self._served) - self._active),
-            "files": max(0, open_files() - _client_files(self._served) - self._files),
-            "tasks": asyncio.all_tasks() - self._tasks,
+            "files": max(0, len(open_files()) - _client_files(self._served) - self._files),
         }
-        return {name: value for name, value in left.items() if value}
+        found: set[object] = {name for name, value in left.items() if value}
+        return found | (asyncio.all_tasks() - self._tasks)
 
 
 def _client_files(served: Served) -> int:
