@@ -59,7 +59,8 @@ class Provider:
         self._client_id = client_id
         self._client_secret = client_secret
         self._clock = clock
-        self._client = http_client(_TIMEOUT)
+        # Logins are rare, and a code is good once: none is sent on an idle connection that is being closed.
+        self._client = http_client(_TIMEOUT, {"connection": "close"})
         self._described: _Described | None = None
         self._keys: tuple[KeySet, float] | None = None
 
