@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -138,19 +139,19 @@ async def test_nobody_waits_long_for_news_of_a_name_that_is_known(
     clock.now += 6
     loop = asyncio.get_running_loop()
 
-    async def fastest() -> float:
+    async def fastest(enough: float) -> float:
         """Of some, for a machine that stands still now and then."""
-        took = []
-        for _ in range(4):
+        took = [math.inf]
+        while min(took) >= enough and len(took) < 40:
             began = loop.time()
             assert await resolver.addresses("a", seconds) == ["10.0.0.1"]
             took.append(loop.time() - began)
         return min(took)
 
-    assert least - 0.01 <= await fastest() < least + 0.15
+    assert least - 0.01 <= await fastest(least + 0.15) < least + 0.15
     # Nor does anybody wait for one that has had its moment.
     clock.now += 0.3
-    assert await fastest() < 0.015
+    assert await fastest(0.015) < 0.015
     assert names.asked == ["a", "a"]
     names.say("a", ["10.0.0.2"])
     await until(lambda: not names.under_way)

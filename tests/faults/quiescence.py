@@ -151,22 +151,27 @@ def inode_of(local: int, remote: int) -> str | None:
     return None
 
 
-def open_files() -> set[tuple[int, str]]:
-    """Number and what it is: of a connection its inode, which no other one gets."""
+def open_files(but: Container[int] = ()) -> set[tuple[int, str]]:
+    """Number and what it is: of a connection its inode, which no other gets. `but`: without those of these ports."""
     found = set()
     for file in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):
             kind = os.readlink(f"/proc/self/fd/{file}")
-            if not kind.startswith("socket:") or _is_connection(file):
+            if not kind.startswith("socket:") or _is_connection(file, but):
                 found.add((file, kind))
     return found
 
 
-def _is_connection(file: int) -> bool:
+def _is_connection(file: int, but: Container[int]) -> bool:
     """Neither an engine's listener, nor of the pair for signals, which the event loop has anew whenever it is run."""
     found = socket.socket(fileno=file)
     try:
-        return found.family != socket.AF_UNIX and not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if found.family == socket.AF_UNIX or found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False
+        ends = [found.getsockname()]
+        with suppress(OSError):  # the other end has gone
+            ends.append(found.getpeername())
+        return not any(end[1] in but for end in ends)
     finally:
         found.detach()
 
@@ -201,8 +206,7 @@ class _Snapshot:
     def __init__(self, served: Served) -> None:
         self._served = served
         self._active = active(served)
-        self._files = len(open_files()) - _client_files(served)
-        self._tasks: set[object] = {*asyncio.all_tasks()}
+        self._before = {*open_files(_client_ports(served)), *asyncio.all_tasks()}
 
     async def comes_back(self, seconds: float) -> None:
         """Wait until each has been as it was: a router's own looks at its engines come and go."""
@@ -210,7 +214,7 @@ class _Snapshot:
         stays = self._left()
         while stays:
             assert asyncio.get_running_loop().time() < deadline, f"not quiet: {stays}"
-            if not any(isinstance(one, str) and one != "files" for one in stays):
+            if not any(isinstance(one, str) for one in stays):
                 # What is kept for the next request is not a leak; closing it ends its task at the engine.
                 self._served.router.core.transport.retain(set())  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
@@ -225,12 +229,13 @@ class _Snapshot:
             "requests at backends": any(backend.in_flight for model in models for backend in model.backends),
             "requests at addresses": any(b.origin.in_flight for model in models for b in model.backends),
             "connections in use": max(0, active(self._served) - self._active),
-            "files": max(0, len(open_files()) - _client_files(self._served) - self._files),
         }
         found: set[object] = {name for name, value in left.items() if value}
-        return found | (asyncio.all_tasks() - self._tasks)
+        return found | ({*open_files(_client_ports(self._served)), *asyncio.all_tasks()} - self._before)
 
 
-def _client_files(served: Served) -> int:
-    """Both ends of the connections that the test's own client keeps."""
-    return 2 * len(served.client._transport._pool.connections)  # type: ignore[attr-defined]
+def _client_ports(served: Served) -> set[int]:
+    """Of the connections that the test's own client keeps."""
+    pool = served.client._transport._pool  # type: ignore[attr-defined]
+    made = [one._connection for one in pool.connections if one._connection is not None]
+    return {one._network_stream.get_extra_info("client_addr")[1] for one in made}

@@ -50,7 +50,7 @@ async def test_what_a_stretch_of_a_test_leaves_is_found(start_router: Start) -> 
                 task = asyncio.create_task(ended.wait())
         ended.set()
         await task
-        with pytest.raises(AssertionError, match=r"not quiet.*files"):
+        with pytest.raises(AssertionError, match=r"not quiet.*socket:"):
             async with quiet(served, 0.2):
                 _, writer = await asyncio.open_connection("127.0.0.1", engine.port)
         writer.close()

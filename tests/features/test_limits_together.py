@@ -119,7 +119,8 @@ async def test_a_precise_limit_is_exact_among_routers(
     server: RedisServer, start_engine: Start, start_router: Start
 ) -> None:
     document: Any = {"keys": [key("a", limits=[{"requests": 20, "per": 3600, "precise": True}])]}
-    routers = await together(start_router, await start_engine(), server, **document)
+    patient = QUICK._replace(connect=20, answer=20, patience=20)
+    routers = await together(start_router, await start_engine(), server, timing=patient, **document)
 
     answers = await asyncio.gather(*(ask(served) for served, _ in routers for _ in range(30)))
 

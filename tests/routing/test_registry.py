@@ -301,7 +301,7 @@ async def assert_kept(client: Client, reason: str | None = None) -> None:
     await client.registry.refresh()
     before = client.registry.status()
     assert before[:2] == ("registry", 1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await client.registry.refresh()
     status = client.registry.status()
 
@@ -390,7 +390,9 @@ async def test_a_registry_that_fails_on_the_wire_leaves_the_last_good_catalogue(
 
     server = await start_server(turn)
 
-    await assert_kept(connect(server.url, 0.8, timeout=0.8, max_bytes=1 << 20), reason)
+    # Longer than a busy machine stands still, as the first answer must come in time.
+    patience = 2.0 if reason == "timeout" else 30.0
+    await assert_kept(connect(server.url, patience, timeout=patience, max_bytes=1 << 20), reason)
 
 
 async def test_a_registry_that_is_down_leaves_the_last_good_catalogue_until_it_is_back(
