@@ -26,8 +26,7 @@ needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = start(tmp_path_factory.mktemp("demo"), plain=False)
     yield running
-    if running.process.poll() is None:
-        end(running)
+    end(running)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +95,12 @@ def test_two_routers_report_and_what_they_did_is_usage(demo: Running, admin: htt
     assert [(one["labels"], one["latest"]) for one in prompts] == [({"production": 1, "next": 2}, 2)]
 
 
+@needs_curl
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_a_router_ends_and_comes_back_and_ctrl_c_leaves_nothing(demo: Running) -> None:
-    """The last one, as it ends the demo."""
+def test_a_router_ends_and_comes_back_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    demo = start(tmp_path, plain=False)
+    (wake,) = re.findall(r"^curl .*phi-3-mini.*$", demo.printed, re.MULTILINE)
+    assert "I am a demo model named phi-3-mini" in shell(demo, wake)
     (folder,) = re.findall(r"every process is in (\S+)", demo.printed)
     pids = children(demo.process.pid)
     # The control plane has the engine that was woken, below what watches it.
