@@ -26,6 +26,10 @@ from inference_api.server.server import Server, listen, server_config
 from inference_api.settings import Settings, make_settings
 from inference_api.upstream.transport import Transport
 from tests.fakes import FakeEngine, Script, ScriptedServer, in_background, until
+from tests.stalls import pytest_addoption, pytest_pyfunc_call
+
+# Hooks of pytest
+__all__ = ["pytest_addoption", "pytest_pyfunc_call"]
 
 # Enough to find what is wrong in a rule, few enough for the suite to end within a minute; a file may say otherwise.
 hypothesis.settings.register_profile("suite", max_examples=40, deadline=None)
