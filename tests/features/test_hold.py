@@ -1,6 +1,7 @@
 """Requests that are held while a model has no backend: each way on, and each end; afterwards nothing is left."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,13 @@ async def test_its_own_deadline_ends_the_wait(start_router: Start) -> None:
 
     late = await served.chat()
 
-    assert error(late)[1:3] == ("model_loading", "The model 'm' is starting; no backend was ready within 0.3 s.")
+    _, code, message, _ = error(late)
+    assert code == "model_loading"
+    # A part of it may have gone before.
+    (seconds,) = map(
+        float, re.findall(r"^The model 'm' is starting; no backend was ready within ([0-9.]+) s\.$", message)
+    )
+    assert 0 < seconds <= 0.3
 
 
 async def test_a_hundred_are_held(start_router: Start) -> None:
