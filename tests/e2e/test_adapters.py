@@ -118,8 +118,9 @@ def test_an_adapter_is_routed_to_the_engine_that_has_it(
     [card] = [card for card in client.get("/v1/models").json()["data"] if card["id"] == "sql"]
     assert card["parent"] == MODEL
     assert (backends(router, "sql"), backends(router, MODEL)) == (1, 2)
-    assert '"model":"sql"' in router.log.read_text()
-    assert f'"parent":"{MODEL}"' in router.log.read_text()
+    # Lines of the log come a moment after the answers.
+    parts = ('"model":"sql"', f'"parent":"{MODEL}"')
+    assert until(lambda: all(part in router.log.read_text() for part in parts), seconds=10)
 
     # Both engines keep answering for the model.
     before = answered(having), answered(other)
@@ -185,7 +186,7 @@ def test_a_wrong_name_is_told_with_the_fix(engines: list[Process], start_router:
     router = start_router(path, ENGINE_INTERVAL="1")
 
     assert ask(router.url, "mine").status_code == 503
-    assert "set served_model_name to one of them" in router.log.read_text()
+    assert until(lambda: "set served_model_name to one of them" in router.log.read_text(), seconds=10)
     command = [str(BIN / "inference-api"), "check", "--connect", "--catalogue", str(path)]
     checked = subprocess.run(command, capture_output=True, text=True, env=clean_environ(), check=False)
     assert checked.returncode == 1

@@ -159,7 +159,7 @@ def test_one_runs_and_the_others_wait_for_its_place(
 
     assert [answer.status_code for answer in answers] == [200] * 4
     assert max(seen) == 1
-    assert router.sample("inference_api_queue_depth") == 0
+    assert until(lambda: router.sample("inference_api_queue_depth") == 0, seconds=10)
 
 
 def test_a_stored_prompt_by_the_sdk(router: Process) -> None:

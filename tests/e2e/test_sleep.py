@@ -111,5 +111,5 @@ def test_a_stream_that_a_pause_ended_is_passed_on_and_is_no_success(
     assert rest[-1] == "data: [DONE]"
     aborted = r'inference_api_stream_aborts_total\{.*reason="aborted".*\}'
     assert until(lambda: router.sample(aborted) == 1, seconds=10)
-    assert '"outcome":"aborted"' in router.log.read_text()
+    assert until(lambda: '"outcome":"aborted"' in router.log.read_text(), seconds=10)
     assert router.sample("inference_api_backend_circuit_open") == 0
