@@ -1,6 +1,6 @@
 """`pytest --stalls SECONDS`: the process stands still so long, twice in each test, as on a machine with too much to do.
 
-What fails then has a deadline that depends on the machine. The tests stand one second.
+What fails then has a deadline that depends on the machine.
 """
 
 import ctypes
