@@ -32,8 +32,9 @@ def with_engine(model: ModelStanding, engine: Standing, starts: bool, now: int, 
         return model._replace(sentence=f"Its engine is stopped.{known}")
     is_new = engine.state == "ready" and engine.since is not None and now - engine.since < _LEARN
     if starts and model.state == "failing" and (engine.state in _COMING or is_new):
-        waits = f"Its engine is {engine.state}{reason} Requests wait for it."
-        sentence = "Its engine is ready; routers see it within seconds." if is_new else waits
+        sentence = "Its engine is ready; routers see it within seconds."
+        if not is_new:
+            sentence = f"Its engine is {engine.state}{reason} Requests wait for it."
         return model._replace(state="degraded", sentence=sentence, since=engine.since)
     if engine.state in _COMING:
         return model._replace(sentence=f"Its engine is {engine.state}{reason}{known}")
