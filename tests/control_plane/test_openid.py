@@ -12,6 +12,7 @@ from control_plane.data.tables import audit, login_states, users
 from tests.control_plane.conftest import Clock, Running
 from tests.control_plane.people import error, log_in, make_user
 from tests.control_plane.provider import CLIENT_ID, LyingProvider, lying_provider, path_of, real_provider
+from tests.fakes import ScriptedServer, json_response, raw, until
 
 pytestmark = pytest.mark.anyio
 Start = Callable[..., Any]
@@ -149,6 +150,17 @@ async def test_an_answer_is_good_once_and_for_the_browser_that_began(start_plane
     statuses = [answer.status_code for answer in (stolen, used, replayed, too_late, made_up)]
     assert statuses == [401, 303, 401, 401, 401]
     assert await reasons(running) == ["state"] * 4
+
+
+async def test_no_connection_is_kept_on_which_a_code_could_be_lost(start_sqlite: Start) -> None:
+    async with ScriptedServer() as provider:
+        told = {name: f"{provider.url}/{name}" for name in ("authorization_endpoint", "token_endpoint", "jwks_uri")}
+        provider.script = raw(json_response({"issuer": provider.url, **told}))
+        running = await start_at(start_sqlite, provider.url)
+        await begin(running)
+
+        assert provider.connections == 1
+        await until(lambda: provider.open == 0)
 
 
 async def test_two_tabs_log_in_side_by_side(start_sqlite: Start, provider_url: str) -> None:
